@@ -1,0 +1,71 @@
+"""The flat stream: one batch as one row of tokens, without padding.
+
+A stream of T tokens holds S sequences end to end. Attention never crosses a sequence; positions restart at 0 in each.
+Segments say which token ranges belong to which adapter. While a model runs, its stream is *active*: the registered
+attention function and the adapted layers read it from there, because Hugging Face models pass neither on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `start:stop` of a stream belong to `adapter`; None is the bare base (DPO's reference, for one)."""
+
+    start: int
+    stop: int
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One forward pass.
+
+    tokens      [T] int64
+    positions   [T] int64, restarting at 0 in each sequence
+    bounds      S + 1 ints: sequence s is tokens[bounds[s]:bounds[s + 1]] (cu_seqlens, kept on the host)
+    segments    cover 0..T in order, without gaps; each begins and ends at a sequence's bound
+    rows        [N] int64: the hidden states that predict a learned token (its position - 1)
+    targets     [N] int64: that learned token
+    weights     [N] float32: the weight with which it is learned
+    cache       keys and values of earlier passes, while generating; else None
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    bounds: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    cache: Any = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the stream that attention and adapted layers read, until the block ends."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[Stream | None] = ContextVar("topwork_active_stream", default=None)
+
+
+def active_stream() -> Stream:
+    """The stream being run. Raises RuntimeError outside `Stream.active()`."""
+    stream = _ACTIVE.get()
+    if stream is None:
+        raise RuntimeError(
+            "a model prepared by Topwork was called without a stream; call it through topwork.models.base.Base "
+            "(hidden, log_probabilities) or inside `with stream.active():`"
+        )
+    return stream

@@ -1,0 +1,51 @@
+"""What a recipe may say about training."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from topwork.common.options import Options
+
+
+class TrainingConfig(Options):
+    objective: Literal["sft"] = "sft"
+    """What is learned: `sft` is the log-likelihood of the learned tokens."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """The peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to zero along a cosine or a line, or not at all."""
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
+    """The share of steps in which the learning rate rises from zero."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; it goes before `warmup_ratio`."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """How often the training rows are seen."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; it goes before `num_train_epochs`."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step, over all devices."""
+    tokens_per_pass: int | None = Field(None, ge=1)
+    """The token budget of one forward and backward pass. It decides memory, not the result. Left out, it is chosen
+    from free memory."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """The gradient's norm is cut to this; 0 leaves it as it is."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Validate every so many steps. Left out: ten times a run."""
+    save_steps: int | None = Field(None, ge=1)
+    """Write a checkpoint every so many steps. Left out: at every validation."""
+    save_total_limit: int = Field(2, ge=1)
+    """How many checkpoints are kept, beside the best."""
+    load_best_model_at_end: bool = True
+    """The run's adapter is the one with the lowest validation loss, not the last."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after so many validations without a lower loss."""
+    logging_steps: int = Field(1, ge=1)
+    """Write metrics every so many steps."""
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where metrics go beside `metrics.jsonl`."""
+    seed: int = 0
+    """Decides the adapter's first weights, the order of the rows, dropout and the held-out rows."""
