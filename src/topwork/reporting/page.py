@@ -1,0 +1,133 @@
+"""`topwork report`: a run folder becomes one HTML page that needs nothing beside itself, and PNGs of its curves."""
+
+from base64 import b64encode
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from topwork.reporting import sections, wording
+from topwork.reporting.curves import DARK, LIGHT, Theme, curves, png_bytes, series, small_chart, svg_bytes
+from topwork.reporting.readers import Record, RunFiles, entries, number, read_run, section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+
+SMALL_CHARTS = (
+    ("learning_rate", "Learning rate", False),
+    ("grad_norm", "Gradient norm", True),
+    ("tokens_per_second", "Tokens per second", True),
+)
+"""Key in the training records, title, whether the value is noisy and wants smoothing."""
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    html: Path
+    curves_png: Path
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One chart as data URIs: a drawing for each ground and, where the wide one would be unreadable, for phones."""
+
+    title: str
+    description: str
+    light: str
+    dark: str
+    light_narrow: str | None = None
+    dark_narrow: str | None = None
+
+
+def write_report(run_dir: Path) -> ReportPaths:
+    """Write RUN/report/index.html, curves.png and one PNG per small chart.
+
+    Everything is drawn before anything is written. Raises RequestError where the folder holds no measurement or
+    matplotlib is missing.
+    """
+    run = read_run(run_dir)
+    records = _with_start(run)
+    pngs = {"curves.png": png_bytes(curves(records, title=run.name))}
+    for key, title, smooth in _measured_charts(records):
+        figure = small_chart(records, key, smooth=smooth)
+        figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+        pngs[f"{key}.png"] = png_bytes(figure)
+    html = render(run)
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    for name, content in [*pngs.items(), ("index.html", html.encode())]:
+        aside = folder / f".{name}.tmp"
+        aside.write_bytes(content)
+        aside.replace(folder / name)
+    return ReportPaths(html=folder / "index.html", curves_png=folder / "curves.png")
+
+
+def render(run: RunFiles) -> str:
+    """The page as text. Every value from the run is escaped; the page's own policy forbids scripts and requests."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("topwork.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"whole": wording.whole, "share": wording.share, "count": wording.count}
+    records = _with_start(run)
+    parameters = section(run.result, "parameters")
+    return environment.get_template("report.html.jinja").render(
+        name=run.name,
+        headline=sections.headline(run),
+        cards=sections.cards(run),
+        notes=sections.notes(run),
+        loss_picture=_loss_picture(records),
+        small_pictures=[_small_picture(records, *chart) for chart in _measured_charts(records)],
+        scores=sections.scores(run.evaluation),
+        evaluation_rows=number(run.evaluation, "rows"),
+        evaluation_facts=sections.evaluation_facts(run.evaluation),
+        samples=sections.samples(run.evaluation),
+        sample_count=len(entries(run.evaluation, "samples")),
+        parameters={key: number(parameters, key) for key in ("trainable", "frozen", "total", "share")},
+        parameter_rows=sections.parameter_rows(run.result),
+        data_facts=sections.facts(section(run.result, "data")),
+        recipe_text=run.recipe_text,
+        provenance_facts=sections.facts(run.provenance),
+    )
+
+
+def _with_start(run: RunFiles) -> list[Record]:
+    """The records, with the validation before the first step in front where only the result tells it."""
+    before = number(run.result, "eval_loss_before")
+    steps = series(run.records, "eval", "loss").steps
+    if before is None or (steps and steps[0] == 0):
+        return list(run.records)
+    return [{"kind": "eval", "step": 0, "loss": before}, *run.records]
+
+
+def _measured_charts(records: list[Record]) -> list[tuple[str, str, bool]]:
+    return [chart for chart in SMALL_CHARTS if len(series(records, "train", chart[0]).steps) > 1]
+
+
+def _loss_picture(records: list[Record]) -> Picture:
+    train, validation = series(records, "train", "loss"), series(records, "eval", "loss")
+    parts = [
+        f"{name} loss from {wording.loss(measured.values[0])} to {wording.loss(measured.values[-1])}"
+        for name, measured in (("training", train), ("validation", validation))
+        if measured.values
+    ]
+    last = max([*train.steps, *validation.steps], default=0)
+    wide = partial(_data_uri, partial(curves, records, size=(9.4, 3.9)))
+    narrow = partial(_data_uri, partial(curves, records, size=(4.3, 3.5)))
+    description = f"Curves over {last} steps: {'; '.join(parts) or 'no finite loss'}."
+    return Picture("Loss", description, wide(LIGHT), wide(DARK), narrow(LIGHT), narrow(DARK))
+
+
+def _small_picture(records: list[Record], key: str, title: str, smooth: bool) -> Picture:
+    values = series(records, "train", key).values
+    draw = partial(_data_uri, partial(small_chart, records, key, smooth=smooth))
+    description = f"{title} from {min(values):.4g} to {max(values):.4g}, {values[-1]:.4g} at the end."
+    return Picture(title, description, draw(LIGHT), draw(DARK))
+
+
+def _data_uri(draw: "Callable[..., Figure]", theme: Theme) -> str:
+    return "data:image/svg+xml;base64," + b64encode(svg_bytes(draw(theme=theme))).decode()

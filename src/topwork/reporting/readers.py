@@ -1,0 +1,162 @@
+"""Reads a run folder as it lies on disk: finished, still training, interrupted, or left by a crash."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from topwork.common.errors import RequestError
+
+Record = Mapping[str, Any]
+"""One line of metrics.jsonl: `kind` (train, eval, note), `step`, and the values of that kind."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds; an absent or unreadable file is empty, and `problems` names the unreadable."""
+
+    name: str
+    records: tuple[Record, ...]
+    recipe_text: str
+    recipe: Mapping[str, Any]
+    result: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Raises RequestError where `run_dir` is no folder or its metrics.jsonl is missing or holds no measurement."""
+    if not run_dir.is_dir():
+        raise RequestError(f"no run folder at '{run_dir}'; give a folder that `topwork train` wrote, such as runs/NAME")
+    problems: list[str] = []
+    records = read_metrics(run_dir / "metrics.jsonl", problems)
+    recipe_text = _read_text(run_dir / "recipe.yaml", problems)
+    return RunFiles(
+        name=run_dir.resolve().name,
+        records=tuple(records),
+        recipe_text=recipe_text,
+        recipe=_parse_recipe(recipe_text, problems),
+        result=_read_json(run_dir / "result.json", problems),
+        provenance=_read_json(run_dir / "provenance.json", problems),
+        evaluation=_read_json(run_dir / "evaluation.json", problems),
+        problems=tuple(problems),
+    )
+
+
+def read_metrics(path: Path, problems: list[str] | None = None) -> list[Record]:
+    """The lines of metrics.jsonl in order of steps.
+
+    A torn last line is a write that was cut short and is passed over in silence; other unreadable lines are passed
+    over and counted in `problems`. A resumed run repeats the steps after its checkpoint: the later telling counts.
+    """
+    if not path.is_file():
+        raise RequestError(
+            f"no metrics in '{path.parent}' ({path.name} is missing); give a folder that `topwork train` wrote"
+        )
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    records: list[Record] = []
+    unreadable: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse_line(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            unreadable.append(number)
+    if unreadable and problems is not None:
+        problems.append(f"{path.name}: {len(unreadable)} unreadable line(s) passed over, the first is {unreadable[0]}")
+    records = _without_rewound(records)
+    if not any(record["kind"] in ("train", "eval") for record in records):
+        raise RequestError(
+            f"no measurement in '{path}': it has {len(lines)} line(s), none of them a readable training or validation "
+            "step; train for at least one step first"
+        )
+    return records
+
+
+def number(record: Mapping[str, Any], *path: str) -> float | None:
+    """The number at `path` of nested mappings, or None where there is none."""
+    value: Any = record
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def section(mapping: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """The mapping at `path`, or an empty one."""
+    value: Any = mapping
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def entries(mapping: Mapping[str, Any], key: str) -> list[Any]:
+    """The list at `key`, or an empty one."""
+    value = mapping.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _parse_line(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _without_rewound(records: list[Record]) -> list[Record]:
+    """Drop what a run measured after the checkpoint from which it was later resumed."""
+    kept: list[Record] = []
+    furthest = -1
+    for record in records:
+        kind, step = record["kind"], record["step"]
+        if kind == "note" and record in kept:
+            continue
+        if kind != "note" and step <= furthest:
+            kept = [old for old in kept if not _is_rewound(old, kind, step)]
+            furthest = max((old["step"] for old in kept), default=-1)
+        kept.append(record)
+        furthest = max(furthest, step)
+    return kept
+
+
+def _is_rewound(old: Record, kind: str, step: int) -> bool:
+    if kind == "train" and old["kind"] != "train":
+        return bool(old["step"] > step)
+    return bool(old["kind"] == kind and old["step"] >= step)
+
+
+def _read_text(path: Path, problems: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return ""
+
+
+def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    text = _read_text(path, problems)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        problems.append(f"{path.name} is not whole JSON ({error}); its part is left out")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no JSON object; its part is left out")
+        return {}
+    return value
+
+
+def _parse_recipe(text: str, problems: list[str]) -> Mapping[str, Any]:
+    try:
+        value = yaml.safe_load(text) if text else {}
+    except yaml.YAMLError as error:
+        problems.append(f"recipe.yaml is not YAML: {error}")
+        return {}
+    return value if isinstance(value, dict) else {}
