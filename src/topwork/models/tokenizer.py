@@ -1,0 +1,53 @@
+"""The tokenizer of a base model, with the context length that the model really has."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from topwork.common.errors import ModelError
+from topwork.models.source import Source
+
+ABSURD_LENGTH = 10**9
+"""transformers writes 1e30 where a tokenizer does not know its model's context."""
+
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; where it states no usable `model_max_length`, the model's context length stands there.
+
+    Raises ModelError for a base without a readable tokenizer.
+    """
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
+        if tokenizer.model_max_length > ABSURD_LENGTH:
+            tokenizer.model_max_length = context_length(AutoConfig.from_pretrained(source.folder, **options))
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"the tokenizer of {source.name!r} cannot be loaded: {_first_line(error)}. Expected tokenizer.json (or a "
+            "tokenizer model) beside config.json; check the name, the network, or copy the base's tokenizer files there"
+        ) from error
+    return tokenizer
+
+
+def context_length(hf_config: Any) -> int:
+    """How many tokens a model can attend to, from its transformers config (a multimodal one's text part).
+
+    Raises ModelError for a config that states none.
+    """
+    text_config = hf_config.get_text_config()
+    for field in CONTEXT_FIELDS:
+        length = getattr(text_config, field, None)
+        if isinstance(length, int) and 0 < length <= ABSURD_LENGTH:
+            return length
+    raise ModelError(
+        f"the config of this {text_config.model_type!r} model states no context length, expected one of "
+        f"{', '.join(CONTEXT_FIELDS)}; set max_position_embeddings in its config.json"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
