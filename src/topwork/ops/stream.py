@@ -8,7 +8,7 @@ attention function and the adapted layers read it from there, because Hugging Fa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Stream:
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     cache: Any = None
 
+    def to(self, device: torch.device) -> "Stream":
+        """The same stream with its tensors on `device`."""
+        names = ("tokens", "positions", "rows", "targets", "weights")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make this the stream that attention and adapted layers read, until the block ends."""
@@ -69,3 +74,13 @@ def active_stream() -> Stream:
             "(hidden, log_probabilities) or inside `with stream.active():`"
         )
     return stream
+
+
+def stream_of(sequences: list[Tensor], adapter: str | None = None) -> Stream:
+    """Sequences of token ids, end to end, all for one adapter; nothing is learned from it."""
+    bounds = [0]
+    for part in sequences:
+        bounds.append(bounds[-1] + len(part))
+    positions = torch.cat([torch.arange(len(part), device=part.device) for part in sequences])
+    segment = Segment(0, bounds[-1], adapter)
+    return Stream(torch.cat(sequences), positions, tuple(bounds), (segment,))

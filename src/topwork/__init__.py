@@ -1,0 +1,41 @@
+"""Topwork: one frozen base, many adapters, one pass.
+
+    import topwork
+
+    run = topwork.train("recipe.yaml")
+    scores = topwork.evaluate(run.folder)
+    print(topwork.answer(run.folder, "Where is my order 4711?"))
+
+Names are imported when they are first used, so that `import topwork` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "train": "topwork.run.train",
+    "evaluate": "topwork.run.evaluate",
+    "answer": "topwork.run.chat",
+    "merge": "topwork.run.merge",
+    "report": "topwork.run.report",
+    "Recipe": "topwork.recipe.recipe",
+    "load_recipe": "topwork.recipe.recipe",
+    "load_base": "topwork.models.base",
+    "Adapters": "topwork.adapters.graft",
+    "AdapterConfig": "topwork.adapters.config",
+    "ModelConfig": "topwork.models.config",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'topwork' has no attribute {name!r}; it has {', '.join(sorted(_WHERE))}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,151 @@
+"""Putting named adapters into a base and taking them out again: one walk over the model."""
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.adapters.targets import Target, find_saved, find_targets
+from topwork.common.errors import AdapterError
+
+
+class Adapters:
+    """The named adapters of one base. While a stream runs, its segments choose among them by name."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.configs: dict[str, AdapterConfig] = {}
+
+    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[Target]:
+        """Graft a fresh adapter, which changes nothing until it is trained. Returns where it went.
+
+        Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing.
+        """
+        if name in self.configs or not name or "." in name:
+            raise AdapterError(f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}")
+        modules = bare_modules(self.model)
+        targets = find_targets(modules, head_path(self.model), config)
+        saved = find_saved(modules, config.modules_to_save or [])
+        for target in targets:
+            self._graft_lora(name, target, config, seed)
+        for path in saved:
+            layer = self._wrapped(path, SavedModule)
+            layer.adapters[name] = copy.deepcopy(layer.base_layer).float().requires_grad_(True)
+        self.configs[name] = config
+        return targets
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; a layer without adapters is the base's own again."""
+        self._known(name)
+        for path, layer in list(adapted_layers(self.model).items()):
+            if name in layer.adapters:
+                del layer.adapters[name]
+            if not len(layer.adapters):
+                _replace(self.model, path, layer.base_layer)
+        del self.configs[name]
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's trainable tensors by PEFT's names without the `base_model.model.` in front, sorted."""
+        self._known(name)
+        found: dict[str, nn.Parameter] = {}
+        for path, layer in adapted_layers(self.model).items():
+            if name not in layer.adapters:
+                continue
+            weights = layer.adapters[name]
+            if isinstance(weights, LoraWeights):
+                found[f"{path}.lora_A.weight"] = weights.lora_A
+                found[f"{path}.lora_B.weight"] = weights.lora_B
+            else:
+                found |= {f"{path}.{key}": parameter for key, parameter in weights.named_parameters()}
+        return dict(sorted(found.items()))
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set an adapter's tensors. Raises AdapterError naming what is missing, unknown or of another shape."""
+        own = self.parameters(name)
+        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        wrong = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+        if missing or unknown or wrong:
+            told = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
+            told += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
+            told += [
+                f"{len(wrong)} of another shape (first {wrong[0]}: {tuple(tensors[wrong[0]].shape)} in the file, "
+                f"{tuple(own[wrong[0]].shape)} here)"
+            ] if wrong else []  # fmt: skip
+            raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(tensors[key])
+
+    def train(self, name: str, mode: bool = True) -> None:
+        """Dropout on or off in one adapter; the base itself always runs without."""
+        self._known(name)
+        for layer in adapted_layers(self.model).values():
+            if name in layer.adapters:
+                layer.adapters[name].train(mode)
+
+    def _graft_lora(self, name: str, target: Target, config: AdapterConfig, seed: int) -> None:
+        layer = self._wrapped(target.path, LoraLinear)
+        weight = layer.weight
+        inputs, outputs = _features(layer.base_layer)
+        scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+        weights = LoraWeights(inputs, outputs, target.r, scaling, config.lora_dropout)
+        weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
+        layer.adapters[name] = weights.to(weight.device)
+
+    def _wrapped(self, path: str, kind: type) -> nn.Module:
+        module = self.model.get_submodule(path)
+        if isinstance(module, (LoraLinear, SavedModule)):
+            if not isinstance(module, kind):
+                raise AdapterError(
+                    f"{path} is adapted by one adapter and saved whole by another; both in one base are not supported"
+                )
+            return module
+        layer = kind(module)
+        layer.train(False)
+        _replace(self.model, path, layer)
+        return layer
+
+    def _known(self, name: str) -> None:
+        if name not in self.configs:
+            raise AdapterError(f"no adapter {name!r} here; there are {sorted(self.configs) or 'none'}")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear | SavedModule]:
+    """Every adapted layer by its path in the base."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, (LoraLinear, SavedModule))}
+
+
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base's own modules by path, as if nothing were grafted: what targets are matched against."""
+    modules: dict[str, nn.Module] = {}
+    inside = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        adapted = isinstance(module, (LoraLinear, SavedModule))
+        inside = path + "." if adapted else None
+        if path:
+            modules[path] = module.base_layer if adapted else module  # type: ignore[assignment]
+    return modules
+
+
+def head_path(model: PreTrainedModel) -> str | None:
+    """The output head's path, adapted or not."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(in, out); transformers' Conv1D (gpt2) holds its weight transposed."""
+    rows, columns = layer.weight.shape  # type: ignore[union-attr]
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,140 @@
+"""Which modules an adapter goes into, decided exactly as PEFT decides it, and loud about misses."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from topwork.adapters.config import AdapterConfig
+from topwork.common.errors import AdapterError
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter: its path, its rank and its alpha."""
+
+    path: str
+    r: int
+    alpha: float
+
+
+def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[Target]:
+    """The modules (by path) that `config` names, in the model's order; `head` is the output head's path, which
+    all-linear leaves out.
+
+    Raises AdapterError where a name matches nothing, with the nearest names there are, and where a match is no linear
+    layer.
+    """
+    chosen = _named(modules, config.target_modules, head)
+    excluded = set(_matching(modules, config.exclude_modules)) if config.exclude_modules else set()
+    saved = config.modules_to_save or []
+    kept = [
+        path for path in chosen
+        if path not in excluded and not any(_ends(path, name) for name in saved) and _in_layers(path, config)
+    ]  # fmt: skip
+    if not kept:
+        raise AdapterError(
+            f"target_modules {config.target_modules!r} matched {len(chosen)} modules, and exclude_modules, "
+            "modules_to_save or layers_to_transform left none of them; loosen one of these."
+        )
+    wrong = [path for path in kept if not isinstance(modules[path], LINEAR)]
+    if wrong:
+        raise AdapterError(
+            f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
+            f"linear layers: {', '.join(linear_names(modules))}. Train it whole with modules_to_save instead."
+        )
+    _refuse_idle_patterns(kept, config)
+    return [Target(path, *_rank_and_alpha(path, config)) for path in kept]
+
+
+def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """Paths of the modules that `modules_to_save` names; AdapterError for a name that matches nothing."""
+    found = []
+    for name in names:
+        matches = [path for path in modules if _ends(path, name)]
+        if not matches:
+            raise AdapterError(f"modules_to_save names {name!r}, which matches no module{_near(name, modules)}")
+        found += matches
+    return found
+
+
+def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The distinct last names of the linear layers."""
+    return sorted({path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, LINEAR)})
+
+
+def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str | None) -> list[str]:
+    if names == "all-linear":
+        return [path for path, module in modules.items() if isinstance(module, LINEAR) and path != head]
+    found = _matching(modules, names)
+    if not found:
+        wanted = [names] if isinstance(names, str) else names
+        hints = "".join(_near(name, modules) for name in wanted[:1])
+        raise AdapterError(
+            f"target_modules {names!r} matches no module{hints}. Give all-linear, names such as "
+            f"{', '.join(linear_names(modules))}, "
+            "or a regular expression for whole paths."
+        )
+    if isinstance(names, list):
+        for name in names:
+            if not any(_ends(path, name) for path in modules):
+                raise AdapterError(f"target_modules names {name!r}, which matches no module{_near(name, modules)}")
+    return found
+
+
+def _matching(paths: Iterable[str], names: str | list[str]) -> list[str]:
+    """A string is a regular expression for the whole path; a list is of paths or path endings."""
+    if isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise AdapterError(f"{names!r} is no regular expression ({error}); for endings give a list") from error
+        return [path for path in paths if pattern.fullmatch(path)]
+    return [path for path in paths if any(_ends(path, name) for name in names)]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _in_layers(path: str, config: AdapterConfig) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    layers = [wanted] if isinstance(wanted, int) else wanted
+    patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        match = re.match(rf".*\.{pattern}\.(\d+)\.", path)
+        if match:
+            return int(match.group(1)) in layers
+    return False
+
+
+def _rank_and_alpha(path: str, config: AdapterConfig) -> tuple[int, float]:
+    rank = next((r for key, r in config.rank_pattern.items() if _pattern_matches(key, path)), config.r)
+    alpha = next((a for key, a in config.alpha_pattern.items() if _pattern_matches(key, path)), config.lora_alpha)
+    return rank, alpha
+
+
+def _pattern_matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _refuse_idle_patterns(paths: list[str], config: AdapterConfig) -> None:
+    """A pattern that matches nothing would be ignored silently, and the run would not be the one asked for."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(_pattern_matches(key, path) for path in paths):
+                raise AdapterError(f"{field} has {key!r}, which matches no target module{_near(key, paths)}")
+
+
+def _near(name: str, paths: Iterable[str]) -> str:
+    endings = {".".join(path.split(".")[-n:]) for path in paths for n in (1, 2)}
+    near = get_close_matches(name, sorted(endings), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

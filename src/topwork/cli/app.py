@@ -1,0 +1,223 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from topwork.common.errors import TopworkError
+
+app = typer.Typer(
+    name="topwork",
+    help="One frozen base, many adapters, one pass: LoRA fine-tuning of open LLMs, from a recipe to an adapter in use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one option of the recipe.")]
+Force = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than it was trained on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: the output_dir of `topwork train`.")]
+
+
+def main() -> None:
+    """The entry point: runs a command and turns Topwork's errors into one message and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except TopworkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command(epilog="Example: topwork train examples/support/recipe.yaml --set adapter.r=8")
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter."""
+    from topwork.recipe.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides or [])
+    from topwork.run.console import training_progress
+    from topwork.run.train import train as run
+    from topwork.training.progress import Silent
+
+    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), _told(as_json))
+    if as_json:
+        print(json.dumps(done.result))
+    if done.result["stopped"] == "interrupted":
+        told = f"interrupted after step {done.result['steps']}; the checkpoint is kept. Go on with:"
+        print(f"{told}\n  topwork train {recipe}{_repeated(overrides)} --resume", file=sys.stderr)
+        raise typer.Exit(1)
+    if not as_json:
+        _print_trained(done.folder, done.result)
+
+
+@app.command(name="eval", epilog="Example: topwork eval runs/support --data examples/support/test.jsonl")
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to score: a file, folder or Hub id.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Score only so many rows.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of RUN: any base …")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="… and any PEFT folder on top of it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, with --model.")] = 256,
+    only_after: Annotated[bool, typer.Option("--only-after", help="Leave the bare base out.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run: loss, exact answers, JSON fields, before and after."""
+    from topwork.common.errors import RequestError
+
+    if (run is None) == (model is None):
+        raise RequestError("give a run's folder, or --model with --data and perhaps --adapter")
+    if run is not None:
+        from topwork.run.evaluate import evaluate as score_run
+
+        result = score_run(run, data, max_rows, not only_after, force, _told(as_json))
+    else:
+        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_scores(result)
+
+
+@app.command(epilog='Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"')
+def chat(
+    run: Run,
+    prompt: Annotated[str | None, typer.Argument(help="Ask once and end; left out, a conversation begins.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Without and with the adapter, one after the other.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Decides the draw above temperature 0.")] = 0,
+    force: Force = False,
+) -> None:
+    """Ask a run, once or in a conversation."""
+    from topwork.models.generate import Sampling
+    from topwork.run.folder import open_run
+    from topwork.run.talk import ask_once, converse
+
+    opened = open_run(run, force=force, report=lambda text: print(text, file=sys.stderr))
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if prompt is None:
+        converse(opened, sampling, system, not base)
+    else:
+        ask_once(opened, prompt, sampling, system, not base, compare)
+
+
+@app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")
+def merge(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out, the recipe's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold the adapter into its base and write an ordinary Hugging Face folder."""
+    from topwork.run.merge import merge as fold
+
+    result = fold(run, out, dtype, overwrite, force, _told(as_json))
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"merged in {result['dtype']} and compared on {result['sequences']} inputs:")
+    for key, value in result.items():
+        if isinstance(value, float):
+            print(f"  {key.replace('_', ' '):32} {value:.3g}" if abs(value) < 1 else f"  {key.replace('_', ' '):32} {value:,.1f}")
+    print(f"written to {out}")
+
+
+@app.command(epilog="Example: topwork count llama-3-8b --rank 16")
+def count(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model's name, folder or config.json.")],
+    rank: Annotated[list[int] | None, typer.Option(help="Ranks of the table; may be given several times.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Table trainable, frozen and total parameters per target set and rank, from the configuration alone."""
+    from topwork.run.count import count as counted
+
+    result = counted(what, rank, overrides or [])
+    print(json.dumps(result.as_json()) if as_json else result.as_text())
+
+
+@app.command(epilog="Example: topwork report runs/support")
+def report(run: Run) -> None:
+    """Write a run's page: curves, scores, samples, counts, memory and speed."""
+    from topwork.run.report import report as write
+
+    paths = write(run)
+    print(f"{paths.html}\n{paths.curves_png}")
+
+
+def _told(as_json: bool) -> Any:
+    """Where lines for people go: to standard error where a program reads the output."""
+    return (lambda text: print(text, file=sys.stderr)) if as_json else print
+
+
+def _repeated(overrides: list[str] | None) -> str:
+    return "".join(f" --set {override}" for override in overrides or [])
+
+
+def _evaluate_model(
+    model: str, data: str | None, adapter: Path | None, max_rows: int | None, max_new_tokens: int, force: bool,
+    as_json: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from topwork.common.errors import RequestError
+    from topwork.data.config import DataConfig
+    from topwork.evaluation.config import EvaluationConfig
+    from topwork.models.config import ModelConfig
+    from topwork.run.evaluate import evaluate_model
+
+    if data is None:
+        raise RequestError("--model needs --data: rows with known answers")
+    config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
+    return evaluate_model(
+        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, report=_told(as_json)
+    )
+
+
+def _print_trained(folder: Path, result: dict[str, Any]) -> None:
+    before, after = result["eval_loss_before"], result["eval_loss_after"]
+    if before is not None:
+        print(f"validation loss {before:.4f} -> {after:.4f} (best at step {result['best_step']})")
+    print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
+    print(
+        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    )
+    print(f"adapter: {folder / 'adapter'}")
+    print(f"next: topwork eval {folder}   topwork chat {folder}   topwork report {folder}")
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    arms = [arm for arm in ("before", "after") if arm in result]
+    print(f"{result['rows']} rows, graded as {result['grader']}")
+    print(f"{'':24}" + "".join(f"{arm:>12}" for arm in arms))
+    for key in ("loss", "json_valid", "exact_match"):
+        if key in result[arms[0]]:
+            print(f"{key.replace('_', ' '):24}" + "".join(_figure(key, result[arm][key]) for arm in arms))
+    for key in result[arms[0]].get("fields", {}):
+        print(f"  {key:22}" + "".join(_figure(key, result[arm]["fields"].get(key, 0.0)) for arm in arms))
+
+
+def _figure(key: str, value: float) -> str:
+    return f"{value:12.4f}" if key == "loss" else f"{value:12.1%}"

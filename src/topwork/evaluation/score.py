@@ -1,0 +1,101 @@
+"""Scoring a model on rows with known answers: loss on the reference, and what it writes itself."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from topwork.common.errors import DataError
+from topwork.data.batches import collate, pack
+from topwork.data.conversations import Conversation
+from topwork.data.examples import Example
+from topwork.data.template import ChatTemplate, stop_ids
+from topwork.evaluation.grade import Grade, Grader, grade, summarise
+from topwork.models.base import Base
+from topwork.models.generate import Sampling, generate
+
+TOKENS_PER_PASS = 4096
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row as the model is asked it: the messages before the last answer, as tokens, and that answer."""
+
+    prompt: str
+    tokens: tuple[int, ...]
+    reference: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one arm (the base, or an adapter) made of the questions."""
+
+    summary: dict[str, Any]
+    answers: tuple[str, ...]
+    grades: tuple[Grade, ...]
+
+
+def questions_of(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Question]:
+    """The last assistant turn of each conversation as a question. Raises DataError where there is none to ask."""
+    asked = []
+    for row in conversations:
+        if row.kind != "chat" or len(row.messages) < 2 or row.messages[-1].role != "assistant":
+            continue
+        before = row.messages[:-1]
+        shown = "\n\n".join(message.content for message in before if message.role != "system")
+        ids = tuple(template.prompt_ids(before, row.tools))
+        asked.append(Question(shown, ids, row.messages[-1].content, row.source))
+    if not asked:
+        raise DataError("no row ends with an assistant's answer, so nothing can be asked and graded")
+    return asked
+
+
+def score(
+    base: Base,
+    adapter: str | None,
+    questions: Sequence[Question],
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    grader: Grader,
+    max_new_tokens: int,
+    batch_size: int,
+    on_finished: Callable[[int], None] | None = None,
+) -> Scores:
+    """Answer every question greedily and grade it; the loss is over the learned tokens of `examples`."""
+    start = time.perf_counter()
+    new = generate(
+        base,
+        [question.tokens for question in questions],
+        [adapter] * len(questions),
+        stop_ids(template),
+        Sampling(max_new_tokens=max_new_tokens),
+        batch_size,
+        on_finished,
+    )
+    seconds = time.perf_counter() - start
+    answers = tuple(base.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new)
+    grades = tuple(grade(answer, q.reference, grader) for answer, q in zip(answers, questions))
+    read = sum(len(question.tokens) for question in questions)
+    summary = {
+        **summarise(grades, grader),
+        "loss": mean_answer_loss(base, adapter, examples),
+        "tokens_per_second": round((read + sum(map(len, new))) / seconds, 1),
+        "answer_tokens": sum(map(len, new)),
+        "seconds": round(seconds, 2),
+    }
+    return Scores(summary, answers, grades)
+
+
+@torch.no_grad()
+def mean_answer_loss(base: Base, adapter: str | None, examples: Sequence[Example]) -> float:
+    """Nats per learned token."""
+    budget = max(TOKENS_PER_PASS, *(len(example.tokens) for example in examples))
+    total = count = 0.0
+    for indices in pack([len(example.tokens) for example in examples], budget):
+        stream = collate([examples[i] for i in indices], adapter).to(base.device)
+        total -= float((stream.weights * base.log_probabilities(stream)).sum())
+        count += float(stream.weights.sum())
+    return total / count

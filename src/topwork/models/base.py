@@ -1,0 +1,146 @@
+"""The frozen base: one loaded model, run over flat streams."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from topwork.common.errors import ModelError
+from topwork.models.attention import use_flat_attention
+from topwork.models.config import ModelConfig
+from topwork.models.fingerprint import fingerprint
+from topwork.models.probe import PROVEN, probe
+from topwork.models.source import Source, find_source
+from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities_through
+from topwork.ops.stream import Stream
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model whose own weights never change, with its tokenizer.
+
+    `name` is what people call it and what adapters record; `fingerprint` tells its weights from another's.
+    """
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    context_length: int
+    logit_rule: LogitRule
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.module.device
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head, adapted or not."""
+        return self.module.get_output_embeddings()
+
+    def hidden(self, stream: Stream) -> Tensor:
+        """Hidden states [T, d] after the last norm."""
+        with stream.active():
+            out = self.module.base_model(
+                input_ids=stream.tokens[None], position_ids=stream.positions[None], use_cache=False
+            )
+        return out.last_hidden_state[0]
+
+    def log_probabilities(self, stream: Stream, gradient: Tensor | None = None) -> Tensor:
+        """fp32 log-probabilities [N] of the stream's targets, with `gradient` as in `ops.logprobs`."""
+        rows = self.hidden(stream)[stream.rows]
+        if type(self.head) is nn.Linear:
+            return log_probabilities(rows, self.head.weight, stream.targets, self.head.bias, self.logit_rule, gradient)
+        vocabulary = self.module.config.get_text_config().vocab_size
+        parts = []
+        for part, at in _rows_by_segment(stream):
+            with part.active():
+                parts.append(log_probabilities_through(self.head, rows[at], part.targets, vocabulary, self.logit_rule))
+        return torch.cat(parts)
+
+    def logits(self, stream: Stream, rows: Tensor) -> Tensor:
+        """fp32 logits [n, V] of some rows [n] of the stream."""
+        return self.logits_of(stream, self.hidden(stream), rows)
+
+    def logits_of(self, stream: Stream, hidden: Tensor, rows: Tensor) -> Tensor:
+        """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
+        chosen = replace(stream, rows=rows, targets=rows)
+        parts = []
+        for part, at in _rows_by_segment(chosen):
+            with part.active():
+                parts.append(self.logit_rule(self.head(hidden[rows[at]])))
+        return torch.cat(parts)
+
+
+def _rows_by_segment(stream: Stream) -> list[tuple[Stream, slice]]:
+    """For each segment the part of `rows` in it (rows rise), as a stream of those rows alone for the head."""
+    ends = torch.searchsorted(stream.rows, torch.tensor([s.stop for s in stream.segments], device=stream.rows.device))
+    parts, start = [], 0
+    for segment, end in zip(stream.segments, ends.tolist()):
+        if end > start:
+            alone = replace(segment, start=0, stop=end - start)
+            parts.append((replace(stream, segments=(alone,), targets=stream.targets[start:end]), slice(start, end)))
+        start = end
+    return parts
+
+
+def load_base(config: ModelConfig, report: Callable[[str], None] = print) -> Base:
+    """Find, read and freeze the base that `config` names, set to flat streams; a family that is not proven is probed."""
+    source = find_source(config, report)
+    device = pick_device(config.device)
+    module = _read(source, config).to(device)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    return as_base(module, tokenizer, source.name, report)
+
+
+def as_base(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], None] = print
+) -> Base:
+    """Freeze a loaded Hugging Face causal model and set it to flat streams."""
+    module.requires_grad_(False).eval()
+    config = module.config.get_text_config()
+    base = Base(module, tokenizer, name, fingerprint(module), context_length(module.config), _logit_rule(config))
+    if config.model_type in PROVEN:
+        use_flat_attention(module)
+    else:
+        probe(base, use_flat_attention)
+        report(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
+    return base
+
+
+def _read(source: Source, config: ModelConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            revision=source.revision,
+            dtype=DTYPES[config.dtype],
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
+        ) from error
+
+
+def _logit_rule(config: object) -> LogitRule:
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device: {name!r} is not to be had here ({error}); try auto or cpu") from error
+    return device

@@ -1,0 +1,201 @@
+"""A recipe: everything a run is, in one strict and typed YAML file. Free of torch, so that it reads in a blink."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from topwork.adapters.config import AdapterConfig
+from topwork.common.errors import RecipeError, did_you_mean
+from topwork.common.options import Options
+from topwork.data.config import DataConfig
+from topwork.evaluation.config import EvaluationConfig
+from topwork.models.config import ModelConfig
+from topwork.training.config import TrainingConfig
+
+PEERS_NAMES = {
+    "lora_r": "adapter.r", "lora_rank": "adapter.r", "rank": "adapter.r", "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules", "base_model": "model.model_name_or_path",
+    "model_name": "model.model_name_or_path", "cutoff_len": "data.max_length", "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length", "num_epochs": "training.num_train_epochs", "epochs": "training.num_train_epochs",
+    "micro_batch_size": "training.batch_size (or training.tokens_per_pass)", "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type", "train_on_inputs": "data.train_on", "dataset": "data.train",
+    "packing": "nothing: a batch never has padding here", "output": "output_dir", "out_dir": "output_dir",
+    "gradient_checkpointing": "nothing yet: activations are not padded and fit without",
+    "resume_from_checkpoint": "the command line's --resume",
+}  # fmt: skip
+"""Where other tools' names live here; told to whoever uses one."""
+
+
+class Recipe(Options):
+    """The sections of a recipe. Only the model and the training data have no default."""
+
+    model: ModelConfig
+    """The frozen base."""
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)  # type: ignore[arg-type]
+    """What is trained."""
+    data: DataConfig
+    """What it is trained on."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)  # type: ignore[arg-type]
+    """How it is trained."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # type: ignore[arg-type]
+    """How it is measured."""
+    output_dir: str = "runs/run"
+    """The run's folder."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides. Data files named in it are looked for beside the recipe first.
+
+    Raises RecipeError naming the file, the key, what was expected and the nearest key that exists.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file") from error
+    values = parse_yaml(text, str(path))
+    for override in overrides:
+        _apply(values, override)
+    return make_recipe(values, str(path), path.parent)
+
+
+def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | None = None) -> Recipe:
+    """A Recipe from plain values."""
+    values = _translated(values)
+    if folder is not None:
+        values = _beside(values, folder)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join([f"{source}:", *(f"  {line}" for line in _explain(error, values))])) from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every option written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """A YAML mapping; a key given twice is an error, not the last one's win."""
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source} holds {type(values).__name__}, expected sections such as model:, data:, training:")
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: expected a.b=value, for example training.learning_rate=1e-4")
+    at: Any = values
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        at = at.setdefault(parent, {})
+        if not isinstance(at, dict):
+            raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        at[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """`per_device_train_batch_size` and `gradient_accumulation_steps` are the names people know for one number here."""
+    training = values.get("training")
+    if not isinstance(training, dict):
+        return values
+    training = dict(training)
+    per_device = training.pop("per_device_train_batch_size", None)
+    accumulation = training.pop("gradient_accumulation_steps", None)
+    if per_device is None and accumulation is None:
+        return values
+    if "batch_size" in training:
+        raise RecipeError(
+            "training.batch_size is the sequences of an optimizer step; give it, or per_device_train_batch_size and "
+            "gradient_accumulation_steps, not both"
+        )
+    try:
+        training["batch_size"] = int(per_device or 1) * int(accumulation or 1)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"per_device_train_batch_size and gradient_accumulation_steps are counts: {error}") from error
+    return {**values, "training": training}
+
+
+def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths that exist beside the recipe are taken from there, all others from the working directory."""
+
+    def found(section: str, names: tuple[str, ...]) -> None:
+        options = values.get(section)
+        for name in names if isinstance(options, dict) else ():
+            value = options.get(name)
+            if isinstance(value, str) and (folder / value).exists():
+                options[name] = str(folder / value)
+
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    found("data", ("train", "eval", "chat_template"))
+    found("evaluation", ("data",))
+    found("model", ("model_name_or_path",))
+    return values
+
+
+def _explain(error: ValidationError, values: dict[str, Any]) -> list[str]:
+    return [_explained(entry) for entry in error.errors()]
+
+
+def _explained(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"])
+    *parents, last = (str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{_hint(parents, last)}"
+    if entry["type"] == "missing":
+        return f"{where!r} is needed and missing"
+    given = entry.get("input")
+    return f"{where!r}: {entry['msg'].lower()}, given {given!r}"
+
+
+def _hint(parents: list[str], key: str) -> str:
+    known = options_at(parents)
+    near = did_you_mean(key, known, limit=1)
+    if near:
+        return near
+    elsewhere = [path for path in all_keys() if path.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"; it belongs at {elsewhere[0]!r}"
+    if key in PEERS_NAMES:
+        return f"; here it is {PEERS_NAMES[key]}"
+    near = did_you_mean(key, {path.rpartition(".")[2]: path for path in all_keys()}, limit=1)
+    return near or f"; known here: {', '.join(sorted(known))}"
+
+
+def options_at(path: Sequence[str]) -> dict[str, Any]:
+    """The fields of the section at `path`."""
+    model: type[BaseModel] = Recipe
+    for name in path:
+        inner = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return {}
+        model = inner
+    return dict(model.model_fields)
+
+
+def all_keys() -> list[str]:
+    """Every key of a recipe as a dotted path."""
+    keys = []
+    for name in Recipe.model_fields:
+        inner = options_at([name])
+        keys += [f"{name}.{key}" for key in inner] if inner else [name]
+    return keys

@@ -1,0 +1,124 @@
+"""`topwork eval`: loss, exact answers and samples, before (the bare base) and after (with the adapter)."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.common.files import write_json
+from topwork.data.config import DataConfig
+from topwork.data.conversations import Conversation
+from topwork.data.examples import Example, load_data
+from topwork.data.template import ChatTemplate
+from topwork.evaluation.config import EvaluationConfig
+from topwork.evaluation.grade import pick_grader
+from topwork.evaluation.score import Question, Scores, questions_of, score
+from topwork.models.base import Base, load_base
+from topwork.models.config import ModelConfig
+from topwork.run.console import Counter
+from topwork.run.folder import ADAPTER_NAME, open_run
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is asked: questions, and the same rows as examples for the loss."""
+
+    questions: list[Question]
+    examples: list[Example]
+
+
+def evaluate(
+    run: Path | str,
+    data: str | None = None,
+    max_rows: int | None = None,
+    before: bool = True,
+    force: bool = False,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score a run's adapter beside its base, and write RUN/evaluation.json."""
+    opened = open_run(Path(run), force=force, report=report)
+    recipe = opened.recipe
+    config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
+    rows = _rows(recipe.data, data or config.data, opened.base, opened.template, recipe.training.seed, config, report)
+    arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
+    result = _score_arms(opened.base, arms, rows, opened.template, config)
+    write_json(opened.folder / EVALUATION, result)
+    return result
+
+
+def evaluate_model(
+    model: ModelConfig,
+    data: DataConfig,
+    config: EvaluationConfig,
+    adapter: Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score any base on any rows, and any PEFT folder on top of it; writes nothing."""
+    base = load_base(model, report)
+    template = ChatTemplate(base.tokenizer, data.chat_template, data.fold_system)
+    arms: dict[str, str | None] = {"before": None}
+    if adapter is not None:
+        saved = read_adapter(adapter)
+        warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
+        if warning:
+            report(f"warning: {warning}")
+        arms["after"] = ADAPTER_NAME
+    rows = _rows(data, config.data, base, template, seed, config, report)
+    return _score_arms(base, arms, rows, template, config)
+
+
+def _rows(
+    data: DataConfig, named: str | None, base: Base, template: ChatTemplate, seed: int, config: EvaluationConfig,
+    report: Callable[[str], None],
+) -> Rows:  # fmt: skip
+    """The rows to ask: the ones named, or those that training held out."""
+    if named is None:
+        loaded = load_data(data, base.tokenizer, base.context_length, seed, lambda _: None)
+        conversations, examples = list(loaded.eval_conversations), list(loaded.eval)
+    else:
+        alone = data.model_copy(update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None})
+        loaded = load_data(alone, base.tokenizer, base.context_length, seed, report)
+        conversations, examples = list(loaded.train_conversations), list(loaded.train)
+    chosen = _drawn(conversations, config.max_rows, seed)
+    sources = {row.source for row in chosen}
+    return Rows(questions_of(chosen, template), [example for example in examples if example.source in sources])
+
+
+def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> list[Conversation]:
+    if count is None or count >= len(conversations):
+        return conversations
+    chosen = sorted(random.Random(seed).sample(range(len(conversations)), count))
+    return [conversations[i] for i in chosen]
+
+
+def _score_arms(
+    base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig
+) -> dict[str, Any]:
+    references = [question.reference for question in rows.questions]
+    grader = pick_grader(references) if config.grader == "auto" else config.grader
+    scores: dict[str, Scores] = {}
+    for arm, adapter in arms.items():
+        with Counter(f"answers {arm}", len(rows.questions)) as counter:
+            scores[arm] = score(
+                base, adapter, rows.questions, rows.examples, template, grader, config.max_new_tokens,
+                config.batch_size, counter,
+            )  # fmt: skip
+    result: dict[str, Any] = {"rows": len(rows.questions), "grader": grader}
+    result |= {arm: scored.summary for arm, scored in scores.items()}
+    result["samples"] = [_sample(rows.questions[i], i, scores) for i in range(min(config.samples, len(references)))]
+    return result
+
+
+def _sample(question: Question, index: int, scores: dict[str, Scores]) -> dict[str, Any]:
+    sample: dict[str, Any] = {"prompt": question.prompt, "reference": question.reference, "source": question.source}
+    for arm, scored in scores.items():
+        sample[arm] = scored.answers[index]
+        sample[f"correct_{arm}"] = scored.grades[index].exact
+    return sample

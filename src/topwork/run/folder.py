@@ -1,0 +1,78 @@
+"""A run's folder: what stands where, and how a finished run is opened again.
+
+    RUN/recipe.yaml          the recipe, every option written out
+    RUN/metrics.jsonl        a record per step, validation and note
+    RUN/checkpoints/         the last k, and the best
+    RUN/adapter/             the result: a PEFT folder
+    RUN/result.json          figures of the run
+    RUN/provenance.json      hashes of base, data, template and recipe; versions; seed
+    RUN/chat_template.jinja  the template it was trained with
+    RUN/evaluation.json      written by `topwork eval`
+    RUN/report/              written by `topwork report`
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.common.errors import RequestError
+from topwork.data.template import ChatTemplate
+from topwork.models.base import Base, load_base
+from topwork.models.config import ModelConfig
+from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
+
+ADAPTER_NAME = "default"
+RECIPE, RESULT, PROVENANCE, TEMPLATE, ADAPTER = (
+    "recipe.yaml", "result.json", "provenance.json", "chat_template.jinja", "adapter"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A finished run, ready to be asked."""
+
+    folder: Path
+    recipe: Recipe
+    base: Base
+    adapters: Adapters
+    template: ChatTemplate
+    result: dict[str, Any]
+
+    @property
+    def system(self) -> str | None:
+        """The system message that all training rows shared, if they did."""
+        return self.result.get("system")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe a run was made with."""
+    path = folder / RECIPE
+    if not path.is_file():
+        raise RequestError(f"{folder} is not a run's folder (no {RECIPE}); give the output_dir of a `topwork train`")
+    return make_recipe(parse_yaml(path.read_text("utf-8"), str(path)), str(path))
+
+
+def open_run(folder: Path, dtype: str | None = None, force: bool = False, report: Callable[[str], None] = print) -> OpenRun:
+    """Load a run's base and graft its adapter. Raises RequestError where the run has no adapter yet."""
+    recipe = read_recipe(folder)
+    if not (folder / ADAPTER).is_dir():
+        raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
+    model = recipe.model if dtype is None else ModelConfig(**{**recipe.model.model_dump(), "dtype": dtype})
+    base = load_base(model, report)
+    adapters = Adapters(base.module)
+    saved = read_adapter(folder / ADAPTER)
+    warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
+    if warning:
+        report(f"warning: {warning}")
+    stored = folder / TEMPLATE
+    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
+    return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no file."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}

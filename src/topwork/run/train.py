@@ -1,0 +1,240 @@
+"""`topwork train`: where all parts meet."""
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import topwork
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
+from topwork.common.devices import free_memory_bytes, hardware, peak_memory_bytes
+from topwork.common.errors import RequestError
+from topwork.common.files import sha256_bytes, sha256_file, write_folder, write_json, write_text
+from topwork.data.examples import Data, load_data
+from topwork.models.base import Base, load_base
+from topwork.plan.count import ParameterCount, count_adapter
+from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
+from topwork.run.folder import ADAPTER, ADAPTER_NAME, PROVENANCE, RECIPE, RESULT, TEMPLATE, read_recipe
+from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
+from topwork.training.checkpoint import newest_whole_checkpoint
+from topwork.training.loop import CHECKPOINTS, Loop, Outcome
+from topwork.training.metrics import METRICS, MetricsLog, open_sinks
+from topwork.training.objective import OBJECTIVES
+from topwork.training.passes import choose_tokens_per_pass
+from topwork.training.progress import Progress, Silent
+
+FREE_TO_CHANGE = {
+    "output_dir", "training.tokens_per_pass", "training.report_to", "training.logging_steps",
+    "training.save_total_limit", "training.save_steps", "model.device",
+}  # fmt: skip
+"""What may differ when a run is resumed; anything else would make it another run. A section's name stands for all."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's folder and its figures, as in result.json."""
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def train(
+    recipe: Recipe | Path | str,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[str], None] = print,
+) -> TrainedRun:
+    """Train the adapter that a recipe describes; the result is in `output_dir`.
+
+    `resume` goes on from the newest whole checkpoint, or starts where there is none. Raises RequestError where
+    something is wrong with the request (nothing is written then), RunError where the run fails.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
+    folder = Path(recipe.output_dir)
+    _check_folder(folder, recipe, resume, overwrite)
+    sinks_config = recipe.model_dump(mode="json")
+    base = load_base(recipe.model, report)
+    data = load_data(recipe.data, base.tokenizer, base.context_length, recipe.training.seed, report)
+    adapters = Adapters(base.module)
+    adapters.add(ADAPTER_NAME, recipe.adapter, recipe.training.seed)
+    counted = count_adapter(base.module, recipe.adapter)
+    report(f"{base.name}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
+    tokens_per_pass = _tokens_per_pass(recipe, base, data, folder if resume else None)
+
+    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, report) if resume else None
+    _prepare_folder(folder, recipe, base, data, tokens_per_pass, overwrite)
+    at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+    with MetricsLog(folder, at, open_sinks(recipe.training.report_to, folder, sinks_config, at), report) as metrics:
+        loop = Loop(
+            base, adapters, ADAPTER_NAME, OBJECTIVES[recipe.training.objective](), recipe.training, data.train,
+            data.eval, tokens_per_pass, folder, metrics, progress or Silent(),
+        )  # fmt: skip
+        state = loop.resume(checkpoint) if checkpoint else None
+        if checkpoint:
+            report(f"going on from {checkpoint}")
+        outcome = loop.run(state)
+    if outcome.stopped != "interrupted":
+        _keep_best(recipe, folder, adapters, base, outcome)
+    result = _result(recipe, folder, base, data, counted, outcome)
+    write_json(folder / RESULT, result)
+    return TrainedRun(folder, result)
+
+
+def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    if not (folder / RECIPE).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise RequestError(f"output_dir {folder} holds other files; give an empty or a new folder")
+        return
+    if resume:
+        before, now = (_flat(r.model_dump(mode="json")) for r in (read_recipe(folder), recipe))
+        changed = [
+            key for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE and not key.startswith("evaluation.")
+        ]  # fmt: skip
+        if changed:
+            told = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed[:5])
+            raise RequestError(f"{folder} was begun with another recipe ({told}). Resume with the same, or start anew")
+    elif not overwrite:
+        raise RequestError(
+            f"output_dir {folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "
+            "another output_dir"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by dotted name; a section's own maps and lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and not prefix:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _tokens_per_pass(recipe: Recipe, base: Base, data: Data, resumed: Path | None) -> int:
+    """As asked, as the run began with, or from free memory."""
+    asked = recipe.training.tokens_per_pass
+    if asked is None and resumed is not None and (resumed / PROVENANCE).exists():
+        asked = json.loads((resumed / PROVENANCE).read_text("utf-8"))["tokens_per_pass"]
+    longest = max(len(example.tokens) for example in (*data.train, *data.eval))
+    return choose_tokens_per_pass(
+        asked, longest, base.module.config, base.device, free_memory_bytes(base.device)
+    )
+
+
+def _prepare_folder(
+    folder: Path, recipe: Recipe, base: Base, data: Data, tokens_per_pass: int, overwrite: bool
+) -> None:
+    import shutil
+
+    if overwrite:
+        for stale in (CHECKPOINTS, ADAPTER, "report"):
+            shutil.rmtree(folder / stale, ignore_errors=True)
+        for stale in (METRICS, RESULT, "evaluation.json", PROVENANCE):
+            (folder / stale).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = recipe_yaml(recipe)
+    write_text(folder / RECIPE, text)
+    if data.template.jinja:
+        write_text(folder / TEMPLATE, data.template.jinja)
+    write_json(
+        folder / PROVENANCE,
+        {
+            "base": {"id": base.name, "fingerprint": base.fingerprint},
+            "data": {name: _file_hash(path) for name, path in (("train", recipe.data.train), ("eval", recipe.data.eval))},
+            "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
+            "recipe_sha256": sha256_bytes(text.encode()),
+            "seed": recipe.training.seed,
+            "tokens_per_pass": tokens_per_pass,
+            "hardware": hardware(base.device),
+            "versions": _versions(),
+        },
+    )
+
+
+def _file_hash(name: str | None) -> dict[str, str] | None:
+    if name is None:
+        return None
+    path = Path(name)
+    return {"name": name, "sha256": sha256_file(path)} if path.is_file() else {"name": name}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "topwork": topwork.__version__}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _keep_best(recipe: Recipe, folder: Path, adapters: Adapters, base: Base, outcome: Outcome) -> None:
+    """The run's adapter: the best validation's where asked for, else the last step's."""
+    best = outcome.state.best_step
+    if recipe.training.load_best_model_at_end and best is not None and best not in (0, outcome.state.step):
+        saved = folder / CHECKPOINTS / f"step-{best:06d}" / CHECKPOINT_ADAPTER
+        adapters.load(ADAPTER_NAME, read_adapter(saved).tensors)
+    write_folder(
+        folder / ADAPTER,
+        lambda path: write_adapter(path, adapters, ADAPTER_NAME, BaseId(base.name, base.fingerprint)),
+        replace=True,
+    )
+
+
+def _result(
+    recipe: Recipe, folder: Path, base: Base, data: Data, counted: ParameterCount, outcome: Outcome
+) -> dict[str, Any]:
+    records = [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    seconds = sum(record["seconds"] for record in trained)
+    tokens = sum(record["tokens"] for record in trained)
+    history = outcome.state.history
+    return {
+        "stopped": outcome.stopped,
+        "steps": outcome.state.step,
+        "planned_steps": outcome.steps,
+        "seconds": round(seconds, 2),
+        "tokens": outcome.state.tokens_seen,
+        "learned_tokens": sum(record["learned_tokens"] for record in trained),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(base.device),
+        "first_loss": trained[0]["loss"] if trained else None,
+        "last_loss": trained[-1]["loss"] if trained else None,
+        "eval_loss_before": history[0].eval_loss if history else None,
+        "eval_loss_after": outcome.state.best_loss if recipe.training.load_best_model_at_end else _last(history),
+        "best_step": outcome.state.best_step,
+        "best_eval_loss": outcome.state.best_loss,
+        "parameters": {
+            "trainable": counted.trainable,
+            "frozen": counted.frozen,
+            "total": counted.total,
+            "share": counted.share,
+            "by_module": [
+                {"name": part.name, "modules": part.modules, "trainable": part.trainable} for part in counted.by_module
+            ],
+        },
+        "data": dict(enumerate(data.summary.lines())),
+        "system": _common_system(data),
+        "warnings": [record["text"] for record in records if record["kind"] == "note"],
+    }
+
+
+def _last(history: Sequence[Any]) -> float | None:
+    return history[-1].eval_loss if history else None
+
+
+def _common_system(data: Data) -> str | None:
+    """The system message that every row has, so that a chat can begin as training did."""
+    systems = {
+        row.messages[0].content if row.messages and row.messages[0].role == "system" else None
+        for row in data.train_conversations
+    }
+    return systems.pop() if len(systems) == 1 else None

@@ -1,0 +1,36 @@
+"""What a run tells the person who waits for it."""
+
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Receives a run's figures as they come; metrics.jsonl has the same records."""
+
+    def started(self, step: int, steps: int) -> None:
+        """Training begins (or goes on) at `step` of `steps`."""
+
+    def stepped(self, step: int, record: dict[str, Any]) -> None:
+        """An optimizer step is done."""
+
+    def validated(self, step: int, record: dict[str, Any]) -> None:
+        """A validation is done."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def finished(self) -> None:
+        """No more will come."""
+
+
+class Silent:
+    """Tells nothing."""
+
+    def started(self, step: int, steps: int) -> None: ...
+
+    def stepped(self, step: int, record: dict[str, Any]) -> None: ...
+
+    def validated(self, step: int, record: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def finished(self) -> None: ...
