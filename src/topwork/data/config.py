@@ -18,7 +18,7 @@ class DataConfig(Options):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """How a row is read. `auto` recognises it from the first rows and prints what it recognised."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """What the file calls the fields of `format`, as field: column; for example {prompt: text, completion: category}."""
+    """What the file calls the fields of `format`, as field: column; say {prompt: text, completion: category}."""
     system: str | None = None
     """A system message put before every conversation that has none."""
     fold_system: bool = False
@@ -30,7 +30,7 @@ class DataConfig(Options):
     max_length: int = Field(1024, ge=2)
     """The longest sequence in tokens; the model's context bounds it too."""
     too_long: Literal["refuse", "truncate", "drop", "split"] = "refuse"
-    """What happens to longer sequences; they are counted in every case. `split` (plain text only) cuts them in pieces."""
+    """What happens to longer sequences; they are counted in every case. `split` (plain text only) cuts them up."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """What happens to rows that cannot be used (no answer, empty text, wrong type); they are counted and named."""
     max_rows: int | None = Field(None, ge=1)

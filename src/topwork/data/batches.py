@@ -1,0 +1,96 @@
+"""Which rows a step sees, how they are packed into passes, and the flat stream of a pass."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topwork.common.errors import DataError
+from topwork.data.examples import Example
+from topwork.ops.stream import Segment, Stream
+
+Group = tuple[str | None, Sequence[Example]]
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch sees the rows; decided by seed and epoch alone, so a resumed run finds it again."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Optimizer steps per epoch; the last one may be short."""
+    return -(-count // batch_size)
+
+
+def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The rows of optimizer step `step`, counted from 0 across epochs."""
+    epoch, within = divmod(step, steps_per_epoch(count, batch_size))
+    return [int(row) for row in order(count, seed, epoch)[within * batch_size : (within + 1) * batch_size]]
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Sequences put into passes of at most `budget` tokens each: best fit, the longest first.
+
+    Returns the indices of each pass; every index stands in one of them. The same lengths give the same passes. Raises
+    DataError for a sequence longer than the budget.
+    """
+    passes: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pass), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        if length > budget:
+            raise DataError(
+                f"a sequence of {length:,} tokens does not fit into a pass of training.tokens_per_pass = {budget:,}; "
+                f"set tokens_per_pass to at least {length}, or a smaller data.max_length"
+            )
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        else:
+            left, number = budget, len(passes)
+            passes.append([])
+        passes[number].append(index)
+        insort(room, (left - length, number))
+    return [sorted(indices) for indices in passes]
+
+
+def collate(examples: Sequence[Example], adapter: str | None = "default") -> Stream:
+    """One pass whose tokens all belong to one adapter."""
+    return collate_segments([(adapter, examples)])
+
+
+def collate_segments(groups: Sequence[Group]) -> Stream:
+    """One pass: each group's examples are a segment of its adapter (None: the bare base). On the CPU."""
+    examples = [example for _, group in groups for example in group]
+    if not examples:
+        raise ValueError("a pass needs at least one example")
+    lengths = [len(example.tokens) for example in examples]
+    weights = np.concatenate([example.weights for example in examples])
+    tokens = _int64(np.concatenate([example.tokens for example in examples]))
+    learned = np.flatnonzero(weights)
+    return Stream(
+        tokens=tokens,
+        positions=_int64(np.concatenate([np.arange(length) for length in lengths])),
+        bounds=(0, *(int(bound) for bound in np.cumsum(lengths))),
+        segments=_segments(groups),
+        rows=_int64(learned - 1),
+        targets=tokens[torch.from_numpy(learned)],
+        weights=torch.from_numpy(weights[learned].astype(np.float32)),
+    )
+
+
+def _segments(groups: Sequence[Group]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    start = 0
+    for adapter, group in groups:
+        stop = start + sum(len(example.tokens) for example in group)
+        if stop > start:
+            segments.append(Segment(start, stop, adapter))
+        start = stop
+    return tuple(segments)
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,62 @@
+"""A small tokenizer of any family: trained on a few lines, with the family's special tokens, and its chat template."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+# family: (BOS, EOS, the other special tokens)
+FAMILIES: dict[str, tuple[str | None, str | None, tuple[str, ...]]] = {
+    "smollm2": ("<|im_start|>", "<|im_end|>", ("<|endoftext|>",)),
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")),
+    "qwen2_5": (None, "<|im_end|>", ("<|im_start|>", "<|endoftext|>")),
+    "qwen3": (None, "<|im_end|>", ("<|im_start|>", "<|endoftext|>")),
+    "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
+    "gemma3": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
+    "mistral": ("<s>", "</s>", ()),
+    "mistral_v3": ("<s>", "</s>", ("[INST]", "[/INST]")),
+    "phi3": ("<s>", "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "phi4": ("<|endoftext|>", "<|im_end|>", ("<|im_start|>", "<|im_sep|>")),
+    "no_end": ("<s>", "</s>", ()),
+}
+
+
+@cache
+def _trained(special: tuple[str, ...], adds_bos: str | None, words: bool) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = [
+        "user\nHi there\n\nassistant\nHello!\n\nHello! See you soon.\n",
+        "model\n\nYes. No. Be brief. Hi there [/INST]",
+    ]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        lines * 4,
+        trainers.BpeTrainer(
+            vocab_size=360, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+        ),
+    )
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{adds_bos} $A", special_tokens=[(adds_bos, tokenizer.token_to_id(adds_bos))]
+        )
+    return tokenizer
+
+
+def build_tokenizer(
+    family: str, template: str | None = None, adds_bos: bool = False, words: bool = True, **named: Any
+) -> Any:
+    """Without `words`, letters merge with the white space around them: the hard case at boundaries."""
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos, other = FAMILIES[family]
+    special = tuple(token for token in (bos, eos, *other) if token)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(special, bos if adds_bos else None, words),
+        chat_template=template if template is not None else (TEMPLATES / f"{family}.jinja").read_text("utf-8"),
+        **{"bos_token": bos, "eos_token": eos, "pad_token": eos, **named},
+    )
