@@ -1,0 +1,42 @@
+"""What all tests share: one thread, one seed, the models that may be absent, small random bases."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums come out in the same order wherever the tests run, and workers do not fight for cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """A real 260 thousand parameter llama, too large for the repository."""
+    if not STORIES.is_dir():
+        pytest.skip("shared/models/stories260k stands beside a development checkout, and not beside this one")
+    return STORIES
+
+
+@pytest.fixture
+def tiny_base() -> Callable[..., object]:
+    """tiny_base(family, dtype=..., **config values) -> a random frozen Base of that family on flat streams."""
+    from reference.families import tiny_base
+
+    return tiny_base

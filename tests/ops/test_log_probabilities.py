@@ -1,0 +1,153 @@
+"""The log-probability op against log_softmax over the whole logit matrix, in float64."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from reference.logprobs import log_probabilities_whole
+from reference.measure import relative
+from torch import Tensor
+
+from topwork.ops import logprobs
+from topwork.ops.logprobs import LogitRule, chunk_rows, log_probabilities, log_probabilities_through
+
+ROWS, WIDTH, VOCABULARY = 37, 12, 50
+RULES = {
+    "plain": LogitRule(),
+    "scale": LogitRule(scale=0.3),
+    "softcap": LogitRule(softcap=2.0),
+    "scale and softcap": LogitRule(scale=0.3, softcap=2.0),
+}
+
+
+@pytest.fixture(params=[1 << 25, 1], ids=["one chunk", "several chunks"])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", request.param)
+
+
+def inputs(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """hidden, weight, targets, bias, and the weights of the sum that is the loss (some of them zero)."""
+    hidden, weight = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(VOCABULARY, WIDTH).to(dtype)
+    learned = -torch.rand(ROWS)
+    learned[::5] = 0
+    shift = torch.randn(VOCABULARY).to(dtype) if bias else None
+    return hidden, weight, torch.randint(0, VOCABULARY, (ROWS,)), shift, learned
+
+
+def test_small_chunks_are_several() -> None:
+    assert chunk_rows(1 << 20, torch.device("cpu")) == 16
+    assert chunk_rows(VOCABULARY, torch.device("cpu")) > ROWS > 16
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", RULES)
+def test_values_and_gradients(name: str, bias: bool, announced: bool) -> None:
+    hidden, weight, targets, shift, learned = inputs(bias)
+    hidden.requires_grad_()
+    truth_hidden = hidden.detach().double().requires_grad_()
+    found = log_probabilities(hidden, weight, targets, shift, RULES[name], learned if announced else None)
+    truth = log_probabilities_whole(truth_hidden, weight, targets, shift, **asdict(RULES[name]))
+    assert found.dtype == torch.float32
+    assert relative(found, truth) < 1e-6
+    (found * learned * 3).sum().backward()  # a factor common to all is allowed
+    (truth * learned * 3).sum().backward()
+    assert relative(hidden.grad, truth_hidden.grad) < 2e-6
+    assert weight.grad is None
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_head_that_is_trained_gets_its_gradient(name: str, announced: bool, trained: str) -> None:
+    hidden, weight, targets, shift, learned = inputs(bias=True)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained in ("weight", "both"))
+    shift.requires_grad_(trained in ("bias", "both"))
+    mine = [x for x in (hidden, weight, shift) if x.requires_grad]
+    found = log_probabilities(hidden, weight, targets, shift, RULES[name], learned if announced else None)
+    truth = log_probabilities_whole(hidden, weight, targets, shift, **asdict(RULES[name]))
+    ours = torch.autograd.grad((found * learned).sum(), mine)
+    theirs = torch.autograd.grad((truth * learned).sum(), mine)
+    for left, right in zip(ours, theirs, strict=True):
+        assert relative(left, right) < 2e-6
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_a_gradient_that_depends_on_the_result() -> None:
+    """Not announced: any function of the log-probabilities goes, here one that squares them."""
+    hidden, weight, targets, _, _ = inputs(bias=False)
+    hidden.requires_grad_()
+    truth_hidden = hidden.detach().double().requires_grad_()
+    log_probabilities(hidden, weight, targets).square().sum().backward()
+    log_probabilities_whole(truth_hidden, weight, targets).square().sum().backward()
+    assert relative(hidden.grad, truth_hidden.grad) < 2e-6
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_through_any_head() -> None:
+    hidden, weight, targets, _, learned = inputs(bias=False)
+    inner = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, VOCABULARY))
+    hidden.requires_grad_()
+    wanted = [hidden, *inner.parameters()]
+    found = log_probabilities_through(inner, hidden, targets, VOCABULARY)
+    truth = torch.log_softmax(inner(hidden), -1)[torch.arange(ROWS), targets]
+    assert relative(found, truth) < 1e-6
+    ours, theirs = (torch.autograd.grad((x * learned).sum(), wanted) for x in (found, truth))
+    for left, right in zip(ours, theirs, strict=True):
+        assert relative(left, right) < 2e-6
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
+def test_no_rows(announced: bool) -> None:
+    """A pass in which nothing is learned costs nothing and breaks nothing."""
+    hidden, weight = torch.empty(0, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH)
+    nothing = torch.empty(0)
+    found = log_probabilities(
+        hidden, weight, torch.empty(0, dtype=torch.int64), gradient=nothing if announced else None
+    )
+    assert found.shape == (0,)
+    assert found.dtype == torch.float32
+    (found * nothing).sum().backward()
+    assert hidden.grad.shape == (0, WIDTH)
+
+
+def test_rows_that_all_weigh_nothing() -> None:
+    hidden, weight, targets, _, _ = inputs(bias=False)
+    hidden.requires_grad_()
+    zero = torch.zeros(ROWS)
+    (log_probabilities(hidden, weight, targets, gradient=zero) * zero).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(ROWS, WIDTH))
+
+
+def test_another_gradient_than_announced_raises() -> None:
+    hidden, weight, targets, _, learned = inputs(bias=False)
+    hidden.requires_grad_()
+    found = log_probabilities(hidden, weight, targets, gradient=learned)
+    with pytest.raises(RuntimeError, match="not the plain sum that it announced"):
+        (found * learned).square().sum().backward()
+    found = log_probabilities(hidden, weight, targets, gradient=torch.zeros(ROWS))
+    with pytest.raises(RuntimeError, match="not the plain sum that it announced"):
+        (found * learned).sum().backward()
+
+
+def test_bfloat16_within_its_rounding() -> None:
+    """The logits are rounded to bf16 by the head's product, the softmax is fp32."""
+    hidden, weight, targets, _, learned = inputs(bias=False, dtype=torch.bfloat16)
+    hidden.requires_grad_()
+    truth_hidden = hidden.detach().double().requires_grad_()
+    found = log_probabilities(hidden, weight, targets, gradient=learned)
+    truth = log_probabilities_whole(truth_hidden, weight, targets)
+    assert relative(found, truth) < 6e-3
+    (found * learned).sum().backward()
+    (truth * learned).sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert relative(hidden.grad, truth_hidden.grad) < 1e-2
+
+
+def test_lengths_that_differ_are_refused() -> None:
+    hidden, weight, targets, _, _ = inputs(bias=False)
+    with pytest.raises(ValueError, match="37 hidden states for 36 targets"):
+        log_probabilities(hidden, weight, targets[1:])

@@ -1,0 +1,174 @@
+"""Tiny random models of a family, and the measure of how far its flat stream is from each sequence alone.
+
+The other side is transformers' own forward pass (`eager` attention) of the very same weights, one sequence at a time.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from reference.measure import relative
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.lora import LoraLinear, LoraWeights
+from topwork.models.base import Base, as_base
+from topwork.ops.stream import Stream, stream_of
+
+VOCABULARY, WINDOW, CONTEXT = 99, 5, 64
+LENGTHS = (13, 1, 7, 24)
+"""Longer than the sliding window, and one of a single token."""
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": WINDOW, "num_local_experts": 4,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "n_positions": CONTEXT, "n_inner": 96, "ffn_dim": 96, "word_embed_proj_dim": 64, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention"]
+OWN: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "layer_types": MIXED},
+    "qwen3": {"use_sliding_window": True, "layer_types": MIXED},
+    "qwen3_moe": {"use_sliding_window": True, "layer_types": MIXED},
+    "smollm3": {"use_sliding_window": True, "layer_types": MIXED, "no_rope_layers": [1, 0]},
+    "gemma2": {"layer_types": MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"layer_types": MIXED},
+    "gpt_oss": {"layer_types": MIXED},
+    "cohere2": {"layer_types": MIXED, "logit_scale": 0.25},
+    "cohere": {"logit_scale": 0.25},
+    "exaone4": {"layer_types": MIXED},
+    "olmo3": {"layer_types": MIXED},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "bloom": {"seq_length": CONTEXT},
+    "falcon": {"alibi": True},
+    "deepseek_v3": {
+        "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "q_lora_rank": 24,
+        "kv_lora_rank": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    },
+    "mamba": {"state_size": 8, "time_step_rank": 4, "max_position_embeddings": CONTEXT},
+}  # fmt: skip
+"""What makes a family differ from llama, switched on and small enough to be seen."""
+
+
+def tiny_model(family: str, **values: Any) -> PreTrainedModel:
+    """A random model of two layers, fp32, seeded, without attention dropout; `values` go before the sizes above."""
+    known = AutoConfig.for_model(family).to_dict()
+    fitting = {key: value for key, value in SIZES.items() if key in known}
+    config = AutoConfig.for_model(family, **{**fitting, **OWN.get(family, {}), **values})
+    config.attention_dropout = 0.0
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "sinks" in name:  # norms of one and biases of zero would hide mistakes
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, name: str = "tiny", **values: Any) -> Base:
+    """The same as a frozen base on flat streams, without a tokenizer."""
+    return as_base(tiny_model(family, **values).to(dtype), None, name, lambda _: None)  # type: ignore[arg-type]
+
+
+def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def learning_stream(parts: Sequence[Tensor], adapter: str | None = None, seed: int = 0) -> Stream:
+    """A stream in which every token but each sequence's first is learned, with uneven weights."""
+    stream = stream_of(list(parts), adapter)
+    starts = torch.tensor(stream.bounds[:-1])
+    rows = torch.tensor([i for i in range(len(stream.tokens) - 1) if i + 1 not in starts], dtype=torch.int64)
+    weights = 0.5 + torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))
+    return replace(stream, rows=rows, targets=stream.tokens[rows + 1], weights=weights)
+
+
+def alone(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
+    """Logits [T, V] of transformers' own forward, each sequence in a call of its own."""
+    return torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in parts])
+
+
+def randomise(adapters: Adapters, name: str, seed: int = 1) -> None:
+    """Give a fresh adapter a B that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapters.parameters(name).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def stream_differences(family: str, **values: Any) -> dict[str, float]:
+    """Relative differences of the logits, of the base's gradients and of a LoRA adapter's gradients.
+
+    Raises topwork's ModelError where the family is refused.
+    """
+    theirs = tiny_model(family, **values)
+    base = as_base(copy.deepcopy(theirs), None, family, lambda _: None)  # type: ignore[arg-type]
+    parts = sequences()
+    stream = learning_stream(parts)
+    with torch.no_grad():
+        logits = relative(base.logits(stream, torch.arange(len(stream.tokens))), alone(theirs, parts))
+    whole = relative(*_base_gradients(base, theirs, stream, parts))
+    return {"logits": logits, "gradients": whole, "adapter gradients": _adapter_difference(base, theirs, stream, parts)}
+
+
+def _base_gradients(
+    base: Base, theirs: PreTrainedModel, stream: Stream, parts: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for model in (base.module, theirs):
+        model.requires_grad_(True)
+        logprobs = base.log_probabilities(stream) if model is base.module else _their_logprobs(theirs, stream, parts)
+        (stream.weights * logprobs).sum().backward()
+        found.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()])
+        model.zero_grad()
+        model.requires_grad_(False)
+    return found[0], found[1]
+
+
+def _adapter_difference(base: Base, theirs: PreTrainedModel, stream: Stream, parts: Sequence[Tensor]) -> float:
+    """Gradients of a LoRA on every linear layer: ours through the stream, theirs by the weight that merging gives."""
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, lora_alpha=8))
+    randomise(adapters, "a")
+    own = replace(stream, segments=tuple(replace(s, adapter="a") for s in stream.segments))
+    gradient = -stream.weights
+    (gradient * base.log_probabilities(own, gradient)).sum().backward()
+    ours = [parameter.grad for parameter in adapters.parameters("a").values()]
+    merged = _merged_weights(base, theirs, adapters)
+    logprobs = _their_logprobs(theirs, stream, parts, merged)
+    expected = torch.autograd.grad((gradient * logprobs).sum(), list(adapters.parameters("a").values()))
+    return relative(ours, expected)
+
+
+def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> dict[str, Tensor]:
+    merged = {}
+    for path, layer in adapted_layers(base.module).items():
+        weights = layer.adapters["a"]
+        assert isinstance(layer, LoraLinear)
+        assert isinstance(weights, LoraWeights)
+        delta = weights.scaling * (weights.lora_B @ weights.lora_A)
+        weight = theirs.get_submodule(path).weight
+        merged[f"{path}.weight"] = weight + (delta if isinstance(layer.base_layer, torch.nn.Linear) else delta.T)
+    return merged
+
+
+def _their_logprobs(
+    model: PreTrainedModel, stream: Stream, parts: Sequence[Tensor], merged: dict[str, Tensor] | None = None
+) -> Tensor:
+    call = {"use_cache": False}
+    logits = torch.cat([
+        torch.func.functional_call(model, merged or {}, kwargs={"input_ids": part[None], **call}).logits[0]
+        for part in parts
+    ])  # fmt: skip
+    return torch.log_softmax(logits[stream.rows].float(), -1).gather(-1, stream.targets[:, None])[:, 0]
