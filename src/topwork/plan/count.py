@@ -1,0 +1,213 @@
+"""How many parameters an adapter trains: from a model's config alone, no weights read.
+
+    LoRA on a layer of `in` inputs and `out` outputs:  r * (in + out)
+
+A module of `modules_to_save` counts whole, because it is copied whole. Tied weights count once. The "before" of a model
+is `frozen`: its own parameters, which an adapter leaves as they are.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import adapted_layers, bare_modules, head_path
+from topwork.adapters.targets import LINEAR, find_saved, find_targets
+from topwork.common.errors import ModelError, did_you_mean
+from topwork.models.source import ALIASES, HUB_ID
+
+RANKS = (4, 8, 16, 32, 64, 128)
+TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
+
+QUERY_VALUE = {"q_proj", "v_proj"}
+ATTENTION = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "c_attn", "c_proj", "query_key_value", "Wqkv",
+    "dense",
+}  # fmt: skip
+MLP = {
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h",
+    "dense_4h_to_h", "fc_in", "fc_out", "w1", "w2", "w3",
+}  # fmt: skip
+"""What families call their projections. Some names stand in both sets; whether `attn` holds the layer tells."""
+
+
+@dataclass(frozen=True)
+class ModuleCount:
+    """The layers of one name (`q_proj`): how many there are, and what is trained in all of them."""
+
+    name: str
+    modules: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model with one adapter; `share` is trainable / total."""
+
+    trainable: int
+    frozen: int
+    total: int
+    share: float
+    by_module: tuple[ModuleCount, ...]
+
+
+@dataclass(frozen=True)
+class CountRow:
+    """One line of the table: a target set, the modules that it means in this family, a rank, and the count."""
+
+    target_set: str
+    target_modules: str | tuple[str, ...]
+    r: int
+    count: ParameterCount
+
+
+def count_adapter(model: PreTrainedModel, config: AdapterConfig) -> ParameterCount:
+    """What `config` would train in `model`, which may be a skeleton without weights or hold other adapters already.
+
+    Raises AdapterError where the config does not fit the model.
+    """
+    modules = bare_modules(model)
+    trained = {
+        target.path: target.r * sum(modules[target.path].weight.shape)  # type: ignore[arg-type]
+        for target in find_targets(modules, head_path(model), config)
+    }
+    for path in find_saved(modules, config.modules_to_save or []):
+        trained[path] = sum(parameter.numel() for parameter in modules[path].parameters())
+    trainable, frozen = sum(trained.values()), _own_parameters(model)
+    total = trainable + frozen
+    return ParameterCount(trainable, frozen, total, trainable / total, _by_name(trained))
+
+
+def count_table(
+    model: PreTrainedModel, ranks: Sequence[int] = RANKS, target_sets: Sequence[str] = TARGET_SETS
+) -> list[CountRow]:
+    """A row for every target set and rank. Sets: q,v / q,k,v,o / mlp / all-linear; a set that the family lacks (q,v
+    where one layer holds queries, keys and values) is left out."""
+    rows = []
+    for name in target_sets:
+        targets = _targets_of(model, name)
+        for r in ranks if targets else ():
+            count = count_adapter(model, AdapterConfig.model_validate({"r": r, "target_modules": targets}))
+            rows.append(CountRow(name, targets if isinstance(targets, str) else tuple(targets), r, count))
+    return rows
+
+
+def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config on the meta device: every module and shape, no memory. Raises ModelError."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no causal language model can be built from this {config.model_type!r} config: {error}"
+        ) from error
+
+
+def config_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of an alias, a folder, a config.json, a `.gguf` file, a shipped shape (`shape_names`) or a Hub id.
+
+    The Hub is asked last: for an id that is neither cached nor a shipped shape's. Raises ModelError.
+    """
+    path = Path(name).expanduser()
+    if name and name not in ALIASES and path.exists():
+        return _local_config(path, trust_remote_code)
+    if name in shape_names():
+        return _shape(_shapes()[name])
+    hub_id = ALIASES.get(name, name)
+    if HUB_ID.fullmatch(hub_id):
+        return _hub_config(hub_id, revision, trust_remote_code)
+    known = [*shape_names(), *ALIASES]
+    raise ModelError(
+        f"there is no model {name!r} to count: expected a folder, a config.json, a .gguf file, a Hub id (owner/name) "
+        f"or one of {', '.join(sorted(set(known)))}{did_you_mean(name, known)}"
+    )
+
+
+def shape_names() -> list[str]:
+    """Well-known models whose configs are shipped, so that they are counted without a network."""
+    return sorted(_shapes())
+
+
+def _own_parameters(model: PreTrainedModel) -> int:
+    """The base's parameters, tied ones once (`parameters()` gives each tensor once)."""
+    grafted = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in grafted)
+
+
+def _by_name(trained: dict[str, int]) -> tuple[ModuleCount, ...]:
+    groups: dict[str, list[int]] = {}
+    for path, count in trained.items():
+        groups.setdefault(path.rpartition(".")[2], []).append(count)
+    return tuple(ModuleCount(name, len(counts), sum(counts)) for name, counts in groups.items())
+
+
+def _targets_of(model: PreTrainedModel, target_set: str) -> str | list[str]:
+    """`target_modules` of a set in this model, as `self_attn.q_proj`; empty where the family has no such set."""
+    if target_set == "all-linear":
+        return target_set
+    modules = bare_modules(model)
+    linear = [path.split(".") for path, module in modules.items() if isinstance(module, LINEAR)]
+    roles = {".".join(parts[-2:]): _role(parts) for parts in linear if len(parts) > 1}
+    attention = sorted(name for name, role in roles.items() if role == "attention")
+    query_value = [name for name in attention if name.rpartition(".")[2] in QUERY_VALUE]
+    sets = {
+        "q,v": query_value if {name.rpartition(".")[2] for name in query_value} == QUERY_VALUE else [],
+        "q,k,v,o": attention,
+        "mlp": sorted(name for name, role in roles.items() if role == "mlp"),
+    }
+    if target_set not in sets:
+        raise ValueError(f"unknown target set {target_set!r}; there are {', '.join([*sets, 'all-linear'])}")
+    return sets[target_set]
+
+
+def _role(parts: list[str]) -> str | None:
+    inside = "attn" in parts[-2].lower() or "attention" in parts[-2].lower()
+    if inside:
+        return "attention" if parts[-1] in ATTENTION else None
+    return "mlp" if parts[-1] in MLP else None
+
+
+def _shapes() -> dict[str, Traversable]:
+    folder = files("topwork.models") / "shapes"
+    return {file.name.removesuffix(".json"): file for file in folder.iterdir() if file.name.endswith(".json")}
+
+
+def _shape(file: Traversable) -> PretrainedConfig:
+    given = json.loads(file.read_text(encoding="utf-8"))
+    return AutoConfig.for_model(given.pop("model_type"), **given)
+
+
+def _local_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, expected a Hugging Face model folder (weights are not needed)")
+    try:
+        if path.suffix.lower() == ".gguf":
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path} does not hold a model config that transformers knows: {error}") from error
+
+
+def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    shipped = {json.loads(file.read_text(encoding="utf-8"))["_name_or_path"]: file for file in _shapes().values()}
+    try:
+        return AutoConfig.from_pretrained(
+            hub_id, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        if hub_id in shipped and revision is None:
+            return _shape(shipped[hub_id])
+        cached = error
+    try:
+        return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the config of {hub_id!r} is neither cached nor to be had from the Hub ({error or cached}); check the "
+            f"name and the network, or give its config.json{did_you_mean(hub_id, shipped)}"
+        ) from error
