@@ -1,0 +1,133 @@
+"""Folding one adapter into its base, and writing the result as an ordinary Hugging Face folder.
+
+    W' = W + s * B A        computed in fp32, stored in W's own type
+
+A module of `modules_to_save` takes the place of the base's. Merging is for the last adapter of a base: others grafted
+beside it were trained on W and not on W'.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.common.errors import AdapterError, RunError
+from topwork.common.files import write_folder, write_text
+from topwork.models.base import Base
+
+MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def merge(base: Base, adapters: Adapters, name: str) -> None:
+    """Fold adapter `name` into `base`, in place, and take its layers out of the model.
+
+    In 16 bits the sum is rounded to the weight's type. `base.fingerprint` stays that of the weights before. Raises
+    AdapterError, with nothing changed, where the adapter is not alone or the base's weights are packed; RunError for a
+    sum that is not finite, after which the base has to be loaded anew.
+    """
+    _check(base, adapters, name)
+    replaced: dict[str, nn.Module] = {}
+    for path, layer in adapted_layers(base.module).items():
+        if isinstance(layer, SavedModule):
+            replaced[path] = _in_types_of(layer.base_layer, layer.adapters[name])
+        else:
+            _fold(base.module, path, layer, layer.adapters[name])  # type: ignore[arg-type]
+    adapters.remove(name)
+    for path, module in replaced.items():
+        base.module.set_submodule(path, module)
+    _record_untied(base.module)
+
+
+def save_merged(base: Base, out: Path, template: str | None = None, replace: bool = False) -> None:
+    """Write a base without adapters to the folder `out`, whole or not at all: config, generation_config, safetensors,
+    tokenizer and chat template (`template`, or the tokenizer's own).
+
+    It loads with plain transformers. Raises AdapterError while adapters are still grafted, RunError where `out` holds
+    something (unless `replace`) or the disk is full.
+    """
+    left = adapted_layers(base.module)
+    if left:
+        raise AdapterError(f"{len(left)} layers still carry adapters (first {next(iter(left))}); merge or remove them")
+    write_folder(out, lambda folder: _write(base, folder, template), replace)
+
+
+def _check(base: Base, adapters: Adapters, name: str) -> None:
+    adapters.parameters(name)  # AdapterError for an unknown name
+    others = sorted(adapters.configs.keys() - {name})
+    if others:
+        raise AdapterError(
+            f"merging {name!r} would change the base under {', '.join(map(repr, others))}; remove the others first, or "
+            "load the base anew with this adapter alone"
+        )
+    for path, layer in adapted_layers(base.module).items():
+        if isinstance(layer, LoraLinear) and layer.weight.dtype not in MERGEABLE:
+            raise AdapterError(
+                f"{path} holds its weight as {str(layer.weight.dtype).removeprefix('torch.')}, and an adapter is "
+                "merged into a 16- or 32-bit base; load it with model.dtype: bfloat16 or float32"
+            )
+
+
+@torch.no_grad()
+def _fold(model: PreTrainedModel, path: str, layer: LoraLinear, weights: LoraWeights) -> None:
+    own = layer.base_layer
+    delta = weights.delta().to(layer.weight.device)
+    if not isinstance(own, nn.Linear):  # Conv1D (gpt2) holds its weight as [in, out]
+        delta = delta.t()
+    merged = torch.add(layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32)), delta)
+    merged = merged.to(layer.weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise RunError(
+            f"{path}: weight and adapter add up to a value that is not finite in {merged.dtype}; load the base anew "
+            "(it is partly merged now) as float32, and look whether the adapter holds NaN"
+        )
+    if _is_shared(model, layer.weight):
+        own.weight = nn.Parameter(merged, requires_grad=False)  # the embedding tied to this head stays as it is
+    else:
+        layer.weight.copy_(merged)
+
+
+def _is_shared(model: PreTrainedModel, weight: torch.Tensor) -> bool:
+    return sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1
+
+
+@torch.no_grad()
+def _in_types_of(own: nn.Module, saved: nn.Module) -> nn.Module:
+    """The saved module, frozen, each parameter in the type that the base's has."""
+    merged = copy.deepcopy(saved).requires_grad_(False).train(False)
+    for key, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(own.get_parameter(key).dtype)
+    return merged
+
+
+def _record_untied(model: PreTrainedModel) -> None:
+    """A head that is no longer the embedding's weight must not be tied again by whoever loads the folder."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+def _write(base: Base, folder: Path, template: str | None) -> None:
+    base.module.save_pretrained(folder)
+    tokenizer = copy.deepcopy(base.tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    _clean_config(folder / "config.json")
+
+
+def _clean_config(path: Path) -> None:
+    """Drop what speaks of how and from where the base was loaded here (GGUF titles stand in `_model_name_or_path`)."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if not _is_ours(key)}
+    write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_ours(key: str) -> bool:
+    return key.endswith("_name_or_path") or "attn_implementation" in key

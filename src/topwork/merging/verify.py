@@ -1,0 +1,128 @@
+"""Is the merged model still the one that was trained? The same real inputs through both, logits against logits."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topwork.adapters.graft import Adapters
+from topwork.common.errors import DataError
+from topwork.merging.merge import merge
+from topwork.models.base import Base
+from topwork.ops.stream import Stream, stream_of
+
+MOST_SEQUENCES = 100
+TOKENS_PER_PASS = 2048
+KEPT_ROWS = 64
+KEPT_BYTES = 256 << 20
+"""fp32 logits held per model; where vocabulary and sequences are many, fewer than KEPT_ROWS of each are kept."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """fp32 logits [≤ KEPT_ROWS, V] of the last rows of each sequence, on the CPU, and the speed of the forward pass."""
+
+    logits: list[Tensor]
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models' logits lie apart. Relative is to the largest logit; KL is of the first from the second, in
+    nats per row; top-1 agreement is the share of rows whose likeliest token is the same."""
+
+    largest_logit_difference: float
+    largest_relative_difference: float
+    largest_logprob_difference: float
+    top1_agreement: float
+    mean_kl: float
+
+
+@dataclass(frozen=True)
+class Verification(Comparison):
+    """A merged model against the unmerged one, over `sequences` inputs."""
+
+    unmerged_tokens_per_second: float
+    merged_tokens_per_second: float
+    sequences: int
+
+
+def merge_and_verify(base: Base, adapters: Adapters, name: str, sequences: list[list[int]]) -> Verification:
+    """Merge adapter `name` in place, with the logits of up to 100 `sequences` of token ids taken before and after.
+
+    Raises as `merge` does, and DataError where there is no sequence.
+    """
+    adapters.train(name, False)
+    sequences = sequences[:MOST_SEQUENCES]
+    before = measure(base, sequences, name)
+    merge(base, adapters, name)
+    after = measure(base, sequences, None)
+    compared = compare(before.logits, after.logits)
+    return Verification(
+        **vars(compared),
+        unmerged_tokens_per_second=before.tokens_per_second,
+        merged_tokens_per_second=after.tokens_per_second,
+        sequences=len(sequences),
+    )
+
+
+@torch.no_grad()
+def measure(base: Base, sequences: list[list[int]], adapter: str | None) -> Measurement:
+    """Run sequences of token ids through `adapter` (None: the base as it is); the first pass runs once more before, to
+    warm up. What is longer than the model's context is cut. Raises DataError where there is no sequence."""
+    rows = _kept_rows(base, len(sequences))
+    passes = list(_passes(base, sequences, adapter))
+    _run(base, passes[0], rows)
+    logits: list[Tensor] = []
+    start = time.perf_counter()
+    for stream in passes:
+        logits += _run(base, stream, rows)
+    seconds = time.perf_counter() - start
+    return Measurement(logits, sum(stream.bounds[-1] for stream in passes) / seconds)
+
+
+def compare(before: list[Tensor], after: list[Tensor]) -> Comparison:
+    """Compare logits [n, V], sequence by sequence. NaN anywhere makes the differences NaN."""
+    sizes, logits, logprobs, agreed, kls = [], [], [], [], []
+    for ours, theirs in zip(before, after, strict=True):
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        sizes.append(ours.abs().max())
+        logits.append((ours - theirs).abs().max())
+        logprobs.append((log_p - log_q).abs().max())
+        agreed.append(ours.argmax(-1) == theirs.argmax(-1))
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64))
+    size, logit, logprob = (float(torch.stack(values).max()) for values in (sizes, logits, logprobs))
+    top1 = float(torch.cat(agreed).double().mean())
+    return Comparison(logit, logit / size if size else 0.0, logprob, top1, float(torch.cat(kls).mean()))
+
+
+def _run(base: Base, stream: Stream, kept: int) -> list[Tensor]:
+    """Each sequence's last logits; on the CPU, so that the work is done when this returns."""
+    bounds = list(zip(stream.bounds, stream.bounds[1:]))
+    chosen = [torch.arange(max(start, stop - kept), stop) for start, stop in bounds]
+    logits = base.logits(stream, torch.cat(chosen).to(base.device)).cpu()
+    return list(logits.split([len(rows) for rows in chosen]))
+
+
+def _kept_rows(base: Base, sequences: int) -> int:
+    if not sequences:
+        raise DataError("there is no input to compare the merged model on; give at least one sequence of token ids")
+    vocabulary = base.module.config.get_text_config().vocab_size
+    return min(KEPT_ROWS, max(1, KEPT_BYTES // (4 * vocabulary * sequences)))
+
+
+def _passes(base: Base, sequences: list[list[int]], adapter: str | None) -> Iterator[Stream]:
+    """Sequences in their order, as many to a pass as fit TOKENS_PER_PASS (at least one)."""
+    waiting: list[Tensor] = []
+    for sequence in sequences:
+        if not sequence:
+            raise DataError("an input to compare the merged model on has no tokens; leave it out")
+        tokens = torch.tensor(sequence[: base.context_length], dtype=torch.int64)
+        if waiting and sum(map(len, waiting)) + len(tokens) > TOKENS_PER_PASS:
+            yield stream_of(waiting, adapter).to(base.device)
+            waiting = []
+        waiting.append(tokens)
+    if waiting:
+        yield stream_of(waiting, adapter).to(base.device)
