@@ -157,6 +157,8 @@ def test_the_folder_is_ordinary_and_tells_nothing_of_this_machine(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     base, adapters = trained("llama")
+    tokenizer.save_pretrained(tmp_path / "loaded")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "loaded")
     base = replace(base, tokenizer=tokenizer)
     base.module.config._name_or_path = "/somewhere/on/this/machine"
     base.module.config._model_name_or_path = "A title from a GGUF file"
@@ -167,7 +169,7 @@ def test_the_folder_is_ordinary_and_tells_nothing_of_this_machine(
     assert files >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     written = {name: (tmp_path / "out" / name).read_text() for name in files if name.endswith((".json", ".jinja"))}
     for text in written.values():
-        assert not re.search("topwork_flat|somewhere|name_or_path|attn_implementation", text)
+        assert not re.search("topwork_flat|somewhere|name_or_path|attn_implementation|is_local|local_files", text)
     assert json.loads(written["config.json"])["architectures"] == ["LlamaForCausalLM"]
     assert json.loads(written["generation_config.json"])["eos_token_id"] == [2, 5]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE

@@ -119,7 +119,8 @@ def _write(base: Base, folder: Path, template: str | None) -> None:
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    _clean_config(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        _clean_config(folder / name)
 
 
 def _clean_config(path: Path) -> None:
@@ -130,4 +131,4 @@ def _clean_config(path: Path) -> None:
 
 
 def _is_ours(key: str) -> bool:
-    return key.endswith("_name_or_path") or "attn_implementation" in key
+    return key.endswith("_name_or_path") or "attn_implementation" in key or key in ("is_local", "local_files_only")
