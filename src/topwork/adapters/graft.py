@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Adapters:
         self.configs: dict[str, AdapterConfig] = {}
 
     def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[Target]:
-        """Graft a fresh adapter, which changes nothing until it is trained. Returns where it went.
+        """Graft a fresh adapter, which changes nothing until it is trained; its dropout is off. Returns where it went.
 
         Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing.
         """
@@ -31,6 +31,9 @@ class Adapters:
         modules = bare_modules(self.model)
         targets = find_targets(modules, head_path(self.model), config)
         saved = find_saved(modules, config.modules_to_save or [])
+        _refuse_overlap([target.path for target in targets], saved)
+        wanted: dict[str, type] = {target.path: LoraLinear for target in targets}
+        _refuse_other_use(self.model, wanted | dict.fromkeys(saved, SavedModule))
         for target in targets:
             self._graft_lora(name, target, config, seed)
         for path in saved:
@@ -95,15 +98,11 @@ class Adapters:
         scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
         weights = LoraWeights(inputs, outputs, target.r, scaling, config.lora_dropout)
         weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
-        layer.adapters[name] = weights.to(weight.device)
+        layer.adapters[name] = weights.to(weight.device).train(False)
 
     def _wrapped(self, path: str, kind: type) -> nn.Module:
         module = self.model.get_submodule(path)
         if isinstance(module, (LoraLinear, SavedModule)):
-            if not isinstance(module, kind):
-                raise AdapterError(
-                    f"{path} is adapted by one adapter and saved whole by another; both in one base are not supported"
-                )
             return module
         layer = kind(module)
         layer.train(False)
@@ -123,14 +122,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLinear | SavedModule]:
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The base's own modules by path, as if nothing were grafted: what targets are matched against."""
     modules: dict[str, nn.Module] = {}
-    inside = None
-    for path, module in model.named_modules():
-        if inside is not None and path.startswith(inside):
-            continue
-        adapted = isinstance(module, (LoraLinear, SavedModule))
-        inside = path + "." if adapted else None
+
+    def visit(path: str, module: nn.Module) -> None:
+        own = module.base_layer if isinstance(module, (LoraLinear, SavedModule)) else module
         if path:
-            modules[path] = module.base_layer if adapted else module  # type: ignore[assignment]
+            modules[path] = own
+        for name, child in own.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
     return modules
 
 
@@ -138,6 +138,28 @@ def head_path(model: PreTrainedModel) -> str | None:
     """The output head's path, adapted or not."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
+    for whole in saved:
+        inside = [path for path in (*targets, *saved) if path.startswith(whole + ".")]
+        inside += [whole] if whole in targets else []
+        if inside:
+            raise AdapterError(
+                f"modules_to_save chooses {whole}, and {inside[0]} is chosen as well; one module can't be both, give "
+                "longer names in modules_to_save or leave the other out with exclude_modules"
+            )
+
+
+def _refuse_other_use(model: nn.Module, wanted: Mapping[str, type]) -> None:
+    """Before anything is grafted: one module can't be adapted by one adapter and trained whole by another."""
+    for there, layer in adapted_layers(model).items():
+        for path, kind in wanted.items():
+            nested = path.startswith(there + ".") or there.startswith(path + ".")
+            if nested or (path == there and not isinstance(layer, kind)):
+                raise AdapterError(
+                    f"{path} is adapted by one adapter and saved whole by another; both in one base are not supported"
+                )
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

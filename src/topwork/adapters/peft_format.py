@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
+from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
 
@@ -30,8 +31,8 @@ SHARED_FIELDS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "init_lora_weights",
 )  # fmt: skip
 UNSUPPORTED = (
-    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
 
@@ -88,11 +89,25 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     warning = check_base(saved, base, force)
     adapters.add(name, saved.config)
     try:
-        adapters.load(name, saved.tensors)
+        adapters.load(name, _without_base_copies(saved.tensors, adapters, name))
     except AdapterError:
         adapters.remove(name)
         raise
     return warning
+
+
+def _without_base_copies(tensors: Mapping[str, Tensor], adapters: Adapters, name: str) -> dict[str, Tensor]:
+    """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new."""
+    own, modules = adapters.parameters(name), bare_modules(adapters.model)
+
+    def repeats_base(key: str, tensor: Tensor) -> bool:
+        path, _, kind = key.replace(".base_layer.", ".").rpartition(".")
+        weight = getattr(modules.get(path), kind, None)
+        if key in own or not isinstance(weight, Tensor) or weight.shape != tensor.shape:
+            return False
+        return bool((weight.cpu() == tensor.to(weight.dtype)).all())
+
+    return {key: tensor for key, tensor in tensors.items() if not repeats_base(key, tensor)}
 
 
 def check_base(saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -122,12 +137,13 @@ def _peft_config(adapters: Adapters, name: str, base: BaseId) -> dict[str, Any]:
     config = adapters.configs[name]
     layers = {path: layer for path, layer in adapted_layers(adapters.model).items() if name in layer.adapters}
     targets = [path for path, layer in layers.items() if hasattr(layer.adapters[name], "lora_A")]
+    written = _written_targets(config, targets, bare_modules(adapters.model))
+    by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
         **{field: getattr(config, field) for field in SHARED_FIELDS},
-        "target_modules": _written_targets(config, targets),
-        # PEFT applies these to lists alone; where they chose, the list above already is the choice
-        "layers_to_transform": None if config.target_modules == "all-linear" else config.layers_to_transform,
-        "layers_pattern": None if config.target_modules == "all-linear" else config.layers_pattern,
+        "target_modules": written,
+        "layers_to_transform": None if by_path else config.layers_to_transform,
+        "layers_pattern": None if by_path else config.layers_pattern,
         "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
         "base_model_name_or_path": base.name,
         "bias": "none",
@@ -142,14 +158,15 @@ def _peft_config(adapters: Adapters, name: str, base: BaseId) -> dict[str, Any]:
     }
 
 
-def _written_targets(config: AdapterConfig, paths: list[str]) -> str | list[str]:
-    """all-linear is written out: as names where the names say it, as whole paths where layers were chosen too."""
+def _written_targets(config: AdapterConfig, paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
+    """all-linear is written out, as names where the names alone say it. PEFT takes no layers beside a regular
+    expression: whole paths then."""
+    if isinstance(config.target_modules, list):
+        return sorted(config.target_modules)
     if config.target_modules != "all-linear":
-        named = config.target_modules
-        return named if isinstance(named, str) else sorted(named)
-    if config.layers_to_transform is not None or config.exclude_modules:
-        return sorted(paths)
-    return sorted({path.rpartition(".")[2] for path in paths})
+        return sorted(paths) if config.layers_to_transform is not None else config.target_modules
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return names if set(matching(modules, names)) == set(paths) else sorted(paths)
 
 
 def _config(raw: Mapping[str, Any], folder: Path) -> AdapterConfig:

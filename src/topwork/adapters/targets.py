@@ -31,11 +31,11 @@ def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ada
     layer.
     """
     chosen = _named(modules, config.target_modules, head)
-    excluded = set(_matching(modules, config.exclude_modules)) if config.exclude_modules else set()
+    excluded = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
     saved = config.modules_to_save or []
     kept = [
         path for path in chosen
-        if path not in excluded and not any(_ends(path, name) for name in saved) and _in_layers(path, config)
+        if path not in excluded and not any(f".{name}." in f".{path}." for name in saved) and _in_layers(path, config)
     ]  # fmt: skip
     if not kept:
         raise AdapterError(
@@ -53,14 +53,14 @@ def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ada
 
 
 def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
-    """Paths of the modules that `modules_to_save` names; AdapterError for a name that matches nothing."""
-    found = []
+    """Paths of the modules that `modules_to_save` names; AdapterError for a name that matches nothing.
+
+    As in PEFT, which saves by the same rule, a name is any ending: `norm` is `input_layernorm` too.
+    """
     for name in names:
-        matches = [path for path in modules if _ends(path, name)]
-        if not matches:
+        if not any(path.endswith(name) for path in modules):
             raise AdapterError(f"modules_to_save names {name!r}, which matches no module{_near(name, modules)}")
-        found += matches
-    return found
+    return [path for path in modules if path.endswith(tuple(names))]
 
 
 def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -71,7 +71,7 @@ def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
 def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str | None) -> list[str]:
     if names == "all-linear":
         return [path for path, module in modules.items() if isinstance(module, LINEAR) and path != head]
-    found = _matching(modules, names)
+    found = matching(modules, names)
     if not found:
         wanted = [names] if isinstance(names, str) else names
         hints = "".join(_near(name, modules) for name in wanted[:1])
@@ -87,7 +87,7 @@ def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str |
     return found
 
 
-def _matching(paths: Iterable[str], names: str | list[str]) -> list[str]:
+def matching(paths: Iterable[str], names: str | list[str]) -> list[str]:
     """A string is a regular expression for the whole path; a list is of paths or path endings."""
     if isinstance(names, str):
         try:
@@ -103,14 +103,14 @@ def _ends(path: str, name: str) -> bool:
 
 
 def _in_layers(path: str, config: AdapterConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
     wanted = config.layers_to_transform
     layers = [wanted] if isinstance(wanted, int) else wanted
+    if not layers or (isinstance(config.target_modules, list) and path in config.target_modules):
+        return True  # PEFT asks no layer of a module that is named by its whole path
     patterns = config.layers_pattern or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
-        match = re.match(rf".*\.{pattern}\.(\d+)\.", path)
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", path)  # the first number: experts have numbers too
         if match:
             return int(match.group(1)) in layers
     return False

@@ -61,12 +61,14 @@ def flat_attention_forward(
     stream = active_stream()
     rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    value_size = v.shape[-1]
+    if value_size != q.shape[-1]:
+        v = torch.nn.functional.pad(v, (0, q.shape[-1] - value_size))
     if stream.cache is not None:
-        return stream.cache.attend(module, q, k, v, rule, s_aux)[None], None
-    if v.shape[-1] != q.shape[-1]:
-        padded = torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1]))
-        return flat_attention(q, k, padded, stream.bounds, rule, s_aux)[None, ..., : v.shape[-1]], None
-    return flat_attention(q, k, v, stream.bounds, rule, s_aux)[None], None
+        out = stream.cache.attend(module, q, k, v, rule, s_aux)
+    else:
+        out = flat_attention(q, k, v, stream.bounds, rule, s_aux)
+    return out[None, ..., :value_size], None
 
 
 def _refuse_unknown(

@@ -15,7 +15,7 @@ from topwork.models.probe import PROVEN, probe
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities_through
-from topwork.ops.stream import Stream
+from topwork.ops.stream import Segment, Stream
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
 
@@ -58,34 +58,43 @@ class Base:
         if type(self.head) is nn.Linear:
             return log_probabilities(rows, self.head.weight, stream.targets, self.head.bias, self.logit_rule, gradient)
         vocabulary = self.module.config.get_text_config().vocab_size
-        parts = []
-        for part, at in _rows_by_segment(stream):
-            with part.active():
-                parts.append(log_probabilities_through(self.head, rows[at], part.targets, vocabulary, self.logit_rule))
-        return torch.cat(parts)
+        parts = [
+            log_probabilities_through(
+                self._head_of(stream, adapter), rows[at], stream.targets[at], vocabulary, self.logit_rule
+            )
+            for adapter, at in _rows_by_segment(stream, stream.rows)
+        ]
+        return torch.cat(parts) if parts else rows.float().sum(-1)
 
     def logits(self, stream: Stream, rows: Tensor) -> Tensor:
-        """fp32 logits [n, V] of some rows [n] of the stream."""
+        """fp32 logits [n, V] of some rows [n] of the stream, which rise."""
         return self.logits_of(stream, self.hidden(stream), rows)
 
     def logits_of(self, stream: Stream, hidden: Tensor, rows: Tensor) -> Tensor:
         """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
-        chosen = replace(stream, rows=rows, targets=rows)
-        parts = []
-        for part, at in _rows_by_segment(chosen):
-            with part.active():
-                parts.append(self.logit_rule(self.head(hidden[rows[at]])))
+        parts = [
+            self.logit_rule(self._head_of(stream, adapter)(hidden[rows[at]]))
+            for adapter, at in _rows_by_segment(stream, rows)
+        ]
         return torch.cat(parts)
 
+    def _head_of(self, stream: Stream, adapter: str | None) -> Callable[[Tensor], Tensor]:
+        """The head for rows of one adapter, in chunks of any size; a backward pass may call it again later."""
 
-def _rows_by_segment(stream: Stream) -> list[tuple[Stream, slice]]:
-    """For each segment the part of `rows` in it (rows rise), as a stream of those rows alone for the head."""
-    ends = torch.searchsorted(stream.rows, torch.tensor([s.stop for s in stream.segments], device=stream.rows.device))
+        def head(rows: Tensor) -> Tensor:
+            with replace(stream, segments=(Segment(0, len(rows), adapter),)).active():
+                return self.head(rows)
+
+        return head
+
+
+def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, slice]]:
+    """For each segment its adapter and the part of `rows` (which rise) in it, where there is one."""
+    ends = torch.searchsorted(rows, torch.tensor([s.stop for s in stream.segments], device=rows.device))
     parts, start = [], 0
     for segment, end in zip(stream.segments, ends.tolist()):
         if end > start:
-            alone = replace(segment, start=0, stop=end - start)
-            parts.append((replace(stream, segments=(alone,), targets=stream.targets[start:end]), slice(start, end)))
+            parts.append((segment.adapter, slice(start, end)))
         start = end
     return parts
 

@@ -38,7 +38,7 @@ def probe(base: "Base", use_flat: Callable[[PreTrainedModel], None]) -> None:
         use_flat(base.module)
         try:
             flat = base.logits(stream_of(sequences), torch.arange(len(tokens), device=base.device))
-        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
             raise ModelError(f"{family}: could not be run as a flat stream ({error}); choose another base.") from error
     difference = float((flat - alone).norm() / alone.norm().clamp_min(1e-9))
     if not difference <= TOLERANCE.get(base.module.dtype, 1e-4):
