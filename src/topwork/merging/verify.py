@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ KEPT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """fp32 logits [≤ KEPT_ROWS, V] of the last rows of each sequence, on the CPU, and the speed of the forward pass."""
+    """fp32 logits [≤ KEPT_ROWS, V] of the last rows of each sequence, on the CPU, and the median pass's speed."""
 
     logits: list[Tensor]
     tokens_per_second: float
@@ -76,11 +77,12 @@ def measure(base: Base, sequences: list[list[int]], adapter: str | None) -> Meas
     passes = list(_passes(base, sequences, adapter))
     _run(base, passes[0], rows)
     logits: list[Tensor] = []
-    start = time.perf_counter()
+    speeds = []
     for stream in passes:
+        start = time.perf_counter()
         logits += _run(base, stream, rows)
-    seconds = time.perf_counter() - start
-    return Measurement(logits, sum(stream.bounds[-1] for stream in passes) / seconds)
+        speeds.append(stream.bounds[-1] / (time.perf_counter() - start))
+    return Measurement(logits, median(speeds))
 
 
 def compare(before: list[Tensor], after: list[Tensor]) -> Comparison:
