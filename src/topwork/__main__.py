@@ -1,0 +1,5 @@
+"""`python -m topwork`."""
+
+from topwork.cli.app import main
+
+main()

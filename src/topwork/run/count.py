@@ -1,0 +1,53 @@
+"""`topwork count`: parameters before and after, from a configuration alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from topwork.plan.count import RANKS, CountRow, ParameterCount, config_of, count_adapter, count_table, skeleton
+from topwork.recipe.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model's parameters, a table of adapters, and the recipe's own adapter where a recipe was given."""
+
+    model: str
+    total: int
+    table: list[CountRow]
+    own: ParameterCount | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """A table for people."""
+        lines = [f"{self.model}: {self.total:,} parameters before any adapter", ""]
+        lines.append(f"{'targets':12} {'r':>4} {'trainable':>15} {'frozen':>18} {'total':>18} {'share':>8}")
+        lines += [
+            f"{row.target_set:12} {row.r:4} {row.count.trainable:15,} {row.count.frozen:18,} "
+            f"{row.count.total:18,} {row.count.share:8.3%}"
+            for row in self.table
+        ]
+        if self.own is not None:
+            own = self.own
+            lines += ["", f"this recipe: {own.trainable:,} trained of {own.total:,} ({own.share:.3%})"]
+            lines += [f"  {part.name:20} {part.modules:4} modules {part.trainable:15,}" for part in own.by_module]
+        return "\n".join(lines)
+
+
+def count(what: str, ranks: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Counted:
+    """Count a recipe's adapter, or the adapters that a model could have. `what` is a recipe or names a model."""
+    ranks = ranks or RANKS
+    if Path(what).suffix.lower() in (".yaml", ".yml"):
+        recipe = load_recipe(Path(what), overrides)
+        model = recipe.model
+        name = model.model_name_or_path
+        bare = skeleton(config_of(name, model.revision, model.trust_remote_code), model.trust_remote_code)
+        own = count_adapter(bare, recipe.adapter)
+        return Counted(name, own.frozen, count_table(bare, ranks), own)
+    bare = skeleton(config_of(what))
+    table = count_table(bare, ranks)
+    return Counted(what, sum(p.numel() for p in bare.parameters()), table)
