@@ -28,7 +28,7 @@ _WHERE = {
     "ModelConfig": "topwork.models.config",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:

@@ -100,7 +100,7 @@ class Adapters:
         weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
         layer.adapters[name] = weights.to(weight.device).train(False)
 
-    def _wrapped(self, path: str, kind: type) -> nn.Module:
+    def _wrapped(self, path: str, kind: type[LoraLinear | SavedModule]) -> LoraLinear | SavedModule:
         module = self.model.get_submodule(path)
         if isinstance(module, (LoraLinear, SavedModule)):
             return module
@@ -164,7 +164,7 @@ def _refuse_other_use(model: nn.Module, wanted: Mapping[str, type]) -> None:
 
 def _features(layer: nn.Module) -> tuple[int, int]:
     """(in, out); transformers' Conv1D (gpt2) holds its weight transposed."""
-    rows, columns = layer.weight.shape  # type: ignore[union-attr]
+    rows, columns = layer.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 

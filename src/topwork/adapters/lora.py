@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         segments = active_stream().segments
-        if not any(segment.adapter in self.adapters for segment in segments):
+        if not any(_has(self.adapters, segment) for segment in segments):
             return y
         flat = by_segment(
             segments, y.flatten(0, -2), x.flatten(0, -2), self.adapters, lambda w, ys, xs: w.add_to(ys, xs)
@@ -95,7 +95,7 @@ class SavedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         segments = active_stream().segments
-        if not any(segment.adapter in self.adapters for segment in segments):
+        if not any(_has(self.adapters, segment) for segment in segments):
             return y
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
         flat_x = x.reshape(math.prod(lead), *x.shape[len(lead) :])
@@ -121,14 +121,18 @@ def by_segment(
     if segments[-1].stop != y.shape[0]:
         raise ValueError(f"the stream's segments cover {segments[-1].stop} tokens, the layer was given {y.shape[0]}")
     if len(segments) == 1:
-        return apply(adapters[segments[0].adapter], y, x)
+        return apply(adapters[str(segments[0].adapter)], y, x)
     parts = []
     for segment in segments:
         rows = y[segment.start : segment.stop]
-        if segment.adapter in adapters:
-            rows = apply(adapters[segment.adapter], rows, x[segment.start : segment.stop])
+        if _has(adapters, segment):
+            rows = apply(adapters[str(segment.adapter)], rows, x[segment.start : segment.stop])
         parts.append(rows)
     return torch.cat(parts)
+
+
+def _has(adapters: nn.ModuleDict, segment: Segment) -> bool:
+    return segment.adapter is not None and segment.adapter in adapters
 
 
 def path_seed(seed: int, path: str) -> int:

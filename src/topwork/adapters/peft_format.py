@@ -32,7 +32,8 @@ SHARED_FIELDS = (
 )  # fmt: skip
 UNSUPPORTED = (
     "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
 )  # fmt: skip
 
 

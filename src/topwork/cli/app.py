@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +62,7 @@ def train(
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":
         told = f"interrupted after step {done.result['steps']}; the checkpoint is kept. Go on with:"
-        print(f"{told}\n  topwork train {recipe}{_repeated(overrides)} --resume", file=sys.stderr)
+        print(f"{told}\n  {_resuming(recipe, overrides)}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
         _print_trained(done.folder, done.result)
@@ -101,7 +102,9 @@ def chat(
     run: Run,
     prompt: Annotated[str | None, typer.Argument(help="Ask once and end; left out, a conversation begins.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Without and with the adapter, one after the other.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Without and with the adapter, one after the other.")
+    ] = False,
     system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -141,13 +144,19 @@ def merge(
     print(f"merged in {result['dtype']} and compared on {result['sequences']} inputs:")
     for key, value in result.items():
         if isinstance(value, float):
-            print(f"  {key.replace('_', ' '):32} {value:.3g}" if abs(value) < 1 else f"  {key.replace('_', ' '):32} {value:,.1f}")
+            print(
+                f"  {key.replace('_', ' '):32} {value:.3g}"
+                if abs(value) < 1
+                else f"  {key.replace('_', ' '):32} {value:,.1f}"
+            )
     print(f"written to {out}")
 
 
 @app.command(epilog="Example: topwork count llama-3-8b --rank 16")
 def count(
-    what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model's name, folder or config.json.")],
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model's name, folder or config.json.")
+    ],
     rank: Annotated[list[int] | None, typer.Option(help="Ranks of the table; may be given several times.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -173,8 +182,9 @@ def _told(as_json: bool) -> Any:
     return (lambda text: print(text, file=sys.stderr)) if as_json else print
 
 
-def _repeated(overrides: list[str] | None) -> str:
-    return "".join(f" --set {override}" for override in overrides or [])
+def _resuming(recipe: Path, overrides: list[str] | None) -> str:
+    changes = [part for override in overrides or [] for part in ("--set", override)]
+    return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
 
 
 def _evaluate_model(

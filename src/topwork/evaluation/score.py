@@ -76,7 +76,7 @@ def score(
         on_finished,
     )
     seconds = time.perf_counter() - start
-    answers = tuple(base.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new)
+    answers = tuple(base.text(tokens) for tokens in new)
     grades = tuple(grade(answer, q.reference, grader) for answer, q in zip(answers, questions))
     read = sum(len(question.tokens) for question in questions)
     summary = {

@@ -22,7 +22,7 @@ HARMLESS = {"position_ids", "cache_position", "position_embeddings", "cu_seq_len
 
 
 def use_flat_attention(model: PreTrainedModel) -> None:
-    """Set `model` to flat-stream attention. Raises ModelError, naming what stands in the way, where that is impossible."""
+    """Set `model` to flat-stream attention. Raises ModelError naming what stands in the way, where it cannot be."""
     config = model.config.get_text_config()
     family = config.model_type
     strange = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYER_TYPES)

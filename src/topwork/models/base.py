@@ -44,6 +44,10 @@ class Base:
         """The output head, adapted or not."""
         return self.module.get_output_embeddings()
 
+    def text(self, tokens: list[int]) -> str:
+        """What token ids say, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def hidden(self, stream: Stream) -> Tensor:
         """Hidden states [T, d] after the last norm."""
         with stream.active():
@@ -100,10 +104,10 @@ def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, sli
 
 
 def load_base(config: ModelConfig, report: Callable[[str], None] = print) -> Base:
-    """Find, read and freeze the base that `config` names, set to flat streams; a family that is not proven is probed."""
+    """Find, read and freeze the base that `config` names, set to flat streams; an unproven family is probed."""
     source = find_source(config, report)
     device = pick_device(config.device)
-    module = _read(source, config).to(device)
+    module = _read(source, config).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     return as_base(module, tokenizer, source.name, report)
 

@@ -140,9 +140,7 @@ def _run_batch(
         logits = _one_token(base, tokens, [adapters[i] for i in batch], cache)
 
 
-def _read_prompts(
-    base: Base, prompts: list[Sequence[int]], adapters: list[str | None], cache: KeyValueCache
-) -> Tensor:
+def _read_prompts(base: Base, prompts: list[Sequence[int]], adapters: list[str | None], cache: KeyValueCache) -> Tensor:
     """Fill the cache; the logits [B, V] after each prompt's last token."""
     logits, first = [], 0
     while first < len(prompts):

@@ -15,6 +15,7 @@ kernel's, and it is the one that knows windows, soft-capping and sinks.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +98,8 @@ class _FlatAttention(torch.autograd.Function):
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         sink_grad = torch.zeros_like(sinks, dtype=torch.float32) if sinks is not None else None
         for group in _groups(ctx.bounds, query.device):
-            gathered = [_gather(x, group) for x in (query, key, value, out)]
-            results = _backward(*gathered, _gather(grad, group, real_only=True), ctx.rule, sinks, sink_grad)
+            q, k, v, o = (_gather(x, group) for x in (query, key, value, out))
+            results = _backward(q, k, v, o, _gather(grad, group, real_only=True), ctx.rule, sinks, sink_grad)
             for result, target in zip(results, grads):
                 _scatter(result, group, target)
         return *grads, None, None, None if sink_grad is None else sink_grad.to(sinks.dtype)
@@ -144,7 +145,7 @@ def _backward(
 def _block_shares(
     q: Tensor, k: Tensor, rows: slice, keys: slice, rule: AttentionRule, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(softmax, capped scores, the sinks' share) of some query rows: [S, H_kv, G, R, K] fp32, last [S, H_kv, G, R, 1]."""
+    """(softmax, capped scores, the sinks' share) of some query rows: fp32 [S, H_kv, G, R, K], the last with K = 1."""
     scores = torch.matmul(_by_key_head(q[:, :, rows], k), k[:, :, None, keys].transpose(-1, -2)).float()
     capped = _capped(scores.mul_(rule.scale), rule.softcap)
     i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
@@ -255,7 +256,19 @@ def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int,
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     longest = max(stop - start for start, stop in zip(bounds, bounds[1:]))
     behind = -1 if rule.window is None else rule.window - 1
+    shares = query.shape[1] // key.shape[1]
+    grouped = {"enable_gqa": True} if shares > 1 else {}
+    if grouped and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11 wants as many key heads
+        grouped, key, value = {}, key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
     return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=rule.scale, window_size=(behind, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=rule.scale,
+        window_size=(behind, 0),
+        **grouped,
+    )

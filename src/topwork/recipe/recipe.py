@@ -25,6 +25,8 @@ PEERS_NAMES = {
     "packing": "nothing: a batch never has padding here", "output": "output_dir", "out_dir": "output_dir",
     "gradient_checkpointing": "nothing yet: activations are not padded and fit without",
     "resume_from_checkpoint": "the command line's --resume",
+    "quantization": "nothing yet: the base is held in model.dtype",
+    "load_in_4bit": "nothing yet: the base is held in model.dtype",
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 
@@ -34,13 +36,13 @@ class Recipe(Options):
 
     model: ModelConfig
     """The frozen base."""
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)  # type: ignore[arg-type]
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""
     data: DataConfig
     """What it is trained on."""
-    training: TrainingConfig = Field(default_factory=TrainingConfig)  # type: ignore[arg-type]
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
     """How it is trained."""
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # type: ignore[arg-type]
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """How it is measured."""
     output_dir: str = "runs/run"
     """The run's folder."""
@@ -69,7 +71,7 @@ def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | N
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join([f"{source}:", *(f"  {line}" for line in _explain(error, values))])) from error
+        raise RecipeError("\n".join([f"{source}:", *(f"  {_explained(entry)}" for entry in error.errors())])) from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -137,23 +139,19 @@ def _translated(values: dict[str, Any]) -> dict[str, Any]:
 
 def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Paths that exist beside the recipe are taken from there, all others from the working directory."""
-
-    def found(section: str, names: tuple[str, ...]) -> None:
+    named = {
+        "data": ("train", "eval", "chat_template"), "evaluation": ("data",), "model": ("model_name_or_path",),
+    }  # fmt: skip
+    found = dict(values)
+    for section, names in named.items():
         options = values.get(section)
-        for name in names if isinstance(options, dict) else ():
-            value = options.get(name)
-            if isinstance(value, str) and (folder / value).exists():
-                options[name] = str(folder / value)
-
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    found("data", ("train", "eval", "chat_template"))
-    found("evaluation", ("data",))
-    found("model", ("model_name_or_path",))
-    return values
-
-
-def _explain(error: ValidationError, values: dict[str, Any]) -> list[str]:
-    return [_explained(entry) for entry in error.errors()]
+        if isinstance(options, dict):
+            found[section] = {
+                key: str(folder / value)
+                if key in names and isinstance(value, str) and (folder / value).exists() else value
+                for key, value in options.items()
+            }  # fmt: skip
+    return found
 
 
 def _explained(entry: Any) -> str:
@@ -168,15 +166,15 @@ def _explained(entry: Any) -> str:
 
 
 def _hint(parents: list[str], key: str) -> str:
-    known = options_at(parents)
-    near = did_you_mean(key, known, limit=1)
-    if near:
-        return near
     elsewhere = [path for path in all_keys() if path.rpartition(".")[2] == key]
     if elsewhere:
         return f"; it belongs at {elsewhere[0]!r}"
     if key in PEERS_NAMES:
         return f"; here it is {PEERS_NAMES[key]}"
+    known = options_at(parents)
+    near = did_you_mean(key, known, limit=1)
+    if near:
+        return near
     near = did_you_mean(key, {path.rpartition(".")[2]: path for path in all_keys()}, limit=1)
     return near or f"; known here: {', '.join(sorted(known))}"
 

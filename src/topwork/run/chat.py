@@ -39,9 +39,9 @@ class Chat:
             self.run.base, [prompt], [ADAPTER_NAME if self.adapter else None], stop_ids(self.run.template),
             self.sampling, on_token=pieces.add,
         )  # fmt: skip
-        said = self.run.base.tokenizer.decode(tokens, skip_special_tokens=True)
+        said = self.run.base.text(tokens)
         self.turns += [Message("user", text), Message("assistant", said)]
-        return str(said)
+        return said
 
     def forget(self) -> None:
         """Begin anew."""
@@ -60,7 +60,7 @@ class _Pieces:
         self.tokens.append(token)
         if self.on_text is None:
             return
-        text = str(self.run.base.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        text = self.run.base.text(self.tokens)
         if not text.endswith("\ufffd") and len(text) > len(self.shown):
             self.on_text(text[len(self.shown) :])
             self.shown = text

@@ -1,14 +1,14 @@
 """A run's folder: what stands where, and how a finished run is opened again.
 
-    RUN/recipe.yaml          the recipe, every option written out
-    RUN/metrics.jsonl        a record per step, validation and note
-    RUN/checkpoints/         the last k, and the best
-    RUN/adapter/             the result: a PEFT folder
-    RUN/result.json          figures of the run
-    RUN/provenance.json      hashes of base, data, template and recipe; versions; seed
-    RUN/chat_template.jinja  the template it was trained with
-    RUN/evaluation.json      written by `topwork eval`
-    RUN/report/              written by `topwork report`
+RUN/recipe.yaml          the recipe, every option written out
+RUN/metrics.jsonl        a record per step, validation and note
+RUN/checkpoints/         the last k, and the best
+RUN/adapter/             the result: a PEFT folder
+RUN/result.json          figures of the run
+RUN/provenance.json      hashes of base, data, template and recipe; versions; seed
+RUN/chat_template.jinja  the template it was trained with
+RUN/evaluation.json      written by `topwork eval`
+RUN/report/              written by `topwork report`
 """
 
 import json
@@ -22,7 +22,6 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.data.template import ChatTemplate
 from topwork.models.base import Base, load_base
-from topwork.models.config import ModelConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
@@ -56,13 +55,17 @@ def read_recipe(folder: Path) -> Recipe:
     return make_recipe(parse_yaml(path.read_text("utf-8"), str(path)), str(path))
 
 
-def open_run(folder: Path, dtype: str | None = None, force: bool = False, report: Callable[[str], None] = print) -> OpenRun:
+def open_run(
+    folder: Path, dtype: str | None = None, force: bool = False, report: Callable[[str], None] = print
+) -> OpenRun:
     """Load a run's base and graft its adapter. Raises RequestError where the run has no adapter yet."""
     recipe = read_recipe(folder)
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
-    model = recipe.model if dtype is None else ModelConfig(**{**recipe.model.model_dump(), "dtype": dtype})
-    base = load_base(model, report)
+    if dtype is not None:
+        values = recipe.model_dump()
+        recipe = make_recipe({**values, "model": {**values["model"], "dtype": dtype}}, "the type asked for")
+    base = load_base(recipe.model, report)
     adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)

@@ -9,9 +9,7 @@ from topwork.run.folder import OpenRun
 HELP = "/base and /adapter switch the adapter off and on, /new begins anew, /quit ends"
 
 
-def ask_once(
-    run: OpenRun, prompt: str, sampling: Sampling, system: str | None, adapter: bool, compare: bool
-) -> None:
+def ask_once(run: OpenRun, prompt: str, sampling: Sampling, system: str | None, adapter: bool, compare: bool) -> None:
     """One question, its answer on standard output."""
     if compare:
         without, with_it = side_by_side(run, prompt, sampling, system)

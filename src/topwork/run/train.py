@@ -13,7 +13,15 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
 from topwork.common.devices import free_memory_bytes, hardware, peak_memory_bytes
 from topwork.common.errors import RequestError
-from topwork.common.files import sha256_bytes, sha256_file, write_folder, write_json, write_text
+from topwork.common.files import (
+    clear_leftovers,
+    recover_folder,
+    sha256_bytes,
+    sha256_file,
+    write_folder,
+    write_json,
+    write_text,
+)
 from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.plan.count import ParameterCount, count_adapter
@@ -22,7 +30,7 @@ from topwork.run.folder import ADAPTER, ADAPTER_NAME, PROVENANCE, RECIPE, RESULT
 from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
 from topwork.training.checkpoint import newest_whole_checkpoint
 from topwork.training.loop import CHECKPOINTS, Loop, Outcome
-from topwork.training.metrics import METRICS, MetricsLog, open_sinks
+from topwork.training.metrics import METRICS, MetricsLog, check_sinks, open_sinks
 from topwork.training.objective import OBJECTIVES
 from topwork.training.passes import choose_tokens_per_pass
 from topwork.training.progress import Progress, Silent
@@ -57,6 +65,7 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     folder = Path(recipe.output_dir)
+    check_sinks(recipe.training.report_to)
     _check_folder(folder, recipe, resume, overwrite)
     sinks_config = recipe.model_dump(mode="json")
     base = load_base(recipe.model, report)
@@ -67,6 +76,8 @@ def train(
     report(f"{base.name}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
     tokens_per_pass = _tokens_per_pass(recipe, base, data, folder if resume else None)
 
+    if resume:
+        recover_folder(folder / ADAPTER)
     checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, report) if resume else None
     _prepare_folder(folder, recipe, base, data, tokens_per_pass, overwrite)
     at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
@@ -87,8 +98,13 @@ def train(
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise RequestError("--resume goes on with a run and --overwrite deletes it; give one of the two")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"output_dir {folder} is a file; name a folder")
+    clear_leftovers(folder)
     if not (folder / RECIPE).exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise RequestError(f"output_dir {folder} holds other files; give an empty or a new folder")
         return
     if resume:
@@ -124,9 +140,7 @@ def _tokens_per_pass(recipe: Recipe, base: Base, data: Data, resumed: Path | Non
     if asked is None and resumed is not None and (resumed / PROVENANCE).exists():
         asked = json.loads((resumed / PROVENANCE).read_text("utf-8"))["tokens_per_pass"]
     longest = max(len(example.tokens) for example in (*data.train, *data.eval))
-    return choose_tokens_per_pass(
-        asked, longest, base.module.config, base.device, free_memory_bytes(base.device)
-    )
+    return choose_tokens_per_pass(asked, longest, base.module.config, base.device, free_memory_bytes(base.device))
 
 
 def _prepare_folder(
@@ -135,9 +149,9 @@ def _prepare_folder(
     import shutil
 
     if overwrite:
-        for stale in (CHECKPOINTS, ADAPTER, "report"):
+        for stale in (CHECKPOINTS, ADAPTER, "report", "tensorboard"):
             shutil.rmtree(folder / stale, ignore_errors=True)
-        for stale in (METRICS, RESULT, "evaluation.json", PROVENANCE):
+        for stale in (METRICS, RESULT, "evaluation.json", "merge.json", PROVENANCE, TEMPLATE, "wandb_id"):
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     text = recipe_yaml(recipe)
@@ -148,7 +162,9 @@ def _prepare_folder(
         folder / PROVENANCE,
         {
             "base": {"id": base.name, "fingerprint": base.fingerprint},
-            "data": {name: _file_hash(path) for name, path in (("train", recipe.data.train), ("eval", recipe.data.eval))},
+            "data": {
+                name: _file_hash(path) for name, path in (("train", recipe.data.train), ("eval", recipe.data.eval))
+            },
             "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
             "recipe_sha256": sha256_bytes(text.encode()),
             "seed": recipe.training.seed,
@@ -179,7 +195,7 @@ def _versions() -> dict[str, str]:
 def _keep_best(recipe: Recipe, folder: Path, adapters: Adapters, base: Base, outcome: Outcome) -> None:
     """The run's adapter: the best validation's where asked for, else the last step's."""
     best = outcome.state.best_step
-    if recipe.training.load_best_model_at_end and best is not None and best not in (0, outcome.state.step):
+    if recipe.training.load_best_model_at_end and best not in (None, outcome.state.step):
         saved = folder / CHECKPOINTS / f"step-{best:06d}" / CHECKPOINT_ADAPTER
         adapters.load(ADAPTER_NAME, read_adapter(saved).tensors)
     write_folder(

@@ -51,7 +51,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run is. `step` counts finished optimizer steps; data order and schedule follow from it and the seed."""
+    """How far a run is. `step` counts finished optimizer steps; data order and schedule follow from it and the seed.
+
+    `loss_sum` is over the `loss_count` steps since the last validation.
+    """
 
     step: int
     best_loss: float | None = None
@@ -59,6 +62,8 @@ class TrainState:
     evals_without_gain: int = 0
     tokens_seen: int = 0
     history: tuple[Validation, ...] = ()
+    loss_sum: float = 0.0
+    loss_count: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A value for JSON; floats come back bit for bit. Raises CheckpointError on NaN and infinity."""

@@ -73,7 +73,7 @@ class Loop:
         self.steps = planned_steps(config, len(train))
         self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_steps or self.eval_every
-        self._since_validation: list[float] = []
+        self._unlogged: list[tuple[StepResult, float]] = []
 
     def resume(self, checkpoint: Path) -> TrainState:
         """Take weights, optimizer and random state from a checkpoint."""
@@ -83,28 +83,28 @@ class Loop:
     def run(self, state: TrainState | None = None) -> Outcome:
         """Train to the end. Raises NonFiniteLossError, RunError; checkpoints written before stay good."""
         torch.manual_seed(self.config.seed) if state is None else None
-        state = state or self._validated(TrainState(step=0))
-        self.adapters.train(self.name)
-        self.progress.started(state.step, self.steps)
-        stopped = "finished"
         with Interrupts() as interrupts:
-            while state.step < self.steps:
-                before, state = state, self._stepped(state)
-                last = state.step == self.steps
-                if state.step % self.eval_every == 0 or last:
-                    state = self._validated(state)
-                improved = state.best_step == state.step and before.best_step != state.step
-                if self._patience_is_out(state):
-                    stopped = "early stopping"
-                elif interrupts.asked and not last:
-                    stopped = "interrupted"
-                if state.step % self.save_every == 0 or last or improved or stopped != "finished":
-                    self._save(state)
-                if stopped != "finished":
-                    break
-        self.adapters.train(self.name, False)
-        self.progress.finished()
-        return Outcome(state, self.steps, stopped)
+            state = state or self._validated(TrainState(step=0))
+            self.adapters.train(self.name)
+            self.progress.started(state.step, self.steps)
+            try:
+                return self._trained(state, interrupts)
+            finally:
+                self.adapters.train(self.name, False)
+                self.progress.finished()
+
+    def _trained(self, state: TrainState, interrupts: Interrupts) -> Outcome:
+        while state.step < self.steps and not self._patience_is_out(state):
+            state = self._stepped(state)
+            last = state.step == self.steps
+            if state.step % self.eval_every == 0 or last:
+                state = self._validated(state)
+            last = last or self._patience_is_out(state)
+            if state.step % self.save_every == 0 or state.best_step == state.step or last or interrupts.asked:
+                self._save(state)
+            if interrupts.asked and not last:
+                return Outcome(state, self.steps, "interrupted")
+        return Outcome(state, self.steps, "early stopping" if state.step < self.steps else "finished")
 
     def _stepped(self, state: TrainState) -> TrainState:
         rate = learning_rate(self.config, state.step, self.steps)
@@ -126,25 +126,36 @@ class Loop:
                 f"out of memory at step {state.step + 1} with {self.tokens_per_pass} tokens per pass; the result does "
                 f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2}"
             ) from error
-        after = replace(state, step=state.step + 1, tokens_seen=state.tokens_seen + result.tokens)
-        self._since_validation.append(result.loss)
-        self._log(after.step, result, rate, time.perf_counter() - start)
-        return after
+        self._log(state.step + 1, (result, time.perf_counter() - start), rate)
+        return replace(
+            state,
+            step=state.step + 1,
+            tokens_seen=state.tokens_seen + result.tokens,
+            loss_sum=state.loss_sum + result.loss,
+            loss_count=state.loss_count + 1,
+        )
 
-    def _log(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
-        record: dict[str, Any] = {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+    def _log(self, step: int, timed: tuple[StepResult, float], rate: float) -> None:
+        self._unlogged.append(timed)
+        if step % self.config.logging_steps == 0 or step in (1, self.steps):
+            self.metrics.write("train", step, self._record(step, self._unlogged, rate))
+            self._unlogged = []
+        self.progress.stepped(step, self._record(step, [timed], rate))
+
+    def _record(self, step: int, timed: Sequence[tuple[StepResult, float]], rate: float) -> dict[str, Any]:
+        """The mean loss of some steps, what went through them, and the rest as the last of them had it."""
+        results, seconds = [result for result, _ in timed], sum(spent for _, spent in timed)
+        tokens = sum(result.tokens for result in results)
+        return {
+            "loss": sum(result.loss for result in results) / len(results),
+            "grad_norm": results[-1].grad_norm,
             "learning_rate": rate,
-            "tokens": result.tokens,
-            "learned_tokens": result.learned_tokens,
-            "tokens_per_second": round(result.tokens / seconds, 1),
+            "tokens": tokens,
+            "learned_tokens": sum(result.learned_tokens for result in results),
+            "tokens_per_second": round(tokens / seconds, 1),
             "seconds": round(seconds, 4),
             "epoch": round(step / steps_per_epoch(len(self.train), self.config.batch_size), 4),
         }
-        if step % self.config.logging_steps == 0 or step in (1, self.steps):
-            self.metrics.write("train", step, record)
-        self.progress.stepped(step, record)
 
     def _validated(self, state: TrainState) -> TrainState:
         if not self.held_out:
@@ -153,16 +164,19 @@ class Loop:
         loss = mean_loss(self.base, self.objective, self.held_out)
         self.adapters.train(self.name)
         if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the validation loss at step {state.step} is {loss}; checkpoints stay as they are")
-        trained = sum(self._since_validation) / len(self._since_validation) if self._since_validation else None
-        self._since_validation = []
-        better = state.best_loss is None or loss < state.best_loss
+            raise NonFiniteLossError(
+                f"the validation loss at step {state.step} is {loss}; checkpoints stay as they are"
+            )
+        trained = state.loss_sum / state.loss_count if state.loss_count else None
+        better = state.step > 0 and (state.best_loss is None or loss < state.best_loss)  # at 0 it is the bare base
         state = replace(
             state,
             history=(*state.history, Validation(state.step, trained, loss)),
+            loss_sum=0.0,
+            loss_count=0,
             best_loss=loss if better else state.best_loss,
             best_step=state.step if better else state.best_step,
-            evals_without_gain=0 if better else state.evals_without_gain + 1,
+            evals_without_gain=0 if better or state.step == 0 else state.evals_without_gain + 1,
         )
         record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
         self.metrics.write("eval", state.step, record)
@@ -196,7 +210,8 @@ class Loop:
 
     def _explained(self, error: Exception, state: TrainState, rows: Sequence[Example]) -> NonFiniteLossError:
         """Keep the last good state, and name the batch."""
-        self._save(state)
+        if not (self.checkpoints / f"step-{state.step:06d}").exists():
+            self._save(state)
         named = ", ".join(row.source for row in rows[:8]) + (", …" if len(rows) > 8 else "")
         return NonFiniteLossError(
             f"step {state.step + 1}: {error}. The batch was {named}. Nothing was updated; the state after step "

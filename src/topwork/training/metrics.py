@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -14,6 +15,7 @@ from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import append_line, write_bytes, write_text
 
 METRICS = "metrics.jsonl"
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
 Kind = Literal["train", "eval", "note"]
 
 
@@ -166,6 +168,17 @@ class WandbSink:
         self._run.finish()
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """Raises RequestError for an unknown name or a package not installed; nothing is written."""
+    for name in names:
+        if name not in _PACKAGES:
+            raise RequestError(
+                f"report_to names {name!r}, expected tensorboard or wandb{did_you_mean(name, _PACKAGES)}"
+            )
+        if find_spec(name) is None:
+            raise _missing(name, _PACKAGES[name])
+
+
 def open_sinks(
     names: Sequence[str],
     run_dir: Path,
@@ -177,10 +190,7 @@ def open_sinks(
 
     Where Weights & Biases cannot be reached or has no key, `warn` is told and the run goes on without it.
     """
-    unknown = [name for name in names if name not in ("tensorboard", "wandb")]
-    if unknown:
-        near = did_you_mean(unknown[0], ["tensorboard", "wandb"])
-        raise RequestError(f"report_to names {unknown[0]!r}, expected tensorboard or wandb{near}")
+    check_sinks(names)
     sinks: list[Sink] = []
     if "tensorboard" in names:
         sinks.append(TensorBoardSink(run_dir, config, resume_step))

@@ -30,7 +30,7 @@ class Objective(Protocol):
 
 
 class Sft:
-    """Supervised fine-tuning: the weighted negative log-likelihood of the learned tokens, sum_i -w_i log p_i / sum_i w_i.
+    """Supervised fine-tuning: the learned tokens' weighted negative log-likelihood, sum_i -w_i log p_i / sum_i w_i.
 
     The sums run over the whole optimizer step, so one pass of eight sequences is eight passes of one.
     """

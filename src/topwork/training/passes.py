@@ -19,9 +19,7 @@ def step_passes(
 ) -> list[Stream]:
     """The rows of one optimizer step, packed into as few passes as fit."""
     lengths = [len(example.tokens) for example in examples]
-    return [
-        collate([examples[i] for i in bin], adapter).to(device) for bin in pack(lengths, tokens_per_pass)
-    ]
+    return [collate([examples[i] for i in bin], adapter).to(device) for bin in pack(lengths, tokens_per_pass)]
 
 
 def choose_tokens_per_pass(
