@@ -1,4 +1,4 @@
-"""Write docs/families.md: what each family's flat stream measures against transformers' own forward, or why it is refused.
+"""Write docs/families.md: what each family measures against transformers' own forward, or why it is refused.
 
     python tools/family_table.py
 
@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from reference.families import stream_differences  # noqa: E402
-
 from topwork.common.errors import ModelError  # noqa: E402
 from topwork.models.probe import PROVEN  # noqa: E402
 

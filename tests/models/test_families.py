@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from reference.families import LENGTHS, WINDOW, stream_differences, tiny_model
 
+from reference.families import LENGTHS, WINDOW, stream_differences, tiny_model
 from topwork.models.probe import PROVEN
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference.families import sequences, tiny_base, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reference.families import sequences, tiny_base, tiny_model
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
 from topwork.models.base import as_base
@@ -79,7 +79,7 @@ def test_attention_with_a_bias_of_its_own_is_refused() -> None:
         return plain(hidden_states, **kwargs)
 
     attention.forward = with_alibi
-    with pytest.raises(ModelError, match="^newcomer: two sequences in one stream give other logits"):
+    with pytest.raises(ModelError, match=r"^newcomer: two sequences in one stream give other logits"):
         loaded(model)
 
 

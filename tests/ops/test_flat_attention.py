@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from reference.attention import attention_by_sequence
-from reference.measure import relative
 from torch import Tensor
 
+from reference.attention import attention_by_sequence
+from reference.measure import relative
 from topwork.ops import attention
 from topwork.ops.attention import AttentionRule, attend, flat_attention
 

@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from reference.logprobs import log_probabilities_whole
-from reference.measure import relative
 from torch import Tensor
 
+from reference.logprobs import log_probabilities_whole
+from reference.measure import relative
 from topwork.ops import logprobs
 from topwork.ops.logprobs import LogitRule, chunk_rows, log_probabilities, log_probabilities_through
 
@@ -88,7 +88,7 @@ def test_a_gradient_that_depends_on_the_result() -> None:
 
 @pytest.mark.usefixtures("_chunks")
 def test_through_any_head() -> None:
-    hidden, weight, targets, _, learned = inputs(bias=False)
+    hidden, _, targets, _, learned = inputs(bias=False)
     inner = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, VOCABULARY))
     hidden.requires_grad_()
     wanted = [hidden, *inner.parameters()]

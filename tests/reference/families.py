@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from reference.measure import relative
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.lora import LoraLinear, LoraWeights
@@ -34,7 +34,7 @@ MIXED = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "layer_types": MIXED},
     "qwen3": {"use_sliding_window": True, "layer_types": MIXED},
-    "qwen3_moe": {"use_sliding_window": True, "layer_types": MIXED},
+    "qwen3_moe": {"use_sliding_window": True},
     "smollm3": {"use_sliding_window": True, "layer_types": MIXED, "no_rope_layers": [1, 0]},
     "gemma2": {"layer_types": MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {"layer_types": MIXED},

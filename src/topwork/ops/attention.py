@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -257,7 +258,7 @@ def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int,
     longest = max(stop - start for start, stop in zip(bounds, bounds[1:]))
     behind = -1 if rule.window is None else rule.window - 1
     shares = query.shape[1] // key.shape[1]
-    grouped = {"enable_gqa": True} if shares > 1 else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if shares > 1 else {}
     if grouped and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11 wants as many key heads
         grouped, key, value = {}, key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
     return varlen_attn(

@@ -1,0 +1,298 @@
+"""Grafting: fresh is the base bit for bit, segments keep adapters apart, removing restores the base's own modules."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.measure import relative
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
+from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.common.errors import AdapterError
+from topwork.models.base import Base
+from topwork.ops import logprobs
+from topwork.ops.stream import Segment, Stream, stream_of
+
+CONFIG = AdapterConfig(r=4, lora_alpha=8)
+FAMILIES = ["llama", "gemma2", "gpt2", "phi3", "gpt_oss"]
+KINDS = {
+    "linear layers": CONFIG,
+    "with a saved head": AdapterConfig(r=4, modules_to_save=["lm_head"]),
+    "with saved embeddings and norms": AdapterConfig(r=4, modules_to_save=["embed_tokens", "norm"]),
+    "with a saved block": AdapterConfig(r=4, modules_to_save=["layers.1.mlp"]),
+    "with an adapted head": AdapterConfig(r=4, target_modules=["q_proj", "lm_head"]),
+}
+
+
+def logits(base: Base, stream: Stream) -> Tensor:
+    with torch.no_grad():
+        return base.logits(stream, torch.arange(len(stream.tokens)))
+
+
+def added(base: Base, **configs: AdapterConfig) -> Adapters:
+    """Adapters by name, every one with weights of its own that change something."""
+    adapters = Adapters(base.module)
+    for number, (name, config) in enumerate(configs.items()):
+        adapters.add(name, config, seed=number)
+        randomise(adapters, name, seed=number)
+    return adapters
+
+
+def by_sequence(stream: Stream, names: list[str | None]) -> Stream:
+    """Each sequence a segment of its own."""
+    spans = zip(stream.bounds, stream.bounds[1:])
+    return replace(stream, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_is_the_base_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    base = tiny_base(family, dtype)
+    before = logits(base, stream_of(sequences()))
+    adapters = Adapters(base.module)
+    assert adapters.add("a", CONFIG)
+    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    randomise(adapters, "a")
+    assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, stream_of(sequences(), None)), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_modules_to_save_are_the_base_too(kind: str, dtype: torch.dtype) -> None:
+    base = tiny_base("llama", dtype)
+    before = logits(base, stream_of(sequences()))
+    adapters = Adapters(base.module)
+    adapters.add("a", KINDS[kind])
+    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    randomise(adapters, "a")
+    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert all(parameter.dtype == torch.float32 for parameter in adapters.parameters("a").values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_adapters_in_one_stream_are_each_alone(kind: str) -> None:
+    base = tiny_base("llama")
+    added(base, one=KINDS[kind], two=KINDS[kind].model_copy(update={"r": 7, "use_rslora": True}))
+    parts = sequences()
+    names = ["one", None, "two", "one"]
+    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
+    for part, name, found in zip(parts, names, together, strict=True):
+        assert relative(found, logits(base, stream_of([part], name))) < 1e-6
+    alone = [logits(base, stream_of(parts[:1], name)) for name in ("one", "two", None)]
+    assert relative(alone[0], alone[1]) > 1e-2
+    assert relative(alone[0], alone[2]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_two_adapters_in_one_stream(kind: str) -> None:
+    base = tiny_base("llama")
+    adapters = added(base, one=KINDS[kind], two=KINDS[kind])
+    parts = sequences()
+
+    def gradients(stream: Stream, name: str) -> list[Tensor]:
+        loss = (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+        return list(torch.autograd.grad(loss, list(adapters.parameters(name).values())))
+
+    stream = learning_stream(parts)
+    mixed = by_sequence(stream, ["one", "one", "two", None])
+    ends = (14, 21)
+    for name, lower, upper in (("one", 0, ends[0]), ("two", *ends)):
+        chosen = (stream.rows >= lower) & (stream.rows < upper)
+        own = replace(
+            by_sequence(stream, [name] * 4),
+            rows=stream.rows[chosen], targets=stream.targets[chosen], weights=stream.weights[chosen],
+        )  # fmt: skip
+        assert relative(gradients(mixed, name), gradients(own, name)) < 2e-6
+
+
+def test_the_head_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved head with more rows than a chunk holds: same values, same gradients."""
+    base = tiny_base("gemma2")
+    adapters = added(base, a=AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    stream = learning_stream(sequences(), "a")
+    results = []
+    for size in (1 << 25, 1):
+        monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", size)
+        logprobs_found = base.log_probabilities(stream)
+        gradients = torch.autograd.grad(logprobs_found.sum(), list(adapters.parameters("a").values()))
+        results.append((logprobs_found.detach(), gradients))
+    assert len(stream.rows) > 16
+    assert relative(results[0][0], results[1][0]) < 1e-6
+    assert relative(results[0][1], results[1][1]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removing_restores_the_bases_own_modules(kind: str) -> None:
+    base = tiny_base("llama")
+    before = dict(base.module.named_modules())
+    adapters = added(base, one=KINDS[kind], two=KINDS[kind])
+    assert bare_modules(base.module).keys() == before.keys() - {""}
+    two = logits(base, stream_of(sequences(), "two"))
+    adapters.remove("one")
+    assert torch.equal(logits(base, stream_of(sequences(), "two")), two)
+    adapters.remove("two")
+    after = dict(base.module.named_modules())
+    assert after.keys() == before.keys()
+    assert all(after[path] is before[path] for path in before)
+    assert not adapters.configs
+
+
+def test_only_the_adapter_learns() -> None:
+    base = tiny_base("llama")
+    adapters = added(base, a=KINDS["with a saved head"])
+    stream = learning_stream(sequences(), "a")
+    base.log_probabilities(stream).sum().backward()
+    own = {id(parameter) for parameter in adapters.parameters("a").values()}
+    for name, parameter in base.module.named_parameters():
+        assert (id(parameter) in own) == parameter.requires_grad == (parameter.grad is not None), name
+
+
+def test_names_of_the_parameters_are_pefts() -> None:
+    base = tiny_base("llama")
+    adapters = added(base, a=AdapterConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert {key: tuple(p.shape) for key, p in adapters.parameters("a").items()} == {
+        "lm_head.weight": (99, 64),
+        "model.layers.0.self_attn.q_proj.lora_A.weight": (3, 64),
+        "model.layers.0.self_attn.q_proj.lora_B.weight": (64, 3),
+        "model.layers.1.self_attn.q_proj.lora_A.weight": (3, 64),
+        "model.layers.1.self_attn.q_proj.lora_B.weight": (64, 3),
+    }
+    assert list(adapters.parameters("a")) == sorted(adapters.parameters("a"))
+
+
+def test_scaling_is_alpha_over_r_or_over_its_root() -> None:
+    for rslora, scaling in ((False, 8 / 4), (True, 8 / 2)):
+        base = tiny_base("llama")
+        Adapters(base.module).add("a", AdapterConfig(r=4, lora_alpha=8, use_rslora=rslora))
+        layers = adapted_layers(base.module).values()
+        assert {layer.adapters["a"].scaling for layer in layers} == {scaling}
+
+
+def test_the_first_weights_depend_on_seed_and_path_alone() -> None:
+    def drawn(seed: int, **values: object) -> dict[str, Tensor]:
+        adapters = Adapters(tiny_base("llama").module)
+        adapters.add("a", AdapterConfig(r=4, **values), seed)
+        return {key: parameter.detach() for key, parameter in adapters.parameters("a").items()}
+
+    whole, few, other = drawn(0), drawn(0, target_modules=["v_proj"]), drawn(1)
+    assert few.keys() < whole.keys()
+    assert all(torch.equal(whole[key], few[key]) for key in few)
+    a_keys = [key for key in whole if "lora_A" in key]
+    assert not any(torch.equal(whole[key], other[key]) for key in a_keys)
+    assert not torch.equal(whole[a_keys[0]], whole[a_keys[-1]])
+
+
+@pytest.mark.parametrize(("init", "spread"), [(True, 1 / (3 * 1024) ** 0.5), ("gaussian", 1 / 32)])
+def test_how_a_begins(init: bool | str, spread: float) -> None:
+    """Kaiming-uniform with a = sqrt(5) is uniform in +-1/sqrt(in), whose deviation is 1/sqrt(3 in)."""
+    model = tiny_base("llama", hidden_size=1024, intermediate_size=64).module
+    adapters = Adapters(model)
+    adapters.add("a", AdapterConfig(r=32, target_modules=["gate_proj"], init_lora_weights=init))
+    a, b, *_ = adapters.parameters("a").values()
+    assert float(a.std()) == pytest.approx(spread, rel=0.03)
+    assert float(a.mean()) == pytest.approx(0, abs=spread / 50)
+    assert (float(a.abs().max()) <= 1 / 32) is (init is True)
+    assert not b.any()
+
+
+def test_dropout_in_training_only() -> None:
+    base = tiny_base("llama")
+    adapters = added(base, a=AdapterConfig(r=4, lora_dropout=0.5), b=CONFIG)
+    stream = stream_of(sequences(), "a")
+    still = logits(base, stream)
+    assert torch.equal(logits(base, stream), still)
+    adapters.train("a")
+    noisy = [logits(base, stream) for _ in range(2)]
+    assert not torch.equal(noisy[0], noisy[1])
+    other = stream_of(sequences(), "b")
+    assert torch.equal(logits(base, other), logits(base, other))
+    adapters.train("a", False)
+    assert torch.equal(logits(base, stream), still)
+
+
+def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
+    """The mean over many draws is the output without dropout (one layer: it is linear in its input)."""
+    layer = LoraLinear(nn.Linear(6, 5))
+    holder = nn.Module()
+    holder.layer = layer
+    weights = LoraWeights(6, 5, 3, 2.0, dropout=0.3)
+    nn.init.normal_(weights.lora_A)
+    nn.init.normal_(weights.lora_B)
+    layer.adapters["a"] = weights
+    x = torch.randn(1, 6).expand(40000, 6)
+    with torch.no_grad(), stream_of([torch.zeros(40000, dtype=torch.int64)], "a").active():
+        mean = layer(x).mean(0)
+        weights.eval()
+        expected = layer(x[:1].expand(40000, 6))[0]
+    update = expected - layer.base_layer(x[0])
+    assert relative(mean, expected) < 0.03 * float(update.norm() / expected.norm())
+
+
+def test_a_name_that_is_taken_or_no_name_is_refused() -> None:
+    adapters = added(tiny_base("llama"), a=CONFIG)
+    for name in ("a", "", "a.b"):
+        with pytest.raises(AdapterError, match=r"is taken, empty or has a dot; taken: \['a'\]"):
+            adapters.add(name, CONFIG)
+    for call in (adapters.remove, adapters.parameters, adapters.train):
+        with pytest.raises(AdapterError, match=r"no adapter 'b' here; there are \['a'\]"):
+            call("b")
+
+
+@pytest.mark.parametrize(
+    ("there", "new"),
+    [
+        (AdapterConfig(target_modules=["lm_head"]), AdapterConfig(modules_to_save=["lm_head"])),
+        (AdapterConfig(modules_to_save=["lm_head"]), AdapterConfig(target_modules=["q_proj", "lm_head"])),
+        (CONFIG, AdapterConfig(target_modules=["q_proj"], modules_to_save=["mlp"])),
+        (AdapterConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), CONFIG),
+    ],
+    ids=["head adapted, then saved", "head saved, then adapted", "inside, then whole", "whole, then inside"],
+)
+def test_adapted_by_one_and_saved_by_another_is_refused_whole(there: AdapterConfig, new: AdapterConfig) -> None:
+    """Nothing of the refused adapter stays behind."""
+    base = tiny_base("llama")
+    adapters = added(base, a=there)
+    before = {name: id(module) for name, module in base.module.named_modules()}
+    with pytest.raises(AdapterError, match="adapted by one adapter and saved whole by another"):
+        adapters.add("b", new)
+    assert {name: id(module) for name, module in base.module.named_modules()} == before
+    assert list(adapters.configs) == ["a"]
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    adapters = added(tiny_base("llama"), a=CONFIG)
+    good = {key: parameter.detach().clone() for key, parameter in adapters.parameters("a").items()}
+    first, second, *_ = good
+    bad = {**good, "model.extra": torch.zeros(1), second: torch.zeros(2, 2)}
+    del bad[first]
+    with pytest.raises(AdapterError) as error:
+        adapters.load("a", bad)
+    assert f"1 missing (first {first})" in str(error.value)
+    assert "1 unknown (first model.extra)" in str(error.value)
+    assert f"another shape (first {second}: (2, 2)" in str(error.value)
+    assert all(torch.equal(adapters.parameters("a")[key], good[key]) for key in good)
+
+
+def test_a_layer_given_other_tokens_than_the_streams_refuses() -> None:
+    """Experts that pick tokens would otherwise be adapted at the wrong rows."""
+    base = tiny_base("llama")
+    added(base, a=CONFIG)
+    layer = base.module.model.layers[0].mlp.up_proj
+    with (
+        stream_of(sequences(), "a").active(),
+        pytest.raises(ValueError, match=r"cover 45 tokens, .* given 7"),
+    ):
+        layer(torch.zeros(7, 64))
+
+
+def test_a_saved_module_is_a_copy_of_its_own() -> None:
+    base = tiny_base("llama", tie_word_embeddings=True)
+    adapters = added(base, a=AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    head = base.module.lm_head
+    assert isinstance(head, SavedModule)
+    assert base.module.model.embed_tokens.weight is head.base_layer.weight
+    assert not torch.equal(adapters.parameters("a")["lm_head.weight"], head.base_layer.weight)

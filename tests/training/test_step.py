@@ -1,0 +1,166 @@
+"""The step: how sequences are spread over passes changes nothing, and nothing is updated by what is not finite."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.logprobs import log_probabilities_whole
+from reference.measure import relative
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.common.errors import NonFiniteLossError
+from topwork.models.base import Base
+from topwork.ops.stream import Stream
+from topwork.training.objective import Sft
+from topwork.training.step import StepResult, mean_loss, train_step
+
+LENGTHS = (13, 5, 7, 24, 9, 2, 17, 11)
+CONFIGS = {
+    "linear layers": AdapterConfig(r=4),
+    "and a saved head": AdapterConfig(r=4, modules_to_save=["lm_head", "norm"]),
+}
+
+
+class Recorder(torch.optim.SGD):
+    """Plain gradient descent that keeps the gradients it was given."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float = 0.0) -> None:
+        super().__init__(parameters, lr=lr)
+        self.given: list[Tensor] = []
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.given = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        super().step()
+
+
+def prepared(config: AdapterConfig = CONFIGS["linear layers"], family: str = "llama") -> tuple[Base, Adapters]:
+    base = tiny_base(family)
+    adapters = Adapters(base.module)
+    adapters.add("a", config)
+    randomise(adapters, "a")
+    return base, adapters
+
+
+def passes(sizes: Sequence[int], seed: int = 0) -> list[Stream]:
+    """The eight sequences in passes of so many each, always with the same weights."""
+    parts = sequences(LENGTHS, seed)
+    weights = torch.arange(1, 101) / 50
+    streams, at = [], 0
+    for size in sizes:
+        stream = learning_stream(parts[at : at + size], "a")
+        learned = [len(part) - 1 for part in parts[at : at + size]]
+        streams.append(replace(stream, weights=torch.cat([weights[:count] for count in learned])))
+        at += size
+    assert at == len(parts)
+    return streams
+
+
+def stepped(
+    base: Base, adapters: Adapters, streams: Sequence[Stream], clip: float = 0.0
+) -> tuple[StepResult, list[Tensor]]:
+    parameters = list(adapters.parameters("a").values())
+    optimizer = Recorder(parameters)
+    return train_step(base, Sft(), streams, parameters, optimizer, clip), optimizer.given
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sizes", [[1] * 8, [3, 5], [2, 2, 4]], ids=str)
+def test_one_pass_of_eight_is_any_other_split(sizes: list[int], name: str) -> None:
+    base, adapters = prepared(CONFIGS[name])
+    whole, expected = stepped(base, adapters, passes([8]))
+    split, found = stepped(base, adapters, passes(sizes))
+    assert relative(found, expected) < 1e-6
+    assert split.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+    assert (split.tokens, split.learned_tokens) == (whole.tokens, whole.learned_tokens) == (88, 80)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_loss_list_does_not_depend_on_the_passes(family: str) -> None:
+    lists = []
+    for sizes in ([8], [1] * 8, [3, 5]):
+        base, adapters = prepared(family=family)
+        parameters = list(adapters.parameters("a").values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+        lists.append([
+            train_step(base, Sft(), passes(sizes, step), parameters, optimizer, 1.0).loss for step in range(6)
+        ])  # fmt: skip
+    assert lists[1] == pytest.approx(lists[0], rel=1e-5)
+    assert lists[2] == pytest.approx(lists[0], rel=1e-5)
+    assert len(set(lists[0])) == 6
+
+
+def test_the_loss_is_the_weighted_mean_over_the_step() -> None:
+    """Against log_softmax over all logits; weights count in the divisor too."""
+    base, adapters = prepared()
+    total, weight = 0.0, 0.0
+    with torch.no_grad():
+        for stream in passes([3, 5]):
+            hidden = base.hidden(stream)[stream.rows]
+            truth = log_probabilities_whole(hidden, base.head.weight, stream.targets)
+            total, weight = total - float((stream.weights * truth).sum()), weight + float(stream.weights.sum())
+    result, _ = stepped(base, adapters, passes([3, 5]))
+    assert result.loss == pytest.approx(total / weight, rel=1e-6)
+    assert mean_loss(base, Sft(), passes([8])) == pytest.approx(total / weight, rel=1e-6)
+    assert mean_loss(base, Sft(), passes([2, 6])) == pytest.approx(total / weight, rel=1e-6)
+
+
+def test_clipping_cuts_the_norm_and_nothing_else() -> None:
+    base, adapters = prepared()
+    free, gradients = stepped(base, adapters, passes([8]))
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    assert free.grad_norm == pytest.approx(norm, rel=1e-6)
+    cut, clipped = stepped(base, adapters, passes([8]), clip=norm / 3)
+    assert cut.grad_norm == pytest.approx(norm, rel=1e-6)
+    assert relative(clipped, [g / 3 for g in gradients]) < 1e-4
+    _, spared = stepped(base, adapters, passes([8]), clip=norm * 2)
+    assert relative(spared, gradients) < 1e-7
+
+
+def test_gradients_are_gone_after_a_step() -> None:
+    base, adapters = prepared()
+    stepped(base, adapters, passes([8]))
+    assert all(parameter.grad is None for parameter in adapters.parameters("a").values())
+    _, once = stepped(base, adapters, passes([8]))
+    _, again = stepped(base, adapters, passes([8]))
+    assert relative(again, once) < 1e-7
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "model"])
+def test_a_loss_that_is_not_finite_updates_nothing(where: str, bad: float) -> None:
+    base, adapters = prepared()
+    parameters = list(adapters.parameters("a").values())
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    streams = passes([4, 4])
+    embedding = base.module.get_input_embeddings().weight
+    good = embedding.detach().clone()
+    if where == "weights":
+        streams[1] = replace(streams[1], weights=streams[1].weights * bad)
+    else:
+        embedding[streams[1].tokens[3]] = bad
+    with pytest.raises(NonFiniteLossError, match="the loss is"):
+        train_step(base, Sft(), streams, parameters, optimizer, 1.0)
+    assert all(torch.equal(left, right) for left, right in zip(parameters, before, strict=True))
+    assert all(parameter.grad is None for parameter in parameters)
+    assert not optimizer.state
+    embedding.copy_(good)
+    assert train_step(base, Sft(), passes([8]), parameters, optimizer, 1.0).loss > 0
+
+
+def test_a_pass_in_which_nothing_is_learned_changes_nothing() -> None:
+    for config in CONFIGS.values():
+        base, adapters = prepared(config)
+        _, expected = stepped(base, adapters, passes([8]))
+        empty = replace(
+            learning_stream(sequences((3, 4)), "a"),
+            rows=torch.empty(0, dtype=torch.int64), targets=torch.empty(0, dtype=torch.int64), weights=torch.empty(0),
+        )  # fmt: skip
+        result, found = stepped(base, adapters, [empty, *passes([8])])
+        assert relative(found, expected) < 1e-7
+        assert result.learned_tokens == 80
