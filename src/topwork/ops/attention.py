@@ -261,7 +261,7 @@ def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int,
     grouped: dict[str, Any] = {"enable_gqa": True} if shares > 1 else {}
     if grouped and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11 wants as many key heads
         grouped, key, value = {}, key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
-    return varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]
         query,
         key,
         value,
