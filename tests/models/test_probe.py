@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reference.families import sequences, tiny_base, tiny_model
+from reference.families import alone, sequences, tiny_base, tiny_model
+from reference.measure import relative
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
 from topwork.models.base import as_base
@@ -118,6 +119,28 @@ def test_a_base_is_frozen_and_silent_about_dropout() -> None:
     assert not any(parameter.requires_grad for parameter in base.module.parameters())
     assert not any(module.training for module in base.module.modules())
     assert base.context_length == 64
+
+
+def test_longrope_is_kept_to_the_length_at_which_it_is_steady() -> None:
+    """Beyond it one long sequence would change the positions of all others in its pass."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    values = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    told: list[str] = []
+    base = as_base(tiny_model("phi3", **values), None, "tiny", told.append)  # type: ignore[arg-type]
+    assert base.context_length == 16
+    assert len(told) == 1
+    assert "longrope" in told[0]
+    assert "kept to 16 tokens, below which they do not, instead of 64" in told[0]
+    parts = sequences((16, 3, 9))
+    with torch.no_grad():
+        found = base.logits(stream_of(parts), torch.arange(28))
+        assert relative(found, alone(tiny_model("phi3", **values), parts)) < 1e-5
+        parts = sequences((17, 3, 9))
+        found = base.logits(stream_of(parts), torch.arange(29))
+        assert relative(found, alone(tiny_model("phi3", **values), parts)) > 1e-3  # where this fails, lift the limit
 
 
 def test_a_stream_needs_base_to_be_run() -> None:

@@ -83,7 +83,7 @@ def compare(base: Base, folder: str, config: AdapterConfig, rows: list[tuple[lis
     final = {key: t for key, t in get_peft_model_state_dict(theirs).items() if ".base_layer." not in key}
     assert final.keys() == {PREFIX + key for key in parameters}
     for key, parameter in parameters.items():
-        assert float((final[PREFIX + key] - parameter).abs().max()) <= 1e-4, key
+        assert float((final[PREFIX + key] - parameter.detach()).abs().max()) <= 1e-4, key
         assert torch.isfinite(parameter).all()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
@@ -118,7 +118,14 @@ def as_base(
     """Freeze a loaded Hugging Face causal model and set it to flat streams."""
     module.requires_grad_(False).eval()
     config = module.config.get_text_config()
-    base = Base(module, tokenizer, name, fingerprint(module), context_length(module.config), _logit_rule(config))
+    whole = context_length(module.config)
+    length = _steady_length(config, whole)
+    if length < whole:
+        report(
+            f"{config.model_type}: its rotary positions (longrope) change for a whole pass with its longest sequence; "
+            f"sequences are kept to {length} tokens, below which they do not, instead of {whole}"
+        )
+    base = Base(module, tokenizer, name, fingerprint(module), length, _logit_rule(config))
     if config.model_type in PROVEN:
         use_flat_attention(module)
     else:
@@ -140,6 +147,13 @@ def _read(source: Source, config: ModelConfig) -> PreTrainedModel:
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
         ) from error
+
+
+def _steady_length(config: PreTrainedConfig, whole: int) -> int:
+    """How long a sequence may be, of at most `whole`, before it changes the positions of its neighbours in a stream."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # one for each layer type, or one
+    return min([whole, *(r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope")])
 
 
 def _logit_rule(config: object) -> LogitRule:
