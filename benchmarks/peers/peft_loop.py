@@ -1,0 +1,81 @@
+"""PEFT in a bare loop, as one writes it by hand: padded batches, no checkpointing, bf16 adapters, fused AdamW.
+
+python -m peers.peft_loop JOB.json      (in benchmarks/)
+
+The rows end with the end of turn, as Topwork's do, so that tokens and losses compare one by one.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from common import Chat, Job, measurement, read_chats
+
+Row = tuple[list[int], int]
+"""Token ids, and how many of them are the prompt."""
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int) -> Row:
+    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(chat, tokenize=False).removesuffix("\n")
+    ids, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, prompt))
+    return ids[:max_length], min(len(before), max_length)
+
+
+def collate(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
+    longest = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor(
+            [[-100] * prompt + ids[prompt:] + [-100] * (longest - len(ids)) for ids, prompt in rows]
+        ),
+    }
+
+
+def adapted(job: Job) -> PeftModel:
+    config = LoraConfig(r=job.r, lora_alpha=job.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=torch.bfloat16)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    missed = set_peft_model_state_dict(model, load_file(os.path.join(job.initial, "adapter_model.safetensors")))
+    if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
+        raise SystemExit("the initial adapter does not fit")
+    return model
+
+
+def main(path: str) -> None:
+    job = Job.read(path)
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    rows = [encode(tokenizer, chat, job.max_length) for chat in read_chats(job.ordered)]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model = adapted(job).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / job.steps)
+    losses, norms, tokens, seconds = [], [], [], []
+    for step in range(job.steps):
+        batch = collate(rows[step * job.batch : (step + 1) * job.batch], padding)
+        start = time.perf_counter()
+        loss = model(**batch).loss
+        loss.backward()
+        norm = clip_grad_norm_(trained, job.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        norms.append(float(norm))
+        seconds.append(time.perf_counter() - start)
+        tokens.append(int(batch["attention_mask"].sum()))
+        schedule.step()
+    print(json.dumps(measurement(losses, norms, tokens, seconds, threads=torch.get_num_threads())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
