@@ -107,8 +107,10 @@ def chat(
     ] = False,
     system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest of this much together.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Decides the draw above temperature 0.")] = 0,
     force: Force = False,
 ) -> None:

@@ -119,7 +119,10 @@ def load_data(
 
 def _read(config: DataConfig, name: str, max_rows: int | None) -> tuple[_Part, str]:
     rows = read_rows(name, max_rows)
-    format = recognise(rows, config)
+    try:
+        format = recognise(rows, config)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
     if config.too_long == "split" and format.name != "text":
         raise DataError(
             f"data.too_long is split, which cuts plain text in pieces, but {name} was {format.sentence}; "

@@ -1,5 +1,6 @@
 """A recipe: everything a run is, in one strict and typed YAML file. Free of torch, so that it reads in a blink."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ PEERS_NAMES = {
     "load_in_4bit": "nothing yet: the base is held in model.dtype",
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
+BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class Recipe(Options):
@@ -65,7 +67,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | None = None) -> Recipe:
     """A Recipe from plain values."""
-    values = _translated(values)
+    empty = {key for key in Recipe.model_fields if key in values and values[key] is None}
+    values = _translated({key: value for key, value in values.items() if key not in empty})
     if folder is not None:
         values = _beside(values, folder)
     try:
@@ -106,7 +109,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     at: Any = values
     *parents, last = key.strip().split(".")
     for parent in parents:
-        at = at.setdefault(parent, {})
+        if at.get(parent) is None:  # absent, or a section left empty
+            at[parent] = {}
+        at = at[parent]
         if not isinstance(at, dict):
             raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
     try:
@@ -121,19 +126,18 @@ def _translated(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(training, dict):
         return values
     training = dict(training)
-    per_device = training.pop("per_device_train_batch_size", None)
-    accumulation = training.pop("gradient_accumulation_steps", None)
-    if per_device is None and accumulation is None:
+    given = {name: training.pop(name) for name in BATCH_PARTS if training.get(name) is not None}
+    if not given:
         return values
     if "batch_size" in training:
         raise RecipeError(
             "training.batch_size is the sequences of an optimizer step; give it, or per_device_train_batch_size and "
             "gradient_accumulation_steps, not both"
         )
-    try:
-        training["batch_size"] = int(per_device or 1) * int(accumulation or 1)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"per_device_train_batch_size and gradient_accumulation_steps are counts: {error}") from error
+    for name, count in given.items():
+        if type(count) is not int or count < 1:
+            raise RecipeError(f"training.{name}: expected a count of at least 1, given {count!r}")
+    training["batch_size"] = math.prod(given.values())
     return {**values, "training": training}
 
 

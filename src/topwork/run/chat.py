@@ -40,6 +40,7 @@ class Chat:
             self.sampling, on_token=pieces.add,
         )  # fmt: skip
         said = self.run.base.text(tokens)
+        pieces.finish(said)
         self.turns += [Message("user", text), Message("assistant", said)]
         return said
 
@@ -64,6 +65,11 @@ class _Pieces:
         if not text.endswith("\ufffd") and len(text) > len(self.shown):
             self.on_text(text[len(self.shown) :])
             self.shown = text
+
+    def finish(self, text: str) -> None:
+        """What was held back because a character might still have become whole."""
+        if self.on_text is not None and len(text) > len(self.shown):
+            self.on_text(text[len(self.shown) :])
 
 
 def side_by_side(run: OpenRun, text: str, sampling: Sampling, system: str | None = None) -> Sequence[str]:

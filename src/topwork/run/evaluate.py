@@ -8,6 +8,7 @@ from typing import Any
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.common.errors import RequestError
 from topwork.common.files import write_json
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
@@ -46,7 +47,7 @@ def evaluate(
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     rows = _rows(recipe.data, data or config.data, opened.base, opened.template, recipe.training.seed, config, report)
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
-    result = _score_arms(opened.base, arms, rows, opened.template, config)
+    result = _score_arms(opened.base, arms, rows, opened.template, config, report)
     write_json(opened.folder / EVALUATION, result)
     return result
 
@@ -71,7 +72,7 @@ def evaluate_model(
             report(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME
     rows = _rows(data, config.data, base, template, seed, config, report)
-    return _score_arms(base, arms, rows, template, config)
+    return _score_arms(base, arms, rows, template, config, report)
 
 
 def _rows(
@@ -82,6 +83,8 @@ def _rows(
     if named is None:
         loaded = load_data(data, base.tokenizer, base.context_length, seed, lambda _: None)
         conversations, examples = list(loaded.eval_conversations), list(loaded.eval)
+        if not examples:
+            raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
         alone = data.model_copy(update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None})
         loaded = load_data(alone, base.tokenizer, base.context_length, seed, report)
@@ -99,13 +102,14 @@ def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> l
 
 
 def _score_arms(
-    base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig
-) -> dict[str, Any]:
+    base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig,
+    report: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader
     scores: dict[str, Scores] = {}
     for arm, adapter in arms.items():
-        with Counter(f"answers {arm}", len(rows.questions)) as counter:
+        with Counter(f"answers {arm}", len(rows.questions), report) as counter:
             scores[arm] = score(
                 base, adapter, rows.questions, rows.examples, template, grader, config.max_new_tokens,
                 config.batch_size, counter,

@@ -12,6 +12,7 @@ RUN/report/              written by `topwork report`
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,15 @@ class OpenRun:
     def system(self) -> str | None:
         """The system message that all training rows shared, if they did."""
         return self.result.get("system")
+
+
+def check_place(folder: Path, called: str) -> None:
+    """Raises RequestError where no folder can be made or written: a file stands in the way, or it is not allowed."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RequestError(f"{called} {folder} cannot be a folder, because {nearest} is a file; name another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"{called} {folder} cannot be written: no permission for {nearest}; name another place")
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -10,7 +10,7 @@ from topwork.common.files import write_json
 from topwork.data.examples import load_data
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
-from topwork.run.folder import ADAPTER_NAME, OpenRun, open_run
+from topwork.run.folder import ADAPTER_NAME, OpenRun, check_place, open_run
 
 INPUTS = 100
 
@@ -28,6 +28,7 @@ def merge(
     dtype: the type of the merged weights; the recipe's where left out. Raises RequestError where `out` holds files.
     """
     out = Path(out)
+    check_place(out, "OUT")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
     opened = open_run(Path(run), dtype, force, report)

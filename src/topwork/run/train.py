@@ -26,7 +26,7 @@ from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
-from topwork.run.folder import ADAPTER, ADAPTER_NAME, PROVENANCE, RECIPE, RESULT, TEMPLATE, read_recipe
+from topwork.run.folder import ADAPTER, ADAPTER_NAME, PROVENANCE, RECIPE, RESULT, TEMPLATE, check_place, read_recipe
 from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
 from topwork.training.checkpoint import newest_whole_checkpoint
 from topwork.training.loop import CHECKPOINTS, Loop, Outcome
@@ -100,8 +100,7 @@ def train(
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise RequestError("--resume goes on with a run and --overwrite deletes it; give one of the two")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"output_dir {folder} is a file; name a folder")
+    check_place(folder, "output_dir")
     clear_leftovers(folder)
     if not (folder / RECIPE).exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):

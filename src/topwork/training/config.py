@@ -28,9 +28,13 @@ class TrainingConfig(Options):
     """The token budget of one forward and backward pass. It decides memory, not the result. Left out, it is chosen
     from free memory."""
     weight_decay: float = Field(0.0, ge=0.0)
+    """AdamW's decoupled decay: each step takes learning_rate * weight_decay of every trained weight away."""
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """How much of the gradients' running mean is kept at each step."""
     adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    """How much of the squared gradients' running mean is kept at each step."""
     adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the squared gradients' mean before it divides."""
     max_grad_norm: float = Field(1.0, ge=0.0)
     """The gradient's norm is cut to this; 0 leaves it as it is."""
     eval_steps: int | None = Field(None, ge=1)

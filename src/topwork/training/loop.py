@@ -1,6 +1,7 @@
 """The one loop: steps, validations, checkpoints. It receives things; it looks nothing up."""
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +83,9 @@ class Loop:
 
     def run(self, state: TrainState | None = None) -> Outcome:
         """Train to the end. Raises NonFiniteLossError, RunError; checkpoints written before stay good."""
-        torch.manual_seed(self.config.seed) if state is None else None
+        if state is None:
+            torch.manual_seed(self.config.seed)
+            random.seed(self.config.seed)
         with Interrupts() as interrupts:
             state = state or self._validated(TrainState(step=0))
             self.adapters.train(self.name)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -175,7 +176,7 @@ def check_sinks(names: Sequence[str]) -> None:
             raise RequestError(
                 f"report_to names {name!r}, expected tensorboard or wandb{did_you_mean(name, _PACKAGES)}"
             )
-        if find_spec(name) is None:
+        if name not in sys.modules and find_spec(name) is None:
             raise _missing(name, _PACKAGES[name])
 
 

@@ -1,0 +1,241 @@
+"""Recipes: strict, typed, documented, read without torch; and each error names what was meant."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from topwork.common.errors import RecipeError
+from topwork.recipe.recipe import (
+    PEERS_NAMES,
+    Recipe,
+    all_keys,
+    load_recipe,
+    make_recipe,
+    options_at,
+    recipe_yaml,
+)
+
+MINIMAL = "model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
+
+
+@pytest.fixture
+def written(tmp_path: Path):  # type: ignore[no-untyped-def]
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_recipe_is_read_and_written_back(written) -> None:  # type: ignore[no-untyped-def]
+    recipe = load_recipe(written(MINIMAL + "adapter:\n  r: 8\n  target_modules: [q_proj, v_proj]\n"))
+    assert (recipe.adapter.r, recipe.adapter.target_modules) == (8, ["q_proj", "v_proj"])
+    assert recipe.training.learning_rate == 2e-4
+    assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "told"),
+    [
+        ("adapter", "lora_alhpa", "unknown key 'adapter.lora_alhpa'; did you mean 'lora_alpha'?"),
+        ("training", "learning_rat", "did you mean 'learning_rate'?"),
+        ("training", "train_on", "it belongs at 'data.train_on'"),
+        ("adapter", "learning_rate", "it belongs at 'training.learning_rate'"),
+        ("data", "r", "it belongs at 'adapter.r'"),
+        ("adapter", "lora_r", "here it is adapter.r"),
+        ("training", "lr", "here it is training.learning_rate"),
+        ("data", "packing", "a batch never has padding here"),
+        ("training", "zzzzzz", "known here: adam_beta1, "),
+    ],
+)
+def test_an_unknown_key_is_told_where_it_is_known(written, section: str, key: str, told: str) -> None:  # type: ignore[no-untyped-def]
+    values = yaml.safe_load(MINIMAL)
+    values.setdefault(section, {})[key] = 1
+    assert told in refusal(written(yaml.safe_dump(values)))
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("adaptor", "did you mean 'adapter'?"),
+        ("lora_alpha", "'adapter.lora_alpha'"),
+        ("base_model", "here it is model."),
+    ],
+)
+def test_an_unknown_section_too(written, key: str, told: str) -> None:  # type: ignore[no-untyped-def]
+    assert told in refusal(written(f"{MINIMAL}{key}: 1\n"))
+
+
+def test_every_name_of_a_peer_leads_to_a_key_that_exists() -> None:
+    known = {*all_keys(), "nothing", "nothing yet", "the command line's --resume"}
+    for name, here in PEERS_NAMES.items():
+        assert here.split(":")[0].split(" (")[0] in known, name
+        assert name not in {path.rpartition(".")[2] for path in all_keys()}, f"{name} is a name here, too"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (MINIMAL + "training:\n  batch_size: eight\n", "'training.batch_size': input should be a valid integer"),
+        (MINIMAL + "training:\n  batch_size: eight\n", "given 'eight'"),
+        (MINIMAL + "training:\n  learning_rate: -1\n", "'training.learning_rate': input should be greater than 0"),
+        (MINIMAL + "adapter:\n  target_modules: 5\n", "'adapter.target_modules"),
+        (MINIMAL + "training:\n  lr_scheduler_type: cosin\n", "'cosine', 'linear' or 'constant'"),
+        (MINIMAL + "training: fast\n", "'training': "),
+        ("data:\n  train: rows.jsonl\n", "'model' is needed and missing"),
+        ("model:\n  model_name_or_path: a/b\ndata: {}\n", "'data.train' is needed and missing"),
+        (MINIMAL + "data:\n  train: other.jsonl\n", "'data' is given twice"),
+        (MINIMAL + "adapter:\n  r: 1\n  r: 2\n", "'r' is given twice"),
+        (MINIMAL + "adapter: {r: 1\n", "is not YAML"),
+        ("- model\n- data\n", "holds list, expected sections"),
+        ("", "expected sections such as model:, data:, training:"),
+    ],
+)
+def test_what_is_wrong_is_named(written, text: str, told: str) -> None:  # type: ignore[no-untyped-def]
+    path = written(text)
+    message = refusal(path)
+    assert told in message
+    assert str(path) in message
+
+
+def test_all_that_is_wrong_is_named_at_once(written) -> None:  # type: ignore[no-untyped-def]
+    message = refusal(written(MINIMAL + "adapter:\n  r: 0\n  lora_alhpa: 3\ntraining:\n  seed: x\n"))
+    assert all(name in message for name in ("adapter.r", "adapter.lora_alhpa", "training.seed"))
+
+
+def test_a_section_left_empty_has_its_defaults(written) -> None:  # type: ignore[no-untyped-def]
+    assert load_recipe(written(MINIMAL + "adapter:\n  # r: 8\n")).adapter.r == 16
+    assert "unknown key 'modell'" in refusal(written(MINIMAL + "modell:\n"))
+    assert "'model' is needed and missing" in refusal(written("model:\ndata:\n  train: rows.jsonl\n"))
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path / "none.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("model: Käse".encode("latin-1"))
+    assert "cannot be read" in refusal(tmp_path / "latin.yaml")
+
+
+def test_options_are_set_one_by_one(written) -> None:  # type: ignore[no-untyped-def]
+    path = written(MINIMAL)
+    changed = load_recipe(
+        path,
+        [
+            "adapter.r=8", "training.learning_rate=1e-4", "adapter.target_modules=[q_proj, v_proj]", "data.eval=null",
+            "adapter.rank_pattern.q_proj=4", 'data.columns={"prompt": "text"}', "output_dir=runs/a=b", "adapter.r=9",
+        ],
+    )  # fmt: skip
+    assert changed.adapter.r == 9
+    assert changed.training.learning_rate == 1e-4
+    assert changed.adapter.target_modules == ["q_proj", "v_proj"]
+    assert changed.adapter.rank_pattern == {"q_proj": 4}
+    assert changed.data.columns == {"prompt": "text"}
+    assert changed.output_dir == "runs/a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("adapter.r", "expected a.b=value"),
+        ("=8", "expected a.b=value"),
+        ("adapter.rr=8", "unknown key 'adapter.rr'"),
+        ("model.model_name_or_path.x=1", "model_name_or_path is a value, not a section"),
+        ("adapter.target_modules=[q_proj", "the value is not YAML"),
+        ("training.seed=many", "'training.seed': input should be a valid integer"),
+    ],
+)
+def test_an_override_that_is_wrong(written, override: str, told: str) -> None:  # type: ignore[no-untyped-def]
+    assert told in refusal(written(MINIMAL), override)
+
+
+def test_an_override_reaches_a_section_that_was_left_empty(written) -> None:  # type: ignore[no-untyped-def]
+    assert load_recipe(written(MINIMAL + "adapter:\n"), ["adapter.r=3"]).adapter.r == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sequences"),
+    [
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}, 32),
+        ({"gradient_accumulation_steps": 8}, 8),
+    ],
+)
+def test_the_names_that_people_know_are_translated(given: dict[str, int], sequences: int) -> None:
+    values = {**yaml.safe_load(MINIMAL), "training": given}
+    assert make_recipe(values).training.batch_size == sequences
+    with pytest.raises(RecipeError, match="not both"):
+        make_recipe({**values, "training": {**given, "batch_size": 2}})
+    for wrong in (0, -2, "many", [3]):
+        with pytest.raises(RecipeError, match="gradient_accumulation_steps: expected a count"):
+            make_recipe({**values, "training": {"gradient_accumulation_steps": wrong}})
+
+
+def test_files_are_found_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here = tmp_path / "recipes", tmp_path / "here"
+    (beside / "base").mkdir(parents=True)
+    here.mkdir()
+    for name in ("rows.jsonl", "asked.jsonl", "template.jinja"):
+        (beside / name).touch()
+    (here / "eval.jsonl").touch()
+    path = beside / "recipe.yaml"
+    path.write_text(
+        "model: {model_name_or_path: base}\nevaluation: {data: asked.jsonl}\n"
+        "data: {train: rows.jsonl, eval: eval.jsonl, chat_template: template.jinja}\n"
+    )
+    monkeypatch.chdir(here)
+    recipe = load_recipe(path)
+    assert recipe.data.train == str(beside / "rows.jsonl")
+    assert recipe.data.chat_template == str(beside / "template.jinja")
+    assert recipe.data.eval == "eval.jsonl"
+    assert recipe.evaluation.data == str(beside / "asked.jsonl")
+    assert recipe.model.model_name_or_path == str(beside / "base")
+    assert recipe.output_dir == "runs/run"
+
+
+def sections() -> list[type[BaseModel]]:
+    return [Recipe, *(field.annotation for field in Recipe.model_fields.values() if options_of(field.annotation))]  # type: ignore[misc]
+
+
+def options_of(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_every_option_is_documented_and_strict(section: type[BaseModel]) -> None:
+    undocumented = [name for name, field in section.model_fields.items() if not (field.description or "").strip()]
+    assert undocumented == [], f"write a docstring under these fields of {section.__name__}"
+    assert section.model_config["extra"] == "forbid"
+    assert "title" in section.model_json_schema()
+    tree = ast.parse(inspect.getsource(sys.modules[section.__module__]))
+    assert any(isinstance(node, ast.ClassDef) and node.name == section.__name__ for node in tree.body)
+
+
+def test_reading_a_recipe_imports_no_torch(written) -> None:  # type: ignore[no-untyped-def]
+    path = written(MINIMAL)
+    code = (
+        "import sys; from pathlib import Path; from topwork.recipe.recipe import load_recipe; "
+        f"load_recipe(Path({str(path)!r})); "
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_options_at_and_all_keys_agree() -> None:
+    assert "adapter.r" in all_keys()
+    assert "output_dir" in all_keys()
+    assert options_at(["adapter", "r"]) == {}
+    assert set(options_at([])) == set(Recipe.model_fields)
