@@ -1,4 +1,4 @@
-"""Every recipe that is shipped loads, and the files it names are there."""
+"""Every recipe that is shipped loads and trains, and the files it names are there."""
 
 from pathlib import Path
 
@@ -6,13 +6,41 @@ import pytest
 
 from topwork.models.source import ALIASES, HUB_ID
 from topwork.recipe.recipe import load_recipe
+from topwork.run.evaluate import evaluate
+from topwork.run.train import train
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 RECIPES = sorted(path for path in EXAMPLES.rglob("*.y*ml"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.yaml"))
 
 
 def test_there_are_examples() -> None:
     assert EXAMPLES / "support" / "recipe.yaml" in RECIPES
+    assert BENCHMARKS
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_a_benchmark_recipe_loads(path: Path) -> None:
+    load_recipe(path)  # its rows are made by the benchmark
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_an_example_trains_and_is_scored(path: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """The shipped recipe as it is, but for a base that takes seconds."""
+    changes = {
+        "model.model_name_or_path": tiny_llama,
+        "training.max_steps": 2,
+        "data.max_rows": 40,
+        "data.too_long": "truncate",  # its tokenizer has a token per byte
+        "output_dir": tmp_path / "run",
+    }
+    run = train(path, [f"{key}={value}" for key, value in changes.items()], report=lambda _: None)
+    assert run.result["steps"] == 2
+    assert run.result["last_loss"] < run.result["first_loss"] * 1.5
+    scores = evaluate(run.folder, max_rows=3, report=lambda _: None)
+    assert scores["rows"] == 3
+    assert {"before", "after"} <= scores.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(EXAMPLES)))

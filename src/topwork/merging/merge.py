@@ -19,6 +19,7 @@ from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
 from topwork.common.errors import AdapterError, RunError
 from topwork.common.files import write_folder, write_text
 from topwork.models.base import Base
+from topwork.models.quiet import without_bars
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,7 +115,8 @@ def _record_untied(model: PreTrainedModel) -> None:
 
 
 def _write(base: Base, folder: Path, template: str | None) -> None:
-    base.module.save_pretrained(folder)
+    with without_bars():
+        base.module.save_pretrained(folder)
     tokenizer = copy.deepcopy(base.tokenizer)
     if template is not None:
         tokenizer.chat_template = template

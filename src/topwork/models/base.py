@@ -12,6 +12,7 @@ from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import fingerprint
 from topwork.models.probe import PROVEN, probe
+from topwork.models.quiet import without_bars
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities_through
@@ -136,13 +137,14 @@ def as_base(
 
 def _read(source: Source, config: ModelConfig) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            revision=source.revision,
-            dtype=DTYPES[config.dtype],
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                revision=source.revision,
+                dtype=DTYPES[config.dtype],
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"

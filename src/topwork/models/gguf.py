@@ -201,16 +201,15 @@ def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings inside the block; afterwards as before. Errors get through."""
     from transformers.utils import logging
 
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    from topwork.models.quiet import without_bars
+
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with redirect_stderr(StringIO()):  # its GGUF reader draws a bar that heeds no setting
+        with without_bars(), redirect_stderr(StringIO()):  # its GGUF reader draws a bar that heeds no setting
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _load_tokenizer(place: Path, header: Header, report: Report) -> "PreTrainedTokenizerBase":

@@ -18,6 +18,7 @@ from topwork.common.files import (
     recover_folder,
     sha256_bytes,
     sha256_file,
+    verify_folder,
     write_folder,
     write_json,
     write_text,
@@ -195,8 +196,9 @@ def _keep_best(recipe: Recipe, folder: Path, adapters: Adapters, base: Base, out
     """The run's adapter: the best validation's where asked for, else the last step's."""
     best = outcome.state.best_step
     if recipe.training.load_best_model_at_end and best not in (None, outcome.state.step):
-        saved = folder / CHECKPOINTS / f"step-{best:06d}" / CHECKPOINT_ADAPTER
-        adapters.load(ADAPTER_NAME, read_adapter(saved).tensors)
+        saved = folder / CHECKPOINTS / f"step-{best:06d}"
+        verify_folder(saved)
+        adapters.load(ADAPTER_NAME, read_adapter(saved / CHECKPOINT_ADAPTER).tensors)
     write_folder(
         folder / ADAPTER,
         lambda path: write_adapter(path, adapters, ADAPTER_NAME, BaseId(base.name, base.fingerprint)),
