@@ -87,7 +87,8 @@ def _rows(
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
         alone = data.model_copy(update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None})
-        loaded = load_data(alone, base.tokenizer, base.context_length, seed, report)
+        loaded = load_data(alone, base.tokenizer, base.context_length, seed, lambda _: None)
+        report(f"{named}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
     chosen = _drawn(conversations, config.max_rows, seed)
     sources = {row.source for row in chosen}
