@@ -1,5 +1,6 @@
 """One optimizer step, whole."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def train_step(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     torch._foreach_div_(gradients, count)
     norm = float(nn.utils.get_total_norm(gradients))
-    if not (total - total == 0 and norm - norm == 0):
+    if not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NonFiniteLossError(f"the loss is {total / count} and the gradient's norm {norm}")
     if max_grad_norm and norm > max_grad_norm:
