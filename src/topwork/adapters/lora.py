@@ -121,8 +121,8 @@ def by_segment(
     """y [T, ...] with each segment's rows passed through its adapter: `apply(adapter, y rows, x rows)`."""
     if segments[-1].stop != y.shape[0]:
         raise AdapterError(
-            f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model routes tokens "
-            "past it (experts), and an adapter there is not supported; leave such layers out with exclude_modules"
+            f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model routes "
+            "tokens past it (experts), and no adapter can go there; leave such layers out with exclude_modules"
         )
     if len(segments) == 1:
         return apply(adapters[str(segments[0].adapter)], y, x)
