@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import topwork
+from topwork.common.errors import TopworkError
 from topwork.run.console import training_progress
 
 RECIPE = Path(__file__).parent / "support" / "recipe.yaml"
@@ -63,4 +64,9 @@ def print_next(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "runs/support")
+    run_folder = sys.argv[1] if len(sys.argv) > 1 else "runs/support"
+    try:
+        main(run_folder)
+    except TopworkError as error:
+        print(f"error: {error}\n(a new folder begins anew: make quickstart RUN={run_folder}-2)", file=sys.stderr)
+        sys.exit(error.exit_code)

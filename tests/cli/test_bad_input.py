@@ -80,7 +80,7 @@ def test_a_data_file_that_cannot_be_used(
         ("data.train=nothing.jsonl", "nothing.jsonl does not exist"),
         ("data.chat_template=chatlm", "did you mean 'chatml'"),
         ("data.too_long=split", "cuts plain text in pieces"),
-        ("training.report_to=[wandb]", 'pip install "topwork[wandb]"'),
+        ("training.report_to=[wandb]", "pip install wandb"),
         ("training.report_to=[tensorbord]", "'tensorboard' or 'wandb'"),
     ],
 )

@@ -27,7 +27,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the current one, no Hub copies, and no embedded model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(source_part, "_in_hub_cache", lambda _: False)
     monkeypatch.setattr(source_part, "embedded_file", lambda _: None)
     return tmp_path
 
@@ -54,23 +53,21 @@ def test_hub_id_with_revision(here: Path) -> None:
     assert find("owner/some-model_1.5", "main") == Source("owner/some-model_1.5", "owner/some-model_1.5", "main")
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", SMOLLM2])
-def test_embedded_copy_is_used_where_the_hub_copy_is_not_cached(
-    name: str, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
+def test_an_alias_takes_the_embedded_copy_and_a_hub_id_never(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
 
     def convert(path: Path, cache: Path, report: object) -> Path:
         asked.append(cache)
-        return here / path.name
+        return path
 
     monkeypatch.setattr(source_part, "convert_gguf", convert)
     monkeypatch.setattr(source_part, "embedded_file", lambda _: here / "embedded.gguf")
-    assert find(name) == Source(SMOLLM2, str(here / "embedded.gguf"), None)
+    assert find("smollm2-135m") == Source(SMOLLM2, str(here / "embedded.gguf"), None)
     assert asked == [here / "cache"]
-    assert find(name, revision="v1") == Source(SMOLLM2, SMOLLM2, "v1")  # a copy cannot be of a given revision
-    monkeypatch.setattr(source_part, "_in_hub_cache", lambda _: True)
-    assert find(name) == Source(SMOLLM2, SMOLLM2, None)
+    assert find(SMOLLM2) == Source(SMOLLM2, SMOLLM2, None)
+    assert asked == [here / "cache"]
+    monkeypatch.setattr(source_part, "embedded_file", lambda _: None)
+    assert find("smollm2-135m") == Source(SMOLLM2, SMOLLM2, None)
 
 
 def test_embedded_file_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from topwork.common.errors import AdapterError
 from topwork.ops.stream import Segment, active_stream
 
 
@@ -119,7 +120,10 @@ def by_segment(
 ) -> Tensor:
     """y [T, ...] with each segment's rows passed through its adapter: `apply(adapter, y rows, x rows)`."""
     if segments[-1].stop != y.shape[0]:
-        raise ValueError(f"the stream's segments cover {segments[-1].stop} tokens, the layer was given {y.shape[0]}")
+        raise AdapterError(
+            f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model routes "
+            "tokens past it (experts), and no adapter can go there; leave such layers out with exclude_modules"
+        )
     if len(segments) == 1:
         return apply(adapters[str(segments[0].adapter)], y, x)
     parts = []

@@ -209,8 +209,8 @@ def _evaluate_model(
 
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
     before, after = result["eval_loss_before"], result["eval_loss_after"]
-    if before is not None:
-        print(f"validation loss {before:.4f} -> {after:.4f} (best at step {result['best_step']})")
+    if before is not None and after is not None:
+        print(f"validation loss {before:.4f} -> {after:.4f} (lowest at step {result['best_step']})")
     print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
     print(
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "

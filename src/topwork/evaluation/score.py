@@ -64,7 +64,10 @@ def score(
     batch_size: int,
     on_finished: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Answer every question greedily and grade it; the loss is over the learned tokens of `examples`."""
+    """Answer every question greedily and grade it; the loss is over the learned tokens of `examples`. Without questions
+    the loss is all there is."""
+    if not questions:
+        return Scores({"loss": mean_answer_loss(base, adapter, examples)}, (), ())
     start = time.perf_counter()
     new = generate(
         base,

@@ -8,6 +8,7 @@ beside it were trained on W and not on W'.
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,17 +45,19 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
     _record_untied(base.module)
 
 
-def save_merged(base: Base, out: Path, template: str | None = None, replace: bool = False) -> None:
+def save_merged(
+    base: Base, out: Path, template: str | None = None, replace: bool = False, end_ids: Sequence[int] = ()
+) -> None:
     """Write a base without adapters to the folder `out`, whole or not at all: config, generation_config, safetensors,
     tokenizer and chat template (`template`, or the tokenizer's own).
 
-    It loads with plain transformers. Raises AdapterError while adapters are still grafted, RunError where `out` holds
-    something (unless `replace`) or the disk is full.
+    It loads with plain transformers, and stops at `end_ids` too, the tokens that end a turn. Raises AdapterError while
+    adapters are still grafted, RunError where `out` holds something (unless `replace`) or the disk is full.
     """
     left = adapted_layers(base.module)
     if left:
         raise AdapterError(f"{len(left)} layers still carry adapters (first {next(iter(left))}); merge or remove them")
-    write_folder(out, lambda folder: _write(base, folder, template), replace)
+    write_folder(out, lambda folder: _write(base, folder, template, end_ids), replace)
 
 
 def _check(base: Base, adapters: Adapters, name: str) -> None:
@@ -114,7 +117,9 @@ def _record_untied(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = False
 
 
-def _write(base: Base, folder: Path, template: str | None) -> None:
+def _write(base: Base, folder: Path, template: str | None, end_ids: Sequence[int]) -> None:
+    if end_ids and base.module.generation_config is not None:
+        base.module.generation_config.eos_token_id = _ends(base.module.generation_config.eos_token_id, end_ids)
     with without_bars():
         base.module.save_pretrained(folder)
     tokenizer = copy.deepcopy(base.tokenizer)
@@ -123,6 +128,13 @@ def _write(base: Base, folder: Path, template: str | None) -> None:
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "tokenizer_config.json"):
         _clean_config(folder / name)
+
+
+def _ends(own: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int]:
+    """The base's own end tokens and those of the template; one stays a number."""
+    known = [own] if isinstance(own, int) else list(own or [])
+    both = [*known, *(token for token in end_ids if token not in known)]
+    return both[0] if len(both) == 1 else both
 
 
 def _clean_config(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -138,17 +140,26 @@ def as_base(
 def _read(source: Source, config: ModelConfig) -> PreTrainedModel:
     try:
         with without_bars():
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 revision=source.revision,
                 dtype=DTYPES[config.dtype],
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
         ) from error
+    module, info = loaded
+    lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if lacking:  # transformers would go on with random values
+        raise ModelError(
+            f"{source.name} lacks {len(lacking)} weights that its config asks for (first {lacking[0]}); was the "
+            "download finished, and is it a causal language model?"
+        )
+    return module
 
 
 def _steady_length(config: PreTrainedConfig, whole: int) -> int:

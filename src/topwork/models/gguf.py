@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
     if missing:
         raise ModelError(
             f"reading {path.name} needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}; "
-            "install with: pip install 'topwork[gguf]'"
+            "install with: pip install gguf accelerate"
         )
     from gguf import GGUFReader
 

@@ -49,14 +49,14 @@ def find_source(config: ModelConfig, report: Report) -> Source:
     given = config.model_name_or_path.strip()
     path = Path(given).expanduser()
     if given in ALIASES:
-        return _hub_source(ALIASES[given], config.revision, report)
+        return _alias_source(ALIASES[given], config.revision, report)
     if given and path.exists():
         if config.revision is not None:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
         folder = _check_folder(path) if path.is_dir() else _check_file(path, report)
         return Source(name=given, folder=str(folder), revision=None)
     if HUB_ID.fullmatch(given) and path.suffix.lower() != ".gguf" and not _near_paths(path):
-        return _hub_source(given, config.revision, report)
+        return Source(name=given, folder=given, revision=config.revision)
     raise ModelError(_nothing_there(given, path))
 
 
@@ -73,18 +73,13 @@ def embedded_file(hub_id: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _hub_source(hub_id: str, revision: str | None, report: Report) -> Source:
+def _alias_source(hub_id: str, revision: str | None, report: Report) -> Source:
+    """The copy that an installed package holds, always; the Hub where there is none. A Hub id always means the Hub, so
+    that what a recipe names does not change with what happens to be cached."""
     embedded = embedded_file(hub_id) if revision is None else None
-    if embedded is None or _in_hub_cache(hub_id):
+    if embedded is None:
         return Source(name=hub_id, folder=hub_id, revision=revision)
     return Source(name=hub_id, folder=str(convert_gguf(embedded, cache_root(), report)), revision=None)
-
-
-def _in_hub_cache(hub_id: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in weights)
 
 
 def _check_folder(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def flat_attention(
         raise ValueError(f"bounds {bounds} do not cover a stream of {query.shape[0]} tokens from 0 on, rising")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and rule.softcap is None and sinks is None:
+    if rule.softcap is None and sinks is None and _varlen_runs(query):
         return _varlen_on_gpu(query, key, value, bounds, rule)
     return _FlatAttention.apply(query, key, value, bounds, rule, sinks)
 
@@ -249,6 +249,18 @@ def _scatter(result: Tensor, group: _Group, out: Tensor) -> None:
         return
     flat = result.transpose(1, 2).flatten(0, 1)
     out[group.places] = flat if group.kept is None else flat[group.kept]
+
+
+def _varlen_runs(query: Tensor) -> bool:
+    """PyTorch's variable-length kernel wants 16 bits, Ampere or newer, and a head of at most 256 in eights."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width <= 256
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule) -> Tensor:

@@ -151,11 +151,17 @@ def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         options = values.get(section)
         if isinstance(options, dict):
             found[section] = {
-                key: str(folder / value)
-                if key in names and isinstance(value, str) and (folder / value).exists() else value
+                key: _found(value, folder) if key in names and isinstance(value, str) else value
                 for key, value in options.items()
-            }  # fmt: skip
+            }
     return found
+
+
+def _found(value: str, folder: Path) -> str:
+    """The absolute path of a file or folder, so that a run can be opened from anywhere; else the value as it is."""
+    if "\n" in value or "{" in value or len(value) > 255:  # a template's text, not a path
+        return value
+    return next((str(place.resolve()) for place in (folder / value, Path(value)) if place.exists()), value)
 
 
 def _explained(entry: Any) -> str:

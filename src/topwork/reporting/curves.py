@@ -157,7 +157,7 @@ def _canvas(theme: Theme, size: tuple[float, float]) -> "tuple[Figure, Axes]":
     except ImportError as error:
         raise RequestError(
             "the report draws its curves with matplotlib, which is not installed; "
-            'install it with: pip install "topwork[report]"'
+            "install it with: pip install matplotlib"
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()

@@ -20,9 +20,7 @@ from topwork.evaluation.score import Question, Scores, questions_of, score
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, open_run
-
-EVALUATION = "evaluation.json"
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, open_run
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,16 @@ def evaluate(
     force: bool = False,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Score a run's adapter beside its base, and write RUN/evaluation.json."""
+    """Score a run's adapter beside its base, and write RUN/evaluation.json; a trial with `max_rows` or without the
+    base goes to RUN/evaluation-trial.json, so that it does not take the whole one's place."""
     opened = open_run(Path(run), force=force, report=report)
     recipe = opened.recipe
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     rows = _rows(recipe.data, data or config.data, opened.base, opened.template, recipe.training.seed, config, report)
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
     result = _score_arms(opened.base, arms, rows, opened.template, config, report)
-    write_json(opened.folder / EVALUATION, result)
+    result["data"] = data or config.data or "held out of training"
+    write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
     return result
 
 
@@ -90,6 +90,8 @@ def _rows(
         loaded = load_data(alone, base.tokenizer, base.context_length, seed, lambda _: None)
         report(f"{named}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
+    if not conversations:  # plain text: nothing to ask, a loss to measure
+        return Rows([], examples[: config.max_rows])
     chosen = _drawn(conversations, config.max_rows, seed)
     sources = {row.source for row in chosen}
     return Rows(questions_of(chosen, template), [example for example in examples if example.source in sources])
@@ -115,7 +117,8 @@ def _score_arms(
                 base, adapter, rows.questions, rows.examples, template, grader, config.max_new_tokens,
                 config.batch_size, counter,
             )  # fmt: skip
-    result: dict[str, Any] = {"rows": len(rows.questions), "grader": grader}
+    asked = bool(rows.questions)
+    result: dict[str, Any] = {"rows": len(rows.questions or rows.examples), "grader": grader if asked else "loss alone"}
     result |= {arm: scored.summary for arm, scored in scores.items()}
     result["samples"] = [_sample(rows.questions[i], i, scores) for i in range(min(config.samples, len(references)))]
     return result

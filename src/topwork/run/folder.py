@@ -7,7 +7,7 @@ RUN/adapter/             the result: a PEFT folder
 RUN/result.json          figures of the run
 RUN/provenance.json      hashes of base, data, template and recipe; versions; seed
 RUN/chat_template.jinja  the template it was trained with
-RUN/evaluation.json      written by `topwork eval`
+RUN/evaluation.json      written by `topwork eval`; evaluation-trial.json by a partial one
 RUN/report/              written by `topwork report`
 """
 
@@ -26,9 +26,8 @@ from topwork.models.base import Base, load_base
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
-RECIPE, RESULT, PROVENANCE, TEMPLATE, ADAPTER = (
-    "recipe.yaml", "result.json", "provenance.json", "chat_template.jinja", "adapter"
-)  # fmt: skip
+RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
+EVALUATION, TRIAL = "evaluation.json", "evaluation-trial.json"
 
 
 @dataclass(frozen=True)

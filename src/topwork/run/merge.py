@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import RequestError
-from topwork.common.files import write_json
+from topwork.common.files import MANIFEST, write_json
 from topwork.data.examples import load_data
+from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
 from topwork.run.folder import ADAPTER_NAME, OpenRun, check_place, open_run
 
 INPUTS = 100
+LARGEST_FP32_DIFFERENCE = 1e-5
+"""Of merged and unmerged logits, relative to the largest logit."""
 
 
 def merge(
@@ -29,14 +32,33 @@ def merge(
     """
     out = Path(out)
     check_place(out, "OUT")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
+    _check_out(out, Path(run), overwrite)
     opened = open_run(Path(run), dtype, force, report)
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))
     verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
-    save_merged(opened.base, out, opened.template.jinja, replace=overwrite)
+    if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
+        report(
+            f"warning: in float32 the merged model differs by {verified['largest_relative_difference']:.1e} of the "
+            f"largest logit, more than the {LARGEST_FP32_DIFFERENCE:.0e} that rounding explains for an ordinary update"
+        )
+    save_merged(opened.base, out, opened.template.jinja, overwrite, sorted(stop_ids(opened.template)))
     write_json(Path(run) / "merge.json", {"folder": out.name, **verified})
     return verified
+
+
+def _check_out(out: Path, run: Path, overwrite: bool) -> None:
+    """Nothing but an earlier merge is ever replaced."""
+    place, own = out.resolve(), run.resolve()
+    if place == own or place in own.parents or own in place.parents:
+        raise RequestError(f"{out} is the run's own folder, lies in it or holds it; name a folder of its own")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
+    if not ((out / MANIFEST).is_file() and (out / "config.json").is_file()):
+        raise RequestError(
+            f"{out} holds files that no merge has written; --overwrite replaces an earlier merge only. Name another OUT"
+        )
 
 
 def _inputs(opened: OpenRun) -> list[list[int]]:

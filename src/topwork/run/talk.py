@@ -2,6 +2,7 @@
 
 import sys
 
+from topwork.common.errors import RequestError
 from topwork.models.generate import Sampling
 from topwork.run.chat import Chat, side_by_side
 from topwork.run.folder import OpenRun
@@ -37,7 +38,10 @@ def converse(run: OpenRun, sampling: Sampling, system: str | None, adapter: bool
         elif text.startswith("/"):
             print(HELP, file=sys.stderr)
         elif text:
-            chat.say(text, _written)
+            try:
+                chat.say(text, _written)
+            except RequestError as error:  # the context is full, most likely
+                print(f"{error}; /new begins anew", file=sys.stderr)
             print(flush=True)
 
 

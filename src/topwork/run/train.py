@@ -1,23 +1,19 @@
 """`topwork train`: where all parts meet."""
 
 import json
-import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import topwork
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
-from topwork.common.devices import free_memory_bytes, hardware, peak_memory_bytes
+from topwork.common.devices import free_memory_bytes, peak_memory_bytes
 from topwork.common.errors import RequestError
 from topwork.common.files import (
     clear_leftovers,
     recover_folder,
-    sha256_bytes,
-    sha256_file,
     verify_folder,
     write_folder,
     write_json,
@@ -27,7 +23,18 @@ from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
-from topwork.run.folder import ADAPTER, ADAPTER_NAME, PROVENANCE, RECIPE, RESULT, TEMPLATE, check_place, read_recipe
+from topwork.run.folder import (
+    ADAPTER,
+    ADAPTER_NAME,
+    EVALUATION,
+    RECIPE,
+    RESULT,
+    TEMPLATE,
+    TRIAL,
+    check_place,
+    read_recipe,
+)
+from topwork.run.provenance import PROVENANCE, provenance, read, record
 from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
 from topwork.training.checkpoint import newest_whole_checkpoint
 from topwork.training.loop import CHECKPOINTS, Loop, Outcome
@@ -75,12 +82,19 @@ def train(
     adapters.add(ADAPTER_NAME, recipe.adapter, recipe.training.seed)
     counted = count_adapter(base.module, recipe.adapter)
     report(f"{base.name}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
-    tokens_per_pass = _tokens_per_pass(recipe, base, data, folder if resume else None)
+    tokens_per_pass = _tokens_per_pass(recipe, base, data, folder if resume else None, report)
 
     if resume:
         recover_folder(folder / ADAPTER)
     checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, report) if resume else None
-    _prepare_folder(folder, recipe, base, data, tokens_per_pass, overwrite)
+    origin = provenance(recipe, base, data, tokens_per_pass)
+    if overwrite:
+        _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record(folder, origin, base)
+    write_text(folder / RECIPE, recipe_yaml(recipe))
+    if data.template.jinja:
+        write_text(folder / TEMPLATE, data.template.jinja)
     at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
     with MetricsLog(folder, at, open_sinks(recipe.training.report_to, folder, sinks_config, at), report) as metrics:
         loop = Loop(
@@ -134,62 +148,28 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tokens_per_pass(recipe: Recipe, base: Base, data: Data, resumed: Path | None) -> int:
+def _tokens_per_pass(
+    recipe: Recipe, base: Base, data: Data, resumed: Path | None, report: Callable[[str], None]
+) -> int:
     """As asked, as the run began with, or from free memory."""
     asked = recipe.training.tokens_per_pass
-    if asked is None and resumed is not None and (resumed / PROVENANCE).exists():
-        asked = json.loads((resumed / PROVENANCE).read_text("utf-8"))["tokens_per_pass"]
+    if asked is None and resumed is not None:
+        asked = read(resumed).get("tokens_per_pass")
     longest = max(len(example.tokens) for example in (*data.train, *data.eval))
-    return choose_tokens_per_pass(asked, longest, base.module.config, base.device, free_memory_bytes(base.device))
+    chosen = choose_tokens_per_pass(asked, longest, base.module.config, base.device, free_memory_bytes(base.device))
+    if asked is None:
+        report(
+            f"tokens per pass: {chosen:,}, from free memory; set training.tokens_per_pass to repeat a run to the bit"
+        )
+    return chosen
 
 
-def _prepare_folder(
-    folder: Path, recipe: Recipe, base: Base, data: Data, tokens_per_pass: int, overwrite: bool
-) -> None:
-    import shutil
-
-    if overwrite:
-        for stale in (CHECKPOINTS, ADAPTER, "report", "tensorboard"):
-            shutil.rmtree(folder / stale, ignore_errors=True)
-        for stale in (METRICS, RESULT, "evaluation.json", "merge.json", PROVENANCE, TEMPLATE, "wandb_id"):
-            (folder / stale).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = recipe_yaml(recipe)
-    write_text(folder / RECIPE, text)
-    if data.template.jinja:
-        write_text(folder / TEMPLATE, data.template.jinja)
-    write_json(
-        folder / PROVENANCE,
-        {
-            "base": {"id": base.name, "fingerprint": base.fingerprint},
-            "data": {
-                name: _file_hash(path) for name, path in (("train", recipe.data.train), ("eval", recipe.data.eval))
-            },
-            "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
-            "recipe_sha256": sha256_bytes(text.encode()),
-            "seed": recipe.training.seed,
-            "tokens_per_pass": tokens_per_pass,
-            "hardware": hardware(base.device),
-            "versions": _versions(),
-        },
-    )
-
-
-def _file_hash(name: str | None) -> dict[str, str] | None:
-    if name is None:
-        return None
-    path = Path(name)
-    return {"name": name, "sha256": sha256_file(path)} if path.is_file() else {"name": name}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "topwork": topwork.__version__}
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "datasets"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _clear(folder: Path) -> None:
+    """Take an earlier run out of its folder."""
+    for stale in (CHECKPOINTS, ADAPTER, "report", "tensorboard"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    for stale in (METRICS, RESULT, EVALUATION, TRIAL, "merge.json", PROVENANCE, TEMPLATE, "wandb_id"):
+        (folder / stale).unlink(missing_ok=True)
 
 
 def _keep_best(recipe: Recipe, folder: Path, adapters: Adapters, base: Base, outcome: Outcome) -> None:
@@ -238,10 +218,17 @@ def _result(
                 {"name": part.name, "modules": part.modules, "trainable": part.trainable} for part in counted.by_module
             ],
         },
-        "data": dict(enumerate(data.summary.lines())),
+        "data": _summary(data),
         "system": _common_system(data),
         "warnings": [record["text"] for record in records if record["kind"] == "note"],
     }
+
+
+def _summary(data: Data) -> dict[str, str]:
+    """The data's lines by what they are about, for the report."""
+    recognised, *lines = data.summary.lines()
+    parts = [line.partition(": ") for line in lines]
+    return {"recognised": recognised, **{head: rest for head, _, rest in parts}}
 
 
 def _last(history: Sequence[Any]) -> float | None:

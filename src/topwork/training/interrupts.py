@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM ask a run to end after the step under way; a second Ctrl-C ends it at once."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -26,3 +27,5 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        # print is not safe inside a signal handler
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")

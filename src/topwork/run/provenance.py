@@ -1,0 +1,99 @@
+"""Where a run comes from: hashes of base, data, template and recipe, versions, seed; and whether they still are.
+
+RUN/provenance.json is written when a run begins and never changed after, but for a line per resume.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import topwork
+from topwork.common.devices import hardware
+from topwork.common.errors import RequestError
+from topwork.common.files import sha256_bytes, sha256_file, write_json
+from topwork.data.examples import Data, Example
+from topwork.models.base import Base
+from topwork.recipe.recipe import Recipe, recipe_yaml
+
+PROVENANCE = "provenance.json"
+
+
+def provenance(recipe: Recipe, base: Base, data: Data, tokens_per_pass: int) -> dict[str, Any]:
+    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned."""
+    return {
+        "base": {"id": base.name, "fingerprint": base.fingerprint},
+        "data": {
+            "train": _rows(recipe.data.train, data.train),
+            "eval": _rows(recipe.data.eval, data.eval),
+        },
+        "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
+        "recipe_sha256": sha256_bytes(recipe_yaml(recipe).encode()),
+        "seed": recipe.training.seed,
+        "tokens_per_pass": tokens_per_pass,
+        **_surroundings(base),
+    }
+
+
+def record(folder: Path, now: dict[str, Any], base: Base) -> None:
+    """Write provenance.json for a run that begins; add a line to it for one that goes on.
+
+    Raises RequestError where a run that goes on would do so with another base, other rows or another template.
+    """
+    before = read(folder)
+    if not before:
+        write_json(folder / PROVENANCE, now)
+        return
+    changed = [name for name, then, here in _identities(before, now) if then != here]
+    if changed:
+        raise RequestError(
+            f"{folder} was begun with {_listed(changed)} than there is now, under the same names; a resumed run would "
+            "be neither the one nor the other. Bring back what was there, or start anew with --overwrite"
+        )
+    before["resumed"] = [*before.get("resumed", []), _surroundings(base)]
+    write_json(folder / PROVENANCE, before)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A run's provenance, or nothing where it has none yet."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _identities(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    def rows(values: dict[str, Any], name: str) -> Any:
+        return values["data"][name]["examples_sha256"]
+
+    return [
+        ("another base", before["base"]["fingerprint"], now["base"]["fingerprint"]),
+        ("other training rows", rows(before, "train"), rows(now, "train")),
+        ("other held-out rows", rows(before, "eval"), rows(now, "eval")),
+        ("another chat template", before["template_sha256"], now["template_sha256"]),
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _rows(name: str | None, examples: Sequence[Example]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.weights.tobytes())
+    path = Path(name) if name is not None else None
+    file = {"sha256": sha256_file(path)} if path is not None and path.is_file() else {}
+    return {"name": name, "rows": len(examples), "examples_sha256": digest.hexdigest(), **file}
+
+
+def _surroundings(base: Base) -> dict[str, Any]:
+    found = {"python": platform.python_version(), "topwork": topwork.__version__}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"hardware": hardware(base.device), "versions": found}
