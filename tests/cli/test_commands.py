@@ -190,7 +190,7 @@ def test_a_conversation(topwork: Command, trained: Path, monkeypatch: pytest.Mon
 
 
 def test_report_of_a_run(topwork: Command, trained: Path) -> None:
-    topwork("eval", trained, "--max-rows", 2)
+    topwork("eval", trained)
     said = topwork("report", trained)
     assert said.code == 0, said.err
     page, picture = map(Path, said.out.split())

@@ -199,7 +199,7 @@ def test_files_are_found_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.M
     recipe = load_recipe(path)
     assert recipe.data.train == str(beside / "rows.jsonl")
     assert recipe.data.chat_template == str(beside / "template.jinja")
-    assert recipe.data.eval == "eval.jsonl"
+    assert recipe.data.eval == str(here / "eval.jsonl")
     assert recipe.evaluation.data == str(beside / "asked.jsonl")
     assert recipe.model.model_name_or_path == str(beside / "base")
     assert recipe.output_dir == "runs/run"

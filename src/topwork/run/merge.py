@@ -11,7 +11,7 @@ from topwork.data.examples import load_data
 from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
-from topwork.run.folder import ADAPTER_NAME, OpenRun, check_place, open_run
+from topwork.run.folder import ADAPTER_NAME, OpenRun, check_place, open_run, read_recipe
 
 INPUTS = 100
 LARGEST_FP32_DIFFERENCE = 1e-5
@@ -32,6 +32,7 @@ def merge(
     """
     out = Path(out)
     check_place(out, "OUT")
+    read_recipe(Path(run))
     _check_out(out, Path(run), overwrite)
     opened = open_run(Path(run), dtype, force, report)
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))

@@ -45,9 +45,11 @@ from topwork.training.progress import Progress, Silent
 
 FREE_TO_CHANGE = {
     "output_dir", "training.tokens_per_pass", "training.report_to", "training.logging_steps",
-    "training.save_total_limit", "training.save_steps", "model.device",
+    "training.save_total_limit", "training.save_steps", "model.device", "model.model_name_or_path", "data.train",
+    "data.eval", "data.chat_template",
 }  # fmt: skip
-"""What may differ when a run is resumed; anything else would make it another run. A section's name stands for all."""
+"""What may differ when a run is resumed; anything else would make it another run. Files may have moved: whether they
+are the same is told by their hashes (`run/provenance.py`)."""
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,6 @@ def _shown_numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _missing(extra: str, name: str) -> RequestError:
     return RequestError(
-        f"report_to names {extra}, but {name} is not installed; run: pip install {name}, or leave it out "
+        f"report_to names {extra}, but {name} is not installed; run: pip install {extra}, or leave it out "
         "of training.report_to"
     )
