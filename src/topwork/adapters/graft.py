@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.adapters.lora import AdaptedLayer, LoraLinear, LoraWeights, SavedModule
 from topwork.adapters.targets import Target, find_saved, find_targets
 from topwork.common.errors import AdapterError
 
@@ -100,9 +100,9 @@ class Adapters:
         weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
         layer.adapters[name] = weights.to(weight.device).train(False)
 
-    def _wrapped(self, path: str, kind: type[LoraLinear | SavedModule]) -> LoraLinear | SavedModule:
+    def _wrapped(self, path: str, kind: type[AdaptedLayer]) -> AdaptedLayer:
         module = self.model.get_submodule(path)
-        if isinstance(module, (LoraLinear, SavedModule)):
+        if isinstance(module, AdaptedLayer):
             return module
         layer = kind(module)
         layer.train(False)
@@ -114,9 +114,9 @@ class Adapters:
             raise AdapterError(f"no adapter {name!r} here; there are {sorted(self.configs) or 'none'}")
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoraLinear | SavedModule]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every adapted layer by its path in the base."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, (LoraLinear, SavedModule))}
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,7 +124,7 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
-        own = module.base_layer if isinstance(module, (LoraLinear, SavedModule)) else module
+        own = module.base_layer if isinstance(module, AdaptedLayer) else module
         if path:
             modules[path] = own
         for name, child in own.named_children():

@@ -51,8 +51,8 @@ class LoraWeights(nn.Module):
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with any number of LoRA adapters around it."""
+class AdaptedLayer(nn.Module):
+    """A base layer, held once, and by name what each of its adapters adds or puts in its place."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -64,40 +64,35 @@ class LoraLinear(nn.Module):
         """The base layer's, for models that look at it (its type, its device)."""
         return self.base_layer.weight  # type: ignore[return-value]
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        segments = active_stream().segments
+        return self.adapted(segments, y, x) if any(_has(self.adapters, segment) for segment in segments) else y
+
+    def adapted(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
+        """y, the base layer's output for x, with each segment's rows as its adapter has them."""
+        raise NotImplementedError
+
+
+class LoraLinear(AdaptedLayer):
+    """A linear layer with any number of LoRA adapters around it."""
+
     @property
     def bias(self) -> Tensor | None:
         """The base layer's."""
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        segments = active_stream().segments
-        if not any(_has(self.adapters, segment) for segment in segments):
-            return y
+    def adapted(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
         flat = by_segment(
             segments, y.flatten(0, -2), x.flatten(0, -2), self.adapters, lambda w, ys, xs: w.add_to(ys, xs)
         )
         return flat.view_as(y)
 
 
-class SavedModule(nn.Module):
+class SavedModule(AdaptedLayer):
     """A module of `modules_to_save`: each adapter has a whole copy of its own, in fp32, run in the base's type."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base module's."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        segments = active_stream().segments
-        if not any(_has(self.adapters, segment) for segment in segments):
-            return y
+    def adapted(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
         flat_x = x.reshape(math.prod(lead), *x.shape[len(lead) :])
         flat_y = y.reshape(math.prod(lead), *y.shape[len(lead) :])
