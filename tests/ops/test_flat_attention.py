@@ -159,3 +159,20 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
         attention_by_sequence(q, k, v, (0, len(q)), **asdict(rule), sinks=sinks)[-1] for q, k, v in sequences
     ])  # fmt: skip
     assert relative(out, truth) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_variable_length_kernel_on_a_gpu(window: int | None) -> None:
+    """bf16 on the card, grouped heads and ragged rows, against float64 on the host."""
+    inputs = [x.cuda().requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16)]
+    truths = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    rule = AttentionRule(0.125, window)
+    out = flat_attention(inputs[0], inputs[1], inputs[2], RAGGED, rule)
+    truth = attention_by_sequence(*truths, RAGGED, **asdict(rule), sinks=None)
+    assert relative(out.cpu(), truth) < 2e-2
+    slope = torch.randn(truth.shape, dtype=torch.float64)
+    found, expected = gradients(out, inputs, slope.cuda()), gradients(truth, truths, slope)
+    for ours, theirs in zip(found, expected):
+        assert relative(ours.cpu(), theirs) < 3e-2

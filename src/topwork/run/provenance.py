@@ -4,7 +4,6 @@ RUN/provenance.json is written when a run begins and never changed after, but fo
 """
 
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from topwork.common.files import sha256_bytes, sha256_file, write_json
 from topwork.data.examples import Data, Example
 from topwork.models.base import Base
 from topwork.recipe.recipe import Recipe, recipe_yaml
+from topwork.run.folder import read_json
 
 PROVENANCE = "provenance.json"
 
@@ -38,14 +38,10 @@ def provenance(recipe: Recipe, base: Base, data: Data, tokens_per_pass: int) -> 
     }
 
 
-def record(folder: Path, now: dict[str, Any], base: Base) -> None:
-    """Write provenance.json for a run that begins; add a line to it for one that goes on.
-
-    Raises RequestError where a run that goes on would do so with another base, other rows or another template.
-    """
-    before = read(folder)
+def refuse_other_inputs(folder: Path, now: dict[str, Any]) -> None:
+    """Raises RequestError where a run would go on with another base, other rows or another template."""
+    before = read_json(folder / PROVENANCE)
     if not before:
-        write_json(folder / PROVENANCE, now)
         return
     changed = [name for name, then, here in _identities(before, now) if then != here]
     if changed:
@@ -53,14 +49,14 @@ def record(folder: Path, now: dict[str, Any], base: Base) -> None:
             f"{folder} was begun with {_listed(changed)} than there is now, under the same names; a resumed run would "
             "be neither the one nor the other. Bring back what was there, or start anew with --overwrite"
         )
-    before["resumed"] = [*before.get("resumed", []), _surroundings(base)]
-    write_json(folder / PROVENANCE, before)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """A run's provenance, or nothing where it has none yet."""
-    path = folder / PROVENANCE
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+def record(folder: Path, now: dict[str, Any], base: Base) -> None:
+    """Write provenance.json for a run that begins; add a line to it for one that goes on."""
+    before = read_json(folder / PROVENANCE)
+    if before:
+        before["resumed"] = [*before.get("resumed", []), _surroundings(base)]
+    write_json(folder / PROVENANCE, before or now)
 
 
 def _identities(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

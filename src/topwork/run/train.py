@@ -32,11 +32,12 @@ from topwork.run.folder import (
     TEMPLATE,
     TRIAL,
     check_place,
+    read_json,
     read_recipe,
 )
-from topwork.run.provenance import PROVENANCE, provenance, read, record
+from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
-from topwork.training.checkpoint import newest_whole_checkpoint
+from topwork.training.checkpoint import checkpoint_path, checkpoint_step, newest_whole_checkpoint
 from topwork.training.loop import CHECKPOINTS, Loop, Outcome
 from topwork.training.metrics import METRICS, MetricsLog, check_sinks, open_sinks
 from topwork.training.objective import OBJECTIVES
@@ -90,14 +91,16 @@ def train(
         recover_folder(folder / ADAPTER)
     checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, report) if resume else None
     origin = provenance(recipe, base, data, tokens_per_pass)
+    if resume:
+        refuse_other_inputs(folder, origin)
     if overwrite:
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record(folder, origin, base)
     write_text(folder / RECIPE, recipe_yaml(recipe))
     if data.template.jinja:
         write_text(folder / TEMPLATE, data.template.jinja)
-    at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+    record(folder, origin, base)
+    at = checkpoint_step(checkpoint) if checkpoint else None
     with MetricsLog(folder, at, open_sinks(recipe.training.report_to, folder, sinks_config, at), report) as metrics:
         loop = Loop(
             base, adapters, ADAPTER_NAME, OBJECTIVES[recipe.training.objective](), recipe.training, data.train,
@@ -156,7 +159,7 @@ def _tokens_per_pass(
     """As asked, as the run began with, or from free memory."""
     asked = recipe.training.tokens_per_pass
     if asked is None and resumed is not None:
-        asked = read(resumed).get("tokens_per_pass")
+        asked = read_json(resumed / PROVENANCE).get("tokens_per_pass")
     longest = max(len(example.tokens) for example in (*data.train, *data.eval))
     chosen = choose_tokens_per_pass(asked, longest, base.module.config, base.device, free_memory_bytes(base.device))
     if asked is None:
@@ -178,7 +181,7 @@ def _keep_best(recipe: Recipe, folder: Path, adapters: Adapters, base: Base, out
     """The run's adapter: the best validation's where asked for, else the last step's."""
     best = outcome.state.best_step
     if recipe.training.load_best_model_at_end and best not in (None, outcome.state.step):
-        saved = folder / CHECKPOINTS / f"step-{best:06d}"
+        saved = checkpoint_path(folder / CHECKPOINTS, best)
         verify_folder(saved)
         adapters.load(ADAPTER_NAME, read_adapter(saved / CHECKPOINT_ADAPTER).tensors)
     write_folder(

@@ -118,7 +118,7 @@ def save_checkpoint(
         write_json(path / _STATE, described)
 
     clear_leftovers(folder)
-    target = folder / f"step-{step:06d}"
+    target = checkpoint_path(folder, step)
     write_folder(target, write, replace=True)
     _prune(folder, step, keep, protect)
     return target
@@ -128,6 +128,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, whole or not; those half written when a process died are not seen."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:06d}"
 
 
 def checkpoint_step(path: Path) -> int:

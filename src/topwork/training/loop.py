@@ -16,7 +16,14 @@ from topwork.common.errors import NonFiniteLossError, RunError
 from topwork.data.batches import step_indices, steps_per_epoch
 from topwork.data.examples import Example
 from topwork.models.base import Base
-from topwork.training.checkpoint import ADAPTER, TrainState, Validation, load_checkpoint, save_checkpoint
+from topwork.training.checkpoint import (
+    ADAPTER,
+    TrainState,
+    Validation,
+    checkpoint_path,
+    load_checkpoint,
+    save_checkpoint,
+)
 from topwork.training.config import TrainingConfig
 from topwork.training.interrupts import Interrupts
 from topwork.training.metrics import MetricsLog
@@ -213,7 +220,7 @@ class Loop:
 
     def _explained(self, error: Exception, state: TrainState, rows: Sequence[Example]) -> NonFiniteLossError:
         """Keep the last good state, and name the batch."""
-        if not (self.checkpoints / f"step-{state.step:06d}").exists():
+        if not checkpoint_path(self.checkpoints, state.step).exists():
             self._save(state)
         named = ", ".join(row.source for row in rows[:8]) + (", …" if len(rows) > 8 else "")
         return NonFiniteLossError(
