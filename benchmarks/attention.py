@@ -44,9 +44,8 @@ def timed(call: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> tup
 
 def main() -> None:
     torch.manual_seed(0)
-    print(
-        "| sequences | type | fused per sequence: forward + backward, ms | ours, ms | difference |\n|---|---|---|---|---|"
-    )
+    print("| sequences | type | fused per sequence: forward + backward, ms | ours, ms | difference |")
+    print("|---|---|---|---|---|")
     for name, lengths in SHAPES.items():
         bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
         for dtype in (torch.bfloat16, torch.float32):
