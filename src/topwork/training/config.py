@@ -1,10 +1,25 @@
 """What a recipe may say about training."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from topwork.common.options import Options
+
+
+def _word_or_layers(value: Any) -> Any:
+    """YAML reads a bare `off` as False, and `--set` may bring a number as text."""
+    if value is False:
+        return "off"
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if value in ("auto", "off", "full") or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("expected auto, off, full or a number of layers")
+
+
+Checkpointing = Annotated[Literal["auto", "off", "full"] | int, BeforeValidator(_word_or_layers)]
+"""Which layers keep their input alone: none, all, as many as memory asks for, or the first so many."""
 
 
 class TrainingConfig(Options):
@@ -27,6 +42,9 @@ class TrainingConfig(Options):
     tokens_per_pass: int | None = Field(None, ge=1)
     """The token budget of one forward and backward pass. It decides memory, not the result. Left out, it is chosen
     from free memory."""
+    activation_checkpointing: Checkpointing = "auto"
+    """Layers that keep only their input and run again going backward: less memory, more time, the same result. `off`,
+    `full`, a number of layers, or `auto`: as few as let a pass fit into free memory."""
     weight_decay: float = Field(0.0, ge=0.0)
     """AdamW's decoupled decay: each step takes learning_rate * weight_decay of every trained weight away."""
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
