@@ -1,0 +1,72 @@
+"""The C kernels: compiled once for this machine's processor, kept in the cache, loaded with ctypes.
+
+No torch headers: a kernel takes pointers and sizes, builds in a second and outlives torch versions. OpenMP is the one
+runtime that torch has loaded already (same name, so the loader shares it): a second pool of threads would fight the
+first. Without a compiler everything still runs on plain torch, slower, and says so once.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
+"""No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
+OFF = "TOPWORK_NO_NATIVE"
+"""Set in the environment to run on plain torch alone."""
+
+
+@cache
+def load(name: str) -> ctypes.CDLL | None:
+    """The library of `native/NAME.c`; None, with one warning, where it cannot be compiled or loaded."""
+    if os.environ.get(OFF):
+        return None
+    try:
+        return ctypes.CDLL(str(_built(name)))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(
+            f"the C kernels ({name}) are not to be had here, so 4-bit weights are unpacked by plain torch, several "
+            f"times slower: {told}. Install a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _built(name: str) -> Path:
+    """The library's path; compiled aside and moved, so that two processes cannot disturb each other."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise OSError("no C compiler was found")
+    source = (files("topwork.ops.native") / f"{name}.c").read_bytes()
+    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _processor()])).hexdigest()
+    folder = Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "native"
+    target = folder / f"{name}-{key[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
+            written.write_bytes(source)
+            subprocess.run(
+                [*compiler.split(), *FLAGS, str(written), "-o", str(built), "-lm"],
+                check=True, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            built.replace(target)
+    return target
+
+
+def _processor() -> bytes:
+    """What this processor can do: a cache that moves to another one must not be loaded there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,0 +1,125 @@
+"""Weights held in 4 or 8 bits, in bitsandbytes' formats, and the dense panels made of them.
+
+nf4, fp4   a block of `block_size` values (counted row by row) shares one constant, its largest magnitude:
+           value = code[nibble] * constant. Double quantization holds the constants themselves in 8 bits:
+           constant = nested_code[byte] * nested_absmax[block // 256] + offset
+int8       value = byte * absmax[row] / 127
+
+The sixteen NF4 codes are the quantiles of a normal distribution (Dettmers et al., arXiv 2305.14314, appendix E). At
+block size 64 a parameter costs 4.5 bits, with double quantization 4.127: 4 + 8/64 + 32/(64 * 256).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise
+from topwork.ops.quantize import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8, rows_4bit
+
+NESTED_BLOCK = 256
+"""Constants that share one constant of their own, with double quantization."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [out, in] in few bits, and how it was in more."""
+
+    codes: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """The type it was quantized from, and in which it comes back."""
+
+    @property
+    def nbytes(self) -> int:
+        """All that is held: codes and constants."""
+        held = (getattr(self, field.name) for field in fields(self))
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+    def panel(self, rows: slice, columns: slice) -> Tensor:
+        """Some rows and columns [r, c], dense, in `dtype`."""
+        raise NotImplementedError
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Chosen rows [n, in] of the weight, dense, in `dtype`."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The whole weight [out, in], in `dtype`."""
+        return self.panel(slice(0, self.shape[0]), slice(0, self.shape[1]))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Packed4bit(Packed):
+    """codes [ceil(n / 2)] uint8, the first of two values in the high nibble; absmax [blocks] fp32, or uint8 where
+    nested_absmax [ceil(blocks / 256)] fp32, nested_code [256] and offset say what its bytes mean."""
+
+    quant_type: str
+    block_size: int
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: float = 0.0
+
+    def panel(self, rows: slice, columns: slice) -> Tensor:
+        return dequantize_4bit(
+            self.codes, self.absmax, self.nested_absmax, self.nested_code,
+            self.offset, self.quant_type, self.block_size, self.shape[1],
+            rows.start, rows.stop, columns.start, columns.stop, self.dtype,
+        )  # fmt: skip
+
+    def rows(self, index: Tensor) -> Tensor:
+        return rows_4bit(
+            index, slice(0, self.shape[1]), self.codes, self.absmax, self.nested_absmax, self.nested_code, self.offset,
+            self.quant_type, self.block_size, self.shape[1], self.dtype,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedInt8(Packed):
+    """codes [out, in] int8, absmax [out] fp32."""
+
+    def panel(self, rows: slice, columns: slice) -> Tensor:
+        return dequantize_int8(
+            self.codes, self.absmax, rows.start, rows.stop, columns.start, columns.stop, self.dtype
+        )  # fmt: skip
+
+    def rows(self, index: Tensor) -> Tensor:
+        chosen = PackedInt8(self.codes[index], self.absmax[index], (len(index), self.shape[1]), self.dtype)
+        return chosen.dense()
+
+
+def pack_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Packed4bit:
+    """Quantize a weight [out, in] of a 16- or 32-bit type. Raises ValueError for a type or block size that
+    bitsandbytes cannot read, and for values that are not finite."""
+    codes, absmax = quantize_4bit(weight, quant_type, block_size)
+    shape = (weight.shape[0], weight.shape[1])
+    if not double_quant:
+        return Packed4bit(codes, absmax, shape, weight.dtype, quant_type, block_size)
+    code = dynamic_map(signed=True).to(weight.device)
+    offset = absmax.mean()
+    nested, nested_absmax = quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
+    return Packed4bit(codes, nested, shape, weight.dtype, quant_type, block_size, nested_absmax, code, float(offset))
+
+
+def pack_int8(weight: Tensor) -> PackedInt8:
+    """Quantize a weight [out, in], each row by its own largest magnitude."""
+    codes, absmax = quantize_int8(weight)
+    return PackedInt8(codes, absmax, (weight.shape[0], weight.shape[1]), weight.dtype)
+
+
+def constants(packed: Packed4bit) -> Tensor:
+    """The block constants [blocks] in fp32, whether or not they are held in 8 bits."""
+    if packed.nested_absmax is None or packed.nested_code is None:
+        return packed.absmax
+    return dequantize_blockwise(packed.absmax, packed.nested_absmax, packed.nested_code, NESTED_BLOCK) + packed.offset

@@ -1,0 +1,73 @@
+"""y = x W' + b with W in 4 or 8 bits: a panel of W is made dense, multiplied while it is in the cache, and forgotten.
+
+The whole dense weight never exists, and nothing of it is kept for the backward pass, which makes other panels: rows of
+W for the output, columns of W for the input's gradient. Each output column is one product over all inputs, each input's
+gradient one product over all outputs, so both round as the dense layer's do. W is frozen and has no gradient.
+
+A panel comes in the type that W was quantized from and is then taken to x's, as bitsandbytes does it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from topwork.ops.packed import Packed
+
+PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+"""How large a dense panel may be: what stays in a core's cache, on a GPU what keeps it busy."""
+
+
+def quantized_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] -> [..., out] in x's type."""
+    return _QuantizedLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x W' + b without a gradient: panels of rows."""
+    outputs, inputs = weight.shape
+    step = _panel(weight, inputs, x)
+    if step >= outputs:
+        return F.linear(x, weight.dense().to(x.dtype), bias)
+    y = x.new_empty(*x.shape[:-1], outputs)
+    flat_x, flat_y = x.reshape(-1, inputs), y.view(-1, outputs)
+    for start in range(0, outputs, step):
+        rows = slice(start, min(start + step, outputs))
+        panel = weight.panel(rows, slice(0, inputs)).to(x.dtype).t()
+        if bias is None:
+            torch.mm(flat_x, panel, out=flat_y[:, rows])
+        else:
+            torch.addmm(bias[rows], flat_x, panel, out=flat_y[:, rows])
+    return y
+
+
+def input_gradient(dy: Tensor, weight: Packed) -> Tensor:
+    """dy [..., out] -> dy W [..., in]: panels of columns."""
+    outputs, inputs = weight.shape
+    step = _panel(weight, outputs, dy)
+    if step >= inputs:
+        return dy @ weight.dense().to(dy.dtype)
+    dx = dy.new_empty(*dy.shape[:-1], inputs)
+    flat_dy, flat_dx = dy.reshape(-1, outputs), dx.view(-1, inputs)
+    for start in range(0, inputs, step):
+        columns = slice(start, min(start + step, inputs))
+        torch.mm(flat_dy, weight.panel(slice(0, outputs), columns).to(dy.dtype), out=flat_dx[:, columns])
+    return dx
+
+
+def _panel(weight: Packed, other: int, near: Tensor) -> int:
+    """How many rows (or columns) of `other` values make a panel: a multiple of 64."""
+    budget = PANEL_BYTES.get(near.device.type, PANEL_BYTES["cpu"])
+    return max(64, budget // (other * near.element_size()) // 64 * 64)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        return output(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        return input_gradient(dy, ctx.weight) if ctx.needs_input_grad[0] else None, None, None

@@ -1,0 +1,87 @@
+"""Layers whose frozen weight is held in 4 or 8 bits: a linear layer, and an embedding that shares a head's weight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from topwork.ops.packed import Packed
+from topwork.ops.quantized_linear import input_gradient, quantized_linear
+
+
+class PackedModule(nn.Module):
+    """Holds a packed weight. `weight` are its codes, as in a bitsandbytes checkpoint; the constants go along with them
+    to other devices, and stay in their types whatever the module is cast to."""
+
+    weight: nn.Parameter
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        self._packed: Packed | None = None
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, where the module is."""
+        if self._packed is None:
+            raise RuntimeError("a quantized layer was used before its weight was read")
+        return self._packed
+
+    def hold(self, packed: Packed) -> Self:
+        """Take a weight."""
+        if packed.shape != self.shape:
+            raise ValueError(f"the weight has the shape {packed.shape}, the layer {self.shape}")
+        self._packed = packed
+        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._packed is not None:
+            self._packed = replace(self._packed.to(self.weight.device), codes=self.weight.data)
+        return self
+
+
+class QuantizedLinear(PackedModule):
+    """y = x W' + b. Stands where a linear layer stood (a transposed Conv1D too, whose weight is turned when packed)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None) -> None:
+        super().__init__((out_features, in_features))
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return quantized_linear(x, self.packed, self.bias)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy [..., out] -> dy W [..., in]."""
+        return input_gradient(dy, self.packed)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The layer that this one stands for, its weight as it comes out of the packed one."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        weight = self.packed.dense().to(dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return layer.train(False)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class QuantizedEmbedding(PackedModule):
+    """Rows of a packed weight [vocabulary, d]: the embedding of a model whose head is tied to it and quantized."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [...] -> [..., d]."""
+        return self.packed.rows(tokens.reshape(-1)).view(*tokens.shape, self.shape[1])
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Every module of a model that holds a packed weight, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
