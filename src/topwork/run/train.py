@@ -21,6 +21,7 @@ from topwork.common.files import (
 )
 from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
+from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.folder import (
@@ -41,13 +42,13 @@ from topwork.training.checkpoint import checkpoint_path, checkpoint_step, newest
 from topwork.training.loop import CHECKPOINTS, Loop, Outcome
 from topwork.training.metrics import METRICS, MetricsLog, check_sinks, open_sinks
 from topwork.training.objective import OBJECTIVES
-from topwork.training.passes import choose_tokens_per_pass
+from topwork.training.passes import Memory, PassPlan, plan_passes
 from topwork.training.progress import Progress, Silent
 
 FREE_TO_CHANGE = {
-    "output_dir", "training.tokens_per_pass", "training.report_to", "training.logging_steps",
-    "training.save_total_limit", "training.save_steps", "model.device", "model.model_name_or_path", "data.train",
-    "data.eval", "data.chat_template",
+    "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.report_to",
+    "training.logging_steps", "training.save_total_limit", "training.save_steps", "model.device",
+    "model.model_name_or_path", "data.train", "data.eval", "data.chat_template",
 }  # fmt: skip
 """What may differ when a run is resumed; anything else would make it another run. Files may have moved: whether they
 are the same is told by their hashes (`run/provenance.py`)."""
@@ -85,12 +86,13 @@ def train(
     adapters.add(ADAPTER_NAME, recipe.adapter, recipe.training.seed)
     counted = count_adapter(base.module, recipe.adapter)
     report(f"{base.name}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
-    tokens_per_pass = _tokens_per_pass(recipe, base, data, folder if resume else None, report)
+    plan = _planned_passes(recipe, base, data, folder if resume else None, report)
+    checkpoint_layers(base, plan.checkpointed_layers, (ADAPTER_NAME,))
 
     if resume:
         recover_folder(folder / ADAPTER)
     checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, report) if resume else None
-    origin = provenance(recipe, base, data, tokens_per_pass)
+    origin = provenance(recipe, base, data, plan.tokens_per_pass)
     if resume:
         refuse_other_inputs(folder, origin)
     if overwrite:
@@ -104,7 +106,7 @@ def train(
     with MetricsLog(folder, at, open_sinks(recipe.training.report_to, folder, sinks_config, at), report) as metrics:
         loop = Loop(
             base, adapters, ADAPTER_NAME, OBJECTIVES[recipe.training.objective](), recipe.training, data.train,
-            data.eval, tokens_per_pass, folder, metrics, progress or Silent(),
+            data.eval, plan.tokens_per_pass, folder, metrics, progress or Silent(),
         )  # fmt: skip
         state = loop.resume(checkpoint) if checkpoint else None
         if checkpoint:
@@ -153,20 +155,27 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tokens_per_pass(
+def _planned_passes(
     recipe: Recipe, base: Base, data: Data, resumed: Path | None, report: Callable[[str], None]
-) -> int:
-    """As asked, as the run began with, or from free memory."""
-    asked = recipe.training.tokens_per_pass
+) -> PassPlan:
+    """Tokens per pass as asked, as the run began with, or from free memory; and the layers that are checkpointed."""
+    asked, checkpointing = recipe.training.tokens_per_pass, recipe.training.activation_checkpointing
     if asked is None and resumed is not None:
         asked = read_json(resumed / PROVENANCE).get("tokens_per_pass")
     longest = max(len(example.tokens) for example in (*data.train, *data.eval))
-    chosen = choose_tokens_per_pass(asked, longest, base.module.config, base.device, free_memory_bytes(base.device))
+    layers = len(decoder_layers(base.module))
+    free, dropout = free_memory_bytes(base.device), recipe.adapter.lora_dropout > 0
+    memory = Memory(base.module.config, base.device, free, layers, dropout)
+    plan = plan_passes(asked, checkpointing, longest, memory)
     if asked is None:
         report(
-            f"tokens per pass: {chosen:,}, from free memory; set training.tokens_per_pass to repeat a run to the bit"
+            f"tokens per pass: {plan.tokens_per_pass:,}, from free memory; set training.tokens_per_pass to repeat a "
+            "run to the bit"
         )
-    return chosen
+    if plan.checkpointed_layers:
+        why = ", from free memory" if checkpointing == "auto" else ""
+        report(f"activation checkpointing: {plan.checkpointed_layers} of {layers} layers{why}")
+    return plan
 
 
 def _clear(folder: Path) -> None:
