@@ -42,14 +42,10 @@ def checkpoint_layers(base: Base, count: int, adapters: Sequence[str]) -> None:
         _switch_off(layer)
     if not count:
         return
-    runs = _captured_runs(base, layers[:count], adapters)
-    unneeded: dict[Any, tuple[str, ...]] = {}
-    for layer, (run, hidden, stream) in zip(layers, runs):
-        kind = tuple((path, type(module)) for path, module in layer.named_modules())
-        if kind not in unneeded:
-            with stream.active():
-                unneeded[kind] = unneeded_products(layer, run, hidden)
-        _switch_on(layer, Checkpoint(layer, stand_ins_at(layer, unneeded[kind])))
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        left_out = _products_to_leave_out(base, layers[:count], adapters)
+    for layer, paths in zip(layers, left_out):
+        _switch_on(layer, Checkpoint(layer, stand_ins_at(layer, paths)))
 
 
 def products_left_out(base: Base) -> list[str]:
@@ -168,6 +164,19 @@ def _switch_on(layer: GradientCheckpointingLayer, function: "Checkpoint | _Captu
 
 def _switch_off(layer: GradientCheckpointingLayer) -> None:
     layer.gradient_checkpointing = layer.training = False
+
+
+def _products_to_leave_out(
+    base: Base, layers: Sequence[GradientCheckpointingLayer], adapters: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """For each layer the linear layers whose value no gradient needs; found once for layers built alike."""
+    found: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    kinds = [tuple((path, type(module)) for path, module in layer.named_modules()) for layer in layers]
+    for layer, kind, (run, hidden, stream) in zip(layers, kinds, _captured_runs(base, layers, adapters)):
+        if kind not in found:
+            with stream.active():
+                found[kind] = unneeded_products(layer, run, hidden)
+    return [found[kind] for kind in kinds]
 
 
 def _captured_runs(

@@ -39,15 +39,14 @@ def _gradients(layer: nn.Module, run: Run, hidden: Tensor, without: Sequence[str
     `without` return NaN. Nothing where the layer can't run so."""
     x = hidden.detach().requires_grad_()
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[hidden.device] if hidden.is_cuda else []):
-        torch.manual_seed(0)
-        try:
-            with torch.enable_grad(), left_out(stand_ins_at(layer, without, torch.nan)):
-                y = outputs_of(run(x))[0]
-        except RuntimeError:  # written in place, for one
-            return []
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
-        return list(torch.autograd.grad(y, [x, *parameters], grad, allow_unused=True))
+    torch.manual_seed(0)  # dropout
+    try:
+        with torch.enable_grad(), left_out(stand_ins_at(layer, without, torch.nan)):
+            y = outputs_of(run(x))[0]
+    except RuntimeError:  # written in place, for one
+        return []
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    return list(torch.autograd.grad(y, [x, *parameters], grad, allow_unused=True))
 
 
 def _same(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> bool:

@@ -116,16 +116,17 @@ def kept_bytes_per_token(config: PreTrainedConfig, checkpointed_layers: int = 0,
 
 
 def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False) -> int:
-    """What a llama layer with LoRA on all of its linear layers keeps per token, but for 2 r bytes for each of them.
+    """What a llama layer with LoRA on all of its linear layers keeps per token, but for its r values for each of them.
 
     In the model's type both norms' outputs; q, k, v and the attention's output; gate, silu(gate), up and their product.
-    In fp32 what the two norms were given, and a number for each. An adapter with dropout keeps each linear layer's
-    dropped-out input and a byte for every value's mask. Fewer for families without a gate.
+    In fp32 what the two norms were given, and a number for each. An adapter with dropout keeps, in place of the linear
+    layers' inputs, each one's dropped-out copy and mask (in the model's type on CPUs, a byte on GPUs). Families without
+    a gate keep less.
     """
     s = _shape(config)
-    values = 2 * s.hidden + 2 * s.attention + 2 * s.key_value + 4 * s.inner
-    dropped = (s.value_bytes + 1) * (5 * s.hidden + s.attention + s.inner) if dropout else 0
-    return s.value_bytes * values + 8 * s.hidden + 8 + dropped
+    inputs, others = 2 * s.hidden + s.inner, 2 * s.attention + 2 * s.key_value + 3 * s.inner
+    dropped = 2 * (5 * s.hidden + s.attention + s.inner)
+    return s.value_bytes * (others + (dropped if dropout else inputs)) + 8 * s.hidden + 8
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,358 @@
+"""Checkpointing changes what is kept and nothing else: losses and gradients stay the same to the bit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reference.families import CONTEXT, learning_stream, randomise, sequences, tiny_base, tiny_model
+from reference.kept import kept_bytes_per_token
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.adapters.lora import AdaptedLayer
+from topwork.common.errors import ModelError
+from topwork.models.base import Base
+from topwork.models.checkpointing import checkpoint_layers, decoder_layers, products_left_out
+from topwork.models.generate import Sampling, generate
+from topwork.ops.logprobs import LogitRule
+from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.training.passes import kept_bytes_per_token as formula
+
+LEFT_OUT = {
+    "llama": ["mlp.down_proj"], "qwen3": ["mlp.down_proj"], "phi3": ["mlp.down_proj"], "granite": ["mlp.down_proj"],
+    "gpt2": ["mlp.c_proj"], "opt": ["fc2"], "starcoder2": ["mlp.c_proj"], "phi": ["self_attn.dense", "mlp.fc2"],
+    "gemma2": [], "gemma3_text": [], "olmo2": [], "mixtral": [], "qwen3_moe": [], "gpt_oss": [],
+}  # fmt: skip
+"""What no gradient depends on: nothing where a norm follows, nothing where the experts are no linear layers."""
+
+OWN_DROPOUT = {"opt": {"dropout": 0.5}, "starcoder2": {"residual_dropout": 0.5}, "phi": {"resid_pdrop": 0.5}}
+"""What these families would drop in a layer that is in training mode."""
+
+
+def adapted(family: str = "llama", dropout: float = 0.0, **values: Any) -> tuple[Base, Adapters]:
+    base = tiny_base(family, **OWN_DROPOUT.get(family, {}), **values)
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, lora_dropout=dropout))
+    randomise(adapters, "a")
+    return base, adapters
+
+
+def mixed_stream(names: Sequence[str | None] = ("a", None, "b", "a")) -> Stream:
+    stream = learning_stream(sequences())
+    spans = zip(stream.bounds, stream.bounds[1:])
+    return replace(stream, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
+
+
+def results(base: Base, adapters: Adapters, stream: Stream, seed: int = 3) -> list[Tensor]:
+    """The loss, what is drawn at random next, and every gradient, of adapters in training."""
+    torch.manual_seed(seed)
+    parameters = [p for name in adapters.configs for p in adapters.parameters(name).values()]
+    for name in adapters.configs:
+        adapters.train(name)
+    for parameter in parameters:
+        parameter.grad = None
+    gradient = -stream.weights
+    loss = (gradient * base.log_probabilities(stream, gradient)).sum()
+    loss.backward()
+    grads = [torch.zeros(1) if p.grad is None else p.grad for p in parameters]
+    assert any(grad.any() for grad in grads)
+    return [loss.detach(), torch.rand(1), *grads]
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", LEFT_OUT)
+def test_losses_and_gradients_are_the_same_to_the_bit(family: str) -> None:
+    """Dropout, two adapters and the bare base in one stream."""
+    base, adapters = adapted(family, dropout=0.2)
+    adapters.add("b", AdapterConfig(r=2))
+    randomise(adapters, "b", 2)
+    stream = mixed_stream()
+    off = results(base, adapters, stream)
+    assert not torch.equal(results(base, adapters, stream, seed=4)[0], off[0])  # there is something to draw
+    for count in (1, 2):
+        checkpoint_layers(base, count, ("a", "b"))
+        assert_same(results(base, adapters, stream), off)
+        told = [path.removesuffix(".base_layer").split(".", 3)[-1] for path in products_left_out(base)]
+        told = [path.removeprefix("layers.").removeprefix("0.").removeprefix("1.") for path in told]
+        assert told == LEFT_OUT[family] * count
+    checkpoint_layers(base, 0, ())
+    assert products_left_out(base) == []
+    assert_same(results(base, adapters, stream), off)
+
+
+def test_in_sixteen_bits_too() -> None:
+    base, adapters = adapted(dtype=torch.bfloat16)
+    stream = mixed_stream(("a", "a", None, "a"))
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    assert_same(results(base, adapters, stream), off)
+
+
+@pytest.mark.parametrize("saved", [["lm_head", "norm"], ["embed_tokens"], ["input_layernorm"]], ids=str)
+def test_whole_modules_that_learn(saved: list[str]) -> None:
+    base = tiny_base()
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, modules_to_save=saved))
+    randomise(adapters, "a")
+    stream = mixed_stream(("a", None, "a", "a"))
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    assert_same(results(base, adapters, stream), off)
+    assert len(products_left_out(base)) == 2
+
+
+def test_a_down_projection_that_is_learned_whole() -> None:
+    base = tiny_base()
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    randomise(adapters, "a")
+    stream = mixed_stream(("a", "a", None, "a"))
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    assert_same(results(base, adapters, stream), off)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products with some weights, whichever way they are laid out."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.counts = dict.fromkeys(weights, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"):
+            for arg in args:
+                name = self.names.get(arg.untyped_storage().data_ptr()) if isinstance(arg, Tensor) else None
+                if name is not None:
+                    self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def linear_weights(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's linear layers by path, adapted or not."""
+    return {
+        path.removesuffix(".base_layer"): module.weight
+        for path, module in layer.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", "all-linear"), ("llama", ["q_proj", "v_proj"]), ("gpt2", "all-linear")], ids=str
+)
+def test_the_down_projection_is_never_computed_again(family: str, targets: str | list[str]) -> None:
+    base = tiny_base(family)
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, target_modules=targets))
+    randomise(adapters, "a")
+    layer = decoder_layers(base.module)[1]
+    found = []
+    for count in (0, 2):
+        checkpoint_layers(base, count, ("a",))
+        with Products(linear_weights(layer)) as products:
+            results(base, adapters, mixed_stream(("a",) * 4))
+        found.append(products.counts)
+    off, full = found
+    down = next(name for name in off if name.endswith(("down_proj", "mlp.c_proj")))
+    assert off == dict.fromkeys(off, 2)  # forward, and the input's gradient
+    assert full == {name: 2 if name == down else 3 for name in off}
+
+
+def test_where_a_norm_follows_it_is_computed_again() -> None:
+    base, adapters = adapted("gemma2")
+    checkpoint_layers(base, 2, ("a",))
+    with Products(linear_weights(decoder_layers(base.module)[1])) as products:
+        results(base, adapters, mixed_stream(("a",) * 4))
+    assert products.counts == dict.fromkeys(products.counts, 3)
+
+
+class Opaque(nn.Module):
+    """A linear layer of a kind that is known by its `input_gradient` alone, as quantized ones are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.register_buffer("packed", linear.weight.detach().clone())
+        self.products = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.products += 1
+        return x @ self.packed.t()
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        return grad @ self.packed
+
+
+def test_a_linear_layer_of_another_kind() -> None:
+    base, adapters = adapted()
+    opaque = []
+    for module in list(base.module.modules()):
+        if isinstance(module, AdaptedLayer):
+            module.base_layer = Opaque(module.base_layer)  # type: ignore[arg-type]
+            opaque.append(module.base_layer)
+    stream = mixed_stream(("a",) * 4)
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    for layer in opaque:
+        layer.products = 0
+    assert_same(results(base, adapters, stream), off)
+    assert sorted(layer.products for layer in opaque) == [1, 1] + [2] * 12
+
+
+def test_going_backward_the_layers_see_their_own_stream() -> None:
+    """Even while another one is active: other bounds, and no adapter."""
+    base, adapters = adapted()
+    stream, other = mixed_stream(("a",) * 4), stream_of(sequences([45]))
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    for parameter in adapters.parameters("a").values():
+        parameter.grad = None
+    gradient = -stream.weights
+    loss = (gradient * base.log_probabilities(stream, gradient)).sum()
+    with other.active():
+        loss.backward()
+    assert_same([parameter.grad for parameter in adapters.parameters("a").values()], off[2:])  # type: ignore[misc]
+
+
+def test_gradients_asked_for_by_name() -> None:
+    """torch.autograd.grad leaves .grad alone and finds what backward does."""
+    base, adapters = adapted()
+    stream = mixed_stream(("a",) * 4)
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    parameters = list(adapters.parameters("a").values())
+    for parameter in parameters:
+        parameter.grad = None
+    gradient = -stream.weights
+    assert_same(torch.autograd.grad((gradient * base.log_probabilities(stream, gradient)).sum(), parameters), off[2:])
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_an_adapter_that_came_later_is_not_forgotten() -> None:
+    """It goes where a bare linear layer stood when checkpointing was switched on."""
+    base = tiny_base()
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=4, target_modules=["q_proj"]))
+    checkpoint_layers(base, 2, ("a",))
+    adapters.add("b", AdapterConfig(r=4))
+    randomise(adapters, "b")
+    stream = mixed_stream(("b",) * 4)
+    full = results(base, adapters, stream)
+    checkpoint_layers(base, 0, ())
+    assert_same(full, results(base, adapters, stream))
+
+
+def test_switching_on_leaves_no_trace() -> None:
+    """Neither in the adapter nor in the random state nor in the modules; only the layer itself is in training mode."""
+    base, adapters = adapted(dropout=0.2)
+    names = [name for name, _ in base.module.named_modules()]
+    adapters.train("a")
+    state = torch.get_rng_state()
+    checkpoint_layers(base, 1, ("a",))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in adapters.parameters("a").values())
+    assert [name for name, _ in base.module.named_modules()] == names
+    adapters.train("a", False)
+    assert [module for module in base.module.modules() if module.training] == decoder_layers(base.module)[:1]
+
+
+@contextmanager
+def counted_calls(layer: nn.Module) -> Iterator[list[int]]:
+    calls: list[int] = []
+    handle = layer.get_submodule("self_attn").register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_without_gradients_nothing_is_different() -> None:
+    base, _ = adapted()
+    stream = stream_of(sequences(), "a")
+
+    def outputs() -> tuple[Tensor, list[list[int]]]:
+        with torch.no_grad():
+            hidden = base.hidden(stream)
+        prompts = [part.tolist() for part in sequences()]
+        return hidden, generate(base, prompts, ["a"] * len(prompts), [], Sampling(max_new_tokens=4))
+
+    hidden, made = outputs()
+    checkpoint_layers(base, 2, ("a",))
+    with counted_calls(decoder_layers(base.module)[0]) as calls:
+        again, made_again = outputs()
+    assert torch.equal(again, hidden)
+    assert made_again == made
+    assert len(calls) <= 1 + 4
+
+
+def test_more_layers_than_there_are() -> None:
+    base, _ = adapted()
+    for count in (3, -1):
+        with pytest.raises(ModelError, match=rf"activation_checkpointing is {count}, and tiny has 2 layers; give at"):
+            checkpoint_layers(base, count, ("a",))
+
+
+def test_a_family_whose_layers_cannot_be_checkpointed() -> None:
+    module = tiny_model("gpt_neox_japanese")
+    base = Base(module, None, "neox", "", CONTEXT, LogitRule())  # type: ignore[arg-type]
+    checkpoint_layers(base, 0, ())
+    with pytest.raises(ModelError, match="gpt_neox_japanese's layers can't be checkpointed"):
+        checkpoint_layers(base, 2, ())
+
+
+def measured(family: str, dropout: float = 0.0, **values: Any) -> Callable[[int], float]:
+    """Bytes that autograd keeps per token by the number of checkpointed layers; wide enough for LoRA's to be few."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    same = {"n_embd": 128, "n_inner": 256, "ffn_dim": 256, "word_embed_proj_dim": 128}
+    base = tiny_base(family, **(wide | same | values))
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=1, lora_dropout=dropout))
+    adapters.train("a")
+    streams = [learning_stream(sequences([length] * 2), "a") for length in (8, 24)]
+
+    def kept(count: int) -> float:
+        checkpoint_layers(base, count, ("a",))
+        return kept_bytes_per_token(base, streams[0], streams[1])
+
+    kept.config = base.module.config  # type: ignore[attr-defined]
+    return kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_kept_is_what_the_formula_says(dtype: torch.dtype, dropout: float) -> None:
+    kept = measured("llama", dropout, dtype=dtype)
+    config = kept.config  # type: ignore[attr-defined]
+    config.dtype = dtype
+    size = dtype.itemsize
+    low_rank, rotary = 7 * size, 2 * 32 * size  # what the formula leaves out: r = 1 for each, tables once per pass
+    first = 4 * 128 + 4  # nothing before the first layer learns, so its first norm keeps nothing
+    first += 3 * size * 128 if dropout else 0  # nor do the masks of q, k and v
+    for count in range(3):
+        expected = formula(config, count, dropout > 0) + (2 - count) * low_rank + (rotary if count < 2 else 0)
+        assert kept(count) == expected - (0 if count else first), count
+    assert formula(config, 2) < formula(config, 0) / 8
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "opt", "mixtral", "qwen3_moe", "gpt_oss", "phi", "olmo2"])
+def test_for_other_families_it_is_near_enough(family: str) -> None:
+    kept = measured(family, dtype=torch.bfloat16)
+    config = kept.config  # type: ignore[attr-defined]
+    for count in (0, 1, 2):
+        estimate = formula(config, count)
+        assert 0.25 * estimate <= kept(count) <= 1.4 * estimate, (count, kept(count) / estimate)
