@@ -239,7 +239,10 @@ def _check_fit(
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Not `load_state_dict`, which would cast the moments to the parameter's dtype."""
+    """Not `load_state_dict`, which would cast the moments to the parameter's dtype.
+
+    State that is there already is filled in place: AdamW8bit makes its own at once, and knows it by where it lies.
+    """
     saved: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
@@ -252,11 +255,14 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], t
         for parameter in group["params"]
     }
     for name, parameter in named.items():
-        optimizer.state.pop(parameter, None)
+        here = optimizer.state.pop(parameter, {})
         for key, value in saved.get(name, {}).items():
             # torch keeps AdamW's step count on the host, unless the kernel reads it on the device
             device = torch.device("cpu") if key == "step" and id(parameter) in on_host else parameter.device
-            optimizer.state[parameter][key] = value.to(device, copy=True)
+            place = here.get(key)
+            if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
+                place = torch.empty_like(value, device=device)
+            optimizer.state[parameter][key] = place.copy_(value)
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -45,6 +45,10 @@ class TrainingConfig(Options):
     activation_checkpointing: Checkpointing = "auto"
     """Layers that keep only their input and run again going backward: less memory, more time, the same result. `off`,
     `full`, a number of layers, or `auto`: as few as let a pass fit into free memory."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """What updates the weights. `adamw` keeps 8 bytes a trained parameter, `adamw_8bit` 2.03: of an adapter's 4.9 M
+    parameters that saves 28 MB, of full fine-tuning's 134.5 M 0.8 GB. `paged_adamw_8bit` keeps them in the host's
+    memory (on a GPU) or in a file (on a CPU), and gives the same weights as `adamw_8bit`."""
     weight_decay: float = Field(0.0, ge=0.0)
     """AdamW's decoupled decay: each step takes learning_rate * weight_decay of every trained weight away."""
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)

@@ -28,6 +28,7 @@ from topwork.training.config import TrainingConfig
 from topwork.training.interrupts import Interrupts
 from topwork.training.metrics import MetricsLog
 from topwork.training.objective import Objective
+from topwork.training.optimizers import make_optimizer
 from topwork.training.passes import step_passes
 from topwork.training.progress import Progress
 from topwork.training.schedule import learning_rate
@@ -69,14 +70,7 @@ class Loop:
         self.checkpoints = run_dir / CHECKPOINTS
         self.metrics, self.progress = metrics, progress
         self.parameters = adapters.parameters(name)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(config, self.parameters.values(), run_dir)
         self.held_out = step_passes(held_out, tokens_per_pass, name, base.device) if held_out else []
         self.steps = planned_steps(config, len(train))
         self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
