@@ -60,7 +60,7 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
     """The token budget and the checkpointed layers, each as asked for or from free memory.
 
     Smaller passes come before checkpointing while they are as fast as large ones. Only then as few layers as fit are
-    checkpointed; passes smaller still are for where even all layers' checkpointing leaves too little.
+    checkpointed; passes smaller still are for where even that leaves too little.
     """
     if asked_layers != "auto":
         every = memory.checkpointable_layers or _shape(memory.config).layers  # none: refused where it is switched on
@@ -68,9 +68,9 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
         assert isinstance(layers, int)
         return PassPlan(_tokens(asked_tokens, longest, memory, layers, 1), layers)
     tokens = _tokens(asked_tokens, longest, memory, 0, FAST_PASS.get(memory.device.type, FAST_PASS["cpu"]))
-    every = memory.checkpointable_layers
-    fitting = next((layers for layers in range(every + 1) if memory.holds(tokens, layers)), every)
-    if fitting == every:
+    most = max(0, memory.checkpointable_layers - 1)  # the last layer would be wanted again at once, and saves nothing
+    fitting = next((layers for layers in range(most + 1) if memory.holds(tokens, layers)), most)
+    if fitting == most:
         tokens = min(tokens, _tokens(asked_tokens, longest, memory, fitting, 1))
     return PassPlan(tokens, fitting)
 

@@ -1,0 +1,50 @@
+"""Whole runs with activation checkpointing write the same bytes as without."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run.tiny import folder_bytes
+from topwork.common.errors import ModelError
+from topwork.run.train import TrainedRun, train
+
+Recipes = Callable[..., Path]
+
+
+def told(recipe: Path, overrides: tuple[str, ...] = (), **options: Any) -> tuple[TrainedRun, str]:
+    lines: list[str] = []
+    return train(recipe, overrides, report=lines.append, **options), "\n".join(lines)
+
+
+def test_the_same_adapter_whatever_is_kept(make_recipe: Recipes) -> None:
+    """With dropout, and resumed with another choice."""
+    options: dict[str, Any] = {"adapter": {"lora_dropout": 0.1}}
+    off, said = told(make_recipe("off", **options), ("training.activation_checkpointing=off", "training.max_steps=6"))
+    assert "activation checkpointing" not in said
+    expected = folder_bytes(off.folder / "adapter")
+    recipe = make_recipe("full", **options)
+    full, said = told(recipe, ("training.activation_checkpointing=full", "training.max_steps=6"))
+    assert "activation checkpointing: 2 of 2 layers" in said
+    assert folder_bytes(full.folder / "adapter") == expected
+    newest = max((full.folder / "checkpoints").iterdir())
+    (newest / "state.json").unlink()  # torn: the run goes on from the one before
+    again, said = told(recipe, ("training.activation_checkpointing=1", "training.max_steps=6"), resume=True)
+    assert "going on from" in said
+    assert "activation checkpointing: 1 of 2 layers" in said
+    assert folder_bytes(again.folder / "adapter") == expected
+
+
+def test_too_many_layers_are_refused_before_anything_is_written(make_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"activation_checkpointing": 3})
+    with pytest.raises(ModelError, match=r"activation_checkpointing is 3, and .* has 2 layers; give at most 2"):
+        told(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_little_memory_is_told(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("topwork.run.train.free_memory_bytes", lambda _: 1000)
+    recipe = make_recipe(training={"max_steps": 1})
+    _, said = told(recipe)
+    assert "activation checkpointing: 1 of 2 layers, from free memory" in said

@@ -1,0 +1,150 @@
+"""Pass sizes and checkpointed layers follow from free memory; training depends on neither."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from reference.families import learning_stream, randomise, sequences, tiny_base
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.common.errors import RecipeError
+from topwork.models.checkpointing import checkpoint_layers
+from topwork.training.config import Checkpointing, TrainingConfig
+from topwork.training.objective import Sft
+from topwork.training.passes import (
+    Memory,
+    PassPlan,
+    activation_bytes_per_token,
+    kept_bytes_per_token,
+    layer_bytes_per_token,
+    plan_passes,
+)
+from topwork.training.step import train_step
+
+SMOLLM2 = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+)
+LAYERS = 30
+
+
+def plan(
+    needed: tuple[int, int],
+    tokens: int | None = None,
+    layers: Checkpointing = "auto",
+    longest: int = 300,
+    there: int = LAYERS,
+    spare: int = 1,
+    device: str = "cpu",
+) -> PassPlan:
+    """With just the memory (twice, since half is planned with) that so many tokens with so many layers need."""
+    budget, checkpointed = needed
+    free = 2 * budget * activation_bytes_per_token(SMOLLM2, checkpointed) + spare
+    return plan_passes(tokens, layers, longest, Memory(SMOLLM2, torch.device(device), free, there))
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [
+        ((10**6, 0), (2048, 0)),
+        ((2048, 0), (2048, 0)),
+        ((1024, 0), (1024, 0)),
+        ((512, 0), (512, 0)),
+        ((512, 7), (512, 7)),  # smaller passes would be slower: checkpointing takes over
+        ((512, 8), (512, 8)),
+        ((512, 29), (512, 29)),
+        ((256, 29), (256, 29)),  # never all: the last layer's memory is taken again at once
+        ((1, 29), (300, 29)),  # the longest sequence is not cut, whatever memory says
+    ],
+    ids=str,
+)
+def test_smaller_passes_first_then_as_few_layers_as_fit(needed: tuple[int, int], expected: tuple[int, int]) -> None:
+    longest = 300 if needed[0] == 1 else 200
+    assert plan(needed, longest=longest) == PassPlan(*expected)
+
+
+def test_a_pass_that_cannot_be_smaller_is_checkpointed() -> None:
+    assert plan((2048, 12), tokens=2048) == PassPlan(2048, 12)
+    assert plan((2048, 12), longest=2048) == PassPlan(2048, 12)
+    assert plan((2048, 12), tokens=2048, spare=-1) == PassPlan(2048, 13)
+    assert plan((1, 30), tokens=2048) == PassPlan(2048, 29)
+
+
+def test_what_was_asked_for_is_done() -> None:
+    assert plan((1, 30), tokens=2048, layers="off") == PassPlan(2048, 0)
+    assert plan((10**6, 0), tokens=700, layers="full") == PassPlan(700, 30)
+    assert plan((10**6, 0), tokens=700, layers=5) == PassPlan(700, 5)
+    assert plan((2048, 0), layers=31) == PassPlan(2048, 31)  # refused by name where it is switched on
+    assert plan((1024, 20), layers=20) == PassPlan(1024, 20)
+    assert plan((512, 0), layers="full") == PassPlan(2048, 30)
+    assert plan((256, 0), layers="off", longest=100) == PassPlan(256, 0)
+    with pytest.raises(RecipeError, match="Give at least 300"):
+        plan((10**6, 0), tokens=299)
+
+
+def test_a_family_that_cannot_be_checkpointed_takes_smaller_passes() -> None:
+    assert plan((256, 0), longest=100, there=0) == PassPlan(256, 0)
+    assert plan((1, 0), longest=100, there=0) == PassPlan(256, 0)
+    assert plan((2048, 0), layers="full", there=0) == PassPlan(2048, 30)  # refused by name where it is switched on
+
+
+def test_a_gpu_wants_larger_passes() -> None:
+    assert plan((10**6, 0), device="cuda") == PassPlan(16384, 0)
+    assert plan((4096, 3), device="cuda") == PassPlan(4096, 3)
+
+
+def test_the_estimate_against_figures_made_by_hand() -> None:
+    """SmolLM2-135M in 16 bits: 2 (2 d + 2 d_a + 2 d_kv + 4 f) + 8 d + 8 bytes a layer, 2 d where checkpointed."""
+    layer = 2 * (2 * 576 + 2 * 576 + 2 * 192 + 4 * 1536) + 8 * 576 + 8
+    assert layer_bytes_per_token(SMOLLM2) == layer == 22280
+    last = 4 * 576 + 4
+    assert kept_bytes_per_token(SMOLLM2) == activation_bytes_per_token(SMOLLM2) == 30 * layer + last
+    assert kept_bytes_per_token(SMOLLM2, 30) == 30 * 1152 + last  # 0.035 MB, the boundaries alone
+    assert activation_bytes_per_token(SMOLLM2, 30) == 30 * 1152 + last + layer
+    assert activation_bytes_per_token(SMOLLM2, 12) == 18 * layer + 12 * 1152 + last
+    estimates = [activation_bytes_per_token(SMOLLM2, count) for count in range(30)]
+    assert estimates == sorted(estimates, reverse=True)
+    assert layer_bytes_per_token(SMOLLM2, dropout=True) > 1.2 * layer
+
+
+def test_experts_that_a_token_visits_count_each() -> None:
+    from transformers import MixtralConfig
+
+    one, two = (layer_bytes_per_token(MixtralConfig(num_experts_per_tok=count)) for count in (1, 2))
+    assert two - one == 2 * 4 * MixtralConfig().intermediate_size
+
+
+@pytest.mark.parametrize("value", ["auto", "off", "full", 0, 12])
+def test_the_option_as_it_is_written(value: str | int) -> None:
+    assert TrainingConfig(activation_checkpointing=value).activation_checkpointing == value
+
+
+def test_the_option_as_yaml_and_the_shell_give_it() -> None:
+    assert TrainingConfig().activation_checkpointing == "auto"
+    assert TrainingConfig(activation_checkpointing=False).activation_checkpointing == "off"  # type: ignore[arg-type]
+    assert TrainingConfig(activation_checkpointing="12").activation_checkpointing == 12  # type: ignore[arg-type]
+    for wrong in ("ful", True, -1, 2.5, None, "-1", [1]):
+        with pytest.raises(ValueError, match="expected auto, off, full or a number of layers"):
+            TrainingConfig(activation_checkpointing=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
+    """Six AdamW steps of two passes each, with dropout."""
+    lists = []
+    for count in (0, 1, 2):
+        base = tiny_base(family)
+        adapters = Adapters(base.module)
+        adapters.add("a", AdapterConfig(r=4, lora_dropout=0.1))
+        randomise(adapters, "a")
+        adapters.train("a")
+        checkpoint_layers(base, count, ("a",))
+        parameters = list(adapters.parameters("a").values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        torch.manual_seed(0)
+        results = []
+        for step in range(6):
+            passes = [learning_stream(sequences(part, seed=step), "a", step) for part in ((13, 7), (24, 1, 9))]
+            results.append(train_step(base, Sft(), passes, parameters, optimizer, 1.0))
+        lists.append([(result.loss, result.grad_norm) for result in results])
+    assert lists[0] == lists[1] == lists[2]
+    assert len(set(lists[0])) == 6
