@@ -1,0 +1,190 @@
+"""Activation checkpointing of all layers beside none: the same losses, in less memory, for more time.
+
+    python benchmarks/checkpointing.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
+
+LoRA r16 on all linear layers, bf16, one pass of random rows of 150-300 tokens a step. Both arms train an adapter of
+their own from the same weights on the same rows, in one process and in turns (which goes first changes every round);
+peaks are of fresh processes. What autograd keeps is counted by its hooks and stands beside the estimate that `auto`
+plans with.
+"""
+
+import argparse
+import json
+import sys
+import time
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table
+
+if TYPE_CHECKING:
+    from topwork.models.base import Base
+    from topwork.ops.stream import Stream
+
+ARMS = ("off", "full")
+WARM_UP = 1
+PEAK_STEPS = 2
+MIB = 2**20
+
+
+class Arm:
+    """One adapter with its optimizer."""
+
+    def __init__(self, base: "Base", adapters: Any, name: str) -> None:
+        import torch
+
+        from topwork.adapters.config import AdapterConfig
+
+        adapters.add(name, AdapterConfig(r=16, lora_alpha=32), seed=0)
+        self.base, self.name = base, name
+        self.parameters = list(adapters.parameters(name).values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4, fused=True)
+
+    def switch(self) -> None:
+        """Checkpoint as this arm does."""
+        from topwork.models.checkpointing import checkpoint_layers, decoder_layers
+
+        checkpoint_layers(self.base, len(decoder_layers(self.base.module)) if self.name == "full" else 0, (self.name,))
+
+    def step(self, tokens: int, seed: int) -> dict[str, float]:
+        """One optimizer step, timed."""
+        from topwork.training.objective import Sft
+        from topwork.training.step import train_step
+
+        stream = random_rows(self.base, tokens, seed, self.name)
+        self.switch()
+        start = time.perf_counter()
+        result = train_step(self.base, Sft(), [stream], self.parameters, self.optimizer, 1.0)
+        return {"seconds": time.perf_counter() - start, "loss": result.loss, "grad_norm": result.grad_norm}
+
+
+def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Stream":
+    """Rows of 150-300 random tokens, `tokens` in all; the last half of each is learned."""
+    from dataclasses import replace
+
+    import torch
+
+    from topwork.ops.stream import stream_of
+
+    generator = torch.Generator().manual_seed(seed)
+    rows, left = [], tokens
+    while left:
+        length = min(left, int(torch.randint(150, 301, (1,), generator=generator)))
+        rows.append(torch.randint(0, base.module.config.vocab_size, (length,), generator=generator))
+        left -= length
+    stream = stream_of(rows, adapter)
+    spans = zip(stream.bounds, stream.bounds[1:])
+    learned = torch.cat([torch.arange((start + stop) // 2, stop - 1) for start, stop in spans])
+    return replace(stream, rows=learned, targets=stream.tokens[learned + 1], weights=torch.ones(len(learned)))
+
+
+def load(model: str) -> "Base":
+    from topwork.models.base import load_base
+    from topwork.models.config import ModelConfig
+
+    return load_base(ModelConfig(model_name_or_path=model, dtype="bfloat16"), lambda _: None)
+
+
+def both_arms(model: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Steps in turns, and what each arm keeps."""
+    from topwork.adapters.graft import Adapters
+    from topwork.models.checkpointing import products_left_out
+
+    base = load(model)
+    adapters = Adapters(base.module)
+    arms = [Arm(base, adapters, name) for name in ARMS]
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    for turn in range(WARM_UP + rounds):
+        for arm in arms if turn % 2 else arms[::-1]:
+            steps[arm.name].append(arm.step(tokens, seed=turn))
+    kept = {arm.name: kept_by(arm, tokens) for arm in arms}
+    arms[1].switch()
+    return {"steps": steps, "kept": kept, "left_out": len(products_left_out(base))}
+
+
+def kept_by(arm: Arm, tokens: int) -> dict[str, float]:
+    """Bytes that a pass keeps by autograd's hooks, and by the estimate."""
+    sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
+    from reference.kept import kept_bytes, kept_bytes_per_token
+    from topwork.models.checkpointing import decoder_layers
+    from topwork.training.passes import kept_bytes_per_token as estimate
+
+    arm.switch()
+    short, long = (random_rows(arm.base, count, 0, arm.name) for count in (tokens // 4, tokens))
+    layers = len(decoder_layers(arm.base.module)) if arm.name == "full" else 0
+    return {
+        "bytes": kept_bytes(arm.base, long),
+        "per_token": kept_bytes_per_token(arm.base, short, long),
+        "estimate": estimate(arm.base.module.config, layers),
+    }
+
+
+def one_arm(model: str, tokens: int, name: str) -> dict[str, Any]:
+    """The peak of a process that does nothing else."""
+    from topwork.adapters.graft import Adapters
+
+    base = load(model)
+    arm = Arm(base, Adapters(base.module), name)
+    loaded = peak_mib()
+    for seed in range(PEAK_STEPS):
+        arm.step(tokens, seed)
+    return {"peak_mib": peak_mib(), "loaded_mib": loaded}
+
+
+def told(found: dict[str, Any], peaks: dict[str, dict[str, Any]], tokens: int) -> str:
+    """The table."""
+    steps, kept = found["steps"], found["kept"]
+    counted = {name: steps[name][WARM_UP:] for name in ARMS}
+    ratios = [full["seconds"] / off["seconds"] for off, full in zip(*counted.values())]
+    spread = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    same = {
+        key: [step[key] for step in steps["off"]] == [step[key] for step in steps["full"]]
+        for key in ("loss", "grad_norm")
+    }
+    worst = max(
+        abs(full[key] / off[key] - 1) for off, full in zip(*steps.values()) for key in ("loss", "grad_norm")
+    )  # fmt: skip
+    figures = {
+        "step, ms (median)": lambda name: f"{1e3 * median(step['seconds'] for step in counted[name]):,.0f}",
+        f"kept by {tokens:,} tokens, MiB": lambda name: f"{kept[name]['bytes'] / MIB:,.1f}",
+        "kept per token, bytes (hooks)": lambda name: f"{kept[name]['per_token']:,.0f}",
+        "kept per token, bytes (estimate)": lambda name: f"{kept[name]['estimate']:,.0f}",
+        "peak of a fresh process, MiB": lambda name: f"{peaks[name]['peak_mib']:,}",
+        "of that before the first step, MiB": lambda name: f"{peaks[name]['loaded_mib']:,}",
+        "last loss": lambda name: f"{steps[name][-1]['loss']:.6f}",
+        "last gradient norm": lambda name: f"{steps[name][-1]['grad_norm']:.6f}",
+    }
+    rows = [[label, *(figure(name) for name in ARMS)] for label, figure in figures.items()]
+    return "\n".join([
+        table(["checkpointing", *ARMS], rows),
+        "",
+        f"Time, full / off: median {median(ratios):.3f} of {len(ratios)} pairs, quartiles {spread[0]:.3f} and "
+        f"{spread[2]:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}.",
+        f"Losses the same to the bit: {same['loss']}; gradient norms: {same['grad_norm']}; largest relative "
+        f"difference {worst:.1e}, over {len(steps['off'])} steps.",
+        f"Linear layers left out while recomputing: {found['left_out']}.",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--process", choices=["both", *ARMS], help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.process == "both":
+        print(json.dumps(both_arms(asked.model, asked.tokens, asked.rounds)))
+    elif asked.process:
+        print(json.dumps(one_arm(asked.model, asked.tokens, asked.process)))
+    else:
+        options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
+        done = {name: run_process("checkpointing", *options, "--process", name) for name in ("both", *ARMS)}
+        failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
+        if failed:
+            sys.exit("\n".join(failed))
+        print(surroundings_text(surroundings()), "", told(done.pop("both"), done, asked.tokens), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
