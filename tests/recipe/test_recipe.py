@@ -59,7 +59,7 @@ def test_a_recipe_is_read_and_written_back(written) -> None:  # type: ignore[no-
         ("adapter", "lora_r", "here it is adapter.r"),
         ("training", "lr", "here it is training.learning_rate"),
         ("data", "packing", "a batch never has padding here"),
-        ("training", "zzzzzz", "known here: adam_beta1, "),
+        ("training", "zzzzzz", "known here: activation_checkpointing, adam_beta1, "),
     ],
 )
 def test_an_unknown_key_is_told_where_it_is_known(written, section: str, key: str, told: str) -> None:  # type: ignore[no-untyped-def]
