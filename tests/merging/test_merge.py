@@ -20,8 +20,8 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, RunError
-from topwork.merging import merge as merge_part
 from topwork.merging.merge import merge, save_merged
+from topwork.models import writing
 from topwork.models.base import Base
 from topwork.ops.stream import stream_of
 
@@ -208,11 +208,11 @@ def test_a_failing_write_leaves_nothing(
     base = replace(base, tokenizer=tokenizer)
     merge(base, adapters, "a")
 
-    def full(path: Path) -> None:
+    def full(path: Path, added: object) -> None:
         assert (path.parent / "model.safetensors").is_file(), "the failure was to come after the weights"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge_part, "_clean_config", full)
+    monkeypatch.setattr(writing, "_clean_config", full)
     with pytest.raises(RunError, match="full"):
         save_merged(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.lora import AdaptedLayer, LoraLinear, LoraWeights, SavedModule
-from topwork.adapters.targets import Target, find_saved, find_targets
+from topwork.adapters.targets import Target, features, find_saved, find_targets
 from topwork.common.errors import AdapterError
+from topwork.quantization.linear import PackedModule
 
 
 class Adapters:
@@ -38,7 +39,7 @@ class Adapters:
             self._graft_lora(name, target, config, seed)
         for path in saved:
             layer = self._wrapped(path, SavedModule)
-            layer.adapters[name] = copy.deepcopy(layer.base_layer).float().requires_grad_(True)
+            layer.adapters[name] = _copy(layer.base_layer).requires_grad_(True)
         self.configs[name] = config
         return targets
 
@@ -94,7 +95,7 @@ class Adapters:
     def _graft_lora(self, name: str, target: Target, config: AdapterConfig, seed: int) -> None:
         layer = self._wrapped(target.path, LoraLinear)
         weight = layer.weight
-        inputs, outputs = _features(layer.base_layer)
+        inputs, outputs = features(layer.base_layer)
         scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
         weights = LoraWeights(inputs, outputs, target.r, scaling, config.lora_dropout)
         weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
@@ -162,10 +163,9 @@ def _refuse_other_use(model: nn.Module, wanted: Mapping[str, type]) -> None:
                 )
 
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out); transformers' Conv1D (gpt2) holds its weight transposed."""
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+def _copy(module: nn.Module) -> nn.Module:
+    """A module of its own in fp32, out of a packed one too."""
+    return module.dense(torch.float32) if isinstance(module, PackedModule) else copy.deepcopy(module).float()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
 from topwork.common.errors import AdapterError
+from topwork.quantization.linear import QuantizedLinear
 
-LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[s
         if not any(path.endswith(name) for path in modules):
             raise AdapterError(f"modules_to_save names {name!r}, which matches no module{_near(name, modules)}")
     return [path for path in modules if path.endswith(tuple(names))]
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer; transformers' Conv1D (gpt2) holds its weight transposed, a quantized one packed."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.in_features, layer.out_features
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
 def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -132,6 +132,10 @@ def merge(
     run: Run,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out, the recipe's.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="After QLoRA: `dequantized`, the weights that were trained on, or `16bit`, the original."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -139,7 +143,7 @@ def merge(
     """Fold the adapter into its base and write an ordinary Hugging Face folder."""
     from topwork.run.merge import merge as fold
 
-    result = fold(run, out, dtype, overwrite, force, _told(as_json))
+    result = fold(run, out, dtype, base, overwrite, force, _told(as_json))
     if as_json:
         print(json.dumps(result))
         return
@@ -152,6 +156,52 @@ def merge(
                 else f"  {key.replace('_', ' '):32} {value:,.1f}"
             )
     print(f"written to {out}")
+
+
+@app.command(
+    epilog="Example: topwork quantize smollm2-135m models/smollm2-nf4   topwork quantize smollm2-135m --analyze"
+)
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, a folder, a .gguf file or a Hub id.")],
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="A new folder.")] = None,
+    kind: Annotated[str, typer.Option("--type", help="nf4, fp4 or int8.")] = "nf4",
+    block_size: Annotated[int | None, typer.Option(help="Values that share a constant, 32 to 4096 (64).")] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="Hold the constants in 8 bits as well.")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="The type of what stays dense: bfloat16, float16, float32 or auto.")
+    ] = "bfloat16",
+    analyze: Annotated[bool, typer.Option("--analyze", help="Measure the error of every type and block size.")] = False,
+    text: Annotated[Path | None, typer.Option(help="With --analyze: a text file to take the perplexity on.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="With --text: how many windows of 256 tokens.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a base in 4 or 8 bits as a bitsandbytes checkpoint, or measure what that costs."""
+    from topwork.common.errors import RequestError
+    from topwork.models.config import ModelConfig
+
+    if analyze:
+        from topwork.run.analyze import analyze as measure
+
+        found = measure(ModelConfig(model_name_or_path=model), text, windows, out, _told(as_json))
+        print(json.dumps(found.as_json()) if as_json else found.as_text())
+        return
+    if out is None:
+        raise RequestError("give a new folder to write to, or --analyze to measure only")
+    from topwork.run.quantize import quantize as write
+
+    config = ModelConfig.model_validate({"model_name_or_path": model, "dtype": dtype})
+    result = write(config, out, kind, block_size, double_quant, overwrite, _told(as_json))
+    if as_json:
+        print(json.dumps(result.as_json()))
+        return
+    print(
+        f"{result.layers} linear layers in {result.type}: {result.quantized_parameters:,} parameters in "
+        f"{result.quantized_bytes:,} bytes, {result.bits_per_parameter:.3f} bits each"
+    )
+    print(f"the whole model: {result.model_bytes / 2**20:,.1f} MiB, written to {out}")
 
 
 @app.command(epilog="Example: topwork count llama-3-8b --rank 16")

@@ -7,7 +7,6 @@ beside it were trained on W and not on W'.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from transformers import PreTrainedModel
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
 from topwork.common.errors import AdapterError, RunError
-from topwork.common.files import write_folder, write_text
+from topwork.common.files import write_folder
 from topwork.models.base import Base
-from topwork.models.quiet import without_bars
+from topwork.models.writing import write_model
+from topwork.quantization.linear import PackedModule, packed_modules
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,11 +28,13 @@ MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def merge(base: Base, adapters: Adapters, name: str) -> None:
     """Fold adapter `name` into `base`, in place, and take its layers out of the model.
 
-    In 16 bits the sum is rounded to the weight's type. `base.fingerprint` stays that of the weights before. Raises
-    AdapterError, with nothing changed, where the adapter is not alone or the base's weights are packed; RunError for a
-    sum that is not finite, after which the base has to be loaded anew.
+    In 16 bits the sum is rounded to the weight's type. A base in 4 or 8 bits is made dense: the adapter was trained on
+    what its packed weights stand for, and packing the sum again would round most of the adapter away.
+    `base.fingerprint` stays that of the weights before. Raises AdapterError, with nothing changed, where the adapter
+    is not alone; RunError for a sum that is not finite, after which the base has to be loaded anew.
     """
     _check(base, adapters, name)
+    dequantize(base.module)
     replaced: dict[str, nn.Module] = {}
     for path, layer in adapted_layers(base.module).items():
         if isinstance(layer, SavedModule):
@@ -57,7 +59,7 @@ def save_merged(
     left = adapted_layers(base.module)
     if left:
         raise AdapterError(f"{len(left)} layers still carry adapters (first {next(iter(left))}); merge or remove them")
-    write_folder(out, lambda folder: _write(base, folder, template, end_ids), replace)
+    write_folder(out, lambda folder: write_model(base, folder, template, end_ids), replace)
 
 
 def _check(base: Base, adapters: Adapters, name: str) -> None:
@@ -69,11 +71,25 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
             "load the base anew with this adapter alone"
         )
     for path, layer in adapted_layers(base.module).items():
+        if isinstance(layer.base_layer, PackedModule):
+            continue
         if isinstance(layer, LoraLinear) and layer.weight.dtype not in MERGEABLE:
             raise AdapterError(
                 f"{path} holds its weight as {str(layer.weight.dtype).removeprefix('torch.')}, and an adapter is "
                 "merged into a 16- or 32-bit base; load it with model.dtype: bfloat16 or float32"
             )
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel) -> None:
+    """Every packed weight as a dense one of the model's type, in place, under whatever is grafted."""
+    dtype = model.dtype
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = isinstance(head, PackedModule) and isinstance(embedding, PackedModule) and head.packed is embedding.packed
+    for path, module in packed_modules(model).items():
+        model.set_submodule(path, module.dense(dtype))
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
 @torch.no_grad()
@@ -115,34 +131,3 @@ def _record_untied(model: PreTrainedModel) -> None:
         return
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
-
-
-def _write(base: Base, folder: Path, template: str | None, end_ids: Sequence[int]) -> None:
-    if end_ids and base.module.generation_config is not None:
-        base.module.generation_config.eos_token_id = _ends(base.module.generation_config.eos_token_id, end_ids)
-    with without_bars():
-        base.module.save_pretrained(folder)
-    tokenizer = copy.deepcopy(base.tokenizer)
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        _clean_config(folder / name)
-
-
-def _ends(own: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int]:
-    """The base's own end tokens and those of the template; one stays a number."""
-    known = [own] if isinstance(own, int) else list(own or [])
-    both = [*known, *(token for token in end_ids if token not in known)]
-    return both[0] if len(both) == 1 else both
-
-
-def _clean_config(path: Path) -> None:
-    """Drop what speaks of how and from where the base was loaded here (GGUF titles stand in `_model_name_or_path`)."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if not _is_ours(key)}
-    write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-
-
-def _is_ours(key: str) -> bool:
-    return key.endswith("_name_or_path") or "attn_implementation" in key or key in ("is_local", "local_files_only")

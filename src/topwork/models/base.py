@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
-from topwork.models.fingerprint import fingerprint
+from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.probe import PROVEN, probe
+from topwork.models.quantized import is_packed, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities_through
 from topwork.ops.stream import Segment, Stream
+from topwork.quantization.config import QuantizationConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
 
@@ -106,19 +108,33 @@ def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, sli
     return parts
 
 
-def load_base(config: ModelConfig, report: Callable[[str], None] = print) -> Base:
-    """Find, read and freeze the base that `config` names, set to flat streams; an unproven family is probed."""
+def load_base(
+    config: ModelConfig, report: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
+) -> Base:
+    """Find, read and freeze the base that `config` names, set to flat streams; an unproven family is probed.
+
+    With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
+    quantized already is taken as it is.
+    """
     source = find_source(config, report)
     device = pick_device(config.device)
-    module = _read(source, config).to(device)  # type: ignore[arg-type]
+    wanted = quantization or QuantizationConfig()
+    module, identity = _read(source, config, wanted, device)
+    if wanted.head != "16bit":
+        quantize_head(module, wanted.head)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    return as_base(module, tokenizer, source.name, report)
+    return as_base(module.to(device), tokenizer, source.name, report, identity)  # type: ignore[arg-type]
 
 
 def as_base(
-    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], None] = print
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    report: Callable[[str], None] = print,
+    identity: str | None = None,
 ) -> Base:
-    """Freeze a loaded Hugging Face causal model and set it to flat streams."""
+    """Freeze a loaded Hugging Face causal model and set it to flat streams. `identity` is its fingerprint, where it
+    was taken already."""
     module.requires_grad_(False).eval()
     config = module.config.get_text_config()
     whole = context_length(module.config)
@@ -128,7 +144,7 @@ def as_base(
             f"{config.model_type}: its rotary positions (longrope) change for a whole pass with its longest sequence; "
             f"sequences are kept to {length} tokens, below which they do not, instead of {whole}"
         )
-    base = Base(module, tokenizer, name, fingerprint(module), length, _logit_rule(config))
+    base = Base(module, tokenizer, name, identity or fingerprint(module), length, _logit_rule(config))
     if config.model_type in PROVEN:
         use_flat_attention(module)
     else:
@@ -137,29 +153,43 @@ def as_base(
     return base
 
 
-def _read(source: Source, config: ModelConfig) -> PreTrainedModel:
+def _read(
+    source: Source, config: ModelConfig, wanted: QuantizationConfig, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The model, on `device` where its weights are packed on the way, and its fingerprint."""
+    remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    samples: dict[str, Sampled] = {}
+    info: Any
+    loaded: Any
     try:
-        with without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                revision=source.revision,
-                dtype=DTYPES[config.dtype],
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
+        known = AutoConfig.from_pretrained(source.folder, revision=source.revision, **remote)
+        dtype: Any = DTYPES[config.dtype]
+        if is_packed(known, source.name) or wanted.active:
+            dtype = (known.dtype or torch.float32) if dtype == "auto" else dtype
+            place = {} if device.type == "cpu" else {"device_map": {"": device}}
+            module, info, samples = read_packed(
+                source, known, wanted, config.trust_remote_code, {"dtype": dtype, **place}
             )
+        else:
+            with without_bars():
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source.folder, revision=source.revision, dtype=dtype, use_safetensors=True,
+                    output_loading_info=True, **remote,
+                )  # fmt: skip
+            module, info = loaded
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
         ) from error
-    module, info = loaded
     lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if lacking:  # transformers would go on with random values
         raise ModelError(
             f"{source.name} lacks {len(lacking)} weights that its config asks for (first {lacking[0]}); was the "
             "download finished, and is it a causal language model?"
         )
-    return module
+    return module, written_here(source.folder) or fingerprint(module, samples)
 
 
 def _steady_length(config: PreTrainedConfig, whole: int) -> int:

@@ -1,25 +1,41 @@
 """A base model's fingerprint: adapters name the weights they were trained on, not only the name they had."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from topwork.quantization.linear import packed_modules
 
 SAMPLE_VALUES = 1024
 
+Sampled = tuple[tuple[int, ...], bytes]
+"""A weight's shape, and some of its values."""
 
-def fingerprint(module: torch.nn.Module) -> str:
+
+def fingerprint(module: nn.Module, samples: Mapping[str, Sampled] | None = None) -> str:
     """`sha256:…` over the parameters' names and shapes and up to 1,024 values of each, rounded to bfloat16.
 
     The same base loaded in float32 or bfloat16 gives the same value. Take it from the Hugging Face module as loaded:
-    before adapters are grafted, layers are fused, or weights are packed into 4 bits. Tied weights count once, under
-    the first of their names; buffers (rotary tables) don't count. A change of a few single values can go unseen.
+    before adapters are grafted or layers are fused. Of weights that were packed while they were read, `samples` says by
+    name what they were before, so that a base and its quantized reading are the same base; a checkpoint that was
+    quantized already is known by its dequantized weights. Tied weights count once, under the first of their names;
+    buffers (rotary tables) don't count. A change of a few single values can go unseen.
     """
+    packed = {f"{path}.weight": layer.packed for path, layer in packed_modules(module).items()}
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters(remove_duplicate=True)):
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(_sample(parameter.detach()).numpy().astype("<i2").tobytes())
+        known = samples.get(name) if samples else None
+        shape, values = known or sampled(packed[name].dense() if name in packed else parameter.detach())
+        digest.update(f"{name} {shape}\n".encode())
+        digest.update(values)
     return f"sha256:{digest.hexdigest()}"
+
+
+def sampled(weight: Tensor) -> Sampled:
+    """What the fingerprint takes of one weight."""
+    return tuple(weight.shape), _sample(weight).numpy().astype("<i2").tobytes()
 
 
 def _sample(weight: Tensor) -> Tensor:

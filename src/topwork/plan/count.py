@@ -14,13 +14,15 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, head_path
-from topwork.adapters.targets import LINEAR, find_saved, find_targets
+from topwork.adapters.targets import LINEAR, features, find_saved, find_targets
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.models.source import ALIASES, HUB_ID
+from topwork.quantization.linear import packed_modules
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
@@ -74,11 +76,11 @@ def count_adapter(model: PreTrainedModel, config: AdapterConfig) -> ParameterCou
     """
     modules = bare_modules(model)
     trained = {
-        target.path: target.r * sum(modules[target.path].weight.shape)  # type: ignore[arg-type]
+        target.path: target.r * sum(features(modules[target.path]))
         for target in find_targets(modules, head_path(model), config)
     }
     for path in find_saved(modules, config.modules_to_save or []):
-        trained[path] = sum(parameter.numel() for parameter in modules[path].parameters())
+        trained[path] = sum(parameters_of(modules[path]).values())
     trainable, frozen = sum(trained.values()), _own_parameters(model)
     total = trainable + frozen
     return ParameterCount(trainable, frozen, total, trainable / total, _by_name(trained))
@@ -137,7 +139,15 @@ def shape_names() -> list[str]:
 def _own_parameters(model: PreTrainedModel) -> int:
     """The base's parameters, tied ones once (`parameters()` gives each tensor once)."""
     grafted = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in grafted)
+    return sum(count for key, count in parameters_of(model).items() if key not in grafted)
+
+
+def parameters_of(module: nn.Module) -> dict[int, int]:
+    """Parameters by identity, tied ones once; a packed weight counts as what it stands for."""
+    counts = {id(parameter): parameter.numel() for parameter in module.parameters()}
+    for layer in packed_modules(module).values():
+        counts[id(layer.weight)] = layer.shape[0] * layer.shape[1]
+    return counts
 
 
 def _by_name(trained: dict[str, int]) -> tuple[ModuleCount, ...]:

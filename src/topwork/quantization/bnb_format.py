@@ -15,13 +15,15 @@ What is read is checked against itself: an altered or half-written file is refus
 """
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topwork.common.errors import ModelError
+from topwork.ops.blockwise8 import dynamic_map
 from topwork.ops.packed import NESTED_BLOCK, Packed, Packed4bit, PackedInt8
 from topwork.ops.quantize import BLOCK_SIZES, CODES, FLOATS, code_of
 
@@ -70,17 +72,43 @@ def from_tensors(layer: str, tensors: Mapping[str, Tensor]) -> Packed:
     if "weight" not in tensors:
         raise _broken(layer, "has constants but no codes")
     if "SCB" in tensors:
-        return _int8(layer, tensors["weight"], tensors["SCB"])
+        return _int8(layer, tensors["weight"], tensors["SCB"], tensors.get("weight_format"))
+    said = _description(layer, tensors)
+    try:
+        absmax, code = tensors["weight.absmax"].flatten(), tensors["weight.quant_map"]
+        nested_absmax = tensors["weight.nested_absmax"].flatten() if said.nested else None
+        nested_code = tensors["weight.nested_quant_map"].flatten() if said.nested else None
+    except KeyError as error:
+        raise _broken(layer, f"lacks {error}") from error
+    codes = tensors["weight"].flatten().view(torch.uint8)
+    packed = Packed4bit(
+        codes, absmax, said.shape, said.dtype, said.quant_type, said.block_size, nested_absmax, nested_code, said.offset
+    )
+    _check_4bit(layer, packed, code)
+    return packed
+
+
+class _Description(NamedTuple):
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    nested: bool
+    offset: float
+
+
+def _description(layer: str, tensors: Mapping[str, Tensor]) -> _Description:
+    """What the JSON object says, each field checked."""
     states = [name for name in tensors if name.startswith(f"weight.{STATE}")]
-    if not states:
-        raise _broken(layer, f"has no {STATE}… that says how its codes are to be read")
+    if len(states) != 1:
+        raise _broken(layer, f"has {len(states) or 'no'} {STATE}… that says how its codes are to be read, expected one")
     try:
         state = json.loads(bytes(tensors[states[0]].tolist()))
         quant_type, block_size = str(state["quant_type"]), int(state["blocksize"])
-        dtype, (outputs, inputs) = getattr(torch, state["dtype"]), state["shape"]
+        dtype, (outputs, inputs) = getattr(torch, state["dtype"]), map(int, state["shape"])
         nested = "nested_offset" in state
         offset = float(state["nested_offset"]) if nested else 0.0
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _broken(layer, f"has a description that cannot be read ({error})") from error
     if quant_type not in CODES or block_size not in BLOCK_SIZES or dtype not in FLOATS:
         raise _broken(
@@ -88,20 +116,15 @@ def from_tensors(layer: str, tensors: Mapping[str, Tensor]) -> Packed:
             f"is {quant_type} in blocks of {block_size} from {dtype}, expected {' or '.join(CODES)} in blocks of "
             f"{', '.join(map(str, BLOCK_SIZES))}, from a 16- or 32-bit float",
         )
-    try:
-        absmax, code = tensors["weight.absmax"], tensors["weight.quant_map"]
-        nested_absmax = tensors["weight.nested_absmax"] if nested else None
-        nested_code = tensors["weight.nested_quant_map"] if nested else None
-        if nested and int(state.get("nested_blocksize", 0)) != NESTED_BLOCK:
-            raise _broken(layer, f"has nested blocks of {state.get('nested_blocksize')}, expected {NESTED_BLOCK}")
-    except KeyError as error:
-        raise _broken(layer, f"lacks {error}") from error
-    codes = tensors["weight"].contiguous().view(torch.uint8).flatten()
-    packed = Packed4bit(
-        codes, absmax, (outputs, inputs), dtype, quant_type, block_size, nested_absmax, nested_code, offset
-    )
-    _check_4bit(layer, packed, code)
-    return packed
+    if states[0] != f"weight.{STATE}{quant_type}" or outputs < 1 or inputs < 1 or not math.isfinite(offset):
+        raise _broken(
+            layer,
+            f"has a description named {states[0]!r} that says {quant_type}, shape {(outputs, inputs)}, offset {offset}",
+        )
+    found = (state.get("nested_blocksize"), state.get("nested_dtype"))
+    if nested and found != (NESTED_BLOCK, "float32"):
+        raise _broken(layer, f"has nested blocks of {found[0]} in {found[1]}, expected {NESTED_BLOCK} in float32")
+    return _Description(quant_type, block_size, dtype, (outputs, inputs), nested, offset)
 
 
 def _check_4bit(layer: str, packed: Packed4bit, code: Tensor) -> None:
@@ -117,14 +140,22 @@ def _check_4bit(layer: str, packed: Packed4bit, code: Tensor) -> None:
     wanted = torch.uint8 if packed.nested_absmax is not None else torch.float32
     if packed.absmax.dtype != wanted:
         raise _broken(layer, f"holds its constants as {packed.absmax.dtype}, expected {wanted}")
+    nested = [part.dtype for part in (packed.nested_absmax, packed.nested_code) if part is not None]
+    if any(dtype != torch.float32 for dtype in nested):
+        raise _broken(layer, f"holds its nested constants as {nested[0]} and {nested[1]}, expected {torch.float32}")
     floats = [part for part in (packed.absmax, packed.nested_absmax, packed.nested_code) if part is not None]
     if not all(torch.isfinite(part).all() for part in floats if part.is_floating_point()):
         raise _broken(layer, "has constants that are not finite")
     if code.shape != (16,) or not torch.allclose(code.float().cpu(), code_of(packed.quant_type), atol=1e-6):
         raise _broken(layer, f"has another map of codes than {packed.quant_type}'s")
+    nested_code = packed.nested_code
+    if nested_code is not None and not torch.allclose(nested_code.cpu(), dynamic_map(signed=True), atol=1e-6):
+        raise _broken(layer, "has another map of nested constants than bitsandbytes'")
 
 
-def _int8(layer: str, codes: Tensor, absmax: Tensor) -> PackedInt8:
+def _int8(layer: str, codes: Tensor, absmax: Tensor, layout: Tensor | None) -> PackedInt8:
+    if layout is not None and (layout.numel() != 1 or layout.item() != 0):
+        raise _broken(layer, f"has the weight_format {layout.tolist()}, expected 0: row by row")
     if codes.dtype != torch.int8 or codes.dim() != 2 or absmax.numel() != codes.shape[0]:
         raise _broken(
             layer,

@@ -38,6 +38,10 @@ class PackedModule(nn.Module):
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         return self
 
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The module that this one stands for, its weight as it comes out of the packed one, frozen."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self._packed is not None:
@@ -48,9 +52,13 @@ class PackedModule(nn.Module):
 class QuantizedLinear(PackedModule):
     """y = x W' + b. Stands where a linear layer stood (a transposed Conv1D too, whose weight is turned when packed)."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None) -> None:
         super().__init__((out_features, in_features))
         self.in_features, self.out_features = in_features, out_features
+        self.turned = False
+        """Whether it stands where a Conv1D stood, whose checkpoint holds the weight as [in, out]."""
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +70,6 @@ class QuantizedLinear(PackedModule):
         return input_gradient(dy, self.packed)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """The layer that this one stands for, its weight as it comes out of the packed one."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = self.packed.dense().to(dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -81,7 +88,18 @@ class QuantizedEmbedding(PackedModule):
         """tokens [...] -> [..., d]."""
         return self.packed.rows(tokens.reshape(-1)).view(*tokens.shape, self.shape[1])
 
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        return nn.Embedding.from_pretrained(self.packed.dense().to(dtype), freeze=True).train(False)
+
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """Every module of a model that holds a packed weight, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model's weights hold in memory: codes with their constants, tied weights once."""
+    held = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters() if parameter.numel()}
+    for module in packed_modules(model).values():
+        held[module.weight.data_ptr()] = module.packed.nbytes
+    return sum(held.values())

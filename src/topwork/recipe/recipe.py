@@ -14,6 +14,7 @@ from topwork.common.options import Options
 from topwork.data.config import DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
+from topwork.quantization.config import QuantizationConfig
 from topwork.training.config import TrainingConfig
 
 PEERS_NAMES = {
@@ -26,8 +27,9 @@ PEERS_NAMES = {
     "packing": "nothing: a batch never has padding here", "output": "output_dir", "out_dir": "output_dir",
     "gradient_checkpointing": "nothing yet: activations are not padded and fit without",
     "resume_from_checkpoint": "the command line's --resume",
-    "quantization": "nothing yet: the base is held in model.dtype",
-    "load_in_4bit": "nothing yet: the base is held in model.dtype",
+    "bnb_4bit_compute_dtype": "model.dtype", "bnb_4bit_quant_storage": "nothing: codes are always held as uint8",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant", "quantization_bit": "quantization.load_in_4bit",
+    "double_quantization": "quantization.bnb_4bit_use_double_quant", "quant_type": "quantization.bnb_4bit_quant_type",
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -38,6 +40,8 @@ class Recipe(Options):
 
     model: ModelConfig
     """The frozen base."""
+    quantization: QuantizationConfig = Field(default_factory=QuantizationConfig)
+    """The base in fewer bits; left out, it is held in model.dtype."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     """What is trained."""
     data: DataConfig

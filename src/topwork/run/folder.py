@@ -21,8 +21,10 @@ from typing import Any
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
+from topwork.common.files import MANIFEST
 from topwork.data.template import ChatTemplate
 from topwork.models.base import Base, load_base
+from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
@@ -56,6 +58,24 @@ def check_place(folder: Path, called: str) -> None:
         raise RequestError(f"{called} {folder} cannot be written: no permission for {nearest}; name another place")
 
 
+def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None:
+    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model that
+    was written by Topwork is ever replaced. Raises RequestError."""
+    check_place(out, "OUT")
+    place, inside = out.resolve(), own.resolve() if own is not None else None
+    if inside is not None and (place == inside or place in inside.parents or inside in place.parents):
+        raise RequestError(f"{out} is {called}, lies in it or holds it; name a folder of its own")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
+    if not ((out / MANIFEST).is_file() and (out / "config.json").is_file()):
+        raise RequestError(
+            f"{out} holds files that Topwork has not written; --overwrite replaces a model it wrote only. Name another "
+            "OUT"
+        )
+
+
 def read_recipe(folder: Path) -> Recipe:
     """The recipe a run was made with."""
     path = folder / RECIPE
@@ -65,16 +85,25 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def open_run(
-    folder: Path, dtype: str | None = None, force: bool = False, report: Callable[[str], None] = print
+    folder: Path,
+    dtype: str | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = print,
+    quantized: bool = True,
 ) -> OpenRun:
-    """Load a run's base and graft its adapter. Raises RequestError where the run has no adapter yet."""
+    """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter.
+
+    Raises RequestError where the run has no adapter yet.
+    """
     recipe = read_recipe(folder)
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
     if dtype is not None:
         values = recipe.model_dump()
         recipe = make_recipe({**values, "model": {**values["model"], "dtype": dtype}}, "the type asked for")
-    base = load_base(recipe.model, report)
+    if not quantized:
+        recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
+    base = load_base(recipe.model, report, recipe.quantization)
     adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import RequestError
-from topwork.common.files import MANIFEST, write_json
+from topwork.common.files import write_json
 from topwork.data.examples import load_data
 from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
-from topwork.run.folder import ADAPTER_NAME, OpenRun, check_place, open_run, read_recipe
+from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, open_run, read_recipe
 
 INPUTS = 100
+BASES = ("dequantized", "16bit")
 LARGEST_FP32_DIFFERENCE = 1e-5
 """Of merged and unmerged logits, relative to the largest logit."""
 
@@ -22,19 +23,30 @@ def merge(
     run: Path | str,
     out: Path | str,
     dtype: str | None = None,
+    onto: str | None = None,
     overwrite: bool = False,
     force: bool = False,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fold a run's adapter into its base and write `out`; returns what the check measured.
 
-    dtype: the type of the merged weights; the recipe's where left out. Raises RequestError where `out` holds files.
+    dtype: the type of the merged weights; the recipe's where left out
+    onto: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, so that
+        the merged model answers as the run does (the default), or `16bit`, the base before it was quantized
+
+    Raises RequestError where `out` holds files.
     """
+    if onto not in (None, *BASES):
+        raise RequestError(f"--base {onto}: expected {' or '.join(BASES)}")
     out = Path(out)
-    check_place(out, "OUT")
     read_recipe(Path(run))
-    _check_out(out, Path(run), overwrite)
-    opened = open_run(Path(run), dtype, force, report)
+    check_out(out, Path(run), "the run's own folder", overwrite)
+    opened = open_run(Path(run), dtype, force, report, quantized=onto != "16bit")
+    if opened.recipe.quantization.active:
+        report(
+            "the base was quantized: merged onto its dequantized weights, which the adapter was trained on "
+            "(--base 16bit takes those from before)"
+        )
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))
     verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
     if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
@@ -45,21 +57,6 @@ def merge(
     save_merged(opened.base, out, opened.template.jinja, overwrite, sorted(stop_ids(opened.template)))
     write_json(Path(run) / "merge.json", {"folder": out.name, **verified})
     return verified
-
-
-def _check_out(out: Path, run: Path, overwrite: bool) -> None:
-    """Nothing but an earlier merge is ever replaced."""
-    place, own = out.resolve(), run.resolve()
-    if place == own or place in own.parents or own in place.parents:
-        raise RequestError(f"{out} is the run's own folder, lies in it or holds it; name a folder of its own")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
-    if not ((out / MANIFEST).is_file() and (out / "config.json").is_file()):
-        raise RequestError(
-            f"{out} holds files that no merge has written; --overwrite replaces an earlier merge only. Name another OUT"
-        )
 
 
 def _inputs(opened: OpenRun) -> list[list[int]]:

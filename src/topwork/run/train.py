@@ -80,7 +80,7 @@ def train(
     check_sinks(recipe.training.report_to)
     _check_folder(folder, recipe, resume, overwrite)
     sinks_config = recipe.model_dump(mode="json")
-    base = load_base(recipe.model, report)
+    base = load_base(recipe.model, report, recipe.quantization)
     data = load_data(recipe.data, base.tokenizer, base.context_length, recipe.training.seed, report)
     adapters = Adapters(base.module)
     adapters.add(ADAPTER_NAME, recipe.adapter, recipe.training.seed)

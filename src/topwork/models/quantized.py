@@ -1,0 +1,254 @@
+"""Reading a base into 4 or 8 bits: each weight is packed as it comes off the disk, or comes packed already.
+
+transformers reads the model (names, conversions, tied weights, missing keys are its business) and asks a quantizer for
+each linear weight. Ours packs it, or passes on what a bitsandbytes checkpoint holds. Weights are handed over as
+promises and fetched one at a time, from one open file at a time: what is in memory is the packed model so far, one
+weight, and one shard's pages.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from topwork.common.errors import CheckpointError, ModelError
+from topwork.common.files import MANIFEST, verify_folder
+from topwork.models.fingerprint import Sampled, sampled
+from topwork.models.quiet import without_bars
+from topwork.models.shards import PackedPromise, Ready, promised, weight_files
+from topwork.models.source import Source
+from topwork.ops.packed import Packed, pack_4bit, pack_int8
+from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear
+
+ORIGIN = "topwork.json"
+"""Beside a quantized model that Topwork wrote: which base it was made of."""
+METHOD = "topwork"
+"""The name under which transformers finds the quantizer."""
+
+
+class Reading(QuantizationConfigMixin):
+    """One reading of a base, as transformers' quantization_config.
+
+    wanted    what is asked for
+    samples   of every weight that was packed here, taken before: `fingerprint` wants them
+    packed    keys of the weights that come packed
+    """
+
+    def __init__(self, wanted: QuantizationConfig, packed: Sequence[str]) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.wanted, self.packed = wanted, packed
+        self.samples: dict[str, Sampled] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
+
+
+def read_packed(
+    source: Source,
+    config: PreTrainedConfig,
+    wanted: QuantizationConfig,
+    trust_remote_code: bool,
+    given: Mapping[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Sampled]]:
+    """The model, transformers' loading info, and samples of the weights that were packed on the way.
+
+    `given` are further arguments of `from_pretrained`. Raises ModelError, and OSError where there are no weights.
+    """
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(_Quantizer)
+    weights = promised(weight_files(source.folder, source.revision))
+    packed = sorted(key for key, weight in weights.items() if isinstance(weight, PackedPromise))
+    if packed and wanted.active:
+        raise ModelError(
+            f"{source.name} is quantized already, and quantizing it again would only lose more; leave quantization "
+            "out, or give the 16-bit model"
+        )
+    vars(config).pop("quantization_config", None)
+    reading = Reading(wanted, packed)
+    with torch.device("meta"):  # the class to read with, which only the auto class knows
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    with without_bars():
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            quantization_config=reading,
+            output_loading_info=True,
+            **given,
+        )
+    _finish(model)
+    if model.can_generate():
+        model.generation_config = _generation_config(source, model)
+    return model, info, reading.samples
+
+
+def written_here(folder: str) -> str | None:
+    """The fingerprint of the base that a folder of `topwork quantize` was made of; None for any other folder.
+
+    Raises ModelError where the folder is not as it was written.
+    """
+    place = Path(folder)
+    if not ((place / ORIGIN).is_file() and (place / MANIFEST).is_file()):
+        return None
+    try:
+        verify_folder(place)
+        return str(json.loads((place / ORIGIN).read_text("utf-8"))["base"]["fingerprint"])
+    except (CheckpointError, ValueError, KeyError) as error:
+        raise ModelError(f"{error}. Write it anew with: topwork quantize") from error
+
+
+def is_packed(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a checkpoint is bitsandbytes-quantized. Raises ModelError naming any other kind of quantization."""
+    given = stored_quantization(config)
+    if given is None:
+        return False
+    method = str(given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") else "an unnamed method"))
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"{name} is quantized by {method}, which cannot be read here; give a bitsandbytes checkpoint or the 16-bit "
+            "model (with quantization: {load_in_4bit: true} it is packed while it is read)"
+        )
+    return True
+
+
+def stored_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """A config's quantization_config as plain values."""
+    given = getattr(config, "quantization_config", None)
+    return given if given is None or isinstance(given, dict) else dict(given.to_dict())
+
+
+class _Quantizer(HfQuantizer):
+    """transformers' side of it: which modules are replaced, which weights are packed."""
+
+    requires_calibration = False
+    quantization_config: Reading
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: ARG002
+        path, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
+        reading = self.quantization_config
+        for path in _layers_of(reading.packed, model) if reading.packed else _chosen(self, model, reading.wanted):
+            _replace(model, path)
+
+
+def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: QuantizationConfig) -> list[str]:
+    """Every linear layer but the output head and what was asked to be left."""
+    kept = quantizer.get_modules_to_not_convert(
+        model, wanted.llm_int8_skip_modules or None, list(model._keep_in_fp32_modules or []), add_default_skips=True
+    )
+    linear = [path for path, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    for name in wanted.llm_int8_skip_modules:
+        if not any(f".{name}." in f".{path}." for path in linear):
+            raise ModelError(f"quantization.llm_int8_skip_modules names {name!r}, which is in no linear layer's path")
+    head = model.get_output_embeddings()
+    return [path for path in linear if should_convert_module(path, kept) and model.get_submodule(path) is not head]
+
+
+def _layers_of(packed: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """The layers whose weights come packed, by their paths in the model."""
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layers = [key.removesuffix(".weight") for key in packed]
+    unknown = sorted(set(layers) - linear)
+    if unknown:
+        raise ModelError(f"the checkpoint holds {unknown[0]!r} in few bits, and this model has no such linear layer")
+    return layers
+
+
+def _replace(model: PreTrainedModel, path: str) -> None:
+    old = model.get_submodule(path)
+    rows, columns = old.weight.shape  # type: ignore[misc]
+    outputs, inputs = (columns, rows) if isinstance(old, Conv1D) else (rows, columns)
+    new = QuantizedLinear(inputs, outputs, old.bias)  # type: ignore[arg-type]
+    new.turned = isinstance(old, Conv1D)
+    model.set_submodule(path, new)
+
+
+class _Pack(ConversionOps):
+    """One weight into its layer."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ARG002
+        model: nn.Module = kwargs["model"]
+        result = {}
+        for name, given in input_dict.items():
+            weight = given[0] if isinstance(given, list) else given
+            layer = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(layer, QuantizedLinear)
+            result[name] = layer.hold(self._packed(name, weight, layer)).weight
+        return result
+
+    def _packed(self, name: str, weight: Tensor | Ready, layer: QuantizedLinear) -> Packed:
+        if isinstance(weight, Ready):
+            return weight.packed
+        self.reading.samples[name] = sampled(weight)
+        return pack(weight.t() if layer.turned else weight, self.reading.wanted, name)
+
+
+def pack(weight: Tensor, wanted: QuantizationConfig, name: str) -> Packed:
+    """A weight [out, in] as the options say. Raises ModelError naming it where it cannot be packed."""
+    try:
+        if wanted.load_in_8bit:
+            return pack_int8(weight)
+        return pack_4bit(
+            weight, wanted.bnb_4bit_quant_type, wanted.block_size, wanted.bnb_4bit_use_double_quant
+        )  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+def quantize_head(model: PreTrainedModel, kind: str) -> None:
+    """Hold the output head in int8 or NF4; an embedding tied to it is read from the same weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not nn.Linear:
+        raise ModelError(f"the output head is a {type(head).__name__}; only a plain linear head can be quantized")
+    tied = head.weight is embedding.weight
+    if tied and type(embedding) is not nn.Embedding:
+        raise ModelError(
+            f"this model's head is tied to a {type(embedding).__name__}, which does more than look rows up; leave "
+            "quantization.head at 16bit"
+        )
+    weight = head.weight.detach()
+    packed = pack_int8(weight) if kind == "int8" else pack_4bit(weight, "nf4", 64, double_quant=True)
+    model.set_output_embeddings(QuantizedLinear(weight.shape[1], weight.shape[0], head.bias).hold(packed).train(False))
+    if tied:
+        model.set_input_embeddings(QuantizedEmbedding(packed.shape).hold(packed).train(False))
+
+
+def _finish(model: PreTrainedModel) -> None:
+    """Take transformers' marks of a quantized model off: layers are what they are, and nothing else depends on them."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        vars(config).pop("quantization_config", None)
+
+
+def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source.folder, revision=source.revision or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(model.config)

@@ -1,0 +1,68 @@
+"""A model's linear weights one by one, from its files, without the model."""
+
+from collections.abc import Container, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from topwork.common.errors import ModelError
+from topwork.models.shards import promised, weight_files
+from topwork.models.source import Source
+
+
+def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What quantization packs, by path: every linear layer but the output head. The model may be a skeleton."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
+    }
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; a Conv1D holds its weight the other way round."""
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def stored_weights(source: Source, model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """(path, weight [out, in]) of every layer that quantization packs, file by file, one in memory at a time.
+
+    `model` is the skeleton that says which they are; None as `dtype` keeps the files' type. Raises ModelError for files
+    that are not there or not whole, and for layers that are in none of them, before anything is read.
+    """
+    layers = quantizable(model)
+    try:
+        weights = promised(weight_files(source.folder, source.revision))
+    except OSError as error:
+        raise ModelError(f"{source.name} has no weights in safetensors that can be read: {error}") from error
+    paths = _paths_by_key(layers, weights.keys(), model.base_model_prefix)
+    missing = sorted(layers.keys() - paths.values())
+    if missing:
+        raise ModelError(
+            f"{source.name} holds no weight of {len(missing)} linear layers of its config (first {missing[0]}); is the "
+            "download finished, and are its tensors named as transformers writes them?"
+        )
+    for key, promise in weights.items():
+        if key in paths:
+            layer = layers[paths[key]]
+            weight = promise[...]
+            yield paths[key], _as_rows(weight if dtype is None else weight.to(dtype), layer)
+
+
+def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def _paths_by_key(layers: dict[str, nn.Module], held: Container[str], prefix: str) -> dict[str, str]:
+    """The layers' paths by the names of their weights in the files; a checkpoint of the bare model lacks `prefix`."""
+    found = {}
+    for path in layers:
+        names = (f"{path}.weight", f"{path.removeprefix(prefix + '.')}.weight")
+        key = next((name for name in names if name in held), None)
+        if key is not None:
+            found[key] = path
+    return found
