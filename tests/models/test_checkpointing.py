@@ -20,7 +20,9 @@ from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers, products_left_out
 from topwork.models.generate import Sampling, generate
 from topwork.ops.logprobs import LogitRule
+from topwork.ops.packed import pack_4bit
 from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.quantization.linear import QuantizedLinear
 from topwork.training.passes import kept_bytes_per_token as formula
 
 LEFT_OUT = {
@@ -212,6 +214,25 @@ def test_a_linear_layer_of_another_kind() -> None:
         layer.products = 0
     assert_same(results(base, adapters, stream), off)
     assert sorted(layer.products for layer in opaque) == [1, 1] + [2] * 12
+
+
+def packed(linear: nn.Linear) -> QuantizedLinear:
+    layer = QuantizedLinear(linear.in_features, linear.out_features)
+    layer.hold(pack_4bit(linear.weight.detach(), "nf4", 64, True))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_in_four_bits(dtype: torch.dtype) -> None:
+    base, adapters = adapted(dropout=0.1, dtype=dtype)
+    for module in list(base.module.modules()):
+        if isinstance(module, AdaptedLayer):
+            module.base_layer = packed(module.base_layer)  # type: ignore[arg-type]
+    stream = mixed_stream(("a", "a", None, "a"))
+    off = results(base, adapters, stream)
+    checkpoint_layers(base, 2, ("a",))
+    assert_same(results(base, adapters, stream), off)
+    assert len(products_left_out(base)) == 2
 
 
 def test_going_backward_the_layers_see_their_own_stream() -> None:
