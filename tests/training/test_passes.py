@@ -1,10 +1,14 @@
 """Pass sizes and checkpointed layers follow from free memory; training depends on neither."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.kept import kept_bytes_per_token as measured_bytes
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RecipeError
@@ -148,3 +152,48 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         lists.append([(result.loss, result.grad_norm) for result in results])
     assert lists[0] == lists[1] == lists[2]
     assert len(set(lists[0])) == 6
+
+
+def measured(family: str, dropout: float = 0.0, **values: Any) -> Callable[[int], float]:
+    """Bytes that autograd keeps per token by the number of checkpointed layers; wide enough for LoRA's to be few."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    same = {"n_embd": 128, "n_inner": 256, "ffn_dim": 256, "word_embed_proj_dim": 128}
+    base = tiny_base(family, **(wide | same | values))
+    adapters = Adapters(base.module)
+    adapters.add("a", AdapterConfig(r=1, lora_dropout=dropout))
+    adapters.train("a")
+    streams = [learning_stream(sequences([length] * 2), "a") for length in (8, 24)]
+
+    def kept(count: int) -> float:
+        checkpoint_layers(base, count, ("a",))
+        return measured_bytes(base, streams[0], streams[1])
+
+    kept.config = base.module.config  # type: ignore[attr-defined]
+    return kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_kept_is_what_the_formula_says(dtype: torch.dtype, dropout: float) -> None:
+    kept = measured("llama", dropout, dtype=dtype)
+    config = kept.config  # type: ignore[attr-defined]
+    config.dtype = dtype
+    size = dtype.itemsize
+    low_rank, rotary = 7 * size, 2 * 32 * size  # what the formula leaves out: r = 1 for each, tables once per pass
+    first = 4 * 128 + 4  # nothing before the first layer learns, so its first norm keeps nothing
+    first += 3 * size * 128 if dropout else 0  # nor do the masks of q, k and v
+    for count in range(3):
+        expected = (
+            kept_bytes_per_token(config, count, dropout > 0) + (2 - count) * low_rank + (rotary if count < 2 else 0)
+        )
+        assert kept(count) == expected - (0 if count else first), count
+    assert kept_bytes_per_token(config, 2) < kept_bytes_per_token(config, 0) / 8
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "opt", "mixtral", "qwen3_moe", "gpt_oss", "phi", "olmo2"])
+def test_for_other_families_it_is_near_enough(family: str) -> None:
+    kept = measured(family, dtype=torch.bfloat16)
+    config = kept.config  # type: ignore[attr-defined]
+    for count in (0, 1, 2):
+        estimate = kept_bytes_per_token(config, count)
+        assert 0.25 * estimate <= kept(count) <= 1.4 * estimate, (count, kept(count) / estimate)

@@ -36,7 +36,7 @@ def unneeded_products(layer: nn.Module, run: Run, hidden: Tensor) -> tuple[str, 
 
 def _gradients(layer: nn.Module, run: Run, hidden: Tensor, without: Sequence[str]) -> list[Tensor | None]:
     """Of the layer's input and its learned weights, for a fixed random gradient of its output; the linear layers at
-    `without` return NaN. Nothing where the layer can't run so."""
+    `without` return NaN. Nothing where the layer can't run without them."""
     x = hidden.detach().requires_grad_()
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     torch.manual_seed(0)  # dropout
@@ -44,6 +44,8 @@ def _gradients(layer: nn.Module, run: Run, hidden: Tensor, without: Sequence[str
         with torch.enable_grad(), left_out(stand_ins_at(layer, without, torch.nan)):
             y = outputs_of(run(x))[0]
     except RuntimeError:  # written in place, for one
+        if not without:
+            raise
         return []
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
     return list(torch.autograd.grad(y, [x, *parameters], grad, allow_unused=True))
