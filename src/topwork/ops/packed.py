@@ -10,7 +10,7 @@ block size 64 a parameter costs 4.5 bits, with double quantization 4.127: 4 + 8/
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -1,11 +1,14 @@
-"""Packing weights into 4 and 8 bits and unpacking panels of them: plain torch (the truth), C on the CPU, Triton on CUDA.
+"""Packing weights into 4 and 8 bits, unpacking panels of them: plain torch (the truth), C on the CPU, Triton on CUDA.
 
 Formats and symbols: `ops/packed.py`. Everything here equals bitsandbytes bit for bit, its rounding of ties and of the
 last, shorter block included (tests/ops/test_quantize.py).
 """
 
 import ctypes
+import warnings
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +113,9 @@ def dequantize_4bit_reference(
     quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The truth: rows [row, row_stop) and columns [column, column_stop) of the weight, in `dtype`."""
+    """The truth: rows [row, row_stop) and columns [column, column_stop) of the weight, in `dtype`. Raises IndexError
+    for a panel that does not lie in the weight."""
+    _check_bounds(codes.numel() * 2, in_features, row, row_stop, column, column_stop)
     rows = torch.arange(row, row_stop, device=codes.device)
     return rows_4bit(
         rows, slice(column, column_stop), codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size,
@@ -136,7 +141,8 @@ def rows_4bit(
 def dequantize_int8_reference(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
-    """The truth: code * absmax / 127, the division as bitsandbytes' product."""
+    """The truth: code * absmax / 127, the division as bitsandbytes' product. Raises IndexError as above."""
+    _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
     return (codes[row:row_stop, column:column_stop] * absmax[row:row_stop, None] * _BY_127).to(dtype)
 
 
@@ -146,7 +152,8 @@ def _dequantize_4bit_cpu(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     library = native(codes)
-    if library is None or dtype not in FLOATS:
+    last = (row_stop - 1) * in_features + column_stop - 1
+    if library is None or not _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype):
         return dequantize_4bit_reference(
             codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size, in_features,
             row, row_stop, column, column_stop, dtype,
@@ -155,8 +162,9 @@ def _dequantize_4bit_cpu(
     out = torch.empty(row_stop - row, column_stop - column, dtype=dtype)
     library.topwork_dequantize_4bit(
         _at(codes), _at(absmax), _at(nested_absmax), _at(nested_code), ctypes.c_float(offset),
-        _at(_cpu_code(quant_type)), _long(block_size), _long(in_features), _long(row), _long(row_stop - row),
-        _long(column), _long(column_stop - column), FLOATS.index(dtype), _at(out), torch.get_num_threads(),
+        _at(_code_on(quant_type, codes.device)), _long(block_size), _long(in_features), _long(row),
+        _long(row_stop - row), _long(column), _long(column_stop - column), FLOATS.index(dtype), _at(out),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -165,7 +173,7 @@ def _dequantize_int8_cpu(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
     library = native(codes)
-    if library is None or dtype not in FLOATS or not codes.is_contiguous():
+    if library is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
     out = torch.empty(row_stop - row, column_stop - column, dtype=dtype)
@@ -176,8 +184,68 @@ def _dequantize_int8_cpu(
     return out
 
 
+def _plain_4bit(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, last_block: int,
+    dtype: torch.dtype,
+) -> bool:  # fmt: skip
+    """Whether a kernel, which sees bare memory, may read this; anything else is left to the truth and its errors."""
+    held = [codes, absmax]
+    types = [torch.uint8, torch.float32]
+    if nested_absmax is not None and nested_code is not None:
+        held += [nested_absmax, nested_code]
+        types = [torch.uint8, torch.uint8, torch.float32, torch.float32]
+        if nested_absmax.numel() <= last_block // 256 or nested_code.numel() != 256:
+            return False
+    return (
+        dtype in FLOATS
+        and absmax.numel() > last_block
+        and [tensor.dtype for tensor in held] == types
+        and all(tensor.is_contiguous() and tensor.device == codes.device for tensor in held)
+    )
+
+
+def _plain_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> bool:
+    """As `_plain_4bit`."""
+    types = (codes.dtype, absmax.dtype) == (torch.int8, torch.float32)
+    laid_out = codes.is_contiguous() and absmax.is_contiguous() and absmax.device == codes.device
+    return types and laid_out and absmax.numel() == codes.shape[0] and dtype in FLOATS
+
+
+def _dequantize_4bit_cuda(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: float,
+    quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    kernels = _triton_kernels()
+    last = (row_stop - 1) * in_features + column_stop - 1
+    if kernels is None or not _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype):
+        return dequantize_4bit_reference(
+            codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size, in_features,
+            row, row_stop, column, column_stop, dtype,
+        )  # fmt: skip
+    _check_bounds(codes.numel() * 2, in_features, row, row_stop, column, column_stop)
+    out = torch.empty(row_stop - row, column_stop - column, dtype=dtype, device=codes.device)
+    code = _code_on(quant_type, codes.device)
+    kernels.unpack_4bit(
+        codes, absmax, nested_absmax, nested_code, offset, code, block_size, in_features, row, column, out
+    )  # fmt: skip
+    return out
+
+
+def _dequantize_int8_cuda(
+    codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
+) -> Tensor:
+    kernels = _triton_kernels()
+    if kernels is None or not _plain_int8(codes, absmax, dtype):
+        return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
+    _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
+    out = torch.empty(row_stop - row, column_stop - column, dtype=dtype, device=codes.device)
+    kernels.unpack_int8(codes, absmax, row, column, out)
+    return out
+
+
 def _check_bounds(count: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int) -> None:
-    """The border of the C code, which checks nothing."""
+    """A kernel checks nothing, and torch's own indexing counts negative rows from the end."""
     inside = 0 <= row <= row_stop and 0 <= column <= column_stop <= in_features
     if not inside or (row_stop > row and (row_stop - 1) * in_features + column_stop > count):
         raise IndexError(
@@ -192,8 +260,25 @@ def native(near: Tensor) -> ctypes.CDLL | None:
 
 
 @cache
-def _cpu_code(quant_type: str) -> Tensor:
-    return code_of(quant_type)
+def _triton_kernels() -> ModuleType | None:
+    """The Triton kernels, imported when the first CUDA tensor arrives; None, with one warning, without triton."""
+    try:
+        from topwork.ops.triton import dequantize4
+    except ImportError as error:
+        warnings.warn(
+            f"triton is not to be had here, so quantized weights on the GPU are unpacked by plain torch, several times "
+            f"slower: {error}. `pip install triton`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return dequantize4
+
+
+@cache
+def _code_on(quant_type: str, device: torch.device) -> Tensor:
+    """`code_of`, made once for each device."""
+    return code_of(quant_type, device)
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -218,6 +303,18 @@ _LIBRARY.impl("dequantize_4bit", dequantize_4bit_reference, "CompositeExplicitAu
 _LIBRARY.impl("dequantize_int8", dequantize_int8_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
 _LIBRARY.impl("dequantize_int8", _dequantize_int8_cpu, "CPU")
+_LIBRARY.impl("dequantize_4bit", _dequantize_4bit_cuda, "CUDA")
+_LIBRARY.impl("dequantize_int8", _dequantize_int8_cuda, "CUDA")
+
+
+def _panel_fake(codes: Tensor, *rest: Any) -> Tensor:
+    """The shape and type of either's result."""
+    *_, row, row_stop, column, column_stop, dtype = rest
+    return codes.new_empty(row_stop - row, column_stop - column, dtype=dtype)
+
+
+torch.library.register_fake("topwork::dequantize_4bit", _panel_fake, lib=_LIBRARY)
+torch.library.register_fake("topwork::dequantize_int8", _panel_fake, lib=_LIBRARY)
 
 dequantize_4bit = torch.ops.topwork.dequantize_4bit.default
 """A panel of a 4-bit weight: `dequantize_4bit_reference` by the fastest kernel for where the codes are."""

@@ -21,7 +21,7 @@ PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 def quantized_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> [..., out] in x's type."""
-    return _QuantizedLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return _QuantizedLinear.apply(x, weight, bias)
 
 
 def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
@@ -39,6 +39,7 @@ def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
             torch.mm(flat_x, panel, out=flat_y[:, rows])
         else:
             torch.addmm(bias[rows], flat_x, panel, out=flat_y[:, rows])
+        del panel  # before the next one is made
     return y
 
 
@@ -57,17 +58,20 @@ def input_gradient(dy: Tensor, weight: Packed) -> Tensor:
 
 
 def _panel(weight: Packed, other: int, near: Tensor) -> int:
-    """How many rows (or columns) of `other` values make a panel: a multiple of 64."""
+    """How many rows (or columns) of `other` values make a panel: a multiple of 64, and 64 at least."""
     budget = PANEL_BYTES.get(near.device.type, PANEL_BYTES["cpu"])
-    return max(64, budget // (other * near.element_size()) // 64 * 64)
+    value_bytes = max(weight.dtype.itemsize, near.element_size())
+    return max(64, budget // (other * value_bytes) // 64 * 64)
 
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return output(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        return input_gradient(dy, ctx.weight) if ctx.needs_input_grad[0] else None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = input_gradient(dy, ctx.weight) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias

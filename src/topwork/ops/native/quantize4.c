@@ -146,10 +146,16 @@ void topwork_quantize_4bit(
   for (int64_t b = 0; b < blocks; b++) {
     int64_t from = b * block, n = count - from < block ? count - from : block;
     const float *x = values + from;
-    float largest = 0.0f;
-    for (int64_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    uint32_t bits, most = 0;  // of magnitudes, whose bits rise as they do; infinity and NaN are above all others
+    for (int64_t i = 0; i < n; i++) {
+      memcpy(&bits, x + i, 4);
+      bits &= 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
     int whole = n == block;
-    float floor = fmaxf(largest, 1e-38f), factor = 1.0f / floor;
+    float floor = largest < 1e-38f ? 1e-38f : largest, factor = 1.0f / floor;
     absmax[b] = whole ? largest : floor;
     uint8_t rank[32];
     for (int64_t i = 0; i < n; i += 32) {  // a block is even and begins on a byte
