@@ -46,6 +46,7 @@ unit: $(VENV)/.tested
 
 docs: $(VENV)/.tested
 	$(BIN)/python tools/family_table.py
+	$(BIN)/python tools/footprint_table.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

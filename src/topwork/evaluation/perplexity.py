@@ -1,0 +1,54 @@
+"""Perplexity of plain text: exp of the mean loss over windows that know nothing of each other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topwork.common.errors import DataError
+from topwork.models.base import Base
+from topwork.ops.stream import Stream, stream_of
+
+WINDOW = 256
+AT_ONCE = 8
+"""Windows in one pass."""
+
+
+def read_windows(base: Base, path: Path, count: int) -> list[Tensor]:
+    """The first `count` windows of 256 tokens (fewer for a shorter context) of a text file, or as many as it fills.
+
+    Raises DataError for a file that cannot be read as text, and for one that does not fill a single window.
+    """
+    if count < 1:
+        raise DataError(f"{count} windows were asked for, expected 1 or more")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); give a plain text file") from error
+    length = min(WINDOW, base.context_length)
+    tokens = torch.tensor(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(tokens) < length:
+        raise DataError(f"{path} has {len(tokens)} tokens, expected {length} or more to fill a window; give more text")
+    return list(tokens[: len(tokens) // length * length].view(-1, length)[:count].to(base.device))
+
+
+@torch.no_grad()
+def mean_text_loss(base: Base, windows: Sequence[Tensor]) -> float:
+    """Nats per token over every token but the first of each window."""
+    total, count = 0.0, 0
+    for start in range(0, len(windows), AT_ONCE):
+        stream = _learned(windows[start : start + AT_ONCE])
+        total -= float(base.log_probabilities(stream).double().sum())
+        count += len(stream.targets)
+    return total / count
+
+
+def _learned(windows: Sequence[Tensor]) -> Stream:
+    stream = stream_of(list(windows))
+    rows = torch.cat([torch.arange(start, stop - 1) for start, stop in zip(stream.bounds, stream.bounds[1:])])
+    rows = rows.to(stream.tokens.device)
+    return replace(
+        stream, rows=rows, targets=stream.tokens[rows + 1], weights=torch.ones(len(rows), device=rows.device)
+    )

@@ -1,0 +1,76 @@
+"""Bytes of a model's weights in each type: from a config alone, and of a model in memory.
+
+Quantized are the linear layers but the output head; embeddings, head, norms and biases stay in 16 bits (in 32 in the
+fp32 row). Tied weights count once. Rotary tables and other buffers, activations and optimizer states are not weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from topwork.models.weights import quantizable, weight_shape
+from topwork.quantization.error import Format
+from topwork.quantization.linear import packed_modules
+
+QUANTIZED = {
+    "int8": Format("int8", None),
+    "NF4": Format("nf4", 64),
+    "NF4 + DQ": Format("nf4", 64, double_quant=True),
+}
+"""The types that a base can be held in, as a recipe's defaults hold them."""
+
+
+@dataclass(frozen=True)
+class FootprintRow:
+    """One type. `linear_bytes` are the quantizable layers' weights, `other_bytes` all else that is a parameter."""
+
+    name: str
+    linear_bytes: int
+    other_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The whole model."""
+        return self.linear_bytes + self.other_bytes
+
+
+def footprint(model: PreTrainedModel) -> list[FootprintRow]:
+    """fp32, bf16, int8, NF4 and NF4 with double quantization, of an unquantized model or its skeleton."""
+    layers = quantizable(model)
+    shapes = [weight_shape(layer) for layer in layers.values()]
+    linear = sum(rows * columns for rows, columns in shapes)
+    other = sum(parameter.numel() for parameter in model.parameters()) - linear
+    return [
+        FootprintRow("fp32", 4 * linear, 4 * other),
+        FootprintRow("bf16", 2 * linear, 2 * other),
+        *(
+            FootprintRow(name, sum(form.held_bytes(shape) for shape in shapes), 2 * other)
+            for name, form in QUANTIZED.items()
+        ),
+    ]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model in memory really holds as weights, packed or not; shared ones once."""
+    packed = {id(module.packed): module for module in packed_modules(model).values()}
+    codes = {id(module.weight) for module in packed_modules(model).values()}
+    dense = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in codes)
+    return dense + sum(module.packed.nbytes for module in packed.values())
+
+
+def as_table(rows: Sequence[FootprintRow]) -> str:
+    """For people."""
+    half = next(row.total_bytes for row in rows if row.name == "bf16")
+    lines = [f"{'weights held as':16} {'linear MiB':>12} {'other MiB':>12} {'total MiB':>12} {'of bf16':>8}"]
+    lines += [
+        f"{row.name:16} {_mib(row.linear_bytes)} {_mib(row.other_bytes)} {_mib(row.total_bytes)} "
+        f"{row.total_bytes / half:8.1%}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:12,.1f}"
