@@ -32,12 +32,16 @@ from common import (
 OURS = "topwork"
 SYSTEMS = {
     OURS: ("peers.topwork_run",),
+    "topwork_qlora": ("peers.topwork_run", "qlora"),
     "trl_default": ("peers.trl_sft", "default"),
     "trl_tuned": ("peers.trl_sft", "tuned"),
     "trl_packed": ("peers.trl_sft", "packed"),
+    "trl_qlora": ("peers.trl_sft", "qlora"),
     "peft_loop": ("peers.peft_loop",),
 }
 """Name -> module and what it is called with, after the job."""
+ALIKE_TO = {"trl_qlora": "topwork_qlora"}
+"""Whose losses a system's are laid beside, where that is not Topwork's on a 16-bit base."""
 ALIKE = 0.02
 """Curves agree when the steps' losses differ by no more than this, on average."""
 
@@ -52,7 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", default=",".join(peers), help="comma-separated")
+    usual = "trl_default,trl_tuned,trl_packed,peft_loop"
+    parser.add_argument("--peers", default=usual, help=f"comma-separated, of {', '.join(peers)}")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, required=True, help="the record's path without its ending")
     given = parser.parse_args()
@@ -165,10 +170,12 @@ def agreements(good: dict[str, list[Row]]) -> list[str]:
     """Whether both sides learn alike, step by step; packed rows come in another order and are left out."""
     if not good[OURS]:
         return []
-    ours, learned, sentences = per_step(good[OURS], "losses"), per_step(good[OURS], "learned_tokens"), []
+    learned, sentences = per_step(good[OURS], "learned_tokens"), []
     for name, rows in good.items():
-        if name in (OURS, "trl_packed") or not rows:
+        beside = ALIKE_TO.get(name, OURS)
+        if name in (OURS, "trl_packed") or not rows or not good.get(beside):
             continue
+        ours = per_step(good[beside], "losses")
         theirs = per_step(rows, "losses")
         if name.startswith("trl"):
             # the same sum, divided by the tokens that both learn; the one more per row is close to certain
@@ -178,7 +185,7 @@ def agreements(good: dict[str, list[Row]]) -> list[str]:
         verdict = "agree" if mean(apart) <= ALIKE else "do not agree"
         how = " when TRL's line breaks are taken to cost nothing" if name.startswith("trl") else ""
         sentences.append(
-            f"{name}: the loss curves {verdict}{how}. The steps' losses differ by {mean(apart):.2%} on average, "
+            f"{name} and {beside}: the loss curves {verdict}{how}. The steps' losses differ by {mean(apart):.2%} on average, "
             f"{max(apart):.2%} at most."
         )
     return sentences

@@ -154,12 +154,12 @@ def standard_error(values: list[float]) -> float | None:
 def text(record: dict[str, Any]) -> str:
     """The record for people."""
     asked, found = record["question"], record["summary"]
+    rates = TRAINING["learning_rate"], ARMS["full"]["learning_rate"]
     parts = [f"# Quality of a 4-bit base: {asked['data']}, {asked['model']}"]
     parts.append(
         f"{asked['rows']:,} training rows once, {asked['training']['batch_size']} a step, learning rate "
-        f"{asked['training']['learning_rate']:g} ({ARMS['full']['learning_rate']:g} for full fine-tuning), the "
-        f"same rows and order for all; {asked['test_rows']:,} test rows. QLoRA is NF4 with double quantization at block 64. ± is "
-        "one standard error over the seeds; differences are taken seed by seed."
+        f"{rates[0]:g} ({rates[1]:g} for full fine-tuning), the same rows and order for all; {asked['test_rows']:,} test "
+        "rows. QLoRA is NF4 with double quantization at block 64. ± is one standard error over the seeds; differences are taken seed by seed."
     )
     head = ["", "seeds", "loss on the test answers", "difference to LoRA r = 16"]
     head += ["exact answers", "difference to LoRA r = 16"] if asked["graded"] else []

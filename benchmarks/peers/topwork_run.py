@@ -1,6 +1,6 @@
 """Topwork's side: one call of its public API, figures from the run's metrics.jsonl.
 
-python -m peers.topwork_run JOB.json      (in benchmarks/)
+python -m peers.topwork_run JOB.json [qlora]      (in benchmarks/)
 """
 
 import json
@@ -15,11 +15,12 @@ from common import Job, measurement
 from topwork.recipe.recipe import Recipe, make_recipe
 
 
-def recipe(job: Job, run: Path) -> Recipe:
+def recipe(job: Job, run: Path, mode: str) -> Recipe:
     """The job as a recipe; what is left out is as users get it."""
     return make_recipe(
         {
             "model": {"model_name_or_path": job.model_name, "dtype": "bfloat16", "device": "cpu"},
+            "quantization": {"load_in_4bit": mode == "qlora"},
             "adapter": {"r": job.r, "lora_alpha": job.lora_alpha, "target_modules": "all-linear"},
             "data": {"train": job.rows, "eval_fraction": 0.0, "max_length": job.max_length, "too_long": "truncate"},
             "training": {
@@ -37,10 +38,10 @@ def recipe(job: Job, run: Path) -> Recipe:
     )
 
 
-def main(path: str) -> None:
+def main(path: str, mode: str = "lora") -> None:
     job = Job.read(path)
     with tempfile.TemporaryDirectory() as work:
-        done = topwork.train(recipe(job, Path(work) / "run"), report=lambda _: None)
+        done = topwork.train(recipe(job, Path(work) / "run", mode), report=lambda _: None)
         lines = (done.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         passes = json.loads((done.folder / "provenance.json").read_text(encoding="utf-8"))["tokens_per_pass"]
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
@@ -50,4 +51,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

@@ -1,10 +1,11 @@
 """TRL + PEFT, as its users run it. (Not `trl.py`: a script beside it would import that instead of TRL.)
 
-    python -m peers.trl_sft JOB.json default|tuned|packed      (in benchmarks/)
+    python -m peers.trl_sft JOB.json default|tuned|packed|qlora      (in benchmarks/)
 
 default  SFTTrainer's own settings, which include gradient checkpointing
 tuned    without gradient checkpointing
 packed   also packed into sequences of max_length, as many per step as hold the tokens of the job's batch
+qlora    as tuned, on a base that bitsandbytes holds in NF4 with double quantization
 
 TRL learns the line break that the template puts after the end of turn; Topwork does not: one token more per row here.
 """
@@ -21,7 +22,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from common import MAX_ROWS, Chat, Job, measurement, read_chats
@@ -79,9 +86,14 @@ def main(path: str, mode: str) -> None:
     chats = read_chats(job.rows)[:MAX_ROWS] if mode == "packed" else read_chats(job.ordered)
     rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
     sequences, timer = sequences_per_step(job, mode, chats, tokenizer), Timer()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    held = {"quantization_config": nf4} if mode == "qlora" else {}
     with tempfile.TemporaryDirectory() as out:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=torch.bfloat16, **held),
             args=settings(job, mode, sequences, out),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

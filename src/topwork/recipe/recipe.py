@@ -25,7 +25,7 @@ PEERS_NAMES = {
     "micro_batch_size": "training.batch_size (or training.tokens_per_pass)", "lr": "training.learning_rate",
     "lr_scheduler": "training.lr_scheduler_type", "train_on_inputs": "data.train_on", "dataset": "data.train",
     "packing": "nothing: a batch never has padding here", "output": "output_dir", "out_dir": "output_dir",
-    "gradient_checkpointing": "nothing yet: activations are not padded and fit without",
+    "gradient_checkpointing": "training.activation_checkpointing",
     "resume_from_checkpoint": "the command line's --resume",
     "bnb_4bit_compute_dtype": "model.dtype", "bnb_4bit_quant_storage": "nothing: codes are always held as uint8",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant", "quantization_bit": "quantization.load_in_4bit",

@@ -128,7 +128,8 @@ class Loop:
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory at step {state.step + 1} with {self.tokens_per_pass} tokens per pass; the result does "
-                f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2}"
+                f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2} "
+                "or --set training.activation_checkpointing=full"
             ) from error
         self._log(state.step + 1, (result, time.perf_counter() - start), rate)
         return replace(
