@@ -8,9 +8,14 @@ from transformers import PreTrainedModel
 
 from reference.families import tiny_model
 from topwork.common.errors import ModelError
+from topwork.models.base import _read
+from topwork.models.config import ModelConfig
 from topwork.models.source import Source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
 from topwork.plan.count import skeleton
+from topwork.plan.footprint import footprint, weight_bytes
+from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import packed_modules
 
 
 def stored(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -32,6 +37,18 @@ def test_they_equal_the_models(family: str, shard: str, tmp_path: Path) -> None:
         weight = layer.weight.t() if family == "gpt2" else layer.weight
         assert read[path].shape == weight_shape(layer)
         assert torch.equal(read[path], weight)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "opt", "phi3"])
+def test_they_are_what_the_loader_packs(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(model_name_or_path=str(tmp_path), device="cpu")
+    wanted = QuantizationConfig(load_in_4bit=True)
+    held, _ = _read(Source(family, str(tmp_path), None), config, wanted, torch.device("cpu"))
+    assert packed_modules(held).keys() == quantizable(skeleton(model.config)).keys()
+    rows = {row.name: row.total_bytes for row in footprint(skeleton(model.config))}
+    assert weight_bytes(held) == rows["NF4 + DQ"]
 
 
 def test_the_head_is_left_out_and_the_type_is_as_asked(tmp_path: Path) -> None:
