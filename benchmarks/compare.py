@@ -185,8 +185,8 @@ def agreements(good: dict[str, list[Row]]) -> list[str]:
         verdict = "agree" if mean(apart) <= ALIKE else "do not agree"
         how = " when TRL's line breaks are taken to cost nothing" if name.startswith("trl") else ""
         sentences.append(
-            f"{name} and {beside}: the loss curves {verdict}{how}. The steps' losses differ by {mean(apart):.2%} on average, "
-            f"{max(apart):.2%} at most."
+            f"{name} and {beside}: the loss curves {verdict}{how}. The steps' losses differ by {mean(apart):.2%} on "
+            f"average, {max(apart):.2%} at most."
         )
     return sentences
 

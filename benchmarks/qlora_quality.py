@@ -158,8 +158,9 @@ def text(record: dict[str, Any]) -> str:
     parts = [f"# Quality of a 4-bit base: {asked['data']}, {asked['model']}"]
     parts.append(
         f"{asked['rows']:,} training rows once, {asked['training']['batch_size']} a step, learning rate "
-        f"{rates[0]:g} ({rates[1]:g} for full fine-tuning), the same rows and order for all; {asked['test_rows']:,} test "
-        "rows. QLoRA is NF4 with double quantization at block 64. ± is one standard error over the seeds; differences are taken seed by seed."
+        f"{rates[0]:g} ({rates[1]:g} for full fine-tuning), the same rows and order for all; "
+        f"{asked['test_rows']:,} test rows. QLoRA is NF4 with double quantization at block 64. ± is one standard error "
+        "over the seeds; differences are taken seed by seed."
     )
     head = ["", "seeds", "loss on the test answers", "difference to LoRA r = 16"]
     head += ["exact answers", "difference to LoRA r = 16"] if asked["graded"] else []

@@ -38,6 +38,11 @@ class Packed:
         held = (getattr(self, field.name) for field in fields(self))
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
+    @property
+    def kind(self) -> str:
+        """How people call it."""
+        raise NotImplementedError
+
     def panel(self, rows: slice, columns: slice) -> Tensor:
         """Some rows and columns [r, c], dense, in `dtype`."""
         raise NotImplementedError
@@ -71,6 +76,11 @@ class Packed4bit(Packed):
     nested_code: Tensor | None = None
     offset: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        doubly = "" if self.nested_absmax is None else " with double quantization"
+        return f"{self.quant_type}{doubly}"
+
     def panel(self, rows: slice, columns: slice) -> Tensor:
         return dequantize_4bit(
             self.codes, self.absmax, self.nested_absmax, self.nested_code,
@@ -88,6 +98,10 @@ class Packed4bit(Packed):
 @dataclass(frozen=True)
 class PackedInt8(Packed):
     """codes [out, in] int8, absmax [out] fp32."""
+
+    @property
+    def kind(self) -> str:
+        return "int8"
 
     def panel(self, rows: slice, columns: slice) -> Tensor:
         return dequantize_int8(

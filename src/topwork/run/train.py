@@ -23,6 +23,7 @@ from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.plan.count import ParameterCount, count_adapter
+from topwork.quantization.linear import packed_modules, weight_bytes
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.folder import (
     ADAPTER,
@@ -81,6 +82,8 @@ def train(
     _check_folder(folder, recipe, resume, overwrite)
     sinks_config = recipe.model_dump(mode="json")
     base = load_base(recipe.model, report, recipe.quantization)
+    weights = weight_bytes(base.module)
+    report(f"base weights: {weights / 2**20:,.0f} MiB, {_held_as(base)}")
     data = load_data(recipe.data, base.tokenizer, base.context_length, recipe.training.seed, report)
     adapters = Adapters(base.module)
     adapters.add(ADAPTER_NAME, recipe.adapter, recipe.training.seed)
@@ -115,6 +118,7 @@ def train(
     if outcome.stopped != "interrupted":
         _keep_best(recipe, folder, adapters, base, outcome)
     result = _result(recipe, folder, base, data, counted, outcome)
+    result |= {"base_weights_bytes": weights, "checkpointed_layers": plan.checkpointed_layers}
     write_json(folder / RESULT, result)
     return TrainedRun(folder, result)
 
@@ -176,6 +180,14 @@ def _planned_passes(
         why = ", from free memory" if checkpointing == "auto" else ""
         report(f"activation checkpointing: {plan.checkpointed_layers} of {layers} layers{why}")
     return plan
+
+
+def _held_as(base: Base) -> str:
+    """In which types the frozen base is held."""
+    dense = str(base.module.dtype).removeprefix("torch.")
+    packed = [module.packed.kind for module in packed_modules(base.module).values()]
+    kinds = [f"{packed.count(kind)} layers in {kind}" for kind in sorted(set(packed))]
+    return ", ".join([*kinds, f"the rest in {dense}"]) if kinds else f"in {dense}"
 
 
 def _clear(folder: Path) -> None:
