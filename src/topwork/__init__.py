@@ -19,6 +19,7 @@ _WHERE = {
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",
+    "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",
     "Recipe": "topwork.recipe.recipe",
     "load_recipe": "topwork.recipe.recipe",
@@ -26,6 +27,7 @@ _WHERE = {
     "Adapters": "topwork.adapters.graft",
     "AdapterConfig": "topwork.adapters.config",
     "ModelConfig": "topwork.models.config",
+    "QuantizationConfig": "topwork.quantization.config",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]

@@ -1,4 +1,4 @@
-"""What a recipe may say about holding the frozen base in fewer bits. The names are transformers', the defaults QLoRA's."""
+"""What a recipe may say about holding the frozen base in fewer bits. Names are transformers', defaults are QLoRA's."""
 
 from typing import Literal
 
