@@ -119,7 +119,7 @@ def load_base(
     source = find_source(config, report)
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()
-    module, identity = _read(source, config, wanted, device)
+    module, identity = _read(source, config, wanted)
     if wanted.head != "16bit":
         quantize_head(module, wanted.head)
     tokenizer = load_tokenizer(source, config.trust_remote_code)
@@ -153,10 +153,8 @@ def as_base(
     return base
 
 
-def _read(
-    source: Source, config: ModelConfig, wanted: QuantizationConfig, device: torch.device
-) -> tuple[PreTrainedModel, str]:
-    """The model, on `device` where its weights are packed on the way, and its fingerprint."""
+def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tuple[PreTrainedModel, str]:
+    """The model, in host memory, and its fingerprint."""
     remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     samples: dict[str, Sampled] = {}
     info: Any
@@ -166,10 +164,7 @@ def _read(
         dtype: Any = DTYPES[config.dtype]
         if is_packed(known, source.name) or wanted.active:
             dtype = (known.dtype or torch.float32) if dtype == "auto" else dtype
-            place = {} if device.type == "cpu" else {"device_map": {"": device}}
-            module, info, samples = read_packed(
-                source, known, wanted, config.trust_remote_code, {"dtype": dtype, **place}
-            )
+            module, info, samples = read_packed(source, known, wanted, dtype, config.trust_remote_code)
         else:
             with without_bars():
                 loaded = AutoModelForCausalLM.from_pretrained(

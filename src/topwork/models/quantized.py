@@ -7,7 +7,7 @@ weight, and one shard's pages.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,11 @@ def read_packed(
     source: Source,
     config: PreTrainedConfig,
     wanted: QuantizationConfig,
-    trust_remote_code: bool,
-    given: Mapping[str, Any],
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Sampled]]:
-    """The model, transformers' loading info, and samples of the weights that were packed on the way.
-
-    `given` are further arguments of `from_pretrained`. Raises ModelError, and OSError where there are no weights.
-    """
+    """The model in host memory, its dense parts in `dtype`; transformers' loading info; and samples of the weights that
+    were packed on the way. Raises ModelError, and OSError where there are no weights."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(_Quantizer)
     weights = promised(weight_files(source.folder, source.revision))
@@ -83,9 +81,9 @@ def read_packed(
             None,
             config=config,
             state_dict=weights,
+            dtype=dtype,
             quantization_config=reading,
             output_loading_info=True,
-            **given,
         )
     _finish(model)
     if model.can_generate():
