@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from topwork.models.config import ModelConfig
 from topwork.ops.packed import pack_4bit
 from topwork.quantization.config import QuantizationConfig
 from topwork.run import analyze as analyze_part
-from topwork.run.analyze import SCORED, Analysis, analyze
+from topwork.run.analyze import SCORED, Analysis, TextScores, analyze
 
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 TEXT = "The kettle leaks and the lamp hums. Order nine is late, and the radio is broken; please help. " * 40
@@ -67,7 +68,8 @@ def test_the_bases_perplexity_is_transformers(analysis: Analysis, tiny_llama: Pa
     losses = [float(model(input_ids=row[None], labels=row[None]).loss.detach()) for row in ids]
     assert analysis.scores is not None
     assert (analysis.scores.windows, analysis.scores.window_tokens) == (2, 256)
-    assert analysis.scores.losses["base"] == pytest.approx(sum(losses) / 2, rel=2e-3)
+    assert analysis.scores.by_window["base"] == pytest.approx(losses, rel=2e-3)
+    assert analysis.scores.losses["base"] == pytest.approx(mean(losses), rel=2e-3)
 
 
 def test_a_formats_perplexity_is_that_of_a_base_held_so(analysis: Analysis, tiny_llama: Path, text: Path) -> None:
@@ -76,9 +78,17 @@ def test_a_formats_perplexity_is_that_of_a_base_held_so(analysis: Analysis, tiny
     windows = analyze_part.read_windows(base, text, 2)
     assert analysis.scores is not None
     losses = analysis.scores.losses
-    assert analyze_part.mean_text_loss(base, windows) == pytest.approx(losses["nf4 + DQ"], rel=2e-3)
+    assert mean(analyze_part.window_losses(base, windows)) == pytest.approx(losses["nf4 + DQ"], rel=2e-3)
     assert list(losses) == ["base", *(form.name for form in SCORED)]
     assert len(set(losses.values())) == len(losses)
+
+
+def test_a_difference_comes_with_its_paired_standard_error() -> None:
+    scores = TextScores("text", 256, {"base": [1.0, 2.0, 3.0], "nf4": [1.1, 2.3, 3.2], "int4": [1.0, 2.0, 3.0]})
+    above, error = scores.more("nf4")
+    assert (above, error) == pytest.approx((0.2, stdev([0.1, 0.3, 0.2]) / 3**0.5))
+    assert scores.more("nf4", "int4") == (above, error)
+    assert scores.perplexities["base"] == pytest.approx(math.exp(2.0))
 
 
 def test_the_weights_are_the_originals_again(tiny_llama: Path) -> None:

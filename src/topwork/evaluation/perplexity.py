@@ -35,14 +35,14 @@ def read_windows(base: Base, path: Path, count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def mean_text_loss(base: Base, windows: Sequence[Tensor]) -> float:
-    """Nats per token over every token but the first of each window."""
-    total, count = 0.0, 0
+def window_losses(base: Base, windows: Sequence[Tensor]) -> list[float]:
+    """Each window's mean loss in nats, over every token but its first."""
+    losses: list[float] = []
     for start in range(0, len(windows), AT_ONCE):
-        stream = _learned(windows[start : start + AT_ONCE])
-        total -= float(base.log_probabilities(stream).double().sum())
-        count += len(stream.targets)
-    return total / count
+        part = windows[start : start + AT_ONCE]
+        logprobs = base.log_probabilities(_learned(part)).double()
+        losses += [-float(own.mean()) for own in logprobs.split([len(window) - 1 for window in part])]
+    return losses
 
 
 def _learned(windows: Sequence[Tensor]) -> Stream:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import write_bytes, write_json
-from topwork.evaluation.perplexity import mean_text_loss, read_windows
+from topwork.evaluation.perplexity import read_windows, window_losses
 from topwork.models.base import DTYPES, Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
@@ -45,17 +46,36 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextScores:
-    """Mean loss in nats per token on the first windows of a text, by format; under `base` the base's own."""
+    """Losses in nats per token of a text's first windows, by format; under `base` the base's own."""
 
     text: str
-    windows: int
     window_tokens: int
-    losses: dict[str, float]
+    by_window: dict[str, list[float]]
+
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        return len(self.by_window["base"])
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Means over the windows, which are of one length."""
+        return {name: mean(losses) for name, losses in self.by_window.items()}
 
     @property
     def perplexities(self) -> dict[str, float]:
         """exp of the losses."""
         return {name: math.exp(loss) for name, loss in self.losses.items()}
+
+    def more(self, name: str, than: str = "base") -> tuple[float, float]:
+        """By how much a format's loss is above another's, and that difference's standard error, window by window."""
+        differences = [a - b for a, b in zip(self.by_window[name], self.by_window[than])]
+        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        return mean(differences), error
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "windows": self.windows, "losses": self.losses, "perplexities": self.perplexities}
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ class Analysis:
             **{name: getattr(self, name) for name in ("model", "dtype", "layers", "parameters")},
             "formats": [_format_json(row) for row in self.formats],
             "footprint": [{**asdict(row), "total_bytes": row.total_bytes} for row in self.footprint],
-            "perplexity": None if scores is None else {**asdict(scores), "perplexities": scores.perplexities},
+            "perplexity": None if scores is None else scores.as_json(),
         }
 
     def as_text(self) -> str:
@@ -99,16 +119,15 @@ class Analysis:
         if self.scores is None:
             return "No perplexity: give a text file with --text."
         scores = self.scores
-        first = next(iter(scores.losses.values()))
         lines = [
             f"Perplexity of {scores.text}, {scores.windows} windows of {scores.window_tokens} tokens, blocks of 64:",
-            f"{'type':12} {'perplexity':>10} {'nats/token':>11} {'more':>9}",
+            f"{'type':12} {'perplexity':>10} {'nats/token':>11} {'above the base':>20}",
         ]
-        lines += [
-            f"{name:12} {math.exp(loss):10.3f} {loss:11.4f} {loss - first:+9.4f}"
-            for name, loss in scores.losses.items()
-        ]
-        return "\n".join(lines)
+        for name, loss in scores.losses.items():
+            above, error = scores.more(name)
+            told = "" if name == "base" else f"{above:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+            lines.append(f"{name:12} {math.exp(loss):10.3f} {loss:11.4f} {told:>20}")
+        return "\n".join([*lines, "± is one standard error of the difference, window by window."])
 
 
 def analyze(
@@ -186,12 +205,12 @@ def _score(config: ModelConfig, text: Path, windows: int, report: Report) -> Tex
     read = read_windows(base, text, windows)
     if len(read) < windows:
         report(f"{text} fills {len(read)} windows of {len(read[0])} tokens, fewer than the {windows} asked for")
-    losses = {"base": mean_text_loss(base, read)}
+    losses = {"base": window_losses(base, read)}
     for form in SCORED:
         with _through(base, form):
-            losses[form.name] = mean_text_loss(base, read)
-        report(f"{form.name}: {losses[form.name]:.4f} nats per token (base {losses['base']:.4f})")
-    return TextScores(str(text), len(read), len(read[0]), losses)
+            losses[form.name] = window_losses(base, read)
+        report(f"{form.name}: {mean(losses[form.name]):.4f} nats per token (base {mean(losses['base']):.4f})")
+    return TextScores(str(text), len(read[0]), losses)
 
 
 @contextmanager
