@@ -1,12 +1,13 @@
 # make quickstart   train an adapter on support tickets, measure it, ask it
 # make test         formatter, linter, types, import order, all tests
+# make sanitize     the C kernels under the address and undefined-behaviour sanitizers (gcc, Linux)
 # make install      a virtual environment with the package; make docs, make bench, make clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/support
 
-.PHONY: help quickstart install test lint types imports unit bench docs clean
+.PHONY: help quickstart install test lint types imports unit sanitize bench docs clean
 
 help:
 	@grep -E '^# ' Makefile | cut -c3-
@@ -43,6 +44,13 @@ imports: $(VENV)/.tested
 
 unit: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+
+## Python itself is not built with the sanitizer, so its library comes first; bitsandbytes' own kernels are not on trial
+sanitize: $(VENV)/.tested
+	CC='gcc -g -fsanitize=address,undefined -fno-sanitize-recover=undefined' TOPWORK_CACHE=$(CURDIR)/build/sanitized \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -k 'not bitsandbytes' tests/ops/test_quantize.py tests/ops/test_quantized_linear.py
 
 docs: $(VENV)/.tested
 	$(BIN)/python tools/family_table.py

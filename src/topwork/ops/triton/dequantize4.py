@@ -7,7 +7,7 @@ sixteen values of the code and the 256 of the nested map are read through the ca
 lines. Memory moved for each parameter: 2 bytes written (16-bit), 0.52 read.
 
 Rounding is the truth's (`ops/quantize.py`): a product, a sum, a product, each rounded to fp32, then once to the output.
-Compilers fuse a product and a sum into one rounding unless told not to: every launch says `enable_fp_fusion=False`
+Compilers fuse a product and a sum into one rounding unless told not to: every launch says that it may not
 (tests/ops/test_triton_dequantize.py reads the compiled code). Symbols: `ops/packed.py`.
 """
 # mypy: allow-untyped-defs
@@ -22,7 +22,8 @@ GROUP = tl.constexpr(32)
 """Values a group holds: the smallest block bitsandbytes knows."""
 GROUPS = 64
 """Groups to a program: 1 KiB of codes, 8 bytes to a thread."""
-WARPS = 4
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+"""Options of every launch."""
 INT8_COLUMNS = 2048
 """Values of one row to a program."""
 
@@ -96,7 +97,7 @@ def unpack_4bit(
         _unpack_4bit[(triton.cdiv(groups, GROUPS),)](
             codes, absmax, nested_absmax if nested else absmax, nested_code if nested else absmax, offset, code, out,
             codes.numel(), start, in_features, columns, groups_a_row, groups,
-            BLOCK=block_size, NESTED=nested, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False,
+            BLOCK=block_size, NESTED=nested, GROUPS=GROUPS, **LAUNCH,
         )  # fmt: skip
 
 
@@ -109,5 +110,5 @@ def unpack_int8(codes: Tensor, absmax: Tensor, row: int, column: int, out: Tenso
     with torch.cuda.device_of(codes):
         _unpack_int8[(rows * chunks,)](
             codes, absmax, out, row, column, codes.shape[1], columns, chunks,
-            COLUMNS=INT8_COLUMNS, num_warps=WARPS, enable_fp_fusion=False,
+            COLUMNS=INT8_COLUMNS, **LAUNCH,
         )  # fmt: skip
