@@ -114,8 +114,8 @@ def text(record: dict[str, Any], systems: Sequence[str]) -> str:
         f"# {asked['data']}: {asked['model']}, LoRA r = 16 on all linear layers, bf16",
         f"{asked['steps']} steps of {asked['batch']} sequences, the prompt masked; rounds in turns: {asked['rounds']}, "
         f"each process fresh. Real tokens per second after {WARM_UP} steps; peak resident memory of the process. "
-        "Ratios are Topwork's figure over the peer's (its QLoRA's over a peer's QLoRA): more than 1 is faster, less than "
-        "1 is less memory.",
+        "Ratios are Topwork's figure over the peer's (its QLoRA's over a peer's QLoRA): more than 1 is faster, less "
+        "than 1 is less memory.",
         speed_table(good),
         "Losses and gradient norms, medians over the rounds:",
         loss_table(good),
