@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from data.family_tokenizers import build_tokenizer
 from reference.families import tiny_model
 from topwork.common.errors import ModelError
-from topwork.models.base import _read
+from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
@@ -41,11 +42,12 @@ def test_they_equal_the_models(family: str, shard: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "opt", "phi3"])
 def test_they_are_what_the_loader_packs(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    model.save_pretrained(tmp_path)
+    tokenizer = build_tokenizer("smollm2")
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    for written in (model, tokenizer):
+        written.save_pretrained(tmp_path)
     config = ModelConfig(model_name_or_path=str(tmp_path), device="cpu")
-    wanted = QuantizationConfig(load_in_4bit=True)
-    held, _ = _read(Source(family, str(tmp_path), None), config, wanted, torch.device("cpu"))
+    held = load_base(config, lambda _: None, QuantizationConfig(load_in_4bit=True)).module
     assert packed_modules(held).keys() == quantizable(skeleton(model.config)).keys()
     rows = {row.name: row.total_bytes for row in footprint(skeleton(model.config))}
     assert weight_bytes(held) == rows["NF4 + DQ"]
