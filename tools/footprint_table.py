@@ -11,8 +11,9 @@ from pathlib import Path
 from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
 from topwork.plan.count import config_of, skeleton
-from topwork.plan.footprint import FootprintRow, footprint, weight_bytes
+from topwork.plan.footprint import FootprintRow, footprint
 from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import weight_bytes
 
 ROOT = Path(__file__).parents[1]
 MEASURED = "smollm2-135m"

@@ -14,9 +14,9 @@ from topwork.models.config import ModelConfig
 from topwork.models.source import Source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
 from topwork.plan.count import skeleton
-from topwork.plan.footprint import footprint, weight_bytes
+from topwork.plan.footprint import footprint
 from topwork.quantization.config import QuantizationConfig
-from topwork.quantization.linear import packed_modules
+from topwork.quantization.linear import packed_modules, weight_bytes
 
 
 def stored(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

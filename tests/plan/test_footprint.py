@@ -10,8 +10,9 @@ from run import tiny
 from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
 from topwork.plan.count import config_of, skeleton
-from topwork.plan.footprint import as_table, footprint, weight_bytes
+from topwork.plan.footprint import as_table, footprint
 from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import weight_bytes
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("float32", {}),

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights in each type: from a config alone, and of a model in memory.
+"""Bytes of a model's weights in each type, from a config alone.
 
 Quantized are the linear layers but the output head; embeddings, head, norms and biases stay in 16 bits (in 32 in the
 fp32 row). Tied weights count once. Rotary tables and other buffers, activations and optimizer states are not weights.
@@ -7,12 +7,10 @@ fp32 row). Tied weights count once. Rotary tables and other buffers, activations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from topwork.models.weights import quantizable, weight_shape
 from topwork.quantization.error import Format
-from topwork.quantization.linear import packed_modules
 
 QUANTIZED = {
     "int8": Format("int8", None),
@@ -50,14 +48,6 @@ def footprint(model: PreTrainedModel) -> list[FootprintRow]:
             for name, form in QUANTIZED.items()
         ),
     ]
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """What a model in memory really holds as weights, packed or not; shared ones once."""
-    packed = {id(module.packed): module for module in packed_modules(model).values()}
-    codes = {id(module.weight) for module in packed_modules(model).values()}
-    dense = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in codes)
-    return dense + sum(module.packed.nbytes for module in packed.values())
 
 
 def as_table(rows: Sequence[FootprintRow]) -> str:

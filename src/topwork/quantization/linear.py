@@ -98,8 +98,8 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a model's weights hold in memory: codes with their constants, tied weights once."""
-    held = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters() if parameter.numel()}
-    for module in packed_modules(model).values():
-        held[module.weight.data_ptr()] = module.packed.nbytes
-    return sum(held.values())
+    """What a model in memory really holds as weights, packed or not; shared ones once."""
+    packed = {id(module.packed): module for module in packed_modules(model).values()}
+    codes = {id(module.weight) for module in packed_modules(model).values()}
+    dense = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in codes)
+    return dense + sum(module.packed.nbytes for module in packed.values())
