@@ -338,9 +338,9 @@ def test_what_bitsandbytes_cannot_read_is_refused_by_name() -> None:
 
 def test_a_weight_packed_in_parts_is_the_weight_packed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(9, 4096).bfloat16()
-    whole = quantize.quantize_4bit(weight, "nf4", 64)
+    whole = (*quantize.quantize_4bit(weight, "nf4", 64), *quantize.quantize_int8(weight))
     monkeypatch.setattr(quantize, "AT_ONCE", 8192)
-    parts = quantize.quantize_4bit(weight, "nf4", 64)
+    parts = (*quantize.quantize_4bit(weight, "nf4", 64), *quantize.quantize_int8(weight))
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 

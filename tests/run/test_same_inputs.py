@@ -139,7 +139,7 @@ def test_overwrite_replaces_earlier_merges_alone(stopped: tuple[Path, Path], tmp
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years", "utf-8")
-    with pytest.raises(RequestError, match="no merge has written"):
+    with pytest.raises(RequestError, match="Topwork has not written"):
         merge(stopped[1], precious, overwrite=True, report=quiet)
     assert (precious / "thesis.tex").read_text("utf-8") == "years"
 

@@ -85,7 +85,7 @@ def dequantize(model: PreTrainedModel) -> None:
     """Every packed weight as a dense one of the model's type, in place, under whatever is grafted."""
     dtype = model.dtype
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = isinstance(head, PackedModule) and isinstance(embedding, PackedModule) and head.packed is embedding.packed
+    tied = isinstance(head, PackedModule) and isinstance(embedding, PackedModule) and head.weight is embedding.weight
     for path, module in packed_modules(model).items():
         model.set_submodule(path, module.dense(dtype))
     if tied:

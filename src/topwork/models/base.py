@@ -14,7 +14,7 @@ from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.probe import PROVEN, probe
-from topwork.models.quantized import is_packed, quantize_head, read_packed, written_here
+from topwork.models.quantized import is_packed, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
@@ -169,7 +169,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
             with without_bars():
                 loaded = AutoModelForCausalLM.from_pretrained(
                     source.folder, revision=source.revision, dtype=dtype, use_safetensors=True,
-                    output_loading_info=True, **remote,
+                    output_loading_info=True, ignore_mismatched_sizes=True, **remote,
                 )  # fmt: skip
             module, info = loaded
     except ModelError:
@@ -178,7 +178,9 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
         ) from error
-    lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise misfit(key, found, expected)
+    lacking = sorted(info["missing_keys"])
     if lacking:  # transformers would go on with random values
         raise ModelError(
             f"{source.name} lacks {len(lacking)} weights that its config asks for (first {lacking[0]}); was the "

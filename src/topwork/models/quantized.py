@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from topwork.common.errors import CheckpointError, ModelError
+from topwork.common.errors import CheckpointError, ModelError, did_you_mean
 from topwork.common.files import MANIFEST, verify_folder
 from topwork.models.fingerprint import Sampled, sampled
 from topwork.models.quiet import without_bars
@@ -41,14 +41,16 @@ class Reading(QuantizationConfigMixin):
     """One reading of a base, as transformers' quantization_config.
 
     wanted    what is asked for
-    samples   of every weight that was packed here, taken before: `fingerprint` wants them
     packed    keys of the weights that come packed
+    samples   of every weight that was packed here, taken before: `fingerprint` wants them
+    refused   the first weight that could not be packed: transformers goes on, and in the end says only that it failed
     """
 
     def __init__(self, wanted: QuantizationConfig, packed: Sequence[str]) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.wanted, self.packed = wanted, packed
         self.samples: dict[str, Sampled] = {}
+        self.refused: ModelError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -76,15 +78,16 @@ def read_packed(
     reading = Reading(wanted, packed)
     with torch.device("meta"):  # the class to read with, which only the auto class knows
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    with without_bars():
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            quantization_config=reading,
-            output_loading_info=True,
-        )
+    try:
+        with without_bars():
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, quantization_config=reading,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except RuntimeError:
+        if reading.refused is not None:
+            raise reading.refused from None
+        raise
     _finish(model)
     if model.can_generate():
         model.generation_config = _generation_config(source, model)
@@ -159,10 +162,20 @@ def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: Quantization
     )
     linear = [path for path, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
     for name in wanted.llm_int8_skip_modules:
-        if not any(f".{name}." in f".{path}." for path in linear):
-            raise ModelError(f"quantization.llm_int8_skip_modules names {name!r}, which is in no linear layer's path")
+        if all(should_convert_module(path, [name]) for path in linear):
+            names = {path.rpartition(".")[2] for path in linear}
+            raise ModelError(
+                f"quantization.llm_int8_skip_modules names {name!r}, and no linear layer's path ends or begins so"
+                f"{did_you_mean(name, sorted(names))}"
+            )
     head = model.get_output_embeddings()
-    return [path for path in linear if should_convert_module(path, kept) and model.get_submodule(path) is not head]
+    chosen = [path for path in linear if should_convert_module(path, kept) and model.get_submodule(path) is not head]
+    if not chosen:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer to quantize beside its head and quantization."
+            "llm_int8_skip_modules; leave quantization out, or skip less"
+        )
+    return chosen
 
 
 def _layers_of(packed: Sequence[str], model: PreTrainedModel) -> list[str]:
@@ -197,14 +210,30 @@ class _Pack(ConversionOps):
             weight = given[0] if isinstance(given, list) else given
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, QuantizedLinear)
-            result[name] = layer.hold(self._packed(name, weight, layer)).weight
+            try:
+                result[name] = layer.hold(self._packed(name, weight, layer)).weight
+            except ModelError as error:
+                self.reading.refused = self.reading.refused or error
+                raise
         return result
 
     def _packed(self, name: str, weight: Tensor | Ready, layer: QuantizedLinear) -> Packed:
-        if isinstance(weight, Ready):
-            return weight.packed
-        self.reading.samples[name] = sampled(weight)
-        return pack(weight.t() if layer.turned else weight, self.reading.wanted, name)
+        turned = weight.t() if isinstance(weight, Tensor) and layer.turned else weight
+        shape = turned.packed.shape if isinstance(turned, Ready) else tuple(turned.shape)
+        if shape != layer.shape:
+            raise misfit(name, shape, layer.shape)
+        if isinstance(turned, Ready):
+            return turned.packed
+        self.reading.samples[name] = sampled(weight)  # type: ignore[arg-type]
+        return pack(turned, self.reading.wanted, name)
+
+
+def misfit(name: str, found: Sequence[int], expected: Sequence[int]) -> ModelError:
+    """The error for a weight whose shape is not the config's."""
+    return ModelError(
+        f"{name} has the shape {tuple(found)} in the weights' file, and config.json asks for {tuple(expected)}; do the "
+        "two belong to one model?"
+    )
 
 
 def pack(weight: Tensor, wanted: QuantizationConfig, name: str) -> Packed:
@@ -232,9 +261,12 @@ def quantize_head(model: PreTrainedModel, kind: str) -> None:
         )
     weight = head.weight.detach()
     packed = pack_int8(weight) if kind == "int8" else pack_4bit(weight, "nf4", 64, double_quant=True)
-    model.set_output_embeddings(QuantizedLinear(weight.shape[1], weight.shape[0], head.bias).hold(packed).train(False))
+    quantized = QuantizedLinear(weight.shape[1], weight.shape[0], head.bias).hold(packed).train(False)
+    model.set_output_embeddings(quantized)
     if tied:
-        model.set_input_embeddings(QuantizedEmbedding(packed.shape).hold(packed).train(False))
+        rows = QuantizedEmbedding(packed.shape).hold(packed).train(False)
+        rows.weight = quantized.weight  # one parameter: counted once, moved once
+        model.set_input_embeddings(rows)
 
 
 def _finish(model: PreTrainedModel) -> None:

@@ -29,8 +29,8 @@ CODES = {"nf4": NF4, "fp4": FP4}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that bitsandbytes reads."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-AT_ONCE = 1 << 22
-"""Values quantized at a time: what a large weight needs beside itself stays small."""
+AT_ONCE = 1 << 18
+"""Values quantized at a time: what a large weight needs beside itself stays small, and leaves no holes behind."""
 
 _SMALLEST = 1e-38
 _BY_127 = 7.874015718698502e-3
@@ -53,10 +53,13 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
     order = torch.argsort(code, stable=True)
     bounds = (code[order[:-1]] + code[order[1:]]) / 2
     flat = weight.reshape(-1)
-    packed = [
-        _quantize_part(part.float(), bounds, order.to(torch.uint8), block_size) for part in flat.split(AT_ONCE)
-    ]  # fmt: skip
-    codes, absmax = (torch.cat(parts) if len(packed) > 1 else parts[0] for parts in zip(*packed))
+    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-flat.numel() // block_size), device=weight.device)
+    for start in range(0, flat.numel(), AT_ONCE):
+        part = flat[start : start + AT_ONCE].float()
+        found = _quantize_part(part, bounds, order.to(torch.uint8), block_size)
+        for whole, values, first in zip((codes, absmax), found, (start // 2, start // block_size)):
+            whole[first : first + len(values)] = values
     if not torch.isfinite(absmax).all():
         raise ValueError("the weight holds NaN or infinity and cannot be quantized")
     return codes, absmax
@@ -100,12 +103,18 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     does. A row of zeros has zero codes."""
     if weight.dtype not in FLOATS:
         raise ValueError(f"a weight of type {weight.dtype} cannot be quantized, expected a 16- or 32-bit float")
-    half = weight.to(torch.float16)
-    if not torch.isfinite(half).all():
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], device=weight.device)
+    rows = max(1, AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        half = weight[part].to(torch.float16)
+        absmax[part] = half.abs().amax(1)
+        factor = torch.where(absmax[part] > 0, 127.0 / absmax[part], torch.zeros_like(absmax[part]))
+        codes[part] = (half * factor[:, None]).round_()
+    if not torch.isfinite(absmax).all():
         raise ValueError("the weight holds NaN, infinity or values beyond float16 and cannot be quantized to int8")
-    absmax = half.abs().amax(1).float()
-    factor = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
-    return torch.round(half * factor[:, None]).to(torch.int8), absmax
+    return codes, absmax
 
 
 def dequantize_4bit_reference(

@@ -99,7 +99,5 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 def weight_bytes(model: nn.Module) -> int:
     """What a model in memory really holds as weights, packed or not; shared ones once."""
-    packed = {id(module.packed): module for module in packed_modules(model).values()}
-    codes = {id(module.weight) for module in packed_modules(model).values()}
-    dense = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in codes)
-    return dense + sum(module.packed.nbytes for module in packed.values())
+    packed = {id(module.weight): module.packed.nbytes for module in packed_modules(model).values()}
+    return sum(packed.get(id(parameter), parameter.nbytes) for parameter in model.parameters())
