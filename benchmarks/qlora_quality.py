@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
 """r = 64 has alpha 64: the update's scale falls with the root of the rank, so that one learning rate serves both."""
 TASKS = {
     "banking77": {"rows": 2000, "test_rows": 1000, "graded": True},
-    "gsm8k": {"rows": 256, "test_rows": 150, "graded": False},
+    "gsm8k": {"rows": 192, "test_rows": 100, "graded": False},
 }
 TRAINING = {"learning_rate": 5e-4, "batch_size": 16, "warmup_ratio": 0.05, "num_train_epochs": 1}
 
