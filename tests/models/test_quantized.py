@@ -14,7 +14,14 @@ from torch import nn
 
 from data.family_tokenizers import build_tokenizer
 from reference.families import sequences, tiny_model
-from reference.quantized_by_others import as_packed, bitsandbytes, differing, load_theirs, their_layers
+from reference.quantized_by_others import (
+    as_packed,
+    bitsandbytes,
+    differing,
+    load_theirs,
+    their_layers,
+    write_base,
+)
 from topwork.common.errors import ModelError, RecipeError
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
@@ -50,11 +57,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         name = f"{family} {dtype} {shard} {values}"
         if name not in written:
             folder = tmp_path_factory.mktemp("model") / "base"
-            tokenizer = build_tokenizer("smollm2")
-            model = tiny_model(family, vocab_size=len(tokenizer), **values).to(dtype)
-            model.save_pretrained(folder, max_shard_size=shard)
-            tokenizer.save_pretrained(folder)
-            written[name] = folder
+            written[name] = write_base(folder, family, dtype, shard, **values)
         return written[name]
 
     return write

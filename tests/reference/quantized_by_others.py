@@ -1,4 +1,4 @@
-"""What transformers and bitsandbytes make of a folder, and their packed weights as ours."""
+"""Folders of small models, what transformers and bitsandbytes make of them, and their packed weights as ours."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from data.family_tokenizers import build_tokenizer
+from reference.families import tiny_model
 from topwork.ops.packed import Packed, Packed4bit, PackedInt8
 
 
@@ -16,20 +18,32 @@ def bitsandbytes() -> Any:
     return pytest.importorskip("bitsandbytes", reason="bitsandbytes is the reference of this test")
 
 
+def write_base(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "1GB", **values: Any
+) -> Path:
+    """A random model with a tokenizer and a chat template, as a Hugging Face folder."""
+    tokenizer = build_tokenizer("smollm2")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(family, vocab_size=len(tokenizer), **{**ends, **values}).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def load_theirs(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A folder through transformers' BitsAndBytesConfig of `options`; one that is packed already where there are none.
 
-    In training mode: on CPUs with AVX-512 the evaluation mode of bitsandbytes packs the weights once more, for a
-    product in bfloat16.
+    Its packed layers are in training mode: to evaluate on CPUs with AVX-512 they would pack their weights once more,
+    for a product in bfloat16, and int8 would quantize the activations as well.
     """
     bitsandbytes()
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=dtype) if options else None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=config, attn_implementation="eager"
-    )
-    return model.train()
+    config = {"quantization_config": BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=dtype)} if options else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **config).eval()
+    for layer in their_layers(model).values():
+        layer.train()
+    return model
 
 
 def their_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -63,3 +77,10 @@ def differing(one: Packed, other: Packed) -> list[str]:
             same = value == given
         found += [] if same else [name]
     return found
+
+
+def with_our_layers(theirs: PreTrainedModel, ours: nn.Module) -> PreTrainedModel:
+    """Their model with our packed layers in place of theirs: everything around them is the same."""
+    for path in their_layers(theirs):
+        theirs.set_submodule(path, ours.get_submodule(path))
+    return theirs
