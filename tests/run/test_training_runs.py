@@ -17,7 +17,7 @@ from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError, RunError
 from topwork.run.train import TrainedRun, train
 from topwork.training.objective import Loss, Sft
-from topwork.training.passes import activation_bytes_per_token, choose_tokens_per_pass
+from topwork.training.passes import Memory, activation_bytes_per_token, plan_passes
 from topwork.training.progress import Silent
 
 Recipes = Callable[..., Path]
@@ -356,7 +356,8 @@ def test_the_size_of_a_pass(asked: int | None, longest: int, free_bytes: int, ex
     from reference.families import tiny_model
 
     config = tiny_model("llama").config
-    assert choose_tokens_per_pass(asked, longest, config, torch.device("cpu"), free_bytes) == expected
+    plan = plan_passes(asked, "off", longest, Memory(config, torch.device("cpu"), free_bytes))
+    assert plan.tokens_per_pass == expected
     if asked is None and longest == 100:
         assert activation_bytes_per_token(config) * 2048 > 2 * 2**20  # so that none of the cases is empty
 
@@ -365,4 +366,4 @@ def test_a_pass_too_small_for_the_longest_sequence() -> None:
     from transformers import LlamaConfig
 
     with pytest.raises(RequestError, match="Give at least 301"):
-        choose_tokens_per_pass(300, 301, LlamaConfig(), torch.device("cpu"), 2**40)
+        plan_passes(300, "off", 301, Memory(LlamaConfig(), torch.device("cpu"), 2**40))

@@ -164,7 +164,7 @@ def merge(
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, a folder, a .gguf file or a Hub id.")],
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="A new folder.")] = None,
-    kind: Annotated[str, typer.Option("--type", help="nf4, fp4 or int8.")] = "nf4",
+    kind: Annotated[str | None, typer.Option("--type", help="nf4 (left out), fp4 or int8.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Values that share a constant, 32 to 4096 (64).")] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="Hold the constants in 8 bits as well.")
@@ -182,18 +182,29 @@ def quantize(
     from topwork.common.errors import RequestError
     from topwork.models.config import ModelConfig
 
+    if kind is not None and analyze:
+        raise RequestError("--analyze measures every type; leave --type out")
+    if dtype not in ("bfloat16", "float16", "float32", "auto"):
+        raise RequestError(f"--dtype {dtype}: expected bfloat16, float16, float32 or auto")
+    config = ModelConfig.model_validate({"model_name_or_path": model, "dtype": dtype, "device": "cpu"})
     if analyze:
         from topwork.run.analyze import analyze as measure
 
-        found = measure(ModelConfig(model_name_or_path=model), text, windows, out, _told(as_json))
+        if block_size is not None or not double_quant or overwrite:
+            raise RequestError(
+                "--analyze measures every block size, with and without double quantization, and "
+                "replaces nothing; leave --block-size, --no-double-quant and --overwrite out"
+            )
+        found = measure(config, text, windows, out, _told(as_json))
         print(json.dumps(found.as_json()) if as_json else found.as_text())
         return
     if out is None:
         raise RequestError("give a new folder to write to, or --analyze to measure only")
+    if text is not None:
+        raise RequestError("--text goes with --analyze, which takes the perplexity on it")
     from topwork.run.quantize import quantize as write
 
-    config = ModelConfig.model_validate({"model_name_or_path": model, "dtype": dtype})
-    result = write(config, out, kind, block_size, double_quant, overwrite, _told(as_json))
+    result = write(config, out, kind or "nf4", block_size, double_quant, overwrite, _told(as_json))
     if as_json:
         print(json.dumps(result.as_json()))
         return

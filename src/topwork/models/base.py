@@ -14,7 +14,7 @@ from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.probe import PROVEN, probe
-from topwork.models.quantized import is_packed, misfit, quantize_head, read_packed, written_here
+from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
@@ -122,6 +122,8 @@ def load_base(
     module, identity = _read(source, config, wanted)
     if wanted.head != "16bit":
         quantize_head(module, wanted.head)
+    if wanted.active and (told := left_dense(module)):
+        report(f"{source.name}: {told}")
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     return as_base(module.to(device), tokenizer, source.name, report, identity)  # type: ignore[arg-type]
 
@@ -174,7 +176,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
             module, info = loaded
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
         ) from error

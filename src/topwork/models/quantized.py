@@ -8,6 +8,7 @@ weight, and one shard's pages.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from topwork.models.fingerprint import Sampled, sampled
 from topwork.models.quiet import without_bars
 from topwork.models.shards import PackedPromise, Ready, promised, weight_files
 from topwork.models.source import Source
-from topwork.ops.packed import Packed, pack_4bit, pack_int8
+from topwork.models.weights import quantizable
+from topwork.ops.packed import Packed, PackedInt8, pack_4bit, pack_int8
 from topwork.quantization.config import QuantizationConfig
-from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear, packed_modules
 
 ORIGIN = "topwork.json"
 """Beside a quantized model that Topwork wrote: which base it was made of."""
@@ -41,14 +43,15 @@ class Reading(QuantizationConfigMixin):
     """One reading of a base, as transformers' quantization_config.
 
     wanted    what is asked for
+    dtype     the model's type, in which weights are packed and made dense again
     packed    keys of the weights that come packed
     samples   of every weight that was packed here, taken before: `fingerprint` wants them
     refused   the first weight that could not be packed: transformers goes on, and in the end says only that it failed
     """
 
-    def __init__(self, wanted: QuantizationConfig, packed: Sequence[str]) -> None:
+    def __init__(self, wanted: QuantizationConfig, dtype: torch.dtype, packed: Sequence[str]) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.wanted, self.packed = wanted, packed
+        self.wanted, self.dtype, self.packed = wanted, dtype, packed
         self.samples: dict[str, Sampled] = {}
         self.refused: ModelError | None = None
 
@@ -74,14 +77,22 @@ def read_packed(
             f"{source.name} is quantized already, and quantizing it again would only lose more; leave quantization "
             "out, or give the 16-bit model"
         )
+    if not packed and not wanted.active:
+        raise ModelError(
+            f"{source.name}'s config.json says that it is quantized, and its files hold no packed weight; take "
+            "quantization_config out of the config.json, or fetch the model anew"
+        )
     vars(config).pop("quantization_config", None)
-    reading = Reading(wanted, packed)
-    with torch.device("meta"):  # the class to read with, which only the auto class knows
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    reading = Reading(wanted, dtype, packed)
+    known = {"trust_remote_code": trust_remote_code}
+    if source.revision is not None and "--" not in str(getattr(config, "auto_map", "")):
+        known["code_revision"] = source.revision  # type: ignore[assignment]
+    with torch.device("meta"):  # the class to read with, and its own config, which only the auto class knows
+        skeleton = AutoModelForCausalLM.from_config(config, **known)
     try:
         with without_bars():
-            model, info = kind.from_pretrained(
-                None, config=config, state_dict=weights, dtype=dtype, quantization_config=reading,
+            model, info = type(skeleton).from_pretrained(
+                None, config=skeleton.config, state_dict=weights, dtype=dtype, quantization_config=reading,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except RuntimeError:
@@ -160,7 +171,7 @@ def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: Quantization
     kept = quantizer.get_modules_to_not_convert(
         model, wanted.llm_int8_skip_modules or None, list(model._keep_in_fp32_modules or []), add_default_skips=True
     )
-    linear = [path for path, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    linear = quantizable(model)
     for name in wanted.llm_int8_skip_modules:
         if all(should_convert_module(path, [name]) for path in linear):
             names = {path.rpartition(".")[2] for path in linear}
@@ -168,8 +179,7 @@ def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: Quantization
                 f"quantization.llm_int8_skip_modules names {name!r}, and no linear layer's path ends or begins so"
                 f"{did_you_mean(name, sorted(names))}"
             )
-    head = model.get_output_embeddings()
-    chosen = [path for path in linear if should_convert_module(path, kept) and model.get_submodule(path) is not head]
+    chosen = [path for path in linear if should_convert_module(path, kept)]
     if not chosen:
         raise ModelError(
             f"{type(model).__name__} has no linear layer to quantize beside its head and quantization."
@@ -179,10 +189,11 @@ def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: Quantization
 
 
 def _layers_of(packed: Sequence[str], model: PreTrainedModel) -> list[str]:
-    """The layers whose weights come packed, by their paths in the model."""
+    """The layers whose weights come packed, by their paths in the model; a bare model's checkpoint lacks the prefix."""
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    layers = [key.removesuffix(".weight") for key in packed]
-    unknown = sorted(set(layers) - linear)
+    named = [key.removesuffix(".weight") for key in packed]
+    layers = [path if path in linear else f"{model.base_model_prefix}.{path}" for path in named]
+    unknown = [name for name, path in zip(named, layers) if path not in linear]
     if unknown:
         raise ModelError(f"the checkpoint holds {unknown[0]!r} in few bits, and this model has no such linear layer")
     return layers
@@ -222,8 +233,9 @@ class _Pack(ConversionOps):
         shape = turned.packed.shape if isinstance(turned, Ready) else tuple(turned.shape)
         if shape != layer.shape:
             raise misfit(name, shape, layer.shape)
-        if isinstance(turned, Ready):
-            return turned.packed
+        if isinstance(turned, Ready):  # int8's files do not say which type it was packed from
+            is_int8 = isinstance(turned.packed, PackedInt8)
+            return replace(turned.packed, dtype=self.reading.dtype) if is_int8 else turned.packed
         self.reading.samples[name] = sampled(weight)  # type: ignore[arg-type]
         return pack(turned, self.reading.wanted, name)
 
@@ -260,13 +272,33 @@ def quantize_head(model: PreTrainedModel, kind: str) -> None:
             "quantization.head at 16bit"
         )
     weight = head.weight.detach()
-    packed = pack_int8(weight) if kind == "int8" else pack_4bit(weight, "nf4", 64, double_quant=True)
+    packed = pack(
+        weight, QuantizationConfig(load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4"), "the output head"
+    )
     quantized = QuantizedLinear(weight.shape[1], weight.shape[0], head.bias).hold(packed).train(False)
     model.set_output_embeddings(quantized)
     if tied:
         rows = QuantizedEmbedding(packed.shape).hold(packed).train(False)
         rows.weight = quantized.weight  # one parameter: counted once, moved once
         model.set_input_embeddings(rows)
+
+
+def left_dense(model: PreTrainedModel) -> str | None:
+    """What to tell where most of a quantized model is not packed: experts that transformers holds in one tensor are
+    no linear layers, here as in bitsandbytes."""
+    packed = packed_modules(model)
+    outside = {
+        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
+    }
+    outside |= {id(module.weight) for module in packed.values()}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in outside)
+    total = dense + sum(module.shape[0] * module.shape[1] for module in packed.values())
+    if dense < 0.1 * total:
+        return None
+    return (
+        f"{dense / total:.0%} of the layers' parameters are not packed (experts held in one tensor, or skipped) and "
+        f"stay in {str(model.dtype).removeprefix('torch.')}; {len(packed)} linear layers are packed"
+    )
 
 
 def _finish(model: PreTrainedModel) -> None:

@@ -58,7 +58,11 @@ class _Promise:
     key: str
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.files.fetch(self.path, self.key)
+        tensor = self.files.fetch(self.path, self.key)
+        if tensor.dtype in (torch.uint8, torch.int8) and self.key.endswith(".weight"):
+            layer = self.key.removesuffix(".weight")  # transformers would take the codes themselves for weights
+            raise ModelError(f"{layer} has codes but no constants; the checkpoint was altered or not written whole")
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ def weight_files(folder: str, revision: str | None = None) -> list[str]:
 
     Raises OSError where there are none.
     """
-    index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        files, _ = get_checkpoint_shard_files(folder, index, revision=revision)
-        return [str(file) for file in files]
-    return [str(cached_file(folder, SAFE_WEIGHTS_NAME, revision=revision))]
+    single = cached_file(folder, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if single is not None:  # transformers takes it before an index, where there are both
+        return [str(single)]
+    index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    files, _ = get_checkpoint_shard_files(folder, index, revision=revision)
+    return [str(file) for file in files]
 
 
 def promised(paths: Sequence[str]) -> dict[str, Any]:

@@ -40,13 +40,16 @@ def _gradients(layer: nn.Module, run: Run, hidden: Tensor, without: Sequence[str
     x = hidden.detach().requires_grad_()
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     torch.manual_seed(0)  # dropout
+    stand_ins = stand_ins_at(layer, without, torch.nan)
     try:
-        with torch.enable_grad(), left_out(stand_ins_at(layer, without, torch.nan)):
+        with torch.enable_grad(), left_out(stand_ins):
             y = outputs_of(run(x))[0]
     except RuntimeError:  # written in place, for one
         if not without:
             raise
         return []
+    if not all(stand_in.replacement.was_called for stand_in in stand_ins):
+        return []  # an expert that these tokens did not visit: nothing is known about it
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
     return list(torch.autograd.grad(y, [x, *parameters], grad, allow_unused=True))
 
@@ -65,7 +68,7 @@ class StandIn:
     name: str
     parent: nn.Module
     linear: nn.Module
-    replacement: nn.Module
+    replacement: "WithoutProduct"
 
     def swap(self, there: nn.Module, instead: nn.Module) -> None:
         """Put one in the other's place. Nothing happens where neither is there (an adapter came or went since)."""
@@ -94,6 +97,7 @@ class WithoutProduct(nn.Module):
         super().__init__()
         self.linear = linear
         self.value = value
+        self.was_called = False
 
     @property
     def weight(self) -> Any:
@@ -106,6 +110,7 @@ class WithoutProduct(nn.Module):
         return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        self.was_called = True
         return _OnlyBackward.apply(x, self.linear, _out_features(self.linear), self.value)
 
 

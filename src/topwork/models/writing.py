@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from topwork.common.errors import ModelError
 from topwork.common.files import write_text
 from topwork.models.base import Base
 from topwork.models.quiet import without_bars
 from topwork.ops.packed import Packed4bit, PackedInt8
 from topwork.quantization.bnb_format import to_tensors
-from topwork.quantization.linear import packed_modules
+from topwork.quantization.linear import PackedModule, packed_modules
 
 DENSE = (nn.Linear, Conv1D)
 """What bitsandbytes would quantize where it is not told to skip it."""
@@ -40,13 +41,18 @@ def write_model(base: Base, folder: Path, template: str | None = None, end_ids: 
 
 
 def stored_config(model: PreTrainedModel) -> dict[str, Any]:
-    """config.json's quantization_config for the packed layers of a model, as bitsandbytes writes it; empty for none."""
+    """config.json's quantization_config for the packed layers of a model, as bitsandbytes writes it; empty for none.
+
+    Raises ModelError for a quantized head, which this format has no place for.
+    """
     layers = [module.packed for module in packed_modules(model).values()]
     if not layers:
         return {}
     first = layers[0]
     four, eight = isinstance(first, Packed4bit), isinstance(first, PackedInt8)
     head = model.get_output_embeddings()
+    if isinstance(head, PackedModule):
+        raise ModelError("a quantized head cannot be written, since others do not read it; load with head: 16bit")
     skipped = [path for path, module in model.named_modules() if module is head or type(module) in DENSE]
     stored = {
         "quant_method": "bitsandbytes",

@@ -10,12 +10,13 @@ block size 64 a parameter costs 4.5 bits, with double quantization 4.127: 4 + 8/
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise
+from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise, rounding_table
 from topwork.ops.quantize import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8, rows_4bit
 
 NESTED_BLOCK = 256
@@ -79,7 +80,8 @@ class Packed4bit(Packed):
     @property
     def kind(self) -> str:
         doubly = "" if self.nested_absmax is None else " with double quantization"
-        return f"{self.quant_type}{doubly}"
+        blocks = "" if self.block_size == 64 else f" in blocks of {self.block_size}"
+        return f"{self.quant_type}{blocks}{doubly}"
 
     def panel(self, rows: slice, columns: slice) -> Tensor:
         return dequantize_4bit(
@@ -120,10 +122,26 @@ def pack_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bo
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return Packed4bit(codes, absmax, shape, weight.dtype, quant_type, block_size)
-    code = dynamic_map(signed=True).to(weight.device)
+    nested = quantize_constants(absmax)
+    return Packed4bit(codes, nested[0], shape, weight.dtype, quant_type, block_size, *nested[1:])
+
+
+def quantize_constants(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Double quantization: block constants [blocks] fp32 -> bytes [blocks], nested_absmax, nested_code, offset."""
+    code, table = _nested_map(str(absmax.device))
     offset = absmax.mean()
-    nested, nested_absmax = quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
-    return Packed4bit(codes, nested, shape, weight.dtype, quant_type, block_size, nested_absmax, code, float(offset))
+    return *quantize_blockwise(absmax - offset, code, NESTED_BLOCK, table), code, float(offset)
+
+
+def dequantize_constants(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: float) -> Tensor:
+    """What the bytes of double quantization stand for: block constants [blocks] fp32."""
+    return dequantize_blockwise(codes, nested_absmax, nested_code, NESTED_BLOCK) + offset
+
+
+@cache
+def _nested_map(device: str) -> tuple[Tensor, Tensor]:
+    code = dynamic_map(signed=True).to(device)
+    return code, rounding_table(code)
 
 
 def pack_int8(weight: Tensor) -> PackedInt8:
@@ -136,4 +154,4 @@ def constants(packed: Packed4bit) -> Tensor:
     """The block constants [blocks] in fp32, whether or not they are held in 8 bits."""
     if packed.nested_absmax is None or packed.nested_code is None:
         return packed.absmax
-    return dequantize_blockwise(packed.absmax, packed.nested_absmax, packed.nested_code, NESTED_BLOCK) + packed.offset
+    return dequantize_constants(packed.absmax, packed.nested_absmax, packed.nested_code, packed.offset)

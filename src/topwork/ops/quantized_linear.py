@@ -1,8 +1,9 @@
 """y = x W' + b with W in 4 or 8 bits: a panel of W is made dense, multiplied while it is in the cache, and forgotten.
 
-The whole dense weight never exists, and nothing of it is kept for the backward pass, which makes other panels: rows of
-W for the output, columns of W for the input's gradient. Each output column is one product over all inputs, each input's
-gradient one product over all outputs, so both round as the dense layer's do. W is frozen and has no gradient.
+No more than a panel of the weight is dense at a time, and nothing of it is kept for the backward pass, which makes
+other panels: rows of W for the output, columns of W for the input's gradient. Each output column is one product over
+all inputs, each input's gradient one product over all outputs, so both round as the dense layer's do. W is frozen and
+has no gradient.
 
 A panel comes in the type that W was quantized from and is then taken to x's, as bitsandbytes does it.
 """

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from topwork.common.options import Options
 
+FOUR_BIT_ONLY = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "block_size")
+QUANTIZED_ONLY = ("head", "llm_int8_skip_modules")
+
 
 class QuantizationConfig(Options):
     load_in_4bit: bool = False
@@ -27,9 +30,20 @@ class QuantizationConfig(Options):
     def _one_of_two(self) -> "QuantizationConfig":
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; give one of them")
-        if self.head != "16bit" and not (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError(f"head: {self.head} goes with load_in_4bit or load_in_8bit; give one of them too")
+        for names, fits, needed in (
+            (FOUR_BIT_ONLY, self.load_in_4bit, "load_in_4bit"),
+            (QUANTIZED_ONLY, self.active, "load_in_4bit or load_in_8bit"),
+        ):
+            idle = [name for name in names if not fits and self._says_more(name)]
+            if idle:
+                raise ValueError(
+                    f"{idle[0]}: {getattr(self, idle[0])} goes with {needed}; give that too, or leave it out"
+                )
         return self
+
+    def _says_more(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
     @property
     def active(self) -> bool:

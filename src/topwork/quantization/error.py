@@ -14,13 +14,11 @@ the fp32 values that the codes stand for; a layer rounds these to its own 16-bit
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise, rounding_table
-from topwork.ops.packed import NESTED_BLOCK, pack_4bit, pack_int8
+from topwork.ops.packed import NESTED_BLOCK, dequantize_constants, pack_4bit, pack_int8, quantize_constants
 from topwork.ops.quantize import BLOCK_SIZES
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8, "e2m1": 4}
@@ -172,9 +170,7 @@ def _whole_numbers(weight: Tensor, quant_type: str, block_size: int, double_quan
         raise ValueError("the weight holds NaN or infinity and cannot be quantized")
     codes, absmax = quantize_to_numbers(weight, quant_type, block_size)
     if double_quant:
-        offset = absmax.mean()
-        nested, nested_absmax = quantize_blockwise(absmax - offset, dynamic_map(signed=True), NESTED_BLOCK, _table())
-        absmax = dequantize_blockwise(nested, nested_absmax, dynamic_map(signed=True), NESTED_BLOCK) + offset
+        absmax = dequantize_constants(*quantize_constants(absmax))
     width, levels = weight.shape[1], LEVELS[quant_type]
 
     def rows(start: int, stop: int) -> Tensor:
@@ -203,8 +199,3 @@ def _quantize_part(values: Tensor, quant_type: str, block_size: int) -> tuple[Te
         step = 1.0 + (scaled.abs() > 4) + 2.0 * (scaled.abs() > 8)
         scaled = scaled.div_(step).round_().mul_(step)
     return scaled.round_().to(torch.int8).view(-1)[:count], absmax
-
-
-@cache
-def _table() -> Tensor:
-    return rounding_table(dynamic_map(signed=True))

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, quantized_linear
@@ -69,12 +70,22 @@ class QuantizedLinear(PackedModule):
         """dy [..., out] -> dy W [..., in]."""
         return input_gradient(dy, self.packed)
 
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
+    def dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        if self.turned:
+            return self._turned_back(dtype)
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = self.packed.dense().to(dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return layer.train(False)
+
+    def _turned_back(self, dtype: torch.dtype) -> Conv1D:
+        with torch.device("meta"):
+            layer = Conv1D(self.out_features, self.in_features)
+        layer.weight = nn.Parameter(self.packed.dense().t().contiguous().to(dtype), requires_grad=False)
+        bias = torch.zeros(self.out_features) if self.bias is None else self.bias.detach()
+        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=False)
         return layer.train(False)
 
     def extra_repr(self) -> str:

@@ -24,6 +24,7 @@ from topwork.plan.footprint import FootprintRow, as_table, footprint
 from topwork.quantization.error import Format, FormatErrors, Sums, dequantized, measure, normal_weights, sweep
 from topwork.reporting.curves import png_bytes
 from topwork.reporting.quantization import quantization_chart
+from topwork.run.folder import check_place
 
 WINDOWS = 32
 SCORED = (
@@ -143,6 +144,8 @@ def analyze(
     analysis.png are written. Raises ModelError for a model that cannot be read or is quantized already, and DataError
     for a text that cannot be read or is too short.
     """
+    if out is not None:
+        check_place(out, "OUT")
     config = model if isinstance(model, ModelConfig) else ModelConfig(model_name_or_path=model)
     source = find_source(config, report)
     bare = _unquantized_skeleton(source, config)

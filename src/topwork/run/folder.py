@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
 from topwork.data.template import ChatTemplate
-from topwork.models.base import Base, load_base
+from topwork.models.base import DTYPES, Base, load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
@@ -98,12 +100,16 @@ def open_run(
     recipe = read_recipe(folder)
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
-    if dtype is not None:
-        values = recipe.model_dump()
-        recipe = make_recipe({**values, "model": {**values["model"], "dtype": dtype}}, "the type asked for")
     if not quantized:
         recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
-    base = load_base(recipe.model, report, recipe.quantization)
+    asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
+    if recipe.quantization.active:  # packed from the very values that training packed, and only then cast
+        base = load_base(recipe.model, report, recipe.quantization)
+        cast = DTYPES[asked.model.dtype]
+        base.module.to(cast if isinstance(cast, torch.dtype) else base.module.dtype)  # type: ignore[arg-type]
+    else:
+        base = load_base(asked.model, report)
+    recipe = asked
     adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
@@ -112,6 +118,11 @@ def open_run(
     stored = folder / TEMPLATE
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))
+
+
+def _with_dtype(recipe: Recipe, dtype: str) -> Recipe:
+    values = recipe.model_dump()
+    return make_recipe({**values, "model": {**values["model"], "dtype": dtype}}, "the type asked for")
 
 
 def read_json(path: Path) -> dict[str, Any]:

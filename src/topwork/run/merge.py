@@ -11,6 +11,7 @@ from topwork.data.examples import load_data
 from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
+from topwork.quantization.linear import packed_modules
 from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, open_run, read_recipe
 
 INPUTS = 100
@@ -23,7 +24,7 @@ def merge(
     run: Path | str,
     out: Path | str,
     dtype: str | None = None,
-    onto: str | None = None,
+    base: str | None = None,
     overwrite: bool = False,
     force: bool = False,
     report: Callable[[str], None] = print,
@@ -31,20 +32,21 @@ def merge(
     """Fold a run's adapter into its base and write `out`; returns what the check measured.
 
     dtype: the type of the merged weights; the recipe's where left out
-    onto: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, so that
+    base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, so that
         the merged model answers as the run does (the default), or `16bit`, the base before it was quantized
 
     Raises RequestError where `out` holds files.
     """
-    if onto not in (None, *BASES):
-        raise RequestError(f"--base {onto}: expected {' or '.join(BASES)}")
+    if base not in (None, *BASES):
+        raise RequestError(f"--base {base}: expected {' or '.join(BASES)}")
     out = Path(out)
     read_recipe(Path(run))
     check_out(out, Path(run), "the run's own folder", overwrite)
-    opened = open_run(Path(run), dtype, force, report, quantized=onto != "16bit")
-    if opened.recipe.quantization.active:
+    opened = open_run(Path(run), dtype, force, report, quantized=base != "16bit")
+    if packed_modules(opened.base.module):
+        _refuse_packed(opened, base)
         report(
-            "the base was quantized: merged onto its dequantized weights, which the adapter was trained on "
+            "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
             "(--base 16bit takes those from before)"
         )
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))
@@ -57,6 +59,14 @@ def merge(
     save_merged(opened.base, out, opened.template.jinja, overwrite, sorted(stop_ids(opened.template)))
     write_json(Path(run) / "merge.json", {"folder": out.name, **verified})
     return verified
+
+
+def _refuse_packed(opened: OpenRun, base: str | None) -> None:
+    if base == "16bit":
+        raise RequestError(
+            f"--base 16bit: {opened.base.name} is a quantized checkpoint, and its weights from before are not in it; "
+            "leave --base out, or train on the 16-bit model with quantization: {load_in_4bit: true}"
+        )
 
 
 def _inputs(opened: OpenRun) -> list[list[int]]:

@@ -11,7 +11,7 @@ from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import ORIGIN
 from topwork.models.writing import write_model
-from topwork.ops.packed import Packed
+from topwork.ops.packed import Packed, Packed4bit
 from topwork.ops.quantize import BLOCK_SIZES
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules, weight_bytes
@@ -40,10 +40,12 @@ class Quantized:
 def quantization_of(kind: str, block_size: int | None, double_quant: bool) -> QuantizationConfig:
     """The options behind the command's flags. Raises RequestError for what bitsandbytes has not."""
     if kind not in TYPES:
-        raise RequestError(f"--type {kind}: expected {', '.join(TYPES)}{did_you_mean(kind, TYPES)}")
+        raise RequestError(f"--type {kind}: expected {', '.join(TYPES)}{did_you_mean(kind.lower(), TYPES)}")
     if kind == "int8":
-        if block_size is not None:
-            raise RequestError("--block-size goes with nf4 and fp4; bitsandbytes' int8 has one constant per row")
+        if block_size is not None or not double_quant:
+            raise RequestError(
+                "--block-size and --no-double-quant go with nf4 and fp4; bitsandbytes' int8 has one constant per row"
+            )
         return QuantizationConfig(load_in_8bit=True)
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise RequestError(
@@ -75,9 +77,26 @@ def quantize(
     wanted = quantization_of(kind, block_size, double_quant)
     source = Path(model.model_name_or_path).expanduser()
     check_out(out, source if source.exists() else None, "the model's own folder", overwrite)
-    base = load_base(model, report, wanted)
+    base = load_base(model.model_copy(update={"device": "cpu"}), report, wanted)  # packed and written by the host
+    _tell_of_split_rows(base, report)
     write_folder(out, lambda folder: _write(base, wanted, folder), overwrite)
     return measured(base, kind, out)
+
+
+def _tell_of_split_rows(base: Base, report: Callable[[str], None]) -> None:
+    """bitsandbytes 0.50's CPU back end takes it that each row begins with a block of its own."""
+    split = [
+        (path, layer.shape[1], layer.packed.block_size)
+        for path, layer in packed_modules(base.module).items()
+        if isinstance(layer.packed, Packed4bit) and layer.shape[1] % layer.packed.block_size
+    ]
+    if split:
+        path, inputs, size = split[0]
+        report(
+            f"note: {len(split)} layers have rows that are no multiple of the block (first {path}: {inputs} inputs, "
+            f"blocks of {size}). bitsandbytes as of 0.50 reads such layers wrongly on the CPU; on CUDA, and here, they "
+            "are right. A block size that divides the rows avoids it"
+        )
 
 
 def measured(base: Base, kind: str, out: Path) -> Quantized:

@@ -75,18 +75,8 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
     return PassPlan(tokens, fitting)
 
 
-def choose_tokens_per_pass(
-    asked: int | None, longest: int, config: PreTrainedConfig, device: torch.device, free_bytes: int
-) -> int:
-    """The token budget of a pass without checkpointing: what was asked for, or a power of two that half of the free
-    memory holds.
-
-    Raises RecipeError where the longest sequence does not fit into what was asked for.
-    """
-    return _tokens(asked, longest, Memory(config, device, free_bytes), 0, 1)
-
-
 def _tokens(asked: int | None, longest: int, memory: Memory, checkpointed_layers: int, least: int) -> int:
+    """The token budget of a pass: what was asked for, or a power of two, not below `least`, that fits."""
     if asked is not None:
         if longest > asked:
             raise RecipeError(
