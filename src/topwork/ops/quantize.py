@@ -227,7 +227,8 @@ def _dequantize_4bit_cuda(
 ) -> Tensor:  # fmt: skip
     kernels = _triton_kernels()
     last = (row_stop - 1) * in_features + column_stop - 1
-    if kernels is None or not _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype):
+    plain = _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype)
+    if kernels is None or not plain or block_size not in BLOCK_SIZES:  # the kernel's groups of 32 lie in one block
         return dequantize_4bit_reference(
             codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size, in_features,
             row, row_stop, column, column_stop, dtype,
