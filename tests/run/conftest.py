@@ -1,3 +1,3 @@
-from run.fixtures import commands, make_recipe, tickets, tiny_llama
+from run.fixtures import commands, make_recipe, tickets, tiny_llama, topwork
 
-__all__ = ["commands", "make_recipe", "tickets", "tiny_llama"]
+__all__ = ["commands", "make_recipe", "tickets", "tiny_llama", "topwork"]

@@ -105,8 +105,7 @@ def open_run(
     asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
     if recipe.quantization.active:  # packed from the very values that training packed, and only then cast
         base = load_base(recipe.model, report, recipe.quantization)
-        cast = DTYPES[asked.model.dtype]
-        base.module.to(cast if isinstance(cast, torch.dtype) else base.module.dtype)  # type: ignore[arg-type]
+        _cast(base, DTYPES[asked.model.dtype])
     else:
         base = load_base(asked.model, report)
     recipe = asked
@@ -118,6 +117,13 @@ def open_run(
     stored = folder / TEMPLATE
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))
+
+
+def _cast(base: Base, dtype: torch.dtype | str) -> None:
+    """The dense parameters in another type; `auto` leaves them. Buffers stay: rotary tables are fp32 in every type."""
+    for parameter in base.module.parameters():
+        if isinstance(dtype, torch.dtype) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _with_dtype(recipe: Recipe, dtype: str) -> Recipe:
