@@ -4,7 +4,7 @@
     python benchmarks/qlora_quality.py --data-dir DATA --work WORK --data gsm8k
 
 Each arm and seed is a fresh process; WORK keeps what is done, so that a stopped benchmark goes on. Writes
-benchmarks/results/qlora_quality_DATA.{json,md}. With --workers 2 two arms run side by side, a thread each: the losses
+benchmarks/results/qlora_quality_DATA.{json,md}, or --out. With --workers 2 two arms run side by side, a thread each: the losses
 and answers are no timings.
 """
 
@@ -64,7 +64,8 @@ def main() -> None:
         "runs": [{"arm": arm, "seed": seed, **result} for (arm, seed), result in zip(jobs, results)],
     }
     record["summary"] = summary(record["runs"], task["graded"])
-    write_record(BENCHMARKS / "results" / f"qlora_quality_{given.data}", record, text(record))
+    usual = BENCHMARKS / "results" / f"qlora_quality_{given.data}"
+    write_record(given.out or usual, record, text(record))
     print(text(record))
 
 
@@ -79,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--test-rows", type=int)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="the record's path without its ending")
     given = parser.parse_args()
     given.work = given.work.resolve()
     if given.workers > 1:
