@@ -12,7 +12,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.lora import AdaptedLayer, LoraLinear, LoraWeights, SavedModule
 from topwork.adapters.targets import Target, features, find_saved, find_targets
 from topwork.common.errors import AdapterError
-from topwork.quantization.linear import PackedModule
+from topwork.quantization.linear import PackedModule, packed_modules
 
 
 class Adapters:
@@ -164,8 +164,13 @@ def _refuse_other_use(model: nn.Module, wanted: Mapping[str, type]) -> None:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A module of its own in fp32, out of a packed one too."""
-    return module.dense(torch.float32) if isinstance(module, PackedModule) else copy.deepcopy(module).float()
+    """A module of its own in fp32, out of packed ones too."""
+    if isinstance(module, PackedModule):
+        return module.dense(torch.float32)
+    copied = copy.deepcopy(module)
+    for path, inner in packed_modules(copied).items():
+        copied.set_submodule(path, inner.dense(torch.float32))
+    return copied.float()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
