@@ -5,7 +5,7 @@
 LoRA r16 on all linear layers, bf16, one pass of random rows of 150-300 tokens a step. Both arms train an adapter of
 their own from the same weights on the same rows, in one process and in turns (which goes first changes every round);
 peaks are of fresh processes. What autograd keeps is counted by its hooks and stands beside the estimate that `auto`
-plans with.
+plans with. Writes benchmarks/results/checkpointing.*.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table
+from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table, write_record
 
 if TYPE_CHECKING:
     from topwork.models.base import Base
@@ -78,11 +78,13 @@ def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Stream":
     return replace(stream, rows=learned, targets=stream.tokens[learned + 1], weights=torch.ones(len(learned)))
 
 
-def load(model: str) -> "Base":
+def load(model: str, **quantization: Any) -> "Base":
     from topwork.models.base import load_base
     from topwork.models.config import ModelConfig
+    from topwork.quantization.config import QuantizationConfig
 
-    return load_base(ModelConfig(model_name_or_path=model, dtype="bfloat16"), lambda _: None)
+    config = ModelConfig(model_name_or_path=model, dtype="bfloat16")
+    return load_base(config, lambda _: None, QuantizationConfig.model_validate(quantization))
 
 
 def both_arms(model: str, tokens: int, rounds: int) -> dict[str, Any]:
@@ -183,7 +185,13 @@ def main() -> None:
         failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
         if failed:
             sys.exit("\n".join(failed))
-        print(surroundings_text(surroundings()), "", told(done.pop("both"), done, asked.tokens), sep="\n")
+        around, both = surroundings(), done.pop("both")
+        shown = told(both, done, asked.tokens)
+        title = f"# Checkpointing all layers beside none: {asked.model}, LoRA r = 16 on all linear layers, bf16"
+        text = "\n\n".join([title, shown, surroundings_text(around)]) + "\n"
+        record = {"tokens": asked.tokens, "model": asked.model, "both": both, "peaks": done, "surroundings": around}
+        write_record(BENCHMARKS / "results" / "checkpointing", record, text)
+        print(text)
 
 
 if __name__ == "__main__":

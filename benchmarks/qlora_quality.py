@@ -4,8 +4,8 @@
     python benchmarks/qlora_quality.py --data-dir DATA --work WORK --data gsm8k
 
 Each arm and seed is a fresh process; WORK keeps what is done, so that a stopped benchmark goes on. Writes
-benchmarks/results/qlora_quality_DATA.{json,md}, or --out. With --workers 2 two arms run side by side, a thread each: the losses
-and answers are no timings.
+benchmarks/results/qlora_quality_DATA.{json,md}, or --out. With --workers 2 two arms run side by side, a thread each:
+the losses and answers are no timings.
 """
 
 import argparse
