@@ -25,6 +25,7 @@ from reference.quantized_by_others import (
 from topwork.common.errors import ModelError, RecipeError
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
+from topwork.models.quantized import quantize_head
 from topwork.models.source import ALIASES, embedded_file, find_source
 from topwork.ops.packed import Packed4bit, PackedInt8, pack_4bit, pack_int8
 from topwork.ops.stream import stream_of
@@ -262,6 +263,33 @@ def test_a_tied_head_is_held_once(folder_of: Folders) -> None:
     assert weight_bytes(base.module) == head.packed.nbytes + sum(others) + dense
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_moved_to_another_device_constants_go_along_and_ties_hold(kind: str, folder_of: Folders) -> None:
+    base = read(folder_of(tie_word_embeddings=True), **OPTIONS[kind], head="int8")
+    before = weight_bytes(base.module)
+    module = base.module.to(torch.bfloat16)  # type: ignore[arg-type]
+    assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    norms = 5 * 64 * (4 - 2)
+    assert weight_bytes(module) == before - norms
+    for device in ("cpu", "meta"):
+        for path, layer in packed_modules(module.to(device)).items():
+            held = [value for value in vars(layer.packed).values() if isinstance(value, torch.Tensor)]
+            assert {value.device.type for value in (*held, layer.weight)} == {device}, path
+            assert layer.packed.absmax.dtype in (torch.uint8, torch.float32)
+            assert layer.packed.dtype == torch.float32
+            assert layer.packed.codes.data_ptr() == layer.weight.data_ptr()
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
+    class Scaled(nn.Linear):
+        """One that does more."""
+
+    model = tiny_model("llama")
+    model.lm_head = Scaled(64, 99, bias=False)
+    with pytest.raises(ModelError, match="the output head is a Scaled; only a plain linear head"):
+        quantize_head(model, "int8")
+
+
 def test_a_head_tied_to_an_embedding_that_scales_is_refused(folder_of: Folders) -> None:
     with pytest.raises(ModelError, match=r"head is tied to a Gemma3TextScaledWordEmbedding.*quantization\.head"):
         read(folder_of("gemma3_text"), **FOUR_BIT, head="int8")
@@ -359,6 +387,7 @@ import torch
 torch.set_num_threads(1)
 from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.quantized import quantize_head
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes
 small, large, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

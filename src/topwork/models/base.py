@@ -22,7 +22,9 @@ from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities
 from topwork.ops.stream import Segment, Stream
 from topwork.quantization.config import QuantizationConfig
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+DTYPES: dict[str, Any] = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
     loaded: Any
     try:
         known = AutoConfig.from_pretrained(source.folder, revision=source.revision, **remote)
-        dtype: Any = DTYPES[config.dtype]
+        dtype = DTYPES[config.dtype]
         if is_packed(known, source.name) or wanted.active:
             dtype = (known.dtype or torch.float32) if dtype == "auto" else dtype
             module, info, samples = read_packed(source, known, wanted, dtype, config.trust_remote_code)

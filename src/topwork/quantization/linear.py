@@ -46,7 +46,7 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self._packed is not None:
-            self._packed = replace(self._packed.to(self.weight.device), codes=self.weight.data)
+            self._packed = replace(self._packed, codes=self.weight.data).to(self.weight.device)
         return self
 
 
