@@ -18,7 +18,7 @@ from topwork.adapters.lora import LoraLinear, SavedModule
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base, load_base
-from topwork.models.checkpointing import checkpoint_layers
+from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
 from topwork.ops.stream import Segment, Stream, stream_of
 from topwork.quantization.config import QuantizationConfig
@@ -179,6 +179,7 @@ def test_gradients_with_checkpointed_layers(kind: str, held: Bases) -> None:
         adapters = added(base, a=CONFIG)
         checkpoint_layers(base, layers, ("a",))
         found.append(gradients(base, adapters, "a"))
+    assert products_left_out(base) == [f"model.layers.{layer}.mlp.down_proj.base_layer" for layer in (0, 1)]
     assert relative(list(found[1].values()), list(found[0].values())) < 1e-6
 
 

@@ -27,6 +27,7 @@ from topwork.common.errors import ModelError
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, embedded_file
+from topwork.models.writing import write_model
 from topwork.ops.packed import Packed4bit
 from topwork.ops.stream import stream_of
 from topwork.quantization.config import QuantizationConfig
@@ -134,6 +135,19 @@ def test_transformers_with_bitsandbytes_reads_what_is_written(family: str, kind:
 def test_in_every_type(kind: str, options: dict[str, Any], dtype: str, wide: Path, tmp_path: Path) -> None:
     out = written(wide, tmp_path / "out", kind, dtype, **options)
     assert_same_model(out, dtype, load_theirs(out, getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_what_stays_dense_stays_dense_for_them(options: dict[str, Any], wide: Path, tmp_path: Path) -> None:
+    base = read(wide, **options, llm_int8_skip_modules=["q_proj", "layers.1.mlp.down_proj"])
+    assert len(packed_modules(base.module)) == 11
+    write_model(base, tmp_path)
+    assert_same_model(tmp_path, "float32", load_theirs(tmp_path))
+
+
+def test_a_quantized_head_is_not_written(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a quantized head cannot be written"):
+        write_model(read(wide, load_in_4bit=True, head="int8"), tmp_path)
 
 
 def test_what_is_written_is_what_the_recipe_would_hold(wide: Path, nf4: Path, int8: Path) -> None:
