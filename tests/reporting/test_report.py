@@ -46,6 +46,7 @@ def write_lines(folder: Path, records: list[dict[str, Any]], tail: str = "") -> 
 def result() -> dict[str, Any]:
     return {
         "steps": 12, "seconds": 301.2, "tokens": 140000, "tokens_per_second": 465.1, "peak_memory_bytes": 3 * 2**29,
+        "base_weights_bytes": 107 * 2**20, "base_held_as": "210 layers in nf4, the rest in bfloat16",
         "eval_loss_before": 2.713, "eval_loss_after": 0.412, "best_step": 8, "best_eval_loss": 0.409,
         "stopped": "interrupted", "warnings": ["two rows stand twice"], "data": {"train": {"rows": 1200}},
         "parameters": {
@@ -101,8 +102,11 @@ def test_the_page_tells_the_key_figures(run_dir: Path) -> None:
     paths = write_report(run_dir)
     page = page_of(paths)
     assert paths.html == run_dir / "report" / "index.html"
-    for figure in ("2.713", "0.412", "71.3 %", "+71.3", "91.0 %", "465 tokens/s", "1.5 GiB", "3.5 %", "5 min 01 s",
-                   "4,884,480", "552,960", "owner/base-model", "my-run", "best 0.409 at step 8"):  # fmt: skip
+    figures = (
+        "2.713", "0.412", "71.3 %", "+71.3", "91.0 %", "465 tokens/s", "1.5 GiB", "107 MiB", "210 layers in nf4",
+        "3.5 %", "5 min 01 s", "4,884,480", "552,960", "owner/base-model", "my-run", "best 0.409 at step 8",
+    )  # fmt: skip
+    for figure in figures:
         assert figure in page, figure
     for note in (NOTE, "two rows stand twice", "The run was interrupted"):
         assert page.index(note) < page.index('id="curves"')

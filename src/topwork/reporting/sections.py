@@ -88,6 +88,8 @@ def cards(run: RunFiles) -> list[Card]:
         found.append(Card("Speed", f"{wording.count(speed)} tokens/s", detail=seen))
     if (memory := number(result, "peak_memory_bytes")) is not None:
         found.append(Card("Peak memory", wording.size(memory)))
+    if (weights := number(result, "base_weights_bytes")) is not None:
+        found.append(Card("Base weights", wording.size(weights), detail=result.get("base_held_as")))
     if (trained := number(result, "parameters", "share")) is not None:
         count = number(result, "parameters", "trainable")
         detail = f"{wording.count(count)} parameters" if count is not None else None

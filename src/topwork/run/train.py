@@ -118,7 +118,8 @@ def train(
     if outcome.stopped != "interrupted":
         _keep_best(recipe, folder, adapters, base, outcome)
     result = _result(recipe, folder, base, data, counted, outcome)
-    result |= {"base_weights_bytes": weights, "checkpointed_layers": plan.checkpointed_layers}
+    held = {"base_weights_bytes": weights, "base_held_as": _held_as(base)}
+    result |= held | {"checkpointed_layers": plan.checkpointed_layers}
     write_json(folder / RESULT, result)
     return TrainedRun(folder, result)
 
