@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch import library as registry
 
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
@@ -431,14 +432,14 @@ def test_a_compiler_that_fails_is_told_and_a_kernel_switched_off_is_not(
 def test_the_operators_keep_torchs_rules() -> None:
     packed, packed8 = pack_4bit(torch.randn(6, 70), "nf4", 64, True), pack_int8(torch.randn(6, 70))
     for panel in ((0, 6, 0, 70), (1, 4, 3, 66), (2, 2, 0, 70)):
-        torch.library.opcheck(
+        registry.opcheck(
             quantize.dequantize_4bit,
             (
                 packed.codes, packed.absmax, packed.nested_absmax, packed.nested_code, packed.offset, "nf4", 64, 70,
                 *panel, torch.bfloat16,
             ),
         )  # fmt: skip
-        torch.library.opcheck(quantize.dequantize_int8, (packed8.codes, packed8.absmax, *panel, torch.float16))
+        registry.opcheck(quantize.dequantize_int8, (packed8.codes, packed8.absmax, *panel, torch.float16))
 
 
 def test_bitsandbytes_own_kernel_errs_where_a_block_straddles_rows(functional, plain_unpack) -> None:

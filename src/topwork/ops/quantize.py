@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as registry
 
 from topwork.ops.native import build
 
@@ -299,7 +300,7 @@ def _long(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
-_LIBRARY = torch.library.Library("topwork", "FRAGMENT")
+_LIBRARY = registry.Library("topwork", "FRAGMENT")
 _LIBRARY.define(
     "dequantize_4bit(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, float offset, "
     "str quant_type, int block_size, int in_features, int row, int row_stop, int column, int column_stop, "
@@ -323,8 +324,8 @@ def _panel_fake(codes: Tensor, *rest: Any) -> Tensor:
     return codes.new_empty(row_stop - row, column_stop - column, dtype=dtype)
 
 
-torch.library.register_fake("topwork::dequantize_4bit", _panel_fake, lib=_LIBRARY)
-torch.library.register_fake("topwork::dequantize_int8", _panel_fake, lib=_LIBRARY)
+registry.register_fake("topwork::dequantize_4bit", _panel_fake, lib=_LIBRARY)
+registry.register_fake("topwork::dequantize_int8", _panel_fake, lib=_LIBRARY)
 
 dequantize_4bit = torch.ops.topwork.dequantize_4bit.default
 """A panel of a 4-bit weight: `dequantize_4bit_reference` by the fastest kernel for where the codes are."""
