@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.families import added, learning_stream, logits, randomise, sequences, tiny_base
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
 from topwork.common.errors import AdapterError
-from topwork.models.base import Base
 from topwork.ops import logprobs
 from topwork.ops.stream import Segment, Stream, stream_of
 
@@ -25,20 +24,6 @@ KINDS = {
     "with a saved block": AdapterConfig(r=4, modules_to_save=["layers.1.mlp"]),
     "with an adapted head": AdapterConfig(r=4, target_modules=["q_proj", "lm_head"]),
 }
-
-
-def logits(base: Base, stream: Stream) -> Tensor:
-    with torch.no_grad():
-        return base.logits(stream, torch.arange(len(stream.tokens)))
-
-
-def added(base: Base, **configs: AdapterConfig) -> Adapters:
-    """Adapters by name, every one with weights of its own that change something."""
-    adapters = Adapters(base.module)
-    for number, (name, config) in enumerate(configs.items()):
-        adapters.add(name, config, seed=number)
-        randomise(adapters, name, seed=number)
-    return adapters
 
 
 def by_sequence(stream: Stream, names: list[str | None]) -> Stream:

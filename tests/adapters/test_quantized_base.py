@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.families import learning_stream, randomise, sequences
+from reference.families import added, learning_stream, logits, randomise, sequences
 from reference.measure import relative
 from reference.quantized_by_others import differing, write_base
 from topwork.adapters.config import AdapterConfig
@@ -20,7 +20,7 @@ from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.ops.stream import Segment, stream_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import PackedModule, QuantizedLinear, packed_modules
 
@@ -60,20 +60,6 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Bases:
         return base
 
     return load
-
-
-def logits(base: Base, stream: Stream) -> Tensor:
-    with torch.no_grad():
-        return base.logits(stream, torch.arange(len(stream.tokens)))
-
-
-def added(base: Base, **configs: AdapterConfig) -> Adapters:
-    """Adapters by name, every one with weights of its own that change something."""
-    adapters = Adapters(base.module)
-    for number, (name, config) in enumerate(configs.items()):
-        adapters.add(name, config, seed=number)
-        randomise(adapters, name, seed=number)
-    return adapters
 
 
 def gradients(base: Base, adapters: Adapters, name: str) -> dict[str, Tensor]:

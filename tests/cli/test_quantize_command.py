@@ -458,6 +458,16 @@ def reshaped(tensors: Tensors) -> None:
             tensors[key] = tensors[key.replace("down_proj", "gate_proj").replace("layers.1", "layers.0")].clone()
 
 
+def refused_by_layer(folder: Path, change: Callable[[Tensors], None], copy: Path) -> None:
+    """A copy without its seal, changed in some tensors, is refused naming the layer."""
+    copy = unsealed(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=LAYER):
+        read(copy)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -473,24 +483,14 @@ def reshaped(tensors: Tensors) -> None:
 def test_a_checkpoint_that_contradicts_itself_names_the_layer(
     change: Callable[[Tensors], None], nf4: Path, tmp_path: Path
 ) -> None:
-    copy = unsealed(nf4, tmp_path / "copy")
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=LAYER):
-        read(copy)
+    refused_by_layer(nf4, change, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("change", [cut("SCB"), cut("weight"), drop("SCB", "weight_format"), drop("weight"), reshaped])
 def test_an_int8_checkpoint_that_contradicts_itself(
     change: Callable[[Tensors], None], int8: Path, tmp_path: Path
 ) -> None:
-    copy = unsealed(int8, tmp_path / "copy")
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=LAYER):
-        read(copy)
+    refused_by_layer(int8, change, tmp_path / "copy")
 
 
 def test_a_layer_that_is_missing_whole(nf4: Path, tmp_path: Path) -> None:

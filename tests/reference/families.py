@@ -107,6 +107,21 @@ def randomise(adapters: Adapters, name: str, seed: int = 1) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
+def added(base: Base, **configs: AdapterConfig) -> Adapters:
+    """Adapters by name, every one with weights of its own that change something."""
+    adapters = Adapters(base.module)
+    for number, (name, config) in enumerate(configs.items()):
+        adapters.add(name, config, seed=number)
+        randomise(adapters, name, seed=number)
+    return adapters
+
+
+def logits(base: Base, stream: Stream) -> Tensor:
+    """Of every token, without a gradient."""
+    with torch.no_grad():
+        return base.logits(stream, torch.arange(len(stream.tokens)))
+
+
 def stream_differences(family: str, **values: Any) -> dict[str, float]:
     """Relative differences of the logits, of the base's gradients and of a LoRA adapter's gradients.
 

@@ -28,7 +28,7 @@ from topwork.models.fingerprint import Sampled, sampled
 from topwork.models.quiet import without_bars
 from topwork.models.shards import PackedPromise, Ready, promised, weight_files
 from topwork.models.source import Source
-from topwork.models.weights import quantizable
+from topwork.models.weights import quantizable, weight_shape
 from topwork.ops.packed import Packed, PackedInt8, pack_4bit, pack_int8
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear, packed_modules
@@ -201,8 +201,7 @@ def _layers_of(packed: Sequence[str], model: PreTrainedModel) -> list[str]:
 
 def _replace(model: PreTrainedModel, path: str) -> None:
     old = model.get_submodule(path)
-    rows, columns = old.weight.shape  # type: ignore[misc]
-    outputs, inputs = (columns, rows) if isinstance(old, Conv1D) else (rows, columns)
+    outputs, inputs = weight_shape(old)
     new = QuantizedLinear(inputs, outputs, old.bias)  # type: ignore[arg-type]
     new.turned = isinstance(old, Conv1D)
     model.set_submodule(path, new)

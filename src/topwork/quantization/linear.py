@@ -108,6 +108,12 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
+def packed_kinds(model: nn.Module) -> dict[str, int]:
+    """How many layers of a model are packed in which way."""
+    kinds = [module.packed.kind for module in packed_modules(model).values()]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
 def weight_bytes(model: nn.Module) -> int:
     """What a model in memory really holds as weights, packed or not; shared ones once."""
     packed = {id(module.weight): module.packed.nbytes for module in packed_modules(model).values()}

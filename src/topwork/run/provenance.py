@@ -16,7 +16,7 @@ from topwork.common.errors import RequestError
 from topwork.common.files import sha256_bytes, sha256_file, write_json
 from topwork.data.examples import Data, Example
 from topwork.models.base import Base
-from topwork.quantization.linear import packed_modules
+from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.folder import read_json
 
@@ -26,7 +26,7 @@ PROVENANCE = "provenance.json"
 def provenance(recipe: Recipe, base: Base, data: Data, tokens_per_pass: int) -> dict[str, Any]:
     """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned."""
     return {
-        "base": {"id": base.name, "fingerprint": base.fingerprint, "held_as": _held_as(base)},
+        "base": {"id": base.name, "fingerprint": base.fingerprint, "held_as": packed_kinds(base.module)},
         "data": {
             "train": _rows(recipe.data.train, data.train),
             "eval": _rows(recipe.data.eval, data.eval),
@@ -71,12 +71,6 @@ def _identities(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
         ("other held-out rows", rows(before, "eval"), rows(now, "eval")),
         ("another chat template", before["template_sha256"], now["template_sha256"]),
     ]
-
-
-def _held_as(base: Base) -> dict[str, int]:
-    """How many layers are packed in which way; one base can be read in many."""
-    kinds = [module.packed.kind for module in packed_modules(base.module).values()]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
 def _listed(names: Sequence[str]) -> str:

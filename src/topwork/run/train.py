@@ -23,7 +23,7 @@ from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.plan.count import ParameterCount, count_adapter
-from topwork.quantization.linear import packed_modules, weight_bytes
+from topwork.quantization.linear import packed_kinds, weight_bytes
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.folder import (
     ADAPTER,
@@ -186,8 +186,7 @@ def _planned_passes(
 def _held_as(base: Base) -> str:
     """In which types the frozen base is held."""
     dense = str(base.module.dtype).removeprefix("torch.")
-    packed = [module.packed.kind for module in packed_modules(base.module).values()]
-    kinds = [f"{packed.count(kind)} layers in {kind}" for kind in sorted(set(packed))]
+    kinds = [f"{count} layers in {kind}" for kind, count in packed_kinds(base.module).items()]
     return ", ".join([*kinds, f"the rest in {dense}"]) if kinds else f"in {dense}"
 
 
