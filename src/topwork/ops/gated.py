@@ -10,11 +10,15 @@ In fp32 (fp64 for fp64); `round` is to gate's type, as transformers' modules rou
 autograd.
 """
 
+import ctypes
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from topwork.ops.native import layer
+from topwork.ops.native.layer import told
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,6 +27,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) * up, contiguous, of gate and up [T, f] with any row stride. Raises ValueError else."""
     _check(kind, gate, ("up", up))
+    if (library := _native(gate)) is not None:
+        return _gated_cpu(library, gate, up, kind)
     return gated_reference(gate, up, kind)
 
 
@@ -31,11 +37,62 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor]:
     """dgate and dup [T, f] from dh [T, f]: the tensors of `into`, which may be halves of one buffer or gate and up
     themselves, or else the halves of a new [T, 2 f]."""
-    _check(kind, gate, ("up", up), ("dh", dh), *(zip(("into[0]", "into[1]"), into) if into else ()))
-    dgate, dup = into or gate.new_empty(gate.shape[0], 2 * gate.shape[1]).tensor_split(2, 1)
+    _check(kind, gate, ("up", up), ("dh", dh))
+    if into is None:
+        both, f = gate.new_empty(gate.shape[0], 2 * gate.shape[1]), gate.shape[1]
+        into = both[:, :f], both[:, f:]
+    else:
+        _check(kind, gate, ("into[0]", into[0]), ("into[1]", into[1]))
+    dgate, dup = into
+    if _fillable(dgate) and _fillable(dup) and (library := _native(gate)) is not None:
+        _backward_cpu(library, dh, gate, up, kind, dgate, dup)
+        return into
     for out, value in zip((dgate, dup), gated_backward_reference(dh, gate, up, kind)):
         out.copy_(value)
-    return dgate, dup
+    return into
+
+
+def _native(gate: Tensor) -> ctypes.CDLL | None:
+    """The C kernels, where they know the type."""
+    known = gate.is_cpu and (gate.dtype == torch.bfloat16 or gate.dtype == torch.float32)
+    return layer.library() if known else None
+
+
+def _fillable(out: Tensor) -> bool:
+    """Whether a kernel can write the rows of `out`; anything else is left to the truth and torch's errors."""
+    by_row, by_value = out.stride()
+    return by_value == 1 and (by_row >= out.shape[1] or out.shape[0] <= 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _gated_cpu(library: ctypes.CDLL, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    h = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, up = _rows(gate), _rows(up)
+    rows, f = gate.shape
+    library.topwork_gated(
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows, f, h.data_ptr(), _mode(gate, kind),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return h
+
+
+def _backward_cpu(
+    library: ctypes.CDLL, dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tensor, dup: Tensor
+) -> None:
+    dh, gate, up = _rows(dh), _rows(gate), _rows(up)
+    rows, f = gate.shape
+    library.topwork_gated_backward(
+        dh.data_ptr(), dh.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows, f,
+        dgate.data_ptr(), dgate.stride(0), dup.data_ptr(), dup.stride(0), _mode(gate, kind), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _mode(gate: Tensor, kind: str) -> int:
+    """As layer.c counts."""
+    return (gate.dtype == torch.bfloat16) + 2 * KINDS.index(kind)
 
 
 def gated_reference(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -59,9 +116,9 @@ def gated_backward_reference(dh: Tensor, gate: Tensor, up: Tensor, kind: str) ->
         share = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3)))
         slope = share + x * share * (1 - share) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.pow(2))
     else:
-        share = torch.special.ndtr(x)
+        share = torch.erfc(-x * math.sqrt(0.5)) / 2
         slope = share + x * torch.exp(-x.pow(2) / 2) / math.sqrt(2 * math.pi)
-    return (dh * up * slope).to(gate.dtype), (dh * x * share).to(gate.dtype)
+    return (dh * up * slope).to(gate.dtype), (dh * (x * share)).to(gate.dtype)
 
 
 def _check(kind: str, gate: Tensor, *others: tuple[str, Tensor]) -> None:
@@ -69,11 +126,7 @@ def _check(kind: str, gate: Tensor, *others: tuple[str, Tensor]) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a gated unit, expected {', '.join(KINDS)}")
     if gate.ndim != 2 or gate.dtype not in FLOATS:
-        raise ValueError(f"gate is {_told(gate)}, expected floats [T, f]")
+        raise ValueError(f"gate is {told(gate)}, expected floats [T, f]")
     for name, other in others:
         if other.shape != gate.shape or other.dtype != gate.dtype or other.device != gate.device:
-            raise ValueError(f"{name} is {_told(other)}, expected one like gate, {_told(gate)}")
-
-
-def _told(x: Tensor) -> str:
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+            raise ValueError(f"{name} is {told(other)}, expected one like gate, {told(gate)}")

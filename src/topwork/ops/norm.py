@@ -8,8 +8,13 @@ All of it in fp32 (fp64 for fp64), `round` is to x's type, and so is the one rou
 are the parts of which a layer's own backward pass is made. A row is the last dimension of x.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
+
+from topwork.ops.native import layer
+from topwork.ops.native.layer import told
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,12 +22,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> tuple[Tensor, Tensor]:
     """x [..., d], weight [d] -> y like x, contiguous, and rstd [rows] fp32. Raises ValueError for wrong shapes."""
     _check(x, weight)
+    if (library := _native(x, weight)) is not None:
+        rstd = torch.empty(x.numel() // x.shape[-1])
+        return _norm_cpu(library, x, weight, rstd, eps, False, unit_offset), rstd
     return rms_norm_reference(x, weight, eps, unit_offset)
 
 
 def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False) -> Tensor:
     """y of `rms_norm` again, bit for bit, from the rstd [rows] that it returned."""
     _check(x, weight, rstd)
+    if (library := _native(x, weight)) is not None:
+        return _norm_cpu(library, x, weight, rstd.contiguous(), 0.0, True, unit_offset)
     return rms_normalized_reference(x, weight, rstd, unit_offset)
 
 
@@ -32,6 +42,8 @@ def rms_norm_backward(
     """The gradient dx of x from that of y, contiguous, in x's type. `add`, shaped like x, joins before the rounding:
     the gradient that comes to x around the norm."""
     _check(x, weight, rstd, dy, add)
+    if (library := _native(x, weight)) is not None:
+        return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset, add)
     return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset, add)
 
 
@@ -65,6 +77,60 @@ def rms_norm_backward_reference(
     return dx.to(x.dtype).contiguous()
 
 
+def _native(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
+    """The C kernels, where they know the types."""
+    if not x.is_cpu or (x.dtype != torch.bfloat16 and x.dtype != torch.float32):
+        return None
+    if weight.dtype != x.dtype and weight.dtype != torch.float32:
+        return None
+    return layer.library()
+
+
+def _norm_cpu(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, known: bool, unit_offset: bool
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    x, outer, inner = _rows(x)
+    weight = weight.contiguous()
+    library.topwork_rms_norm(
+        x.data_ptr(), outer, inner, rstd.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1], weight.data_ptr(),
+        eps, known, rstd.data_ptr(), y.data_ptr(), _mode(x, weight, unit_offset), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _backward_cpu(
+    library: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, add: Tensor | None
+) -> Tensor:
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dy, dy_outer, dy_inner = _rows(dy)
+    x, x_outer, x_inner = _rows(x)
+    add, add_outer, add_inner = (None, 0, 0) if add is None else _rows(add)
+    weight = weight.contiguous()
+    library.topwork_rms_norm_backward(
+        dy.data_ptr(), dy_outer, dy_inner, x.data_ptr(), x_outer, x_inner,
+        None if add is None else add.data_ptr(), add_outer, add_inner,
+        rstd.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1], weight.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), _mode(x, weight, unit_offset), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def _mode(x: Tensor, weight: Tensor, unit_offset: bool) -> int:
+    """As layer.c counts."""
+    return (x.dtype == torch.bfloat16) + 2 * (weight.dtype == torch.bfloat16) + 4 * unit_offset
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x, or a copy that a kernel can walk, and its rows' strides: those of [rows, d] or of [n, heads, d]."""
+    if x.ndim not in (2, 3) or x.stride(-1) != 1:
+        x = x.contiguous()
+    strides = x.stride()
+    if x.ndim == 3:
+        return x, strides[0], strides[1]
+    return x, strides[0] if x.ndim == 2 else x.shape[-1], 0
+
+
 def _wide(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -75,16 +141,15 @@ def _check(
 ) -> None:
     """Raises ValueError unless shapes, types and devices belong together: kernels see bare memory."""
     if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"cannot normalize {_told(x)}, expected floats [..., d] with d > 0")
+        raise ValueError(f"cannot normalize {told(x)}, expected floats [..., d] with d > 0")
     d = x.shape[-1]
     if weight.ndim != 1 or weight.shape[0] != d or weight.device != x.device:
-        raise ValueError(f"the norm's weight is {_told(weight)}, expected [{d}] on {x.device} for x {_told(x)}")
-    if rstd is not None and (rstd.numel() * d != x.numel() or rstd.ndim != 1 or rstd.device != x.device):
-        raise ValueError(f"rstd is {_told(rstd)}, expected one for each of the {x.numel() // d} rows of x {_told(x)}")
+        raise ValueError(f"the norm's weight is {told(weight)}, expected [{d}] on {x.device} for x {told(x)}")
+    if rstd is not None and (
+        rstd.ndim != 1 or rstd.shape[0] * d != x.numel() or rstd.device != x.device
+        or rstd.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    ):  # fmt: skip
+        raise ValueError(f"rstd is {told(rstd)}, expected that of the {x.numel() // d} rows of x {told(x)}")
     for name, other in (("dy", dy), ("add", add)):
         if other is not None and (other.shape != x.shape or other.dtype != x.dtype or other.device != x.device):
-            raise ValueError(f"{name} is {_told(other)}, expected one like x, {_told(x)}")
-
-
-def _told(x: Tensor) -> str:
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+            raise ValueError(f"{name} is {told(other)}, expected one like x, {told(x)}")

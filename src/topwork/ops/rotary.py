@@ -9,8 +9,13 @@
 In fp32 (fp64 for fp64) with one rounding to x's type. No autograd.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
+
+from topwork.ops.native import layer
+from topwork.ops.native.layer import told
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
@@ -19,6 +24,10 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     x may be any view without overlaps whose last dimension is contiguous. Raises ValueError for what does not fit.
     """
     _check(x, cos, sin)
+    known = x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
+    if known and (library := layer.library()) is not None:
+        _rotate_cpu(library, x, cos, sin, inverse)
+        return
     rotate_reference_(x, cos, sin, inverse)
 
 
@@ -37,27 +46,32 @@ def rotate_reference_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False
     x[..., half:rotated] = second.to(x.dtype)
 
 
+def _rotate_cpu(library: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    if cos.stride(1) != 1 or sin.stride(1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    (tokens, heads, _), (by_token, by_head, _) = x.shape, x.stride()
+    mode = (x.dtype == torch.bfloat16) + 2 * (cos.dtype == torch.bfloat16) + 4 * inverse
+    library.topwork_rotate(
+        x.data_ptr(), by_token, by_head, tokens, heads, cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0),
+        cos.shape[1] // 2, mode, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raises ValueError unless shapes, types and devices belong together: kernels see bare memory."""
     if x.ndim != 3 or not x.is_floating_point() or (x.stride(2) != 1 and x.shape[2] > 1):
         raise ValueError(
-            f"cannot rotate {_told(x)} of strides {x.stride()} in place, expected floats [T, H, D] with contiguous D"
+            f"cannot rotate {told(x)} of strides {x.stride()} in place, expected floats [T, H, D] with contiguous D"
         )
     tokens, heads, width = x.shape
     by_token, by_head, _ = x.stride()
     apart = (tokens == 1 or by_token >= width) and (heads == 1 or by_head >= width)
     nested = by_head * (heads - 1) + width <= by_token or by_token * (tokens - 1) + width <= by_head
     if x.numel() and not (apart and (nested or tokens == 1 or heads == 1)):
-        raise ValueError(f"cannot rotate {_told(x)} in place: with strides {x.stride()} its values share memory")
+        raise ValueError(f"cannot rotate {told(x)} in place: with strides {x.stride()} its values share memory")
     if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.device != x.device or sin.device != x.device:
-        raise ValueError(f"cos is {_told(cos)} and sin {_told(sin)}, expected two alike, on {x.device}")
+        raise ValueError(f"cos is {told(cos)} and sin {told(sin)}, expected two alike, on {x.device}")
     if cos.ndim != 2 or cos.shape[0] != tokens or cos.shape[1] > width or cos.shape[1] % 2:
-        raise ValueError(
-            f"cos and sin are {_told(cos)}, expected [{tokens}, R] with even R <= {width} for x {_told(x)}"
-        )
+        raise ValueError(f"cos and sin are {told(cos)}, expected [{tokens}, R] with even R <= {width} for x {told(x)}")
     if cos.dtype != x.dtype and cos.dtype != torch.float32:
-        raise ValueError(f"cos and sin are {_told(cos)}, expected float32 or the type of x {_told(x)}")
-
-
-def _told(x: Tensor) -> str:
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+        raise ValueError(f"cos and sin are {told(cos)}, expected float32 or the type of x {told(x)}")

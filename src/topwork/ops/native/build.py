@@ -19,6 +19,8 @@ from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
+HEADERS = ("simd.h",)
+"""What the kernels include."""
 OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
 
@@ -33,8 +35,8 @@ def load(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
-            f"the C kernels ({name}) are not to be had here, so 4-bit weights are unpacked by plain torch, several "
-            f"times slower: {told}. Install a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
+            f"the C kernels ({name}) are not to be had here, so plain torch does their work, several times slower: "
+            f"{told}. Install a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -46,15 +48,17 @@ def _built(name: str) -> Path:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("no C compiler was found")
-    source = (files("topwork.ops.native") / f"{name}.c").read_bytes()
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _processor()])).hexdigest()
+    sources = {file: (files("topwork.ops.native") / file).read_bytes() for file in (f"{name}.c", *HEADERS)}
+    made_of = [*sources.values(), compiler.encode(), " ".join(FLAGS).encode(), _processor()]
+    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
     folder = Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "native"
     target = folder / f"{name}-{key[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
-            written.write_bytes(source)
+            for file, source in sources.items():
+                (Path(work) / file).write_bytes(source)
             subprocess.run(
                 [*compiler.split(), *FLAGS, str(written), "-o", str(built), "-lm"],
                 check=True, capture_output=True, text=True, timeout=300,

@@ -1,0 +1,269 @@
+// The element-wise parts of a transformer layer: RMS norm, rotary embedding, gated unit, forward and backward.
+//
+// Formulas: ops/norm.py, ops/rotary.py, ops/gated.py. Strides count values, not bytes. A row belongs to one thread and
+// is summed in one order, so results do not depend on the number of threads. Every kernel reads its inputs from memory
+// once: a norm's second pass over a row finds it in the core's own cache. No product and sum are fused where the plain
+// torch of those files rounds them one by one.
+
+#include <math.h>
+
+#include "simd.h"
+
+#define ONE ((v16f){} + 1.0f)
+#define LITTLE 32768  // values: below, waking other threads costs more than they save
+#define EACH(count, body)                                      \
+  do {                                                         \
+    int64_t i = 0;                                             \
+    for (; i + LANES <= (count); i += LANES) body(i, LANES);   \
+    if (i < (count)) body(i, (count) - i);                     \
+  } while (0)
+
+INLINE char *at(const void *base, int64_t values, int kind) {
+  return (char *)base + values * (kind == BF16 ? 2 : 4);
+}
+
+// ---- RMS norm -------------------------------------------------------------------------------------------------------
+
+// A view [rows / heads, heads, d] of rows whose values lie side by side.
+typedef struct {
+  const void *base;
+  int64_t outer, inner;
+} Rows;
+
+INLINE const char *row_of(Rows x, int64_t row, int64_t heads, int kind) {
+  return at(x.base, heads == 1 ? row * x.outer : row / heads * x.outer + row % heads * x.inner, kind);
+}
+
+INLINE v16f factor(const void *weight, int64_t i, int64_t n, int kind, int offset) {
+  v16f w = load(weight, i, n, kind);
+  return offset ? 1.0f + w : w;
+}
+
+// sum x^2, or sum dy * w * x: four sums side by side, since one would wait for itself
+INLINE float row_sum(const void *x, const void *dy, const void *weight, int64_t d, int kind, int w_kind, int offset) {
+  v16f sums[4] = {};
+#define TERM(sum, i, n)                                                                   \
+  {                                                                                       \
+    v16f a = load(x, i, n, kind);                                                         \
+    v16f b = dy ? load(dy, i, n, kind) * factor(weight, i, n, w_kind, offset) : a;        \
+    sum = fma16(a, b, sum);                                                               \
+  }
+  int64_t i = 0;
+  for (; i + 4 * LANES <= d; i += 4 * LANES)
+    for (int k = 0; k < 4; k++) TERM(sums[k], i + k * LANES, LANES)
+  for (; i + LANES <= d; i += LANES) TERM(sums[0], i, LANES)
+  if (i < d) TERM(sums[1], i, d - i)
+#undef TERM
+  return sum16((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+INLINE void norm_row(
+    const void *x, const void *weight, float rstd, int64_t d, void *y, int kind, int w_kind, int offset) {
+#define BODY(i, n)                                                                            \
+  {                                                                                           \
+    v16f normal = load(x, i, n, kind) * rstd, w = factor(weight, i, n, w_kind, offset);       \
+    store(y, i, n, kind, offset ? normal * w : w * rounded(normal, kind));                    \
+  }
+  EACH(d, BODY);
+#undef BODY
+}
+
+INLINE void slope_row(
+    const void *dy, const void *x, const void *add, const void *weight, float rstd, int64_t d, void *dx, int kind,
+    int w_kind, int offset) {
+  float mean = row_sum(x, dy, weight, d, kind, w_kind, offset) * rstd / d;
+#define BODY(i, n)                                                                          \
+  {                                                                                         \
+    v16f g = load(dy, i, n, kind) * factor(weight, i, n, w_kind, offset);                   \
+    v16f out = rstd * (g - load(x, i, n, kind) * rstd * mean);                              \
+    store(dx, i, n, kind, add ? out + load(add, i, n, kind) : out);                         \
+  }
+  EACH(d, BODY);
+#undef BODY
+}
+
+// `mode`: 1 for values in bf16, 2 for a weight in bf16 (with them), 4 for 1 + weight
+#define BY_MODE(CALL)                        \
+  switch (mode) {                            \
+    case 0: CALL(F32, F32, 0); break;        \
+    case 1: CALL(BF16, F32, 0); break;       \
+    case 3: CALL(BF16, BF16, 0); break;      \
+    case 4: CALL(F32, F32, 1); break;        \
+    case 5: CALL(BF16, F32, 1); break;       \
+    case 7: CALL(BF16, BF16, 1); break;      \
+  }
+
+// y [rows, d] and rstd [rows] of x; `known`: rstd is there already.
+void topwork_rms_norm(
+    const void *x, int64_t outer, int64_t inner, int64_t rows, int64_t heads, int64_t d, const void *weight, float eps,
+    int known, float *rstd, void *y, int mode, int threads) {
+  Rows from = {x, outer, inner};
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+#define CALL(kind, w_kind, offset)                                                                              \
+  {                                                                                                             \
+    const void *row = row_of(from, r, heads, kind);                                                             \
+    if (!known) rstd[r] = 1.0f / sqrtf(row_sum(row, 0, 0, d, kind, w_kind, offset) / d + eps);                  \
+    norm_row(row, weight, rstd[r], d, at(y, r * d, kind), kind, w_kind, offset);                                \
+  }
+    BY_MODE(CALL)
+#undef CALL
+  }
+}
+
+// dx [rows, d]; `add` may be NULL.
+void topwork_rms_norm_backward(
+    const void *dy, int64_t dy_outer, int64_t dy_inner, const void *x, int64_t x_outer, int64_t x_inner,
+    const void *add, int64_t add_outer, int64_t add_inner, int64_t rows, int64_t heads, int64_t d, const void *weight,
+    const float *rstd, void *dx, int mode, int threads) {
+  Rows dys = {dy, dy_outer, dy_inner}, xs = {x, x_outer, x_inner}, adds = {add, add_outer, add_inner};
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+#define CALL(kind, w_kind, offset)                                                                              \
+  slope_row(row_of(dys, r, heads, kind), row_of(xs, r, heads, kind), add ? row_of(adds, r, heads, kind) : 0,    \
+            weight, rstd[r], d, at(dx, r * d, kind), kind, w_kind, offset)
+    BY_MODE(CALL)
+#undef CALL
+  }
+}
+
+// ---- rotary embedding -----------------------------------------------------------------------------------------------
+
+INLINE void rotate_token(
+    void *x, int64_t by_head, int64_t heads, const void *cos, const void *sin, int64_t half, int inverse, int kind,
+    int c_kind) {
+#define BODY(i, n)                                                                             \
+  {                                                                                            \
+    v16f c1 = load(cos, i, n, c_kind), c2 = load(cos, half + (i), n, c_kind);                  \
+    v16f s1 = load(sin, i, n, c_kind), s2 = load(sin, half + (i), n, c_kind);                  \
+    v16f p = inverse ? -s2 : s1, q = inverse ? -s1 : s2;                                       \
+    for (int64_t h = 0; h < heads; h++) {                                                      \
+      void *head = at(x, h * by_head, kind);                                                   \
+      v16f x1 = load(head, i, n, kind), x2 = load(head, half + (i), n, kind);                  \
+      store(head, i, n, kind, x1 * c1 - x2 * p);                                               \
+      store(head, half + (i), n, kind, x2 * c2 + x1 * q);                                      \
+    }                                                                                          \
+  }
+  EACH(half, BODY);
+#undef BODY
+}
+
+// The first 2 * half values of every head of x [tokens, heads, ...] in place. `mode`: 1 for x in bf16, 2 for cos and
+// sin in bf16, 4 for the inverse.
+void topwork_rotate(
+    void *x, int64_t by_token, int64_t by_head, int64_t tokens, int64_t heads, const void *cos, int64_t cos_stride,
+    const void *sin, int64_t sin_stride, int64_t half, int mode, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * half > LITTLE)
+  for (int64_t t = 0; t < tokens; t++) {
+#define CALL(kind, c_kind, inverse)                                                                          \
+  rotate_token(at(x, t * by_token, kind), by_head, heads, at(cos, t * cos_stride, c_kind),                   \
+               at(sin, t * sin_stride, c_kind), half, inverse, kind, c_kind)
+    BY_MODE(CALL)
+#undef CALL
+  }
+}
+
+// ---- gated unit -----------------------------------------------------------------------------------------------------
+
+enum { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+// act(x) = x * share; act'(x) = slope
+typedef struct {
+  v16f share, slope;
+} Activation;
+
+INLINE Activation logistic(v16f x, v16f u, v16f du) {  // share = 1 / (1 + e^-u)
+  v16f share = ONE / (1.0f + exp16(-u));
+  return (Activation){share, share + x * share * (1.0f - share) * du};
+}
+
+// Phi(x) = 1 - erfc(z) / 2 or, left of zero, erfc(z) / 2, with z = |x| / sqrt(2); erfc(z) = e^(-z^2) t Q(t), Q fitted
+// to e^(z^2) erfc(z) / t for 0 <= z <= 14 with a relative error of 4e-8. The part of z^2 that its rounding loses is put
+// back, or far from zero it would be multiplied by the exponential function.
+INLINE Activation normal(v16f x) {
+  v16f z = (v16f)((v16u)x & 0x7fffffff) * 0.70710678118654752f;
+  z = pick(z > 14.0f, (v16f){} + 14.0f, z);
+  v16f square = z * z, bell = exp16(-square), t = ONE / (1.0f + z * 0.3f);
+#ifdef __AVX512F__
+  bell *= 1.0f - fma16(z, z, -square);
+#endif
+  v16f q = fma16(t, (v16f){} - 0.1266166367f, (v16f){} + 0.4718264925f);
+  q = fma16(q, t, (v16f){} - 0.4846922796f);
+  q = fma16(q, t, (v16f){} + 0.5170492903f);
+  q = fma16(q, t, (v16f){} - 0.07404940041f);
+  q = fma16(q, t, (v16f){} + 0.2063852519f);
+  q = fma16(q, t, (v16f){} + 0.1504688449f);
+  q = fma16(q, t, (v16f){} + 0.1704237223f);
+  q = fma16(q, t, (v16f){} + 0.1692047531f);
+  v16f tail = bell * (t * q) * 0.5f, share = pick(x > 0.0f, 1.0f - tail, tail);
+  return (Activation){share, share + x * bell * 0.39894228040143268f};
+}
+
+INLINE Activation activation(v16f x, int act) {
+  if (act == SILU) return logistic(x, x, ONE);
+  if (act == GELU) return normal(x);
+  const float twice = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  v16f square = x * x;
+  return logistic(x, twice * (x + 0.044715f * (square * x)), twice * (1.0f + 0.134145f * square));
+}
+
+INLINE void gate_row(const void *gate, const void *up, int64_t f, void *h, int kind, int act) {
+#define BODY(i, n)                                                               \
+  {                                                                              \
+    v16f x = load(gate, i, n, kind), active = x * activation(x, act).share;      \
+    store(h, i, n, kind, rounded(active, kind) * load(up, i, n, kind));          \
+  }
+  EACH(f, BODY);
+#undef BODY
+}
+
+// Each value is read before it is written: dgate and dup may be gate and up themselves.
+INLINE void gate_slope_row(
+    const void *dh, const void *gate, const void *up, int64_t f, void *dgate, void *dup, int kind, int act) {
+#define BODY(i, n)                                                                               \
+  {                                                                                              \
+    v16f x = load(gate, i, n, kind), u = load(up, i, n, kind), d = load(dh, i, n, kind);         \
+    Activation a = activation(x, act);                                                           \
+    store(dgate, i, n, kind, d * u * a.slope);                                                   \
+    store(dup, i, n, kind, d * (x * a.share));                                                   \
+  }
+  EACH(f, BODY);
+#undef BODY
+}
+
+// `mode`: 1 for values in bf16, + 2 * the activation
+#define BY_ACTIVATION(CALL)                   \
+  switch (mode) {                             \
+    case 0: CALL(F32, SILU); break;           \
+    case 1: CALL(BF16, SILU); break;          \
+    case 2: CALL(F32, GELU_TANH); break;      \
+    case 3: CALL(BF16, GELU_TANH); break;     \
+    case 4: CALL(F32, GELU); break;           \
+    case 5: CALL(BF16, GELU); break;          \
+  }
+
+// h [rows, f]
+void topwork_gated(
+    const void *gate, int64_t gate_stride, const void *up, int64_t up_stride, int64_t rows, int64_t f, void *h,
+    int mode, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * f > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+#define CALL(kind, act) \
+  gate_row(at(gate, r * gate_stride, kind), at(up, r * up_stride, kind), f, at(h, r * f, kind), kind, act)
+    BY_ACTIVATION(CALL)
+#undef CALL
+  }
+}
+
+void topwork_gated_backward(
+    const void *dh, int64_t dh_stride, const void *gate, int64_t gate_stride, const void *up, int64_t up_stride,
+    int64_t rows, int64_t f, void *dgate, int64_t dgate_stride, void *dup, int64_t dup_stride, int mode, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * f > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+#define CALL(kind, act)                                                                                       \
+  gate_slope_row(at(dh, r * dh_stride, kind), at(gate, r * gate_stride, kind), at(up, r * up_stride, kind), f, \
+                 at(dgate, r * dgate_stride, kind), at(dup, r * dup_stride, kind), kind, act)
+    BY_ACTIVATION(CALL)
+#undef CALL
+  }
+}

@@ -1,0 +1,33 @@
+"""The functions of layer.c with the types of their arguments: a call takes plain ints, and costs little."""
+
+import ctypes
+from functools import cache
+
+from torch import Tensor
+
+from topwork.ops.native import build
+
+_AT, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_TYPES = {
+    "topwork_rms_norm": [_AT, *[_LONG] * 5, _AT, _FLOAT, _INT, _AT, _AT, _INT, _INT],
+    "topwork_rms_norm_backward": [*[_AT, _LONG, _LONG] * 3, *[_LONG] * 3, _AT, _AT, _AT, _INT, _INT],
+    "topwork_rotate": [_AT, *[_LONG] * 4, _AT, _LONG, _AT, _LONG, _LONG, _INT, _INT],
+    "topwork_gated": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _INT, _INT],
+    "topwork_gated_backward": [*[_AT, _LONG] * 3, _LONG, _LONG, *[_AT, _LONG] * 2, _INT, _INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """layer.c, compiled and loaded; None where that cannot be."""
+    loaded = build.load("layer")
+    if loaded is not None:
+        for name, types in _TYPES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = types, None
+    return loaded
+
+
+def told(x: Tensor) -> str:
+    """A tensor in a message."""
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
