@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reference.attention import attention_by_sequence
 from reference.measure import relative
-from topwork.ops import attention
+from topwork.ops import attention_reference
 from topwork.ops.attention import AttentionRule, attend, flat_attention
 
 RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
@@ -76,8 +76,8 @@ def test_odd_shapes(bounds: tuple[int, ...], size: int) -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("scores", [1, 200, 1000])
 def test_long_sequences_go_in_blocks(monkeypatch: pytest.MonkeyPatch, name: str, scores: int) -> None:
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", scores)
-    blocks = list(attention._blocks(torch.empty(1, 4, 40, 8), AttentionRule(1.0)))
+    monkeypatch.setattr(attention_reference, "SCORES_PER_BLOCK", scores)
+    blocks = list(attention_reference._blocks(torch.empty(1, 4, 40, 8), AttentionRule(1.0)))
     assert len(blocks) > 1
     rule, with_sinks = RULES[name]
     bounds = (0, 40, 79, 85)

@@ -1,50 +1,30 @@
 """Causal attention over a flat stream: each sequence attends to itself alone.
 
-Sequences of like length are gathered into one batch, so that thirty short rows cost a few calls and not thirty. A
-gathered sequence that is shorter than its group is continued with copies of its last token: causal attention never
-looks ahead, so the copies change nothing, and their results are dropped.
-
-The forward pass uses PyTorch's fused kernel where that computes the rule asked for. The backward pass is matrix
-products over blocks of query rows with the softmax computed again: on CPUs it is several times faster than the fused
-kernel's, and it is the one that knows windows, soft-capping and sinks.
-
-    s = scale * q k'        s = cap * tanh(s / cap) where capped        p = softmax over keys j with i - window < j <= i
-    out = p v               with sinks: one more logit per head in the softmax's denominator, whose value is zero
+On CPUs a C kernel (native/attention.c) runs forward and backward in bf16 and fp32, on GPUs PyTorch's variable-length
+FlashAttention in 16 bits; soft-capping, sinks and everything else go to plain torch (attention_reference.py), which is
+also the truth. `flat_attention` is the differentiable entry; `attention_forward` and `attention_backward` are the same
+without autograd, for callers that write their own backward.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-SCORES_PER_BLOCK = 1 << 22
-"""Scores held at once while going backward; 16 MiB in fp32, which stays in cache on most CPUs."""
+from topwork.ops.attention_reference import AttentionRule as AttentionRule
+from topwork.ops.attention_reference import attend as attend
+from topwork.ops.attention_reference import backward_reference, forward_reference
+from topwork.ops.native import build
 
+NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""The types that the C kernel knows, and their numbers there."""
 
-@dataclass(frozen=True)
-class AttentionRule:
-    """How scores are made: multiplied by `scale`, capped, and kept for the last `window` keys only."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Sequences gathered into [S, L]; `index` is None where they already stand so in the stream."""
-
-    start: int
-    sequences: int
-    length: int
-    index: Tensor | None  # [S * L] stream positions, tails continued with the last token's
-    kept: Tensor | None  # positions in [S * L] that are real, where some are not
-    places: Tensor | None  # their stream positions
+NATIVE_SIZES = range(16, 257, 16)
+"""Its head sizes."""
 
 
 def flat_attention(
@@ -60,202 +40,176 @@ def flat_attention(
     query [T, H, D], key and value [T, H_kv, D] with H a multiple of H_kv; bounds S + 1 ints from 0 to T; sinks [H].
     Returns [T, H, D].
     """
-    if bounds[:1] != (0,) or bounds[-1] != query.shape[0] or any(b < a for a, b in zip(bounds, bounds[1:])):
-        raise ValueError(f"bounds {bounds} do not cover a stream of {query.shape[0]} tokens from 0 on, rising")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
-    if rule.softcap is None and sinks is None and _varlen_runs(query):
+    _check(query, key, value, bounds)
+    if _varlen_runs(query, rule, sinks):
         return _varlen_on_gpu(query, key, value, bounds, rule)
     return _FlatAttention.apply(query, key, value, bounds, rule, sinks)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rule: AttentionRule, sinks: Tensor | None
-) -> Tensor:
-    """Attention with an explicit mask, without gradients: query [S, H, L, D], key and value [S, H_kv, K, D], mask
-    (True where seen) broadcastable to [S, 1, L, K]. Returns [S, H, L, D]."""
-    if rule.softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale, enable_gqa=True)
-    grouped, keys = _by_key_head(query, key), key.unsqueeze(2)
-    scores = _capped(torch.matmul(grouped, keys.transpose(-1, -2)).float() * rule.scale, rule.softcap)
-    shares, _ = _shares(scores.masked_fill(~mask.unsqueeze(2), -torch.inf), _sinks_by_key_head(sinks, key.shape[1]))
-    return torch.matmul(shares.to(query.dtype), value.unsqueeze(2)).flatten(1, 2)
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse), without autograd. Takes what `flat_attention` takes; inputs may be strided views.
+
+    out [T, H, D] is contiguous; lse is fp32 [H, T], the natural logarithm of each softmax's denominator, or None where
+    the backward makes its own.
+    """
+    _check(query, key, value, bounds)
+    if library := _native(query, key, value, rule, sinks):
+        return _native_forward(library, query, key, value, bounds, rule)
+    if _varlen_runs(query, rule, sinks):
+        return _varlen_forward(query, key, value, bounds, rule)
+    return forward_reference(query, key, value, bounds, rule, sinks), None
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor | None, bounds: tuple[int, ...],
+    rule: AttentionRule, sinks: Tensor | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of query, key, value and sinks from `grad` of `out`; `out` and `lse` as `attention_forward` gave them.
+
+    The first three are written into the tensors of `into` where given, which may be strided views and even query, key
+    and value themselves, but may not overlap otherwise.
+    """
+    _check(query, key, value, bounds)
+    _check_backward(grad, query, key, value, out, into)
+    targets = into or _empty(query, key, value)
+    sink_grad = None
+    if lse is not None and (library := _native(query, key, value, rule, sinks)):
+        _native_backward(library, grad, (query, key, value), out, lse, bounds, rule, targets)
+    elif lse is not None and _varlen_runs(query, rule, sinks):
+        for target, result in zip(targets, _varlen_backward(grad, query, key, value, out, lse, bounds, rule)):
+            target.copy_(result)
+    else:
+        sink_grad = backward_reference(grad, query, key, value, out, bounds, rule, sinks, targets)
+    return *targets, sink_grad
 
 
 class _FlatAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bounds, rule, sinks):  # type: ignore[no-untyped-def]
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for group in _groups(bounds, query.device):
-            q, k, v = (_gather(x, group) for x in (query, key, value))
-            _scatter(_forward(q, k, v, rule, sinks), group, out)
-        ctx.save_for_backward(query, key, value, out, sinks)
+        out, lse = attention_forward(query, key, value, bounds, rule, sinks)
+        ctx.save_for_backward(query, key, value, out, lse, sinks)
         ctx.bounds, ctx.rule = bounds, rule
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value, out, sinks = ctx.saved_tensors
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        sink_grad = torch.zeros_like(sinks, dtype=torch.float32) if sinks is not None else None
-        for group in _groups(ctx.bounds, query.device):
-            q, k, v, o = (_gather(x, group) for x in (query, key, value, out))
-            results = _backward(q, k, v, o, _gather(grad, group, real_only=True), ctx.rule, sinks, sink_grad)
-            for result, target in zip(results, grads):
-                _scatter(result, group, target)
-        return *grads, None, None, None if sink_grad is None else sink_grad.to(sinks.dtype)
+        query, key, value, out, lse, sinks = ctx.saved_tensors
+        *grads, sink_grad = attention_backward(grad, query, key, value, out, lse, ctx.bounds, ctx.rule, sinks)
+        return *grads, None, None, sink_grad
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, sinks: Tensor | None) -> Tensor:
-    """[S, H, L, D] from q [S, H, L, D] and k, v [S, H_kv, L, D]."""
-    length = q.shape[2]
-    if rule.softcap is None and sinks is None and (rule.window is None or rule.window >= length):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale, enable_gqa=True)
-    out = torch.empty_like(q)
-    for rows, keys in _blocks(q, rule):
-        shares, _, _ = _block_shares(q, k, rows, keys, rule, sinks)
-        out[:, :, rows] = torch.matmul(shares.to(q.dtype), v[:, :, None, keys]).flatten(1, 2)
-    return out
+def _empty(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, rule: AttentionRule, sinks: Tensor | None,
-    sink_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v; adds the sinks' to `sink_grad`."""
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    overlap = (grad.float() * out.float()).sum(-1, keepdim=True)  # [S, H, L, 1]: p . dp, the softmax's own term
-    for rows, keys in _blocks(q, rule):
-        shares, capped, sunk = _block_shares(q, k, rows, keys, rule, sinks)  # [S, H_kv, G, R, K]
-        g = _by_key_head(grad[:, :, rows], k)
-        half = shares.to(q.dtype)
-        dv[:, :, keys] += _over_query_heads(half, g)
-        dscores = torch.matmul(g, v[:, :, None, keys].transpose(-1, -2)).float()
-        dscores.sub_(_by_key_head(overlap[:, :, rows], k)).mul_(shares)
-        if rule.softcap is not None:
-            dscores.mul_(1 - (capped / rule.softcap) ** 2)
-        dscores = dscores.mul_(rule.scale).to(q.dtype)
-        dq[:, :, rows] = torch.matmul(dscores, k[:, :, None, keys]).flatten(1, 2)
-        dk[:, :, keys] += _over_query_heads(dscores, _by_key_head(q[:, :, rows], k))
-        if sink_grad is not None and sunk is not None:
-            sink_grad -= (sunk * _by_key_head(overlap[:, :, rows], k)).sum((0, 3, 4)).flatten()
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+def _check(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...]) -> None:
+    tokens = query.shape[0]
+    if bounds[:1] != (0,) or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"bounds {bounds} do not cover a stream of {tokens} tokens from 0 on, rising")
+    if key.shape[0] != tokens or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise ValueError(f"query, key and value of {shapes} do not fit: [T, H, D], [T, H_kv, D], [T, H_kv, D]")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
 
 
-def _block_shares(
-    q: Tensor, k: Tensor, rows: slice, keys: slice, rule: AttentionRule, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(softmax, capped scores, the sinks' share) of some query rows: fp32 [S, H_kv, G, R, K], the last with K = 1."""
-    scores = torch.matmul(_by_key_head(q[:, :, rows], k), k[:, :, None, keys].transpose(-1, -2)).float()
-    capped = _capped(scores.mul_(rule.scale), rule.softcap)
-    i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=q.device)
-    unseen = j > i
-    if rule.window is not None:
-        unseen |= j <= i - rule.window
-    masked = capped.masked_fill(unseen, -torch.inf)
-    shares, sunk = _shares(masked, _sinks_by_key_head(sinks, k.shape[1]))
-    return shares, capped, sunk
+def _check_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, into: Sequence[Tensor] | None
+) -> None:
+    expected = [(*query.shape[:2], value.shape[2])] * 2 + [tuple(x.shape) for x in (query, key, value)]
+    found = [tuple(x.shape) for x in (grad, out, *(into or (query, key, value)))]
+    if found != expected:
+        raise ValueError(f"grad, out and gradients of shapes {found}, where {expected} are expected")
 
 
-def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if sinks is None:
-        return torch.softmax(scores, -1), None
-    logits = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
-    shares = torch.softmax(logits, -1)
-    return shares[..., :-1], shares[..., -1:]
+def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sinks: Tensor | None) -> ctypes.CDLL | None:
+    """The C kernel, where it knows this case."""
+    size = query.shape[-1]
+    known = (
+        query.device == key.device == value.device == torch.device("cpu")
+        and query.dtype in NATIVE_KINDS
+        and query.dtype == key.dtype == value.dtype
+        and size in NATIVE_SIZES
+        and value.shape[-1] == size
+        and rule.softcap is None
+        and sinks is None
+        and (rule.window is None or rule.window > 0)
+    )
+    return build.load("attention") if known else None
 
 
-def _capped(scores: Tensor, cap: float | None) -> Tensor:
-    return scores if cap is None else torch.tanh(scores / cap) * cap
+def _native_forward(
+    library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty(query.shape[1], query.shape[0])
+    inputs = [_by_rows(x, query.dtype) for x in (query, key, value)]
+    _call(library.topwork_attention_forward, [*inputs, out], lse, bounds, rule)
+    return out, lse
 
 
-def _sinks_by_key_head(sinks: Tensor | None, key_heads: int) -> Tensor | None:
-    return None if sinks is None else sinks.float().reshape(1, key_heads, -1, 1, 1)
+def _native_backward(
+    library: ctypes.CDLL, grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor,
+    bounds: tuple[int, ...], rule: AttentionRule, targets: Sequence[Tensor],
+) -> None:  # fmt: skip
+    query = inputs[0]
+    if lse.shape != (query.shape[1], query.shape[0]) or lse.dtype != torch.float32 or not lse.is_contiguous():
+        raise ValueError(f"lse {tuple(lse.shape)} of {lse.dtype} is not what attention_forward gave")
+    written = [x if _plain(x, query.dtype) else torch.empty(x.shape, dtype=query.dtype) for x in targets]
+    tensors = [*(_by_rows(x, query.dtype) for x in (*inputs, out, grad)), *written]
+    _call(library.topwork_attention_backward, tensors, lse, bounds, rule)
+    for target, result in zip(targets, written):
+        if target is not result:
+            target.copy_(result)
 
 
-def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """[S, H, R, D] -> [S, H_kv, G, R, D]: the query heads that share a key head, side by side."""
-    return x.unflatten(1, (k.shape[1], -1))
+def _call(
+    function: Callable[..., int], tensors: list[Tensor], lse: Tensor, bounds: tuple[int, ...], rule: AttentionRule
+) -> None:
+    """The kernel sees bare memory: all tensors are `_plain`, their shapes checked; query and key come first."""
+    (tokens, heads, size), key_heads = tensors[0].shape, tensors[1].shape[1]
+    spans, sequences = _spans(bounds)
+    kind, threads = NATIVE_KINDS[tensors[0].dtype], torch.get_num_threads()
+    shape = (sequences, tokens, heads, key_heads, size, rule.window or 0, kind, threads)
+    strides = [step for x in tensors for step in x.stride()[:2]]
+    failed = function(
+        (ctypes.c_int64 * len(shape))(*shape),
+        spans,
+        ctypes.c_float(rule.scale),
+        (ctypes.c_int64 * len(strides))(*strides),
+        (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)),
+        ctypes.c_void_p(lse.data_ptr()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for attention over {tokens} tokens of {heads} heads")
 
 
-def _over_query_heads(weights: Tensor, x: Tensor) -> Tensor:
-    """sum over the G query heads and R rows: [S, H_kv, G, R, K]' [S, H_kv, G, R, D] -> [S, H_kv, K, D]."""
-    return torch.matmul(weights.flatten(2, 3).transpose(-1, -2), x.flatten(2, 3))
+def _plain(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and x.device.type == "cpu" and x.stride(-1) == 1
 
 
-def _blocks(q: Tensor, rule: AttentionRule) -> Iterator[tuple[slice, slice]]:
-    """Query rows in blocks of at most SCORES_PER_BLOCK scores, each with the keys that it can see."""
-    sequences, heads, length, _ = q.shape
-    rows = max(1, min(length, SCORES_PER_BLOCK // (sequences * heads * length)))
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        first = 0 if rule.window is None else max(0, start - rule.window + 1)
-        yield slice(start, stop), slice(first, stop)
+def _by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if _plain(x, dtype) else x.to("cpu", dtype).contiguous()
 
 
 @lru_cache(maxsize=64)
-def _groups(bounds: tuple[int, ...], device: torch.device) -> tuple[_Group, ...]:
-    """Sequences by falling length, a group as long as the padding stays under a fifth of it. Kept, because every layer
-    of a pass asks for the same ones."""
-    spans = sorted(
-        ((stop - start, start) for start, stop in zip(bounds, bounds[1:]) if stop > start),
-        key=lambda span: (-span[0], span[1]),
-    )
-    groups, at = [], 0
-    while at < len(spans):
-        longest = spans[at][0]
-        end = at
-        while end < len(spans) and spans[end][0] >= 0.8 * longest - 4:
-            end += 1
-        groups.append(_group(spans[at:end], longest, device))
-        at = end
-    return tuple(groups)
+def _spans(bounds: tuple[int, ...]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    """(start, length) of the sequences that hold tokens, the longest first, so that threads end together; their number.
+    Kept, because every layer of a pass asks for the same ones."""
+    spans = [(start, stop - start) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+    spans.sort(key=lambda span: -span[1])
+    return (ctypes.c_int64 * (2 * len(spans)))(*(x for span in spans for x in span)), len(spans)
 
 
-def _group(spans: list[tuple[int, int]], longest: int, device: torch.device) -> _Group:
-    if len(spans) == 1:
-        return _Group(spans[0][1], 1, longest, None, None, None)
-    lengths = torch.tensor([length for length, _ in spans])[:, None]
-    starts = torch.tensor([start for _, start in spans])[:, None]
-    steps = torch.arange(longest)[None]
-    index = starts + torch.minimum(steps, lengths - 1)
-    real = steps < lengths
-    kept = real.flatten().nonzero().flatten()
-    places = index.flatten()[kept]
-    whole = bool(real.all())
-    return _Group(
-        0, len(spans), longest, index.flatten().to(device), None if whole else kept.to(device), places.to(device)
-    )
-
-
-def _gather(x: Tensor, group: _Group, real_only: bool = False) -> Tensor:
-    """[T, H, D] -> [S, H, L, D]; with `real_only` the tails are zero (a gradient must not be counted twice)."""
-    if group.index is None:
-        return x[group.start : group.start + group.length].transpose(0, 1)[None]
-    if real_only and group.kept is not None:
-        flat = x.new_zeros(group.sequences * group.length, *x.shape[1:])
-        flat[group.kept] = x[group.places]
-    else:
-        flat = x[group.index]
-    return flat.unflatten(0, (group.sequences, group.length)).transpose(1, 2)
-
-
-def _scatter(result: Tensor, group: _Group, out: Tensor) -> None:
-    """[S, H, L, D] to its places in out [T, H, D]."""
-    if group.index is None:
-        out[group.start : group.start + group.length] = result[0].transpose(0, 1)
-        return
-    flat = result.transpose(1, 2).flatten(0, 1)
-    out[group.places] = flat if group.kept is None else flat[group.kept]
-
-
-def _varlen_runs(query: Tensor) -> bool:
+def _varlen_runs(query: Tensor, rule: AttentionRule, sinks: Tensor | None) -> bool:
     """PyTorch's variable-length kernel wants 16 bits, Ampere or newer, and a head of at most 256 in eights."""
     width = query.shape[-1]
     return (
         query.is_cuda
+        and rule.softcap is None
+        and sinks is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and width <= 256
         and width % 8 == 0
@@ -266,22 +220,47 @@ def _varlen_runs(query: Tensor) -> bool:
 def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
-    longest = max(stop - start for start, stop in zip(bounds, bounds[1:]))
+    ends, longest = _ends(bounds, query.device)
     behind = -1 if rule.window is None else rule.window - 1
     shares = query.shape[1] // key.shape[1]
     grouped: dict[str, Any] = {"enable_gqa": True} if shares > 1 else {}
     if grouped and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11 wants as many key heads
         grouped, key, value = {}, key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
     return varlen_attn(  # type: ignore[return-value]
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=rule.scale,
-        window_size=(behind, 0),
-        **grouped,
+        query, key, value, ends, ends, longest, longest, scale=rule.scale, window_size=(behind, 0), **grouped
     )
+
+
+def _varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention as torch.nn.attention.varlen calls it."""
+    ends, longest = _ends(bounds, query.device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, longest, longest, 0.0, rule.window is None, False, scale=rule.scale,
+        **_varlen_window(rule),
+    )  # fmt: skip
+    return out, lse
+
+
+def _varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: tuple[int, ...],
+    rule: AttentionRule,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ends, longest = _ends(bounds, query.device)
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, of which there is none
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), query, key, value, out, lse, ends, ends, longest, longest, 0.0, rule.window is None, state,
+        torch.empty(0, device=query.device), scale=rule.scale, **_varlen_window(rule),
+    )  # fmt: skip
+
+
+def _varlen_window(rule: AttentionRule) -> dict[str, int]:
+    return {"window_size_left": -1 if rule.window is None else rule.window - 1, "window_size_right": 0}
+
+
+@lru_cache(maxsize=64)
+def _ends(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """The bounds on the device, and the longest sequence. Kept, because every layer of a pass asks for the same."""
+    ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return ends, max(stop - start for start, stop in zip(bounds, bounds[1:]))
