@@ -31,7 +31,13 @@ INLINE v16f fma16(v16f a, v16f b, v16f c) {
 #endif
 }
 
-INLINE v16f from_bf16(v16h x) { return (v16f)(__builtin_convertvector(x, v16u) << 16); }
+INLINE v16f from_bf16(v16h x) {
+#ifdef __AVX512F__  // gcc 12 makes two halves of it otherwise
+  return (v16f)((v16u)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
+  return (v16f)(__builtin_convertvector(x, v16u) << 16);
+#endif
+}
 
 // To nearest even; NaN stays NaN. The instruction takes values below 1.2e-38 for zero.
 INLINE v16h to_bf16(v16f x) {
@@ -77,7 +83,7 @@ INLINE float sum16(v16f x) {
 }
 
 // e^x within 2 units in the last place (below 1.2e-38: within 1.4e-45); infinity beyond 88.7; NaN stays NaN. Cephes'
-// polynomial on |r| <= ln 2 / 2, x = n ln 2 + r with ln 2 in two parts, the first of few bits; 2^n as two factors.
+// polynomial on |r| <= ln 2 / 2, x = n ln 2 + r with ln 2 in two parts, the first of few bits.
 INLINE v16f exp16(v16f x) {
   const v16f magic = (v16f){} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
 #ifdef __AVX512F__
@@ -94,7 +100,11 @@ INLINE v16f exp16(v16f x) {
   p = fma16(p, r, (v16f){} + 1.6666665459e-1f);
   p = fma16(p, r, (v16f){} + 5.0000001201e-1f);
   p = fma16(p, r * r, r) + 1.0f;
+#ifdef __AVX512F__
+  return (v16f)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else  // 2^n as two factors
   v16i power = (v16i)((v16u)turned - (v16u)magic), half = power >> 1;
   v16u rest = (v16u)power - (v16u)half;
   return p * (v16f)(((v16u)half + 127) << 23) * (v16f)((rest + 127) << 23);
+#endif
 }
