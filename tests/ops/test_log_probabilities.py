@@ -1,15 +1,19 @@
 """The log-probability op against log_softmax over the whole logit matrix, in float64."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from reference.families import learning_stream, sequences, tiny_base
 from reference.logprobs import log_probabilities_whole
 from reference.measure import relative
+from topwork.models.base import Base
+from topwork.models.quantized import quantize_head
 from topwork.ops import logprobs
-from topwork.ops.logprobs import LogitRule, chunk_rows, log_probabilities, log_probabilities_through
+from topwork.ops.logprobs import Head, LogitRule, chunk_rows, dense_head, log_probabilities
+from topwork.ops.stream import Stream
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
 RULES = {
@@ -18,6 +22,16 @@ RULES = {
     "softcap": LogitRule(softcap=2.0),
     "scale and softcap": LogitRule(scale=0.3, softcap=2.0),
 }
+
+
+@dataclass(frozen=True)
+class HiddenKnown(Base):
+    """A base whose layers are left out."""
+
+    states: Tensor
+
+    def hidden(self, stream: Stream) -> Tensor:
+        return self.states
 
 
 @pytest.fixture(params=[1 << 25, 1], ids=["one chunk", "several chunks"])
@@ -34,6 +48,13 @@ def inputs(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
     return hidden, weight, torch.randint(0, VOCABULARY, (ROWS,)), shift, learned
 
 
+def test_a_large_vocabulary_makes_small_chunks() -> None:
+    cpu = torch.device("cpu")
+    assert chunk_rows(49152, cpu, 2) == 256
+    assert 128256 * 2 * chunk_rows(128256, cpu, 2) <= 48 << 20
+    assert chunk_rows(128256, cpu, 4) * 2 == chunk_rows(128256, cpu, 2)
+
+
 def test_small_chunks_are_several() -> None:
     assert chunk_rows(1 << 20, torch.device("cpu")) == 16
     assert chunk_rows(VOCABULARY, torch.device("cpu")) > ROWS > 16
@@ -47,7 +68,7 @@ def test_values_and_gradients(name: str, bias: bool, announced: bool) -> None:
     hidden, weight, targets, shift, learned = inputs(bias)
     hidden.requires_grad_()
     truth_hidden = hidden.detach().double().requires_grad_()
-    found = log_probabilities(hidden, weight, targets, shift, RULES[name], learned if announced else None)
+    found = log_probabilities(hidden, dense_head(weight, shift), targets, RULES[name], learned if announced else None)
     truth = log_probabilities_whole(truth_hidden, weight, targets, shift, **asdict(RULES[name]))
     assert found.dtype == torch.float32
     assert relative(found, truth) < 1e-6
@@ -67,7 +88,7 @@ def test_a_head_that_is_trained_gets_its_gradient(name: str, announced: bool, tr
     weight.requires_grad_(trained in ("weight", "both"))
     shift.requires_grad_(trained in ("bias", "both"))
     mine = [x for x in (hidden, weight, shift) if x.requires_grad]
-    found = log_probabilities(hidden, weight, targets, shift, RULES[name], learned if announced else None)
+    found = log_probabilities(hidden, dense_head(weight, shift), targets, RULES[name], learned if announced else None)
     truth = log_probabilities_whole(hidden, weight, targets, shift, **asdict(RULES[name]))
     ours = torch.autograd.grad((found * learned).sum(), mine)
     theirs = torch.autograd.grad((truth * learned).sum(), mine)
@@ -81,7 +102,7 @@ def test_a_gradient_that_depends_on_the_result() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     hidden.requires_grad_()
     truth_hidden = hidden.detach().double().requires_grad_()
-    log_probabilities(hidden, weight, targets).square().sum().backward()
+    log_probabilities(hidden, dense_head(weight), targets).square().sum().backward()
     log_probabilities_whole(truth_hidden, weight, targets).square().sum().backward()
     assert relative(hidden.grad, truth_hidden.grad) < 2e-6
 
@@ -92,11 +113,77 @@ def test_through_any_head() -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, VOCABULARY))
     hidden.requires_grad_()
     wanted = [hidden, *inner.parameters()]
-    found = log_probabilities_through(inner, hidden, targets, VOCABULARY)
+    found = log_probabilities(hidden, Head(VOCABULARY, inner), targets)
     truth = torch.log_softmax(inner(hidden), -1)[torch.arange(ROWS), targets]
     assert relative(found, truth) < 1e-6
     ours, theirs = (torch.autograd.grad((x * learned).sum(), wanted) for x in (found, truth))
     for left, right in zip(ours, theirs, strict=True):
+        assert relative(left, right) < 2e-6
+
+
+class Counted:
+    """A frozen head that counts its products."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.calls = weight, 0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        self.calls += 1
+        return rows @ self.weight.t()
+
+    def input_gradient(self, slope: Tensor) -> Tensor:
+        self.calls += 1
+        return slope @ self.weight
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_frozen_head_of_two_functions_makes_two_products(name: str) -> None:
+    hidden, weight, targets, _, learned = inputs(bias=False)
+    hidden.requires_grad_()
+    truth_hidden = hidden.detach().double().requires_grad_()
+    inner = Counted(weight)
+    head = Head(VOCABULARY, inner, inner.input_gradient)
+    found = log_probabilities(hidden, head, targets, RULES[name], learned)
+    truth = log_probabilities_whole(truth_hidden, weight, targets, **asdict(RULES[name]))
+    assert relative(found, truth) < 1e-6
+    (found * learned).sum().backward()
+    (truth * learned).sum().backward()
+    assert relative(hidden.grad, truth_hidden.grad) < 2e-6
+    assert inner.calls == 2
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("name", RULES)
+def test_without_gradients(name: str) -> None:
+    hidden, weight, targets, shift, learned = inputs(bias=True)
+    hidden.requires_grad_()
+    with torch.no_grad():
+        found = log_probabilities(hidden, dense_head(weight, shift), targets, RULES[name], learned)
+    assert not found.requires_grad
+    assert relative(found, log_probabilities_whole(hidden, weight, targets, shift, **asdict(RULES[name]))) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["16bit", "int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_base_knows_its_frozen_head(family: str, kind: str) -> None:
+    """Dense and packed, the gradient that is announced is the one that autograd finds."""
+    base = tiny_base(family)
+    if kind != "16bit":
+        quantize_head(base.module, kind)
+    stream = learning_stream(sequences())
+    hidden = torch.randn(len(stream.tokens), base.head.in_features)
+    weight = base.head.weight if kind == "16bit" else base.head.packed.dense()
+    results = []
+    for announced in (-stream.weights, None):
+        own = hidden.clone().requires_grad_()
+        known = HiddenKnown(**vars(base), states=own)
+        found = known.log_probabilities(stream, announced)
+        assert (type(found.grad_fn).__name__ == "_InForwardBackward") == (announced is not None)
+        (-stream.weights * found).sum().backward()
+        results.append((found.detach(), own.grad))
+    rule = asdict(base.logit_rule)
+    assert relative(results[0][0], log_probabilities_whole(hidden[stream.rows], weight, stream.targets, **rule)) < 1e-6
+    for left, right in zip(*results, strict=True):
         assert relative(left, right) < 2e-6
 
 
@@ -105,9 +192,8 @@ def test_no_rows(announced: bool) -> None:
     """A pass in which nothing is learned costs nothing and breaks nothing."""
     hidden, weight = torch.empty(0, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH)
     nothing = torch.empty(0)
-    found = log_probabilities(
-        hidden, weight, torch.empty(0, dtype=torch.int64), gradient=nothing if announced else None
-    )
+    none = torch.empty(0, dtype=torch.int64)
+    found = log_probabilities(hidden, dense_head(weight), none, gradient=nothing if announced else None)
     assert found.shape == (0,)
     assert found.dtype == torch.float32
     (found * nothing).sum().backward()
@@ -118,17 +204,17 @@ def test_rows_that_all_weigh_nothing() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     hidden.requires_grad_()
     zero = torch.zeros(ROWS)
-    (log_probabilities(hidden, weight, targets, gradient=zero) * zero).sum().backward()
+    (log_probabilities(hidden, dense_head(weight), targets, gradient=zero) * zero).sum().backward()
     assert torch.equal(hidden.grad, torch.zeros(ROWS, WIDTH))
 
 
 def test_another_gradient_than_announced_raises() -> None:
     hidden, weight, targets, _, learned = inputs(bias=False)
     hidden.requires_grad_()
-    found = log_probabilities(hidden, weight, targets, gradient=learned)
+    found = log_probabilities(hidden, dense_head(weight), targets, gradient=learned)
     with pytest.raises(RuntimeError, match="not the plain sum that it announced"):
         (found * learned).square().sum().backward()
-    found = log_probabilities(hidden, weight, targets, gradient=torch.zeros(ROWS))
+    found = log_probabilities(hidden, dense_head(weight), targets, gradient=torch.zeros(ROWS))
     with pytest.raises(RuntimeError, match="not the plain sum that it announced"):
         (found * learned).sum().backward()
 
@@ -138,7 +224,7 @@ def test_bfloat16_within_its_rounding() -> None:
     hidden, weight, targets, _, learned = inputs(bias=False, dtype=torch.bfloat16)
     hidden.requires_grad_()
     truth_hidden = hidden.detach().double().requires_grad_()
-    found = log_probabilities(hidden, weight, targets, gradient=learned)
+    found = log_probabilities(hidden, dense_head(weight), targets, gradient=learned)
     truth = log_probabilities_whole(truth_hidden, weight, targets)
     assert relative(found, truth) < 6e-3
     (found * learned).sum().backward()
@@ -150,4 +236,4 @@ def test_bfloat16_within_its_rounding() -> None:
 def test_lengths_that_differ_are_refused() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     with pytest.raises(ValueError, match="37 hidden states for 36 targets"):
-        log_probabilities(hidden, weight, targets[1:])
+        log_probabilities(hidden, dense_head(weight), targets[1:])

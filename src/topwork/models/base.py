@@ -18,9 +18,10 @@ from topwork.models.quantized import is_packed, left_dense, misfit, quantize_hea
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
-from topwork.ops.logprobs import LogitRule, log_probabilities, log_probabilities_through
+from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities
 from topwork.ops.stream import Segment, Stream
 from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import QuantizedLinear
 
 DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto",
@@ -66,12 +67,12 @@ class Base:
     def log_probabilities(self, stream: Stream, gradient: Tensor | None = None) -> Tensor:
         """fp32 log-probabilities [N] of the stream's targets, with `gradient` as in `ops.logprobs`."""
         rows = self.hidden(stream)[stream.rows]
-        if type(self.head) is nn.Linear:
-            return log_probabilities(rows, self.head.weight, stream.targets, self.head.bias, self.logit_rule, gradient)
+        if (head := _head_alone(self.head)) is not None:
+            return log_probabilities(rows, head, stream.targets, self.logit_rule, gradient)
         vocabulary = self.module.config.get_text_config().vocab_size
         parts = [
-            log_probabilities_through(
-                self._head_of(stream, adapter), rows[at], stream.targets[at], vocabulary, self.logit_rule
+            log_probabilities(
+                rows[at], Head(vocabulary, self._head_of(stream, adapter)), stream.targets[at], self.logit_rule
             )
             for adapter, at in _rows_by_segment(stream, stream.rows)
         ]
@@ -97,6 +98,15 @@ class Base:
                 return self.head(rows)
 
         return head
+
+
+def _head_alone(head: nn.Module) -> Head | None:
+    """The head where no adapter is on it, dense or packed."""
+    if type(head) is nn.Linear:
+        return dense_head(head.weight, head.bias)
+    if type(head) is QuantizedLinear and (head.bias is None or not head.bias.requires_grad):
+        return Head(head.out_features, head, head.input_gradient)
+    return None
 
 
 def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, slice]]:

@@ -4,9 +4,11 @@
 
 Work goes in chunks of rows. Where the caller knows the gradient of its loss with respect to the log-probabilities
 beforehand (`gradient`, for any plain weighted sum), the hidden states' gradient is taken in the forward pass while a
-chunk's logits are at hand: two products with the head and not three, and nothing kept but that gradient.
+chunk's logits are at hand: two products with the head and not three, and nothing kept but that gradient. One native
+pass turns a chunk of logits into its log-probabilities and, in the same memory, into the gradient by the logits.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""fp32 logits held at once, by device type."""
+from topwork.ops.native import build
+
+CHUNK_ROWS = {"cpu": 256, "cuda": 1 << 14}
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+"""What of the head's products is held at once, by device type: so many rows where they are no more bytes than that.
+Fewer rows make slower products; a larger chunk has left the cache when it is read again (benchmarks/loss.py)."""
+KINDS = (torch.float32, torch.bfloat16)
+"""What the C kernel takes, in its numbering."""
 
 
 @dataclass(frozen=True)
@@ -32,75 +40,95 @@ class LogitRule:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def back(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """The products' gradient from the logits'; `grad` is overwritten."""
-        if self.softcap is not None:
-            grad = grad.mul_(1 - (logits / self.softcap) ** 2)
-        return grad if self.scale == 1.0 else grad.mul_(self.scale)
+    def log_probabilities(self, products: Tensor, targets: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 [n], and the gradient by the products [n, V], which may take their place."""
+        if self.softcap is None:
+            return logprob_slope_(products, targets, gradient, self.scale), products
+        logits = self(products)
+        bend = 1 - (logits / self.softcap) ** 2  # the slope of tanh
+        logps = logprob_slope_(logits, targets, gradient)
+        return logps, logits.mul_(bend).mul_(self.scale).to(products.dtype)
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows whose fp32 logits fit the chunk, at least 16."""
-    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+@dataclass(frozen=True)
+class Head:
+    """An output head by its products, and where it is frozen and carries no adapter, by their way back too."""
+
+    vocabulary: int
+    products: Callable[[Tensor], Tensor]
+    """Hidden states [n, d] -> [n, V]."""
+    input_gradient: Callable[[Tensor], Tensor] | None = None
+    """[n, V] -> [n, d]. Without it gradients go by autograd through `products`, called a second time."""
+    products_into: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The products written to memory [n, V] that is given: the chunks then share one buffer."""
+
+
+def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
+    """From a weight [V, d] and a bias [V]; where one of them is trained, autograd gives its gradient."""
+
+    def into(rows: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    back = None if learns else lambda slope: slope @ weight
+    return Head(len(weight), lambda rows: torch.nn.functional.linear(rows, weight, bias), back, into)
+
+
+def chunk_rows(vocabulary: int, device: torch.device, value_bytes: int = 4) -> int:
+    """Rows of a chunk, at least 16, from the bytes of one product."""
+    kind = device.type if device.type in CHUNK_BYTES else "cpu"
+    return max(16, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (value_bytes * vocabulary)))
 
 
 def log_probabilities(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    rule: LogitRule = LogitRule(),
-    gradient: Tensor | None = None,
+    hidden: Tensor, head: Head, targets: Tensor, rule: LogitRule = LogitRule(), gradient: Tensor | None = None
 ) -> Tensor:
-    """fp32 log-probabilities [N] of targets [N] from hidden [N, d] and the head's weight [V, d] and bias [V].
+    """fp32 log-probabilities [N] of targets [N] from hidden [N, d].
 
-    gradient [N]: the loss's derivative by each log-probability, up to one factor common to all. With it the backward
-    pass costs nothing more; a backward pass that then arrives with another gradient raises RuntimeError. The head's own
-    gradient is computed where its weight or bias asks for one (then `gradient` is not used).
+    gradient [N]: the loss's derivative by each log-probability, up to one factor common to all. With it, and a head
+    that tells its `input_gradient`, the backward pass costs nothing more; a backward pass that then arrives with
+    another gradient raises RuntimeError. Else each chunk's logits are made again going backward.
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"{hidden.shape[0]} hidden states for {targets.shape[0]} targets")
-    head_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if hidden.requires_grad and gradient is not None and not head_learns and len(targets) and torch.is_grad_enabled():
-        return _InForward.apply(hidden, weight, targets, bias, rule, gradient)
-    return log_probabilities_through(
-        lambda rows: torch.nn.functional.linear(rows, weight, bias), hidden, targets, weight.shape[0], rule
-    )
-
-
-def log_probabilities_through(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int, rule: LogitRule = LogitRule()
-) -> Tensor:
-    """The same through any head [n, d] -> [n, V], chunk by chunk; going backward each chunk's logits are made again."""
+    if not torch.is_grad_enabled():
+        return _in_chunks(hidden, head, targets, rule, None)[0]
+    if hidden.requires_grad and gradient is not None and head.input_gradient is not None and len(targets):
+        return _InForward.apply(hidden, head, targets, rule, gradient)
 
     def chunk(rows: Tensor, wanted: Tensor) -> Tensor:
-        logits = rule(head(rows))
+        logits = rule(head.products(rows))
         return logits.gather(-1, wanted[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
 
-    size = chunk_rows(vocabulary, hidden.device)
-    parts = [
-        checkpoint(chunk, rows, wanted, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows, wanted)
-        for rows, wanted in zip(hidden.split(size), targets.split(size))
-    ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    size = chunk_rows(head.vocabulary, hidden.device)
+    parts = zip(hidden.split(size), targets.split(size))
+    return torch.cat([checkpoint(chunk, rows, wanted, use_reentrant=False) for rows, wanted in parts])
+
+
+def _in_chunks(
+    hidden: Tensor, head: Head, targets: Tensor, rule: LogitRule, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] and, where `gradient` is given, the gradient by hidden [N, d]."""
+    logps, grads = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(hidden)
+    weights = torch.zeros_like(logps) if gradient is None else gradient.float()
+    count = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
+    size = -(-len(targets) // max(1, count))  # all chunks alike: a short last one would be slower by the row
+    into, back = head.products_into, None if gradient is None else head.input_gradient
+    buffer = None if into is None else hidden.new_empty(size, head.vocabulary)
+    for start in range(0, len(targets), max(1, size)):
+        at = slice(start, min(start + size, len(targets)))
+        rows = hidden[at]
+        products = head.products(rows) if into is None or buffer is None else into(rows, buffer[: len(rows)])
+        logps[at], slope = rule.log_probabilities(products, targets[at], weights[at])
+        if back is not None:
+            grads[at] = back(slope)
+    return logps, grads
 
 
 class _InForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, rule, gradient):  # type: ignore[no-untyped-def]
-        logps, grads = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(hidden)
-        size = chunk_rows(weight.shape[0], hidden.device)
-        for start in range(0, len(targets), size):
-            at = slice(start, start + size)
-            logits = rule(torch.nn.functional.linear(hidden[at], weight, bias))
-            wanted = targets[at, None]
-            total = torch.logsumexp(logits, -1, keepdim=True)
-            logps[at] = (logits.gather(-1, wanted) - total).squeeze(-1)
-            # d log p / d z = onehot - softmax
-            slope = torch.exp(logits - total).neg_()
-            slope.scatter_add_(-1, wanted, torch.ones_like(total))
-            slope = rule.back(logits, slope.mul_(gradient[at, None]))
-            torch.mm(slope.to(hidden.dtype), weight, out=grads[at])
+    def forward(ctx, hidden, head, targets, rule, gradient):  # type: ignore[no-untyped-def]
+        logps, grads = _in_chunks(hidden, head, targets, rule, gradient)
         ctx.save_for_backward(grads, gradient)
         return logps
 
@@ -112,4 +140,52 @@ class _InForward(torch.autograd.Function):
         finite = largest - largest == 0  # else the caller learns that its loss is not finite
         if finite and not torch.allclose(arrived, factor * promised, rtol=1e-4, atol=1e-6 * largest):
             raise RuntimeError("the loss is not the plain sum that it announced; pass gradient=None")
-        return (grads if factor == 1 else grads * factor.to(grads.dtype)), None, None, None, None, None
+        return (grads if factor == 1 else grads * factor.to(grads.dtype)), None, None, None, None
+
+
+def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
+    """`logprob_slope_reference` by the fastest kernel for where the logits are: fp32 log-probabilities [n], and the
+    logits [n, V] become the slope. Raises IndexError for a target beyond the vocabulary (CUDA: NaN, without a wait)."""
+    rows, vocabulary = logits.shape
+    if targets.shape != (rows,) or gradient.shape != (rows,):
+        raise ValueError(f"{rows} rows of logits for {tuple(targets.shape)} targets, {tuple(gradient.shape)} gradients")
+    if rows == 0:
+        return logits.new_empty(0, dtype=torch.float32)
+    if logits.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+        raise IndexError(f"targets {int(targets.min())}..{int(targets.max())} in a vocabulary of {vocabulary}")
+    library = build.load("logprobs") if scale > 0 and _plain(logits, targets, gradient) else None
+    if library is None:
+        logps, slope = logprob_slope_reference(logits, targets, gradient, scale)
+        logits.copy_(slope)
+        return logps
+    logps = torch.empty(rows)
+    library.topwork_logprob_slope(
+        ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(vocabulary),
+        ctypes.c_int64(logits.stride(0)), KINDS.index(logits.dtype), ctypes.c_void_p(targets.data_ptr()),
+        ctypes.c_void_p(gradient.data_ptr()), ctypes.c_float(scale), ctypes.c_void_p(logps.data_ptr()),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return logps
+
+
+def logprob_slope_reference(
+    logits: Tensor, targets: Tensor, gradient: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The truth: log p = z[t] - log sum exp z of z = scale * logits [n, V], fp32 [n]; and its derivative by the logits
+    times gradient [n], which is gradient * scale * (onehot(t) - softmax(z)), in the logits' type."""
+    every = torch.log_softmax(logits.float() * scale, -1)
+    slope = torch.exp(every).neg_().scatter_add_(-1, targets[:, None], torch.ones_like(every[:, :1]))
+    return every.gather(-1, targets[:, None]).squeeze(-1), slope.mul_((gradient * scale)[:, None]).to(logits.dtype)
+
+
+def _plain(logits: Tensor, targets: Tensor, gradient: Tensor) -> bool:
+    """Whether the C kernel, which sees bare memory, may have these."""
+    return (
+        logits.dtype in KINDS
+        and (targets.dtype, gradient.dtype) == (torch.int64, torch.float32)
+        and all(x.device.type == "cpu" for x in (logits, targets, gradient))
+        and targets.is_contiguous()
+        and gradient.is_contiguous()
+        and (logits.shape[1] == 1 or logits.stride(1) == 1)
+        and (logits.shape[0] == 1 or logits.stride(0) >= logits.shape[1])
+    )

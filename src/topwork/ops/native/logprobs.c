@@ -1,0 +1,77 @@
+// log p(target) of rows of logits, and in the same pass, in place, how that moves with each logit:
+//
+//   z = scale * x       log p = z[t] - log sum exp z       x <- gradient * scale * (onehot(t) - softmax(z))
+//
+// A row is read three times (largest, sum, slope) while it lies in the core's own cache. The sum is fp32 over 2,048
+// values, then double, so its error does not grow with the vocabulary.
+
+#include <math.h>
+
+#include "simd.h"
+
+enum { BLOCK = 2048 };
+
+// The logits [i, i + n); the other lanes are -infinity, whose exponential is nothing.
+INLINE v16f logits_at(const void *row, int64_t i, int64_t n, float scale, int kind) {
+  v16f x = load(row, i, n, kind) * scale;
+  for (int64_t k = n; k < LANES; k++) x[k] = -INFINITY;
+  return x;
+}
+
+INLINE v16f larger(v16f x, v16f y) { return pick(x > y, x, y); }
+
+INLINE float largest(const void *row, int64_t count, float scale, int kind) {
+  v16f most = (v16f){} - INFINITY;
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) most = larger(logits_at(row, i, LANES, scale, kind), most);
+  most = larger(logits_at(row, i, count - i, scale, kind), most);
+  float found = most[0];
+  for (int k = 1; k < LANES; k++) found = most[k] > found ? most[k] : found;
+  return found;
+}
+
+INLINE double sum_of_exp(const void *row, int64_t count, float scale, float most, int kind) {
+  double total = 0;
+  int64_t whole = count / LANES * LANES, i = 0;
+  while (i < whole) {
+    v16f sum = {};
+    int64_t stop = i + BLOCK < whole ? i + BLOCK : whole;
+    for (; i < stop; i += LANES) sum += exp16(logits_at(row, i, LANES, scale, kind) - most);
+    total += sum16(sum);
+  }
+  return total + sum16(exp16(logits_at(row, i, count - i, scale, kind) - most));
+}
+
+INLINE void write_slope(void *row, int64_t i, int64_t n, float scale, float most, float factor, int kind) {
+  store(row, i, n, kind, exp16(logits_at(row, i, n, scale, kind) - most) * factor);
+}
+
+INLINE float one_row(void *row, int64_t count, int64_t target, float gradient, float scale, int kind) {
+  float wanted = logits_at(row, target, 1, scale, kind)[0], most = largest(row, count, scale, kind);
+  double total = sum_of_exp(row, count, scale, most, kind);
+  float slope = gradient * scale;
+  if (slope == 0 && isfinite(total)) {
+    memset(row, 0, count * (kind == F32 ? 4 : 2));
+  } else {
+    float factor = (float)(-slope / total);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) write_slope(row, i, LANES, scale, most, factor, kind);
+    write_slope(row, i, count - i, scale, most, factor, kind);
+    store(row, target, 1, kind, (v16f){} + (float)(slope * (1 - exp((double)wanted - most) / total)));
+  }
+  return (float)((double)wanted - most - log(total));
+}
+
+// logits [rows, count], `stride` values from row to row; targets [rows] in [0, count); gradient and logps [rows];
+// scale > 0.
+void topwork_logprob_slope(
+    void *logits, int64_t rows, int64_t count, int64_t stride, int kind, const int64_t *targets, const float *gradient,
+    float scale, float *logps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    if (kind == F32)
+      logps[r] = one_row((float *)logits + r * stride, count, targets[r], gradient[r], scale, F32);
+    else
+      logps[r] = one_row((uint16_t *)logits + r * stride, count, targets[r], gradient[r], scale, BF16);
+  }
+}
