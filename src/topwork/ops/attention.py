@@ -135,6 +135,7 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
         and value.shape[-1] == size
         and rule.softcap is None
         and sinks is None
+        and rule.scale > 0
         and (rule.window is None or rule.window > 0)
     )
     return build.load("attention") if known else None

@@ -44,12 +44,12 @@
 #define FORWARD_KEYS 256
 #define BACKWARD_ROWS 96
 #define BACKWARD_KEYS 128
-#define MAX_SIZE 256      // of a head
 #define LONG 512          // tokens from which a sequence with few key heads is cut by query heads
 #define FEW 16
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))  // keeps the registers of an inner loop to itself
 
 enum { F32 = 0, BF16 = 1 };
 
@@ -65,12 +65,15 @@ INLINE V max_(V a, V b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
 INLINE float largest(V x) { return _mm512_reduce_max_ps(x); }
 
-// Lanes [first, stop) of x, `other` elsewhere.
-INLINE V keep(V x, int64_t first, int64_t stop, V other) {
-  if (first <= 0 && stop >= W) return x;
+typedef __mmask16 Mask;
+INLINE Mask lanes(int64_t first, int64_t stop) {  // [first, stop), which may lie outside
   uint32_t below = stop >= W ? 0xffff : stop <= 0 ? 0 : (1u << stop) - 1;
   uint32_t above = first <= 0 ? 0xffff : first >= W ? 0 : 0xffffu << first;
-  return _mm512_mask_blend_ps((__mmask16)(below & above), other, x);
+  return (Mask)(below & above);
+}
+INLINE V choose(Mask which, V a, V b) { return _mm512_mask_blend_ps(which, b, a); }
+INLINE V widened(const char *from) {
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 }
 
 INLINE V split(V x, V *whole) {
@@ -81,10 +84,11 @@ INLINE V scaled(V x, V whole) { return _mm512_scalef_ps(x, whole); }
 #else
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef I Mask;
 INLINE V all(float x) { return x - (V){0}; }
 INLINE V load(const float *p) { V x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(float *p, V x) { memcpy(p, &x, sizeof x); }
-INLINE V choose(I which, V a, V b) { return (V)(((I)a & which) | ((I)b & ~which)); }
+INLINE V choose(Mask which, V a, V b) { return (V)(((I)a & which) | ((I)b & ~which)); }
 INLINE V max_(V a, V b) { return choose(a > b, a, b); }
 INLINE V fma_(V a, V b, V c) {
 #if defined(__AVX2__) && defined(__FMA__)
@@ -105,12 +109,18 @@ INLINE float largest(V x) {
   for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
   return most;
 }
-INLINE V keep(V x, int64_t first, int64_t stop, V other) {
-  if (first <= 0 && stop >= W) return x;
+INLINE Mask lanes(int64_t first, int64_t stop) {  // [first, stop), which may lie outside
   I at;
   for (int i = 0; i < W; i++) at[i] = i;
   int32_t from = first < 0 ? 0 : first > W ? W : (int32_t)first, to = stop < 0 ? 0 : stop > W ? W : (int32_t)stop;
-  return choose((at >= from) & (at < to), x, other);
+  return (at >= from) & (at < to);
+}
+INLINE V widened(const char *from) {
+  uint16_t x[W];
+  I bits;
+  memcpy(x, from, sizeof x);
+  for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)x[i] << 16);
+  return (V)bits;
 }
 INLINE V split(V x, V *whole) {
   V magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
@@ -217,11 +227,9 @@ typedef struct {
 static inline int64_t units(const Job *job) { return job->pair ? job->size / 2 : job->size; }  // of one row
 static inline char *row_of(View x, int64_t token, int64_t head) { return x.at + token * x.token + head * x.head; }
 
-static inline float from_bf16(uint16_t x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
+// Values [d, d + W) of a row as fp32.
+INLINE V load_values(const Job *job, const char *row, int64_t d) {
+  return job->kind == BF16 ? widened(row + 2 * d) : load((const float *)row + d);
 }
 
 static inline uint16_t to_bf16(float x) {
@@ -247,18 +255,6 @@ static void write_row(const Job *job, const float *from, char *to) {
   }
 }
 
-static void read_row(const Job *job, const char *from, float *to) {  // as fp32
-  if (job->kind == F32) {
-    memcpy(to, from, job->size * 4);
-    return;
-  }
-  for (int64_t i = 0; i < job->size; i += 16) {
-    uint16_t part[16];
-    memcpy(part, from + 2 * i, 32);
-    for (int k = 0; k < 16; k++) to[i + k] = from_bf16(part[k]);
-  }
-}
-
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // to [rows or one more, units]: rows as units, their number made even by a row of zeros.
@@ -266,8 +262,10 @@ static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64
   int64_t width = units(job);
   for (int64_t r = 0; r < rows; r++) {
     const char *from = row_of(x, token + r, head);
-    if (job->pair) memcpy(to + r * width, from, width * 4);
-    else read_row(job, from, to + r * width);
+    if (job->pair)
+      for (int64_t c = 0; c < width; c += 8) memcpy(to + r * width + c, from + 4 * c, 32);
+    else
+      for (int64_t c = 0; c < width; c += W) store(to + r * width + c, load_values(job, from, c));
   }
   if (rows & 1) memset(to + rows * width, 0, width * 4);
 }
@@ -367,6 +365,14 @@ static void multiply_panels(const Job *job, int64_t rows, const float *a, int64_
 // The keys that rows [i, last] of a sequence see: [first, stop).
 static inline int64_t first_seen(const Job *job, int64_t i) { return job->window ? most(0, i - job->window + 1) : 0; }
 
+// Scores of keys that a row does not see, those outside [first, stop), in vectors [from, to), both multiples of W.
+static inline void hide(float *scores, int64_t first, int64_t stop, int64_t from, int64_t to) {
+  for (int64_t v = from; v < least(first, to); v += W)
+    store(scores + v, choose(lanes(first - v, W), load(scores + v), all(-INFINITY)));
+  for (int64_t v = most(from, stop / W * W); v < to; v += W)
+    store(scores + v, choose(lanes(0, stop - v), load(scores + v), all(-INFINITY)));
+}
+
 // The next `count` floats of an arena, on a cache line of their own; without an arena they are only counted.
 static inline float *take(float *arena, int64_t *used, int64_t count) {
   float *at = arena ? arena + *used : NULL;
@@ -377,8 +383,13 @@ static inline float *take(float *arena, int64_t *used, int64_t count) {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 typedef struct {
+  float peak, total, added;  // of a row's scores, in powers of two
+} Row;
+
+typedef struct {
   float *turned_keys, *paired_values, *spare;                 // of all keys
-  float *rows, *scores, *shares, *sums, *peak, *total;        // of a block of rows
+  float *rows, *scores, *shares, *sums;                       // of a block of rows
+  Row row[FORWARD_ROWS];
 } Forward;
 
 static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward *f) {
@@ -390,8 +401,6 @@ static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward 
   f->scores = take(arena, &used, FORWARD_ROWS * FORWARD_KEYS);
   f->shares = take(arena, &used, FORWARD_ROWS * FORWARD_KEYS);
   f->sums = take(arena, &used, FORWARD_ROWS * job->size);
-  f->peak = take(arena, &used, FORWARD_ROWS);
-  f->total = take(arena, &used, FORWARD_ROWS);
   return used;
 }
 
@@ -399,34 +408,37 @@ static inline void scale_row(const Job *job, float *row, float by) {
   for (int64_t d = 0; d < job->size; d += W) store(row + d, load(row + d) * all(by));
 }
 
-// One row against keys [j0, ..): its shares of keys [first, stop) as units, zero elsewhere in [from, to).
-static void soften_row(const Job *job, Forward *f, int64_t r, int64_t first, int64_t stop, int64_t from, int64_t to) {
-  const float *scores = f->scores + r * FORWARD_KEYS;
-  float *shares = f->shares + r * steps_of(job, FORWARD_KEYS);
-  V factor = all(job->scale * LOG2E), none = all(-INFINITY), peaks = none, totals = all(0);
-  for (int64_t v = from; v < to; v += W)
-    peaks = max_(peaks, keep(load(scores + v), first - v, stop - v, none) * factor);
-  float before = f->peak[r], peak = fmaxf(before, largest(peaks));
-  V shift = all(-peak);
-  for (int64_t v = from; v < to; v += W) {
-    V p = keep(exp2_(fma_(load(scores + v), factor, shift)), first - v, stop - v, all(0));
+INLINE void soften(const int pair, const float *scores, float *shares, int64_t count, V factor, Row *row) {
+  V peaks = all(-INFINITY), totals = all(0);
+  for (int64_t v = 0; v < count; v += W) peaks = max_(peaks, load(scores + v) * factor);
+  row->peak = fmaxf(row->peak, largest(peaks));
+  V shift = all(row->peak == -INFINITY ? 0 : -row->peak);
+  for (int64_t v = 0; v < count; v += W) {
+    V p = exp2_(fma_(load(scores + v), factor, shift));
     totals += p;
 #ifdef PAIRS
-    if (job->pair) {
+    if (pair) {
       _mm256_storeu_si256((__m256i *)(shares + v / 2), (__m256i)_mm512_cvtneps_pbh(p));
       continue;
     }
 #endif
     store(shares + v, p);
   }
-  f->peak[r] = peak;
-  if (peak == before) {
-    f->total[r] += sum(totals);
-    return;
+  row->added = sum(totals);
+}
+
+// Shares of one row from its scores, hidden where they are not seen; what was summed before is scaled to the new peak.
+APART void soften_row(const Job *job, const float *scores, float *shares, int64_t count, Row *row, float *sums) {
+  float before = row->peak;
+  V factor = all(job->scale * LOG2E);
+  if (job->pair) soften(1, scores, shares, count, factor, row);
+  else soften(0, scores, shares, count, factor, row);
+  if (row->peak > before && before > -INFINITY) {
+    float shrink = exp2f(before - row->peak);
+    row->total *= shrink;
+    scale_row(job, sums, shrink);
   }
-  float shrink = exp2f(before - peak);
-  f->total[r] = f->total[r] * shrink + sum(totals);
-  scale_row(job, f->sums + r * job->size, shrink);
+  row->total += row->added;
 }
 
 // Rows [i0, i0 + rows) against keys [j0, j0 + keys).
@@ -445,14 +457,14 @@ static void forward_block(const Job *job, Forward *f, int64_t n, int64_t i0, int
     int64_t count = least(MR, even - r);
     int64_t from = most(0, first_seen(job, i0 + r) - j0) / PW * PW, to = least(i0 + least(r + MR, rows) - j0, keys);
     if (to <= from) continue;
+    int64_t begin = steps_of(job, from), ld = steps_of(job, FORWARD_KEYS);
     for (int64_t k = r; k < r + count; k++) {
-      int64_t stop = k < rows ? i0 + k + 1 - j0 : 0;
-      soften_row(job, f, k, first_seen(job, i0 + k) - j0, least(stop, keys), from, to);
+      float *scores = f->scores + k * FORWARD_KEYS;
+      hide(scores, first_seen(job, i0 + k) - j0, i0 + k + 1 - j0, from, to);
+      soften_row(job, scores + from, f->shares + k * ld + begin, to - from, f->row + k, f->sums + k * job->size);
     }
-    int64_t steps = steps_of(job, to) - steps_of(job, from);
-    multiply_panels(job, count, f->shares + r * steps_of(job, FORWARD_KEYS) + steps_of(job, from),
-                    steps_of(job, FORWARD_KEYS), f->paired_values + (steps_of(job, j0) + steps_of(job, from)) * PW,
-                    paired_panel(job, n), steps, f->sums + r * job->size);
+    multiply_panels(job, count, f->shares + r * ld + begin, ld, f->paired_values + (steps_of(job, j0) + begin) * PW,
+                    paired_panel(job, n), steps_of(job, to) - begin, f->sums + r * job->size);
   }
 }
 
@@ -460,14 +472,14 @@ static void forward_rows(const Job *job, Forward *f, int64_t start, int64_t n, i
   int64_t rows = least(FORWARD_ROWS, n - i0);
   pack_rows(job, job->query, start + i0, head, rows, f->rows);
   memset(f->sums, 0, FORWARD_ROWS * job->size * 4);
-  for (int64_t r = 0; r < FORWARD_ROWS; r++) f->peak[r] = -INFINITY, f->total[r] = 0;
+  for (int64_t r = 0; r < FORWARD_ROWS; r++) f->row[r] = (Row){-INFINITY, 0, 0};
   for (int64_t j = first_seen(job, i0) / PW * PW; j < i0 + rows; j += FORWARD_KEYS)
     forward_block(job, f, n, i0, rows, j, least(FORWARD_KEYS, i0 + rows - j));
   for (int64_t r = 0; r < rows; r++) {
     float *sums = f->sums + r * job->size;
-    scale_row(job, sums, 1 / f->total[r]);
+    scale_row(job, sums, 1 / f->row[r].total);
     write_row(job, sums, row_of(job->out, start + i0 + r, head));
-    job->lse[head * job->tokens + start + i0 + r] = (f->peak[r] + log2f(f->total[r])) * LN2;
+    job->lse[head * job->tokens + start + i0 + r] = (f->row[r].peak + log2f(f->row[r].total)) * LN2;
   }
 }
 
@@ -522,64 +534,65 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
   }
   for (int64_t r = 0; r < up(rows, 2); r++) b->lse[r] = INFINITY, b->overlap[r] = 0;
   for (int64_t r = 0; r < rows; r++) {
-    float grad[MAX_SIZE], out[MAX_SIZE];
-    read_row(job, row_of(job->grad, token + r, head), grad);
-    read_row(job, row_of(job->out, token + r, head), out);
+    const char *grad = row_of(job->grad, token + r, head), *out = row_of(job->out, token + r, head);
     V total = all(0);
-    for (int64_t d = 0; d < job->size; d += W) total = fma_(load(grad + d), load(out + d), total);
+    for (int64_t d = 0; d < job->size; d += W)
+      total = fma_(load_values(job, grad, d), load_values(job, out, d), total);
     b->overlap[r] = sum(total);
     b->lse[r] = job->lse[head * job->tokens + token + r] * LOG2E;
   }
   memset(b->dquery, 0, BACKWARD_ROWS * job->size * 4);
 }
 
-// A tile's shares and score gradients, from its scores and share gradients. `first` and `stop` are those of the tile's
-// first row, counted from the panel's first key; `clear` vectors are zeroed where the tile ends before the panel.
-static void backward_tile(const Job *job, Backward *b, int64_t r, int64_t rows, int64_t count, int64_t key,
-                          int64_t i, int64_t j, int64_t vectors, int64_t clear) {
-  const float *scores = b->tile, *dshares = b->tile + MR * PW;
-  int64_t ld = steps_of(job, BACKWARD_ROWS) * PW, row_ld = steps_of(job, BACKWARD_KEYS);
-  float *shares = b->shares + key / PW * ld, *dscores = b->dscores + key / PW * ld;
-  V factor = all(job->scale * LOG2E), scale = all(job->scale), none = all(0);
-  for (int64_t k = 0; k < count; k += 2)
-    for (int64_t v = 0; v < vectors; v++) {
+// Shares and score gradients of a tile, from its scores, hidden where they are not seen, and its share gradients. Rows
+// beyond the sequence have an infinite lse, and so no share. `columns` vectors of the panel are written, those from
+// `vectors` on as zeros.
+INLINE void differentiate(const int pair, const Backward *b, int64_t r, int64_t rows, int64_t key, V factor, V scale,
+                          int64_t vectors, int64_t columns) {
+  const float *scores = b->tile, *dshares = b->tile + MR * PW, *lse = b->lse + r, *overlap = b->overlap + r;
+  int64_t per = pair ? 2 : 1, row_ld = BACKWARD_KEYS / per, at = (key / PW * BACKWARD_ROWS + r) / per * PW;
+  float *shares = b->shares + at, *dscores = b->dscores + at, *dscore_rows = b->dscore_rows + r * row_ld + key / per;
+  for (int64_t k = 0; k < rows; k += 2) {
+    V shift[2] = {all(-lse[k]), all(-lse[k + 1])}, less[2] = {all(overlap[k]), all(overlap[k + 1])};
+    for (int64_t v = 0; v < vectors * W; v += W) {
       V p[2], ds[2];
 #pragma GCC unroll 2
       for (int u = 0; u < 2; u++) {
-        int64_t row = r + k + u, at = (k + u) * PW + v * W, behind = i + k + u - j - v * W;
-        int64_t first = job->window ? behind - job->window + 1 : 0, stop = row < rows ? behind + 1 : 0;
-        p[u] = exp2_(fma_(load(scores + at), factor, all(-b->lse[row])));
-        ds[u] = (load(dshares + at) - all(b->overlap[row])) * p[u] * scale;
-        p[u] = keep(p[u], first, stop, none);
-        ds[u] = keep(ds[u], first, stop, none);
+        p[u] = exp2_(fma_(load(scores + (k + u) * PW + v), factor, shift[u]));
+        ds[u] = (load(dshares + (k + u) * PW + v) - less[u]) * (p[u] * scale);
       }
 #ifdef PAIRS
-      if (job->pair) {
-        const __m512i mix = _mm512_or_si512(
-            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-            _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
-        int64_t at = (r + k) / 2 * PW + v * W;
+      if (pair) {
+        const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         __m512i two = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
-        _mm512_storeu_si512(dscores + at, _mm512_permutexvar_epi16(mix, two));
-        float *row = b->dscore_rows + (r + k) * row_ld + (key + v * W) / 2;
-        _mm256_storeu_si256((__m256i *)row, _mm512_castsi512_si256(two));
-        _mm256_storeu_si256((__m256i *)(row + row_ld), _mm512_extracti64x4_epi64(two, 1));
+        _mm512_storeu_si512(dscores + k / 2 * PW + v, _mm512_permutexvar_epi16(mix, two));
+        _mm256_storeu_si256((__m256i *)(dscore_rows + k * row_ld + v / 2), _mm512_castsi512_si256(two));
+        _mm256_storeu_si256((__m256i *)(dscore_rows + (k + 1) * row_ld + v / 2), _mm512_extracti64x4_epi64(two, 1));
         two = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]);
-        _mm512_storeu_si512(shares + at, _mm512_permutexvar_epi16(mix, two));
+        _mm512_storeu_si512(shares + k / 2 * PW + v, _mm512_permutexvar_epi16(mix, two));
         continue;
       }
 #endif
       for (int u = 0; u < 2; u++) {
-        store(shares + (r + k + u) * PW + v * W, p[u]);
-        store(dscores + (r + k + u) * PW + v * W, ds[u]);
-        store(b->dscore_rows + (r + k + u) * row_ld + key + v * W, ds[u]);
+        store(shares + (k + u) * PW + v, p[u]);
+        store(dscores + (k + u) * PW + v, ds[u]);
+        store(dscore_rows + (k + u) * row_ld + v, ds[u]);
       }
     }
-  for (int64_t k = steps_of(job, r); k < steps_of(job, r + count); k++)
-    for (int64_t v = vectors; v < clear; v++) {
-      store(shares + k * PW + v * W, none);
-      store(dscores + k * PW + v * W, none);
+  }
+  for (int64_t k = 0; k < rows / per; k++)
+    for (int64_t v = vectors * W; v < columns * W; v += W) {
+      store(shares + k * PW + v, all(0));
+      store(dscores + k * PW + v, all(0));
     }
+}
+
+APART void backward_tile(const Job *job, const Backward *b, int64_t r, int64_t rows, int64_t key, int64_t vectors,
+                         int64_t columns) {
+  V factor = all(job->scale * LOG2E), scale = all(job->scale);
+  if (job->pair) differentiate(1, b, r, rows, key, factor, scale, vectors, columns);
+  else differentiate(0, b, r, rows, key, factor, scale, vectors, columns);
 }
 
 // Rows [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues.
@@ -596,7 +609,9 @@ static void backward_block(const Job *job, Backward *b, int64_t n, int64_t i0, i
       Tile product = products[count / 2 - 1][vectors - 1];
       product(b->rows + r * width, width, b->turned_keys + j * width, width, b->tile, PW, 0);
       product(b->grads + r * width, width, b->turned_values + j * width, width, b->tile + MR * PW, PW, 0);
-      backward_tile(job, b, r, rows, count, j - j0, i0 + r, j, vectors, columns);
+      for (int64_t k = 0; k < count; k++)
+        hide(b->tile + k * PW, first_seen(job, i0 + r + k) - j, i0 + r + k + 1 - j, 0, vectors * W);
+      backward_tile(job, b, r, count, j - j0, vectors, columns);
       begin = least(begin, r);
       end = r + count;
     }
@@ -729,4 +744,15 @@ int topwork_attention_forward(const int64_t *shape, const int64_t *spans, float 
 int topwork_attention_backward(const int64_t *shape, const int64_t *spans, float scale, const int64_t *strides,
                                void *const *tensors, float *lse) {
   return call(shape, spans, scale, strides, tensors, lse, 1);
+}
+
+// How it was compiled: bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
+int topwork_attention_level(void) {
+#if defined(PAIRS)
+  return 2;
+#elif defined(WIDE)
+  return 1;
+#else
+  return 0;
+#endif
 }
