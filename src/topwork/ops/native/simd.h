@@ -83,7 +83,7 @@ INLINE float sum16(v16f x) {
 }
 
 // e^x within 2 units in the last place (below 1.2e-38: within 1.4e-45); infinity beyond 88.7; NaN stays NaN. Cephes'
-// polynomial (summed pairwise: half the wait) on |r| <= ln 2 / 2, x = n ln 2 + r with ln 2 in two parts, the first of few bits.
+// polynomial, summed pairwise, on |r| <= ln 2 / 2; x = n ln 2 + r with ln 2 in two parts, the first of few bits.
 INLINE v16f exp16(v16f x) {
   const v16f magic = (v16f){} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
 #ifdef __AVX512F__
