@@ -1,5 +1,7 @@
 """What a forward pass keeps for its backward pass, counted by autograd's own hooks."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -7,24 +9,28 @@ from topwork.models.base import Base
 from topwork.ops.stream import Stream
 
 
-def kept_bytes(base: Base, stream: Stream) -> int:
-    """Bytes of all storages that autograd holds after a pass over `stream` (hidden states alone, no head), each counted
-    once and the model's own weights not at all."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*base.module.parameters(), *base.module.buffers())}
+def kept_by(run: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
+    """Bytes of all storages that autograd holds for what `run` returns, each counted once; neither that nor `own`."""
+    without = {tensor.untyped_storage().data_ptr() for tensor in own}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in without:
             sizes[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = base.hidden(stream)
-    sizes.pop(hidden.untyped_storage().data_ptr(), None)
+        out = run()
+    sizes.pop(out.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
+
+
+def kept_bytes(base: Base, stream: Stream) -> int:
+    """The same for a pass over `stream` (hidden states alone, no head), the model's own weights not counted."""
+    return kept_by(lambda: base.hidden(stream), (*base.module.parameters(), *base.module.buffers()))
 
 
 def kept_bytes_per_token(base: Base, short: Stream, long: Stream) -> float:

@@ -8,6 +8,7 @@ tokens go through which.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from topwork.common.errors import AdapterError
+from topwork.ops.project import LowRank, Projection, projection_of
 from topwork.ops.stream import Segment, active_stream
 
 
@@ -45,6 +47,10 @@ class LoraWeights(nn.Module):
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return torch.addmm(y, F.linear(x, a), b.t(), alpha=self.scaling)
+
+    def term(self, start: int, stop: int) -> LowRank:
+        """The same for rows start:stop of a stream, as `ops/project.py` takes it."""
+        return LowRank(start, stop, self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
 
     def delta(self) -> Tensor:
         """s B A [out, in] in fp32: what merging adds to the base weight."""
@@ -81,6 +87,18 @@ class LoraLinear(AdaptedLayer):
     def bias(self) -> Tensor | None:
         """The base layer's."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+    def projection(self) -> Projection | None:
+        """Base and adapters as one projection of the active stream; None where the base layer is none."""
+        base = projection_of(self.base_layer)
+        return base and replace(
+            base,
+            terms=tuple(
+                self.adapters[str(segment.adapter)].term(segment.start, segment.stop)  # type: ignore[operator]
+                for segment in active_stream().segments
+                if _has(self.adapters, segment)
+            ),
+        )
 
     def adapted(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
         flat = by_segment(

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
+from topwork.models.fast import make_fast
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.probe import PROVEN, probe
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
@@ -64,9 +65,15 @@ class Base:
             )
         return out.last_hidden_state[0]
 
+    def hidden_rows(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Hidden states [n, d] of some rows [n] of the stream, which rise; the last layer computes only these where it
+        can (what is before its attention, for all)."""
+        found = self.hidden(replace(stream, wanted=rows))
+        return found if len(found) == len(rows) else found[rows]
+
     def log_probabilities(self, stream: Stream, gradient: Tensor | None = None) -> Tensor:
         """fp32 log-probabilities [N] of the stream's targets, with `gradient` as in `ops.logprobs`."""
-        rows = self.hidden(stream)[stream.rows]
+        rows = self.hidden_rows(stream, stream.rows)
         if (head := _head_alone(self.head)) is not None:
             return log_probabilities(rows, head, stream.targets, self.logit_rule, gradient)
         vocabulary = self.module.config.get_text_config().vocab_size
@@ -146,9 +153,10 @@ def as_base(
     name: str,
     report: Callable[[str], None] = print,
     identity: str | None = None,
+    fast: bool = True,
 ) -> Base:
-    """Freeze a loaded Hugging Face causal model and set it to flat streams. `identity` is its fingerprint, where it
-    was taken already."""
+    """Freeze a loaded Hugging Face causal model, set it to flat streams and make its layers fast where they can be.
+    `identity` is its fingerprint, where it was taken already."""
     module.requires_grad_(False).eval()
     config = module.config.get_text_config()
     whole = context_length(module.config)
@@ -164,6 +172,8 @@ def as_base(
     else:
         probe(base, use_flat_attention)
         report(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
+    if fast:
+        make_fast(module, report)
     return base
 
 

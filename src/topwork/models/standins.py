@@ -9,13 +9,15 @@ theirs, and where attention and MLP stand side by side (phi), both last projecti
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from topwork.ops.project import Projection, projection_of
 
 Run = Callable[[Tensor], Any]
 """A layer's forward pass with everything but its hidden states already given."""
@@ -108,6 +110,12 @@ class WithoutProduct(nn.Module):
     def bias(self) -> Any:
         """The linear layer's."""
         return self.linear.bias
+
+    def projection(self) -> Projection | None:
+        """The linear layer's, with a value in its product's place."""
+        self.was_called = True
+        found = projection_of(self.linear)
+        return found and replace(found, instead=self.value)
 
     def forward(self, x: Tensor) -> Tensor:
         self.was_called = True

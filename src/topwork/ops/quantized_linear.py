@@ -11,7 +11,6 @@ A panel comes in the type that W was quantized from and is then taken to x's, as
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.packed import Packed
@@ -26,35 +25,41 @@ def quantized_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> T
 
 
 def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """x W' + b without a gradient: panels of rows."""
+    """x [..., in] -> [..., out] without a gradient: panels of rows."""
+    outputs, inputs = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    write_output(x.reshape(-1, inputs), weight, bias, y.view(-1, outputs))
+    return y
+
+
+def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> None:
+    """x [n, in] -> y [n, out], whose rows may lie in a wider buffer."""
     outputs, inputs = weight.shape
     step = _panel(weight, inputs, x)
-    if step >= outputs:
-        return F.linear(x, weight.dense().to(x.dtype), bias)
-    y = x.new_empty(*x.shape[:-1], outputs)
-    flat_x, flat_y = x.reshape(-1, inputs), y.view(-1, outputs)
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
         panel = weight.panel(rows, slice(0, inputs)).to(x.dtype).t()
         if bias is None:
-            torch.mm(flat_x, panel, out=flat_y[:, rows])
+            torch.mm(x, panel, out=y[:, rows])
         else:
-            torch.addmm(bias[rows], flat_x, panel, out=flat_y[:, rows])
+            torch.addmm(bias[rows], x, panel, out=y[:, rows])
         del panel  # before the next one is made
-    return y
 
 
-def input_gradient(dy: Tensor, weight: Packed) -> Tensor:
-    """dy [..., out] -> dy W [..., in]: panels of columns."""
+def input_gradient(dy: Tensor, weight: Packed, onto: Tensor | None = None) -> Tensor:
+    """dy [..., out] -> dy W [..., in]: panels of columns. With `onto` [n, in] it is added there, and `onto` returned."""
     outputs, inputs = weight.shape
     step = _panel(weight, outputs, dy)
-    if step >= inputs:
-        return dy @ weight.dense().to(dy.dtype)
-    dx = dy.new_empty(*dy.shape[:-1], inputs)
+    dx = dy.new_empty(*dy.shape[:-1], inputs) if onto is None else onto
     flat_dy, flat_dx = dy.reshape(-1, outputs), dx.view(-1, inputs)
     for start in range(0, inputs, step):
         columns = slice(start, min(start + step, inputs))
-        torch.mm(flat_dy, weight.panel(slice(0, outputs), columns).to(dy.dtype), out=flat_dx[:, columns])
+        panel = weight.panel(slice(0, outputs), columns).to(dy.dtype)
+        if onto is None:
+            torch.mm(flat_dy, panel, out=flat_dx[:, columns])
+        else:
+            flat_dx[:, columns].addmm_(flat_dy, panel)
+        del panel  # before the next one is made
     return dx
 
 

@@ -36,6 +36,7 @@ class Stream:
     targets     [N] int64: that learned token
     weights     [N] float32: the weight with which it is learned
     cache       keys and values of earlier passes, while generating; else None
+    wanted      [n] int64, rising: the hidden states that will be looked at, None for all; a last layer may stop there
     """
 
     tokens: Tensor
@@ -46,11 +47,22 @@ class Stream:
     targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     cache: Any = None
+    wanted: Tensor | None = None
 
     def to(self, device: torch.device) -> "Stream":
         """The same stream with its tensors on `device`."""
         names = ("tokens", "positions", "rows", "targets", "weights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def narrowed(self) -> "Stream":
+        """Only the wanted rows, for what comes after attention: their segments, no longer their sequences."""
+        assert self.wanted is not None
+        stops = torch.tensor([segment.stop for segment in self.segments], device=self.wanted.device)
+        ends = torch.searchsorted(self.wanted, stops).tolist() if len(stops) > 1 else [len(self.wanted)]
+        segments = tuple(
+            Segment(start, end, segment.adapter) for start, end, segment in zip([0, *ends], ends, self.segments)
+        )
+        return replace(self, segments=segments, wanted=None)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.ops.packed import Packed
+from topwork.ops.project import Projection
 from topwork.ops.quantized_linear import input_gradient, quantized_linear
 
 
@@ -65,6 +66,11 @@ class QuantizedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         return quantized_linear(x, self.packed, self.bias)
+
+    def projection(self) -> Projection | None:
+        """What it is as a part of a group; None where its bias learns."""
+        learns = self.bias is not None and self.bias.requires_grad
+        return None if learns else Projection(self.packed, self.bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dy [..., out] -> dy W [..., in]."""

@@ -1,0 +1,295 @@
+"""A group of linear layers with one input, behind a cheap prologue, with LoRA terms: forward and backward by hand.
+
+    n = prologue(x)                                    computed again going backward, never kept
+    S = n A'                                           one product for all A of the group, kept (r values a token)
+    y = [n W1' + b1 + s1 S1 B1' | n W2' + ...]         one buffer, so what follows takes its parts without a copy
+
+    G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
+
+W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments). With
+dropout each term has an A-input of its own, so nothing is shared. Six products of 2 r (in + out) / 2 each are what LoRA
+costs at least; the plain-torch truth is `adapters/lora.py`'s `add_to`, which autograd differentiates.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from topwork.ops.gated import gated, gated_backward
+from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
+from topwork.ops.packed import Packed
+from topwork.ops.quantized_linear import input_gradient, write_output
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """s B A dropout(n) for the rows start:stop. a [r, in] and b [out, r] are the fp32 masters, which learn."""
+
+    start: int
+    stop: int
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer: frozen weight [out, in], bias [out], and what adapters add to its product.
+
+    `instead` stands for the product's value where no gradient needs it (a layer that is run again going backward).
+    """
+
+    weight: Tensor | Packed
+    bias: Tensor | None = None
+    terms: tuple[LowRank, ...] = ()
+    instead: float | None = None
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+
+class Prologue(Protocol):
+    """x [T, k] -> n [T, in], and what of it is worth keeping."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """The same n, to the bit."""
+        ...
+
+    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """dx from dn, which may be overwritten."""
+        ...
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """n = x."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x, ()
+
+    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        return x
+
+    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        return dn
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """n = norm(x) * weight, as `ops/norm.py` has it; keeps one number a row."""
+
+    weight: Tensor
+    eps: float
+    unit_offset: bool = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        n, rstd = rms_norm(x, self.weight, self.eps, self.unit_offset)
+        return n, (rstd,)
+
+    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        return rms_normalized(x, self.weight, kept[0], self.unit_offset)
+
+    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        return rms_norm_backward(dn, x, self.weight, kept[0], self.unit_offset)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """n = act(gate) * up for x = [gate | up]."""
+
+    kind: str
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.again(x, ()), ()
+
+    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        gate, up = x.chunk(2, -1)
+        return gated(gate, up, self.kind)
+
+    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, -1)
+        gated_backward(dn, gate, up, self.kind, into=(dgate, dup))
+        return dx
+
+
+def projection_of(module: nn.Module | None) -> Projection | None:
+    """What a module adds up to as a frozen linear layer with LoRA terms for the active stream; None where it is more
+    than that. Modules other than nn.Linear tell by a method `projection()`."""
+    if type(module) is nn.Linear:
+        learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
+        return None if learns else Projection(module.weight, module.bias)
+    tell: Callable[[], Projection | None] | None = getattr(module, "projection", None)
+    return tell() if tell is not None else None
+
+
+def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs()) -> Tensor:
+    """x [T, k] -> [T, sum of the group's outputs], the group's products side by side."""
+    bundles = tuple(_bundles(group))
+    masters = [tensor for bundle in bundles for member in bundle.members for tensor in (member.a, member.b)]
+    return _Project.apply(x, prologue, tuple(group), bundles, *masters)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A term's place: its columns in the group's output, and in its bundle's S."""
+
+    columns: slice
+    ranks: slice
+    a: Tensor
+    b: Tensor
+    scaling: float
+    only_backward: bool
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Terms whose A sees the same input: one product makes S for all of them."""
+
+    rows: slice
+    members: tuple[_Member, ...]
+    dropout: float
+
+    def stacked(self, masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The members' A under one another [R, in]."""
+        parts = [a.to(dtype) for a in masters[::2]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _bundles(group: Sequence[Projection]) -> Iterator[_Bundle]:
+    """By range of rows; those that drop out each for themselves."""
+    shared: dict[tuple[Any, ...], list[tuple[slice, LowRank, bool]]] = defaultdict(list)
+    at = 0
+    for number, projection in enumerate(group):
+        columns = slice(at, at + projection.outputs)
+        at = columns.stop
+        for term in projection.terms:
+            alone = number if term.dropout else None
+            place = (columns, term, projection.instead is not None)
+            shared[term.start, term.stop, term.dropout, alone].append(place)
+    for (start, stop, dropout, _), places in shared.items():
+        members, rank = [], 0
+        for columns, term, only_backward in places:
+            ranks = slice(rank, rank + term.a.shape[0])
+            rank = ranks.stop
+            members.append(_Member(columns, ranks, term.a, term.b, term.scaling, only_backward))
+        yield _Bundle(slice(start, stop), tuple(members), dropout)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, prologue, group, bundles, *masters):  # type: ignore[no-untyped-def]
+        n, kept = prologue.forward(x)
+        out = n.new_empty(n.shape[0], sum(projection.outputs for projection in group))
+        _base_products(n, group, out)
+        inner = []
+        for bundle, own in _with_masters(bundles, masters):
+            rows, noise = _dropped(n[bundle.rows], bundle.dropout)
+            s = torch.mm(rows, bundle.stacked(own, n.dtype).t())
+            for member, b in zip(bundle.members, own[1::2]):
+                if not member.only_backward:
+                    part = out[bundle.rows, member.columns]
+                    part.addmm_(s[:, member.ranks], b.to(n.dtype).t(), alpha=member.scaling)
+            inner += [s, noise]
+        ctx.prologue, ctx.group, ctx.bundles = prologue, group, bundles
+        ctx.counts = len(kept), len(inner)
+        ctx.save_for_backward(x, *kept, *inner, *masters)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        x, *rest = ctx.saved_tensors
+        kept, inner, masters = _split(rest, *ctx.counts)
+        wants_x = ctx.needs_input_grad[0]
+        dn = _base_gradient(dout, ctx.group) if wants_x else None
+        n: Any = ctx.prologue.again(x, tuple(kept)) if ctx.bundles else None
+        found: list[Tensor] = []
+        for at, (bundle, own) in enumerate(_with_masters(ctx.bundles, masters)):
+            s, noise = inner[2 * at : 2 * at + 2]
+            found += _bundle_gradients(bundle, own, dout[bundle.rows], s, noise, n[bundle.rows], dn)
+        del n
+        dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
+        return dx, None, None, None, *found
+
+
+def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
+    at = 0
+    for projection in group:
+        part = out[:, at : at + projection.outputs]
+        at += projection.outputs
+        if projection.instead is not None:
+            part.fill_(projection.instead)
+        elif isinstance(projection.weight, Packed):
+            write_output(n, projection.weight, projection.bias, part)
+        elif projection.bias is None:
+            torch.mm(n, projection.weight.t(), out=part)
+        else:
+            torch.addmm(projection.bias, n, projection.weight.t(), out=part)
+
+
+def _base_gradient(dout: Tensor, group: Sequence[Projection]) -> Tensor:
+    """dout W of the whole group [T, in]."""
+    at, dn = 0, None
+    for projection in group:
+        part = dout[:, at : at + projection.outputs]
+        at += projection.outputs
+        if isinstance(projection.weight, Packed):
+            dn = input_gradient(part, projection.weight, onto=dn)
+        else:
+            dn = torch.mm(part, projection.weight) if dn is None else dn.addmm_(part, projection.weight)
+    assert dn is not None
+    return dn
+
+
+def _bundle_gradients(
+    bundle: _Bundle, masters: Sequence[Tensor], dy: Tensor, s: Tensor, noise: Tensor | None, n: Tensor,
+    dn: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """The masters' gradients, dA and dB in turns; adds the terms' share to dn [T, in] where there is one."""
+    g = torch.empty_like(s)
+    found = []
+    for member, b in zip(bundle.members, masters[1::2]):
+        own = dy[:, member.columns]
+        part = g[:, member.ranks]
+        torch.addmm(part, own, b.to(dy.dtype), beta=0, alpha=member.scaling, out=part)
+        found.append(torch.mm(s[:, member.ranks].t(), own).t().to(b.dtype).mul_(member.scaling))
+    da = torch.mm(g.t(), n if noise is None else n * noise).to(masters[0].dtype)
+    if dn is not None:
+        rows, a = dn[bundle.rows], bundle.stacked(masters, dy.dtype)
+        if noise is None:
+            rows.addmm_(g, a)
+        else:
+            rows.addcmul_(torch.mm(g, a), noise)
+    return [tensor for member, db in zip(bundle.members, found) for tensor in (da[member.ranks], db)]
+
+
+def _with_masters(bundles: Sequence[_Bundle], masters: Sequence[Tensor]) -> Iterator[tuple[_Bundle, Sequence[Tensor]]]:
+    at = 0
+    for bundle in bundles:
+        yield bundle, masters[at : at + 2 * len(bundle.members)]
+        at += 2 * len(bundle.members)
+
+
+def _dropped(rows: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    """Rows with some values dropped and the others scaled up, and the factors; drawn as torch's dropout draws them."""
+    if not share:
+        return rows, None
+    noise = torch.empty_like(rows).bernoulli_(1 - share).div_(1 - share)
+    return rows * noise, noise
+
+
+def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(tensors[at : at + size])
+        at += size
+    return [*parts, tensors[at:]]

@@ -1,0 +1,130 @@
+"""From one buffer of queries, keys and values to the attention's output: norm of heads, rotary positions, attention.
+
+One autograd Function that keeps the buffer, the output and a few numbers a row. Rotating happens in the buffer itself;
+where heads are normalised first (Qwen 3, Gemma 3), the buffer stays as it is and rotated copies are made again going
+backward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topwork.ops.attention import AttentionRule, attention_backward, attention_forward
+from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
+from topwork.ops.rotary import rotate_
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMS norm of each head's values, or of all heads' together, as the weight's length says."""
+
+    weight: Tensor
+    eps: float
+    unit_offset: bool
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How a row of the buffer is divided: heads of queries, of keys and as many of values, each `size` wide."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        """Values in a row."""
+        return (self.queries + 2 * self.keys) * self.size
+
+    def parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, width] -> views q [T, H, D], k and v [T, H_kv, D]."""
+        sizes = (self.queries, self.keys, self.keys)
+        q, k, v = buffer.unflatten(-1, (-1, self.size)).split(sizes, 1)
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """What a layer does between its first and its last projection. Norms, rotary positions and sinks are optional."""
+
+    heads: Heads
+    rule: AttentionRule
+    norms: tuple[HeadNorm, HeadNorm] | None = None
+    sinks: Tensor | None = None
+
+
+def self_attention(
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: tuple[int, ...], how: SelfAttention
+) -> Tensor:
+    """[T, width] -> [T, H * D]. `buffer` is overwritten; rotary is cos and sin [T, R] each; bounds as in a stream."""
+    return _SelfAttention.apply(buffer, rotary, bounds, how)
+
+
+def rotated_parts(
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as the attention takes them, without a gradient; `buffer` may be overwritten."""
+    q, k, v = how.heads.parts(buffer)
+    if how.norms is not None:
+        q, k = (_normed(x, norm)[0] for x, norm in zip((q, k), how.norms))
+    if rotary is not None:
+        for x in (q, k):
+            rotate_(x, *rotary)
+    return q, k, v
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, buffer, rotary, bounds, how):  # type: ignore[no-untyped-def]
+        q, k, v = how.heads.parts(buffer)
+        rstds: tuple[Tensor, ...] = ()
+        if how.norms is not None:
+            (q, q_rstd), (k, k_rstd) = (_normed(x, norm) for x, norm in zip((q, k), how.norms))
+            rstds = (q_rstd, k_rstd)
+        if rotary is not None:
+            for x in (q, k):
+                rotate_(x, *rotary)
+        out, lse = attention_forward(q, k, v, bounds, how.rule, how.sinks)
+        ctx.rotary, ctx.bounds, ctx.how = rotary, bounds, how
+        ctx.save_for_backward(buffer, out, lse, *rstds)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        buffer, out, lse, *rstds = ctx.saved_tensors
+        how, rotary = ctx.how, ctx.rotary
+        q, k, v = how.heads.parts(buffer)
+        if how.norms is not None:
+            q, k = (_normed_again(x, norm, rstd) for x, norm, rstd in zip((q, k), how.norms, rstds))
+            if rotary is not None:
+                for x in (q, k):
+                    rotate_(x, *rotary)
+        dbuffer = torch.empty_like(buffer)
+        into = how.heads.parts(dbuffer)
+        attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
+        for dx in into[:2] if rotary is not None else ():
+            rotate_(dx, *rotary, inverse=True)
+        if how.norms is not None:
+            for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
+                dx.copy_(_norm_backward(dx, x, norm, rstd))
+        return dbuffer, None, None, None
+
+
+def _rows(x: Tensor, norm: HeadNorm) -> Tensor:
+    """[T, H, D], or [T, H * D] where the norm goes over all heads together."""
+    return x if norm.weight.numel() == x.shape[-1] else x.flatten(1)
+
+
+def _normed(x: Tensor, norm: HeadNorm) -> tuple[Tensor, Tensor]:
+    y, rstd = rms_norm(_rows(x, norm), norm.weight, norm.eps, norm.unit_offset)
+    return y.view(x.shape), rstd
+
+
+def _normed_again(x: Tensor, norm: HeadNorm, rstd: Tensor) -> Tensor:
+    return rms_normalized(_rows(x, norm), norm.weight, rstd, norm.unit_offset).view(x.shape)
+
+
+def _norm_backward(dx: Tensor, x: Tensor, norm: HeadNorm, rstd: Tensor) -> Tensor:
+    rows = _rows(dx, norm)
+    return rms_norm_backward(rows, _rows(x, norm), norm.weight, rstd, norm.unit_offset).view(x.shape)

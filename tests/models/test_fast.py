@@ -1,0 +1,221 @@
+"""Fast layers: which layers get them, and that they change nothing but speed and memory."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reference.families import added, learning_stream, sequences, tiny_model
+from reference.measure import relative
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.models import fast
+from topwork.models.base import Base, as_base
+from topwork.models.fast import FastLayer
+from topwork.ops.stream import Segment, Stream
+
+WHOLE = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3",
+    "smollm3", "exaone4",
+}  # fmt: skip
+HALF = {"mixtral": "MLP (MixtralSparseMoeBlock)", "qwen3_moe": "MLP (Qwen3MoeSparseMoeBlock)"}
+PLAIN = ("gpt2", "opt", "phi", "starcoder2", "stablelm", "cohere")
+LORA = AdapterConfig(r=4, lora_alpha=8)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"o_proj": 3}},
+    "attention only": {"target_modules": ["q_proj", "v_proj"]},
+    "a saved norm": {"modules_to_save": ["post_attention_layernorm"]},
+    "a saved MLP": {"modules_to_save": ["mlp"], "target_modules": ["q_proj", "o_proj"]},
+    "a saved projection": {"modules_to_save": ["k_proj"], "target_modules": ["q_proj", "down_proj"]},
+}
+
+
+def based(model: PreTrainedModel, told: list[str] | None = None, **options: Any) -> Base:
+    return as_base(model, None, "tiny", [].append if told is None else told.append, **options)  # type: ignore[arg-type]
+
+
+def fast_layers(base: Base) -> list[FastLayer]:
+    return [module for module in base.module.modules() if isinstance(module, FastLayer)]
+
+
+def gradients(base: Base, adapters: Adapters, stream: Stream, names: tuple[str, ...]) -> list[Tensor]:
+    """(log-probabilities, gradients of every adapter tensor), dropout on where the adapter has any."""
+    for name in names:
+        adapters.train(name)
+    torch.manual_seed(3)
+    logprobs = base.log_probabilities(stream)
+    (logprobs * stream.weights).sum().backward()
+    for name in names:
+        adapters.train(name, False)
+    learned = [parameter for name in names for parameter in adapters.parameters(name).values()]
+    return [logprobs.detach(), *(p.grad for p in learned if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", sorted(WHOLE))
+def test_a_family_built_as_llama_is_fast_in_every_part(family: str) -> None:
+    told: list[str] = []
+    base = based(tiny_model(family), told)
+    assert [layer.attention_part is not None and layer.mlp_part is not None for layer in fast_layers(base)] == [
+        True
+    ] * 2
+    assert not [line for line in told if "plain" in line]
+    assert [layer.is_last for layer in fast_layers(base)] == [False, True]
+
+
+@pytest.mark.parametrize("family", sorted(HALF))
+def test_what_stays_plain_is_said(family: str) -> None:
+    told: list[str] = []
+    assert len(fast_layers(based(tiny_model(family), told))) == 2
+    assert told == [f"{family}: runs on plain modules, slower: {HALF[family]} in 2 of 2 layers"]
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_a_family_built_otherwise_runs_plain_and_says_so(family: str) -> None:
+    told: list[str] = []
+    assert not fast_layers(based(tiny_model(family), told))
+    assert "plain modules" in told[-1]
+
+
+@pytest.mark.parametrize("family", sorted(WHOLE | HALF.keys()))
+def test_fast_is_plain_with_adapters(family: str) -> None:
+    """Two adapters and the bare base in one stream."""
+    model, parts = tiny_model(family), sequences()
+    results = []
+    for quick in (True, False):
+        base = based(copy.deepcopy(model), fast=quick)
+        targets = {"target_modules": ["q_proj", "o_proj", "v_proj"]} if family in HALF else {}
+        adapters = added(base, a=LORA, b=AdapterConfig(r=3, lora_alpha=3, **targets))
+        stream = learning_stream(parts)
+        cut = stream.bounds
+        segments = (Segment(0, cut[2], "a"), Segment(cut[2], cut[3], None), Segment(cut[3], cut[4], "b"))
+        results.append(gradients(base, adapters, replace(stream, segments=segments), ("a", "b")))
+    assert bool(fast_layers(base)) is False
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other, 1e-6) < 2e-5
+
+
+@pytest.mark.parametrize("options", list(OPTIONS))
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_every_kind_of_adapter_on_fast_layers(options: str, dropout: float) -> None:
+    """With dropout the draws are the same ones, in the same order."""
+    results = []
+    for quick in (True, False):
+        base = based(tiny_model("llama"), fast=quick)
+        for layer in fast_layers(base):
+            layer.is_last = False  # which would draw for the learned rows alone
+        config = AdapterConfig.model_validate({"r": 4, "lora_dropout": dropout, **OPTIONS[options]})
+        adapters = added(base, a=config)
+        results.append(gradients(base, adapters, learning_stream(sequences(), "a"), ("a",)))
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other, 1e-6) < 2e-5
+
+
+@pytest.mark.parametrize("options", ["lora", "a saved norm", "a saved MLP", "a saved projection"])
+def test_a_fresh_adapter_is_the_base_to_the_bit_in_bfloat16(options: str) -> None:
+    """Where an adapter makes a part run as plain modules, that part rounds as the fast one did."""
+    base = based(tiny_model("llama").bfloat16())
+    adapters, stream = Adapters(base.module), learning_stream(sequences(), "a")
+    bare = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    adapters.add("a", AdapterConfig.model_validate({"r": 4, **OPTIONS[options]}))
+    assert torch.equal(base.log_probabilities(stream), bare)
+
+
+def test_taken_out_again_the_base_is_as_before() -> None:
+    base = based(tiny_model("llama"))
+    stream = learning_stream(sequences(), "a")
+    names = [name for name, _ in base.module.named_parameters()]
+    bare = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    adapters = added(base, a=LORA)
+    assert not torch.equal(base.log_probabilities(stream), bare)
+    adapters.remove("a")
+    again = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    assert torch.equal(again, bare)
+    assert [name for name, _ in base.module.named_parameters()] == names
+
+
+def test_names_and_weights_are_those_of_the_plain_model() -> None:
+    model = tiny_model("llama")
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    assert {name: parameter.data_ptr() for name, parameter in based(model).module.named_parameters()} == before
+
+
+class Doubled(nn.Module):
+    """Stands in for an activation that no table knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sin(x)
+
+
+def _other_activation(layer: nn.Module) -> None:
+    layer.mlp.act_fn = Doubled()  # type: ignore[union-attr]
+
+
+def _other_norm(layer: nn.Module) -> None:
+    size = layer.input_layernorm.weight.numel()  # type: ignore[union-attr, operator]
+    layer.input_layernorm = nn.LayerNorm(size)
+
+
+def _other_forward(layer: nn.Module) -> None:
+    plain = layer.forward
+    layer.forward = lambda *given, **named: 1.5 * plain(*given, **named)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (_other_activation, {"MLP (LlamaMLP)"}),
+        (_other_norm, {"attention (LlamaAttention)"}),
+        (_other_forward, {"all of it (LlamaDecoderLayer)"}),
+    ],
+)
+def test_a_layer_is_chosen_by_what_it_does(change: Any, left: set[str]) -> None:
+    """A llama that is none stays plain where it differs, and computes what it did."""
+    models = tiny_model("llama"), tiny_model("llama")
+    for model in models:
+        change(model.model.layers[0])
+    told: list[str] = []
+    stream = learning_stream(sequences())
+    expected = based(models[0], fast=False).log_probabilities(stream)
+    base = based(models[1], told)
+    assert told == [f"llama: runs on plain modules, slower: {part} in 1 of 2 layers" for part in left]
+    assert relative(base.log_probabilities(stream), expected) < 1e-5
+
+
+def test_the_last_layer_computes_only_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = based(tiny_model("llama"))
+    adapters = added(base, a=LORA, b=LORA)
+    stream = learning_stream(sequences())
+    cut = stream.bounds
+    some = torch.tensor([0, 5, cut[1], cut[3] + 2, cut[3] + 3, cut[4] - 1])
+    stream = replace(
+        stream, rows=some, targets=stream.tokens[some], weights=torch.ones(len(some)),
+        segments=(Segment(0, cut[1], "a"), Segment(cut[1], cut[2], None), Segment(cut[2], cut[4], "b")),
+    )  # fmt: skip
+    rows: list[int] = []
+    plain = fast.project
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        rows.append(len(x))
+        return plain(x, *others)
+
+    monkeypatch.setattr(fast, "project", counted)
+    narrow = gradients(base, adapters, stream, ("a", "b"))
+    assert rows == [cut[4]] * 4 + [cut[4]] + [len(some)] * 3
+    fast_layers(base)[-1].is_last = False
+    for parameter in (*adapters.parameters("a").values(), *adapters.parameters("b").values()):
+        parameter.grad = None
+    for one, other in zip(narrow, gradients(base, adapters, stream, ("a", "b")), strict=True):
+        assert relative(one, other, 1e-6) < 1e-5
+
+
+def test_hidden_states_of_all_tokens_are_still_to_be_had() -> None:
+    base, stream = based(tiny_model("llama")), learning_stream(sequences())
+    whole = base.hidden(stream)
+    assert whole.shape[0] == len(stream.tokens)
+    assert torch.equal(base.hidden_rows(stream, stream.rows), whole[stream.rows])

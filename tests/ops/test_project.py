@@ -1,0 +1,206 @@
+"""A group of linear layers with a prologue and LoRA terms: the hand-written backward pass against autograd in fp64."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.kept import kept_by
+from reference.measure import relative
+from topwork.adapters.lora import LoraWeights
+from topwork.ops.packed import Packed, pack_4bit, pack_int8
+from topwork.ops.project import AsIs, Gated, LowRank, Projection, Prologue, RmsNorm, project, projection_of
+
+T, IN = 23, 40
+PROLOGUES: dict[str, Prologue] = {
+    "as is": AsIs(),
+    "norm": RmsNorm(1 + 0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-5),
+    "norm with offset": RmsNorm(0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-6, True),
+    "silu": Gated("silu"),
+    "gelu": Gated("gelu_tanh"),
+}
+SEGMENTS: dict[str, list[tuple[int, int]]] = {
+    "one adapter": [(0, T)],
+    "two adapters": [(0, 9), (9, T)],
+    "beside the bare base": [(4, 11), (17, T)],
+    "an empty one": [(0, 5), (5, 5), (5, T)],
+    "none": [],
+}
+OUTPUTS = {"one": [17], "three": [24, 8, 9]}
+
+
+def a_group(outputs: Sequence[int], segments: Sequence[tuple[int, int]], bias: bool = False) -> list[Projection]:
+    """Random projections; ranks and scalings differ from term to term, and not every projection has every term."""
+    group = []
+    for number, out in enumerate(outputs):
+        terms = []
+        for at, (start, stop) in enumerate(segments):
+            if number == 1 and at == 1:
+                continue
+            r = 3 + number + 2 * at
+            a, b = torch.randn(r, IN) / math.sqrt(IN), torch.randn(out, r)
+            terms.append(LowRank(start, stop, a.requires_grad_(), b.requires_grad_(), 0.5 + at + number))
+        group.append(Projection(torch.randn(out, IN), torch.randn(out) if bias else None, tuple(terms)))
+    return group
+
+
+def masters(group: Sequence[Projection]) -> list[Tensor]:
+    return [tensor for projection in group for term in projection.terms for tensor in (term.a, term.b)]
+
+
+def truth(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
+    """The same formula, one layer at a time, for autograd."""
+    if isinstance(prologue, RmsNorm):
+        weight = prologue.weight.double() + (1 if prologue.unit_offset else 0)
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + prologue.eps) * weight
+    elif isinstance(prologue, Gated):
+        gate, up = x.chunk(2, -1)
+        n = (F.silu(gate) if prologue.kind == "silu" else F.gelu(gate, approximate="tanh")) * up
+    else:
+        n = x
+    parts = []
+    for projection in group:
+        weight = projection.weight.dense() if isinstance(projection.weight, Packed) else projection.weight
+        y = F.linear(n, weight.double(), None if projection.bias is None else projection.bias.double())
+        for term in projection.terms:
+            rows = torch.arange(len(x))
+            inside = ((rows >= term.start) & (rows < term.stop))[:, None]
+            y = y + inside * (term.scaling * n @ term.a.double().t() @ term.b.double().t())
+        parts.append(y)
+    return torch.cat(parts, -1)
+
+
+def an_input(prologue: Prologue, rows: int = T) -> Tensor:
+    return torch.randn(rows, 2 * IN if isinstance(prologue, Gated) else IN)
+
+
+def both(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> tuple[list[Tensor], list[Tensor]]:
+    """(output, dx, dA, dB, ...) of `project`, and of the truth in fp64."""
+    found = []
+    for run, given in ((project, x), (truth, x.double())):
+        given = given.detach().clone().requires_grad_()
+        y = run(given, group, prologue)
+        torch.manual_seed(1)
+        dy = torch.randn(y.shape).to(y.dtype)
+        learned = masters(group)
+        grads = torch.autograd.grad(y, [given, *learned], dy.to(x.dtype).to(y.dtype), allow_unused=True)
+        found.append([y.detach(), *(torch.zeros(1) if g is None else g for g in grads)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("prologue", list(PROLOGUES))
+@pytest.mark.parametrize("segments", list(SEGMENTS))
+@pytest.mark.parametrize("outputs", list(OUTPUTS))
+def test_values_and_gradients(prologue: str, segments: str, outputs: str) -> None:
+    torch.manual_seed(0)
+    group = a_group(OUTPUTS[outputs], SEGMENTS[segments], bias=outputs == "three")
+    found, expected = both(an_input(PROLOGUES[prologue]), group, PROLOGUES[prologue])
+    assert len(found) == 2 + len(masters(group))
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other, 1e-30) < 3e-6
+
+
+@pytest.mark.parametrize("prologue", list(PROLOGUES))
+def test_in_bfloat16_every_gradient_points_the_same_way(prologue: str) -> None:
+    torch.manual_seed(0)
+    given, group = PROLOGUES[prologue], a_group([64, 32, 32], SEGMENTS["two adapters"])
+    if isinstance(given, RmsNorm):
+        given = replace(given, weight=given.weight.bfloat16())
+    group = [replace(p, weight=p.weight.bfloat16()) for p in group]  # type: ignore[union-attr]
+    found, expected = both(an_input(given).bfloat16(), group, given)
+    for one, other in zip(found, expected, strict=True):
+        assert float(F.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0)) > 0.9999
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("prologue", ["as is", "norm", "silu"])
+def test_few_rows(rows: int, prologue: str) -> None:
+    group = a_group([5, 6, 7], [(0, rows)])
+    found, expected = both(an_input(PROLOGUES[prologue], rows), group, PROLOGUES[prologue])
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative(one, other, 1e-30) < 3e-6 or rows == 0
+
+
+@pytest.mark.parametrize("prologue", ["as is", "norm", "silu"])
+def test_rows_of_a_wider_buffer(prologue: str) -> None:
+    given, group = PROLOGUES[prologue], a_group([8, 8, 8], [(0, T)])
+    whole = torch.cat([torch.randn(T, 3), x := an_input(given), torch.randn(T, 5)], 1)
+    assert relative(project(whole[:, 3:-5], group, given), project(x, group, given)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_weights_are_their_dense_twins(kind: str) -> None:
+    torch.manual_seed(0)
+    group = a_group([64, 32, 32], SEGMENTS["two adapters"])
+    packed = [
+        replace(p, weight=pack_int8(p.weight) if kind == "int8" else pack_4bit(p.weight, "nf4", 64, True))  # type: ignore[arg-type]
+        for p in group
+    ]
+    dense = [replace(p, weight=p.weight.dense()) for p in packed]  # type: ignore[union-attr]
+    x = an_input(PROLOGUES["norm"])
+    for one, other in zip(both(x, packed, PROLOGUES["norm"])[0], both(x, dense, PROLOGUES["norm"])[0], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
+    """The same draws in the same order as the plain-torch truth; other masks for other projections."""
+    torch.manual_seed(0)
+    modules = [LoraWeights(IN, out, 4, 2.0, 0.4).train() for out in (12, 7)]
+    for module in modules:
+        module.reset(0, "path", gaussian=False)
+        nn.init.normal_(module.lora_B)
+    weights, x = [torch.randn(out, IN).to(dtype) for out in (12, 7)], torch.randn(T, IN).to(dtype)
+    results = []
+    for fast in (True, False):
+        given = x.clone().requires_grad_()
+        torch.manual_seed(5)
+        if fast:
+            y = project(given, [Projection(w, None, (m.term(0, T),)) for w, m in zip(weights, modules)])
+        else:
+            y = torch.cat([m.add_to(F.linear(given, w), given) for w, m in zip(weights, modules)], -1)
+        torch.manual_seed(6)
+        grads = torch.autograd.grad(y, [given, *(p for m in modules for p in m.parameters())], torch.randn_like(y))
+        results.append([y.detach(), *grads])
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_prologues_result_is_not_kept() -> None:
+    """Kept are the input, one number a row, and r values a row for each adapted layer (and the weights, not counted)."""
+    group, prologue = a_group([64, 64], [(0, T)]), PROLOGUES["norm"]
+    x = an_input(prologue).requires_grad_()
+    ranks = sum(term.a.shape[0] for projection in group for term in projection.terms)
+    assert kept_by(lambda: project(x, group, prologue), [x, *masters(group)]) == 4 * T * (1 + ranks)
+
+
+def test_a_product_left_out_still_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    group = a_group([6, 5, 4], [(0, T)])
+    x = an_input(AsIs()).requires_grad_()
+    dy = torch.randn(T, 15)
+    whole = torch.autograd.grad(project(x, group), [x, *masters(group)], dy)
+    without = [replace(p, instead=7.0) if at == 1 else p for at, p in enumerate(group)]
+    y = project(x, without)
+    assert (y[:, 6:11] == 7.0).all()
+    assert torch.equal(y[:, :6], project(x, group)[:, :6])
+    for one, other in zip(torch.autograd.grad(y, [x, *masters(group)], dy), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_no_frozen_linear_layer_has_no_projection() -> None:
+    frozen = nn.Linear(4, 5).requires_grad_(False)
+    found = projection_of(frozen)
+    assert found is not None
+    assert found.weight is frozen.weight
+    assert found.bias is frozen.bias
+    assert projection_of(nn.Linear(4, 5)) is None
+    frozen.bias.requires_grad_()
+    assert projection_of(frozen) is None
+    assert projection_of(nn.LayerNorm(4)) is None
+    assert projection_of(type("Own", (nn.Linear,), {})(4, 5).requires_grad_(False)) is None
