@@ -172,7 +172,7 @@ def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
 
 
 def test_the_prologues_result_is_not_kept() -> None:
-    """Kept are the input, one number a row, and r values a row for each adapted layer (and the weights, not counted)."""
+    """Kept are the input, one number a row, and r values a row for each adapted layer."""
     group, prologue = a_group([64, 64], [(0, T)]), PROLOGUES["norm"]
     x = an_input(prologue).requires_grad_()
     ranks = sum(term.a.shape[0] for projection in group for term in projection.terms)

@@ -180,7 +180,7 @@ class FastLayer(GradientCheckpointingLayer):
 
 def _is_still(module: nn.Module, norm: Norm) -> bool:
     """No adapter has put a module of its own there, and it is frozen."""
-    return type(module) is norm.kind and not module.weight.requires_grad  # type: ignore[union-attr]
+    return type(module) is norm.kind and not module.weight.requires_grad
 
 
 def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> None:
@@ -203,6 +203,12 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
     if plain:
         told = ", ".join(f"{part} in {count} of {len(places)} layers" for part, count in sorted(plain.items()))
         report(f"{family}: runs on plain modules, slower: {told}")
+
+
+def is_fast(model: nn.Module) -> bool:
+    """Whether all of its decoder layers are fast in every part."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return bool(layers) and not any(map(_plain_parts, layers))
 
 
 @dataclass

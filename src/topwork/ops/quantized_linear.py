@@ -47,7 +47,7 @@ def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> N
 
 
 def input_gradient(dy: Tensor, weight: Packed, onto: Tensor | None = None) -> Tensor:
-    """dy [..., out] -> dy W [..., in]: panels of columns. With `onto` [n, in] it is added there, and `onto` returned."""
+    """dy [..., out] -> dy W [..., in]: panels of columns. Added to `onto` [n, in] where that is given."""
     outputs, inputs = weight.shape
     step = _panel(weight, outputs, dy)
     dx = dy.new_empty(*dy.shape[:-1], inputs) if onto is None else onto

@@ -5,6 +5,7 @@ where heads are normalised first (Qwen 3, Gemma 3), the buffer stays as it is an
 backward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,26 +66,14 @@ def rotated_parts(
     buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as the attention takes them, without a gradient; `buffer` may be overwritten."""
-    q, k, v = how.heads.parts(buffer)
-    if how.norms is not None:
-        q, k = (_normed(x, norm)[0] for x, norm in zip((q, k), how.norms))
-    if rotary is not None:
-        for x in (q, k):
-            rotate_(x, *rotary)
-    return q, k, v
+    parts, _ = _prepared(buffer, rotary, how)
+    return parts
 
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, buffer, rotary, bounds, how):  # type: ignore[no-untyped-def]
-        q, k, v = how.heads.parts(buffer)
-        rstds: tuple[Tensor, ...] = ()
-        if how.norms is not None:
-            (q, q_rstd), (k, k_rstd) = (_normed(x, norm) for x, norm in zip((q, k), how.norms))
-            rstds = (q_rstd, k_rstd)
-        if rotary is not None:
-            for x in (q, k):
-                rotate_(x, *rotary)
+        (q, k, v), rstds = _prepared(buffer, rotary, how)
         out, lse = attention_forward(q, k, v, bounds, how.rule, how.sinks)
         ctx.rotary, ctx.bounds, ctx.how = rotary, bounds, how
         ctx.save_for_backward(buffer, out, lse, *rstds)
@@ -97,18 +86,35 @@ class _SelfAttention(torch.autograd.Function):
         q, k, v = how.heads.parts(buffer)
         if how.norms is not None:
             q, k = (_normed_again(x, norm, rstd) for x, norm, rstd in zip((q, k), how.norms, rstds))
-            if rotary is not None:
-                for x in (q, k):
-                    rotate_(x, *rotary)
+            _rotate((q, k), rotary)
         dbuffer = torch.empty_like(buffer)
         into = how.heads.parts(dbuffer)
         attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
-        for dx in into[:2] if rotary is not None else ():
-            rotate_(dx, *rotary, inverse=True)
+        _rotate(into[:2], rotary, inverse=True)
         if how.norms is not None:
             for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
                 dx.copy_(_norm_backward(dx, x, norm, rstd))
         return dbuffer, None, None, None
+
+
+def _prepared(
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """(q, k, v) normalised and rotated (in the buffer itself where there are no norms), and the norms' rstd."""
+    q, k, v = how.heads.parts(buffer)
+    rstds: tuple[Tensor, ...] = ()
+    if how.norms is not None:
+        (q, q_rstd), (k, k_rstd) = (_normed(x, norm) for x, norm in zip((q, k), how.norms))
+        rstds = (q_rstd, k_rstd)
+    _rotate((q, k), rotary)
+    return (q, k, v), rstds
+
+
+def _rotate(parts: Sequence[Tensor], rotary: tuple[Tensor, Tensor] | None, inverse: bool = False) -> None:
+    if rotary is not None:
+        cos, sin = rotary
+        for x in parts:
+            rotate_(x, cos, sin, inverse)
 
 
 def _rows(x: Tensor, norm: HeadNorm) -> Tensor:

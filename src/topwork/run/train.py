@@ -21,6 +21,7 @@ from topwork.common.files import (
 )
 from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
+from topwork.models.fast import is_fast
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.quantization.linear import packed_kinds, weight_bytes
@@ -170,7 +171,7 @@ def _planned_passes(
     longest = max(len(example.tokens) for example in (*data.train, *data.eval))
     layers = len(decoder_layers(base.module))
     free, dropout = free_memory_bytes(base.device), recipe.adapter.lora_dropout > 0
-    memory = Memory(base.module.config, base.device, free, layers, dropout)
+    memory = Memory(base.module.config, base.device, free, layers, dropout, is_fast(base.module))
     plan = plan_passes(asked, checkpointing, longest, memory)
     if asked is None:
         report(

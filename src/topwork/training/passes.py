@@ -41,18 +41,20 @@ class PassPlan:
 @dataclass(frozen=True)
 class Memory:
     """What decides how much a pass may keep: the model's shape, whether its adapter drops out, how many of its layers
-    can be checkpointed, and the free memory. Half of that is planned with: families that normalise more often than
-    llama keep up to 1.4 times the estimate, and a backward pass has temporaries of its own."""
+    can be checkpointed, whether they are fast ones, and the free memory. Half of that is planned with: families that
+    normalise more often than llama keep up to 1.4 times the estimate, and a backward pass has temporaries of its own.
+    """
 
     config: PreTrainedConfig
     device: torch.device
     free_bytes: int
     checkpointable_layers: int = 0
     dropout: bool = False
+    fast: bool = True
 
     def holds(self, tokens: int, checkpointed_layers: int) -> bool:
         """Whether a pass of so many tokens fits."""
-        per_token = activation_bytes_per_token(self.config, checkpointed_layers, self.dropout)
+        per_token = activation_bytes_per_token(self.config, checkpointed_layers, self.dropout, self.fast)
         return tokens * per_token <= self.free_bytes / 2
 
 
@@ -90,33 +92,42 @@ def _tokens(asked: int | None, longest: int, memory: Memory, checkpointed_layers
     return max(budget, longest)
 
 
-def activation_bytes_per_token(config: PreTrainedConfig, checkpointed_layers: int = 0, dropout: bool = False) -> int:
+def activation_bytes_per_token(
+    config: PreTrainedConfig, checkpointed_layers: int = 0, dropout: bool = False, fast: bool = True
+) -> int:
     """What a pass holds per token at its peak: what it keeps, and where every layer is checkpointed the one that is
     recomputed. (With fewer, the others' memory is free again by then.)"""
-    live = layer_bytes_per_token(config, dropout) if checkpointed_layers >= _shape(config).layers else 0
-    return kept_bytes_per_token(config, checkpointed_layers, dropout) + live
+    live = layer_bytes_per_token(config, dropout, fast) if checkpointed_layers >= _shape(config).layers else 0
+    return kept_bytes_per_token(config, checkpointed_layers, dropout, fast) + live
 
 
-def kept_bytes_per_token(config: PreTrainedConfig, checkpointed_layers: int = 0, dropout: bool = False) -> int:
+def kept_bytes_per_token(
+    config: PreTrainedConfig, checkpointed_layers: int = 0, dropout: bool = False, fast: bool = True
+) -> int:
     """What is kept per token for the backward pass: a checkpointed layer's input, all of the others, the last norm."""
     shape = _shape(config)
     checkpointed = min(checkpointed_layers, shape.layers)
-    whole = (shape.layers - checkpointed) * layer_bytes_per_token(config, dropout)
+    whole = (shape.layers - checkpointed) * layer_bytes_per_token(config, dropout, fast)
     return whole + checkpointed * shape.value_bytes * shape.hidden + 4 * shape.hidden + 4
 
 
-def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False) -> int:
+def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False, fast: bool = True) -> int:
     """What a llama layer with LoRA on all of its linear layers keeps per token, but for its r values for each of them.
 
-    In the model's type both norms' outputs; q, k, v and the attention's output; gate, silu(gate), up and their product.
-    In fp32 what the two norms were given, and a number for each. An adapter with dropout keeps, in place of the linear
-    layers' inputs, each one's dropped-out copy and mask (in the model's type on CPUs, a byte on GPUs). Families without
-    a gate keep less.
+    A fast layer (`models/fast.py`), in the model's type: its input, q, k, v, the attention's output, what the MLP is
+    given, gate and up; in fp32 a number for each norm and head. With dropout the factors of each linear layer's input.
+
+    A plain one also keeps both norms' outputs, silu(gate) and its product with up, in fp32 what the norms were given;
+    with dropout, in place of the linear layers' inputs, each one's dropped-out copy and mask (in the model's type on
+    CPUs, a byte on GPUs). Families without a gate keep less.
     """
     s = _shape(config)
-    inputs, others = 2 * s.hidden + s.inner, 2 * s.attention + 2 * s.key_value + 3 * s.inner
-    dropped = 2 * (5 * s.hidden + s.attention + s.inner)
-    return s.value_bytes * (others + (dropped if dropout else inputs)) + 8 * s.hidden + 8
+    between = 2 * s.attention + 2 * s.key_value
+    factors = 5 * s.hidden + s.attention + s.inner if dropout else 0
+    if fast:
+        return s.value_bytes * (2 * s.hidden + between + 2 * s.inner + factors) + 4 * s.heads + 8
+    inputs = 2 * factors if dropout else 2 * s.hidden + s.inner
+    return s.value_bytes * (between + 3 * s.inner + inputs) + 8 * s.hidden + 8
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ class _Shape:
     """Widths of a layer; `inner` is the MLP's, of all experts that a token visits."""
 
     layers: int
+    heads: int
     hidden: int
     inner: int
     attention: int
@@ -142,6 +154,7 @@ def _shape(config: PreTrainedConfig) -> _Shape:
     inner = value("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
     return _Shape(
         layers=int(text.num_hidden_layers),
+        heads=heads,
         hidden=hidden,
         inner=inner * value("num_experts_per_tok", default=1),
         attention=width * heads,
