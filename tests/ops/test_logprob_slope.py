@@ -143,7 +143,7 @@ def test_rows_apart_in_memory(dtype: torch.dtype) -> None:
     buffer = torch.full((7, 64), 9.0).to(dtype)
     view = buffer[1:6, 3:53]
     view.copy_(logits)
-    assert logprobs._plain(view, targets, gradient)
+    assert logprobs._plain(view, targets, gradient, 1.0)
     logps, slope = truth(logits, targets, gradient)
     assert relative(logprob_slope_(view, targets, gradient), logps) < 1e-6
     assert relative(view, slope) < 4e-3
@@ -157,9 +157,9 @@ def test_what_the_kernel_cannot_read_goes_to_the_truth(dtype: torch.dtype) -> No
     logps, slope = truth(logits, targets, gradient)
     turned = logits.t().contiguous().t()
     spread = torch.stack([targets, targets], 1)[:, 0]
-    assert not logprobs._plain(turned, targets, gradient)
-    assert not logprobs._plain(logits, spread, gradient)
-    assert not logprobs._plain(logits, targets, gradient.double())
+    assert not logprobs._plain(turned, targets, gradient, 1.0)
+    assert not logprobs._plain(logits, spread, gradient, 1.0)
+    assert not logprobs._plain(logits, targets, gradient.double(), 1.0)
     assert relative(logprob_slope_(turned, targets, gradient), logps) < 1e-6
     assert relative(turned, slope) < 4e-3
     assert relative(logprob_slope_(logits, spread, gradient), logps) < 1e-6

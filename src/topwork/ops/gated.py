@@ -19,6 +19,7 @@ from torch import Tensor
 
 from topwork.ops.native import layer
 from topwork.ops.native.layer import told
+from topwork.ops.triton import load
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +30,8 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     _check(kind, gate, ("up", up))
     if (library := _native(gate)) is not None:
         return _gated_cpu(library, gate, up, kind)
+    if (kernels := load.kernels("layer", gate)) is not None:
+        return kernels.gated(gate, up, kind)
     return gated_reference(gate, up, kind)
 
 
@@ -46,6 +49,9 @@ def gated_backward(
     dgate, dup = into
     if _fillable(dgate) and _fillable(dup) and (library := _native(gate)) is not None:
         _backward_cpu(library, dh, gate, up, kind, dgate, dup)
+        return into
+    if _fillable(dgate) and _fillable(dup) and (kernels := load.kernels("layer", gate)) is not None:
+        kernels.gated_backward(dh, gate, up, kind, dgate, dup)
         return into
     for out, value in zip((dgate, dup), gated_backward_reference(dh, gate, up, kind)):
         out.copy_(value)

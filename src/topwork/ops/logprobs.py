@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.native import build
+from topwork.ops.triton import load
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 1 << 14}
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
@@ -153,7 +154,10 @@ def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: flo
         return logits.new_empty(0, dtype=torch.float32)
     if logits.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(f"targets {int(targets.min())}..{int(targets.max())} in a vocabulary of {vocabulary}")
-    library = build.load("logprobs") if scale > 0 and _plain(logits, targets, gradient) else None
+    plain = _plain(logits, targets, gradient, scale)
+    if plain and (kernels := load.kernels("logprobs", logits)) is not None:
+        return kernels.logprob_slope_(logits, targets, gradient, scale)
+    library = build.load("logprobs") if plain and logits.is_cpu and logits.dtype in KINDS else None
     if library is None:
         logps, slope = logprob_slope_reference(logits, targets, gradient, scale)
         logits.copy_(slope)
@@ -178,12 +182,12 @@ def logprob_slope_reference(
     return every.gather(-1, targets[:, None]).squeeze(-1), slope.mul_((gradient * scale)[:, None]).to(logits.dtype)
 
 
-def _plain(logits: Tensor, targets: Tensor, gradient: Tensor) -> bool:
-    """Whether the C kernel, which sees bare memory, may have these."""
+def _plain(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float) -> bool:
+    """Whether a kernel, which sees bare memory, may have these."""
     return (
-        logits.dtype in KINDS
+        scale > 0
         and (targets.dtype, gradient.dtype) == (torch.int64, torch.float32)
-        and all(x.device.type == "cpu" for x in (logits, targets, gradient))
+        and logits.device == targets.device == gradient.device
         and targets.is_contiguous()
         and gradient.is_contiguous()
         and (logits.shape[1] == 1 or logits.stride(1) == 1)

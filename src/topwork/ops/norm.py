@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topwork.ops.native import layer
 from topwork.ops.native.layer import told
+from topwork.ops.triton import load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,6 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     if (library := _native(x, weight)) is not None:
         rstd = torch.empty(x.numel() // x.shape[-1])
         return _norm_cpu(library, x, weight, rstd, eps, False, unit_offset), rstd
+    if (kernels := load.kernels("layer", x)) is not None:
+        return kernels.rms_norm(x, weight, eps, unit_offset)
     return rms_norm_reference(x, weight, eps, unit_offset)
 
 
@@ -33,6 +36,8 @@ def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = 
     _check(x, weight, rstd)
     if (library := _native(x, weight)) is not None:
         return _norm_cpu(library, x, weight, rstd.contiguous(), 0.0, True, unit_offset)
+    if (kernels := load.kernels("layer", x)) is not None:
+        return kernels.rms_normalized(x, weight, rstd, unit_offset)
     return rms_normalized_reference(x, weight, rstd, unit_offset)
 
 
@@ -44,6 +49,8 @@ def rms_norm_backward(
     _check(x, weight, rstd, dy, add)
     if (library := _native(x, weight)) is not None:
         return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset, add)
+    if (kernels := load.kernels("layer", x)) is not None:
+        return kernels.rms_norm_backward(dy, x, weight, rstd, unit_offset, add)
     return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset, add)
 
 

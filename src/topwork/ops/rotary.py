@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topwork.ops.native import layer
 from topwork.ops.native.layer import told
+from topwork.ops.triton import load
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
@@ -27,8 +28,10 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     known = x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
     if known and (library := layer.library()) is not None:
         _rotate_cpu(library, x, cos, sin, inverse)
-        return
-    rotate_reference_(x, cos, sin, inverse)
+    elif (kernels := load.kernels("layer", x)) is not None:
+        kernels.rotate_(x, cos, sin, inverse)
+    else:
+        rotate_reference_(x, cos, sin, inverse)
 
 
 def rotate_reference_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:

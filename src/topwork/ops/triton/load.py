@@ -1,0 +1,31 @@
+"""The modules of Triton kernels, imported when the first CUDA tensor arrives."""
+
+import warnings
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels(name: str, near: Tensor) -> ModuleType | None:
+    """`ops/triton/NAME.py`; None where `near` is not a 16- or 32-bit float on a CUDA device, or without triton."""
+    return _imported(name) if near.is_cuda and near.dtype in FLOATS else None
+
+
+@cache
+def _imported(name: str) -> ModuleType | None:
+    """None, with one warning, without triton."""
+    try:
+        return import_module(f"topwork.ops.triton.{name}")
+    except ImportError as error:
+        warnings.warn(
+            f"triton is not to be had here, so plain torch does the work of the kernels for the GPU ({name}), slower: "
+            f"{error}. `pip install triton`",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
