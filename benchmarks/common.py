@@ -14,11 +14,12 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ WARM_UP = 2
 """Steps that are not counted."""
 MAX_ROWS = 2000
 INTENT = "Classify the intent of this banking query: "
-PACKAGES = ("topwork", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "datasets")
+PACKAGES = ("topwork", "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 Chat = list[dict[str, str]]
 
@@ -38,6 +39,7 @@ class Job:
     rows     a file of chats, the rows in the order of the data set
     ordered  the same chats in the order in which Topwork's seed visits them
     initial  a PEFT folder with the adapter's first weights
+    tokens_per_pass  how many tokens Topwork runs at a time; the rows of a step then fill one pass
     """
 
     model_name: str
@@ -47,6 +49,7 @@ class Job:
     initial: str
     steps: int
     batch: int
+    tokens_per_pass: int | None = None
     seed: int = 0
     r: int = 16
     lora_alpha: int = 32
@@ -109,14 +112,27 @@ def peak_mib() -> int:
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
+def model_argument(model: str) -> str:
+    """An alias or Hub id as it is, a folder so that processes in another folder find it."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def model_title(name: str) -> str:
+    """How a record calls a model: a folder by its name alone."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def threads() -> int:
     """How many threads every measured process gets: all cores, or what OMP_NUM_THREADS asks for."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def run_process(module: str, *arguments: str) -> dict[str, Any]:
-    """Run `python -m module`, and read the last line it prints as JSON. {"error": …} where it failed."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads())}
+def run_process(module: str, *arguments: str, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Run `python -m module`, and read the last line it prints as JSON. {"error": …} where it failed.
+
+    `variables` are set in its environment beside those of this process.
+    """
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads()), **variables}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=BENCHMARKS, env=environment, capture_output=True, text=True
     )

@@ -1,6 +1,10 @@
 """PEFT in a bare loop, as one writes it by hand: padded batches, no checkpointing, bf16 adapters, fused AdamW.
 
-python -m peers.peft_loop JOB.json      (in benchmarks/)
+    python -m peers.peft_loop JOB.json [lora|qlora|fp32_adapters]      (in benchmarks/)
+
+lora           a base in bf16
+qlora          the same on a base that bitsandbytes holds in NF4 with double quantization
+fp32_adapters  as lora, with the adapters in fp32: PEFT's own default, slower
 
 The rows end with the end of turn, as Topwork's do, so that tokens and losses compare one by one.
 """
@@ -15,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from common import Chat, Job, measurement, read_chats
 
@@ -30,6 +34,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int) -> R
     return ids[:max_length], min(len(before), max_length)
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def collate(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
     longest = max(len(ids) for ids, _ in rows)
     return {
@@ -41,23 +49,34 @@ def collate(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
     }
 
 
-def adapted(job: Job) -> PeftModel:
+def adapted(job: Job, mode: str = "lora", dtype: torch.dtype = torch.bfloat16) -> PeftModel:
+    """The model with the job's first adapter, whose weights are in the base's type but for fp32_adapters."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    held = {"quantization_config": nf4} if mode == "qlora" else {}
+    model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, **held)
     config = LoraConfig(r=job.r, lora_alpha=job.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=torch.bfloat16)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=mode == "fp32_adapters")
+    for parameter in trained_parameters(model):  # on a 4-bit base they would be in fp32, and every input cast to it
+        parameter.data = parameter.data.to(torch.float32 if mode == "fp32_adapters" else dtype)
     missed = set_peft_model_state_dict(model, load_file(os.path.join(job.initial, "adapter_model.safetensors")))
     if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
         raise SystemExit("the initial adapter does not fit")
     return model
 
 
-def main(path: str) -> None:
+def trained_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def main(path: str, mode: str = "lora") -> None:
     job = Job.read(path)
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
     rows = [encode(tokenizer, chat, job.max_length) for chat in read_chats(job.ordered)]
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model = adapted(job).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    padding = padding_of(tokenizer)
+    model = adapted(job, mode).train()
+    trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / job.steps)
     losses, norms, tokens, seconds = [], [], [], []
@@ -78,4 +97,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

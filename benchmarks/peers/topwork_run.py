@@ -29,6 +29,7 @@ def recipe(job: Job, run: Path, mode: str) -> Recipe:
                 "warmup_steps": 0,
                 "max_steps": job.steps,
                 "batch_size": job.batch,
+                "tokens_per_pass": job.tokens_per_pass,
                 "max_grad_norm": job.max_grad_norm,
                 "seed": job.seed,
                 "save_steps": job.steps,
