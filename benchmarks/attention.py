@@ -1,9 +1,11 @@
-"""Attention of a flat stream, forward and backward: ours beside PyTorch's fused kernel called once per sequence.
+"""Attention of a flat stream, forward and backward: the C kernel, our plain torch, and PyTorch's fused kernel called
+once per sequence.
 
     python benchmarks/attention.py
 
-Nine heads over three, 64 wide. Milliseconds are medians of seven turns, the two in turns; the last column is the
-largest relative difference (norms) of output and gradients.
+Nine heads over three, 64 wide. Milliseconds are medians of the turns, with the least and the most in brackets; the
+three run in turns. The last column is the largest relative difference (norms) of output and gradients between the
+kernel and the fused one.
 """
 
 import time
@@ -14,56 +16,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topwork.ops.attention import AttentionRule, flat_attention
+from topwork.ops.attention import AttentionRule, attention_backward, attention_forward
+from topwork.ops.attention_reference import backward_reference, forward_reference
 
 SHAPES = {
     "9 of 150-300 tokens": [150, 170, 190, 210, 230, 250, 270, 290, 300],
     "16 of 40 and 16 of 60": [40] * 16 + [60] * 16,
+    "64 of 32": [32] * 64,
     "1 of 2,048": [2048],
 }
-TURNS = 7
+RULE = AttentionRule(0.125)
+TURNS = 9
+
+Bounds = tuple[int, ...]
+Timing = tuple[float, float, list[Tensor]]
+"""Milliseconds forward and backward; the output and the gradients of query, key and value."""
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    parts = []
-    for start, stop in zip(bounds, bounds[1:]):
-        own = [x[start:stop].repeat_interleave(9 // x.shape[1], 1).transpose(0, 1)[None] for x in (q, k, v)]
-        parts.append(F.scaled_dot_product_attention(*own, is_causal=True)[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-def timed(call: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> tuple[float, float, list[Tensor]]:
-    for x in inputs:
-        x.grad = None
+def fused(inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> Timing:
+    leaves = [x.detach().requires_grad_() for x in inputs]
     start = time.perf_counter()
-    out = call()
+    parts = []
+    for first, stop in zip(bounds, bounds[1:]):
+        own = [x[first:stop].transpose(0, 1)[None] for x in leaves]
+        parts.append(F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    out = torch.cat(parts)
     middle = time.perf_counter()
-    out.backward(grad)
-    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle), [out.detach(), *(x.grad for x in inputs)]
+    grads = torch.autograd.grad(out, leaves, grad)
+    return *spent(start, middle), [out.detach(), *grads]
+
+
+def plain(inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> Timing:
+    query, key, value = inputs
+    into = [torch.empty_like(x) for x in inputs]
+    start = time.perf_counter()
+    out = forward_reference(query, key, value, bounds, RULE)
+    middle = time.perf_counter()
+    backward_reference(grad, query, key, value, out, bounds, RULE, None, into)
+    return *spent(start, middle), [out, *into]
+
+
+def kernel(inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> Timing:
+    query, key, value = inputs
+    start = time.perf_counter()
+    out, lse = attention_forward(query, key, value, bounds, RULE)
+    middle = time.perf_counter()
+    grads = attention_backward(grad, query, key, value, out, lse, bounds, RULE)[:3]
+    return *spent(start, middle), [out, *grads]
+
+
+ARMS: dict[str, Callable[[list[Tensor], Tensor, Bounds], Timing]] = {"kernel": kernel, "plain": plain, "fused": fused}
+
+
+def spent(start: float, middle: float) -> tuple[float, float]:
+    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    print("| sequences | type | fused per sequence: forward + backward, ms | ours, ms | difference |")
-    print("|---|---|---|---|---|")
+    print("| sequences | type | kernel: forward + backward, ms | plain torch, ms | fused, ms | difference |")
+    print("|---|---|---|---|---|---|")
     for name, lengths in SHAPES.items():
         bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
         for dtype in (torch.bfloat16, torch.float32):
             print(f"| {name} | {str(dtype)[6:]} | {measured(bounds, dtype)} |", flush=True)
 
 
-def measured(bounds: tuple[int, ...], dtype: torch.dtype) -> str:
-    inputs = [torch.randn(bounds[-1], heads, 64, dtype=dtype).requires_grad_() for heads in (9, 3, 3)]
+def measured(bounds: Bounds, dtype: torch.dtype) -> str:
+    inputs = [torch.randn(bounds[-1], heads, 64, dtype=dtype) for heads in (9, 3, 3)]
     grad = torch.randn(bounds[-1], 9, 64, dtype=dtype)
-    arms = {
-        "fused": lambda: fused(*inputs, bounds),
-        "ours": lambda: flat_attention(*inputs, bounds, AttentionRule(0.125)),
-    }
-    turns = [{arm: timed(call, inputs, grad) for arm, call in arms.items()} for _ in range(TURNS)]
-    cells = [" + ".join(f"{median(turn[arm][i] for turn in turns):,.0f}" for i in (0, 1)) for arm in arms]
-    pairs = zip(turns[-1]["ours"][2], turns[-1]["fused"][2])
+    turns = [{arm: call(inputs, grad, bounds) for arm, call in ARMS.items()} for _ in range(TURNS + 1)][1:]
+    cells = [" + ".join(cell([turn[arm][i] for turn in turns]) for i in (0, 1)) for arm in ARMS]
+    pairs = zip(turns[-1]["kernel"][2], turns[-1]["fused"][2])
     worst = max(float((ours - theirs).float().norm() / theirs.float().norm()) for ours, theirs in pairs)
-    return f"{cells[0]} | {cells[1]} | {worst:.1e}"
+    return " | ".join([*cells, f"{worst:.1e}"])
+
+
+def cell(times: list[float]) -> str:
+    return f"{median(times):.1f} ({min(times):.1f}-{max(times):.1f})"
 
 
 if __name__ == "__main__":

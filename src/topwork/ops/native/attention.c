@@ -7,7 +7,8 @@
 // All six products run through one register tile of MR rows by NR vectors: `a` is broadcast, one 32-bit unit at a time,
 // `b` is read from panels of PW columns. A unit is one fp32, or with AVX512-BF16 two bf16 that follow each other along
 // the summed axis, so that both types share everything but the multiply-add. To need no transposed scores, the backward
-// makes dk and dv transposed and turns them once, at the end. Sums are fp32.
+// makes dk and dv transposed and turns them once, at the end. Sums are fp32. What a row does not see has a score of
+// minus infinity, so that the inner loops know no masks.
 //
 // A unit of work is one sequence and one key head with its query heads; a long sequence with few key heads is cut by
 // query heads, whose dk and dv are then added in their order. Nothing depends on the threads or on other sequences.
@@ -362,10 +363,10 @@ static void multiply_panels(const Job *job, int64_t rows, const float *a, int64_
     PRODUCTS[job->pair][rows / 2 - 1][least(NR, (job->size - d) / W) - 1](a, lda, b, steps, c + d, job->size, 1);
 }
 
-// The keys that rows [i, last] of a sequence see: [first, stop).
+// The first key that row i of a sequence sees; the last is i.
 static inline int64_t first_seen(const Job *job, int64_t i) { return job->window ? most(0, i - job->window + 1) : 0; }
 
-// Scores of keys that a row does not see, those outside [first, stop), in vectors [from, to), both multiples of W.
+// Minus infinity for the scores of keys outside [first, stop), in the vectors [from, to), both multiples of W.
 static inline void hide(float *scores, int64_t first, int64_t stop, int64_t from, int64_t to) {
   for (int64_t v = from; v < least(first, to); v += W)
     store(scores + v, choose(lanes(first - v, W), load(scores + v), all(-INFINITY)));
@@ -383,12 +384,13 @@ static inline float *take(float *arena, int64_t *used, int64_t count) {
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  float peak, total, added;  // of a row's scores, in powers of two
+  float peak;          // of the scores seen so far, as a power of two
+  float total, added;  // the sum of exponentials, and what the last keys added to it
 } Row;
 
 typedef struct {
-  float *turned_keys, *paired_values, *spare;                 // of all keys
-  float *rows, *scores, *shares, *sums;                       // of a block of rows
+  float *turned_keys, *paired_values, *spare;  // of all keys
+  float *rows, *scores, *shares, *sums;        // of a block of rows
   Row row[FORWARD_ROWS];
 } Forward;
 
@@ -471,8 +473,8 @@ static void forward_block(const Job *job, Forward *f, int64_t n, int64_t i0, int
 static void forward_rows(const Job *job, Forward *f, int64_t start, int64_t n, int64_t head, int64_t i0) {
   int64_t rows = least(FORWARD_ROWS, n - i0);
   pack_rows(job, job->query, start + i0, head, rows, f->rows);
-  memset(f->sums, 0, FORWARD_ROWS * job->size * 4);
-  for (int64_t r = 0; r < FORWARD_ROWS; r++) f->row[r] = (Row){-INFINITY, 0, 0};
+  memset(f->sums, 0, up(rows, 2) * job->size * 4);
+  for (int64_t r = 0; r < up(rows, 2); r++) f->row[r] = (Row){-INFINITY, 0, 0};
   for (int64_t j = first_seen(job, i0) / PW * PW; j < i0 + rows; j += FORWARD_KEYS)
     forward_block(job, f, n, i0, rows, j, least(FORWARD_KEYS, i0 + rows - j));
   for (int64_t r = 0; r < rows; r++) {
@@ -496,9 +498,9 @@ static void forward_unit(const Job *job, int64_t start, int64_t n, int64_t head,
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  float *turned_keys, *turned_values, *paired_keys, *dkeys, *dvalues, *spare;       // of all keys; the gradients turned
-  float *rows, *grads, *turned_rows, *turned_grads, *lse, *overlap, *dquery;        // of a block of rows
-  float *shares, *dscores, *dscore_rows, *tile;                                     // of rows and keys
+  float *turned_keys, *turned_values, *paired_keys, *dkeys, *dvalues, *spare;  // of all keys; the gradients turned
+  float *rows, *grads, *turned_rows, *turned_grads, *lse, *overlap, *dquery;   // of a block of rows
+  float *shares, *dscores, *dscore_rows, *tile;                                // of rows and keys
 } Backward;
 
 static int64_t backward_scratch(const Job *job, int64_t n, float *arena, Backward *b) {
@@ -541,7 +543,7 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
     b->overlap[r] = sum(total);
     b->lse[r] = job->lse[head * job->tokens + token + r] * LOG2E;
   }
-  memset(b->dquery, 0, BACKWARD_ROWS * job->size * 4);
+  memset(b->dquery, 0, up(rows, 2) * job->size * 4);
 }
 
 // Shares and score gradients of a tile, from its scores, hidden where they are not seen, and its share gradients. Rows
@@ -639,8 +641,9 @@ static void backward_finish(const Job *job, Backward *b, int64_t start, int64_t 
   float *turned[2] = {b->dkeys, b->dvalues};
   for (int i = 0; i < 2; i++)
     for (int64_t j = 0; j < n; j += PW) {
-      transpose(turned[i] + j * job->size, PW, job->size, PW, b->spare, job->size);
-      for (int64_t r = 0; r < least(PW, n - j); r++) {
+      int64_t rows = least(PW, n - j);
+      transpose(turned[i] + j * job->size, PW, job->size, rows, b->spare, job->size);
+      for (int64_t r = 0; r < rows; r++) {
         int64_t token = start + j + r;
         const float *row = b->spare + r * job->size;
         if (cut) memcpy(job->partial + ((i * job->tokens + token) * job->heads + head) * job->size, row, job->size * 4);
