@@ -124,19 +124,26 @@ def test_a_down_projection_that_is_learned_whole() -> None:
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products with some weights, whichever way they are laid out."""
+    """Counts the matrix products with some weights, whichever way they are laid out, several in one product too."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.places = {name: weight.data_ptr() for name, weight in weights.items()}
         self.counts = dict.fromkeys(weights, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"):
-            for arg in args:
-                name = self.names.get(arg.untyped_storage().data_ptr()) if isinstance(arg, Tensor) else None
-                if name is not None:
-                    self.counts[name] += 1
+        if func._schema.name in (
+            "aten::mm",
+            "aten::addmm",
+            "aten::addmm_",
+            "aten::bmm",
+            "aten::linear",
+            "aten::matmul",
+        ):
+            for arg in filter(torch.is_tensor, args):
+                start = arg.data_ptr()
+                for name, place in self.places.items():
+                    self.counts[name] += start <= place < start + arg.nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -242,7 +249,7 @@ def test_a_layer_that_fails_is_not_taken_for_one_that_needs_nothing() -> None:
     """What goes wrong while trying is told, and the modules stand as before."""
     base, _ = adapted()
     layer = decoder_layers(base.module)[0]
-    handle = layer.mlp.register_forward_hook(broken)
+    handle = layer.register_forward_hook(broken)
     with pytest.raises(RuntimeError, match="broken"):
         checkpoint_layers(base, 2, ("a",))
     handle.remove()

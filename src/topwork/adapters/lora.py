@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        segments = active_stream().segments
+        segments = active_stream().segments_of(y.shape[:-1].numel())
         return self.adapted(segments, y, x) if any(_has(self.adapters, segment) for segment in segments) else y
 
     def adapted(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention import AttentionRule, flat_attention
 from topwork.ops.norm import rms_norm
-from topwork.ops.project import Gated, RmsNorm, project, projection_of
+from topwork.ops.project import Gated, RmsNorm, normed, project, projection_of
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 from topwork.ops.stream import Stream, active_stream, stream_of
 
@@ -117,6 +117,26 @@ class FastLayer(GradientCheckpointingLayer):
         self.is_last = False
         self.train(plain.training)
 
+    @torch.no_grad()
+    def join_weights(self) -> None:
+        """Put the dense weights of each group behind one another in memory, where they are seen as one
+        (`ops/project.py`). They stay the parameters that they are."""
+        for group in self._dense_groups():
+            together = torch.cat(group).split([len(weight) for weight in group])
+            for weight, rows in zip(group, together):
+                weight.data = rows
+
+    def joined(self) -> list[Tensor]:
+        """The weights that `join_weights` moves."""
+        return [weight for group in self._dense_groups() for weight in group]
+
+    def _dense_groups(self) -> Iterator[list[Tensor]]:
+        parts = ((self.self_attn, self.attention_part), (self.mlp, self.mlp_part))
+        for parent, names in [(parent, part.inputs) for parent, part in parts if part is not None]:
+            group = [parent.get_submodule(name) for name in names]
+            if len(group) > 1 and all(type(linear) is nn.Linear for linear in group):
+                yield [linear.weight for linear in group]  # type: ignore[misc]
+
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any
     ) -> Tensor:
@@ -168,14 +188,23 @@ class FastLayer(GradientCheckpointingLayer):
         if None in group:
             n = self._normed(x, before)
             return torch.cat([module(n) for module in modules], -1)
-        norm = self.norms.get(before) if before else None
-        if before is None or norm is None or not _is_still(getattr(self, before), norm):
+        norm = self._norm(before)
+        if norm is None:
             return project(self._normed(x, before), group)  # type: ignore[arg-type]
-        prologue = RmsNorm(getattr(self, before).weight, norm.eps, norm.unit_offset)
-        return project(x, group, prologue)  # type: ignore[arg-type]
+        return project(x, group, norm)  # type: ignore[arg-type]
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
-        return x if name is None else getattr(self, name)(x[None])[0]
+        if name is None:
+            return x
+        norm = self._norm(name)
+        return getattr(self, name)(x[None])[0] if norm is None else normed(x, norm)
+
+    def _norm(self, name: str | None) -> RmsNorm | None:
+        """A norm that is still what was recognised; None where there is none, or where it runs as a module."""
+        found = self.norms.get(name) if name else None
+        if name is None or found is None or not _is_still(getattr(self, name), found):
+            return None
+        return RmsNorm(getattr(self, name).weight, found.eps, found.unit_offset)
 
 
 def _is_still(module: nn.Module, norm: Norm) -> bool:
@@ -195,7 +224,9 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
         fast = _fitting(layers[at], seen)
         if fast is not None:
             layers[at] = fast
+            fast.join_weights()
         plain.update(_plain_parts(layers[at]))
+    _let_go_of_the_file(model)
     layers, at = places[-1]
     last = layers[at]
     if isinstance(last, FastLayer) and at == len(layers) - 1 and all(own is layers for own, _ in places):
@@ -203,6 +234,15 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
     if plain:
         told = ", ".join(f"{part} in {count} of {len(places)} layers" for part, count in sorted(plain.items()))
         report(f"{family}: runs on plain modules, slower: {told}")
+
+
+def _let_go_of_the_file(model: nn.Module) -> None:
+    """Weights lie in a mapped file as they were read; once some have been joined elsewhere the others follow, or the
+    whole file would stay resident beside them."""
+    joined = {id(weight) for layer in model.modules() if isinstance(layer, FastLayer) for weight in layer.joined()}
+    for parameter in model.parameters() if joined else ():
+        if id(parameter) not in joined and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def is_fast(model: nn.Module) -> bool:
@@ -313,8 +353,9 @@ def _same(layer: FastLayer, seen: _Seen) -> bool:
             out = layer(seen.hidden, **seen.others)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return False
-    added = (seen.out - seen.hidden).float().norm().clamp_min(1e-9)
-    return bool((out - seen.out).float().norm() / added <= TOLERANCE.get(out.dtype, 1e-4))
+    apart, added = ((x - seen.out).float().norm() for x in (out, seen.hidden))
+    rounding = torch.finfo(seen.out.dtype).eps * seen.out.float().norm()
+    return bool(apart <= TOLERANCE.get(seen.out.dtype, 1e-4) * added + rounding)
 
 
 def norm_of(module: nn.Module) -> Norm | None:

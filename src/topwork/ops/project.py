@@ -122,6 +122,25 @@ class Gated:
         return dx
 
 
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
+        n, kept = norm.forward(x)
+        ctx.norm = norm
+        ctx.save_for_backward(x, *kept)
+        return n
+
+    @staticmethod
+    def backward(ctx, dn):  # type: ignore[no-untyped-def]
+        x, *kept = ctx.saved_tensors
+        return ctx.norm.backward(dn, x, tuple(kept)), None
+
+
+def normed(x: Tensor, norm: RmsNorm) -> Tensor:
+    """x [T, d] -> [T, d], where what comes next is no group of projections."""
+    return _Normed.apply(x, norm)
+
+
 def projection_of(module: nn.Module | None) -> Projection | None:
     """What a module adds up to as a frozen linear layer with LoRA terms for the active stream; None where it is more
     than that. Modules other than nn.Linear tell by a method `projection()`."""
@@ -168,10 +187,7 @@ class _Bundle:
 def _bundles(group: Sequence[Projection]) -> Iterator[_Bundle]:
     """By range of rows; those that drop out each for themselves."""
     shared: dict[tuple[Any, ...], list[tuple[slice, LowRank, bool]]] = defaultdict(list)
-    at = 0
-    for number, projection in enumerate(group):
-        columns = slice(at, at + projection.outputs)
-        at = columns.stop
+    for number, (projection, columns) in enumerate(_columns(group)):
         for term in projection.terms:
             alone = number if term.dropout else None
             place = (columns, term, projection.instead is not None)
@@ -222,10 +238,9 @@ class _Project(torch.autograd.Function):
 
 
 def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
-    at = 0
-    for projection in group:
-        part = out[:, at : at + projection.outputs]
-        at += projection.outputs
+    whole = _joined(group)
+    for projection, columns in [(whole, slice(0, out.shape[1]))] if whole else _columns(group):
+        part = out[:, columns]
         if projection.instead is not None:
             part.fill_(projection.instead)
         elif isinstance(projection.weight, Packed):
@@ -238,16 +253,43 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
 
 def _base_gradient(dout: Tensor, group: Sequence[Projection]) -> Tensor:
     """dout W of the whole group [T, in]."""
-    at, dn = 0, None
-    for projection in group:
-        part = dout[:, at : at + projection.outputs]
-        at += projection.outputs
+    whole = _joined(group)
+    dn = None
+    for projection, columns in [(whole, slice(0, dout.shape[1]))] if whole else _columns(group):
+        part = dout[:, columns]
         if isinstance(projection.weight, Packed):
             dn = input_gradient(part, projection.weight, onto=dn)
         else:
             dn = torch.mm(part, projection.weight) if dn is None else dn.addmm_(part, projection.weight)
     assert dn is not None
     return dn
+
+
+def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
+    at = 0
+    for projection in group:
+        yield projection, slice(at, at + projection.outputs)
+        at += projection.outputs
+
+
+def _joined(group: Sequence[Projection]) -> Projection | None:
+    """The group as one projection, where its dense weights stand behind one another in memory: one product instead of
+    several that are each less than a core likes."""
+    if len(group) == 1 or any(p.instead is not None or isinstance(p.weight, Packed) for p in group):
+        return None
+    weights = [p.weight for p in group if isinstance(p.weight, Tensor)]
+    first, at = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != at or weight.dtype != first.dtype or not weight.is_contiguous():
+            return None
+        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        at += weight.nbytes
+    biases = [p.bias for p in group if p.bias is not None]
+    if len(biases) not in (0, len(group)):
+        return None
+    whole = first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
+    return Projection(whole, torch.cat(biases) if biases else None)
 
 
 def _bundle_gradients(

@@ -54,6 +54,12 @@ class Stream:
         names = ("tokens", "positions", "rows", "targets", "weights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def segments_of(self, rows: int) -> tuple[Segment, ...]:
+        """The segments of a tensor with so many rows: all tokens, or what a last layer has left of them."""
+        if self.wanted is None or rows == len(self.tokens):
+            return self.segments
+        return self.narrowed().segments
+
     def narrowed(self) -> "Stream":
         """Only the wanted rows, for what comes after attention: their segments, no longer their sequences."""
         assert self.wanted is not None
