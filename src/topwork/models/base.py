@@ -63,7 +63,7 @@ class Base:
             out = self.module.base_model(
                 input_ids=stream.tokens[None], position_ids=stream.positions[None], use_cache=False
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state[0].to(self.module.dtype)
 
     def hidden_rows(self, stream: Stream, rows: Tensor) -> Tensor:
         """Hidden states [n, d] of some rows [n] of the stream, which rise; the last layer computes only these where it

@@ -103,7 +103,7 @@ class FastLayer(GradientCheckpointingLayer):
 
     def __init__(
         self, plain: nn.Module, wiring: Wiring, norms: dict[str, Norm], attention: AttentionPart | None,
-        mlp: MlpPart | None,
+        mlp: MlpPart | None, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, module in plain.named_children():
@@ -115,6 +115,8 @@ class FastLayer(GradientCheckpointingLayer):
         self.attention_part, self.mlp_part = attention, mlp
         self.multiplier = float(getattr(plain, "residual_multiplier", 1.0))
         self.is_last = False
+        self.dtype = dtype
+        self.stream_dtype = torch.promote_types(dtype, torch.float32)
         self.train(plain.training)
 
     @torch.no_grad()
@@ -142,21 +144,27 @@ class FastLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """[1, T, d] -> [1, T, d], the last layer only the rows that the stream wants; the rest as transformers hands
         it on."""
-        x, stream = hidden_states[0], active_stream()
-        part = self.attention_part
+        x, stream = hidden_states[0].to(self.stream_dtype), active_stream()
+        part, given = self.attention_part, x.to(self.dtype)
         if part is not None and part.fits(self.self_attn):
-            y = self._heads(x, position_embeddings, part)
+            y = self._heads(given, position_embeddings, part)
         else:
-            part, n = None, self._normed(x, self.wiring.before_attention)
+            part, n = None, self._normed(given, self.wiring.before_attention)
             y = self.self_attn(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
         if self.is_last and stream.wanted is not None:
             x, y, stream = x[stream.wanted], y[stream.wanted], stream.narrowed()
         with stream.active():
             if part is not None:
                 y = self._projected(y, None, self.self_attn, ("o_proj",))
-            x = torch.add(x, self._normed(y, self.wiring.after_attention), alpha=self.multiplier)
-            y = self._mlp(x)
-            return torch.add(x, self._normed(y, self.wiring.after_mlp), alpha=self.multiplier)[None]
+            x = self._sum(x, self._normed(y, self.wiring.after_attention))
+            return self._sum(x, self._normed(self._mlp(x.to(self.dtype)), self.wiring.after_mlp))[None]
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + multiplier * y in the stream's type. (A sum of two types is slow in torch, hence the copy.)"""
+        if y.dtype == x.dtype:
+            return torch.add(x, y, alpha=self.multiplier)
+        y = y.to(x.dtype)
+        return (y if self.multiplier == 1 else y.mul_(self.multiplier)).add_(x)
 
     def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, part: AttentionPart) -> Tensor:
         """The attention's output before its last projection [T, H * D]."""
@@ -221,7 +229,7 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
         return
     plain: Counter[str] = Counter()
     for (layers, at), seen in zip(places, _seen(model, [layers[at] for layers, at in places])):
-        fast = _fitting(layers[at], seen)
+        fast = _fitting(layers[at], seen, model.dtype)
         if fast is not None:
             layers[at] = fast
             fast.join_weights()
@@ -327,7 +335,7 @@ def _hooked(layers: Sequence[nn.Module], seen: Sequence[_Seen]) -> Iterator[None
             handle.remove()
 
 
-def _fitting(plain: nn.Module, seen: _Seen) -> FastLayer | None:
+def _fitting(plain: nn.Module, seen: _Seen, dtype: torch.dtype) -> FastLayer | None:
     """The fastest layer that gives what the plain one gave."""
     wiring = _wiring(plain)
     if wiring is None or not isinstance(seen.out, Tensor) or seen.asked is None:
@@ -339,7 +347,7 @@ def _fitting(plain: nn.Module, seen: _Seen) -> FastLayer | None:
     for attention, mlp in product([*attentions, None], [*mlps, None]):
         if attention is None and mlp is None:
             break
-        layer = FastLayer(plain, wiring, norms, attention, mlp)
+        layer = FastLayer(plain, wiring, norms, attention, mlp, dtype)
         if _same(layer, seen):
             return layer
     return None
