@@ -99,7 +99,10 @@ def test_fresh_modules_to_save_are_the_base_too(kind: str, config: str, dtype: s
     before = logits(base, stream_of(sequences()))
     adapters = Adapters(base.module)
     adapters.add("a", KINDS[config])
-    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    fresh = logits(base, stream_of(sequences(), "a"))
+    if dtype == "bfloat16":
+        assert torch.equal(fresh, before)
+    assert relative(fresh, before) < 1e-6  # a saved module sums in fp32 in its own order
     randomise(adapters, "a")
     assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
     assert torch.equal(logits(base, stream_of(sequences())), before)

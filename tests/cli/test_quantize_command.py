@@ -107,7 +107,7 @@ def assert_same_model(folder: Path, dtype: str, theirs: PreTrainedModel) -> None
     for path, layer in layers.items():
         assert differing(packed[path].packed, as_packed(layer, getattr(torch, dtype))) == [], path
     expected = logits(theirs)
-    rounded = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    rounded = {"float32": 1e-5, "float16": 8e-3, "bfloat16": 5e-2}[dtype]  # ours sums layers in fp32
     torch.testing.assert_close(our_logits(base), expected, rtol=0, atol=rounded * float(expected.abs().max()))
     found = logits(with_our_layers(theirs, base.module))
     if dtype == "float32" and not isinstance(next(iter(packed.values())).packed, Packed4bit):

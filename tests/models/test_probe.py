@@ -44,7 +44,8 @@ class Mixing(nn.Module):
 def test_a_good_family_is_accepted_and_said_to_be_probed(family: str) -> None:
     assert family not in PROVEN
     model = tiny_model(family)
-    assert loaded(model) == [f"{family}: not in the table of proven families; probed, and its sequences stay apart"]
+    told = [line for line in loaded(model) if "plain modules" not in line]
+    assert told == [f"{family}: not in the table of proven families; probed, and its sequences stay apart"]
     assert model.config._attn_implementation == FLAT
 
 

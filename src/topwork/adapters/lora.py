@@ -70,6 +70,11 @@ class AdaptedLayer(nn.Module):
         """The base layer's, for models that look at it (its type, its device)."""
         return self.base_layer.weight  # type: ignore[return-value]
 
+    def idle_base(self) -> nn.Module | None:
+        """The base layer, where no token of the active stream goes through an adapter of this layer."""
+        idle = not any(_has(self.adapters, segment) for segment in active_stream().segments)
+        return self.base_layer if idle else None
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         segments = active_stream().segments_of(y.shape[:-1].numel())

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+CACHED_KERNELS = 192
+"""A pass with one adapter meets about fifty shapes, one with several ranks three times as many."""
+
 
 def peak_memory_bytes(device: "torch.device") -> int:
     """The process's peak: resident memory on the CPU, allocated device memory on a GPU."""
@@ -51,3 +54,14 @@ def hardware(device: "torch.device") -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {os.cpu_count()} cores"
+
+
+def limit_kernel_caches() -> None:
+    """Keep oneDNN (and torch's cache before it) from holding a compiled kernel for every shape it ever met.
+
+    Flat streams have a new length in every pass, so each makes some fifty new kernels of almost 1 MB each, and the
+    caches hold 1,024 before they let go of one: 0.9 GB. A pass comes back to its own fifty only. Heeded if it is called
+    before the first product of the process; what the environment says goes before.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(CACHED_KERNELS))

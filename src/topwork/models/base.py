@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from topwork.common.devices import limit_kernel_caches
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
@@ -135,6 +136,7 @@ def load_base(
     With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
     quantized already is taken as it is.
     """
+    limit_kernel_caches()
     source = find_source(config, report)
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()

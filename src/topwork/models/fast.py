@@ -84,7 +84,7 @@ class AttentionPart:
             return False
         if self.head_norms is None:
             return True
-        return all(_is_still(module, self.head_norms) for module in _head_norms(attention))
+        return all(_is_still(_bare(module), self.head_norms) for module in _head_norms(attention))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class FastLayer(GradientCheckpointingLayer):
 
     def __init__(
         self, plain: nn.Module, wiring: Wiring, norms: dict[str, Norm], attention: AttentionPart | None,
-        mlp: MlpPart | None, dtype: torch.dtype,
+        mlp: MlpPart | None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, module in plain.named_children():
@@ -115,8 +115,6 @@ class FastLayer(GradientCheckpointingLayer):
         self.attention_part, self.mlp_part = attention, mlp
         self.multiplier = float(getattr(plain, "residual_multiplier", 1.0))
         self.is_last = False
-        self.dtype = dtype
-        self.stream_dtype = torch.promote_types(dtype, torch.float32)
         self.train(plain.training)
 
     @torch.no_grad()
@@ -143,21 +141,27 @@ class FastLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any
     ) -> Tensor:
         """[1, T, d] -> [1, T, d], the last layer only the rows that the stream wants; the rest as transformers hands
-        it on."""
-        x, stream = hidden_states[0].to(self.stream_dtype), active_stream()
-        part, given = self.attention_part, x.to(self.dtype)
-        if part is not None and part.fits(self.self_attn):
-            y = self._heads(given, position_embeddings, part)
+        it on. Between fast layers x is in fp32: what sixty sums round off would be half of a gradient's error."""
+        dtype, stream = self._dtype(), active_stream()
+        x = hidden_states[0].to(torch.promote_types(dtype, torch.float32))
+        part, attention, given = self.attention_part, _bare(self.self_attn), x.to(dtype)
+        if part is not None and part.fits(attention):
+            y = self._heads(given, position_embeddings, attention, part)
         else:
             part, n = None, self._normed(given, self.wiring.before_attention)
-            y = self.self_attn(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
+            y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
         if self.is_last and stream.wanted is not None:
             x, y, stream = x[stream.wanted], y[stream.wanted], stream.narrowed()
         with stream.active():
             if part is not None:
-                y = self._projected(y, None, self.self_attn, ("o_proj",))
+                y = self._projected(y, None, attention, ("o_proj",))
             x = self._sum(x, self._normed(y, self.wiring.after_attention))
-            return self._sum(x, self._normed(self._mlp(x.to(self.dtype)), self.wiring.after_mlp))[None]
+            return self._sum(x, self._normed(self._mlp(x.to(dtype)), self.wiring.after_mlp))[None]
+
+    def _dtype(self) -> torch.dtype:
+        """What the layer multiplies in; asked each time, since a model may be cast."""
+        name = self.wiring.before_attention or self.wiring.after_attention
+        return getattr(self, str(name)).weight.dtype
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         """x + multiplier * y in the stream's type. (A sum of two types is slow in torch, hence the copy.)"""
@@ -166,32 +170,35 @@ class FastLayer(GradientCheckpointingLayer):
         y = y.to(x.dtype)
         return (y if self.multiplier == 1 else y.mul_(self.multiplier)).add_(x)
 
-    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, part: AttentionPart) -> Tensor:
+    def _heads(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: nn.Module, part: AttentionPart
+    ) -> Tensor:
         """The attention's output before its last projection [T, H * D]."""
-        buffer = self._projected(x, self.wiring.before_attention, self.self_attn, part.inputs)
+        buffer = self._projected(x, self.wiring.before_attention, attention, part.inputs)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
         stream = active_stream()
         if stream.cache is None:
             return self_attention(buffer, turns, stream.bounds, part.how)
         q, k, v = rotated_parts(buffer, turns, part.how)
-        return stream.cache.attend(self.self_attn, q, k, v, part.how.rule, part.how.sinks).flatten(1)
+        return stream.cache.attend(attention, q, k, v, part.how.rule, part.how.sinks).flatten(1)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        part, before = self.mlp_part, self.wiring.before_mlp
-        if part is None or not all(hasattr(self.mlp, name) for name in part.inputs):
-            y = self.mlp(self._normed(x, before)[None])
+        part, before, mlp = self.mlp_part, self.wiring.before_mlp, _bare(self.mlp)
+        if part is None or not all(hasattr(mlp, name) for name in part.inputs):
+            y = mlp(self._normed(x, before)[None])
             return (y[0] if isinstance(y, tuple) else y)[0]
-        buffer = self._projected(x, before, self.mlp, part.inputs)
-        down = projection_of(self.mlp.get_submodule("down_proj"))
+        buffer = self._projected(x, before, mlp, part.inputs)
+        linear = _bare(mlp.get_submodule("down_proj"))
+        down = projection_of(linear)
         if down is not None:
             return project(buffer, (down,), Gated(part.activation))
         gate, up = buffer.chunk(2, -1)
-        return self.mlp.get_submodule("down_proj")(ACTIVATIONS[part.activation](gate) * up)
+        return linear(ACTIVATIONS[part.activation](gate) * up)
 
     def _projected(self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str]) -> Tensor:
         """Linear layers side by side after a norm. Where one is more than a frozen weight with LoRA terms, they run
         as modules."""
-        modules = [parent.get_submodule(name) for name in names]
+        modules = [_bare(parent.get_submodule(name)) for name in names]
         group = [projection_of(module) for module in modules]
         if None in group:
             n = self._normed(x, before)
@@ -210,14 +217,22 @@ class FastLayer(GradientCheckpointingLayer):
     def _norm(self, name: str | None) -> RmsNorm | None:
         """A norm that is still what was recognised; None where there is none, or where it runs as a module."""
         found = self.norms.get(name) if name else None
-        if name is None or found is None or not _is_still(getattr(self, name), found):
+        if name is None or found is None:
             return None
-        return RmsNorm(getattr(self, name).weight, found.eps, found.unit_offset)
+        module = _bare(getattr(self, name))
+        return RmsNorm(module.weight, found.eps, found.unit_offset) if _is_still(module, found) else None  # type: ignore[arg-type]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The base's own module, where an adapter stands around it and no token of this pass goes through that."""
+    tell = getattr(module, "idle_base", None)
+    base = tell() if tell is not None else None
+    return module if base is None else base
 
 
 def _is_still(module: nn.Module, norm: Norm) -> bool:
     """No adapter has put a module of its own there, and it is frozen."""
-    return type(module) is norm.kind and not module.weight.requires_grad
+    return type(module) is norm.kind and not module.weight.requires_grad  # type: ignore[union-attr]
 
 
 def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> None:
@@ -229,7 +244,7 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
         return
     plain: Counter[str] = Counter()
     for (layers, at), seen in zip(places, _seen(model, [layers[at] for layers, at in places])):
-        fast = _fitting(layers[at], seen, model.dtype)
+        fast = _fitting(layers[at], seen)
         if fast is not None:
             layers[at] = fast
             fast.join_weights()
@@ -335,7 +350,7 @@ def _hooked(layers: Sequence[nn.Module], seen: Sequence[_Seen]) -> Iterator[None
             handle.remove()
 
 
-def _fitting(plain: nn.Module, seen: _Seen, dtype: torch.dtype) -> FastLayer | None:
+def _fitting(plain: nn.Module, seen: _Seen) -> FastLayer | None:
     """The fastest layer that gives what the plain one gave."""
     wiring = _wiring(plain)
     if wiring is None or not isinstance(seen.out, Tensor) or seen.asked is None:
@@ -347,7 +362,7 @@ def _fitting(plain: nn.Module, seen: _Seen, dtype: torch.dtype) -> FastLayer | N
     for attention, mlp in product([*attentions, None], [*mlps, None]):
         if attention is None and mlp is None:
             break
-        layer = FastLayer(plain, wiring, norms, attention, mlp, dtype)
+        layer = FastLayer(plain, wiring, norms, attention, mlp)
         if _same(layer, seen):
             return layer
     return None

@@ -108,7 +108,8 @@ def kept_bytes_per_token(
     shape = _shape(config)
     checkpointed = min(checkpointed_layers, shape.layers)
     whole = (shape.layers - checkpointed) * layer_bytes_per_token(config, dropout, fast)
-    return whole + checkpointed * shape.value_bytes * shape.hidden + 4 * shape.hidden + 4
+    between = 4 if fast else shape.value_bytes
+    return whole + checkpointed * between * shape.hidden + 4 * shape.hidden + 4
 
 
 def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False, fast: bool = True) -> int:
