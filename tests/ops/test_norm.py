@@ -56,20 +56,18 @@ def test_it_is_transformers_module(layer_backend, module: type, dtype: torch.dty
 @OFFSETS
 def test_the_gradient_is_autograds(layer_backend, unit_offset: bool, dtype: torch.dtype) -> None:
     for width in WIDTHS:
-        x, dy, add = (drawn(5, width, dtype=dtype) for _ in range(3))
+        x, dy = drawn(5, width, dtype=dtype), drawn(5, width, dtype=dtype)
         weight = drawn(width, dtype=dtype)
         plain = x.double().requires_grad_()
         scale = 1 + weight.double() if unit_offset else weight.double()
         (plain * torch.rsqrt(plain.pow(2).mean(-1, keepdim=True) + EPS) * scale).backward(dy.double())
         _, rstd = rms_norm(x, weight, EPS, unit_offset)
-        for added in (None, add):
-            wanted = plain.grad if added is None else plain.grad + added.double()
-            ours = rms_norm_backward(dy, x, weight, rstd, unit_offset, added)
-            assert ours.dtype == dtype
-            assert ours.is_contiguous()
-            terms = (dy.double() * scale).abs().max() * rstd.max()  # which cancel: all of them where d is 1
-            bound = 1e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
-            assert ((ours - wanted).abs() <= bound * wanted.abs() + 2e-6 * terms).all(), width
+        ours = rms_norm_backward(dy, x, weight, rstd, unit_offset)
+        assert ours.dtype == dtype
+        assert ours.is_contiguous()
+        terms = (dy.double() * scale).abs().max() * rstd.max()  # which cancel: all of them where d is 1
+        bound = 1e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+        assert ((ours - plain.grad).abs() <= bound * plain.grad.abs() + 2e-6 * terms).all(), width
 
 
 def test_the_truth_in_fp64_passes_gradcheck() -> None:
@@ -98,9 +96,9 @@ def test_views_give_what_copies_give(layer_backend, unit_offset: bool, of_weight
         assert_close(rstd, expected_rstd)
         assert y.is_contiguous()
         assert torch.equal(rms_normalized(view, weight, rstd, unit_offset), y)
-        dx = rms_norm_backward(view, view, weight, rstd, unit_offset, view)
-        assert_close(dx, rms_norm_backward(plain, plain, weight, rstd, unit_offset, plain))
-        assert_close(dx, rms_norm_backward(plain, view, weight, rstd, unit_offset, plain))
+        dx = rms_norm_backward(view, view, weight, rstd, unit_offset)
+        assert_close(dx, rms_norm_backward(plain, plain, weight, rstd, unit_offset))
+        assert_close(dx, rms_norm_backward(plain, view, weight, rstd, unit_offset))
 
 
 def test_a_strided_weight_is_read_in_its_order(layer_backend) -> None:
@@ -138,7 +136,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         y, rstd = rms_norm(x, weight, EPS)
-        found.append((y, rstd, rms_norm_backward(dy, x, weight, rstd, add=dy)))
+        found.append((y, rstd, rms_norm_backward(dy, x, weight, rstd)))
     torch.set_num_threads(1)
     assert all(torch.equal(one, other) for parts in found[1:] for one, other in zip(parts, found[0], strict=True))
 
@@ -173,5 +171,3 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (x[:4], x.double(), x[None]):
         with pytest.raises(ValueError, match="dy is"):
             rms_norm_backward(wrong, x, weight, rstd)
-        with pytest.raises(ValueError, match="add is"):
-            rms_norm_backward(x, x, weight, rstd, add=wrong)

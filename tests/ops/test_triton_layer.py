@@ -37,7 +37,7 @@ def test_in_the_interpreter_the_kernels_are_the_truth(triton) -> None:
 
 OPTIONS = {
     "_rms_norm": {"KNOWN": False, "UNIT_OFFSET": False, "ROWS": 1, "WIDTH": 4096},
-    "_rms_norm_backward": {"ADD": True, "UNIT_OFFSET": False, "ROWS": 1, "WIDTH": 4096},
+    "_rms_norm_backward": {"UNIT_OFFSET": False, "ROWS": 1, "WIDTH": 4096},
     "_rotate": {"INVERSE": False, "HEADS": 32, "HALF": 64},
     "_gated": {"KIND": "silu", "COLUMNS": 1024},
     "_gated_backward": {"KIND": "silu", "COLUMNS": 1024},
@@ -45,7 +45,7 @@ OPTIONS = {
 }
 FP32, LONG = ("rstd", "cos", "sin", "gradient", "logps"), ("targets",)
 NUMBERS = {
-    "x_outer", "x_inner", "dy_outer", "dy_inner", "add_outer", "add_inner", "inner", "rows", "d", "by_token", "by_head",
+    "x_outer", "x_inner", "dy_outer", "dy_inner", "inner", "rows", "d", "by_token", "by_head",
     "heads", "blocks", "cos_row", "sin_row", "half", "gate_row", "up_row", "dh_row", "dgate_row", "dup_row", "f",
     "chunks", "row_stride", "vocabulary",
 }  # fmt: skip
@@ -152,7 +152,7 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
     recorders = {"layer": Recorder(layer), "logprobs": Recorder(logprobs)}
     monkeypatch.setattr(load, "kernels", lambda name, _: recorders[name])
     x, weight, cos, sin = (torch.randn(shape) for shape in [(6, 4, 8), 8, (6, 8), (6, 8)])
-    dy, add, rstd = torch.randn(6, 4, 8), torch.randn(6, 4, 8), torch.ones(24)
+    dy, rstd = torch.randn(6, 4, 8), torch.ones(24)
     dh, gate, up = (torch.randn(6, 8) for _ in range(3))
     dgate, dup, targets, gradient = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6), torch.ones(6)
     for module in (norm, gated):
@@ -160,7 +160,7 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
     monkeypatch.setattr(rotary.layer, "library", lambda: None)
     assert norm.rms_norm(x, weight, 1e-5, True) == "rms_norm"
     assert norm.rms_normalized(x, weight, rstd, True) == "rms_normalized"
-    assert norm.rms_norm_backward(dy, x, weight, rstd, True, add) == "rms_norm_backward"
+    assert norm.rms_norm_backward(dy, x, weight, rstd, True) == "rms_norm_backward"
     rotary.rotate_(x, cos, sin, True)
     assert gated.gated(gate, up, "gelu") == "gated"
     assert gated.gated_backward(dh, gate, up, "gelu", (dgate, dup)) == (dgate, dup)
@@ -169,7 +169,7 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
     expected = {
         "rms_norm": norms | {"eps": 1e-5},
         "rms_normalized": norms | {"rstd": rstd},
-        "rms_norm_backward": norms | {"rstd": rstd, "dy": dy, "add": add},
+        "rms_norm_backward": norms | {"rstd": rstd, "dy": dy},
         "rotate_": {"x": x, "cos": cos, "sin": sin, "inverse": True},
         "gated": {"gate": gate, "up": up, "kind": "gelu"},
         "gated_backward": {"dh": dh, "gate": gate, "up": up, "kind": "gelu", "dgate": dgate, "dup": dup},
@@ -210,7 +210,7 @@ def test_on_a_gpu_every_function_goes_to_its_kernel(triton, monkeypatch, dtype: 
     try:
         _, rstd = norm.rms_norm(x, weight, 1e-5)
         norm.rms_normalized(x, weight, rstd)
-        norm.rms_norm_backward(x, x, weight, rstd, add=x)
+        norm.rms_norm_backward(x, x, weight, rstd)
         rotary.rotate_(x, table, table)
         gated.gated(gate, gate, "silu")
         gated.gated_backward(gate, gate, gate, "silu")

@@ -2,7 +2,7 @@
 
     rstd = 1 / sqrt(mean(x^2) + eps)
     y = weight * round(x * rstd)            Llama's; with unit_offset, Gemma's: y = round(x * rstd * (1 + weight))
-    dx = rstd * (g - xn * mean(g * xn)) + add        xn = x * rstd, g = dy * weight (or dy * (1 + weight))
+    dx = rstd * (g - xn * mean(g * xn))        xn = x * rstd, g = dy * weight (or dy * (1 + weight))
 
 All of it in fp32 (fp64 for fp64), `round` is to x's type, and so is the one rounding of y and dx. No autograd: these
 are the parts of which a layer's own backward pass is made. A row is the last dimension of x.
@@ -41,17 +41,14 @@ def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = 
     return rms_normalized_reference(x, weight, rstd, unit_offset)
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False, add: Tensor | None = None
-) -> Tensor:
-    """The gradient dx of x from that of y, contiguous, in x's type. `add`, shaped like x, joins before the rounding:
-    the gradient that comes to x around the norm."""
-    _check(x, weight, rstd, dy, add)
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False) -> Tensor:
+    """The gradient dx of x from that of y, contiguous, in x's type."""
+    _check(x, weight, rstd, dy)
     if (library := _native(x, weight)) is not None:
-        return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset, add)
+        return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset)
     if (kernels := load.kernels("layer", x)) is not None:
-        return kernels.rms_norm_backward(dy, x, weight, rstd, unit_offset, add)
-    return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset, add)
+        return kernels.rms_norm_backward(dy, x, weight, rstd, unit_offset)
+    return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> tuple[Tensor, Tensor]:
@@ -72,15 +69,13 @@ def rms_normalized_reference(x: Tensor, weight: Tensor, rstd: Tensor, unit_offse
 
 
 def rms_norm_backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False, add: Tensor | None = None
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False
 ) -> Tensor:
     """The truth of `rms_norm_backward`."""
     scale = rstd.view(x.shape[:-1])[..., None]
     normalized = _wide(x) * scale
     gradient = _wide(dy) * (1.0 + _wide(weight) if unit_offset else _wide(weight))
     dx = scale * (gradient - normalized * (gradient * normalized).mean(-1, keepdim=True))
-    if add is not None:
-        dx = dx + _wide(add)
     return dx.to(x.dtype).contiguous()
 
 
@@ -107,16 +102,14 @@ def _norm_cpu(
 
 
 def _backward_cpu(
-    library: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, add: Tensor | None
+    library: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool
 ) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype)
     dy, dy_outer, dy_inner = _rows(dy)
     x, x_outer, x_inner = _rows(x)
-    add, add_outer, add_inner = (None, 0, 0) if add is None else _rows(add)
     weight = weight.contiguous()
     library.topwork_rms_norm_backward(
         dy.data_ptr(), dy_outer, dy_inner, x.data_ptr(), x_outer, x_inner,
-        None if add is None else add.data_ptr(), add_outer, add_inner,
         rstd.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1], weight.data_ptr(), rstd.data_ptr(),
         dx.data_ptr(), _mode(x, weight, unit_offset), torch.get_num_threads(),
     )  # fmt: skip
@@ -143,9 +136,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check(
-    x: Tensor, weight: Tensor, rstd: Tensor | None = None, dy: Tensor | None = None, add: Tensor | None = None
-) -> None:
+def _check(x: Tensor, weight: Tensor, rstd: Tensor | None = None, dy: Tensor | None = None) -> None:
     """Raises ValueError unless shapes, types and devices belong together: kernels see bare memory."""
     if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"cannot normalize {told(x)}, expected floats [..., d] with d > 0")
@@ -157,6 +148,5 @@ def _check(
         or rstd.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32)
     ):  # fmt: skip
         raise ValueError(f"rstd is {told(rstd)}, expected that of the {x.numel() // d} rows of x {told(x)}")
-    for name, other in (("dy", dy), ("add", add)):
-        if other is not None and (other.shape != x.shape or other.dtype != x.dtype or other.device != x.device):
-            raise ValueError(f"{name} is {told(other)}, expected one like x, {told(x)}")
+    if dy is not None and (dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device):
+        raise ValueError(f"dy is {told(dy)}, expected one like x, {told(x)}")

@@ -69,14 +69,13 @@ INLINE void norm_row(
 }
 
 INLINE void slope_row(
-    const void *dy, const void *x, const void *add, const void *weight, float rstd, int64_t d, void *dx, int kind,
-    int w_kind, int offset) {
+    const void *dy, const void *x, const void *weight, float rstd, int64_t d, void *dx, int kind, int w_kind,
+    int offset) {
   float mean = row_sum(x, dy, weight, d, kind, w_kind, offset) * rstd / d;
 #define BODY(i, n)                                                                          \
   {                                                                                         \
     v16f g = load(dy, i, n, kind) * factor(weight, i, n, w_kind, offset);                   \
-    v16f out = rstd * (g - load(x, i, n, kind) * rstd * mean);                              \
-    store(dx, i, n, kind, add ? out + load(add, i, n, kind) : out);                         \
+    store(dx, i, n, kind, rstd * (g - load(x, i, n, kind) * rstd * mean));                  \
   }
   EACH(d, BODY);
 #undef BODY
@@ -111,17 +110,16 @@ void topwork_rms_norm(
   }
 }
 
-// dx [rows, d]; `add` may be NULL.
+// dx [rows, d]
 void topwork_rms_norm_backward(
     const void *dy, int64_t dy_outer, int64_t dy_inner, const void *x, int64_t x_outer, int64_t x_inner,
-    const void *add, int64_t add_outer, int64_t add_inner, int64_t rows, int64_t heads, int64_t d, const void *weight,
-    const float *rstd, void *dx, int mode, int threads) {
-  Rows dys = {dy, dy_outer, dy_inner}, xs = {x, x_outer, x_inner}, adds = {add, add_outer, add_inner};
+    int64_t rows, int64_t heads, int64_t d, const void *weight, const float *rstd, void *dx, int mode, int threads) {
+  Rows dys = {dy, dy_outer, dy_inner}, xs = {x, x_outer, x_inner};
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
   for (int64_t r = 0; r < rows; r++) {
 #define CALL(kind, w_kind, offset)                                                                              \
-  slope_row(row_of(dys, r, heads, kind), row_of(xs, r, heads, kind), add ? row_of(adds, r, heads, kind) : 0,    \
-            weight, rstd[r], d, at(dx, r * d, kind), kind, w_kind, offset)
+  slope_row(row_of(dys, r, heads, kind), row_of(xs, r, heads, kind), weight, rstd[r], d, at(dx, r * d, kind),   \
+            kind, w_kind, offset)
     BY_MODE(CALL)
 #undef CALL
   }

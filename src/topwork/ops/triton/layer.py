@@ -60,8 +60,8 @@ def _rms_norm(
 
 @triton.jit
 def _rms_norm_backward(
-    dy, dy_outer, dy_inner, x, x_outer, x_inner, add, add_outer, add_inner, inner, weight, rstd, dx, rows, d,
-    ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    dy, dy_outer, dy_inner, x, x_outer, x_inner, inner, weight, rstd, dx, rows, d,
+    UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
@@ -75,9 +75,6 @@ def _rms_norm_backward(
     slope = slope * _factor(weight, column, inside, UNIT_OFFSET)
     mean = tl.sum(slope * value, 1)[:, None] / d
     out = scale * (slope - value * mean)
-    if ADD:
-        beside = tl.load(add + (outer * add_outer + rest * add_inner)[:, None] + column, mask=keep, other=0.0)
-        out = out + beside.to(tl.float32)
     tl.store(dx + row[:, None] * d + column, out.to(dx.dtype.element_ty), mask=keep)
 
 
@@ -164,22 +161,19 @@ def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -
     return _norm(x, weight, rstd.contiguous(), 0.0, True, unit_offset)
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, add: Tensor | None
-) -> Tensor:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
     """dx like x, contiguous."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d = x.shape[-1]
     held, width = _tile(d)
     x, *x_at, inner = _rows(x)
     dy, *dy_at, _ = _rows(dy)
-    beside, *beside_at, _ = (x, 0, 0, 0) if add is None else _rows(add)
     rows = dx.numel() // d
     if rows:
         with torch.cuda.device_of(x):
             _rms_norm_backward[(triton.cdiv(rows, held),)](
-                dy, *dy_at, x, *x_at, beside, *beside_at, inner, weight.contiguous(), rstd.contiguous(), dx, rows, d,
-                ADD=add is not None, UNIT_OFFSET=unit_offset, ROWS=held, WIDTH=width, **launch(held * width),
+                dy, *dy_at, x, *x_at, inner, weight.contiguous(), rstd.contiguous(), dx, rows, d,
+                UNIT_OFFSET=unit_offset, ROWS=held, WIDTH=width, **launch(held * width),
             )  # fmt: skip
     return dx
 
