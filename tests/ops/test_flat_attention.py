@@ -8,8 +8,8 @@ from torch import Tensor
 
 from reference.attention import attention_by_sequence
 from reference.measure import relative
-from topwork.ops import attention_reference
-from topwork.ops.attention import AttentionRule, attend, flat_attention
+from topwork.ops import attention, attention_reference
+from topwork.ops.attention import AttentionRule, attend, attention_forward, flat_attention
 
 RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
 """Sequences of 7, 1, 19, 4, 19, 18 and 1 tokens: groups with and without padded tails, and one alone."""
@@ -161,6 +161,21 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
     assert relative(out, truth) < 2e-6
 
 
+def test_layers_on_a_gpu_share_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes alone, on the meta device: the one call of PyTorch's kernels, and bounds that are uploaded once a pass."""
+    monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
+    attention._ends.cache_clear()
+    for window in (None, 5):
+        query, key, value = (x.to("meta").requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16))
+        out = flat_attention(query, key, value, RAGGED, AttentionRule(0.125, window))
+        assert type(out.grad_fn).__name__ == "_FlatAttentionBackward"
+        assert out.shape == query.shape
+        for x, slope in zip((query, key, value), torch.autograd.grad(out.sum(), (query, key, value))):
+            assert (slope.shape, slope.dtype) == (x.shape, x.dtype)
+    assert attention._ends.cache_info().misses == 1
+    assert attention._ends.cache_info().hits == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 5])
@@ -176,3 +191,16 @@ def test_the_variable_length_kernel_on_a_gpu(window: int | None) -> None:
     found, expected = gradients(out, inputs, slope.cuda()), gradients(truth, truths, slope)
     for ours, theirs in zip(found, expected):
         assert relative(ours.cpu(), theirs) < 3e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_only_the_first_layer_of_a_pass_waits_for_the_gpu() -> None:
+    query, key, value = (x.cuda().requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16))
+    rule, slope = AttentionRule(0.125), torch.ones_like(query)
+    attention_forward(query, key, value, RAGGED, rule)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(flat_attention(query, key, value, RAGGED, rule), (query, key, value), slope)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -9,8 +9,6 @@ without autograd, for callers that write their own backward.
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +38,6 @@ def flat_attention(
     query [T, H, D], key and value [T, H_kv, D] with H a multiple of H_kv; bounds S + 1 ints from 0 to T; sinks [H].
     Returns [T, H, D].
     """
-    _check(query, key, value, bounds)
-    if _varlen_runs(query, rule, sinks):
-        return _varlen_on_gpu(query, key, value, bounds, rule)
     return _FlatAttention.apply(query, key, value, bounds, rule, sinks)
 
 
@@ -73,6 +68,8 @@ def attention_backward(
     """
     _check(query, key, value, bounds)
     _check_backward(grad, query, key, value, out, into)
+    if lse is not None and into is None and _varlen_runs(query, rule, sinks):
+        return *_varlen_backward(grad, query, key, value, out, lse, bounds, rule), None
     targets = into or _empty(query, key, value)
     sink_grad = None
     if lse is not None and (library := _native(query, key, value, rule, sinks)):
@@ -215,20 +212,6 @@ def _varlen_runs(query: Tensor, rule: AttentionRule, sinks: Tensor | None) -> bo
         and width <= 256
         and width % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def _varlen_on_gpu(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends, longest = _ends(bounds, query.device)
-    behind = -1 if rule.window is None else rule.window - 1
-    shares = query.shape[1] // key.shape[1]
-    grouped: dict[str, Any] = {"enable_gqa": True} if shares > 1 else {}
-    if grouped and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11 wants as many key heads
-        grouped, key, value = {}, key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
-    return varlen_attn(  # type: ignore[return-value]
-        query, key, value, ends, ends, longest, longest, scale=rule.scale, window_size=(behind, 0), **grouped
     )
 
 
