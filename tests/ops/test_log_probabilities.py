@@ -233,6 +233,19 @@ def test_bfloat16_within_its_rounding() -> None:
     assert relative(hidden.grad, truth_hidden.grad) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_common_factor_is_not_rounded(dtype: torch.dtype) -> None:
+    """Single values are rounded to either side, their norm is not: 1 / 61.3 in bf16 would move it by 3e-3."""
+    hidden, weight, targets, _, learned = inputs(bias=False, dtype=dtype)
+    hidden.requires_grad_()
+    total = (log_probabilities(hidden, dense_head(weight), targets, gradient=learned) * learned).sum()
+    (whole,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    (shared,) = torch.autograd.grad(total / 61.3, hidden)
+    assert shared.dtype == dtype
+    assert abs(float(61.3 * shared.double().norm() / whole.double().norm()) - 1) < 2e-4
+    assert relative(shared, whole.double() / 61.3) < torch.finfo(dtype).eps / 2
+
+
 def test_lengths_that_differ_are_refused() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     with pytest.raises(ValueError, match="37 hidden states for 36 targets"):

@@ -136,12 +136,13 @@ class _InForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, arrived):  # type: ignore[no-untyped-def]
         grads, promised = ctx.saved_tensors
-        factor = torch.dot(arrived, promised) / torch.dot(promised, promised).clamp_min(1e-30)
-        largest = float(arrived.abs().max())
+        ratio = torch.dot(arrived, promised) / torch.dot(promised, promised).clamp_min(1e-30)
+        factor, largest = torch.stack([ratio, arrived.abs().max()]).tolist()
         finite = largest - largest == 0  # else the caller learns that its loss is not finite
         if finite and not torch.allclose(arrived, factor * promised, rtol=1e-4, atol=1e-6 * largest):
             raise RuntimeError("the loss is not the plain sum that it announced; pass gradient=None")
-        return (grads if factor == 1 else grads * factor.to(grads.dtype)), None, None, None, None
+        # times a plain number: as a tensor of the gradients' 16 bits it would be rounded first
+        return (grads if factor == 1 else grads * factor), None, None, None, None
 
 
 def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
