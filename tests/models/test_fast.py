@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reference.families import added, learning_stream, sequences, tiny_model
 from reference.measure import relative
@@ -222,3 +223,86 @@ def test_hidden_states_of_all_tokens_are_still_to_be_had() -> None:
     whole = base.hidden(stream)
     assert whole.shape[0] == len(stream.tokens)
     assert torch.equal(base.hidden_rows(stream, stream.rows), whole[stream.rows])
+
+
+def outliers(model: PreTrainedModel, size: float = 300.0) -> PreTrainedModel:
+    """Values in the residual beside which what a layer adds is little, as in real models."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = size  # type: ignore[union-attr, index]
+    return model
+
+
+@pytest.mark.parametrize("family", ["ernie4_5", "glm4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_way_of_rotating_is_noticed(family: str, dtype: torch.dtype) -> None:
+    """Theirs turns neighbours, not halves."""
+    told: list[str] = []
+    model = outliers(tiny_model(family)).to(dtype)
+    expected = based(copy.deepcopy(model), fast=False).hidden(learning_stream(sequences())).float()
+    base = based(model, told)
+    assert all(layer.attention_part is None for layer in fast_layers(base))
+    assert "attention" in told[-1]
+    assert relative(base.hidden(learning_stream(sequences())).float(), expected) < (
+        1e-4 if dtype == torch.float32 else 0.1
+    )
+
+
+def test_queries_scaled_by_position_are_noticed() -> None:
+    """Ministral 3 scales them from a position on that few tokens never reach."""
+    rope = {
+        "rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    }  # fmt: skip
+    told: list[str] = []
+    base = based(tiny_model("ministral3", rope_parameters=rope), told)
+    assert all(layer.attention_part is None for layer in fast_layers(base))
+    assert "attention (Ministral3Attention)" in told[-1]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_fast_layers_beside_plain_ones_in_bfloat16(family: str) -> None:
+    base = based(tiny_model(family).bfloat16())
+    stream = learning_stream(sequences())
+    plain = based(tiny_model(family).bfloat16(), fast=False)
+    assert relative(base.log_probabilities(stream), plain.log_probabilities(stream)) < 0.05
+
+
+class Scaled(LlamaDecoderLayer):
+    """Has a tensor of its own, which no wiring knows."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return self.scale * super().forward(*given, **named)
+
+
+def test_a_layer_with_tensors_of_its_own_stays_plain() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1] = Scaled(model.config, 1)
+    base = based(model)
+    assert [type(layer).__name__ for layer in base.module.model.layers] == ["FastLayer", "Scaled"]
+    assert "model.layers.1.scale" in base.module.state_dict()
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3"])
+def test_weights_put_in_later_are_used(family: str) -> None:
+    """Norms of heads and sinks are looked up in every pass."""
+    base, stream = based(tiny_model(family)), learning_stream(sequences())
+    state = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.module.state_dict().items()}
+    base.module.load_state_dict(state, assign=True)
+    plain = tiny_model(family)
+    plain.load_state_dict(state, assign=True)
+    expected = based(plain, fast=False).log_probabilities(stream)
+    assert relative(base.log_probabilities(stream), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_base_that_is_cast_later(dtype: torch.dtype) -> None:
+    base, stream = based(tiny_model("llama").bfloat16()), learning_stream(sequences())
+    base.module.to(dtype)
+    plain = based(tiny_model("llama").bfloat16(), fast=False)
+    plain.module.to(dtype)
+    difference = relative(base.log_probabilities(stream), plain.log_probabilities(stream))
+    assert difference < (1e-5 if dtype == torch.float32 else 1e-2)

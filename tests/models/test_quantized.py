@@ -400,7 +400,7 @@ base = load(large)
 print(json.dumps([peak_memory_bytes(torch.device("cpu")) - before, weight_bytes(base.module)]))
 """
 MIB = 1 << 20
-SLACK_BYTES = 24 * MIB
+SLACK_BYTES = 40 * MIB  # kernels compiled for the shapes of a short pass are some of it
 """One weight as it was in the file (4 MiB here), and the holes in the heap that weights of before have left: allocators
 give memory back in pieces of up to 32 MiB."""
 

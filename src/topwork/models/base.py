@@ -13,11 +13,11 @@ from topwork.common.devices import limit_kernel_caches
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
 from topwork.models.config import ModelConfig
-from topwork.models.fast import make_fast
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.probe import PROVEN, probe
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
+from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities

@@ -253,7 +253,7 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
 
 def _base_gradient(dout: Tensor, group: Sequence[Projection]) -> Tensor:
     """dout W of the whole group [T, in]."""
-    whole = _joined(group)
+    whole = _joined(group, biases=False)
     dn = None
     for projection, columns in [(whole, slice(0, dout.shape[1]))] if whole else _columns(group):
         part = dout[:, columns]
@@ -272,7 +272,7 @@ def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
         at += projection.outputs
 
 
-def _joined(group: Sequence[Projection]) -> Projection | None:
+def _joined(group: Sequence[Projection], biases: bool = True) -> Projection | None:
     """The group as one projection, where its dense weights stand behind one another in memory: one product instead of
     several that are each less than a core likes."""
     if len(group) == 1 or any(p.instead is not None or isinstance(p.weight, Packed) for p in group):
@@ -285,11 +285,11 @@ def _joined(group: Sequence[Projection]) -> Projection | None:
         if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         at += weight.nbytes
-    biases = [p.bias for p in group if p.bias is not None]
-    if len(biases) not in (0, len(group)):
+    own = [p.bias for p in group if p.bias is not None and biases]
+    if len(own) not in (0, len(group)):
         return None
     whole = first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
-    return Projection(whole, torch.cat(biases) if biases else None)
+    return Projection(whole, torch.cat(own) if own else None)
 
 
 def _bundle_gradients(

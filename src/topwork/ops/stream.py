@@ -52,7 +52,8 @@ class Stream:
     def to(self, device: torch.device) -> "Stream":
         """The same stream with its tensors on `device`."""
         names = ("tokens", "positions", "rows", "targets", "weights")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return replace(self, wanted=wanted, **{name: getattr(self, name).to(device) for name in names})
 
     def segments_of(self, rows: int) -> tuple[Segment, ...]:
         """The segments of a tensor with so many rows: all tokens, or what a last layer has left of them."""

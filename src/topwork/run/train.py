@@ -22,7 +22,7 @@ from topwork.common.files import (
 from topwork.data.examples import Data, load_data
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
-from topwork.models.fast import is_fast
+from topwork.models.recognise import is_fast
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.quantization.linear import packed_kinds, weight_bytes
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
