@@ -185,7 +185,7 @@ def test_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
 @pytest.mark.usefixtures("native_needed")
 def test_narrower_vectors(march: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other processors get: eight lanes and four."""
+    """What other processors get: four lanes, and eight."""
     if "avx2" not in build._processor().decode():
         pytest.skip("these are x86 processors' vectors")
     flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in build.FLAGS)

@@ -12,16 +12,16 @@
 enum { BLOCK = 2048 };
 
 // The logits [i, i + n); the other lanes are -infinity, whose exponential is nothing.
-INLINE v16f logits_at(const void *row, int64_t i, int64_t n, float scale, int kind) {
-  v16f x = load(row, i, n, kind) * scale;
+INLINE vecf logits_at(const void *row, int64_t i, int64_t n, float scale, int kind) {
+  vecf x = load(row, i, n, kind) * scale;
   for (int64_t k = n; k < LANES; k++) x[k] = -INFINITY;
   return x;
 }
 
-INLINE v16f larger(v16f x, v16f y) { return pick(x > y, x, y); }
+INLINE vecf larger(vecf x, vecf y) { return pick(x > y, x, y); }
 
 INLINE float largest(const void *row, int64_t count, float scale, int kind) {
-  v16f most = (v16f){} - INFINITY;
+  vecf most = (vecf){} - INFINITY;
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) most = larger(logits_at(row, i, LANES, scale, kind), most);
   most = larger(logits_at(row, i, count - i, scale, kind), most);
@@ -34,16 +34,16 @@ INLINE double sum_of_exp(const void *row, int64_t count, float scale, float most
   double total = 0;
   int64_t whole = count / LANES * LANES, i = 0;
   while (i < whole) {
-    v16f sum = {};
+    vecf sum = {};
     int64_t stop = i + BLOCK < whole ? i + BLOCK : whole;
-    for (; i < stop; i += LANES) sum += exp16(logits_at(row, i, LANES, scale, kind) - most);
-    total += sum16(sum);
+    for (; i < stop; i += LANES) sum += vexpf(logits_at(row, i, LANES, scale, kind) - most);
+    total += vsumf(sum);
   }
-  return total + sum16(exp16(logits_at(row, i, count - i, scale, kind) - most));
+  return total + vsumf(vexpf(logits_at(row, i, count - i, scale, kind) - most));
 }
 
 INLINE void write_slope(void *row, int64_t i, int64_t n, float scale, float most, float factor, int kind) {
-  store(row, i, n, kind, exp16(logits_at(row, i, n, scale, kind) - most) * factor);
+  store(row, i, n, kind, vexpf(logits_at(row, i, n, scale, kind) - most) * factor);
 }
 
 INLINE float one_row(void *row, int64_t count, int64_t target, float gradient, float scale, int kind) {
@@ -57,7 +57,7 @@ INLINE float one_row(void *row, int64_t count, int64_t target, float gradient, f
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) write_slope(row, i, LANES, scale, most, factor, kind);
     write_slope(row, i, count - i, scale, most, factor, kind);
-    store(row, target, 1, kind, (v16f){} + (float)(slope * (1 - exp((double)wanted - most) / total)));
+    store(row, target, 1, kind, (vecf){} + (float)(slope * (1 - exp((double)wanted - most) / total)));
   }
   return (float)((double)wanted - most - log(total));
 }
