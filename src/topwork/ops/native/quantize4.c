@@ -10,7 +10,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
