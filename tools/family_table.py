@@ -11,8 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference.families import stream_differences  # noqa: E402
+from reference.families import stream_differences, tiny_model  # noqa: E402
 from topwork.common.errors import ModelError  # noqa: E402
+from topwork.models.base import as_base  # noqa: E402
+from topwork.models.fast import FastLayer  # noqa: E402
 from topwork.models.probe import PROVEN  # noqa: E402
 
 FURTHER = (
@@ -28,9 +30,11 @@ Written by `python tools/family_table.py`; `tests/models/test_families.py` asser
 Each family is a random model of two layers in fp32 (grouped heads, sliding window of 5, soft-capping and sinks where
 the family has them). Sequences of 13, 1, 7 and 24 tokens run as one flat stream, and each alone through transformers'
 own forward pass. The figures are relative differences, |ours - theirs| / |theirs|, of the logits, of the gradients of
-all the base's weights, and of the gradients of a LoRA adapter on every linear layer. At most 1e-5 is allowed.
+all the base's weights, and of the gradients of a LoRA adapter on every linear layer. At most 1e-5 is allowed. The last
+column says what runs through the fast path (`models/fast.py`); the rest runs on transformers' own modules, as correct
+and slower.
 """
-COLUMNS = "| family | logits | base's gradients | adapter's gradients |\n| --- | --- | --- | --- |"
+COLUMNS = "| family | logits | base's gradients | adapter's gradients | fast |\n| --- | --- | --- | --- | --- |"
 
 
 def main() -> None:
@@ -49,7 +53,15 @@ def main() -> None:
 
 
 def _measured(family: str) -> str:
-    return f"| {family} | " + " | ".join(f"{value:.1e}" for value in stream_differences(family).values()) + " |"
+    figures = " | ".join(f"{value:.1e}" for value in stream_differences(family).values())
+    return f"| {family} | {figures} | {_fast(family)} |"
+
+
+def _fast(family: str) -> str:
+    model = as_base(tiny_model(family), None, family, lambda _: None).module  # type: ignore[arg-type]
+    layers = [layer for layer in model.modules() if isinstance(layer, FastLayer)]
+    parts = {"attention": all(layer.attention_part for layer in layers), "MLP": all(layer.mlp_part for layer in layers)}
+    return " and ".join(part for part, is_fast in parts.items() if is_fast and layers) or "–"
 
 
 def _probed(family: str) -> str:

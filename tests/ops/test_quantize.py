@@ -422,11 +422,24 @@ def test_a_compiler_that_fails_is_told_and_a_kernel_switched_off_is_not(
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     monkeypatch.delenv(build.OFF, raising=False)
+    build._tell.cache_clear()
     with pytest.warns(RuntimeWarning, match="Install a C compiler"):
         assert build.load.__wrapped__("quantize4") is None
+    assert build.load.__wrapped__("attention") is None  # for the same reason, which has been told
     monkeypatch.setenv(build.OFF, "1")
     assert build.load.__wrapped__("quantize4") is None
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+def test_older_processors_load_it_too(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has conversions to 16 bits and no AVX-512."""
+    if "avx2" not in build._processor().decode():
+        pytest.skip("these are x86 processors")
+    flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in build.FLAGS)
+    monkeypatch.setattr(build, "FLAGS", flags)
+    monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
+    assert build.load.__wrapped__("quantize4") is not None
 
 
 def test_the_operators_keep_torchs_rules() -> None:

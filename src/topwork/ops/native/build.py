@@ -27,20 +27,25 @@ OFF = "TOPWORK_NO_NATIVE"
 
 @cache
 def load(name: str) -> ctypes.CDLL | None:
-    """The library of `native/NAME.c`; None, with one warning, where it cannot be compiled or loaded."""
+    """The library of `native/NAME.c`; None, and a warning, where it cannot be compiled or loaded."""
     if os.environ.get(OFF):
         return None
     try:
         return ctypes.CDLL(str(_built(name)))
     except (OSError, subprocess.SubprocessError) as error:
-        told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(
-            f"the C kernels ({name}) are not to be had here, so plain torch does their work, several times slower: "
-            f"{told}. Install a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _tell(error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error))
         return None
+
+
+@cache
+def _tell(why: str) -> None:
+    """Once for each reason, not for each library."""
+    warnings.warn(
+        f"the C kernels are not to be had here, so plain torch does their work, several times slower: {why}. Install "
+        f"a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _built(name: str) -> Path:
