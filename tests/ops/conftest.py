@@ -9,6 +9,6 @@ from topwork.ops.native import layer
 def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test that takes this runs on the C kernels, where there are any, and on plain torch."""
     if request.param == "truth":
-        monkeypatch.setattr(layer, "library", lambda: None)
-    elif layer.library() is None:
+        monkeypatch.setattr(layer, "kernels", lambda: None)
+    elif layer.kernels() is None:
         pytest.skip("no C compiler")

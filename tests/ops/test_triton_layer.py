@@ -157,7 +157,7 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
     dgate, dup, targets, gradient = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6), torch.ones(6)
     for module in (norm, gated):
         monkeypatch.setattr(module, "_native", lambda *_: None)
-    monkeypatch.setattr(rotary.layer, "library", lambda: None)
+    monkeypatch.setattr(rotary.layer, "kernels", lambda: None)
     assert norm.rms_norm(x, weight, 1e-5, True) == "rms_norm"
     assert norm.rms_normalized(x, weight, rstd, True) == "rms_normalized"
     assert norm.rms_norm_backward(dy, x, weight, rstd, True) == "rms_norm_backward"

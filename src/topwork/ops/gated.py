@@ -61,7 +61,7 @@ def gated_backward(
 def _native(gate: Tensor) -> ctypes.CDLL | None:
     """The C kernels, where they know the type."""
     known = gate.is_cpu and (gate.dtype == torch.bfloat16 or gate.dtype == torch.float32)
-    return layer.library() if known else None
+    return layer.kernels() if known else None
 
 
 def _fillable(out: Tensor) -> bool:

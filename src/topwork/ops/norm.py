@@ -85,7 +85,7 @@ def _native(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
         return None
     if weight.dtype != x.dtype and weight.dtype != torch.float32:
         return None
-    return layer.library()
+    return layer.kernels()
 
 
 def _norm_cpu(

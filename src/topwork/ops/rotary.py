@@ -26,7 +26,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     """
     _check(x, cos, sin)
     known = x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
-    if known and (library := layer.library()) is not None:
+    if known and (library := layer.kernels()) is not None:
         _rotate_cpu(library, x, cos, sin, inverse)
     elif (kernels := load.kernels("layer", x)) is not None:
         kernels.rotate_(x, cos, sin, inverse)

@@ -18,7 +18,7 @@ _TYPES = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """layer.c, compiled and loaded; None where that cannot be."""
     loaded = build.load("layer")
     if loaded is not None:
