@@ -133,3 +133,13 @@ def test_modules_to_save_that_match_nothing_or_too_much() -> None:
 def test_a_base_without_linear_layers() -> None:
     with pytest.raises(AdapterError, match="matched 0 modules"):
         find_targets({}, None, AdapterConfig())
+
+
+@pytest.mark.parametrize("name", ["self_attn", "layers.0"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_mixes_tokens_cannot_be_saved_whole(family: str, name: str) -> None:
+    """Each adapter's copy sees its own rows alone, and attention is no function of a row."""
+    adapters = Adapters(tiny_base(family).module)
+    with pytest.raises(AdapterError, match=r"mixes tokens.*name the modules in it \(.*mlp|o_proj"):
+        adapters.add("a", AdapterConfig(target_modules=["lm_head"], modules_to_save=[name]))
+    assert not adapted_layers(adapters.model)

@@ -1,22 +1,30 @@
 """Fast layers: which layers get them, and that they change nothing but speed and memory."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from data.family_tokenizers import build_tokenizer
 from reference.families import added, learning_stream, sequences, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
+from topwork.common.devices import CACHED_KERNELS
 from topwork.models import fast
 from topwork.models.base import Base, as_base
 from topwork.models.fast import FastLayer
+from topwork.models.recognise import is_fast
 from topwork.ops.stream import Segment, Stream
 
 WHOLE = {
@@ -125,6 +133,21 @@ def test_a_fresh_adapter_is_the_base_to_the_bit_in_bfloat16(options: str) -> Non
     bare = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
     adapters.add("a", AdapterConfig.model_validate({"r": 4, **OPTIONS[options]}))
     assert torch.equal(base.log_probabilities(stream), bare)
+
+
+def test_weights_of_a_group_are_one_product() -> None:
+    """q, k and v and gate and up stand behind one another in memory, so two layers have four products of the base."""
+    base, stream = based(tiny_model("llama")), learning_stream(sequences())
+    counted = []
+    for apart in (False, True):
+        if apart:
+            for layer in fast_layers(base):
+                for weight in layer.joined():
+                    weight.data = weight.data.clone()
+        with profile() as seen, torch.no_grad():
+            base.hidden(stream)
+        counted.append(sum(event.count for event in seen.key_averages() if event.key == "aten::mm"))
+    assert counted == [2 * 4, 2 * 7]
 
 
 def test_taken_out_again_the_base_is_as_before() -> None:
@@ -306,3 +329,37 @@ def test_a_base_that_is_cast_later(dtype: torch.dtype) -> None:
     plain.module.to(dtype)
     difference = relative(base.log_probabilities(stream), plain.log_probabilities(stream))
     assert difference < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+LOADED = """
+import os, sys
+from topwork.models.base import load_base
+from topwork.models.config import ModelConfig
+base = load_base(ModelConfig(model_name_or_path=sys.argv[1], device="cpu"), lambda _: None)
+print(type(base.module.model.layers[0]).__name__)
+print(".safetensors" in open("/proc/self/maps").read())
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_loaded_base_holds_no_file_beside_its_weights(tmp_path: Path) -> None:
+    """Joined weights were copied out of the mapped file, so all of it must go; and kernels are not kept for ever."""
+    tokenizer = build_tokenizer("smollm2")
+    for written in (tiny_model("llama", vocab_size=len(tokenizer)).bfloat16(), tokenizer):  # cast, it is not mapped
+        written.save_pretrained(tmp_path)
+    unset = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["FastLayer", "False", f"{CACHED_KERNELS} {CACHED_KERNELS}"]
+
+
+@pytest.mark.parametrize(
+    ("family", "quick", "whole"),
+    [("llama", True, True), ("llama", False, False), ("mixtral", True, False), ("gpt2", True, False)],
+)
+def test_a_model_is_fast_where_every_part_of_it_is(family: str, quick: bool, whole: bool) -> None:
+    """Memory is planned with it."""
+    assert is_fast(based(tiny_model(family), fast=quick).module) is whole

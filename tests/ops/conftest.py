@@ -1,4 +1,11 @@
-"""What tests of a layer's element-wise kernels share."""
+"""What tests of kernels share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,3 +19,21 @@ def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(layer, "kernels", lambda: None)
     elif layer.kernels() is None:
         pytest.skip("no C compiler")
+
+
+@pytest.fixture
+def triton() -> ModuleType:
+    return pytest.importorskip("triton", reason="triton is not installed (it has wheels for Linux)")
+
+
+@pytest.fixture
+def interpreted() -> Callable[[Path], list[str]]:
+    """Runs a file of cases in Triton's interpreter, which must be chosen before triton is imported."""
+
+    def run(cases: Path) -> list[str]:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, str(cases)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run

@@ -9,7 +9,8 @@ from torch import Tensor
 from reference.attention import attention_by_sequence
 from reference.measure import relative
 from topwork.ops import attention, attention_reference
-from topwork.ops.attention import AttentionRule, attend, attention_forward, flat_attention
+from topwork.ops.attention import attention_forward, flat_attention
+from topwork.ops.attention_reference import AttentionRule, attend
 
 RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
 """Sequences of 7, 1, 19, 4, 19, 18 and 1 tokens: groups with and without padded tails, and one alone."""

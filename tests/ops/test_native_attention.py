@@ -15,7 +15,8 @@ from torch import Tensor
 from reference.attention import attention_by_sequence
 from reference.measure import relative
 from topwork.ops import attention
-from topwork.ops.attention import AttentionRule, attention_backward, attention_forward
+from topwork.ops.attention import attention_backward, attention_forward
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.native import build
 
 FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []

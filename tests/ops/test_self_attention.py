@@ -7,7 +7,7 @@ from torch import Tensor
 from reference.attention import attention_by_sequence
 from reference.kept import kept_by
 from reference.measure import relative
-from topwork.ops.attention import AttentionRule
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 
 BOUNDS = (0, 7, 7, 8, 20)

@@ -1,8 +1,6 @@
 """The Triton kernels: equal to the truth in the interpreter, sound as compiled for a GPU, and equal again on one."""
 
-import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,16 +17,8 @@ CASES = Path(__file__).with_name("triton_cases.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture
-def triton():
-    return pytest.importorskip("triton", reason="triton is not installed (it has wheels for Linux)")
-
-
-def test_in_the_interpreter_the_kernels_are_the_truth(triton) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(CASES)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_in_the_interpreter_the_kernels_are_the_truth(triton, interpreted) -> None:
+    lines = interpreted(CASES)
     assert len(lines) == (6 + 2 + 2) * (4 + 1)
     assert [line for line in lines if not line.endswith(": equal")] == []
 

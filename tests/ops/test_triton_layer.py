@@ -1,9 +1,7 @@
 """Triton kernels of a layer and of the loss: the truth in the interpreter, sound as compiled, the truth on a GPU."""
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,16 +19,8 @@ FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "loss": 45}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture
-def triton():
-    return pytest.importorskip("triton", reason="triton is not installed (it has wheels for Linux)")
-
-
-def test_in_the_interpreter_the_kernels_are_the_truth(triton) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(CASES)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_in_the_interpreter_the_kernels_are_the_truth(triton, interpreted) -> None:
+    lines = interpreted(CASES)
     assert len(lines) == sum(FAMILIES.values())
     assert [line for line in lines if not line.endswith(": as the truth")] == []
 

@@ -61,7 +61,21 @@ def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[s
     for name in names:
         if not any(path.endswith(name) for path in modules):
             raise AdapterError(f"modules_to_save names {name!r}, which matches no module{_near(name, modules)}")
-    return [path for path in modules if path.endswith(tuple(names))]
+    found = [path for path in modules if path.endswith(tuple(names))]
+    mixing = [path for path in found if hasattr(modules[path], "layer_idx") or _has_layers(path, modules)]
+    if mixing:
+        inside = sorted({path.rpartition(".")[2] for path in modules if path.startswith(mixing[0] + ".")})
+        raise AdapterError(
+            f"modules_to_save chooses {mixing[0]}, a {type(modules[mixing[0]]).__name__}, which mixes tokens of a "
+            f"sequence; a copy that sees an adapter's own rows can't stand for it: name the modules in it "
+            f"({', '.join(inside[:12])})"
+        )
+    return found
+
+
+def _has_layers(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether attention is somewhere in it: its module knows its layer's number."""
+    return any(inner.startswith(path + ".") and hasattr(module, "layer_idx") for inner, module in modules.items())
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

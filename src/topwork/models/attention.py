@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from topwork.common.errors import ModelError
-from topwork.ops.attention import AttentionRule, flat_attention
+from topwork.ops.attention import flat_attention
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.stream import active_stream
 
 FLAT = "topwork_flat"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from topwork.ops.attention import AttentionRule
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.project import Gated, RmsNorm, normed, project, projection_of
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 from topwork.ops.stream import active_stream
@@ -66,8 +66,8 @@ class AttentionPart:
 
     def fits(self, attention: nn.Module) -> bool:
         """Whether its modules are still what they were: an adapter may have put its own in their places."""
-        norms = all(norm.is_still(_bare(getattr(attention, name))) for name, norm in self.norms.items())
-        return norms and all(hasattr(attention, name) for name in (*self.inputs, "o_proj"))
+        there = all(hasattr(attention, name) for name in (*self.inputs, "o_proj", *self.norms))
+        return there and all(norm.is_still(_bare(getattr(attention, name))) for name, norm in self.norms.items())
 
     def how(self, attention: nn.Module) -> SelfAttention:
         """With the weights that are there now."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from topwork.common.errors import RequestError
 from topwork.models.base import Base
-from topwork.ops.attention import AttentionRule, attend, flat_attention
+from topwork.ops.attention import flat_attention
+from topwork.ops.attention_reference import AttentionRule, attend
 from topwork.ops.stream import Segment, Stream
 
 PROMPT_TOKENS_PER_PASS = 4096

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.models.fast import ACTIVATIONS, AttentionPart, FastLayer, MlpPart, Norm, Wiring
-from topwork.ops.attention import AttentionRule, flat_attention
+from topwork.ops.attention import flat_attention
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.norm import rms_norm
 from topwork.ops.self_attention import Heads
 from topwork.ops.stream import Stream, stream_of
@@ -131,7 +132,7 @@ def _kind(layer: nn.Module) -> Hashable:
 
 @dataclass
 class _Seen:
-    """How a plain layer was called, and by whom not to be trusted: with more than its hidden states by position."""
+    """How a plain layer was called. More than one argument by position is a way of calling that no fast layer has."""
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     others: dict[str, Any] = field(default_factory=dict)

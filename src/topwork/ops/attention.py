@@ -13,9 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from topwork.ops.attention_reference import AttentionRule as AttentionRule
-from topwork.ops.attention_reference import attend as attend
-from topwork.ops.attention_reference import backward_reference, forward_reference
+from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.native import build
 
 NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}

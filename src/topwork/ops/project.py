@@ -7,8 +7,9 @@
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments). With
-dropout each term has an A-input of its own, so nothing is shared. Six products of 2 r (in + out) / 2 each are what LoRA
-costs at least; the plain-torch truth is `adapters/lora.py`'s `add_to`, which autograd differentiates.
+dropout each term has an A-input of its own, so nothing is shared. LoRA costs six small products (two forward, four
+backward), 6 r (in + out) FLOPs a token; the plain-torch truth is `adapters/lora.py`'s `add_to`, which autograd
+differentiates.
 """
 
 from collections import defaultdict

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topwork.ops.attention import AttentionRule, attention_backward, attention_forward
+from topwork.ops.attention import attention_backward, attention_forward
+from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.rotary import rotate_
 
