@@ -92,15 +92,15 @@ def floor_report(measured: Sequence[dict[str, Any]], lengths: Lengths, r: int) -
 
 def shape_of(folder: str) -> Shape:
     """A model's shape from its config, without weights."""
-    from topwork.adapters.graft import bare_modules, head_path
+    from topwork.adapters.graft import bare_base
     from topwork.adapters.targets import LINEAR, features
     from topwork.plan.count import config_of, skeleton
 
     model = skeleton(config_of(folder))
-    config, head = model.config.get_text_config(), head_path(model)
+    config, bare = model.config.get_text_config(), bare_base(model)
     counts: dict[tuple[int, int], int] = {}
-    for path, module in bare_modules(model).items():
-        if isinstance(module, LINEAR) and path != head:
+    for path, module in bare.modules.items():
+        if isinstance(module, LINEAR) and path != bare.head:
             counts[features(module)] = counts.get(features(module), 0) + 1
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

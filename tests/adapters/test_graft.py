@@ -10,7 +10,9 @@ from reference.families import added, learning_stream, logits, randomise, sequen
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
-from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.adapters.lora import Lora
+from topwork.adapters.part import AdaptedLayer
+from topwork.adapters.whole import Whole
 from topwork.common.errors import AdapterError
 from topwork.ops import logprobs
 from topwork.ops.stream import Segment, Stream, stream_of
@@ -204,10 +206,10 @@ def test_dropout_in_training_only() -> None:
 
 def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     """The mean over many draws is the output without dropout (one layer: it is linear in its input)."""
-    layer = LoraLinear(nn.Linear(6, 5))
+    layer = AdaptedLayer(nn.Linear(6, 5))
     holder = nn.Module()
     holder.layer = layer
-    weights = LoraWeights(6, 5, 3, 2.0, dropout=0.3)
+    weights = Lora(6, 5, 3, 2.0, dropout=0.3)
     nn.init.normal_(weights.lora_A)
     nn.init.normal_(weights.lora_B)
     layer.adapters["a"] = weights
@@ -233,19 +235,17 @@ def test_a_name_that_is_taken_or_no_name_is_refused() -> None:
 @pytest.mark.parametrize(
     ("there", "new"),
     [
-        (AdapterConfig(target_modules=["lm_head"]), AdapterConfig(modules_to_save=["lm_head"])),
-        (AdapterConfig(modules_to_save=["lm_head"]), AdapterConfig(target_modules=["q_proj", "lm_head"])),
         (CONFIG, AdapterConfig(target_modules=["q_proj"], modules_to_save=["mlp"])),
         (AdapterConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), CONFIG),
     ],
-    ids=["head adapted, then saved", "head saved, then adapted", "inside, then whole", "whole, then inside"],
+    ids=["inside, then whole", "whole, then inside"],
 )
-def test_adapted_by_one_and_saved_by_another_is_refused_whole(there: AdapterConfig, new: AdapterConfig) -> None:
+def test_a_module_within_one_that_another_saves_is_refused(there: AdapterConfig, new: AdapterConfig) -> None:
     """Nothing of the refused adapter stays behind."""
     base = tiny_base("llama")
     adapters = added(base, a=there)
     before = {name: id(module) for name, module in base.module.named_modules()}
-    with pytest.raises(AdapterError, match="adapted by one adapter and saved whole by another"):
+    with pytest.raises(AdapterError, match="lie in one another"):
         adapters.add("b", new)
     assert {name: id(module) for name, module in base.module.named_modules()} == before
     assert list(adapters.configs) == ["a"]
@@ -281,6 +281,28 @@ def test_a_saved_module_is_a_copy_of_its_own() -> None:
     base = tiny_base("llama", tie_word_embeddings=True)
     adapters = added(base, a=AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     head = base.module.lm_head
-    assert isinstance(head, SavedModule)
+    assert isinstance(head, AdaptedLayer)
+    assert isinstance(head.part("a"), Whole)
     assert base.module.model.embed_tokens.weight is head.base_layer.weight
     assert not torch.equal(adapters.parameters("a")["lm_head.weight"], head.base_layer.weight)
+
+
+def test_one_adapter_saves_whole_what_another_adapts() -> None:
+    base = tiny_base("llama")
+    kinds = {
+        "saved": AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "down_proj"]),
+        "adapted": AdapterConfig(target_modules=["lm_head", "down_proj"]),
+    }
+    adapters = Adapters(base.module)
+    for seed, (name, config) in enumerate(kinds.items()):
+        adapters.add(name, config)
+        randomise(adapters, name, seed)
+    parts, names = sequences(), ["saved", "adapted", None, "saved"]
+    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
+    for part, name, found in zip(parts, names, together, strict=True):
+        alone = tiny_base("llama")
+        adapters = Adapters(alone.module)
+        if name is not None:
+            adapters.add(name, kinds[name])
+            randomise(adapters, name, seed=list(kinds).index(name))
+        assert relative(found, logits(alone, stream_of([part], name))) < 1e-6

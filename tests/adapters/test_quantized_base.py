@@ -14,8 +14,9 @@ from reference.measure import relative
 from reference.quantized_by_others import differing, write_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
-from topwork.adapters.lora import LoraLinear, SavedModule
+from topwork.adapters.lora import Lora
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
+from topwork.adapters.whole import Whole
 from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, products_left_out
@@ -81,7 +82,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(kind: str, family: str, dtype: 
     targets = adapters.add("a", CONFIG)
     packed = {path for path, module in bare_modules(base.module).items() if isinstance(module, QuantizedLinear)}
     head = {path for path in packed if path.endswith(("lm_head", "embed_out"))}
-    assert {target.path for target in targets} == packed - head
+    assert set(targets) == packed - head
     assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
     randomise(adapters, "a")
     assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
@@ -180,10 +181,10 @@ def test_a_saved_packed_module_trains_a_dense_copy(kind: str, held: Bases) -> No
     adapters.add(
         "a", AdapterConfig(target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head", "layers.0.mlp.up_proj"])
     )
-    layers = {path: layer for path, layer in adapted_layers(base.module).items() if isinstance(layer, SavedModule)}
+    layers = {path: layer for path, layer in adapted_layers(base.module).items() if isinstance(layer.part("a"), Whole)}
     assert len(layers) == 4
     for path, layer in layers.items():
-        copy = layer.adapters["a"]
+        copy = layer.adapters["a"].module
         assert type(copy) is nn.Linear
         if isinstance(layer.base_layer, PackedModule):
             assert torch.equal(copy.weight, layer.base_layer.packed.dense().float()), path
@@ -246,7 +247,7 @@ def test_the_layers_of_an_adapter_stand_around_packed_ones(held: Bases) -> None:
     base = held("nf4")
     adapters = added(base, a=CONFIG)
     for layer in adapted_layers(base.module).values():
-        assert isinstance(layer, LoraLinear)
+        assert isinstance(layer.part("a"), Lora)
         assert isinstance(layer.base_layer, QuantizedLinear)
     shapes = {key: tuple(parameter.shape) for key, parameter in adapters.parameters("a").items()}
     assert shapes["model.layers.0.mlp.down_proj.lora_A.weight"] == (4, 96)

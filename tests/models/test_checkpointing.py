@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference.families import CONTEXT, learning_stream, randomise, sequences, tiny_base, tiny_model
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.adapters.lora import AdaptedLayer
+from topwork.adapters.part import AdaptedLayer
 from topwork.common.errors import ModelError
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers, products_left_out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reference.kept import kept_by
 from reference.measure import relative
-from topwork.adapters.lora import LoraWeights
+from topwork.adapters.lora import Lora
 from topwork.ops.packed import Packed, pack_4bit, pack_int8
 from topwork.ops.project import AsIs, Gated, LowRank, Projection, Prologue, RmsNorm, project, projection_of
 
@@ -151,19 +151,20 @@ def test_packed_weights_are_their_dense_twins(kind: str) -> None:
 def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
     """The same draws in the same order as the plain-torch truth; other masks for other projections."""
     torch.manual_seed(0)
-    modules = [LoraWeights(IN, out, 4, 2.0, 0.4).train() for out in (12, 7)]
+    modules = [Lora(IN, out, 4, 2.0, 0.4).train() for out in (12, 7)]
     for module in modules:
-        module.reset(0, "path", gaussian=False)
+        module.begin(nn.Identity(), 0, "path")
         nn.init.normal_(module.lora_B)
-    weights, x = [torch.randn(out, IN).to(dtype) for out in (12, 7)], torch.randn(T, IN).to(dtype)
+    base, weights = nn.Identity(), [torch.randn(out, IN).to(dtype) for out in (12, 7)]
+    x = torch.randn(T, IN).to(dtype)
     results = []
     for fast in (True, False):
         given = x.clone().requires_grad_()
         torch.manual_seed(5)
         if fast:
-            y = project(given, [Projection(w, None, (m.term(0, T),)) for w, m in zip(weights, modules)])
+            y = project(given, [Projection(w, None, m.addition(0, T, base).terms) for w, m in zip(weights, modules)])
         else:
-            y = torch.cat([m.add_to(F.linear(given, w), given) for w, m in zip(weights, modules)], -1)
+            y = torch.cat([m.adapted(F.linear(given, w), given, base) for w, m in zip(weights, modules)], -1)
         torch.manual_seed(6)
         grads = torch.autograd.grad(y, [given, *(p for m in modules for p in m.parameters())], torch.randn_like(y))
         results.append([y.detach(), *grads])

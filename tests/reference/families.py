@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import Adapters, adapted_layers
-from topwork.adapters.lora import LoraLinear, LoraWeights
+from topwork.adapters.graft import Adapters, bare_modules
+from topwork.adapters.lora import Lora
 from topwork.models.base import Base, as_base
 from topwork.ops.stream import Stream, stream_of
 
@@ -167,14 +167,12 @@ def _adapter_difference(base: Base, theirs: PreTrainedModel, stream: Stream, par
 
 
 def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> dict[str, Tensor]:
-    merged = {}
-    for path, layer in adapted_layers(base.module).items():
-        weights = layer.adapters["a"]
-        assert isinstance(layer, LoraLinear)
-        assert isinstance(weights, LoraWeights)
-        delta = weights.scaling * (weights.lora_B @ weights.lora_A)
+    merged, modules = {}, bare_modules(base.module)
+    for path, part in adapters.parts("a").items():
+        assert isinstance(part, Lora)
+        delta = part.scaling * (part.lora_B @ part.lora_A)
         weight = theirs.get_submodule(path).weight
-        merged[f"{path}.weight"] = weight + (delta if isinstance(layer.base_layer, torch.nn.Linear) else delta.T)
+        merged[f"{path}.weight"] = weight + (delta if isinstance(modules[path], torch.nn.Linear) else delta.T)
     return merged
 
 

@@ -1,7 +1,5 @@
 """Putting named adapters into a base and taking them out again: one walk over the model."""
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,10 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.lora import AdaptedLayer, LoraLinear, LoraWeights, SavedModule
-from topwork.adapters.targets import Target, features, find_saved, find_targets
+from topwork.adapters.methods import METHODS, Bare, Plan, Planned
+from topwork.adapters.part import AdaptedLayer, Part
+from topwork.adapters.targets import find_saved
+from topwork.adapters.whole import Whole, parameters_of
 from topwork.common.errors import AdapterError
-from topwork.quantization.linear import PackedModule, packed_modules
 
 
 class Adapters:
@@ -22,26 +21,24 @@ class Adapters:
         self.model = model
         self.configs: dict[str, AdapterConfig] = {}
 
-    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[Target]:
-        """Graft a fresh adapter, which changes nothing until it is trained; its dropout is off. Returns where it went.
+    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[str]:
+        """Graft a fresh adapter, which changes nothing until it is trained; its dropout is off. Returns the paths of
+        the modules where it has a part.
 
-        Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing.
+        Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing;
+        nothing is grafted then.
         """
         if name in self.configs or not name or "." in name:
             raise AdapterError(f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}")
-        modules = bare_modules(self.model)
-        targets = find_targets(modules, head_path(self.model), config)
-        saved = find_saved(modules, config.modules_to_save or [])
-        _refuse_overlap([target.path for target in targets], saved)
-        wanted: dict[str, type] = {target.path: LoraLinear for target in targets}
-        _refuse_other_use(self.model, wanted | dict.fromkeys(saved, SavedModule))
-        for target in targets:
-            self._graft_lora(name, target, config, seed)
-        for path in saved:
-            layer = self._wrapped(path, SavedModule)
-            layer.adapters[name] = _copy(layer.base_layer).requires_grad_(True)
+        plan = plan_adapter(self.model, config)
+        _refuse_nested(plan, adapted_layers(self.model))
+        for path, planned in plan.items():
+            layer = self._wrapped(path)
+            part = planned.make()
+            part.begin(layer.base_layer, seed, path)
+            layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
         self.configs[name] = config
-        return targets
+        return list(plan)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; a layer without adapters is the base's own again."""
@@ -53,24 +50,26 @@ class Adapters:
                 _replace(self.model, path, layer.base_layer)
         del self.configs[name]
 
+    def parts(self, name: str) -> dict[str, Part]:
+        """An adapter's parts by the paths of their modules."""
+        self._known(name)
+        layers = adapted_layers(self.model)
+        return {path: part for path, layer in layers.items() if (part := layer.part(name)) is not None}
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's trainable tensors by PEFT's names without the `base_model.model.` in front, sorted."""
-        self._known(name)
-        found: dict[str, nn.Parameter] = {}
-        for path, layer in adapted_layers(self.model).items():
-            if name not in layer.adapters:
-                continue
-            weights = layer.adapters[name]
-            if isinstance(weights, LoraWeights):
-                found[f"{path}.lora_A.weight"] = weights.lora_A
-                found[f"{path}.lora_B.weight"] = weights.lora_B
-            else:
-                found |= {f"{path}.{key}": parameter for key, parameter in weights.named_parameters()}
+        found = {_key(path, key): p for path, part in self.parts(name).items() for key, p in part.tensors().items()}
+        return dict(sorted(found.items()))
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """What the adapter's file holds, by the same names, sorted."""
+        found = {_key(path, key): t for path, part in self.parts(name).items() for key, t in part.stored().items()}
         return dict(sorted(found.items()))
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set an adapter's tensors. Raises AdapterError naming what is missing, unknown or of another shape."""
-        own = self.parameters(name)
+        """Set an adapter's tensors from what `stored` gave. Raises AdapterError naming what is missing, unknown or of
+        another shape; nothing is set then."""
+        own = self.stored(name)
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         wrong = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         if missing or unknown or wrong:
@@ -82,30 +81,19 @@ class Adapters:
             ] if wrong else []  # fmt: skip
             raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
         with torch.no_grad():
-            for key, parameter in own.items():
-                parameter.copy_(tensors[key])
+            for path, part in self.parts(name).items():
+                part.take({key: tensors[_key(path, key)] for key in part.stored()})
 
     def train(self, name: str, mode: bool = True) -> None:
         """Dropout on or off in one adapter; the base itself always runs without."""
-        self._known(name)
-        for layer in adapted_layers(self.model).values():
-            if name in layer.adapters:
-                layer.adapters[name].train(mode)
+        for part in self.parts(name).values():
+            part.train(mode)
 
-    def _graft_lora(self, name: str, target: Target, config: AdapterConfig, seed: int) -> None:
-        layer = self._wrapped(target.path, LoraLinear)
-        weight = layer.weight
-        inputs, outputs = features(layer.base_layer)
-        scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
-        weights = LoraWeights(inputs, outputs, target.r, scaling, config.lora_dropout)
-        weights.reset(seed, target.path, gaussian=config.init_lora_weights == "gaussian")
-        layer.adapters[name] = weights.to(weight.device).train(False)
-
-    def _wrapped(self, path: str, kind: type[AdaptedLayer]) -> AdaptedLayer:
+    def _wrapped(self, path: str) -> AdaptedLayer:
         module = self.model.get_submodule(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = kind(module)
+        layer = AdaptedLayer(module)
         layer.train(False)
         _replace(self.model, path, layer)
         return layer
@@ -115,9 +103,37 @@ class Adapters:
             raise AdapterError(f"no adapter {name!r} here; there are {sorted(self.configs) or 'none'}")
 
 
+def plan_adapter(model: PreTrainedModel, config: AdapterConfig) -> Plan:
+    """Which parts `config` would graft, by path; nothing is made, so a skeleton without weights will do.
+
+    Raises AdapterError where it does not fit the base.
+    """
+    bare = bare_base(model)
+    plan = METHODS[config.method](bare, config)
+    saved = find_saved(bare.modules, config.modules_to_save or [])
+    _refuse_overlap(list(plan), saved)
+
+    def whole(path: str) -> Planned:
+        module = bare.modules[path]
+        return Planned(lambda: Whole(module), sum(parameters_of(module).values()))
+
+    return plan | {path: whole(path) for path in saved}
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every adapted layer by its path in the base."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def bare_base(model: PreTrainedModel) -> Bare:
+    """The base as if nothing were grafted."""
+    modules = bare_modules(model)
+
+    def path_of(module: nn.Module | None) -> str | None:
+        own = module.base_layer if isinstance(module, AdaptedLayer) else module
+        return next((path for path, there in modules.items() if there is own), None)
+
+    return Bare(modules, path_of(model.get_input_embeddings()), path_of(model.get_output_embeddings()))
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -135,10 +151,14 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def head_path(model: PreTrainedModel) -> str | None:
-    """The output head's path, adapted or not."""
-    head = model.get_output_embeddings()
-    return next((path for path, module in model.named_modules() if module is head), None)
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _key(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
 
 
 def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
@@ -152,25 +172,15 @@ def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
             )
 
 
-def _refuse_other_use(model: nn.Module, wanted: Mapping[str, type]) -> None:
-    """Before anything is grafted: one module can't be adapted by one adapter and trained whole by another."""
-    for there, layer in adapted_layers(model).items():
-        for path, kind in wanted.items():
-            nested = path.startswith(there + ".") or there.startswith(path + ".")
-            if nested or (path == there and not isinstance(layer, kind)):
+def _refuse_nested(parts: Mapping[str, object], there: Mapping[str, object]) -> None:
+    """Before anything is grafted: a module and one inside it can't both be adapted."""
+    for path in parts:
+        for other in there:
+            if path.startswith(other + ".") or other.startswith(path + "."):
                 raise AdapterError(
-                    f"{path} is adapted by one adapter and saved whole by another; both in one base are not supported"
+                    f"{path} and {other} lie in one another: one adapter saves the outer whole and another adapts the "
+                    "inner, which one base cannot hold at once; name the same modules in both"
                 )
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A module of its own in fp32, out of packed ones too."""
-    if isinstance(module, PackedModule):
-        return module.dense(torch.float32)
-    copied = copy.deepcopy(module)
-    for path, inner in packed_modules(copied).items():
-        copied.set_submodule(path, inner.dense(torch.float32))
-    return copied.float()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
+from topwork.adapters.graft import Adapters, bare_modules
+from topwork.adapters.lora import Lora
 from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
@@ -58,7 +59,7 @@ class SavedAdapter:
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
     """Write adapter `name` as a PEFT folder; tensors in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + key: p.detach().cpu().contiguous() for key, p in adapters.parameters(name).items()}
+    tensors = {PREFIX + key: tensor.cpu().contiguous() for key, tensor in adapters.stored(name).items()}
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_json(folder / "adapter_config.json", _peft_config(adapters, name, base))
     write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})
@@ -136,9 +137,9 @@ def _is_hub_id(name: str | None) -> bool:
 
 def _peft_config(adapters: Adapters, name: str, base: BaseId) -> dict[str, Any]:
     config = adapters.configs[name]
-    layers = {path: layer for path, layer in adapted_layers(adapters.model).items() if name in layer.adapters}
-    targets = [path for path, layer in layers.items() if hasattr(layer.adapters[name], "lora_A")]
-    written = _written_targets(config, targets, bare_modules(adapters.model))
+    modules = bare_modules(adapters.model)
+    targets = [path for path, part in adapters.parts(name).items() if isinstance(part, Lora)]
+    written = _written_targets(config, targets, modules)
     by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
         **{field: getattr(config, field) for field in SHARED_FIELDS},
@@ -148,7 +149,7 @@ def _peft_config(adapters: Adapters, name: str, base: BaseId) -> dict[str, Any]:
         "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
         "base_model_name_or_path": base.name,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layers[path].base_layer, Conv1D) for path in targets),
+        "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in targets),
         "inference_mode": True,
         "lora_bias": False,
         "peft_type": "LORA",

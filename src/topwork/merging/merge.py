@@ -6,16 +6,17 @@ A module of `modules_to_save` takes the place of the base's. Merging is for the 
 beside it were trained on W and not on W'.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.graft import Adapters, adapted_layers
-from topwork.adapters.lora import LoraLinear, LoraWeights, SavedModule
+from topwork.adapters.part import Part
+from topwork.adapters.whole import Whole
 from topwork.common.errors import AdapterError, RunError
 from topwork.common.files import write_folder
 from topwork.models.base import Base
@@ -36,11 +37,12 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
     _check(base, adapters, name)
     dequantize(base.module)
     replaced: dict[str, nn.Module] = {}
-    for path, layer in adapted_layers(base.module).items():
-        if isinstance(layer, SavedModule):
-            replaced[path] = _in_types_of(layer.base_layer, layer.adapters[name])
+    for path, part in adapters.parts(name).items():
+        own = base.module.get_submodule(path).base_layer
+        if isinstance(part, Whole):
+            replaced[path] = part.replacement(own)  # type: ignore[arg-type]
         else:
-            _fold(base.module, path, layer, layer.adapters[name])  # type: ignore[arg-type]
+            _fold(base.module, path, own, part)  # type: ignore[arg-type]
     adapters.remove(name)
     for path, module in replaced.items():
         base.module.set_submodule(path, module)
@@ -70,10 +72,11 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
             f"merging {name!r} would change the base under {', '.join(map(repr, others))}; remove the others first, or "
             "load the base anew with this adapter alone"
         )
-    for path, layer in adapted_layers(base.module).items():
-        if isinstance(layer.base_layer, PackedModule):
+    for path, part in adapters.parts(name).items():
+        layer = base.module.get_submodule(path)
+        if isinstance(layer.base_layer, PackedModule) or isinstance(part, Whole):
             continue
-        if isinstance(layer, LoraLinear) and layer.weight.dtype not in MERGEABLE:
+        if layer.weight.dtype not in MERGEABLE:
             raise AdapterError(
                 f"{path} holds its weight as {str(layer.weight.dtype).removeprefix('torch.')}, and an adapter is "
                 "merged into a 16- or 32-bit base; load it with model.dtype: bfloat16 or float32"
@@ -93,35 +96,27 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _fold(model: PreTrainedModel, path: str, layer: LoraLinear, weights: LoraWeights) -> None:
-    own = layer.base_layer
-    delta = weights.delta().to(layer.weight.device)
-    if not isinstance(own, nn.Linear):  # Conv1D (gpt2) holds its weight as [in, out]
-        delta = delta.t()
-    merged = torch.add(layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32)), delta)
-    merged = merged.to(layer.weight.dtype)
+def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: Part) -> None:
+    weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
+    turned = isinstance(own, Conv1D)  # gpt2's, which holds its weight as [in, out]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    whole, whole_bias = part.folded((weight.t() if turned else weight).to(exact), bias)
+    merged = (whole.t() if turned else whole).to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise RunError(
             f"{path}: weight and adapter add up to a value that is not finite in {merged.dtype}; load the base anew "
             "(it is partly merged now) as float32, and look whether the adapter holds NaN"
         )
-    if _is_shared(model, layer.weight):
-        own.weight = nn.Parameter(merged, requires_grad=False)  # the embedding tied to this head stays as it is
+    if _is_shared(model, weight):
+        own.weight = nn.Parameter(merged, requires_grad=False)  # what was tied to it stays as it is
     else:
-        layer.weight.copy_(merged)
+        weight.copy_(merged)
+    if bias is not None:
+        bias.copy_(whole_bias)
 
 
 def _is_shared(model: PreTrainedModel, weight: torch.Tensor) -> bool:
     return sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1
-
-
-@torch.no_grad()
-def _in_types_of(own: nn.Module, saved: nn.Module) -> nn.Module:
-    """The saved module, frozen, each parameter in the type that the base's has."""
-    merged = copy.deepcopy(saved).requires_grad_(False).train(False)
-    for key, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(own.get_parameter(key).dtype)
-    return merged
 
 
 def _record_untied(model: PreTrainedModel) -> None:

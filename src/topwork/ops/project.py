@@ -6,6 +6,9 @@
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
+A gain multiplies outputs by a vector that learns (DoRA's magnitude, IA3): y * f, df = sum over rows of dy * y / f, and
+dy * f in dy's place above; it keeps y.
+
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments). With
 dropout each term has an A-input of its own, so nothing is shared. LoRA costs six small products (two forward, four
 backward), 6 r (in + out) FLOPs a token; the plain-torch truth is `adapters/lora.py`'s `add_to`, which autograd
@@ -39,8 +42,19 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """The outputs of rows start:stop times `factor` [out] in fp32, which learns and is never zero; the bias too, or
+    only what is added to it."""
+
+    start: int
+    stop: int
+    factor: Tensor
+    with_bias: bool = True
+
+
+@dataclass(frozen=True)
 class Projection:
-    """One linear layer: frozen weight [out, in], bias [out], and what adapters add to its product.
+    """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains.
 
     `instead` stands for the product's value where no gradient needs it (a layer that is run again going backward).
     """
@@ -48,6 +62,7 @@ class Projection:
     weight: Tensor | Packed
     bias: Tensor | None = None
     terms: tuple[LowRank, ...] = ()
+    gains: tuple[Gain, ...] = ()
     instead: float | None = None
 
     @property
@@ -154,9 +169,9 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 
 def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs()) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side."""
-    bundles = tuple(_bundles(group))
-    masters = [tensor for bundle in bundles for member in bundle.members for tensor in (member.a, member.b)]
-    return _Project.apply(x, prologue, tuple(group), bundles, *masters)
+    bundles, masters = _bundles(group)
+    scales, factors = _scales(group)
+    return _Project.apply(x, prologue, tuple(group), bundles, scales, *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -165,8 +180,6 @@ class _Member:
 
     columns: slice
     ranks: slice
-    a: Tensor
-    b: Tensor
     scaling: float
     only_backward: bool
 
@@ -185,26 +198,49 @@ class _Bundle:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _bundles(group: Sequence[Projection]) -> Iterator[_Bundle]:
-    """By range of rows; those that drop out each for themselves."""
+@dataclass(frozen=True)
+class _Scale:
+    """A gain's place in the group's output, and the bias that it leaves alone."""
+
+    rows: slice
+    columns: slice
+    bias: Tensor | None
+
+
+def _bundles(group: Sequence[Projection]) -> tuple[tuple[_Bundle, ...], list[Tensor]]:
+    """Terms by range of rows, those that drop out each for themselves; and their A and B in turns."""
     shared: dict[tuple[Any, ...], list[tuple[slice, LowRank, bool]]] = defaultdict(list)
     for number, (projection, columns) in enumerate(_columns(group)):
         for term in projection.terms:
             alone = number if term.dropout else None
             place = (columns, term, projection.instead is not None)
             shared[term.start, term.stop, term.dropout, alone].append(place)
+    bundles, masters = [], []
     for (start, stop, dropout, _), places in shared.items():
         members, rank = [], 0
         for columns, term, only_backward in places:
             ranks = slice(rank, rank + term.a.shape[0])
             rank = ranks.stop
-            members.append(_Member(columns, ranks, term.a, term.b, term.scaling, only_backward))
-        yield _Bundle(slice(start, stop), tuple(members), dropout)
+            members.append(_Member(columns, ranks, term.scaling, only_backward))
+            masters += [term.a, term.b]
+        bundles.append(_Bundle(slice(start, stop), tuple(members), dropout))
+    return tuple(bundles), masters
+
+
+def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
+    """The gains' places and factors."""
+    scales, factors = [], []
+    for projection, columns in _columns(group):
+        for gain in projection.gains:
+            scales.append(_Scale(slice(gain.start, gain.stop), columns, None if gain.with_bias else projection.bias))
+            factors.append(gain.factor)
+    return tuple(scales), factors
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, *masters):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, bundles, scales, *learned):  # type: ignore[no-untyped-def]
+        masters, factors = _split(learned, len(learned) - len(scales))
         n, kept = prologue.forward(x)
         out = n.new_empty(n.shape[0], sum(projection.outputs for projection in group))
         _base_products(n, group, out)
@@ -217,16 +253,21 @@ class _Project(torch.autograd.Function):
                     part = out[bundle.rows, member.columns]
                     part.addmm_(s[:, member.ranks], b.to(n.dtype).t(), alpha=member.scaling)
             inner += [s, noise]
-        ctx.prologue, ctx.group, ctx.bundles = prologue, group, bundles
-        ctx.counts = len(kept), len(inner)
-        ctx.save_for_backward(x, *kept, *inner, *masters)
+        for scale, factor in zip(scales, factors):
+            _scale_(out[scale.rows, scale.columns], factor, scale.bias)
+        ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
+        ctx.counts = len(kept), len(inner), len(masters)
+        ctx.out = out.detach() if scales else None  # not among the saved: what follows may write into it
+        ctx.save_for_backward(x, *kept, *inner, *learned)
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
-        kept, inner, masters = _split(rest, *ctx.counts)
+        kept, inner, masters, factors = _split(rest, *ctx.counts)
         wants_x = ctx.needs_input_grad[0]
+        dout, dfactors = _gain_gradients(dout, ctx.out, ctx.scales, factors)
+        ctx.out = None
         dn = _base_gradient(dout, ctx.group) if wants_x else None
         n: Any = ctx.prologue.again(x, tuple(kept)) if ctx.bundles else None
         found: list[Tensor] = []
@@ -235,7 +276,34 @@ class _Project(torch.autograd.Function):
             found += _bundle_gradients(bundle, own, dout[bundle.rows], s, noise, n[bundle.rows], dn)
         del n
         dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, *found
+        return dx, None, None, None, None, *found, *dfactors
+
+
+def _scale_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
+    """y * f in place, as y + y (f - 1): a factor near one would be rounded to one in 16 bits, its distance is not."""
+    distance = factor - 1
+    y.addcmul_(y, distance.to(y.dtype))
+    if bias is not None:
+        y.sub_((bias * distance).to(y.dtype))
+
+
+def _gain_gradients(
+    dout: Tensor, out: Tensor | None, scales: Sequence[_Scale], factors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient before the gains, and the factors'."""
+    if out is None:
+        return dout, []
+    dout, found = dout.clone(), []
+    for scale, factor in zip(scales, factors):
+        own, y = dout[scale.rows, scale.columns], out[scale.rows, scale.columns]
+        found.append(column_dots(own, y if scale.bias is None else y - scale.bias) / factor)
+        own.addcmul_(own, (factor - 1).to(own.dtype))
+    return dout, found
+
+
+def column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """sum over rows of x * y for x, y [T, n] -> fp32 [n]."""
+    return (x * y).sum(0, dtype=torch.float32)
 
 
 def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:

@@ -14,15 +14,14 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import adapted_layers, bare_modules, head_path
-from topwork.adapters.targets import LINEAR, features, find_saved, find_targets
+from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
+from topwork.adapters.targets import LINEAR
+from topwork.adapters.whole import parameters_of
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.models.source import ALIASES, HUB_ID
-from topwork.quantization.linear import packed_modules
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
@@ -74,13 +73,7 @@ def count_adapter(model: PreTrainedModel, config: AdapterConfig) -> ParameterCou
 
     Raises AdapterError where the config does not fit the model.
     """
-    modules = bare_modules(model)
-    trained = {
-        target.path: target.r * sum(features(modules[target.path]))
-        for target in find_targets(modules, head_path(model), config)
-    }
-    for path in find_saved(modules, config.modules_to_save or []):
-        trained[path] = sum(parameters_of(modules[path]).values())
+    trained = {path: planned.trained for path, planned in plan_adapter(model, config).items()}
     trainable, frozen = sum(trained.values()), _own_parameters(model)
     total = trainable + frozen
     return ParameterCount(trainable, frozen, total, trainable / total, _by_name(trained))
@@ -140,14 +133,6 @@ def _own_parameters(model: PreTrainedModel) -> int:
     """The base's parameters, tied ones once (`parameters()` gives each tensor once)."""
     grafted = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
     return sum(count for key, count in parameters_of(model).items() if key not in grafted)
-
-
-def parameters_of(module: nn.Module) -> dict[int, int]:
-    """Parameters by identity, tied ones once; a packed weight counts as what it stands for."""
-    counts = {id(parameter): parameter.numel() for parameter in module.parameters()}
-    for layer in packed_modules(module).values():
-        counts[id(layer.weight)] = layer.shape[0] * layer.shape[1]
-    return counts
 
 
 def _by_name(trained: dict[str, int]) -> tuple[ModuleCount, ...]:

@@ -1,0 +1,132 @@
+"""What an adapter has at one module of the base, and the layer that holds the module once with all adapters' parts.
+
+A part is one adapter's learned tensors at one place, and what they do to the module's output there. A new method is a
+class of parts (`lora.py`, `whole.py` …) and a line in `methods.py`. While a stream runs, its segments say which rows go
+through which adapter's part.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from topwork.common.errors import AdapterError
+from topwork.ops.project import Gain, LowRank, Projection, projection_of
+from topwork.ops.stream import Segment, active_stream
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A part as `ops/project.py` takes it: low-rank terms and a gain on the outputs, for some rows of the stream."""
+
+    terms: tuple[LowRank, ...] = ()
+    gains: tuple[Gain, ...] = ()
+
+
+class Part(nn.Module):
+    """One adapter's tensors at one module, in fp32: the masters that the optimizer steps."""
+
+    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
+        """Set the first weights; they depend on the module, the seed and its path alone."""
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """The plain-torch truth: y [n, out], what the base's module gives for x [n, ...], as this adapter has it."""
+        raise NotImplementedError
+
+    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
+        """The same for rows start:stop of a projection; None where it is no such thing, and runs by `adapted`."""
+        return None
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The learned tensors by what PEFT writes behind the module's path (`lora_A.weight`)."""
+        return dict(self.named_parameters())
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the adapter's file holds of it. That `take` reads again."""
+        return {key: parameter.detach() for key, parameter in self.tensors().items()}
+
+    def take(self, stored: dict[str, Tensor]) -> None:
+        """Set the tensors from what `stored` gave; shapes have been checked."""
+        for key, parameter in self.tensors().items():
+            parameter.copy_(stored[key])
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        """The module's weight [out, in] (an embedding's [V, d]) and bias in fp32 with this part in them.
+
+        Raises AdapterError where the method cannot be merged.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be merged into a weight")
+
+
+class AdaptedLayer(nn.Module):
+    """A module of the base, held once, and by name the part that each adapter has there."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, for models that look at it (its type, its device)."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def part(self, name: str | None) -> Part | None:
+        """What the named adapter has here."""
+        return self.adapters[name] if name is not None and name in self.adapters else None  # type: ignore[return-value]
+
+    def idle_base(self) -> nn.Module | None:
+        """The base layer, where no row of the active stream goes through a part of this layer."""
+        return None if self._touched(active_stream().segments) else self.base_layer
+
+    def projection(self) -> Projection | None:
+        """Base and parts as one projection of the active stream; None where one of them is more than that."""
+        base = projection_of(self.base_layer)
+        additions = [
+            part.addition(segment.start, segment.stop, self.base_layer)
+            for segment in active_stream().segments
+            if (part := self.part(segment.adapter)) is not None
+        ]
+        if base is None or None in additions:
+            return None
+        terms = tuple(term for addition in additions if addition for term in addition.terms)
+        return replace(
+            base, terms=terms, gains=tuple(gain for addition in additions if addition for gain in addition.gains)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
+        segments = active_stream().segments_of(lead.numel())
+        if not self._touched(segments):
+            return y
+        return self._by_segment(segments, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
+
+    def _touched(self, segments: Sequence[Segment]) -> bool:
+        return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)
+
+    def _by_segment(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
+        """y [T, ...] with each segment's rows passed through its adapter's part."""
+        if segments[-1].stop != y.shape[0]:
+            raise AdapterError(
+                f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model "
+                "routes tokens past it (experts), and no adapter can go there; leave such layers out with "
+                "exclude_modules"
+            )
+        rows = [y[segment.start : segment.stop] for segment in segments] if len(segments) > 1 else [y]
+        for at, segment in enumerate(segments):
+            if (part := self.part(segment.adapter)) is not None:
+                rows[at] = part.adapted(rows[at], x[segment.start : segment.stop], self.base_layer)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def path_seed(seed: int, path: str) -> int:
+    """A seed for one layer."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "big") >> 1
