@@ -1,0 +1,61 @@
+"""The rows of the adapters' property sheet: a method with options, and on which base and how strictly it is tried.
+
+Every property in `test_properties.py` is asked of every row. A new method is a row here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from topwork.adapters.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with options.
+
+    family, values  the base it is tried on, and its config's values
+    fresh           how far a fresh adapter may be from the base in fp32, relative; 0.0 is bit for bit, and None says
+                    that a fresh one is not the base (prefix and prompt tuning)
+    merges          whether it can be folded into the weights; where not, merging is to be refused
+    quantized       whether it can stand on an NF4 base; `dense`, whether on a dense one
+    """
+
+    config: AdapterConfig
+    family: str = "llama"
+    values: dict[str, Any] = field(default_factory=dict)
+    fresh: float | None = 0.0
+    merges: bool = True
+    quantized: bool = True
+    dense: bool = True
+
+
+def lora(**values: Any) -> AdapterConfig:
+    """LoRA of rank 4 on all linear layers."""
+    return AdapterConfig(**{"r": 4, "lora_alpha": 8, **values})
+
+
+ROWS: dict[str, Row] = {
+    "lora": Row(lora()),
+    "lora with dropout": Row(lora(lora_dropout=0.3)),
+    "lora, head and norms saved": Row(lora(modules_to_save=["lm_head", "norm"]), fresh=1e-6),
+    "rslora with patterns": Row(lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})),
+    "dora": Row(lora(use_dora=True)),
+    "dora with dropout": Row(lora(use_dora=True, lora_dropout=0.3)),
+    "dora, rslora, patterns, head norms": Row(
+        lora(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}), "qwen3"
+    ),
+    "dora on gpt2": Row(lora(use_dora=True), "gpt2"),
+    "pissa": Row(lora(init_lora_weights="pissa")),
+    "olora": Row(lora(init_lora_weights="olora", use_rslora=True), "gpt2"),
+    "loftq": Row(lora(init_lora_weights="loftq"), fresh=None, dense=False),
+    "ia3": Row(AdapterConfig(method="ia3")),
+    "ia3 on gpt2": Row(AdapterConfig(method="ia3"), "gpt2"),
+    "ia3 on inputs alone": Row(
+        AdapterConfig(method="ia3", target_modules=["q_proj", "up_proj"], feedforward_modules=["q_proj", "up_proj"])
+    ),
+    "bitfit": Row(AdapterConfig(method="bitfit"), "gpt2"),
+    "bitfit on qwen2": Row(AdapterConfig(method="bitfit"), "qwen2"),
+    "full": Row(AdapterConfig(method="full"), fresh=1e-6),
+    "full, tied": Row(AdapterConfig(method="full"), "qwen2", {"tie_word_embeddings": True}, fresh=1e-6),
+}
+"""Name -> row."""
