@@ -1,12 +1,14 @@
 """Putting named adapters into a base and taking them out again: one walk over the model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.inits import Original
 from topwork.adapters.methods import METHODS, Bare, Plan, Planned
 from topwork.adapters.part import AdaptedLayer, Part
 from topwork.adapters.targets import find_saved
@@ -17,8 +19,17 @@ from topwork.common.errors import AdapterError
 class Adapters:
     """The named adapters of one base. While a stream runs, its segments choose among them by name."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        original: Original | None = None,
+    ) -> None:
+        """The tokenizer is asked only for a prompt that begins as a text, and `original`, a quantized base's weights
+        from before by path, only for LoftQ."""
         self.model = model
+        self.tokenizer = tokenizer
+        self.original = original
         self.configs: dict[str, AdapterConfig] = {}
 
     def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[str]:
@@ -30,11 +41,11 @@ class Adapters:
         """
         if name in self.configs or not name or "." in name:
             raise AdapterError(f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}")
-        plan = plan_adapter(self.model, config)
+        plan = plan_adapter(self.model, config, self.tokenizer, self.original)
         _refuse_nested(plan, adapted_layers(self.model))
         for path, planned in plan.items():
+            part = planned.make()  # which may refuse, before the first layer is touched
             layer = self._wrapped(path)
-            part = planned.make()
             part.begin(layer.base_layer, seed, path)
             layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
         self.configs[name] = config
@@ -103,12 +114,17 @@ class Adapters:
             raise AdapterError(f"no adapter {name!r} here; there are {sorted(self.configs) or 'none'}")
 
 
-def plan_adapter(model: PreTrainedModel, config: AdapterConfig) -> Plan:
+def plan_adapter(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    original: Original | None = None,
+) -> Plan:
     """Which parts `config` would graft, by path; nothing is made, so a skeleton without weights will do.
 
     Raises AdapterError where it does not fit the base.
     """
-    bare = bare_base(model)
+    bare = replace(bare_base(model, tokenizer), original=original)
     plan = METHODS[config.method](bare, config)
     saved = find_saved(bare.modules, config.modules_to_save or [])
     _refuse_overlap(list(plan), saved)
@@ -125,7 +141,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
-def bare_base(model: PreTrainedModel) -> Bare:
+def bare_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Bare:
     """The base as if nothing were grafted."""
     modules = bare_modules(model)
 
@@ -133,7 +149,8 @@ def bare_base(model: PreTrainedModel) -> Bare:
         own = module.base_layer if isinstance(module, AdaptedLayer) else module
         return next((path for path, there in modules.items() if there is own), None)
 
-    return Bare(modules, path_of(model.get_input_embeddings()), path_of(model.get_output_embeddings()))
+    embedding, head = path_of(model.get_input_embeddings()), path_of(model.get_output_embeddings())
+    return Bare(modules, embedding, head, model.config, tokenizer)
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -45,7 +45,7 @@ class Lora(Part):
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return torch.addmm(y, F.linear(x, a), b.t(), alpha=self.scaling)
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition:  # noqa: ARG002
+    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
         dropout = self.dropout if self.training else 0.0
         return Addition((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling, dropout),))
 

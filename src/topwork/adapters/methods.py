@@ -1,15 +1,24 @@
 """The adapter methods: for each, which parts a config puts at which modules of a base."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 from torch import nn
 
+from topwork.adapters.bitfit import Bias, bias_targets
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.dora import Dora
+from topwork.adapters.ia3 import Ia3, ia3_targets
+from topwork.adapters.inits import PAIRS, FromWeight, LoftQ, Original
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Part
 from topwork.adapters.targets import Target, features, find_targets
+from topwork.adapters.whole import TiedHead, Whole, parameters_of, whole_targets
+from topwork.common.errors import AdapterError
+from topwork.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -26,27 +35,111 @@ Plan = dict[str, Planned]
 
 @dataclass(frozen=True)
 class Bare:
-    """A base as if nothing were grafted: its modules by path, and which of them are its embedding and its head."""
+    """A base as if nothing were grafted: its modules by path, which of them are its embedding and its head, its Hugging
+    Face config, and its tokenizer where one was given. `original` gives a quantized layer's weight as it was before,
+    where somebody has it at hand."""
 
     modules: Mapping[str, nn.Module]
     embedding: str | None
     head: str | None
+    config: Any = None
+    tokenizer: Any = None
+    original: Original | None = None
 
 
 def lora_plan(bare: Bare, config: AdapterConfig) -> Plan:
-    """LoRA in every target."""
+    """LoRA in every target, with DoRA's lengths, or begun from the base's weights."""
+    targets = find_targets(bare.modules, bare.head, config)
+    _refuse_large_ranks(bare, config, targets)
 
     def at(target: Target) -> Planned:
         inputs, outputs = features(bare.modules[target.path])
-        scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
-        gaussian = config.init_lora_weights == "gaussian"
-        return Planned(
-            lambda: Lora(inputs, outputs, target.r, scaling, config.lora_dropout, gaussian),
-            target.r * (inputs + outputs),
+        lengths = outputs if config.use_dora else 0
+        return Planned(lambda: _lora_part(bare, config, target), target.r * (inputs + outputs) + lengths)
+
+    return {target.path: at(target) for target in targets}
+
+
+def _lora_part(bare: Bare, config: AdapterConfig, target: Target) -> Lora:
+    inputs, outputs = features(bare.modules[target.path])
+    scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+    init, dropout = config.init_lora_weights, config.lora_dropout
+    if init == "loftq":
+        return LoftQ(inputs, outputs, target.r, scaling, dropout, _original(bare))
+    if isinstance(init, str) and init in PAIRS:
+        return FromWeight(inputs, outputs, target.r, scaling, dropout, init)
+    kind = Dora if config.use_dora else Lora
+    return kind(inputs, outputs, target.r, scaling, dropout, init == "gaussian")
+
+
+def _original(bare: Bare) -> Original:
+    if not any(isinstance(module, QuantizedLinear) for module in bare.modules.values()):
+        raise AdapterError(
+            "init_lora_weights: loftq begins as what quantizing lost, and this base is not quantized; set "
+            "quantization.load_in_4bit: true, or take init_lora_weights: true"
         )
+    if bare.original is None:
+        raise AdapterError(
+            "init_lora_weights: loftq needs the weights as they were before quantizing, and they are not at hand; "
+            "quantize an unquantized checkpoint while loading it (quantization.load_in_4bit: true), or take "
+            "init_lora_weights: true"
+        )
+    return bare.original
 
-    return {target.path: at(target) for target in find_targets(bare.modules, bare.head, config)}
+
+def _refuse_large_ranks(bare: Bare, config: AdapterConfig, targets: Sequence[Target]) -> None:
+    """Weights have no more directions than rows or columns."""
+    for target in targets if isinstance(config.init_lora_weights, str) else ():
+        most = min(features(bare.modules[target.path]))
+        if target.r > most and config.init_lora_weights != "gaussian":
+            raise AdapterError(
+                f"init_lora_weights: {config.init_lora_weights} takes r directions of a weight, and that of "
+                f"{target.path} has {most}, fewer than r = {target.r}; lower r, there by rank_pattern"
+            )
 
 
-METHODS: dict[str, Callable[[Bare, AdapterConfig], Plan]] = {"lora": lora_plan}
+def ia3_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """A vector at every target, for its outputs or its inputs."""
+
+    def at(path: str, scales_inputs: bool) -> Planned:
+        inputs, outputs = features(bare.modules[path])
+        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), inputs if scales_inputs else outputs)
+
+    return {path: at(path, last) for path, last in ia3_targets(bare.modules, bare.head, config).items()}
+
+
+def bitfit_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """A copy of the bias of every target."""
+
+    def at(path: str) -> Planned:
+        module = bare.modules[path]
+        return Planned(lambda: Bias(module), module.get_parameter("bias").numel())
+
+    return {path: at(path) for path in bias_targets(bare.modules, bare.head, config)}
+
+
+def full_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """A copy of every module; a head that is tied to the embedding shares its copy."""
+    paths = whole_targets(bare.modules, config)
+    plan = {path: _whole(bare.modules[path]) for path in paths}
+    if bare.head in plan and bare.embedding in plan and bare.head != bare.embedding:
+        head, embedding = bare.modules[bare.head], bare.modules[bare.embedding]
+        if head.get_parameter("weight") is embedding.get_parameter("weight"):
+            copied = cache(lambda: Whole(embedding))
+            bias = getattr(head, "bias", None)
+            plan[bare.embedding] = replace(plan[bare.embedding], make=copied)
+            plan[bare.head] = Planned(lambda: TiedHead(head, copied()), 0 if bias is None else bias.numel())
+    return plan
+
+
+def _whole(module: nn.Module) -> Planned:
+    return Planned(lambda: Whole(module), sum(parameters_of(module).values()))
+
+
+METHODS: dict[str, Callable[[Bare, AdapterConfig], Plan]] = {
+    "lora": lora_plan,
+    "ia3": ia3_plan,
+    "bitfit": bitfit_plan,
+    "full": full_plan,
+}
 """Method -> which parts it puts where."""

@@ -31,6 +31,19 @@ def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ada
     Raises AdapterError where a name matches nothing, with the nearest names there are, and where a match is no linear
     layer.
     """
+    kept = choose_modules(modules, head, config)
+    wrong = [path for path in kept if not isinstance(modules[path], LINEAR)]
+    if wrong:
+        raise AdapterError(
+            f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
+            f"linear layers: {', '.join(linear_names(modules))}. Train it whole with modules_to_save instead."
+        )
+    _refuse_idle_patterns(kept, config)
+    return [Target(path, *_rank_and_alpha(path, config)) for path in kept]
+
+
+def choose_modules(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[str]:
+    """Paths of the modules of any kind that `target_modules` names and nothing leaves out; AdapterError for none."""
     chosen = _named(modules, config.target_modules, head)
     excluded = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
     saved = config.modules_to_save or []
@@ -43,14 +56,7 @@ def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ada
             f"target_modules {config.target_modules!r} matched {len(chosen)} modules, and exclude_modules, "
             "modules_to_save or layers_to_transform left none of them; loosen one of these."
         )
-    wrong = [path for path in kept if not isinstance(modules[path], LINEAR)]
-    if wrong:
-        raise AdapterError(
-            f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
-            f"linear layers: {', '.join(linear_names(modules))}. Train it whole with modules_to_save instead."
-        )
-    _refuse_idle_patterns(kept, config)
-    return [Target(path, *_rank_and_alpha(path, config)) for path in kept]
+    return kept
 
 
 def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:

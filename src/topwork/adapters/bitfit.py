@@ -1,0 +1,54 @@
+"""BitFit: only biases are trained (Ben Zaken et al., arXiv 2106.10199). y = W x + b with a learned copy of b.
+
+The copy's distance from the base's bias is what is added, so a fresh adapter changes nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from topwork.adapters.config import OWN_TARGETS, AdapterConfig
+from topwork.adapters.part import Part
+from topwork.adapters.targets import LINEAR, choose_modules
+from topwork.common.errors import AdapterError
+
+
+class Bias(Part):
+    """The bias [out] of a linear layer or a norm."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(base_layer.get_parameter("bias").detach().float().clone())
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+        return y + (self.bias - base_layer.get_parameter("bias").float()).to(y.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, self.bias.detach() if bias is None else self.bias.detach().to(bias)
+
+
+def bias_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[str]:
+    """Paths of the modules with a bias that `config` names, or of all. AdapterError where there is none."""
+    biased = [path for path, module in modules.items() if _has_bias(module)]
+    if not biased:
+        raise AdapterError(
+            "method bitfit trains biases, and this base has none in its linear layers and norms (llama and most that "
+            "followed it have none); take method lora or ia3, or a base with biases (gpt2, opt, phi, qwen2)"
+        )
+    if config.targets == OWN_TARGETS:
+        names = sorted({path.rpartition(".")[2] for path in biased})
+        config = config.model_copy(update={"target_modules": names})
+    found = [path for path in choose_modules(modules, head, config) if path in set(biased)]
+    if not found:
+        raise AdapterError(
+            f"none of the modules that target_modules {config.target_modules!r} names has a bias; those with one are "
+            f"{', '.join(sorted({path.rpartition('.')[2] for path in biased}))}"
+        )
+    return found
+
+
+def _has_bias(module: nn.Module) -> bool:
+    """A linear layer or a norm, whose bias is added to the last dimension of its output."""
+    adds = isinstance(module, (*LINEAR, nn.LayerNorm)) or type(module).__name__.endswith("Norm")
+    return adds and isinstance(getattr(module, "bias", None), nn.Parameter) and torch.is_floating_point(module.bias)  # type: ignore[arg-type]

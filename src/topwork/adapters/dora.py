@@ -1,0 +1,86 @@
+"""DoRA: each row of W + s B A keeps its direction, and its length is learned apart (Liu et al., arXiv 2402.09353).
+
+    y = f * (W x + s B A x) + bias        f = m / n,  n = |W + s B A| row by row, without a gradient (section 4.3)
+
+    n^2 = |W|^2 + 2 s sum(B * (W A')) + s^2 sum(B * (B (A A')))        row by row: no dense W + s B A
+
+m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed once for each state of A and B. With
+dropout x is dropped in W x too, but only for what f adds: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x),
+as in PEFT.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topwork.adapters.base_weight import product, row_panels
+from topwork.adapters.lora import Lora
+from topwork.adapters.part import Addition
+from topwork.ops.project import Gain, LowRank
+
+
+class Dora(Lora):
+    """LoRA's A and B, and the rows' lengths m [out]."""
+
+    squares: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int, scaling: float, dropout: float = 0.0, gaussian: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, r, scaling, dropout, gaussian)
+        self.lora_magnitude_vector = nn.Parameter(torch.ones(out_features))
+        self.register_buffer("squares", torch.ones(out_features), persistent=False)
+        self._lengths: tuple[tuple[int, ...], Tensor] | None = None
+
+    @torch.no_grad()
+    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
+        super().begin(base_layer, seed, path)
+        for rows, panel in row_panels(base_layer):
+            self.squares[rows] = panel.float().square().sum(1)
+        self.lora_magnitude_vector.copy_(self.squares.sqrt())
+
+    def lengths(self, base_layer: nn.Module) -> Tensor:
+        """n [out] in fp32, without a gradient."""
+        a, b = self.lora_A, self.lora_B
+        state = (a._version, b._version, a.data_ptr(), b.data_ptr())
+        if self._lengths is None or self._lengths[0] != state:
+            self._lengths = state, self._computed_lengths(base_layer)
+        return self._lengths[1]
+
+    def factor(self, base_layer: nn.Module) -> Tensor:
+        """f [out] in fp32, with m's gradient."""
+        return self.lora_magnitude_vector / self.lengths(base_layer)
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        distance = (self.factor(base_layer) - 1).to(y.dtype)
+        inner = F.linear(dropped, a)
+        updated = torch.addmm(y, inner, b.t(), alpha=self.scaling)
+        if dropped is x:
+            bias = getattr(base_layer, "bias", None)
+            return updated + (updated if bias is None else updated - bias) * distance
+        return updated + torch.addmm(product(base_layer, dropped), inner, b.t(), alpha=self.scaling) * distance
+
+    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:
+        if self.dropout and self.training:
+            return None
+        term = LowRank(start, stop, self.lora_A, self.lora_B, self.scaling)
+        return Addition((term,), (Gain(start, stop, self.factor(base_layer), with_bias=False),))
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        whole = weight + self.delta().to(weight.device)
+        return whole * (self.lora_magnitude_vector.to(weight.device) / whole.norm(dim=1))[:, None], bias
+
+    @torch.no_grad()
+    def _computed_lengths(self, base_layer: nn.Module) -> Tensor:
+        """In a 16-bit base W A' is a product in 16 bits: it is as exact as the layer's own, and n far more."""
+        a, b = self.lora_A.float(), self.lora_B.float()
+        parts = [torch.mm(panel, a.t().to(panel.dtype)) for _, panel in row_panels(base_layer)]
+        across = (b * torch.cat(parts).float()).sum(1)
+        own = (b * (b @ (a @ a.t()))).sum(1)
+        squared = self.squares + 2 * self.scaling * across + self.scaling**2 * own
+        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

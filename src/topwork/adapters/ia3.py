@@ -1,0 +1,87 @@
+"""(IA)3: a learned vector times what a layer gives, or times what it is given (Liu et al., arXiv 2205.05638).
+
+    y = l * (W x + bias)        keys and values        l [out, 1]
+    y = W (l * x) + bias        feedforward modules    l [1, in]
+
+l begins as ones, so a fresh adapter changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from topwork.adapters.config import OWN_TARGETS, AdapterConfig
+from topwork.adapters.part import Addition, Part
+from topwork.adapters.targets import LINEAR, find_targets, matching
+from topwork.common.errors import AdapterError
+from topwork.ops.project import Gain
+
+KEYS_VALUES = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv")
+"""Names of projections to keys and values; a fused one is scaled whole, queries too."""
+MLP_LAST = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out", "w2")
+"""Names of an MLP's last projection."""
+
+
+class Ia3(Part):
+    """The learned vector at one linear layer: [out, 1], or [1, in] where it scales the inputs."""
+
+    def __init__(self, in_features: int, out_features: int, scales_inputs: bool) -> None:
+        super().__init__()
+        self.scales_inputs = scales_inputs
+        self.ia3_l = nn.Parameter(torch.ones((1, in_features) if scales_inputs else (out_features, 1)))
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """The vector is multiplied in fp32 and the product rounded once, as in PEFT."""
+        if not self.scales_inputs:
+            return (y * self.ia3_l.flatten()).to(y.dtype)
+        scaled: Tensor = base_layer((x * self.ia3_l).to(x.dtype))
+        return scaled
+
+    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
+        return None if self.scales_inputs else Addition(gains=(Gain(start, stop, self.ia3_l.flatten()),))
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factor = self.ia3_l.float().to(weight.device)
+        scaled = bias if bias is None or self.scales_inputs else (bias * factor.flatten()).to(bias.dtype)
+        return weight * factor, scaled
+
+
+def ia3_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> dict[str, bool]:
+    """Path -> whether its inputs are scaled, of the modules that `config` names or that IA3 is meant for.
+
+    Raises AdapterError where a base has none that are known, or where `feedforward_modules` is no target.
+    """
+    if config.targets == OWN_TARGETS:
+        config = config.model_copy(update={"target_modules": own_names(modules)})
+    paths = [target.path for target in find_targets(modules, head, config) if ".experts." not in target.path]
+    asked = config.feedforward_modules
+    if asked is None:
+        last = set(matching(paths, list(MLP_LAST)))
+    elif isinstance(asked, str):
+        last = set(matching(paths, asked))
+    else:
+        last = {path for path in paths if path.endswith(tuple(asked))}
+    if asked and not last:
+        raise AdapterError(
+            f"feedforward_modules {asked!r} matches none of the {len(paths)} target modules (first {paths[0]}); name "
+            "some of target_modules, or leave it out for the MLP's last layers"
+        )
+    return {path: path in last for path in paths}
+
+
+def own_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of a base's keys, values and last MLP layers."""
+    linear = [path for path, module in modules.items() if isinstance(module, LINEAR)]
+    found = [_there(linear, names) for names in (KEYS_VALUES, MLP_LAST)]
+    if not all(found):
+        raise AdapterError(
+            f"method ia3 knows no {'keys and values' if not found[0] else 'last MLP layer'} in this base (names such "
+            f"as {', '.join((KEYS_VALUES if not found[0] else MLP_LAST)[:4])}); give target_modules and "
+            f"feedforward_modules yourself, out of {', '.join(sorted({p.rpartition('.')[2] for p in linear}))}"
+        )
+    return [*found[0], *found[1]]
+
+
+def _there(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [name for name in names if matching(paths, [name])]
