@@ -11,11 +11,22 @@ from torch import nn
 from topwork.adapters.bitfit import Bias, bias_targets
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.dora import Dora
+from topwork.adapters.embedding import (
+    EMBEDDINGS,
+    EmbeddingLora,
+    TiedTokens,
+    TrainedTokens,
+    check_tokens,
+    embedding_shape,
+    refuse_both,
+    refuse_dora,
+)  # fmt: skip
 from topwork.adapters.ia3 import Ia3, ia3_targets
 from topwork.adapters.inits import PAIRS, FromWeight, LoftQ, Original
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Part
 from topwork.adapters.targets import Target, features, find_targets
+from topwork.adapters.virtual import Prefix, Prompt, cache_shape, start_tokens, virtual_place
 from topwork.adapters.whole import TiedHead, Whole, parameters_of, whole_targets
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
@@ -50,6 +61,7 @@ class Bare:
 def lora_plan(bare: Bare, config: AdapterConfig) -> Plan:
     """LoRA in every target, with DoRA's lengths, or begun from the base's weights."""
     targets = find_targets(bare.modules, bare.head, config)
+    refuse_dora([target.path for target in targets if isinstance(bare.modules[target.path], EMBEDDINGS)], config)
     _refuse_large_ranks(bare, config, targets)
 
     def at(target: Target) -> Planned:
@@ -57,12 +69,17 @@ def lora_plan(bare: Bare, config: AdapterConfig) -> Plan:
         lengths = outputs if config.use_dora else 0
         return Planned(lambda: _lora_part(bare, config, target), target.r * (inputs + outputs) + lengths)
 
-    return {target.path: at(target) for target in targets}
+    plan = {target.path: at(target) for target in targets}
+    tokens = token_plan(bare, config)
+    refuse_both(plan.keys() & tokens.keys())
+    return plan | tokens
 
 
-def _lora_part(bare: Bare, config: AdapterConfig, target: Target) -> Lora:
+def _lora_part(bare: Bare, config: AdapterConfig, target: Target) -> Part:
     inputs, outputs = features(bare.modules[target.path])
     scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+    if isinstance(bare.modules[target.path], EMBEDDINGS):
+        return EmbeddingLora(inputs, outputs, target.r, scaling)
     init, dropout = config.init_lora_weights, config.lora_dropout
     if init == "loftq":
         return LoftQ(inputs, outputs, target.r, scaling, dropout, _original(bare))
@@ -136,10 +153,43 @@ def _whole(module: nn.Module) -> Planned:
     return Planned(lambda: Whole(module), sum(parameters_of(module).values()))
 
 
+def token_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """Trained rows of the embedding, which a head tied to it shares."""
+    if config.trainable_token_indices is None:
+        return {}
+    tokens = config.trainable_token_indices
+    path = check_tokens(tokens, bare.modules, bare.embedding)
+    width = embedding_shape(bare.modules[path])[1]
+    rows = cache(lambda: TrainedTokens(tokens, width))  # one part, which the head's looks at
+    plan = {path: Planned(rows, len(tokens) * width)}
+    if bare.head is not None and bare.modules[bare.head].weight is bare.modules[path].weight:
+        plan[bare.head] = Planned(lambda: TiedTokens(rows()), 0)
+    return plan
+
+
+def prompt_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """Learned embeddings before the text; the embedding's layer holds them."""
+    path, count = virtual_place(bare.embedding), config.num_virtual_tokens
+    width = embedding_shape(bare.modules[path])[1]
+
+    def make() -> Prompt:
+        return Prompt(count, width, config.prompt_tuning_init, start_tokens(config, bare.tokenizer))
+
+    return {path: Planned(make, count * width)}
+
+
+def prefix_plan(bare: Bare, config: AdapterConfig) -> Plan:
+    """Learned keys and values of all layers before the text; the embedding's layer holds them too."""
+    path, count, shape = virtual_place(bare.embedding), config.num_virtual_tokens, cache_shape(bare.config)
+    return {path: Planned(lambda: Prefix(count, shape), count * shape.values)}
+
+
 METHODS: dict[str, Callable[[Bare, AdapterConfig], Plan]] = {
     "lora": lora_plan,
     "ia3": ia3_plan,
     "bitfit": bitfit_plan,
     "full": full_plan,
+    "prefix": prefix_plan,
+    "prompt": prompt_plan,
 }
 """Method -> which parts it puts where."""

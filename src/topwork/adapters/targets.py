@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.embedding import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
 
@@ -32,7 +33,8 @@ def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ada
     layer.
     """
     kept = choose_modules(modules, head, config)
-    wrong = [path for path in kept if not isinstance(modules[path], LINEAR)]
+    fitting = (*LINEAR, *EMBEDDINGS) if config.method == "lora" else LINEAR
+    wrong = [path for path in kept if not isinstance(modules[path], fitting)]
     if wrong:
         raise AdapterError(
             f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
@@ -85,7 +87,10 @@ def _has_layers(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; transformers' Conv1D (gpt2) holds its weight transposed, a quantized one packed."""
+    """(in, out) of a linear layer, (V, d) of an embedding; a Conv1D (gpt2) holds its weight transposed, a quantized one
+    packed."""
+    if isinstance(layer, EMBEDDINGS):
+        return embedding_shape(layer)
     if isinstance(layer, QuantizedLinear):
         return layer.in_features, layer.out_features
     rows, columns = layer.weight.shape  # type: ignore[misc]

@@ -62,6 +62,8 @@ def flat_attention_forward(
     stream = active_stream()
     rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if stream.placed:
+        k, v = stream.with_prefix(module.layer_idx, k, v)  # type: ignore[arg-type]
     value_size = v.shape[-1]
     if value_size != q.shape[-1]:
         v = torch.nn.functional.pad(v, (0, q.shape[-1] - value_size))

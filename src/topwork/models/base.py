@@ -20,6 +20,7 @@ from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.models.virtual import Expanded, virtual_tokens, with_virtual_tokens
 from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities
 from topwork.ops.stream import Segment, Stream
 from topwork.quantization.config import QuantizationConfig
@@ -54,17 +55,40 @@ class Base:
         """The output head, adapted or not."""
         return self.module.get_output_embeddings()
 
+    def virtual_tokens(self, adapter: str | None) -> int:
+        """How many of the context's positions an adapter takes for itself in every sequence."""
+        found = virtual_tokens(self.module.get_input_embeddings(), adapter)
+        return found.count if found is not None else 0
+
+    def with_virtual_tokens(self, stream: Stream) -> Expanded:
+        """A stream as it runs; whoever keeps keys and values between passes (`models/generate.py`) needs to know it.
+
+        Raises ModelError where a sequence and its virtual tokens are longer than the context.
+        """
+        run = with_virtual_tokens(self.module.get_input_embeddings(), stream)
+        bounds = run.stream.bounds
+        longest = max((stop - start for start, stop in zip(bounds, bounds[1:])), default=0)
+        if run.rows is not None and longest > self.context_length:
+            raise ModelError(
+                f"a sequence with its virtual tokens has {longest} tokens, and the context of {self.name} is "
+                f"{self.context_length}; lower data.max_length or adapter.num_virtual_tokens"
+            )
+        return run
+
     def text(self, tokens: list[int]) -> str:
         """What token ids say, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def hidden(self, stream: Stream) -> Tensor:
         """Hidden states [T, d] after the last norm."""
-        with stream.active():
+        run = self.with_virtual_tokens(stream) if stream.cache is None else Expanded(stream)
+        if run.rows is not None and run.stream.wanted is None:
+            run = replace(run, stream=replace(run.stream, wanted=run.rows))
+        with run.stream.active():
             out = self.module.base_model(
-                input_ids=stream.tokens[None], position_ids=stream.positions[None], use_cache=False
+                **self._given(run.stream), position_ids=run.stream.positions[None], use_cache=False
             )
-        return out.last_hidden_state[0].to(self.module.dtype)
+        return run.back(out.last_hidden_state[0].to(self.module.dtype))
 
     def hidden_rows(self, stream: Stream, rows: Tensor) -> Tensor:
         """Hidden states [n, d] of some rows [n] of the stream, which rise; the last layer computes only these where it
@@ -97,6 +121,17 @@ class Base:
             for adapter, at in _rows_by_segment(stream, rows)
         ]
         return torch.cat(parts)
+
+    def _given(self, stream: Stream) -> dict[str, Tensor]:
+        """What the model reads: tokens, or their embeddings where some of these are learned."""
+        learned = [placed for placed in stream.placed if placed.virtual.embeddings is not None]
+        if not learned:
+            return {"input_ids": stream.tokens[None]}
+        x = self.module.get_input_embeddings()(stream.tokens[None])[0]
+        for placed in learned:
+            assert placed.virtual.embeddings is not None
+            x = placed.over(x, placed.virtual.embeddings)
+        return {"inputs_embeds": x[None]}
 
     def _head_of(self, stream: Stream, adapter: str | None) -> Callable[[Tensor], Tensor]:
         """The head for rows of one adapter, in chunks of any size; a backward pass may call it again later."""

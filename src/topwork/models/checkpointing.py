@@ -82,7 +82,9 @@ class Checkpoint:
         hidden, *others = args
         run = _run_of(self.layer, forward, others)
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
+        stream = active_stream()
+        learned = stream.learned()
+        if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters or learned):
             return run(hidden)
         given = [*others, *getattr(forward, "keywords", {}).values()]
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
@@ -90,28 +92,31 @@ class Checkpoint:
                 f"{type(self.layer).__name__} is given learned tensors beside its hidden states, and checkpointing "
                 "would lose their gradient; set training.activation_checkpointing to off"
             )
-        return _Recomputed.apply(run, self.stand_ins, active_stream(), hidden, *parameters)
+        return _Recomputed.apply(run, self.stand_ins, stream, hidden, *learned, *parameters)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, stand_ins, stream, hidden, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, run, stand_ins, stream, hidden, *learned):  # type: ignore[no-untyped-def]
         ctx.run, ctx.stand_ins, ctx.stream = run, stand_ins, stream
         ctx.random = _random_state(hidden.device)
-        ctx.save_for_backward(hidden, *parameters)
+        ctx.save_for_backward(hidden, *learned)
         return run(hidden)
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        hidden, *parameters = ctx.saved_tensors
+        hidden, *learned = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[3])
-        with torch.enable_grad(), ctx.stream.active(), _replayed(ctx.random, hidden.device), left_out(ctx.stand_ins):
+        own = len(ctx.stream.learned())  # the stream's come first, and become leaves here; the layer's are leaves
+        learned[:own] = [x.detach().requires_grad_() for x in learned[:own]]
+        stream = ctx.stream.with_learned(learned[:own])
+        with torch.enable_grad(), stream.active(), _replayed(ctx.random, hidden.device), left_out(ctx.stand_ins):
             outputs = outputs_of(ctx.run(hidden))
-        learned = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
-        left, right = (list(compress(side, learned)) for side in (outputs, gradients))
-        wanted = [x for x in (hidden, *parameters) if x.requires_grad]
+        differ = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
+        left, right = (list(compress(side, differ)) for side in (outputs, gradients))
+        wanted = [x for x in (hidden, *learned) if x.requires_grad]
         found = iter(torch.autograd.grad(left, wanted, right, allow_unused=True))
-        return None, None, None, *(next(found) if x.requires_grad else None for x in (hidden, *parameters))
+        return None, None, None, *(next(found) if x.requires_grad else None for x in (hidden, *learned))
 
 
 def _run_of(layer: GradientCheckpointingLayer, forward: Callable[..., Any], others: Sequence[Any]) -> Run:

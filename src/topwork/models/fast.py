@@ -176,9 +176,10 @@ class FastLayer(GradientCheckpointingLayer):
         buffer = self._projected(x, self.wiring.before_attention, attention, part.inputs)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
         stream, how = active_stream(), part.how(attention)
+        prefixes = stream.prefixes(attention.layer_idx) if stream.placed else ()  # type: ignore[arg-type]
         if stream.cache is None:
-            return self_attention(buffer, turns, stream.bounds, how)
-        q, k, v = rotated_parts(buffer, turns, how)
+            return self_attention(buffer, turns, stream.bounds, how, prefixes)
+        q, k, v = rotated_parts(buffer, turns, how, prefixes)
         return stream.cache.attend(attention, q, k, v, how.rule, how.sinks).flatten(1)
 
     def _mlp(self, x: Tensor) -> Tensor:

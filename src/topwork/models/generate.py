@@ -97,10 +97,11 @@ def generate(
     for one that leaves no room in the model's context.
     """
     for index, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < base.context_length:
+        if not 0 < len(prompt) < (room := _room(base, adapters[index])):
             raise RequestError(
-                f"prompt {index} has {len(prompt)} tokens; the context of {base.name} is {base.context_length}, and a "
-                "prompt must be shorter and not empty"
+                f"prompt {index} has {len(prompt)} tokens; the context of {base.name} is {room}"
+                f"{' without virtual tokens' if room < base.context_length else ''}, and a prompt must be shorter and "
+                "not empty"
             )
     # like lengths and like adapters together: less spread in the cache, fewer segments
     order = sorted(range(len(prompts)), key=lambda i: (adapters[i] or "", len(prompts[i]), i))
@@ -117,7 +118,7 @@ def _run_batch(
     sampling: Sampling, generator: torch.Generator, results: list[list[int]],
     on_finished: Callable[[int], None] | None, on_token: Callable[[int, int], None] | None,
 ) -> None:  # fmt: skip
-    cache = KeyValueCache([len(prompts[i]) for i in batch], base.device)
+    cache = KeyValueCache([len(prompts[i]) + base.virtual_tokens(adapters[i]) for i in batch], base.device)
     logits = _read_prompts(base, [prompts[i] for i in batch], [adapters[i] for i in batch], cache)
     for step in range(sampling.max_new_tokens):
         tokens = _choose(logits, sampling, generator)
@@ -128,7 +129,8 @@ def _run_batch(
             results[index].append(token)
             if on_token is not None:
                 on_token(index, token)
-            if step + 1 < sampling.max_new_tokens and len(prompts[index]) + step + 1 < base.context_length:
+            full = len(prompts[index]) + step + 1 >= _room(base, adapters[index])
+            if step + 1 < sampling.max_new_tokens and not full:
                 going.append(row)
         if on_finished is not None and len(going) < len(batch):
             on_finished(len(batch) - len(going))
@@ -152,12 +154,18 @@ def _read_prompts(base: Base, prompts: list[Sequence[int]], adapters: list[str |
         lengths = [len(prompt) for prompt in prompts[first:last]]
         tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=base.device)
         positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])
-        stream = _stream(tokens, positions, lengths, adapters[first:last], cache)
+        given = _stream(tokens, positions, lengths, adapters[first:last], cache)
+        stream = base.with_virtual_tokens(given).stream
         cache.reading = (stream.bounds, first)
         logits.append(base.logits(stream, torch.tensor(stream.bounds[1:], device=base.device) - 1))
         first = last
     cache.reading = None
     return torch.cat(logits)
+
+
+def _room(base: Base, adapter: str | None) -> int:
+    """Positions of the context that are left for text."""
+    return base.context_length - base.virtual_tokens(adapter)
 
 
 def _one_token(base: Base, tokens: Tensor, adapters: list[str | None], cache: KeyValueCache) -> Tensor:

@@ -15,6 +15,7 @@ from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.rotary import rotate_
+from topwork.ops.stream import Placed
 
 
 @dataclass(frozen=True)
@@ -56,46 +57,57 @@ class SelfAttention:
     sinks: Tensor | None = None
 
 
+Prefixes = Sequence[tuple[Placed, Tensor]]
+"""Rows whose keys and values are learned, and those [2, P, H_kv, D]."""
+
+
 def self_attention(
-    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: tuple[int, ...], how: SelfAttention
-) -> Tensor:
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: tuple[int, ...], how: SelfAttention,
+    prefixes: Prefixes = (),
+) -> Tensor:  # fmt: skip
     """[T, width] -> [T, H * D]. `buffer` is overwritten; rotary is cos and sin [T, R] each; bounds as in a stream."""
-    return _SelfAttention.apply(buffer, rotary, bounds, how)
+    placed, tables = [at for at, _ in prefixes], [table for _, table in prefixes]
+    return _SelfAttention.apply(buffer, rotary, bounds, how, placed, *tables)
 
 
 def rotated_parts(
-    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention, prefixes: Prefixes = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as the attention takes them, without a gradient; `buffer` may be overwritten."""
     parts, _ = _prepared(buffer, rotary, how)
+    _put(parts, prefixes)
     return parts
 
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer, rotary, bounds, how):  # type: ignore[no-untyped-def]
+    def forward(ctx, buffer, rotary, bounds, how, placed, *tables):  # type: ignore[no-untyped-def]
         (q, k, v), rstds = _prepared(buffer, rotary, how)
+        _put((q, k, v), list(zip(placed, tables)))
         out, lse = attention_forward(q, k, v, bounds, how.rule, how.sinks)
-        ctx.rotary, ctx.bounds, ctx.how = rotary, bounds, how
-        ctx.save_for_backward(buffer, out, lse, *rstds)
+        ctx.rotary, ctx.bounds, ctx.how, ctx.placed = rotary, bounds, how, placed
+        ctx.save_for_backward(buffer, out, lse, *tables, *rstds)
         return out.flatten(1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        buffer, out, lse, *rstds = ctx.saved_tensors
+        buffer, out, lse, *others = ctx.saved_tensors
         how, rotary = ctx.how, ctx.rotary
+        tables, rstds = others[: len(ctx.placed)], others[len(ctx.placed) :]
         q, k, v = how.heads.parts(buffer)
         if how.norms is not None:
             q, k = (_normed_again(x, norm, rstd) for x, norm, rstd in zip((q, k), how.norms, rstds))
             _rotate((q, k), rotary)
+            _put((q, k, v), list(zip(ctx.placed, tables)))
         dbuffer = torch.empty_like(buffer)
         into = how.heads.parts(dbuffer)
         attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
+        dtables = [_taken(into, placed).to(table) for placed, table in zip(ctx.placed, tables)]
         _rotate(into[:2], rotary, inverse=True)
         if how.norms is not None:
             for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
                 dx.copy_(_norm_backward(dx, x, norm, rstd))
-        return dbuffer, None, None, None
+        return dbuffer, None, None, None, None, *dtables
 
 
 def _prepared(
@@ -109,6 +121,22 @@ def _prepared(
         rstds = (q_rstd, k_rstd)
     _rotate((q, k), rotary)
     return (q, k, v), rstds
+
+
+def _put(parts: tuple[Tensor, Tensor, Tensor], prefixes: Prefixes) -> None:
+    """Write learned keys and values in their places."""
+    for placed, table in prefixes:
+        for x, learned in zip(parts[1:], table):
+            x[placed.rows] = learned.to(x.dtype).repeat(len(placed.rows) // len(learned), 1, 1)
+
+
+def _taken(gradients: Sequence[Tensor], placed: Placed) -> Tensor:
+    """The gradient [2, P, H_kv, D] of learned keys and values, in fp32; of the rows they stand in, none is left."""
+    count = placed.virtual.count
+    taken = torch.stack([dx[placed.rows].float().unflatten(0, (-1, count)).sum(0) for dx in gradients[1:]])
+    for dx in gradients[1:]:
+        dx[placed.rows] = 0
+    return taken
 
 
 def _rotate(parts: Sequence[Tensor], rotary: tuple[Tensor, Tensor] | None, inverse: bool = False) -> None:

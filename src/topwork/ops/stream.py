@@ -5,7 +5,7 @@ Segments say which token ranges belong to which adapter. While a model runs, its
 attention function and the adapted layers read it from there, because Hugging Face models pass neither on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,30 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Virtual:
+    """An adapter's P learned tokens that stand before a text: embeddings [P, d] (prompt tuning), or for each layer the
+    keys and values [2, P, H_kv, D] that attention sees of them (prefix tuning)."""
+
+    count: int
+    embeddings: Tensor | None = None
+    keys_values: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where virtual tokens stand in a stream: rows [S * P] int64, those of one sequence after those of another."""
+
+    rows: Tensor
+    virtual: Virtual
+
+    def over(self, x: Tensor, learned: Tensor) -> Tensor:
+        """x [T, ...] with `learned` [P, ...] in the place of these rows; gradients reach both."""
+        copies = len(self.rows) // self.virtual.count
+        values = learned.to(x.dtype).expand(copies, *learned.shape).flatten(0, 1)
+        return x.index_copy(0, self.rows, values)
+
+
+@dataclass(frozen=True)
 class Stream:
     """One forward pass.
 
@@ -37,6 +61,7 @@ class Stream:
     weights     [N] float32: the weight with which it is learned
     cache       keys and values of earlier passes, while generating; else None
     wanted      [n] int64, rising: the hidden states that will be looked at, None for all; a last layer may stop there
+    placed      the virtual tokens in it, which `models/virtual.py` puts there; nobody else makes streams with any
     """
 
     tokens: Tensor
@@ -48,12 +73,37 @@ class Stream:
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     cache: Any = None
     wanted: Tensor | None = None
+    placed: tuple[Placed, ...] = ()
 
     def to(self, device: torch.device) -> "Stream":
         """The same stream with its tensors on `device`."""
         names = ("tokens", "positions", "rows", "targets", "weights")
         wanted = None if self.wanted is None else self.wanted.to(device)
         return replace(self, wanted=wanted, **{name: getattr(self, name).to(device) for name in names})
+
+    def prefixes(self, layer: int) -> tuple[tuple[Placed, Tensor], ...]:
+        """Where the keys and values [2, P, H_kv, D] of a layer are learned, and those."""
+        return tuple((at, at.virtual.keys_values[layer]) for at in self.placed if at.virtual.keys_values)
+
+    def with_prefix(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """keys and values [T, H_kv, D] of a layer, rotated, with the learned ones in their places."""
+        for placed, learned in self.prefixes(layer):
+            keys, values = placed.over(keys, learned[0]), placed.over(values, learned[1])
+        return keys, values
+
+    def learned(self) -> list[Tensor]:
+        """The keys and values in it that learn: what a layer takes from here and not from what it is given."""
+        return [x for placed in self.placed for x in placed.virtual.keys_values if x.requires_grad]
+
+    def with_learned(self, tensors: Sequence[Tensor]) -> "Stream":
+        """The same stream with others in the places of those that `learned` tells."""
+        given = iter(tensors)
+
+        def taken(placed: Placed) -> Placed:
+            own = tuple(next(given) if x.requires_grad else x for x in placed.virtual.keys_values)
+            return replace(placed, virtual=replace(placed.virtual, keys_values=own))
+
+        return replace(self, placed=tuple(taken(placed) for placed in self.placed))
 
     def segments_of(self, rows: int) -> tuple[Segment, ...]:
         """The segments of a tensor with so many rows: all tokens, or what a last layer has left of them."""

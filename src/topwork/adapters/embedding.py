@@ -1,0 +1,152 @@
+"""Parts at embeddings: LoRA on one, and rows of one (and of a head tied to it) that are trained.
+
+PEFT's names, shapes and rules: a LoRA's A is [r, V] and begins at zero, its B is [d, r]; where the family scales its
+embeddings, what an adapter adds is scaled with them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.part import Part, path_seed
+from topwork.common.errors import AdapterError
+from topwork.quantization.linear import PackedModule, QuantizedEmbedding
+
+EMBEDDINGS = (nn.Embedding, QuantizedEmbedding)
+
+
+def embedding_shape(module: nn.Module) -> tuple[int, int]:
+    """(V, d) of an embedding, or of the head tied to it."""
+    rows, columns = module.shape if isinstance(module, PackedModule) else module.weight.shape  # type: ignore[misc]
+    return int(rows), int(columns)
+
+
+class EmbeddingLora(Part):
+    """y + s (A[:, ids]' B') at one embedding."""
+
+    def __init__(self, vocabulary: int, width: int, r: int, scaling: float) -> None:
+        super().__init__()
+        self.lora_embedding_A = nn.Parameter(torch.zeros(r, vocabulary))
+        self.lora_embedding_B = nn.Parameter(torch.empty(width, r))
+        self.scaling = scaling
+
+    @torch.no_grad()
+    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+        """Zero A, draw B."""
+        generator = torch.Generator().manual_seed(path_seed(seed, path))
+        self.lora_embedding_A.zero_()
+        self.lora_embedding_B.copy_(torch.randn(self.lora_embedding_B.shape, generator=generator))
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """x [n] token ids, y [n, d]. As in the base, the padding token's column learns nothing."""
+        a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
+        chosen = F.embedding(x, a.t(), getattr(base_layer, "padding_idx", None))
+        return y + _scaled(self.scaling * (chosen @ b.t()), base_layer)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()
+        return weight + delta.to(weight.device), bias
+
+
+class TrainedTokens(Part):
+    """Rows of the embedding that take the place of the base's for some tokens: they begin as the base's are."""
+
+    tokens: Tensor
+
+    def __init__(self, tokens: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.tensor(tokens, dtype=torch.int64), persistent=False)
+        self.delta = nn.Parameter(torch.zeros(len(tokens), width))
+
+    @torch.no_grad()
+    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+        self.delta.copy_(self.base_rows(base_layer))
+
+    def base_rows(self, base_layer: nn.Module) -> Tensor:
+        """The base's own rows [n, d] for these tokens, in fp32."""
+        tokens = self.tokens.to(base_layer.weight.device)  # type: ignore[arg-type]
+        rows = base_layer.packed.rows(tokens) if isinstance(base_layer, PackedModule) else base_layer.weight[tokens]  # type: ignore[index]
+        return rows.float()
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        ordered, order = self.tokens.sort()
+        at = torch.searchsorted(ordered, x).clamp_max(len(ordered) - 1)
+        rows = F.embedding(order[at], self.delta.to(y.dtype))
+        return torch.where((ordered[at] == x)[:, None], _scaled(rows, base_layer), y)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.delta}
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        tokens = self.tokens.to(weight.device)
+        return weight.index_copy(0, tokens, self.delta.detach().to(weight)), bias
+
+
+class TiedTokens(Part):
+    """The same rows in the head that is tied to the embedding; it has no tensors of its own.
+
+    It adds x (rows - the base's rows)' to those tokens' logits, which is nothing at all while they are the same.
+    """
+
+    def __init__(self, embedding: TrainedTokens) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, or the parameter would be this module's as well
+
+    @property
+    def embedding(self) -> TrainedTokens:
+        """The part at the embedding."""
+        return self._embedding[0]
+
+    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """x [n, d], y [n, V]."""
+        rows = (self.embedding.delta - self.embedding.base_rows(base_layer)).to(x.dtype)
+        return y.index_add(1, self.embedding.tokens, (x @ rows.t()).to(y.dtype))
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.embedding.folded(weight, bias)
+
+
+def check_tokens(tokens: Sequence[int], modules: Mapping[str, nn.Module], embedding: str | None) -> str:
+    """The embedding's path. Raises AdapterError for tokens that it does not have, or that are named twice."""
+    if embedding is None or not isinstance(modules[embedding], EMBEDDINGS):
+        raise AdapterError("trainable_token_indices needs a base with an input embedding; this one has none")
+    vocabulary = embedding_shape(modules[embedding])[0]
+    outside = sorted(token for token in set(tokens) if not 0 <= token < vocabulary)
+    if outside or not tokens:
+        raise AdapterError(
+            f"trainable_token_indices has {outside or 'no ids'}; the base has 0 to {vocabulary - 1}: give ids "
+            "that are in it (the tokenizer tells a token's id)"
+        )
+    twice = sorted({token for token in tokens if list(tokens).count(token) > 1})
+    if twice:
+        raise AdapterError(f"trainable_token_indices names {twice} more than once; give each id once")
+    return embedding
+
+
+def refuse_both(paths: Collection[str]) -> None:
+    """One module holds one part of an adapter."""
+    if paths:
+        raise AdapterError(
+            f"{min(paths)} is chosen by target_modules and has rows that trainable_token_indices trains (a head tied "
+            "to the embedding shares them); take one of the two, or leave the module out with exclude_modules"
+        )
+
+
+def refuse_dora(paths: Sequence[str], config: AdapterConfig) -> None:
+    """An embedding's rows are looked up, never multiplied: their lengths are no magnitude to learn here."""
+    if config.use_dora and paths:
+        raise AdapterError(
+            f"{paths[0]} is an embedding, where use_dora is not supported; leave it out of target_modules, or train "
+            "some of its rows with trainable_token_indices"
+        )
+
+
+def _scaled(values: Tensor, base_layer: nn.Module) -> Tensor:
+    """Times what the family multiplies its embeddings by."""
+    scale = getattr(base_layer, "embed_scale", None)
+    if scale is None:
+        return values
+    return values * (scale.to(values) if isinstance(scale, Tensor) else scale)
