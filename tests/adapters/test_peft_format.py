@@ -233,11 +233,12 @@ def edited(folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"peft_type": "IA3"}, "holds a IA3 adapter; LORA can be read"),
-        ({"use_dora": True}, "uses use_dora, which cannot be read yet"),
+        ({"peft_type": "VERA"}, "holds an adapter of peft_type VERA; IA3, LORA"),
+        ({"topwork_method": "other"}, "holds an adapter of method 'other'"),
+        ({"lora_bias": True}, "uses lora_bias, which cannot be read"),
         ({"bias": "all"}, "bias=all"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"r": "many"}, "does not describe a LoRA adapter"),
+        ({"r": "many"}, "does not describe a LORA adapter"),
     ],
 )
 def test_what_cannot_be_read_is_named(values: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from run import tiny
 from run.fixtures import Said
 from run.processes import Commands, signal_at
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.formats.format import PREFIX
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import PREFIX, BaseId, load_adapter, read_adapter, write_adapter
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError, RequestError
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from reference.padded import padded, train
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.formats.format import PREFIX
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import PREFIX, BaseId, write_adapter
+from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, embedded_file, find_source

@@ -13,29 +13,21 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.formats.format import Format
+from topwork.adapters.formats.ia3 import IA3
+from topwork.adapters.formats.lora import LORA
+from topwork.adapters.formats.own import BITFIT, FULL
 from topwork.adapters.graft import Adapters, bare_modules
-from topwork.adapters.lora import Lora
-from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
 
-PREFIX = "base_model.model."
-PEFT_VERSION = "0.21.2"
-"""The release whose files these equal."""
-
-SHARED_FIELDS = (
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "init_lora_weights",
-)  # fmt: skip
-UNSUPPORTED = (
-    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
-    "monteclora_config",
-)  # fmt: skip
+FORMATS: dict[str, Format] = {"lora": LORA, "ia3": IA3, "bitfit": BITFIT, "full": FULL}
+"""Method -> how its folders are written and read."""
+PEFT_TYPES: dict[str, Format] = {form.peft_type: form for form in FORMATS.values() if form.peft_type}
+"""`peft_type` -> the same, for folders that others wrote."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +49,13 @@ class SavedAdapter:
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
-    """Write adapter `name` as a PEFT folder; tensors in fp32."""
+    """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `formats/own.py`.)"""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + key: tensor.cpu().contiguous() for key, tensor in adapters.stored(name).items()}
+    form = FORMATS[adapters.configs[name].method]
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in form.to_file(adapters.stored(name)).items()}
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_json(folder / "adapter_config.json", _peft_config(adapters, name, base))
+    config = {**form.keys(adapters, name), "base_model_name_or_path": base.name}
+    write_json(folder / "adapter_config.json", config)
     write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
@@ -79,8 +73,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ) from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
     base = BaseId(raw.get("base_model_name_or_path"), own.get("base_fingerprint"))
-    stripped = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    return SavedAdapter(_config(raw, folder), stripped, base, folder)
+    form = _format(raw, folder)
+    return SavedAdapter(_config(form, raw, folder), form.from_file(tensors), base, folder)
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -135,58 +129,22 @@ def _is_hub_id(name: str | None) -> bool:
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))  # type: ignore[union-attr]
 
 
-def _peft_config(adapters: Adapters, name: str, base: BaseId) -> dict[str, Any]:
-    config = adapters.configs[name]
-    modules = bare_modules(adapters.model)
-    targets = [path for path, part in adapters.parts(name).items() if isinstance(part, Lora)]
-    written = _written_targets(config, targets, modules)
-    by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
-    return {
-        **{field: getattr(config, field) for field in SHARED_FIELDS},
-        "target_modules": written,
-        "layers_to_transform": None if by_path else config.layers_to_transform,
-        "layers_pattern": None if by_path else config.layers_pattern,
-        "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
-        "base_model_name_or_path": base.name,
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in targets),
-        "inference_mode": True,
-        "lora_bias": False,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-    }
+def _format(raw: Mapping[str, Any], folder: Path) -> Format:
+    method, kind = raw.get("topwork_method"), raw.get("peft_type")
+    found = FORMATS.get(str(method)) if method is not None else PEFT_TYPES.get(str(kind))
+    if found is None:
+        told = f"of method {method!r}" if method is not None else f"of peft_type {kind}"
+        raise AdapterError(f"{folder} holds an adapter {told}; {', '.join(sorted(PEFT_TYPES))} can be read")
+    return found
 
 
-def _written_targets(config: AdapterConfig, paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
-    """all-linear is written out, as names where the names alone say it. PEFT takes no layers beside a regular
-    expression: whole paths then."""
-    if isinstance(config.target_modules, list):
-        return sorted(config.target_modules)
-    if config.target_modules != "all-linear":
-        return sorted(paths) if config.layers_to_transform is not None else config.target_modules
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    return names if set(matching(modules, names)) == set(paths) else sorted(paths)
-
-
-def _config(raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{folder} holds a {kind} adapter; LORA can be read")
-    present = [key for key in UNSUPPORTED if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        present.append(f"bias={raw['bias']}")
-    if present:
-        raise AdapterError(f"{folder} uses {', '.join(present)}, which cannot be read yet; plain LoRA and rsLoRA can")
-    fields = {key: raw[key] for key in SHARED_FIELDS if key in raw and raw[key] is not None}
-    if fields.get("init_lora_weights") not in (True, "gaussian"):
-        fields["init_lora_weights"] = True  # the weights are in the file; how they began does not matter
+def _config(form: Format, raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
+    options = form.options(raw, str(folder))
     try:
-        return AdapterConfig(**fields)
+        return AdapterConfig(**options)
     except ValidationError as error:
-        raise AdapterError(f"{folder / 'adapter_config.json'} does not describe a LoRA adapter: {error}") from error
+        kind = form.peft_type or raw["topwork_method"]
+        raise AdapterError(f"{folder / 'adapter_config.json'} does not describe a {kind} adapter: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
