@@ -5,7 +5,7 @@ made of is asked in every pass, and what is more than frozen weights with LoRA t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.project import Gated, RmsNorm, normed, project, projection_of
+from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 from topwork.ops.stream import active_stream
 
@@ -173,9 +173,10 @@ class FastLayer(GradientCheckpointingLayer):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: nn.Module, part: AttentionPart
     ) -> Tensor:
         """The attention's output before its last projection [T, H * D]."""
-        buffer = self._projected(x, self.wiring.before_attention, attention, part.inputs)
+        modules, group = _group(attention, part.inputs)
+        buffer = self._products(x, self.wiring.before_attention, modules, group)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
-        stream, how = active_stream(), part.how(attention)
+        stream, how = active_stream(), replace(part.how(attention), restores=_has_gains(group))
         prefixes = stream.prefixes(attention.layer_idx) if stream.placed else ()  # type: ignore[arg-type]
         if stream.cache is None:
             return self_attention(buffer, turns, stream.bounds, how, prefixes)
@@ -192,14 +193,16 @@ class FastLayer(GradientCheckpointingLayer):
         down = projection_of(linear)
         if down is not None:
             return project(buffer, (down,), Gated(part.activation))
-        gate, up = buffer.chunk(2, -1)
-        return linear(ACTIVATIONS[part.activation](gate) * up)
+        return linear(normed(buffer, Gated(part.activation)))
 
     def _projected(self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str]) -> Tensor:
-        """Linear layers side by side after a norm. Where one is more than a frozen weight with LoRA terms, they run
-        as modules."""
-        modules = [_bare(parent.get_submodule(name)) for name in names]
-        group = [projection_of(module) for module in modules]
+        """Linear layers side by side after a norm."""
+        return self._products(x, before, *_group(parent, names))
+
+    def _products(
+        self, x: Tensor, before: str | None, modules: Sequence[nn.Module], group: Sequence[Projection | None]
+    ) -> Tensor:
+        """Where one is more than a frozen weight with LoRA terms and gains, they run as modules."""
         if None in group:
             n = self._normed(x, before)
             return torch.cat([module(n) for module in modules], -1)
@@ -221,6 +224,17 @@ class FastLayer(GradientCheckpointingLayer):
             return None
         module = _bare(getattr(self, name))
         return RmsNorm(module.weight, found.eps, found.unit_offset) if found.is_still(module) else None  # type: ignore[arg-type]
+
+
+def _group(parent: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[Projection | None]]:
+    """Linear layers by name, and what they are for the active stream."""
+    modules = [_bare(parent.get_submodule(name)) for name in names]
+    return modules, [projection_of(module) for module in modules]
+
+
+def _has_gains(group: Sequence[Projection | None]) -> bool:
+    """Whether the group keeps its products for the gradient of a gain."""
+    return None not in group and any(projection.gains for projection in group if projection is not None)
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -152,8 +152,8 @@ class _Normed(torch.autograd.Function):
         return ctx.norm.backward(dn, x, tuple(kept)), None
 
 
-def normed(x: Tensor, norm: RmsNorm) -> Tensor:
-    """x [T, d] -> [T, d], where what comes next is no group of projections."""
+def normed(x: Tensor, norm: Prologue) -> Tensor:
+    """A prologue alone, x [T, k] -> [T, in], where what comes next is no group of projections."""
     return _Normed.apply(x, norm)
 
 

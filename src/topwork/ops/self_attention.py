@@ -49,12 +49,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """What a layer does between its first and its last projection. Norms, rotary positions and sinks are optional."""
+    """What a layer does between its first and its last projection. Norms, rotary positions and sinks are optional.
+
+    `restores` rotates the buffer back at the end of the backward pass, where what made it looks at it again (gains).
+    """
 
     heads: Heads
     rule: AttentionRule
     norms: tuple[HeadNorm, HeadNorm] | None = None
     sinks: Tensor | None = None
+    restores: bool = False
 
 
 Prefixes = Sequence[tuple[Placed, Tensor]]
@@ -107,6 +111,8 @@ class _SelfAttention(torch.autograd.Function):
         if how.norms is not None:
             for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
                 dx.copy_(_norm_backward(dx, x, norm, rstd))
+        elif how.restores:
+            _rotate((q, k), rotary, inverse=True)
         return dbuffer, None, None, None, None, *dtables
 
 
