@@ -49,12 +49,15 @@ class Arm:
     def step(self, tokens: int, seed: int) -> dict[str, float]:
         """One optimizer step, timed."""
         from topwork.training.objective import Sft
-        from topwork.training.step import train_step
+        from topwork.training.step import Learner, train_step
 
         stream = random_rows(self.base, tokens, seed, self.name)
         self.switch()
         start = time.perf_counter()
-        result = train_step(self.base, Sft(), [stream], self.parameters, self.optimizer, 1.0)
+        learner = Learner(self.name, Sft(), self.parameters, self.optimizer, 1.0)
+        [result] = train_step(self.base, [learner], [stream])
+        if isinstance(result, Exception):
+            raise result
         return {"seconds": time.perf_counter() - start, "loss": result.loss, "grad_norm": result.grad_norm}
 
 

@@ -24,7 +24,7 @@ from topwork.recipe.recipe import make_recipe
 from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.train import train
 from topwork.training.config import TrainingConfig
-from topwork.training.loop import planned_steps
+from topwork.training.member import planned_steps
 from topwork.training.objective import Sft
 from topwork.training.passes import step_passes
 from topwork.training.schedule import learning_rate
@@ -92,7 +92,7 @@ def full_step(
 ) -> tuple[float, float]:
     """Gradients of one step's mean loss into the masters, clipped; returns loss and norm."""
     total, count, objective = 0.0, 0.0, Sft()
-    for stream in step_passes(rows, TOKENS_PER_PASS, None, base.device):
+    for stream in step_passes([(None, rows)], TOKENS_PER_PASS, base.device):
         loss = objective(base.log_probabilities(stream, objective.gradient(stream)), stream)
         loss.total.backward()
         total, count = total + float(loss.total.detach()), count + loss.count

@@ -16,7 +16,7 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.run.folder import ADAPTER_NAME
 from topwork.training.objective import Sft
 from topwork.training.passes import step_passes
-from topwork.training.step import StepResult, train_step
+from topwork.training.step import Learner, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,14 @@ class Trained:
         self.adapters.load(ADAPTER_NAME, tensors)
 
     def passes(self, examples: Sequence[Example], tokens_per_pass: int) -> list[Stream]:
-        return step_passes(examples, tokens_per_pass, ADAPTER_NAME, self.base.device)
+        return step_passes([(ADAPTER_NAME, examples)], tokens_per_pass, self.base.device)
 
     def step(self, passes: Sequence[Stream], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
-        return train_step(self.base, Sft(), passes, list(self.parameters.values()), optimizer, max_grad_norm)
+        learner = Learner(ADAPTER_NAME, Sft(), list(self.parameters.values()), optimizer, max_grad_norm)
+        [result] = train_step(self.base, [learner], passes)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 def open_adapted(model: str, r: int, lora_alpha: int, dtype: str = "bfloat16", nf4: bool = False) -> Trained:

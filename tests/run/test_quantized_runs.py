@@ -37,7 +37,7 @@ from topwork.run.merge import merge
 from topwork.run.quantize import quantize
 from topwork.run.train import train
 from topwork.training.objective import Sft
-from topwork.training.step import train_step
+from topwork.training.step import Learner, StepResult, train_step
 
 NF4 = {"load_in_4bit": True}
 INT8 = {"load_in_8bit": True}
@@ -253,9 +253,9 @@ def test_ten_steps_are_pefts_ten_steps_and_its_adapter_loads_here(kind: str, wid
     expected = train_padded(peft, [padded(*row) for row in rows], [1e-2] * 10, 0.5)
     parameters = adapters.parameters("mine")
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
-    losses = [
-        train_step(base, Sft(), [learned(*row, "mine")], list(parameters.values()), optimizer, 0.5).loss for row in rows
-    ]
+    learner = Learner("mine", Sft(), list(parameters.values()), optimizer, 0.5)
+    results = [train_step(base, [learner], [learned(*row, "mine")])[0] for row in rows]
+    losses = [result.loss for result in results if isinstance(result, StepResult)]
     assert losses == pytest.approx(expected, rel=1e-5, abs=0)
     final = get_peft_model_state_dict(peft)
     for key, parameter in parameters.items():

@@ -23,7 +23,7 @@ from topwork.training.passes import (
     layer_bytes_per_token,
     plan_passes,
 )
-from topwork.training.step import train_step
+from topwork.training.step import Learner, StepResult, train_step
 
 SMOLLM2 = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
@@ -150,7 +150,9 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         results = []
         for step in range(6):
             passes = [learning_stream(sequences(part, seed=step), "a", step) for part in ((13, 7), (24, 1, 9))]
-            results.append(train_step(base, Sft(), passes, parameters, optimizer, 1.0))
+            [result] = train_step(base, [Learner("a", Sft(), parameters, optimizer, 1.0)], passes)
+            assert isinstance(result, StepResult)
+            results.append(result)
         lists.append([(result.loss, result.grad_norm) for result in results])
     assert lists[0] == lists[1] == lists[2]
     assert len(set(lists[0])) == 6

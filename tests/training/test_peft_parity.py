@@ -23,7 +23,7 @@ from topwork.ops.stream import Stream, stream_of
 from topwork.training.config import TrainingConfig
 from topwork.training.objective import Sft
 from topwork.training.schedule import learning_rate
-from topwork.training.step import train_step
+from topwork.training.step import Learner, StepResult, train_step
 
 STEPS = 20
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -76,7 +76,9 @@ def compare(base: Base, folder: str, config: AdapterConfig, rows: list[tuple[lis
         passes = [learned(sequences[at], prompts[at], "mine") for at in (slice(half), slice(half, None))]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        result = train_step(base, Sft(), passes, list(parameters.values()), optimizer, training.max_grad_norm)
+        learner = Learner("mine", Sft(), list(parameters.values()), optimizer, training.max_grad_norm)
+        [result] = train_step(base, [learner], passes)
+        assert isinstance(result, StepResult)
         losses.append(result.loss)
 
     assert losses == pytest.approx(expected, rel=1e-5, abs=0)

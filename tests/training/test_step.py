@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from topwork.common.errors import NonFiniteLossError
 from topwork.models.base import Base
 from topwork.ops.stream import Stream
 from topwork.training.objective import Sft
-from topwork.training.step import StepResult, mean_loss, train_step
+from topwork.training.step import Learner, StepResult, mean_losses, train_step
 
 LENGTHS = (13, 5, 7, 24, 9, 2, 17, 11)
 CONFIGS = {
@@ -59,12 +60,23 @@ def passes(sizes: Sequence[int], seed: int = 0) -> list[Stream]:
     return streams
 
 
+def step(
+    base: Base, parameters: Sequence[Any], optimizer: torch.optim.Optimizer, streams: Sequence[Stream],
+    clip: float = 1.0,
+) -> StepResult:  # fmt: skip
+    """A step of the one adapter."""
+    [result] = train_step(base, [Learner("a", Sft(), parameters, optimizer, clip)], streams)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def stepped(
     base: Base, adapters: Adapters, streams: Sequence[Stream], clip: float = 0.0
 ) -> tuple[StepResult, list[Tensor]]:
     parameters = list(adapters.parameters("a").values())
     optimizer = Recorder(parameters)
-    return train_step(base, Sft(), streams, parameters, optimizer, clip), optimizer.given
+    return step(base, parameters, optimizer, streams, clip), optimizer.given
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -87,7 +99,7 @@ def test_the_loss_list_does_not_depend_on_the_passes(family: str) -> None:
         parameters = list(adapters.parameters("a").values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
         lists.append([
-            train_step(base, Sft(), passes(sizes, step), parameters, optimizer, 1.0).loss for step in range(6)
+            step(base, parameters, optimizer, passes(sizes, number)).loss for number in range(6)
         ])  # fmt: skip
     assert lists[1] == pytest.approx(lists[0], rel=1e-5)
     assert lists[2] == pytest.approx(lists[0], rel=1e-5)
@@ -105,8 +117,8 @@ def test_the_loss_is_the_weighted_mean_over_the_step() -> None:
             total, weight = total - float((stream.weights * truth).sum()), weight + float(stream.weights.sum())
     result, _ = stepped(base, adapters, passes([3, 5]))
     assert result.loss == pytest.approx(total / weight, rel=1e-6)
-    assert mean_loss(base, Sft(), passes([8])) == pytest.approx(total / weight, rel=1e-6)
-    assert mean_loss(base, Sft(), passes([2, 6])) == pytest.approx(total / weight, rel=1e-6)
+    assert mean_losses(base, {"a": Sft()}, passes([8]))["a"] == pytest.approx(total / weight, rel=1e-6)
+    assert mean_losses(base, {"a": Sft()}, passes([2, 6]))["a"] == pytest.approx(total / weight, rel=1e-6)
 
 
 def test_clipping_cuts_the_norm_and_nothing_else() -> None:
@@ -145,12 +157,12 @@ def test_a_loss_that_is_not_finite_updates_nothing(where: str, bad: float) -> No
     else:
         embedding[streams[1].tokens[3]] = bad
     with pytest.raises(NonFiniteLossError, match="the loss is"):
-        train_step(base, Sft(), streams, parameters, optimizer, 1.0)
+        step(base, parameters, optimizer, streams)
     assert all(torch.equal(left, right) for left, right in zip(parameters, before, strict=True))
     assert all(parameter.grad is None for parameter in parameters)
     assert not optimizer.state
     embedding.copy_(good)
-    assert train_step(base, Sft(), passes([8]), parameters, optimizer, 1.0).loss > 0
+    assert step(base, parameters, optimizer, passes([8])).loss > 0
 
 
 def test_a_pass_in_which_nothing_is_learned_changes_nothing() -> None:

@@ -23,8 +23,14 @@ from topwork.run.folder import read_json
 PROVENANCE = "provenance.json"
 
 
-def provenance(recipe: Recipe, base: Base, data: Data, tokens_per_pass: int) -> dict[str, Any]:
-    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned."""
+def provenance(
+    recipe: Recipe, base: Base, data: Data, tokens_per_pass: int, together: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned.
+
+    `together` are the folders' names of all that were trained in the same passes: rounding and dropout's noise follow
+    from them too.
+    """
     return {
         "base": {"id": base.name, "fingerprint": base.fingerprint, "held_as": packed_kinds(base.module)},
         "data": {
@@ -35,6 +41,7 @@ def provenance(recipe: Recipe, base: Base, data: Data, tokens_per_pass: int) -> 
         "recipe_sha256": sha256_bytes(recipe_yaml(recipe).encode()),
         "seed": recipe.training.seed,
         "tokens_per_pass": tokens_per_pass,
+        **({"trained_together": list(together)} if together else {}),
         **_surroundings(base),
     }
 

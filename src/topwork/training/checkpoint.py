@@ -53,7 +53,8 @@ class Validation:
 class TrainState:
     """How far a run is. `step` counts finished optimizer steps; data order and schedule follow from it and the seed.
 
-    `loss_sum` is over the `loss_count` steps since the last validation.
+    `loss_sum` is over the `loss_count` steps since the last validation. `ended` says how training ended, where it did
+    (finished, early stopping, diverged), in the loop's round `ended_at`: a step that diverged is counted there.
     """
 
     step: int
@@ -64,6 +65,8 @@ class TrainState:
     history: tuple[Validation, ...] = ()
     loss_sum: float = 0.0
     loss_count: int = 0
+    ended: str | None = None
+    ended_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A value for JSON; floats come back bit for bit. Raises CheckpointError on NaN and infinity."""
@@ -154,6 +157,14 @@ def newest_whole_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path |
         else:
             return path
     return None
+
+
+def read_state(path: Path) -> TrainState:
+    """A checkpoint's TrainState; nothing is restored. Raises CheckpointError."""
+    try:
+        return TrainState.from_json(json.loads((path / _STATE).read_bytes())["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
 
 
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]) -> TrainState:

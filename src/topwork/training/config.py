@@ -27,6 +27,8 @@ class TrainingConfig(Options):
     """What is learned: `sft` is the log-likelihood of the learned tokens."""
     learning_rate: float = Field(2e-4, gt=0)
     """The peak learning rate."""
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """LoRA+: LoRA's B matrices learn at so many times `learning_rate` (16, for one). Left out, all learn alike."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to zero along a cosine or a line, or not at all."""
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)

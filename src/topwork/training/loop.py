@@ -1,46 +1,27 @@
-"""The one loop: steps, validations, checkpoints. It receives things; it looks nothing up."""
+"""The one loop: rounds of steps, validations, checkpoints. It receives things; it looks nothing up."""
 
 import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
 from topwork.common.errors import NonFiniteLossError, RunError
-from topwork.data.batches import step_indices, steps_per_epoch
-from topwork.data.examples import Example
 from topwork.models.base import Base
-from topwork.training.checkpoint import (
-    ADAPTER,
-    TrainState,
-    Validation,
-    checkpoint_path,
-    load_checkpoint,
-    save_checkpoint,
-)
-from topwork.training.config import TrainingConfig
+from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
 from topwork.training.interrupts import Interrupts
-from topwork.training.metrics import MetricsLog
-from topwork.training.objective import Objective
-from topwork.training.optimizers import make_optimizer
+from topwork.training.member import Member, Timed
 from topwork.training.passes import step_passes
-from topwork.training.progress import Progress
-from topwork.training.schedule import learning_rate
-from topwork.training.step import StepResult, mean_loss, train_step
-from topwork.training.watch import overfitting_since
-
-CHECKPOINTS = "checkpoints"
+from topwork.training.start import Start
+from topwork.training.step import mean_losses, train_step
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `stopped` is finished, early stopping or interrupted."""
+    """How a member's training stopped: finished, early stopping, diverged, paused or interrupted."""
 
     state: TrainState
     steps: int
@@ -48,188 +29,120 @@ class Outcome:
 
 
 class Loop:
-    """Trains one adapter of one base. `run()` goes from a state to the end of the plan, or to where it is stopped."""
+    """Trains the members, adapters of one base, in the same passes: in each round every one that is active takes one
+    optimizer step of its own. One member is a round with one.
 
-    def __init__(
-        self,
-        base: Base,
-        adapters: Adapters,
-        name: str,
-        objective: Objective,
-        config: TrainingConfig,
-        train: Sequence[Example],
-        held_out: Sequence[Example],
-        tokens_per_pass: int,
-        run_dir: Path,
-        metrics: MetricsLog,
-        progress: Progress,
-    ) -> None:
-        self.base, self.adapters, self.name = base, adapters, name
-        self.objective, self.config, self.train = objective, config, train
+    A member leaves when its plan is done, by early stopping, or when it diverges; the others go on.
+    """
+
+    def __init__(self, base: Base, adapters: Adapters, members: Sequence[Member], tokens_per_pass: int) -> None:
+        self.base, self.adapters, self.members = base, adapters, members
         self.tokens_per_pass = tokens_per_pass
-        self.checkpoints = run_dir / CHECKPOINTS
-        self.metrics, self.progress = metrics, progress
-        self.parameters = adapters.parameters(name)
-        self.optimizer = make_optimizer(config, self.parameters.values(), run_dir)
-        self.held_out = step_passes(held_out, tokens_per_pass, name, base.device) if held_out else []
-        self.steps = planned_steps(config, len(train))
-        self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
-        self.save_every = config.save_steps or self.eval_every
-        self._unlogged: list[tuple[StepResult, float]] = []
+        self._resumed = False
 
-    def resume(self, checkpoint: Path) -> TrainState:
-        """Take weights, optimizer and random state from a checkpoint."""
-        self.adapters.load(self.name, read_adapter(checkpoint / ADAPTER).tensors)
-        return load_checkpoint(checkpoint, self.optimizer, list(self.parameters))
+    def resume(self, start: Start) -> None:
+        """Take every member's state from its checkpoint."""
+        found = list(zip(self.members, start.checkpoints, strict=True))
+        # the random state is one for all, and those that ended before have an older one
+        for member, path in sorted(found, key=lambda one: (checkpoint_step(one[1]), read_state(one[1]).ended is None)):
+            member.resume(path, start.at)
+        self._resumed = True
 
-    def run(self, state: TrainState | None = None) -> Outcome:
-        """Train to the end. Raises NonFiniteLossError, RunError; checkpoints written before stay good."""
-        if state is None:
-            torch.manual_seed(self.config.seed)
-            random.seed(self.config.seed)
+    def run(self, stop_at: int | None = None) -> list[Outcome]:
+        """Train all to their ends, or up to step `stop_at`, where they are validated and saved.
+
+        Raises RunError, and NonFiniteLossError where the only member diverges; checkpoints written before stay good.
+        """
+        if not self._resumed:
+            torch.manual_seed(self.members[0].config.seed)
+            random.seed(self.members[0].config.seed)
         with Interrupts() as interrupts:
-            state = state or self._validated(TrainState(step=0))
-            self.adapters.train(self.name)
-            self.progress.started(state.step, self.steps)
             try:
-                return self._trained(state, interrupts)
+                self._begin()
+                while active := self._active(stop_at):
+                    self._round(active, stop_at, interrupts)
+                    if interrupts.asked:
+                        break
             finally:
-                self.adapters.train(self.name, False)
-                self.progress.finished()
+                for member in self.members:
+                    self.adapters.train(member.name, False)
+                    member.progress.finished()
+        return [_outcome(member, stop_at) for member in self.members]
 
-    def _trained(self, state: TrainState, interrupts: Interrupts) -> Outcome:
-        while state.step < self.steps and not self._patience_is_out(state):
-            state = self._stepped(state)
-            last = state.step == self.steps
-            if state.step % self.eval_every == 0 or last:
-                state = self._validated(state)
-            last = last or self._patience_is_out(state)
-            if state.step % self.save_every == 0 or state.best_step == state.step or last or interrupts.asked:
-                self._save(state)
-            if interrupts.asked and not last:
-                return Outcome(state, self.steps, "interrupted")
-        return Outcome(state, self.steps, "early stopping" if state.step < self.steps else "finished")
+    def _begin(self) -> None:
+        if not self._resumed:
+            self._validate(self.members, 0)
+        for member in self.members:
+            self.adapters.train(member.name)
+            member.progress.started(member.state.step, member.steps)
+            if member.state.ended is not None:
+                member.progress.ended(member.state.ended)
+                if member.state.ended_at == 0:  # no round will save it
+                    member.save()
 
-    def _stepped(self, state: TrainState) -> TrainState:
-        rate = learning_rate(self.config, state.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        indices = step_indices(len(self.train), self.config.batch_size, self.config.seed, state.step)
-        rows = [self.train[i] for i in indices]
-        passes = step_passes(rows, self.tokens_per_pass, self.name, self.base.device)
+    def _active(self, stop_at: int | None) -> list[Member]:
+        return [m for m in self.members if m.state.ended is None and (stop_at is None or m.state.step < stop_at)]
+
+    def _round(self, active: Sequence[Member], stop_at: int | None, interrupts: Interrupts) -> None:
+        at = max(member.state.step for member in active) + 1
+        self._step(active, at)
+        stepped = [member for member in active if member.state.ended is None]
+        self._validate([m for m in stepped if m.validation_is_due() or m.state.step == stop_at], at)
+        for member in stepped:
+            if member.state.ended is None:
+                member.settle()
+        paused = any(member.state.step == stop_at for member in active)
+        if interrupts.asked or paused or any(member.save_is_due() for member in active):
+            for member in active:  # whenever one saves all do, so that they can go on together
+                member.save()
+
+    def _step(self, active: Sequence[Member], at: int) -> None:
+        """One optimizer step of each, in shared passes."""
+        groups = [(member.name, member.next_rows()) for member in active]
+        passes = step_passes(groups, self.tokens_per_pass, self.base.device)
         start = time.perf_counter()
         try:
-            result = train_step(
-                self.base, self.objective, passes, list(self.parameters.values()), self.optimizer,
-                self.config.max_grad_norm,
-            )  # fmt: skip
-        except NonFiniteLossError as error:
-            raise self._explained(error, state, rows) from error
+            results = train_step(self.base, [member.learner for member in active], passes)
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"out of memory at step {state.step + 1} with {self.tokens_per_pass} tokens per pass; the result does "
+                f"out of memory at step {at} with {self.tokens_per_pass} tokens per pass; the result does "
                 f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2} "
                 "or --set training.activation_checkpointing=full"
             ) from error
-        self._log(state.step + 1, (result, time.perf_counter() - start), rate)
-        return replace(
-            state,
-            step=state.step + 1,
-            tokens_seen=state.tokens_seen + result.tokens,
-            loss_sum=state.loss_sum + result.loss,
-            loss_count=state.loss_count + 1,
-        )
+        seconds, tokens = time.perf_counter() - start, sum(len(stream.tokens) for stream in passes)
+        for member, result in zip(active, results, strict=True):
+            if isinstance(result, NonFiniteLossError):
+                if len(self.members) == 1:
+                    member.keep_last()
+                self._diverged(member, member.explained(result), at)
+            else:
+                member.stepped(Timed(result, seconds, tokens))
 
-    def _log(self, step: int, timed: tuple[StepResult, float], rate: float) -> None:
-        self._unlogged.append(timed)
-        if step % self.config.logging_steps == 0 or step in (1, self.steps):
-            self.metrics.write("train", step, self._record(step, self._unlogged, rate))
-            self._unlogged = []
-        self.progress.stepped(step, self._record(step, [timed], rate))
+    def _validate(self, members: Sequence[Member], at: int) -> None:
+        """The members' held-out rows, in shared passes."""
+        due = [member for member in members if member.held_out]
+        if not due:
+            return
+        for member in due:
+            self.adapters.train(member.name, False)
+        groups = [(member.name, member.held_out) for member in due]
+        passes = step_passes(groups, self.tokens_per_pass, self.base.device)
+        losses = mean_losses(self.base, {m.name: m.learner.objective for m in due}, passes)
+        for member in due:
+            self.adapters.train(member.name)
+            loss, step = losses[member.name], member.state.step
+            if math.isfinite(loss):
+                member.validated(loss)
+            else:
+                told = f"the validation loss at step {step} is {loss}; checkpoints stay as they are"
+                self._diverged(member, NonFiniteLossError(told), at)
 
-    def _record(self, step: int, timed: Sequence[tuple[StepResult, float]], rate: float) -> dict[str, Any]:
-        """The mean loss of some steps, what went through them, and the rest as the last of them had it."""
-        results, seconds = [result for result, _ in timed], sum(spent for _, spent in timed)
-        tokens = sum(result.tokens for result in results)
-        return {
-            "loss": sum(result.loss for result in results) / len(results),
-            "grad_norm": results[-1].grad_norm,
-            "learning_rate": rate,
-            "tokens": tokens,
-            "learned_tokens": sum(result.learned_tokens for result in results),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "seconds": round(seconds, 4),
-            "epoch": round(step / steps_per_epoch(len(self.train), self.config.batch_size), 4),
-        }
-
-    def _validated(self, state: TrainState) -> TrainState:
-        if not self.held_out:
-            return state
-        self.adapters.train(self.name, False)
-        loss = mean_loss(self.base, self.objective, self.held_out)
-        self.adapters.train(self.name)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the validation loss at step {state.step} is {loss}; checkpoints stay as they are"
-            )
-        trained = state.loss_sum / state.loss_count if state.loss_count else None
-        better = state.step > 0 and (state.best_loss is None or loss < state.best_loss)  # at 0 it is the bare base
-        state = replace(
-            state,
-            history=(*state.history, Validation(state.step, trained, loss)),
-            loss_sum=0.0,
-            loss_count=0,
-            best_loss=loss if better else state.best_loss,
-            best_step=state.step if better else state.best_step,
-            evals_without_gain=0 if better or state.step == 0 else state.evals_without_gain + 1,
-        )
-        record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        self.metrics.write("eval", state.step, record)
-        self.progress.validated(state.step, record)
-        since = overfitting_since(state.history)
-        if since is not None:
-            self._note(
-                state.step,
-                f"validation loss has risen since step {since} while training loss falls: overfitting. Fewer epochs, a "
-                "lower learning rate, some lora_dropout or more data help; early_stopping_patience stops by itself.",
-            )
-        return state
-
-    def _save(self, state: TrainState) -> None:
-        save_checkpoint(
-            self.checkpoints,
-            state.step,
-            lambda folder: write_adapter(
-                folder, self.adapters, self.name, BaseId(self.base.name, self.base.fingerprint)
-            ),
-            self.optimizer,
-            list(self.parameters),
-            state,
-            self.config.save_total_limit,
-            state.best_step if self.config.load_best_model_at_end else None,
-        )
-
-    def _patience_is_out(self, state: TrainState) -> bool:
-        patience = self.config.early_stopping_patience
-        return patience is not None and state.evals_without_gain >= patience
-
-    def _explained(self, error: Exception, state: TrainState, rows: Sequence[Example]) -> NonFiniteLossError:
-        """Keep the last good state, and name the batch."""
-        if not checkpoint_path(self.checkpoints, state.step).exists():
-            self._save(state)
-        named = ", ".join(row.source for row in rows[:8]) + (", …" if len(rows) > 8 else "")
-        return NonFiniteLossError(
-            f"step {state.step + 1}: {error}. The batch was {named}. Nothing was updated; the state after step "
-            f"{state.step} is kept in {self.checkpoints}. Look at these rows, lower training.learning_rate or take "
-            "model.dtype: float32, then start again."
-        )
-
-    def _note(self, step: int, text: str) -> None:
-        self.metrics.write("note", step, {"text": text})
-        self.progress.note(text)
+    def _diverged(self, member: Member, error: NonFiniteLossError, at: int) -> None:
+        if len(self.members) == 1:
+            raise error
+        member.diverge(error, at)
 
 
-def planned_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a run."""
-    per_epoch = steps_per_epoch(rows, config.batch_size)
-    return config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
+def _outcome(member: Member, stop_at: int | None) -> Outcome:
+    open_end = "paused" if stop_at is not None and member.state.step >= stop_at else "interrupted"
+    return Outcome(member.state, member.steps, member.state.ended or open_end)

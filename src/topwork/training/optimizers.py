@@ -30,6 +30,7 @@ WINDOW = 1 << 24
 
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Parameters updated at a time: on the CPU what its cache holds, on a GPU what keeps it busy."""
+_B_NAMES = ("lora_B.weight", "lora_embedding_B")
 _FIELDS_8BIT = {
     "exp_avg": (torch.uint8, 1),
     "exp_avg_sq": (torch.uint8, 1),
@@ -230,14 +231,35 @@ class PagedAdamW8bit(AdamW8bit):
         return PinnedHome(device) if device.type == "cuda" else FileHome(self._folder)
 
 
+def parameter_groups(config: TrainingConfig, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Parameters by name as an optimizer's groups, each with its `names` in order and its `lr_ratio`.
+
+    With `loraplus_lr_ratio` LoRA's B matrices are a group of their own, the second (Hayou et al., arXiv 2402.12354).
+    """
+    ratio = config.loraplus_lr_ratio
+    fast = [name for name in parameters if ratio is not None and name.endswith(_B_NAMES)]
+    slow = [name for name in parameters if name not in set(fast)]
+    return [
+        {"params": [parameters[name] for name in names], "names": names, "lr_ratio": factor}
+        for names, factor in ((slow, 1.0), (fast, ratio))
+        if names
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step, in each group times its `lr_ratio`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+
 def make_optimizer(
-    config: TrainingConfig, parameters: Iterable[Tensor], folder: Path | None = None
+    config: TrainingConfig, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], folder: Path | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config.optim` names, for float parameters on one device.
+    """The optimizer that `config.optim` names, for float parameters on one device, or groups of them.
 
     `folder` is where a paged state's file may lie, should it need one. Raises RunError where there is no room for it.
     """
-    given = list(parameters)
+    given: Any = list(parameters)
     betas = (config.adam_beta1, config.adam_beta2)
     rate, eps, decay = config.learning_rate, config.adam_epsilon, config.weight_decay
     match config.optim:

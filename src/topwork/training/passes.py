@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from transformers import PreTrainedConfig
 
 from topwork.common.errors import RecipeError
-from topwork.data.batches import collate, pack
-from topwork.data.examples import Example
+from topwork.data.batches import Group, collate_segments, pack
 from topwork.ops.stream import Stream
-from topwork.training.config import Checkpointing
+from topwork.training.config import Checkpointing, TrainingConfig
+from topwork.training.optimizers import state_bytes
 
 LARGEST_PASS = {"cpu": 2048, "cuda": 16384}
 """Beyond these a larger pass is no faster."""
@@ -22,12 +23,16 @@ SMALLEST_PASS = 256
 """Where memory asks for less, less would not help: the weights themselves do not fit."""
 
 
-def step_passes(
-    examples: Sequence[Example], tokens_per_pass: int, adapter: str | None, device: torch.device
-) -> list[Stream]:
-    """The rows of one optimizer step, packed into as few passes as fit."""
-    lengths = [len(example.tokens) for example in examples]
-    return [collate([examples[i] for i in bin], adapter).to(device) for bin in pack(lengths, tokens_per_pass)]
+def step_passes(groups: Sequence[Group], tokens_per_pass: int, device: torch.device) -> list[Stream]:
+    """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment."""
+    rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
+
+    def grouped(indices: Sequence[int]) -> list[Group]:
+        by_group = groupby(indices, lambda index: rows[index][0])  # rising, so that a group's stand together
+        return [(groups[at][0], [rows[index][1] for index in own]) for at, own in by_group]
+
+    packed = pack([len(example.tokens) for _, example in rows], tokens_per_pass)
+    return [collate_segments(grouped(indices)).to(device) for indices in packed]
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,26 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
     if fitting == most:
         tokens = min(tokens, _tokens(asked_tokens, longest, memory, fitting, 1))
     return PassPlan(tokens, fitting)
+
+
+def members_that_fit(
+    needed_bytes: Sequence[int], asked_tokens: int | None, asked_layers: Checkpointing, memory: Memory
+) -> int:
+    """How many of the first adapters, of which each needs so much (`member_bytes`), fit beside a pass; at least 1.
+
+    The pass is as asked for, else the smallest, and checkpoints as many layers as it may.
+    """
+    most = max(0, memory.checkpointable_layers - 1)
+    layers = {"off": 0, "auto": most, "full": memory.checkpointable_layers}.get(str(asked_layers), asked_layers)
+    assert isinstance(layers, int)
+    per_token = activation_bytes_per_token(memory.config, layers, memory.dropout, memory.fast)
+    room = memory.free_bytes - 2 * (asked_tokens or SMALLEST_PASS) * per_token
+    return max(1, sum(total <= room for total in accumulate(needed_bytes)))
+
+
+def member_bytes(config: TrainingConfig, sizes: Sequence[int]) -> int:
+    """What an adapter of trained tensors of so many values takes: fp32 weights, their gradients, optimizer state."""
+    return 8 * sum(sizes) + state_bytes(config.optim, sizes)
 
 
 def _tokens(asked: int | None, longest: int, memory: Memory, checkpointed_layers: int, least: int) -> int:

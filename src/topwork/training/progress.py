@@ -18,6 +18,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something a person should know."""
 
+    def ended(self, how: str) -> None:
+        """The adapter's training is over: finished, early stopping or diverged."""
+
     def finished(self) -> None:
         """No more will come."""
 
@@ -32,5 +35,7 @@ class Silent:
     def validated(self, step: int, record: dict[str, Any]) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def ended(self, how: str) -> None: ...
 
     def finished(self) -> None: ...

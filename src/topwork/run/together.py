@@ -1,0 +1,303 @@
+"""Several recipes on one base, trained in the same passes: where all parts meet. `topwork train` is this with one."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId
+from topwork.common.devices import free_memory_bytes
+from topwork.common.errors import RequestError
+from topwork.common.files import recover_folder, write_json, write_text
+from topwork.data.examples import Data, load_data
+from topwork.models.base import Base, load_base
+from topwork.models.checkpointing import checkpoint_layers, decoder_layers
+from topwork.models.config import ModelConfig
+from topwork.models.recognise import is_fast
+from topwork.plan.count import ParameterCount, count_adapter
+from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import packed_kinds, weight_bytes
+from topwork.recipe.recipe import Recipe, recipe_yaml
+from topwork.run.begin import check_folder, check_shared, clear
+from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.outcome import TrainedRun, figures, keep_adapter
+from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
+from topwork.training.checkpoint import checkpoint_step, list_checkpoints
+from topwork.training.loop import Loop, Outcome
+from topwork.training.member import CHECKPOINTS, Member, Place
+from topwork.training.metrics import MetricsLog, open_sinks
+from topwork.training.objective import OBJECTIVES
+from topwork.training.passes import Memory, PassPlan, member_bytes, plan_passes
+from topwork.training.passes import members_that_fit as fitting
+from topwork.training.progress import Progress, Silent
+from topwork.training.start import Start, common_start
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Together:
+    """A loaded base and the adapters on it, to train on more than once and to ask afterwards."""
+
+    base: Base
+    adapters: Adapters
+    model: ModelConfig
+    quantization: QuantizationConfig
+    weight_bytes: int
+    held_as: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One recipe with what belongs to it."""
+
+    recipe: Recipe
+    place: Place
+    data: Data
+    counted: ParameterCount
+
+    @property
+    def folder(self) -> Path:
+        return self.place.run_dir
+
+
+def open_together(recipe: Recipe, report: Report = print) -> Together:
+    """Load the base that a recipe names, for `train_together(on=...)`."""
+    base = load_base(recipe.model, report, recipe.quantization)
+    weights, held_as = weight_bytes(base.module), _held_as(base)
+    report(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
+    return Together(base, Adapters(base.module), recipe.model, recipe.quantization, weights, held_as)
+
+
+def members_that_fit(on: Together, recipes: Sequence[Recipe]) -> int:
+    """How many of the first recipes' adapters fit into free memory together with a pass; at least 1."""
+    training = recipes[0].training
+    memory = _memory(on.base, recipes, free_memory_bytes(on.base.device))
+    needed = [_needed_bytes(recipe, count_adapter(on.base.module, recipe.adapter)) for recipe in recipes]
+    return fitting(needed, training.tokens_per_pass, training.activation_checkpointing, memory)
+
+
+def train_together(
+    recipes: Sequence[Recipe],
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], Progress] | None = None,
+    report: Report = print,
+    stop_at: int | None = None,
+    on: Together | None = None,
+) -> list[TrainedRun]:
+    """Train the adapters that recipes describe in the same passes over one base; each result is in its `output_dir`.
+
+    The recipes share `model`, `quantization`, `training.tokens_per_pass` and `training.activation_checkpointing`.
+
+    resume    go on from the newest round that all have a checkpoint of, or start where there is none; a part of the
+              recipes that were begun together may go on without the others
+    progress  gives the Progress of a member by its name
+    stop_at   end the call after so many optimizer steps of each ("paused"): validated, with a checkpoint and an adapter
+              of that step; a later call with `resume` goes on, by the learning rates of the whole plan
+    on        a base that is loaded already; the adapters then stay on it by `TrainedRun.name`, for the caller to remove
+
+    Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
+    fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
+    """
+    recipes = list(recipes)
+    check_shared(recipes)
+    if stop_at is not None and stop_at < 1:
+        raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
+    for recipe in recipes:
+        check_folder(recipe, resume, overwrite)
+    held = on or open_together(recipes[0], report)
+    _refuse_another_base(held, recipes[0])
+    names = _names(recipes, held.adapters)
+    try:
+        return _trained(held, recipes, names, resume, overwrite, progress or (lambda _: Silent()), report, stop_at)
+    except BaseException:
+        for name in names:
+            if name in held.adapters.configs:
+                held.adapters.remove(name)
+        raise
+
+
+def _trained(
+    on: Together, recipes: Sequence[Recipe], names: Sequence[str], resume: bool, overwrite: bool,
+    progress: Callable[[str], Progress], report: Report, stop_at: int | None,
+) -> list[TrainedRun]:  # fmt: skip
+    base = on.base
+    runs = _grafted(on, recipes, names, report)
+    plan = _planned_passes(runs, base, resume, report)
+    checkpoint_layers(base, plan.checkpointed_layers, names)
+    start = _start(runs, report) if resume else Start()
+    _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
+    with ExitStack() as logs:
+        members = []
+        for index, run in enumerate(runs):
+            at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
+            metrics = logs.enter_context(_metrics(run, at, report))
+            members.append(_member(run, metrics, progress(run.place.name), len(runs)))
+        loop = Loop(base, on.adapters, members, plan.tokens_per_pass)
+        if start.checkpoints:
+            loop.resume(start)
+            report(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+        outcomes = loop.run(stop_at)
+    return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+
+
+def _grafted(on: Together, recipes: Sequence[Recipe], names: Sequence[str], report: Report) -> list[_Run]:
+    """Data loaded, each once, and a fresh adapter for each recipe. Raises RequestError where memory is too small."""
+    base, several = on.base, len(recipes) > 1
+    loaded = _load_data(recipes, base, report)
+    fit = members_that_fit(on, recipes)
+    if fit < len(recipes):
+        raise RequestError(
+            f"{len(recipes)} adapters do not fit into memory together: the first {fit} do; train them in parts of "
+            f"{fit}, or lower training.tokens_per_pass or adapter.r"
+        )
+    runs = []
+    for recipe, name, data in zip(recipes, names, loaded):
+        on.adapters.add(name, recipe.adapter, recipe.training.seed)
+        counted = count_adapter(base.module, recipe.adapter)
+        _check_loraplus(recipe, on.adapters.parameters(name))
+        called = f"{base.name}, {name}" if several else base.name
+        report(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
+        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
+        runs.append(_Run(recipe, place, data, counted))
+    return runs
+
+
+def _load_data(recipes: Sequence[Recipe], base: Base, report: Report) -> list[Data]:
+    """Data that several recipes name alike are loaded once; the seed counts where it holds rows out."""
+    known: dict[tuple[str, int | None], Data] = {}
+    found = []
+    for recipe in recipes:
+        config, seed = recipe.data, recipe.training.seed
+        key = (config.model_dump_json(), seed if config.eval is None else None)
+        if key not in known:
+            known[key] = load_data(config, base.tokenizer, base.context_length, seed, report)
+        found.append(known[key])
+    return found
+
+
+def _planned_passes(runs: Sequence[_Run], base: Base, resume: bool, report: Report) -> PassPlan:
+    """Tokens per pass as asked, as the run began with, or from free memory; and the layers that are checkpointed."""
+    training = runs[0].recipe.training
+    asked, checkpointing = training.tokens_per_pass, training.activation_checkpointing
+    if asked is None and resume:
+        asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
+    longest = max(len(example.tokens) for run in runs for example in (*run.data.train, *run.data.eval))
+    # half of free memory is planned with, and one adapter's gradients and optimizer are of the other half
+    others = sum(_needed_bytes(run.recipe, run.counted) for run in runs[1:])
+    memory = _memory(base, [run.recipe for run in runs], free_memory_bytes(base.device) - others)
+    plan = plan_passes(asked, checkpointing, longest, memory)
+    if asked is None:
+        report(
+            f"tokens per pass: {plan.tokens_per_pass:,}, from free memory; set training.tokens_per_pass to repeat a "
+            "run to the bit"
+        )
+    if plan.checkpointed_layers:
+        why = ", from free memory" if checkpointing == "auto" else ""
+        report(f"activation checkpointing: {plan.checkpointed_layers} of {memory.checkpointable_layers} layers{why}")
+    return plan
+
+
+def _memory(base: Base, recipes: Sequence[Recipe], free_bytes: int) -> Memory:
+    dropout = any(recipe.adapter.lora_dropout > 0 for recipe in recipes)
+    layers = len(decoder_layers(base.module))
+    return Memory(base.module.config, base.device, free_bytes, layers, dropout, is_fast(base.module))
+
+
+def _needed_bytes(recipe: Recipe, counted: ParameterCount) -> int:
+    return member_bytes(recipe.training, [part.trainable for part in counted.by_module])
+
+
+def _start(runs: Sequence[_Run], report: Report) -> Start:
+    """Where all go on. Raises RequestError for one that was not begun with the others."""
+    for run in runs:
+        recover_folder(run.folder / ADAPTER)
+    new = [run.folder for run in runs if not (run.folder / RECIPE).exists()]
+    if new and any(list_checkpoints(run.folder / CHECKPOINTS) for run in runs):
+        raise RequestError(
+            f"{new[0]} was not begun with the others, which have checkpoints already; resume those without it, and "
+            "begin it in a call of its own"
+        )
+    return common_start([run.folder / CHECKPOINTS for run in runs], report)
+
+
+def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
+    """Each run's folder with its recipe, template and provenance; nothing is written where one is refused."""
+    folders = [run.folder.name for run in runs] if len(runs) > 1 else []
+    origins = [provenance(run.recipe, base, run.data, tokens, folders) for run in runs]
+    if resume:
+        for run, origin in zip(runs, origins):
+            refuse_other_inputs(run.folder, origin)
+    for run, origin in zip(runs, origins):
+        if overwrite:
+            clear(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / RECIPE, recipe_yaml(run.recipe))
+        if run.data.template.jinja:
+            write_text(run.folder / TEMPLATE, run.data.template.jinja)
+        record(run.folder, origin, base)
+
+
+def _metrics(run: _Run, at: int | None, report: Report) -> MetricsLog:
+    names = run.recipe.training.report_to
+    sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
+    return MetricsLog(run.folder, at, sinks, report)
+
+
+def _member(run: _Run, metrics: MetricsLog, progress: Progress, members: int) -> Member:
+    training = run.recipe.training
+    keep = training.save_total_limit if members == 1 else max(2, training.save_total_limit)
+    objective = OBJECTIVES[training.objective]()
+    return Member(run.place, objective, training, run.data.train, run.data.eval, metrics, progress, keep)
+
+
+def _finished(run: _Run, on: Together, plan: PassPlan, outcome: Outcome, members: int) -> TrainedRun:
+    keep_adapter(run.place, run.recipe.training, outcome)
+    result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
+    result |= {
+        "base_weights_bytes": on.weight_bytes,
+        "base_held_as": on.held_as,
+        "checkpointed_layers": plan.checkpointed_layers,
+        "shared_with": members,
+    }
+    write_json(run.folder / RESULT, result)
+    return TrainedRun(run.folder, result, run.place.name)
+
+
+def _names(recipes: Sequence[Recipe], adapters: Adapters) -> list[str]:
+    """A name in the base for each recipe, from its folder's."""
+    names: list[str] = []
+    for recipe in recipes:
+        stem = Path(recipe.output_dir).resolve().name.replace(".", "_") or "run"
+        tries = [stem, *(f"{stem}-{number}" for number in range(2, 2 + len(recipes) + len(adapters.configs) + 1))]
+        taken = {*names, *adapters.configs}
+        names.append(next(name for name in tries if name not in taken and not hasattr(nn.ModuleDict, name)))
+    return names
+
+
+def _refuse_another_base(on: Together, recipe: Recipe) -> None:
+    if (on.model, on.quantization) != (recipe.model, recipe.quantization):
+        raise RequestError(
+            f"{recipe.output_dir} asks for {recipe.model.model_name_or_path}, and the base that is loaded is "
+            f"{on.base.name} by other options of model or quantization; load the one that the recipe names"
+        )
+
+
+def _check_loraplus(recipe: Recipe, parameters: dict[str, Any]) -> None:
+    if recipe.training.loraplus_lr_ratio is not None and not any("lora_" in name for name in parameters):
+        raise RequestError(
+            f"training.loraplus_lr_ratio is {recipe.training.loraplus_lr_ratio}, and an adapter of method "
+            f"{recipe.adapter.method} has no B matrices for it; leave it out, or take method lora"
+        )
+
+
+def _held_as(base: Base) -> str:
+    """In which types the frozen base is held."""
+    dense = str(base.module.dtype).removeprefix("torch.")
+    kinds = [f"{count} layers in {kind}" for kind, count in packed_kinds(base.module).items()]
+    return ", ".join([*kinds, f"the rest in {dense}"]) if kinds else f"in {dense}"

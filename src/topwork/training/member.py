@@ -1,0 +1,223 @@
+"""One adapter in training: rows, optimizer, state, metrics, run folder. The loop tells it what its steps gave."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
+from topwork.common.errors import NonFiniteLossError
+from topwork.data.batches import step_indices, steps_per_epoch
+from topwork.data.examples import Example
+from topwork.training.checkpoint import (
+    ADAPTER,
+    TrainState,
+    Validation,
+    checkpoint_path,
+    load_checkpoint,
+    save_checkpoint,
+)
+from topwork.training.config import TrainingConfig
+from topwork.training.metrics import MetricsLog
+from topwork.training.objective import Objective
+from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
+from topwork.training.progress import Progress
+from topwork.training.schedule import learning_rate
+from topwork.training.step import Learner, StepResult
+from topwork.training.watch import overfitting_since
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Place:
+    """An adapter's place in the base, and its run's folder."""
+
+    adapters: Adapters
+    name: str
+    base_id: BaseId
+    run_dir: Path
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step's result, how long its passes took, and the tokens of all adapters in them."""
+
+    result: StepResult
+    seconds: float
+    pass_tokens: int
+
+
+class Member:
+    """One adapter, its plan, and how far it is (`state`)."""
+
+    def __init__(
+        self,
+        place: Place,
+        objective: Objective,
+        config: TrainingConfig,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        metrics: MetricsLog,
+        progress: Progress,
+        keep: int | None = None,
+    ) -> None:
+        self.place, self.name, self.config = place, place.name, config
+        self.train, self.held_out = train, held_out
+        self.metrics, self.progress = metrics, progress
+        self.keep = keep or config.save_total_limit
+        parameters = place.adapters.parameters(place.name)
+        groups = parameter_groups(config, parameters)
+        self.names = [name for group in groups for name in group["names"]]
+        self.optimizer = make_optimizer(config, groups, place.run_dir)
+        self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
+        self.steps = planned_steps(config, len(train))
+        self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
+        self.save_every = config.save_steps or self.eval_every
+        self.checkpoints = place.run_dir / CHECKPOINTS
+        self.state = TrainState(step=0)
+        self._rows: list[Example] = []
+        self._unlogged: list[Timed] = []
+
+    def resume(self, checkpoint: Path, at: int) -> None:
+        """Take weights, optimizer and random state from a checkpoint, to go on from the loop's round `at`."""
+        self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER).tensors)
+        state = load_checkpoint(checkpoint, self.optimizer, self.names)
+        if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again
+            state = replace(state, ended=None, ended_at=None)
+        self.state = state
+
+    def next_rows(self) -> list[Example]:
+        """The rows of its next optimizer step, for which its learning rate is set."""
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.state.step, self.steps))
+        indices = step_indices(len(self.train), self.config.batch_size, self.config.seed, self.state.step)
+        self._rows = [self.train[i] for i in indices]
+        return self._rows
+
+    def stepped(self, timed: Timed) -> None:
+        """An optimizer step is done."""
+        rate = learning_rate(self.config, self.state.step, self.steps)
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            tokens_seen=self.state.tokens_seen + timed.result.tokens,
+            loss_sum=self.state.loss_sum + timed.result.loss,
+            loss_count=self.state.loss_count + 1,
+        )
+        step = self.state.step
+        self._unlogged.append(timed)
+        if step % self.config.logging_steps == 0 or step in (1, self.steps):
+            self.metrics.write("train", step, self._record(self._unlogged, rate))
+            self._unlogged = []
+        self.progress.stepped(step, self._record([timed], rate))
+
+    def validated(self, loss: float) -> None:
+        """A validation is done, with a loss that is finite."""
+        state = self.state
+        trained = state.loss_sum / state.loss_count if state.loss_count else None
+        better = state.step > 0 and (state.best_loss is None or loss < state.best_loss)  # at 0 it is the bare base
+        self.state = replace(
+            state,
+            history=(*state.history, Validation(state.step, trained, loss)),
+            loss_sum=0.0,
+            loss_count=0,
+            best_loss=loss if better else state.best_loss,
+            best_step=state.step if better else state.best_step,
+            evals_without_gain=0 if better or state.step == 0 else state.evals_without_gain + 1,
+        )
+        record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        self.metrics.write("eval", state.step, record)
+        self.progress.validated(state.step, record)
+        since = overfitting_since(self.state.history)
+        if since is not None:
+            self._note(
+                f"validation loss has risen since step {since} while training loss falls: overfitting. Fewer epochs, a "
+                "lower learning rate, some lora_dropout or more data help; early_stopping_patience stops by itself."
+            )
+
+    def settle(self) -> None:
+        """See whether the plan is done, or patience is out."""
+        if self.state.step == self.steps:
+            self._end("finished", self.state.step)
+        elif self._patience_is_out():
+            self._end("early stopping", self.state.step)
+
+    def diverge(self, error: NonFiniteLossError, at: int) -> None:
+        """Leave the pass in round `at`, with the last good state."""
+        self._note(f"diverged, and left the pass: {error}")
+        self._end("diverged", at)
+
+    def validation_is_due(self) -> bool:
+        """Whether it is to be validated after the step it is at."""
+        return self.state.step % self.eval_every == 0 or self.state.step == self.steps
+
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint is to be written of the step it is at."""
+        state = self.state
+        return state.ended is not None or state.step % self.save_every == 0 or state.best_step == state.step
+
+    def save(self) -> None:
+        """Write a checkpoint of the step it is at."""
+        place = self.place
+        save_checkpoint(
+            self.checkpoints,
+            self.state.step,
+            lambda folder: write_adapter(folder, place.adapters, self.name, place.base_id),
+            self.optimizer,
+            self.names,
+            self.state,
+            self.keep,
+            self.state.best_step if self.config.load_best_model_at_end else None,
+        )
+
+    def keep_last(self) -> None:
+        """Write a checkpoint of the last good step, where there is none."""
+        if not checkpoint_path(self.checkpoints, self.state.step).exists():
+            self.save()
+
+    def explained(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        """A step's failure with its batch named."""
+        rows, step = self._rows, self.state.step
+        named = ", ".join(row.source for row in rows[:8]) + (", …" if len(rows) > 8 else "")
+        return NonFiniteLossError(
+            f"step {step + 1}: {error}. The batch was {named}. Nothing was updated; the state after step "
+            f"{step} is kept in {self.checkpoints}. Look at these rows, lower training.learning_rate or take "
+            "model.dtype: float32, then start again."
+        )
+
+    def _end(self, how: str, at: int) -> None:
+        self.state = replace(self.state, ended=how, ended_at=at)
+        self.progress.ended(how)
+
+    def _patience_is_out(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.evals_without_gain >= patience
+
+    def _record(self, timed: Sequence[Timed], rate: float) -> dict[str, Any]:
+        """The mean loss of some steps, what went through them, and the rest as the last of them had it."""
+        results, seconds = [each.result for each in timed], sum(each.seconds for each in timed)
+        tokens, passed = sum(result.tokens for result in results), sum(each.pass_tokens for each in timed)
+        epoch = self.state.step / steps_per_epoch(len(self.train), self.config.batch_size)
+        return {
+            "loss": sum(result.loss for result in results) / len(results),
+            "grad_norm": results[-1].grad_norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "learned_tokens": sum(result.learned_tokens for result in results),
+            "tokens_per_second": round(passed / seconds, 1),
+            "seconds": round(seconds, 4),
+            "epoch": round(epoch, 4),
+            **({"pass_tokens": passed} if passed != tokens else {}),
+        }
+
+    def _note(self, text: str) -> None:
+        self.metrics.write("note", self.state.step, {"text": text})
+        self.progress.note(text)
+
+
+def planned_steps(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a run."""
+    per_epoch = steps_per_epoch(rows, config.batch_size)
+    return config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
