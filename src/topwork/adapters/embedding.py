@@ -16,6 +16,8 @@ from topwork.common.errors import AdapterError
 from topwork.quantization.linear import PackedModule, QuantizedEmbedding
 
 EMBEDDINGS = (nn.Embedding, QuantizedEmbedding)
+EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+"""What families call their input embedding."""
 
 
 def embedding_shape(module: nn.Module) -> tuple[int, int]:

@@ -20,11 +20,19 @@ from topwork.adapters.formats.format import Format
 from topwork.adapters.formats.ia3 import IA3
 from topwork.adapters.formats.lora import LORA
 from topwork.adapters.formats.own import BITFIT, FULL
+from topwork.adapters.formats.virtual import PREFIX_TUNING, PROMPT_TUNING, at_embedding
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
 
-FORMATS: dict[str, Format] = {"lora": LORA, "ia3": IA3, "bitfit": BITFIT, "full": FULL}
+FORMATS: dict[str, Format] = {
+    "lora": LORA,
+    "ia3": IA3,
+    "prefix": PREFIX_TUNING,
+    "prompt": PROMPT_TUNING,
+    "bitfit": BITFIT,
+    "full": FULL,
+}
 """Method -> how its folders are written and read."""
 PEFT_TYPES: dict[str, Format] = {form.peft_type: form for form in FORMATS.values() if form.peft_type}
 """`peft_type` -> the same, for folders that others wrote."""
@@ -85,7 +93,8 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     warning = check_base(saved, base, force)
     adapters.add(name, saved.config)
     try:
-        adapters.load(name, _without_base_copies(saved.tensors, adapters, name))
+        tensors = at_embedding(saved.tensors, adapters.stored(name))
+        adapters.load(name, _without_base_copies(tensors, adapters, name))
     except AdapterError:
         adapters.remove(name)
         raise

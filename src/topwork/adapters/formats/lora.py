@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.embedding import EMBEDDING_NAMES, EmbeddingLora
 from topwork.adapters.formats.format import Format, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.inits import PAIRS
@@ -18,17 +19,18 @@ from topwork.common.errors import AdapterError
 SHARED_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights",
+    "trainable_token_indices",
 )  # fmt: skip
 UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
 
 def _keys(adapters: Adapters, name: str) -> dict[str, Any]:
     config = adapters.configs[name]
     modules = bare_modules(adapters.model)
-    targets = [path for path, part in adapters.parts(name).items() if isinstance(part, Lora)]
+    targets = [path for path, part in adapters.parts(name).items() if isinstance(part, Lora | EmbeddingLora)]
     written = _written_targets(config, targets, modules)
     by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
@@ -79,6 +81,11 @@ def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
     fields = {key: raw[key] for key in SHARED_FIELDS if key in raw and raw[key] is not None}
     if fields.get("init_lora_weights") not in (True, "gaussian"):
         fields["init_lora_weights"] = True  # the weights are in the file; how they began does not matter
+    tokens = fields.get("trainable_token_indices")
+    if isinstance(tokens, dict):  # by module
+        if len(tokens) != 1 or next(iter(tokens)).rpartition(".")[2] not in EMBEDDING_NAMES:
+            raise AdapterError(f"{folder} trains tokens of {sorted(tokens)}; those of the input embedding can be read")
+        fields["trainable_token_indices"] = next(iter(tokens.values()))
     return fields
 
 
