@@ -96,6 +96,11 @@ class AdapterConfig(Options):
         return self
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the context its learned tokens take before every text."""
+        return self.num_virtual_tokens if self.method in ("prefix", "prompt") else 0
+
+    @property
     def targets(self) -> str | list[str]:
         """`target_modules`, or the method's own where it has some and the recipe names none."""
         return (

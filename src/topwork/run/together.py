@@ -70,7 +70,7 @@ def open_together(recipe: Recipe, report: Report = print) -> Together:
     base = load_base(recipe.model, report, recipe.quantization)
     weights, held_as = weight_bytes(base.module), _held_as(base)
     report(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
-    return Together(base, Adapters(base.module), recipe.model, recipe.quantization, weights, held_as)
+    return Together(base, Adapters(base.module, base.tokenizer), recipe.model, recipe.quantization, weights, held_as)
 
 
 def members_that_fit(on: Together, recipes: Sequence[Recipe]) -> int:
@@ -170,13 +170,14 @@ def _grafted(on: Together, recipes: Sequence[Recipe], names: Sequence[str], repo
 
 def _load_data(recipes: Sequence[Recipe], base: Base, report: Report) -> list[Data]:
     """Data that several recipes name alike are loaded once; the seed counts where it holds rows out."""
-    known: dict[tuple[str, int | None], Data] = {}
+    known: dict[tuple[str, int | None, int], Data] = {}
     found = []
     for recipe in recipes:
         config, seed = recipe.data, recipe.training.seed
-        key = (config.model_dump_json(), seed if config.eval is None else None)
+        room = base.context_length - recipe.adapter.virtual_tokens
+        key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
         if key not in known:
-            known[key] = load_data(config, base.tokenizer, base.context_length, seed, report)
+            known[key] = load_data(config, base.tokenizer, room, seed, report)
         found.append(known[key])
     return found
 
