@@ -1,9 +1,12 @@
 """Folding one adapter into its base, and writing the result as an ordinary Hugging Face folder.
 
-    W' = W + s * B A        computed in fp32, stored in W's own type
+    LoRA    W' = W + s B A                  computed in fp32, stored in W's own type
+    DoRA    W' = m / |W + s B A| (W + s B A)
+    IA3     W' = l W, b' = l b, or W' = W l for a module whose inputs are scaled
+    BitFit  b' the learned bias
 
-A module of `modules_to_save` takes the place of the base's. Merging is for the last adapter of a base: others grafted
-beside it were trained on W and not on W'.
+A module that was trained whole (`modules_to_save`, full fine-tuning) takes the place of the base's. Merging is for the
+last adapter of a base: others grafted beside it were trained on W and not on W'.
 """
 
 from collections.abc import Sequence
@@ -14,9 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from topwork.adapters.embedding import TiedTokens
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.part import Part
-from topwork.adapters.whole import Whole
+from topwork.adapters.virtual import VirtualTokens
+from topwork.adapters.whole import TiedHead, Whole
 from topwork.common.errors import AdapterError, RunError
 from topwork.common.files import write_folder
 from topwork.models.base import Base
@@ -37,15 +42,18 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
     _check(base, adapters, name)
     dequantize(base.module)
     replaced: dict[str, nn.Module] = {}
+    tied = any(isinstance(part, TiedHead | TiedTokens) for part in adapters.parts(name).values())
     for path, part in adapters.parts(name).items():
         own = base.module.get_submodule(path).base_layer
-        if isinstance(part, Whole):
+        if isinstance(part, Whole | TiedHead):
             replaced[path] = part.replacement(own)  # type: ignore[arg-type]
         else:
             _fold(base.module, path, own, part)  # type: ignore[arg-type]
     adapters.remove(name)
     for path, module in replaced.items():
         base.module.set_submodule(path, module)
+    if tied:
+        base.module.get_output_embeddings().weight = base.module.get_input_embeddings().weight
     _record_untied(base.module)
 
 
@@ -74,7 +82,9 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
         )
     for path, part in adapters.parts(name).items():
         layer = base.module.get_submodule(path)
-        if isinstance(layer.base_layer, PackedModule) or isinstance(part, Whole):
+        if isinstance(part, VirtualTokens):
+            part.folded(layer.weight, None)  # type: ignore[arg-type]  # AdapterError
+        if isinstance(layer.base_layer, PackedModule) or isinstance(part, Whole | TiedHead):
             continue
         if layer.weight.dtype not in MERGEABLE:
             raise AdapterError(

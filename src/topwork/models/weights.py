@@ -1,6 +1,6 @@
 """A model's linear weights one by one, from its files, without the model."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,32 @@ def stored_weights(source: Source, model: PreTrainedModel, dtype: torch.dtype | 
             layer = layers[paths[key]]
             weight = promise[...]
             yield paths[key], _as_rows(weight if dtype is None else weight.to(dtype), layer)
+
+
+def original_weight(source: Source, model: PreTrainedModel) -> Callable[[str], Tensor]:
+    """A function that reads one layer's weight [out, in] by its path, as it was before it was quantized on the way in.
+
+    `model` is the quantized one. The function raises ModelError where the files hold no such weight in 16 or 32 bits: a
+    checkpoint that was written quantized, or a GGUF file.
+    """
+
+    def read(path: str) -> Tensor:
+        names = (f"{path}.weight", f"{path.removeprefix(model.base_model_prefix + '.')}.weight")
+        try:
+            weights = promised(weight_files(source.folder, source.revision))
+        except OSError as error:
+            raise ModelError(f"{source.name} has no weights in safetensors that can be read: {error}") from error
+        key = next((name for name in names if name in weights), None)
+        weight = None if key is None else weights[key][...]
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ModelError(
+                f"{source.name} holds no weight of {path} in 16 or 32 bits, as LoftQ asks for; give the checkpoint "
+                "from before it was quantized, and let it be quantized as it is read"
+            )
+        layer = model.get_submodule(path)
+        return weight.t().contiguous() if getattr(getattr(layer, "base_layer", layer), "turned", False) else weight
+
+    return read
 
 
 def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:

@@ -1,0 +1,251 @@
+"""What must hold for every adapter method: each property over all rows of `sheet.py`."""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.sheet import ROWS, Row
+from reference.families import learning_stream, logits, randomise, sequences, tiny_base, tiny_model
+from reference.measure import relative
+from reference.quantized_by_others import write_base
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
+from topwork.common.errors import AdapterError
+from topwork.merging.merge import dequantize, merge
+from topwork.models.base import Base, as_base, load_base
+from topwork.models.config import ModelConfig
+from topwork.models.source import find_source
+from topwork.models.weights import original_weight
+from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.quantization.config import QuantizationConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NF4 = QuantizationConfig(load_in_4bit=True)
+ALL = list(ROWS)
+DENSE = [name for name, row in ROWS.items() if row.dense]
+QUANTIZED = [name for name, row in ROWS.items() if row.quantized]
+Bases = Callable[..., tuple[Base, Adapters]]
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """bases(row, dtype="float32", nf4=False): a fresh base of a row's family, and its adapters, none yet."""
+    folders: dict[str, Path] = {}
+
+    def load(row: Row, dtype: str = "float32", nf4: bool = False) -> tuple[Base, Adapters]:
+        if not (nf4 or not row.dense):
+            base = tiny_base(row.family, DTYPES[dtype], **row.values)
+            return base, Adapters(base.module)
+        name = f"{row.family} {row.values}"
+        if name not in folders:
+            folders[name] = write_base(tmp_path_factory.mktemp("base") / "base", row.family, **row.values)
+        config = ModelConfig.model_validate({"model_name_or_path": str(folders[name]), "dtype": dtype, "device": "cpu"})
+        base = load_base(config, lambda _: None, NF4)
+        source = find_source(config, lambda _: None)
+        return base, Adapters(base.module, base.tokenizer, original_weight(source, base.module))
+
+    return load
+
+
+def trained(bases: Bases, row: Row, seed: int = 0, **where: Any) -> tuple[Base, Adapters]:
+    """A base with the row's adapter `a`, its weights no longer the first."""
+    base, adapters = bases(row, **where)
+    adapters.add("a", row.config, seed)
+    randomise(adapters, "a", seed)
+    return base, adapters
+
+
+def by_sequence(stream: Stream, names: Iterable[str | None]) -> Stream:
+    """Each sequence a segment of its own."""
+    spans = zip(stream.bounds, stream.bounds[1:])
+    return replace(stream, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
+
+
+def gradients(base: Base, adapters: Adapters, stream: Stream, name: str = "a") -> dict[str, Tensor]:
+    parameters = adapters.parameters(name)
+    loss = (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(parameters.items(), found)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in DENSE if ROWS[name].fresh is not None])
+def test_a_fresh_adapter_is_the_base(name: str, dtype: str, bases: Bases) -> None:
+    row = ROWS[name]
+    base, adapters = bases(row, dtype)
+    before = logits(base, stream_of(sequences()))
+    adapters.add("a", row.config)
+    fresh = logits(base, stream_of(sequences(), "a"))
+    assert row.fresh is not None
+    assert torch.equal(fresh, before) if row.fresh == 0 or dtype == "bfloat16" else relative(fresh, before) < row.fresh
+    randomise(adapters, "a")
+    assert relative(logits(base, stream_of(sequences(), "a")), before) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if ROWS[name].fresh is not None])
+def test_a_fresh_adapter_is_the_quantized_base(name: str, dtype: str, bases: Bases) -> None:
+    row = ROWS[name]
+    base, adapters = bases(row, dtype, nf4=True)
+    before = logits(base, stream_of(sequences()))
+    adapters.add("a", row.config)
+    fresh = logits(base, stream_of(sequences(), "a"))
+    assert row.fresh is not None
+    assert torch.equal(fresh, before) if row.fresh == 0 or dtype == "bfloat16" else relative(fresh, before) < row.fresh
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_its_parameters_train_and_off_is_the_base(name: str, bases: Bases) -> None:
+    base, adapters = bases(ROWS[name])
+    modules, before = dict(base.module.named_modules()), logits(base, stream_of(sequences()))
+    weights = {key: p.clone() for key, p in base.module.named_parameters()}
+    adapters.add("a", ROWS[name].config)
+    randomise(adapters, "a")
+    assert torch.equal(logits(base, stream_of(sequences())), before)
+    stream = learning_stream(sequences(), "a")
+    base.log_probabilities(stream).sum().backward()
+    own = {id(parameter) for parameter in adapters.parameters("a").values()}
+    assert len(own) == len(adapters.parameters("a"))
+    for key, parameter in base.module.named_parameters():
+        assert (id(parameter) in own) == parameter.requires_grad == (parameter.grad is not None), key
+        assert parameter.dtype == torch.float32 or id(parameter) not in own
+    adapters.remove("a")
+    assert dict(base.module.named_modules()) == modules
+    assert all(torch.equal(p, weights[key]) for key, p in base.module.named_parameters())
+    assert torch.equal(logits(base, stream_of(sequences())), before)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", ALL)
+def test_written_and_read_it_is_the_same(name: str, nf4: bool, bases: Bases, tmp_path: Path) -> None:
+    row = ROWS[name]
+    if nf4 and not row.quantized:
+        pytest.skip("stands on no quantized base")
+    base, adapters = trained(bases, row, nf4=nf4)
+    identity = BaseId(base.name, base.fingerprint)
+    write_adapter(tmp_path / "first", adapters, "a", identity)
+    expected = logits(base, stream_of(sequences(), "a"))
+    other, others = bases(row, nf4=nf4)
+    assert load_adapter(others, "b", read_adapter(tmp_path / "first"), identity) is None
+    assert relative(logits(other, stream_of(sequences(), "b")), expected) < 1e-6
+    again, resumed = bases(row, nf4=nf4)  # as a run does that goes on: the recipe's own config, and what was saved
+    resumed.add("a", row.config, seed=3)
+    resumed.load("a", read_adapter(tmp_path / "first").tensors)
+    assert torch.equal(logits(again, stream_of(sequences(), "a")), expected)
+    for key, parameter in adapters.parameters("a").items():
+        assert torch.equal(resumed.parameters("a")[key], parameter), key
+    write_adapter(tmp_path / "second", resumed, "a", identity)
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", ALL)
+def test_merged_it_is_the_same_model(name: str, nf4: bool, bases: Bases) -> None:
+    row = ROWS[name]
+    if nf4 and not row.quantized:
+        pytest.skip("stands on no quantized base")
+    base, adapters = trained(bases, row, nf4=nf4)
+    expected = logits(base, stream_of(sequences(), "a"))
+    if not row.merges:
+        before = copy.deepcopy(base.module.state_dict())
+        with pytest.raises(AdapterError, match="cannot be merged"):
+            merge(base, adapters, "a")
+        assert all(torch.equal(value, before[key]) for key, value in base.module.state_dict().items())
+        return
+    merge(base, adapters, "a")
+    assert relative(logits(base, stream_of(sequences())), expected) < 1e-5
+    assert not any(parameter.requires_grad for parameter in base.module.parameters())
+
+
+@pytest.mark.parametrize("kind", sorted({f"{row.family} {row.values}" for row in ROWS.values()}))
+def test_all_rows_in_one_stream_are_each_alone(kind: str, bases: Bases) -> None:
+    """Every method beside every other and beside no adapter, in one pass over one base."""
+    rows = {f"row{at}": row for at, row in enumerate(ROWS.values()) if f"{row.family} {row.values}" == kind}
+    nf4 = any(not row.dense for row in rows.values())
+    base, adapters = bases(next(iter(rows.values())), nf4=nf4)
+    for at, (name, row) in enumerate(rows.items()):
+        adapters.add(name, row.config, seed=at)
+        randomise(adapters, name, at)
+    names = [None, *rows, None]
+    parts = sequences([3 + 2 * at for at in range(len(names))])
+    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
+    bare = logits(base, stream_of(parts)).split([len(part) for part in parts])
+    for part, name, found, without in zip(parts, names, together, bare, strict=True):
+        assert relative(found, logits(base, stream_of([part], name))) < 2e-6
+        assert (relative(found, without) > 1e-3) == (name is not None)
+        if name is not None:
+            alone, own = bases(rows[name], nf4=nf4)
+            own.add("a", rows[name].config, seed=list(rows).index(name))
+            randomise(own, "a", list(rows).index(name))
+            assert relative(found, logits(alone, stream_of([part], "a"))) < 2e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_packed_is_alone(name: str, bases: Bases) -> None:
+    """Values, and gradients beside another adapter of the same kind and beside none."""
+    base, adapters = trained(bases, ROWS[name])
+    parts = sequences()
+    together = logits(base, stream_of(parts, "a")).split([len(part) for part in parts])
+    for part, found in zip(parts, together, strict=True):
+        assert relative(found, logits(base, stream_of([part], "a"))) < 2e-6
+    adapters.add("b", ROWS[name].config, seed=5)
+    stream = learning_stream(parts)
+    mixed = gradients(base, adapters, by_sequence(stream, ["a", "a", None, "b"]))
+    lower = stream.rows < stream.bounds[2]
+    own = replace(
+        learning_stream(parts[:2], "a"),
+        rows=stream.rows[lower], targets=stream.targets[lower], weights=stream.weights[lower],
+    )  # fmt: skip
+    expected = gradients(base, adapters, own)
+    assert relative(list(mixed.values()), list(expected.values())) < 5e-6
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_fast_layers_give_the_plain_ones_gradients(name: str) -> None:
+    row = ROWS[name]
+    results = []
+    for fast in (True, False):
+        model = tiny_model(row.family, **row.values)
+        base = as_base(model, None, "tiny", lambda _: None, fast=fast)  # type: ignore[arg-type]
+        adapters = Adapters(base.module)
+        adapters.add("a", row.config)
+        randomise(adapters, "a")
+        stream = by_sequence(learning_stream(sequences()), ["a", None, "a", "a"])
+        results.append((logits(base, stream), gradients(base, adapters, stream)))
+    (found, slopes), (expected, their_slopes) = results
+    assert relative(found, expected) < 2e-6
+    for key, gradient in their_slopes.items():
+        assert relative(slopes[key], gradient, least=1e-4) < 2e-5, key
+        assert gradient.any() or "embed" in key, key
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_gradients_on_a_quantized_base_are_those_on_its_dense_twin(name: str, bases: Bases) -> None:
+    found = []
+    for twin in (False, True):
+        base, adapters = trained(bases, ROWS[name], nf4=True)
+        if twin:
+            dequantize(base.module)
+        found.append(list(gradients(base, adapters, learning_stream(sequences(), "a")).values()))
+    assert relative(found[0], found[1]) < 5e-6
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
+def test_dropout_in_training_only(name: str, bases: Bases) -> None:
+    base, adapters = bases(ROWS[name])
+    before = logits(base, stream_of(sequences()))
+    adapters.add("a", ROWS[name].config)
+    adapters.train("a")
+    assert relative(logits(base, stream_of(sequences(), "a")), before) < 1e-6
+    randomise(adapters, "a")
+    stream = stream_of(sequences(), "a")
+    assert not torch.equal(logits(base, stream), logits(base, stream))
+    adapters.train("a", False)
+    assert torch.equal(logits(base, stream), logits(base, stream))
