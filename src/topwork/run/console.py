@@ -39,6 +39,8 @@ class TrainingBar:
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", style="yellow")
 
+    def ended(self, how: str) -> None: ...
+
     def finished(self) -> None:
         self._bar.stop()
 
@@ -66,6 +68,8 @@ class TrainingLines:
 
     def note(self, text: str) -> None:
         _line(f"note: {text}")
+
+    def ended(self, how: str) -> None: ...
 
     def finished(self) -> None: ...
 
