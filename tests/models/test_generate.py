@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from reference.families import CONTEXT, VOCABULARY, randomise, tiny_base, tiny_model
+from reference.families import CONTEXT, VOCABULARY, logits, randomise, tiny_base, tiny_model
+from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
 from topwork.models import generate as module
 from topwork.models.base import Base
 from topwork.models.generate import Sampling, generate
+from topwork.ops.stream import stream_of
 
 NEW = 20
 NEVER: set[int] = set()
@@ -179,3 +181,50 @@ def test_the_cache_grows_beyond_its_first_size() -> None:
     found = generate(base, [[3, 4]], [None], NEVER, Sampling(max_new_tokens=count))
     assert found == [by_transformers(model, [3, 4], count)]
     assert len(found[0]) == count
+
+
+def with_virtual_tokens(family: str, dtype: torch.dtype = torch.float32) -> Base:
+    """A prefix, a prompt and a LoRA."""
+    base = tiny_base(family, dtype, **WILD)
+    adapters = Adapters(base.module)
+    adapters.add("prefix", AdapterConfig(method="prefix", num_virtual_tokens=3))
+    adapters.add("prompt", AdapterConfig(method="prompt", num_virtual_tokens=7))
+    adapters.add("lora", AdapterConfig(r=4, lora_alpha=16))
+    for name in ("prefix", "prompt", "lora"):
+        randomise(adapters, name)
+    with torch.no_grad():
+        for parameter in adapters.parameters("prefix").values():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return base
+
+
+def by_whole_passes(base: Base, prompt: list[int], name: str | None, count: int = NEW) -> list[int]:
+    """Greedy, the whole text run anew for every token."""
+    text = list(prompt)
+    for _ in range(count):
+        stream = stream_of([torch.tensor(text)], name)
+        with torch.no_grad():
+            text.append(int(base.logits(stream, torch.tensor([len(text) - 1])).argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_oss"])
+def test_virtual_tokens_stand_before_what_is_generated(family: str) -> None:
+    """Mixed in one batch with a LoRA and the bare base: token by token what a whole pass over the text says."""
+    base = with_virtual_tokens(family)
+    names = ["prompt", "prefix", "lora", "prefix", None]
+    found = greedy(base, prompts(), names)
+    assert found == [by_whole_passes(base, prompt, name) for prompt, name in zip(prompts(), names)]
+    text = torch.tensor(prompts()[0])
+    bare = logits(base, stream_of([text]))
+    for name in ("prefix", "prompt"):
+        assert relative(logits(base, stream_of([text], name)), bare) > 0.01
+
+
+def test_virtual_tokens_leave_less_of_the_context() -> None:
+    base = with_virtual_tokens("llama")
+    prompt = prompts((CONTEXT - 10,))[0]
+    counts = [len(greedy(base, [prompt], [name])[0]) for name in (None, "prefix", "prompt")]
+    assert counts == [10, 7, 3]
+    with pytest.raises(RequestError, match="the context of tiny is 57 without virtual tokens"):
+        greedy(base, prompts((57,)), ["prompt"])

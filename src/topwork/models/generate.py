@@ -97,7 +97,8 @@ def generate(
     for one that leaves no room in the model's context.
     """
     for index, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < (room := _room(base, adapters[index])):
+        room = _room(base, adapters[index])
+        if not 0 < len(prompt) < room:
             raise RequestError(
                 f"prompt {index} has {len(prompt)} tokens; the context of {base.name} is {room}"
                 f"{' without virtual tokens' if room < base.context_length else ''}, and a prompt must be shorter and "
