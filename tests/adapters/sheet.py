@@ -57,5 +57,22 @@ ROWS: dict[str, Row] = {
     "bitfit on qwen2": Row(AdapterConfig(method="bitfit"), "qwen2"),
     "full": Row(AdapterConfig(method="full"), fresh=1e-6),
     "full, tied": Row(AdapterConfig(method="full"), "qwen2", {"tie_word_embeddings": True}, fresh=1e-6),
+    "prefix": Row(AdapterConfig(method="prefix", num_virtual_tokens=3), fresh=None, merges=False),
+    "prefix on qwen3": Row(AdapterConfig(method="prefix", num_virtual_tokens=2), "qwen3", fresh=None, merges=False),
+    "prompt": Row(AdapterConfig(method="prompt", num_virtual_tokens=3), fresh=None, merges=False),
+    "prompt of the vocabulary on gemma3": Row(
+        AdapterConfig(method="prompt", num_virtual_tokens=2, prompt_tuning_init="vocabulary"),
+        "gemma3_text",
+        fresh=None,
+        merges=False,
+    ),
+    "embedding lora": Row(lora(target_modules=["embed_tokens", "v_proj"])),
+    "embedding lora, tied": Row(lora(target_modules=["embed_tokens"]), "gemma3_text", {"tie_word_embeddings": True}),
+    "head lora": Row(lora(target_modules=["lm_head"], lora_dropout=0.2)),
+    "head lora, tied": Row(lora(target_modules=["lm_head", "q_proj"]), values={"tie_word_embeddings": True}),
+    "trained tokens": Row(lora(trainable_token_indices=[7, 5, 98])),
+    "trained tokens, tied": Row(
+        lora(target_modules=["q_proj"], trainable_token_indices=[3, 50]), "gemma3_text", {"tie_word_embeddings": True}
+    ),
 }
 """Name -> row."""
