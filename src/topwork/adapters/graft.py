@@ -81,6 +81,7 @@ class Adapters:
         """Set an adapter's tensors from what `stored` gave. Raises AdapterError naming what is missing, unknown or of
         another shape; nothing is set then."""
         own = self.stored(name)
+        tensors = _placed(tensors, own)
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         wrong = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         if missing or unknown or wrong:
@@ -172,6 +173,12 @@ def _device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors are."""
     tensors = [*module.parameters(), *module.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _placed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By our names: PEFT's `prompt_embeddings` stands in the file without the path that it has here."""
+    places = {key.rpartition(".")[2]: key for key in own}
+    return {key if "." in key or key in own else places.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _key(path: str, key: str) -> str:

@@ -20,7 +20,7 @@ from topwork.adapters.formats.format import Format
 from topwork.adapters.formats.ia3 import IA3
 from topwork.adapters.formats.lora import LORA
 from topwork.adapters.formats.own import BITFIT, FULL
-from topwork.adapters.formats.virtual import PREFIX_TUNING, PROMPT_TUNING, at_embedding
+from topwork.adapters.formats.virtual import PREFIX_TUNING, PROMPT_TUNING
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
@@ -93,8 +93,7 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     warning = check_base(saved, base, force)
     adapters.add(name, saved.config)
     try:
-        tensors = at_embedding(saved.tensors, adapters.stored(name))
-        adapters.load(name, _without_base_copies(tensors, adapters, name))
+        adapters.load(name, _without_base_copies(saved.tensors, adapters, name))
     except AdapterError:
         adapters.remove(name)
         raise

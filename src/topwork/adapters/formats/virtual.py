@@ -1,4 +1,5 @@
-"""PEFT's PREFIX_TUNING and PROMPT_TUNING folders: one tensor `prompt_embeddings`, which PEFT names without a path.
+"""PEFT's PREFIX_TUNING and PROMPT_TUNING folders: one tensor `prompt_embeddings`, which PEFT names without a path
+(`Adapters.load` finds its place).
 
 How a prompt began from a text is not written: PEFT would look for a tokenizer by name to begin with it once more.
 """
@@ -13,14 +14,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.virtual import Prefix
 from topwork.common.errors import AdapterError
 
-TENSOR = "prompt_embeddings"
 STARTS = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
-
-
-def at_embedding(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors by the names that `own`, the grafted adapter's, has: where the embedding is, the base says."""
-    place = next((key for key in own if key.endswith("." + TENSOR)), TENSOR)
-    return {place if key == TENSOR else key: tensor for key, tensor in tensors.items()}
 
 
 def _to_file(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
