@@ -13,6 +13,9 @@ from typing import Any
 SERVER = """
 import json, os, sys
 import topwork.run.train, topwork.run.console, topwork.cli.app as app, torch
+from pathlib import Path
+from topwork.recipe.recipe import load_recipe
+from topwork.run.together import train_together
 torch.set_num_threads(1)
 for line in sys.stdin:
     asked = json.loads(line)
@@ -23,7 +26,10 @@ for line in sys.stdin:
         sys.argv = ["topwork", *asked["arguments"]]
         code = 0
         try:
-            app.main()
+            if asked["arguments"][0] == "together":
+                train_together([load_recipe(Path(path)) for path in asked["arguments"][1:]], resume=True)
+            else:
+                app.main()
         except SystemExit as exit:
             code = exit.code or 0
         except BaseException:
@@ -49,7 +55,10 @@ class Commands:
         )  # fmt: skip
 
     def run(self, arguments: Sequence[str], during: Callable[[int], None] | None = None) -> tuple[int, str]:
-        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id."""
+        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id.
+
+        Beside the command line's own there is `together RECIPE…`, which trains or resumes them in one pass.
+        """
         self._count += 1
         log = self._logs / f"{self._count}.log"
         assert self._server.stdin is not None

@@ -39,9 +39,7 @@ def mixed(names: Sequence[str], seed: int = 0) -> Stream:
         starts.append(start)
         bounds += [start + bound for bound in part.bounds[1:]]
         segments.append(Segment(start, bounds[-1], part.segments[0].adapter))
-    whole = {
-        field: torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions", "targets")
-    }
+    whole = {field: torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions", "targets")}
     learned = torch.cat([part.rows + start for part, start in zip(parts, starts)])
     weights = torch.cat([part.weights for part in parts])
     return Stream(bounds=tuple(bounds), segments=tuple(segments), rows=learned, weights=weights, **whole)
@@ -52,7 +50,7 @@ class Keep(torch.optim.SGD):
 
     given: list[Tensor]
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.given = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
@@ -137,7 +135,8 @@ def test_loraplus_steps_b_by_its_own_rate(optim: str) -> None:
         {"learning_rate": 1e-3, "loraplus_lr_ratio": 16, "optim": optim, "adam_epsilon": 1e-30}
     )
     parameters = {
-        name: torch.nn.Parameter(torch.zeros(4)) for name in ("x.lora_A.weight", "x.lora_B.weight", "x.lora_embedding_B")
+        name: torch.nn.Parameter(torch.zeros(4))
+        for name in ("x.lora_A.weight", "x.lora_B.weight", "x.lora_embedding_B")
     }
     optimizer = make_optimizer(config, parameter_groups(config, parameters))
     set_learning_rate(optimizer, 5e-4)
