@@ -4,43 +4,20 @@
 //     dv = p' do     dp = do v'     ds = scale p (dp - do . o)     dq = ds k     dk = ds' q
 //
 // As in FlashAttention (Dao, arXiv 2307.08691): blocks of rows against blocks of keys, p made again from lse.
-// All six products run through one register tile of MR rows by NR vectors: `a` is broadcast, one 32-bit unit at a time,
-// `b` is read from panels of PW columns. A unit is one fp32, or with AVX512-BF16 two bf16 that follow each other along
-// the summed axis, so that both types share everything but the multiply-add. To need no transposed scores, the backward
-// makes dk and dv transposed and turns them once, at the end. Sums are fp32. What a row does not see has a score of
-// minus infinity, so that the inner loops know no masks.
+// All six products run through one register tile (tile.h) of MR rows by NR vectors. To need no transposed scores, the
+// backward makes dk and dv transposed and turns them once, at the end. Sums are fp32. What a row does not see has a
+// score of minus infinity, so that the inner loops know no masks.
 //
 // A unit of work is one sequence and one key head with its query heads; a long sequence with few key heads is cut by
 // query heads, whose dk and dv are then added in their order. Nothing depends on the threads or on other sequences.
 
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define WIDE 1
-#define W 16  // floats in a vector
-#define NR 4  // vectors across a tile
-#elif defined(__AVX2__)
-#define W 8
-#define NR 2
-#else
-#define W 4
-#define NR 4
-#endif
-#if defined(WIDE) && defined(__AVX512BF16__)
-#define PAIRS 1
-#endif
+#include "tile.h"
 
 #define MR 6              // rows of a tile
-#define PW (NR * W)       // columns of a panel
 #define FORWARD_ROWS 48   // query rows and keys of a block: multiples of MR and 32, and of PW
 #define FORWARD_KEYS 256
 #define BACKWARD_ROWS 96
@@ -49,153 +26,15 @@
 #define FEW 16
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-#define INLINE static inline __attribute__((always_inline))
-#define APART static __attribute__((noinline))  // keeps the registers of an inner loop to itself
 
-enum { F32 = 0, BF16 = 1 };
-
-// ---- vectors -------------------------------------------------------------------------------------------------------
-
-#ifdef WIDE
-typedef __m512 V;
-INLINE V all(float x) { return _mm512_set1_ps(x); }
-INLINE V load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE void store(float *p, V x) { _mm512_storeu_ps(p, x); }
-INLINE V fma_(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE V max_(V a, V b) { return _mm512_max_ps(a, b); }  // b where one is NaN
-INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
-INLINE float largest(V x) { return _mm512_reduce_max_ps(x); }
-
-typedef __mmask16 Mask;
-INLINE Mask lanes(int64_t first, int64_t stop) {  // [first, stop), which may lie outside
-  uint32_t below = stop >= W ? 0xffff : stop <= 0 ? 0 : (1u << stop) - 1;
-  uint32_t above = first <= 0 ? 0xffff : first >= W ? 0 : 0xffffu << first;
-  return (Mask)(below & above);
-}
-INLINE V choose(Mask which, V a, V b) { return _mm512_mask_blend_ps(which, b, a); }
-INLINE V widened(const char *from) {
-  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
-}
-
-INLINE V split(V x, V *whole) {
-  *whole = _mm512_roundscale_ps(x, 0);
-  return _mm512_sub_ps(x, *whole);
-}
-INLINE V scaled(V x, V whole) { return _mm512_scalef_ps(x, whole); }
-#else
-typedef float V __attribute__((vector_size(4 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef I Mask;
-INLINE V all(float x) { return x - (V){0}; }
-INLINE V load(const float *p) { V x; memcpy(&x, p, sizeof x); return x; }
-INLINE void store(float *p, V x) { memcpy(p, &x, sizeof x); }
-INLINE V choose(Mask which, V a, V b) { return (V)(((I)a & which) | ((I)b & ~which)); }
-INLINE V max_(V a, V b) { return choose(a > b, a, b); }
-INLINE V fma_(V a, V b, V c) {
-#if defined(__AVX2__) && defined(__FMA__)
-  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-  return a * b + c;
-#endif
-}
-INLINE float sum(V x) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += x[i];
-  return total;
-}
-INLINE float largest(V x) {
-  float most = x[0];
-  for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
-  return most;
-}
-INLINE Mask lanes(int64_t first, int64_t stop) {  // [first, stop), which may lie outside
-  I at;
-  for (int i = 0; i < W; i++) at[i] = i;
-  int32_t from = first < 0 ? 0 : first > W ? W : (int32_t)first, to = stop < 0 ? 0 : stop > W ? W : (int32_t)stop;
-  return (at >= from) & (at < to);
-}
-INLINE V widened(const char *from) {
-  uint16_t x[W];
-  I bits;
-  memcpy(x, from, sizeof x);
-  for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)x[i] << 16);
-  return (V)bits;
-}
-INLINE V split(V x, V *whole) {
-  V magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  *whole = (x + magic) - magic;
-  return x - *whole;
-}
-INLINE V scaled(V x, V whole) {
-  V kept = choose(whole < -126.0f, all(-126.0f), whole);
-  I bits = (__builtin_convertvector(kept, I) + 127) << 23;
-  return choose(whole < -126.0f, all(0), x * (V)bits);
-}
-#endif
-
-// 2^x for x <= 127, to 1e-7 of itself; zero from about -126 down, NaN stays NaN.
-INLINE V exp2_(V x) {
-  V whole, f = split(max_(all(-200.0f), x), &whole);
-  V y = fma_(all(0x1.41d326p-13f), f, all(0x1.5f456ap-10f));
-  y = fma_(y, f, all(0x1.3b2dbcp-7f));
-  y = fma_(y, f, all(0x1.c6aed4p-5f));
-  y = fma_(y, f, all(0x1.ebfbdap-3f));
-  y = fma_(y, f, all(0x1.62e43p-1f));
-  return scaled(fma_(y, f, all(1.0f)), whole);
-}
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// ---- the register tile ---------------------------------------------------------------------------------------------
-
-#ifdef PAIRS
-#define MULTIPLY_ADD(pair, c, a, b) \
-  ((pair) ? _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b)) : fma_(a, b, c))
-#else
-#define MULTIPLY_ADD(pair, c, a, b) fma_(a, b, c)
-#endif
-
-// c [rows, vectors * W] (+)= a [rows, steps] b [steps, PW]
-INLINE void tile(const int pair, const int rows, const int vectors, const float *a, int64_t lda, const float *b,
-                 int64_t steps, float *c, int64_t ldc, int add) {
-  V sums[MR][NR];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) sums[r][v] = add ? load(c + r * ldc + v * W) : all(0);
-  for (int64_t k = 0; k < steps; k++) {
-    V columns[NR];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) columns[v] = load(b + k * PW + v * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-      V x = all(a[r * lda + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; v++) sums[r][v] = MULTIPLY_ADD(pair, sums[r][v], x, columns[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) store(c + r * ldc + v * W, sums[r][v]);
-}
-
-typedef void (*Tile)(const float *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add);
-#define TILE(pair, rows, vectors)                                                                                   \
-  static void tile_##pair##_##rows##_##vectors(const float *a, int64_t lda, const float *b, int64_t steps, float *c, \
-                                               int64_t ldc, int add) {                                              \
-    tile(pair, rows, vectors, a, lda, b, steps, c, ldc, add);                                                       \
-  }
 #if NR == 4
-#define TILES(pair, rows) TILE(pair, rows, 1) TILE(pair, rows, 2) TILE(pair, rows, 3) TILE(pair, rows, 4)
-#define ROW(pair, rows) {tile_##pair##_##rows##_1, tile_##pair##_##rows##_2, tile_##pair##_##rows##_3, tile_##pair##_##rows##_4}
+#define TILES(pair, rows) \
+  TILE(pair, rows, 1, PW) TILE(pair, rows, 2, PW) TILE(pair, rows, 3, PW) TILE(pair, rows, 4, PW)
+#define ROW(pair, rows) \
+  {TILE_OF(pair, rows, 1), TILE_OF(pair, rows, 2), TILE_OF(pair, rows, 3), TILE_OF(pair, rows, 4)}
 #else
-#define TILES(pair, rows) TILE(pair, rows, 1) TILE(pair, rows, 2)
-#define ROW(pair, rows) {tile_##pair##_##rows##_1, tile_##pair##_##rows##_2}
+#define TILES(pair, rows) TILE(pair, rows, 1, PW) TILE(pair, rows, 2, PW)
+#define ROW(pair, rows) {TILE_OF(pair, rows, 1), TILE_OF(pair, rows, 2)}
 #endif
 TILES(0, 2) TILES(0, 4) TILES(0, 6)
 #ifdef PAIRS
@@ -228,32 +67,8 @@ typedef struct {
 static inline int64_t units(const Job *job) { return job->pair ? job->size / 2 : job->size; }  // of one row
 static inline char *row_of(View x, int64_t token, int64_t head) { return x.at + token * x.token + head * x.head; }
 
-// Values [d, d + W) of a row as fp32.
-INLINE V load_values(const Job *job, const char *row, int64_t d) {
-  return job->kind == BF16 ? widened(row + 2 * d) : load((const float *)row + d);
-}
-
-static inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);  // NaN stays NaN
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 static void write_row(const Job *job, const float *from, char *to) {
-  if (job->kind == F32) {
-    memcpy(to, from, job->size * 4);
-    return;
-  }
-  for (int64_t i = 0; i < job->size; i += 16) {
-#ifdef PAIRS
-    _mm256_storeu_si256((__m256i *)(to + 2 * i), (__m256i)_mm512_cvtneps_pbh(load(from + i)));
-#else
-    uint16_t rounded[16];
-    for (int k = 0; k < 16; k++) rounded[k] = to_bf16(from[i + k]);
-    memcpy(to + 2 * i, rounded, 32);
-#endif
-  }
+  for (int64_t i = 0; i < job->size; i += LANES) store(to, i, LANES, job->kind, vloadf(from + i));
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
@@ -266,7 +81,7 @@ static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64
     if (job->pair)
       for (int64_t c = 0; c < width; c += 8) memcpy(to + r * width + c, from + 4 * c, 32);
     else
-      for (int64_t c = 0; c < width; c += W) store(to + r * width + c, load_values(job, from, c));
+      for (int64_t c = 0; c < width; c += LANES) vstoref(to + r * width + c, load(from, c, LANES, job->kind));
   }
   if (rows & 1) memset(to + rows * width, 0, width * 4);
 }
@@ -291,48 +106,6 @@ static void pack_pairs(const Job *job, const float *from, int64_t rows, float *t
     }
   }
 }
-
-#ifdef WIDE
-static void transpose_block(const float *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
-  __m512 a[16], b[16];
-  __mmask16 seen = columns >= 16 ? 0xffff : (__mmask16)((1u << columns) - 1);
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_maskz_loadu_ps(seen, from + r * ld) : _mm512_setzero_ps();
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; r += 4) {
-#define PAIR_UP(into, which, x, y) a[into] = _mm512_castpd_ps(which(_mm512_castps_pd(x), _mm512_castps_pd(y)))
-    PAIR_UP(r, _mm512_unpacklo_pd, b[r], b[r + 2]);
-    PAIR_UP(r + 1, _mm512_unpackhi_pd, b[r], b[r + 2]);
-    PAIR_UP(r + 2, _mm512_unpacklo_pd, b[r + 1], b[r + 3]);
-    PAIR_UP(r + 3, _mm512_unpackhi_pd, b[r + 1], b[r + 3]);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < 4; r++) {
-    b[r] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0x88);
-    b[r + 4] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0xdd);
-    b[r + 8] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0x88);
-    b[r + 12] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < 8; r++) {
-    a[r] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0x88);
-    a[r + 8] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < 16; c++)
-    if (c < columns) store(to + c * ld_to, a[c]);
-}
-#else
-static void transpose_block(const float *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
-  for (int64_t c = 0; c < least(columns, 16); c++)
-    for (int64_t r = 0; r < 16; r++) to[c * ld_to + r] = r < rows ? from[r * ld + c] : 0;
-}
-#endif
 
 // to [columns, rows up to a multiple of 16] from [rows, columns]; zeros beyond the rows.
 static void transpose(const float *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
@@ -360,25 +133,18 @@ static void pack_keys(const Job *job, View x, int64_t start, int64_t head, int64
 static void multiply_panels(const Job *job, int64_t rows, const float *a, int64_t lda, const float *b, int64_t panel,
                             int64_t steps, float *c) {
   for (int64_t d = 0; d < job->size; d += PW, b += panel)
-    PRODUCTS[job->pair][rows / 2 - 1][least(NR, (job->size - d) / W) - 1](a, lda, b, steps, c + d, job->size, 1);
+    PRODUCTS[job->pair][rows / 2 - 1][least(NR, (job->size - d) / LANES) - 1](a, lda, b, steps, c + d, job->size, 1);
 }
 
 // The first key that row i of a sequence sees; the last is i.
 static inline int64_t first_seen(const Job *job, int64_t i) { return job->window ? most(0, i - job->window + 1) : 0; }
 
-// Minus infinity for the scores of keys outside [first, stop), in the vectors [from, to), both multiples of W.
+// Minus infinity for the scores of keys outside [first, stop), in the vectors [from, to), both multiples of LANES.
 static inline void hide(float *scores, int64_t first, int64_t stop, int64_t from, int64_t to) {
-  for (int64_t v = from; v < least(first, to); v += W)
-    store(scores + v, choose(lanes(first - v, W), load(scores + v), all(-INFINITY)));
-  for (int64_t v = most(from, stop / W * W); v < to; v += W)
-    store(scores + v, choose(lanes(0, stop - v), load(scores + v), all(-INFINITY)));
-}
-
-// The next `count` floats of an arena, on a cache line of their own; without an arena they are only counted.
-static inline float *take(float *arena, int64_t *used, int64_t count) {
-  float *at = arena ? arena + *used : NULL;
-  *used += up(count, 16);
-  return at;
+  for (int64_t v = from; v < least(first, to); v += LANES)
+    vstoref(scores + v, pick(vlanes(first - v, LANES), vloadf(scores + v), vall(-INFINITY)));
+  for (int64_t v = most(from, stop / LANES * LANES); v < to; v += LANES)
+    vstoref(scores + v, pick(vlanes(0, stop - v), vloadf(scores + v), vall(-INFINITY)));
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -407,16 +173,16 @@ static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward 
 }
 
 static inline void scale_row(const Job *job, float *row, float by) {
-  for (int64_t d = 0; d < job->size; d += W) store(row + d, load(row + d) * all(by));
+  for (int64_t d = 0; d < job->size; d += LANES) vstoref(row + d, vloadf(row + d) * vall(by));
 }
 
-INLINE void soften(const int pair, const float *scores, float *shares, int64_t count, V factor, Row *row) {
-  V peaks = all(-INFINITY), totals = all(0);
-  for (int64_t v = 0; v < count; v += W) peaks = max_(peaks, load(scores + v) * factor);
-  row->peak = fmaxf(row->peak, largest(peaks));
-  V shift = all(row->peak == -INFINITY ? 0 : -row->peak);
-  for (int64_t v = 0; v < count; v += W) {
-    V p = exp2_(fma_(load(scores + v), factor, shift));
+INLINE void soften(const int pair, const float *scores, float *shares, int64_t count, vecf factor, Row *row) {
+  vecf peaks = vall(-INFINITY), totals = vall(0);
+  for (int64_t v = 0; v < count; v += LANES) peaks = vmaxf(peaks, vloadf(scores + v) * factor);
+  row->peak = fmaxf(row->peak, vlargestf(peaks));
+  vecf shift = vall(row->peak == -INFINITY ? 0 : -row->peak);
+  for (int64_t v = 0; v < count; v += LANES) {
+    vecf p = vexp2f(vfmaf(vloadf(scores + v), factor, shift));
     totals += p;
 #ifdef PAIRS
     if (pair) {
@@ -424,15 +190,15 @@ INLINE void soften(const int pair, const float *scores, float *shares, int64_t c
       continue;
     }
 #endif
-    store(shares + v, p);
+    vstoref(shares + v, p);
   }
-  row->added = sum(totals);
+  row->added = vsumf(totals);
 }
 
 // Shares of one row from its scores, hidden where they are not seen; what was summed before is scaled to the new peak.
 APART void soften_row(const Job *job, const float *scores, float *shares, int64_t count, Row *row, float *sums) {
   float before = row->peak;
-  V factor = all(job->scale * LOG2E);
+  vecf factor = vall(job->scale * LOG2E);
   if (job->pair) soften(1, scores, shares, count, factor, row);
   else soften(0, scores, shares, count, factor, row);
   if (row->peak > before && before > -INFINITY) {
@@ -450,7 +216,7 @@ static void forward_block(const Job *job, Forward *f, int64_t n, int64_t i0, int
     for (int64_t r = 0; r < even; r += MR) {
       int64_t count = least(MR, even - r), stop = least(i0 + least(r + MR, rows), j0 + keys);
       if (stop <= j || first_seen(job, i0 + r) >= j + PW) continue;
-      int64_t vectors = least(NR, (stop - j + W - 1) / W);
+      int64_t vectors = least(NR, (stop - j + LANES - 1) / LANES);
       PRODUCTS[job->pair][count / 2 - 1][vectors - 1](
           f->rows + r * width, width, f->turned_keys + j * width, width, f->scores + r * FORWARD_KEYS + j - j0,
           FORWARD_KEYS, 0);
@@ -537,10 +303,10 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
   for (int64_t r = 0; r < up(rows, 2); r++) b->lse[r] = INFINITY, b->overlap[r] = 0;
   for (int64_t r = 0; r < rows; r++) {
     const char *grad = row_of(job->grad, token + r, head), *out = row_of(job->out, token + r, head);
-    V total = all(0);
-    for (int64_t d = 0; d < job->size; d += W)
-      total = fma_(load_values(job, grad, d), load_values(job, out, d), total);
-    b->overlap[r] = sum(total);
+    vecf total = vall(0);
+    for (int64_t d = 0; d < job->size; d += LANES)
+      total = vfmaf(load(grad, d, LANES, job->kind), load(out, d, LANES, job->kind), total);
+    b->overlap[r] = vsumf(total);
     b->lse[r] = job->lse[head * job->tokens + token + r] * LOG2E;
   }
   memset(b->dquery, 0, up(rows, 2) * job->size * 4);
@@ -549,19 +315,19 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
 // Shares and score gradients of a tile, from its scores, hidden where they are not seen, and its share gradients. Rows
 // beyond the sequence have an infinite lse, and so no share. `columns` vectors of the panel are written, those from
 // `vectors` on as zeros.
-INLINE void differentiate(const int pair, const Backward *b, int64_t r, int64_t rows, int64_t key, V factor, V scale,
-                          int64_t vectors, int64_t columns) {
+INLINE void differentiate(const int pair, const Backward *b, int64_t r, int64_t rows, int64_t key, vecf factor,
+                          vecf scale, int64_t vectors, int64_t columns) {
   const float *scores = b->tile, *dshares = b->tile + MR * PW, *lse = b->lse + r, *overlap = b->overlap + r;
   int64_t per = pair ? 2 : 1, row_ld = BACKWARD_KEYS / per, at = (key / PW * BACKWARD_ROWS + r) / per * PW;
   float *shares = b->shares + at, *dscores = b->dscores + at, *dscore_rows = b->dscore_rows + r * row_ld + key / per;
   for (int64_t k = 0; k < rows; k += 2) {
-    V shift[2] = {all(-lse[k]), all(-lse[k + 1])}, less[2] = {all(overlap[k]), all(overlap[k + 1])};
-    for (int64_t v = 0; v < vectors * W; v += W) {
-      V p[2], ds[2];
+    vecf shift[2] = {vall(-lse[k]), vall(-lse[k + 1])}, less[2] = {vall(overlap[k]), vall(overlap[k + 1])};
+    for (int64_t v = 0; v < vectors * LANES; v += LANES) {
+      vecf p[2], ds[2];
 #pragma GCC unroll 2
       for (int u = 0; u < 2; u++) {
-        p[u] = exp2_(fma_(load(scores + (k + u) * PW + v), factor, shift[u]));
-        ds[u] = (load(dshares + (k + u) * PW + v) - less[u]) * (p[u] * scale);
+        p[u] = vexp2f(vfmaf(vloadf(scores + (k + u) * PW + v), factor, shift[u]));
+        ds[u] = (vloadf(dshares + (k + u) * PW + v) - less[u]) * (p[u] * scale);
       }
 #ifdef PAIRS
       if (pair) {
@@ -577,22 +343,22 @@ INLINE void differentiate(const int pair, const Backward *b, int64_t r, int64_t 
       }
 #endif
       for (int u = 0; u < 2; u++) {
-        store(shares + (k + u) * PW + v, p[u]);
-        store(dscores + (k + u) * PW + v, ds[u]);
-        store(dscore_rows + (k + u) * row_ld + v, ds[u]);
+        vstoref(shares + (k + u) * PW + v, p[u]);
+        vstoref(dscores + (k + u) * PW + v, ds[u]);
+        vstoref(dscore_rows + (k + u) * row_ld + v, ds[u]);
       }
     }
   }
   for (int64_t k = 0; k < rows / per; k++)
-    for (int64_t v = vectors * W; v < columns * W; v += W) {
-      store(shares + k * PW + v, all(0));
-      store(dscores + k * PW + v, all(0));
+    for (int64_t v = vectors * LANES; v < columns * LANES; v += LANES) {
+      vstoref(shares + k * PW + v, vall(0));
+      vstoref(dscores + k * PW + v, vall(0));
     }
 }
 
 APART void backward_tile(const Job *job, const Backward *b, int64_t r, int64_t rows, int64_t key, int64_t vectors,
                          int64_t columns) {
-  V factor = all(job->scale * LOG2E), scale = all(job->scale);
+  vecf factor = vall(job->scale * LOG2E), scale = vall(job->scale);
   if (job->pair) differentiate(1, b, r, rows, key, factor, scale, vectors, columns);
   else differentiate(0, b, r, rows, key, factor, scale, vectors, columns);
 }
@@ -602,17 +368,17 @@ static void backward_block(const Job *job, Backward *b, int64_t n, int64_t i0, i
   int64_t width = units(job), even = up(rows, 2), size = job->size, row_ld = steps_of(job, BACKWARD_KEYS);
   const Tile(*products)[NR] = PRODUCTS[job->pair];
   for (int64_t j = j0; j < j0 + keys; j += PW) {
-    int64_t columns = (least(PW, n - j) + W - 1) / W;  // vectors of the panel that hold keys
+    int64_t columns = (least(PW, n - j) + LANES - 1) / LANES;  // vectors of the panel that hold keys
     int64_t begin = even, end = 0;                     // the rows that see some of the panel
     for (int64_t r = most(0, j - i0) / MR * MR; r < even; r += MR) {
       if (first_seen(job, i0 + r) >= j + PW) break;
       int64_t count = least(MR, even - r), stop = i0 + least(r + MR, rows);
-      int64_t vectors = least(NR, (stop - j + W - 1) / W);
+      int64_t vectors = least(NR, (stop - j + LANES - 1) / LANES);
       Tile product = products[count / 2 - 1][vectors - 1];
       product(b->rows + r * width, width, b->turned_keys + j * width, width, b->tile, PW, 0);
       product(b->grads + r * width, width, b->turned_values + j * width, width, b->tile + MR * PW, PW, 0);
       for (int64_t k = 0; k < count; k++)
-        hide(b->tile + k * PW, first_seen(job, i0 + r + k) - j, i0 + r + k + 1 - j, 0, vectors * W);
+        hide(b->tile + k * PW, first_seen(job, i0 + r + k) - j, i0 + r + k + 1 - j, 0, vectors * LANES);
       backward_tile(job, b, r, count, j - j0, vectors, columns);
       begin = least(begin, r);
       end = r + count;

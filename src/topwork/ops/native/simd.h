@@ -12,6 +12,8 @@
 #include <string.h>
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 enum { F32 = 0, BF16 = 1 };
@@ -28,6 +30,13 @@ typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vech __attribute__((vector_size(2 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE vecf vall(float x) { return x - (vecf){}; }
+INLINE vecf vloadf(const float *p) {
+  vecf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE void vstoref(float *p, vecf x) { memcpy(p, &x, sizeof x); }
 INLINE vecf pick(veci mask, vecf yes, vecf no) { return (vecf)(((veci)yes & mask) | ((veci)no & ~mask)); }
 
 // a * b + c, rounded once where the processor can: only where the result need not equal plain torch's
@@ -36,8 +45,18 @@ INLINE vecf vfmaf(vecf a, vecf b, vecf c) {
   return (vecf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
   return (vecf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (vecf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+INLINE vecf vmaxf(vecf a, vecf b) {  // b where one is NaN
+#ifdef __AVX512F__
+  return (vecf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return pick(a > b, a, b);
 #endif
 }
 
@@ -83,13 +102,60 @@ INLINE void store(void *row, int64_t i, int64_t n, int kind, vecf x) {
   }
 }
 
-// The lanes' sum in a fixed order.
+// The lanes' sum, halves upon each other.
 INLINE float vsumf(vecf x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float lanes[LANES];
   memcpy(lanes, &x, sizeof lanes);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
+}
+
+INLINE float vlargestf(vecf x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float most = x[0];
+  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
+// All bits set in the lanes [first, stop), which may lie outside.
+INLINE veci vlanes(int64_t first, int64_t stop) {
+  veci at;
+  for (int i = 0; i < LANES; i++) at[i] = i;
+  int32_t from = first < 0 ? 0 : first > LANES ? LANES : (int32_t)first;
+  int32_t to = stop < 0 ? 0 : stop > LANES ? LANES : (int32_t)stop;
+  return (at >= from) & (at < to);
+}
+
+// 2^x for x <= 127, to 1e-7 of itself; zero from about -126 down, NaN stays NaN.
+INLINE vecf vexp2f(vecf x) {
+  x = vmaxf(vall(-200.0f), x);
+#ifdef __AVX512F__
+  vecf whole = (vecf)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  vecf magic = vall(12582912.0f), whole = (x + magic) - magic;  // 1.5 * 2^23: adding it rounds to a whole number
+#endif
+  vecf f = x - whole;
+  vecf y = vfmaf(vall(0x1.41d326p-13f), f, vall(0x1.5f456ap-10f));
+  y = vfmaf(y, f, vall(0x1.3b2dbcp-7f));
+  y = vfmaf(y, f, vall(0x1.c6aed4p-5f));
+  y = vfmaf(y, f, vall(0x1.ebfbdap-3f));
+  y = vfmaf(y, f, vall(0x1.62e43p-1f));
+  y = vfmaf(y, f, vall(1.0f));
+#ifdef __AVX512F__
+  return (vecf)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+  vecf kept = pick(whole < -126.0f, vall(-126.0f), whole);
+  vecf power = (vecf)((__builtin_convertvector(kept, veci) + 127) << 23);
+  return pick(whole < -126.0f, vall(0), y * power);
+#endif
 }
 
 // e^x within 2 units in the last place (below 1.2e-38: within 1.4e-45); infinity beyond 88.7; NaN stays NaN. Cephes'

@@ -1,0 +1,124 @@
+// The register tile that small matrix products run through, and what turns and lays out its operands.
+//
+//     c [rows, vectors * LANES] (+)= a [rows, steps] b [steps, vectors * LANES]
+//
+// `a` is broadcast, one 32-bit unit at a time, `b` is read from a packed panel. A unit is one fp32, or with AVX512-BF16
+// two bf16 that follow each other along the summed axis, so that both types share everything but the multiply-add.
+// Sums are fp32, and each is one chain along the summed axis: no choice of tile or block changes a bit.
+
+#pragma once
+#include "simd.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define WIDE 1
+#endif
+#if defined(WIDE) && defined(__AVX512BF16__)
+#define PAIRS 1
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define NR 2  // vectors across a tile
+#else
+#define NR 4
+#endif
+#define PW (NR * LANES)  // columns of a panel
+#define TALL 12          // rows of the tallest tile
+#define APART static __attribute__((noinline))  // keeps the registers of an inner loop to itself
+
+typedef float Unit __attribute__((aligned(2), may_alias));  // also where two bf16 of a tensor stand
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+#ifdef PAIRS
+#define MULTIPLY_ADD(pair, c, a, b) \
+  ((pair) ? (vecf)_mm512_dpbf16_ps((__m512)(c), (__m512bh)(a), (__m512bh)(b)) : vfmaf(a, b, c))
+#else
+#define MULTIPLY_ADD(pair, c, a, b) vfmaf(a, b, c)
+#endif
+
+// `lda` in units; `width` is the panel's, in floats. All that is const here is a constant where it is called.
+INLINE void tile(const int pair, const int rows, const int vectors, const int width, const Unit *a, int64_t lda,
+                 const float *b, int64_t steps, float *c, int64_t ldc, int add) {
+  vecf sums[TALL][NR];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) sums[r][v] = add ? vloadf(c + r * ldc + v * LANES) : vall(0);
+  for (int64_t k = 0; k < steps; k++) {
+    vecf columns[NR];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) columns[v] = vloadf(b + k * width + v * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+      vecf x = vall(a[r * lda + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v++) sums[r][v] = MULTIPLY_ADD(pair, sums[r][v], x, columns[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) vstoref(c + r * ldc + v * LANES, sums[r][v]);
+}
+
+// A function of one size of tile, and its name in a table of them.
+typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add);
+#define TILE(pair, rows, vectors, width)                                                                              \
+  static void tile_##pair##_##rows##_##vectors(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, \
+                                               int64_t ldc, int add) {                                              \
+    tile(pair, rows, vectors, width, a, lda, b, steps, c, ldc, add);                                                \
+  }
+#define TILE_OF(pair, rows, vectors) tile_##pair##_##rows##_##vectors
+
+// ---- turning -------------------------------------------------------------------------------------------------------
+
+// to [columns, 16] from at most 16 rows and columns; zeros beyond the rows.
+#ifdef WIDE
+static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
+  __m512 a[16], b[16];
+  __mmask16 seen = columns >= 16 ? 0xffff : (__mmask16)((1u << columns) - 1);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_maskz_loadu_ps(seen, from + r * ld) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r += 4) {
+#define PAIR_UP(into, which, x, y) a[into] = _mm512_castpd_ps(which(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+    PAIR_UP(r, _mm512_unpacklo_pd, b[r], b[r + 2]);
+    PAIR_UP(r + 1, _mm512_unpackhi_pd, b[r], b[r + 2]);
+    PAIR_UP(r + 2, _mm512_unpacklo_pd, b[r + 1], b[r + 3]);
+    PAIR_UP(r + 3, _mm512_unpackhi_pd, b[r + 1], b[r + 3]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 4; r++) {
+    b[r] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0x88);
+    b[r + 4] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0xdd);
+    b[r + 8] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0x88);
+    b[r + 12] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 8; r++) {
+    a[r] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0x88);
+    a[r + 8] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; c++)
+    if (c < columns) vstoref(to + c * ld_to, (vecf)a[c]);
+}
+#else
+static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
+  for (int64_t c = 0; c < least(columns, 16); c++)
+    for (int64_t r = 0; r < 16; r++) to[c * ld_to + r] = r < rows ? from[r * ld + c] : 0;
+}
+#endif
+
+// The next `count` floats of an arena, on a cache line of their own; without an arena they are only counted.
+static inline float *take(float *arena, int64_t *used, int64_t count) {
+  float *at = arena ? arena + *used : NULL;
+  *used += up(count, 16);
+  return at;
+}
