@@ -1,0 +1,286 @@
+"""grouped_products: the C kernel and plain torch against products in float64."""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.measure import relative
+from topwork.ops import grouped
+from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
+from topwork.ops.native import build
+
+FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+NATIVE = COMPILER is not None and not os.environ.get(build.OFF)
+needs_compiler = pytest.mark.skipif(not NATIVE, reason="needs a C compiler, and native kernels not switched off")
+
+TYPES = [torch.float32, torch.bfloat16]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+SIZES = (1, 2, 3, 5, 12, 13, 16, 17, 31, 48, 64, 65, 130, 200)
+LONG = (300, 513, 1030)
+"""Longer than a block of the summed axis, in one type or both, and than a piece has rows or columns."""
+
+Run = Callable[[Sequence[Product]], None]
+
+
+def plain(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns)
+
+
+def turned(rows: int, columns: int) -> Tensor:
+    return torch.randn(columns, rows).t()
+
+
+def columns_of_wider_rows(rows: int, columns: int) -> Tensor:
+    """What stands around them may not be read: it is NaN."""
+    whole = torch.full((rows + 2, columns + 5), torch.nan)
+    return whole[1:-1, 3:-2].copy_(torch.randn(rows, columns))
+
+
+def turned_columns_of_wider_rows(rows: int, columns: int) -> Tensor:
+    return columns_of_wider_rows(columns, rows).t()
+
+
+FORMS = (plain, turned, columns_of_wider_rows, turned_columns_of_wider_rows)
+
+
+def typed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Another type at the same strides."""
+    return x.to(dtype).as_strided(x.shape, x.stride()) if x.is_contiguous() or x.t().is_contiguous() else _cut(x, dtype)
+
+
+def _cut(x: Tensor, dtype: torch.dtype) -> Tensor:
+    whole = torch.full((x.untyped_storage().nbytes() // 4,), torch.nan, dtype=dtype)
+    view = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+    view.copy_(x)
+    return view
+
+
+def drawn(rng: random.Random, m: int, n: int, k: int, alpha: float = 0.37) -> Product:
+    """Random values, types and strides; what is to be overwritten is NaN before."""
+    dtype, out_dtype, beta = rng.choice(TYPES), rng.choice(TYPES), rng.randrange(2)
+    left, right = typed(rng.choice(FORMS)(m, k), dtype), typed(rng.choice(FORMS)(k, n), dtype)
+    out = typed(rng.choice((plain, columns_of_wider_rows))(m, n), out_dtype)
+    return Product(left, right, out if beta else out.fill_(torch.nan), alpha, beta)
+
+
+def exact(product: Product) -> Tensor:
+    left, right, out, alpha, beta = product
+    value = alpha * (left.double() @ right.double())
+    return value + out.double() if beta else value
+
+
+def assert_right(products: Sequence[Product], run: Run = grouped_products) -> None:
+    expected = [exact(product) for product in products]
+    run(products)
+    for product, value in zip(products, expected):
+        assert product.out.shape == value.shape
+        if value.numel():
+            about = [(tuple(x.shape), x.stride(), x.dtype) for x in product[:3]]
+            assert relative(product.out, value, 1e-30) < ROUNDING[product.out.dtype], about
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(grouped, "_kernels", lambda: None)
+    elif not NATIVE:
+        pytest.skip("no C compiler")
+    return str(request.param)
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(25))
+def test_products_of_any_shape_type_and_stride(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    assert_right([drawn(rng, *(rng.choice(SIZES) for _ in range(3))) for _ in range(12)])
+
+
+@needs_compiler
+@pytest.mark.parametrize("long", LONG)
+@pytest.mark.parametrize("axis", range(3))
+def test_each_axis_long(axis: int, long: int) -> None:
+    rng = random.Random(axis)
+    torch.manual_seed(0)
+    for _ in range(8):
+        shape = [rng.choice((1, 7, 16, 33)) for _ in range(3)]
+        shape[axis] = long
+        assert_right([drawn(rng, *shape)])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 64, 210])
+def test_the_six_products_of_low_rank_terms(rows: int, dtype: torch.dtype, backend: str) -> None:
+    torch.manual_seed(0)
+    n, y, s = (torch.randn(rows, width).to(dtype) for width in (72, 600, 24))
+    a, b, dn, g = (torch.randn(shape).to(dtype) for shape in [(24, 72), (600, 8), (rows, 72), (rows, 24)])
+    first, inner = torch.empty(rows, 24, dtype=dtype), s[:, 8:16]
+    six = [
+        Product(n, a.t(), first), Product(inner, b.t(), y.clone(), 2.0, 1), Product(y, b, torch.empty_like(g)[:, 8:16]),
+        Product(y.t(), inner, torch.empty(600, 8), 0.5), Product(g.t(), n, torch.empty(24, 72)),
+        Product(g, a, dn, beta=1),
+    ]  # fmt: skip
+    run = grouped_products
+    if backend == "torch" and dtype == torch.bfloat16:  # mm's own rounding comes before the sum
+        expected = [exact(product) for product in six]
+        run(six)
+        assert all(relative(product.out, value) < 6e-3 for product, value in zip(six, expected))
+        return
+    assert_right(six, run)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0, 0)])
+def test_empty_outputs(shape: tuple[int, int, int], backend: str) -> None:
+    assert_right([drawn(random.Random(0), *shape), drawn(random.Random(1), 4, 4, 4, 1.0)])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("form", [plain, turned])
+def test_sums_of_nothing_are_zero(form: Callable[[int, int], Tensor], dtype: torch.dtype, backend: str) -> None:
+    left, right = form(5, 0).to(dtype), form(0, 7).to(dtype)
+    fresh, held = torch.full((5, 7), torch.nan), torch.randn(5, 7)
+    before = held.clone()
+    grouped_products([Product(left, right, fresh), Product(left, right, held, 2.0, 1)])
+    assert (fresh == 0).all()
+    assert torch.equal(held, before)
+
+
+def test_no_products_at_all() -> None:
+    grouped_products([])
+
+
+@needs_compiler
+def test_only_the_output_is_written() -> None:
+    for dtype in TYPES:
+        for shape in ((13, 37), (1, 1), (48, 64), (600, 3)):
+            whole = torch.full((shape[0] + 2, shape[1] + 40), 7.0).to(dtype)
+            out = whole[1:-1, 20:-20]
+            for form in FORMS:
+                left, right = typed(form(shape[0], 6), dtype), typed(form(6, shape[1]), dtype)
+                grouped_products([Product(left, right, out)])
+            out.fill_(7.0)
+            assert (whole == 7.0).all()
+
+
+@needs_compiler
+def test_neither_threads_nor_neighbours_nor_rows_change_a_bit() -> None:
+    rng, threads = random.Random(3), torch.get_num_threads()
+    torch.manual_seed(3)
+    products = [drawn(rng, *(rng.choice((1, 16, 70, 400, 700)) for _ in range(3))) for _ in range(10)]
+    products = [product._replace(beta=0) for product in products]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        grouped_products(products)
+        results.append([product.out.clone() for product in products])
+    torch.set_num_threads(threads)
+    for product in products:
+        grouped_products([product])
+    results.append([product.out.clone() for product in products])
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
+    for product, whole in zip(products, results[0]):
+        m = product.left.shape[0]
+        part = Product(product.left[m // 3 :], product.right, torch.empty_like(whole[m // 3 :]), product.alpha)
+        grouped_products([part])
+        assert torch.equal(part.out, whole[m // 3 :])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
+    left, right = torch.randn(30, 20).to(dtype), torch.randn(20, 40).to(dtype)
+    left[7, 3], right[5, 11] = torch.nan, torch.inf
+    out = torch.empty(30, 40)
+    grouped_products([Product(left, right, out)])
+    assert out[7].isnan().all()
+    assert not out[:, 11].isfinite().any()
+    out[7] = out[:, 11] = 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_views_without_a_contiguous_axis(dtype: torch.dtype, backend: str) -> None:
+    one = torch.ones((), dtype=dtype).expand(6, 8)
+    spread = torch.randn(8, 20).to(dtype)[:, ::2]
+    out = torch.empty(6, 10)
+    grouped_products([Product(one, spread, out)])
+    assert relative(out, one.double() @ spread.double()) < ROUNDING[dtype]
+
+
+def test_the_truth_is_the_product() -> None:
+    rng = random.Random(0)
+    assert_right([drawn(rng, 9, 8, 7) for _ in range(20)], grouped_products_reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_other_types_run_on_plain_torch(dtype: torch.dtype) -> None:
+    left, right, out = torch.randn(9, 5).to(dtype), torch.randn(5, 4).to(dtype), torch.zeros(9, 4)
+    for into in (out, out.to(dtype)):
+        expected = into.double() + 0.5 * left.double() @ right.double()
+        grouped_products([Product(left, right, into, 0.5, 1)])
+        assert relative(into, expected) < (2e-3 if dtype == torch.float16 else 1e-6)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    left, right, out = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
+    for wrong in [(left, right, out.t()), (left, left, out), (left, right, out[0]), (left[:, :3], right, out)]:
+        with pytest.raises(ValueError, match="are expected"):
+            grouped_products([Product(*wrong)])
+    with pytest.raises(ValueError, match="one type is expected"):
+        grouped_products([Product(left.bfloat16(), right, out)])
+    with pytest.raises(ValueError, match="one device is expected"):
+        grouped_products([Product(left, right, out.to("meta"))])
+    with pytest.raises(ValueError, match="beta is 2"):
+        grouped_products([Product(left, right, out, 1.0, 2)])
+    if NATIVE:
+        with pytest.raises(ValueError, match="no contiguous rows"):
+            grouped_products([Product(left, right, torch.randn(5, 3).t())])
+
+
+@pytest.mark.skipif("avx512bw" not in FEATURES or "CC" in os.environ, reason="needs AVX-512 and the usual compiler")
+@needs_compiler
+def test_the_kernel_is_used_and_made_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
+    library = build.load("grouped")
+    assert library is not None
+    assert library.topwork_grouped_level() == (2 if "avx512_bf16" in FEATURES else 1)
+    monkeypatch.setattr(grouped, "_by_torch", None)
+    assert_right([drawn(random.Random(0), 8, 8, 8)])
+
+
+@needs_compiler
+@pytest.mark.skipif("avx512bw" not in FEATURES, reason="needs a processor with more to switch off")
+@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"])
+def test_older_processors(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
+    source = Path(build.__file__).parent / "grouped.c"
+    target = tmp_path / "grouped.so"
+    flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
+    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
+    library = ctypes.CDLL(str(target))
+    assert library.topwork_grouped_level() == (1 if without == "-mno-avx512bf16" else 0)
+    library.topwork_grouped_products.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+    monkeypatch.setattr(grouped, "_kernels", lambda: library)
+    rng = random.Random(5)
+    torch.manual_seed(5)
+    for _ in range(12):
+        assert_right([drawn(rng, *(rng.choice((*SIZES, 300)) for _ in range(3))) for _ in range(8)])
+
+
+def test_without_a_compiler_everything_still_runs() -> None:
+    code = (
+        "import torch; from topwork.ops.grouped import *; x = torch.ones(5, 4).bfloat16(); out = torch.ones(5, 5);"
+        "grouped_products([Product(x, x.t(), out, 0.5, 1)]); assert bool((out == 3).all())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, build.OFF: "1"})

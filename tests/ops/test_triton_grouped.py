@@ -1,0 +1,81 @@
+"""The Triton kernel of grouped products: the truth in the interpreter, sound as compiled, the truth on a GPU."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from topwork.ops import grouped
+from topwork.ops.grouped import Product, grouped_products
+from topwork.ops.triton import load
+
+CASES = Path(__file__).with_name("triton_grouped_cases.py")
+COUNT = 512
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def test_in_the_interpreter_the_kernel_is_the_truth(triton, interpreted) -> None:
+    lines = interpreted(CASES)
+    assert len(lines) == COUNT
+    assert [line for line in lines if not line.endswith(": as the truth")] == []
+
+
+def ptx(monkeypatch, tmp_path, **options: object) -> str:
+    """The kernel for compute capability 9.0. No GPU is needed."""
+    from triton import language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from topwork.ops.triton.grouped import _grouped_products
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen: dict[str, object] = {
+        "TYPE": tl.bfloat16, "DOT_TYPE": tl.bfloat16, "OUT_TYPE": tl.bfloat16, "LEFT_TURNED": False,
+        "RIGHT_TURNED": True, "OUT_TURNED": False, "ADD": True, "ALIGNED": True, "SEARCH": 5, "ROWS": 64,
+        "COLUMNS": 64, "STEPS": 64,
+    }  # fmt: skip
+    chosen |= options
+    kinds = {"table": "*i64", "factors": "*fp32", "count": "i32"}
+    types = {key: kinds.get(key, "constexpr") for key in _grouped_products.arg_names}
+    source = ASTSource(_grouped_products, types, constexprs=chosen, attrs={(0,): [["tt.divisibility", 16]]})
+    return str(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"])
+
+
+@pytest.mark.parametrize("turned", [(False, True, False), (False, False, False), (True, False, True)], ids=str)
+def test_the_compiled_kernel_uses_tensor_cores(triton, monkeypatch, tmp_path, turned: tuple[bool, bool, bool]) -> None:
+    left, right, out = turned
+    made = ptx(monkeypatch, tmp_path, LEFT_TURNED=left, RIGHT_TURNED=right, OUT_TURNED=out)
+    assert re.search(r"w?g?mma\S*\.f32\.bf16", made)
+
+
+def test_fp32_is_not_multiplied_as_tf32(triton, monkeypatch, tmp_path) -> None:
+    from triton import language as tl
+
+    made = ptx(monkeypatch, tmp_path, TYPE=tl.float32, DOT_TYPE=tl.float32, OUT_TYPE=tl.float32, STEPS=32)
+    assert "tf32" not in made
+    assert "fma.rn.f32" in made
+
+
+def test_products_on_a_gpu_go_to_the_kernel(triton, monkeypatch) -> None:
+    class Recorder:
+        def grouped_products(self, products: list[Product]) -> None:
+            self.given = products
+
+    recorder = Recorder()
+    monkeypatch.setattr(grouped, "_native_runs", lambda _: False)
+    monkeypatch.setattr(load, "kernels", lambda name, _: recorder if name == "grouped" else None)
+    products = [Product(torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5))]
+    grouped_products(products)
+    assert recorder.given is products
+
+
+@pytest.mark.gpu
+@GPU
+def test_on_a_gpu_the_kernel_is_the_truth(triton, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(CASES.parent))
+    from triton_grouped_cases import cases
+
+    found = list(cases(torch.device("cuda"), interpreted=False))
+    assert len(found) == COUNT
+    assert [(name, far) for name, far in found if not far <= 1] == []
