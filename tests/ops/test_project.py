@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from reference.kept import kept_by
 from reference.measure import relative
 from topwork.adapters.lora import Lora
+from topwork.ops.bundles import LowRank
 from topwork.ops.packed import Packed, pack_4bit, pack_int8
-from topwork.ops.project import AsIs, Gated, LowRank, Projection, Prologue, RmsNorm, project, projection_of
+from topwork.ops.project import AsIs, Gain, Gated, Projection, Prologue, RmsNorm, project, projection_of
 
 T, IN = 23, 40
 PROLOGUES: dict[str, Prologue] = {
@@ -49,7 +50,8 @@ def a_group(outputs: Sequence[int], segments: Sequence[tuple[int, int]], bias: b
 
 
 def masters(group: Sequence[Projection]) -> list[Tensor]:
-    return [tensor for projection in group for term in projection.terms for tensor in (term.a, term.b)]
+    terms = [tensor for projection in group for term in projection.terms for tensor in (term.a, term.b)]
+    return terms + [gain.factor for projection in group for gain in projection.gains]
 
 
 def truth(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
@@ -70,6 +72,11 @@ def truth(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
             rows = torch.arange(len(x))
             inside = ((rows >= term.start) & (rows < term.stop))[:, None]
             y = y + inside * (term.scaling * n @ term.a.double().t() @ term.b.double().t())
+        for gain in projection.gains:
+            rows = torch.arange(len(x))
+            inside = ((rows >= gain.start) & (rows < gain.stop))[:, None]
+            left_alone = 0 if gain.with_bias or projection.bias is None else projection.bias.double()
+            y = torch.where(inside, (y - left_alone) * gain.factor.double() + left_alone, y)
         parts.append(y)
     return torch.cat(parts, -1)
 
@@ -170,6 +177,83 @@ def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
         results.append([y.detach(), *grads])
     for one, other in zip(*results, strict=True):
         assert relative(one, other) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+GAINS: dict[str, list[tuple[int, int]]] = {
+    "all rows": [(0, T)],
+    "some rows": [(4, 11), (17, T)],
+    "no rows": [(3, 3)],
+}
+
+
+def with_gains(group: Sequence[Projection], ranges: Sequence[tuple[int, int]], with_bias: bool) -> list[Projection]:
+    """A gain for each range on every projection but the second."""
+    gained = []
+    for at, projection in enumerate(group):
+        factors = [(0.5 + torch.rand(projection.outputs)).requires_grad_() for _ in ranges if at != 1]
+        gains = tuple(Gain(*rows, factor, with_bias) for rows, factor in zip(ranges, factors))
+        gained.append(replace(projection, gains=gains))
+    return gained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["with the bias", "without the bias"])
+@pytest.mark.parametrize("ranges", list(GAINS))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_gains(bias: bool, ranges: str, with_bias: bool, dtype: torch.dtype) -> None:
+    """Outputs times a vector that learns, on top of terms: values, and the gradients of input, terms and factors."""
+    torch.manual_seed(0)
+    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"], bias), GAINS[ranges], with_bias)
+    group = [
+        replace(p, weight=p.weight.to(dtype), bias=None if p.bias is None else p.bias.to(dtype))  # type: ignore[union-attr]
+        for p in group
+    ]
+    found, expected = both(an_input(AsIs()).to(dtype), group, AsIs())
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other, 1e-30) < (5e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["with the bias", "without the bias"])
+def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias: bool) -> None:
+    """As the rotation of queries and keys does: forward in place, and undone before this backward pass."""
+
+    class Negated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.mark_dirty(y)
+            ctx.y = y
+            return y.neg_()
+
+        @staticmethod
+        def backward(ctx, dy):
+            ctx.y.data.neg_()
+            return -dy
+
+    torch.manual_seed(0)
+    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias)
+    given, dy = an_input(AsIs()).requires_grad_(), torch.randn(T, 41)
+    learned = [given, *masters(group)]
+    expected = torch.autograd.grad(project(given, group), learned, dy, allow_unused=True)
+    found = torch.autograd.grad(Negated.apply(project(given, group)), learned, -dy, allow_unused=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_ranges_that_overlap_add_up() -> None:
+    """Terms of one projection whose rows are the same, or partly so."""
+    torch.manual_seed(0)
+    found, expected = both(an_input(AsIs()), a_group([30], [(0, T), (0, T), (5, 14), (9, 20)]), AsIs())
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other, 1e-30) < 3e-6
+
+
+def test_a_gradient_that_was_expanded() -> None:
+    torch.manual_seed(0)
+    group, x = a_group([12, 7], SEGMENTS["two adapters"]), an_input(AsIs()).requires_grad_()
+    learned = [x, *masters(group)]
+    found = torch.autograd.grad(project(x, group).sum(), learned)
+    expected = torch.autograd.grad(truth(x.double(), group, AsIs()).sum(), learned)
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other, 1e-30) < 3e-6
 
 
 def test_the_prologues_result_is_not_kept() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from topwork.adapters.base_weight import product, row_panels
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Addition
-from topwork.ops.project import Gain, LowRank
+from topwork.ops.bundles import LowRank
+from topwork.ops.project import Gain
 
 
 class Dora(Lora):

@@ -24,7 +24,7 @@ from topwork.adapters.base_weight import dense_weight
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.common.errors import AdapterError
-from topwork.ops.project import LowRank
+from topwork.ops.bundles import LowRank
 from topwork.quantization.linear import QuantizedLinear
 
 Original = Callable[[str], Tensor]

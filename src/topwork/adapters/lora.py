@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.adapters.part import Addition, Part, path_seed
-from topwork.ops.project import LowRank
+from topwork.ops.bundles import LowRank
 
 
 class Lora(Part):

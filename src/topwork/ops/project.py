@@ -9,13 +9,12 @@
 A gain multiplies outputs by a vector that learns (DoRA's magnitude, IA3): y * f, df = sum over rows of dy * y / f, and
 dy * f in dy's place above; it keeps y.
 
-W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments). With
-dropout each term has an A-input of its own, so nothing is shared. LoRA costs six small products (two forward, four
-backward), 6 r (in + out) FLOPs a token; the plain-torch truth is `adapters/lora.py`'s `add_to`, which autograd
-differentiates.
+W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments), and
+those of all adapters run together (`ops/bundles.py`). With dropout each term has an A-input of its own, so nothing is
+shared. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the plain-torch truth
+is `adapters/lora.py`'s `add_to`, which autograd differentiates.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,22 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from topwork.ops.bundles import LowRank, Placed, add_terms, batches_of, term_gradients
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """s B A dropout(n) for the rows start:stop. a [r, in] and b [out, r] are the fp32 masters, which learn."""
-
-    start: int
-    stop: int
-    a: Tensor
-    b: Tensor
-    scaling: float
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,33 +157,9 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 
 def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs()) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side."""
-    bundles, masters = _bundles(group)
+    batches, masters = batches_of(_placed_terms(group))
     scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), bundles, scales, *masters, *factors)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A term's place: its columns in the group's output, and in its bundle's S."""
-
-    columns: slice
-    ranks: slice
-    scaling: float
-    only_backward: bool
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """Terms whose A sees the same input: one product makes S for all of them."""
-
-    rows: slice
-    members: tuple[_Member, ...]
-    dropout: float
-
-    def stacked(self, masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The members' A under one another [R, in]."""
-        parts = [a.to(dtype) for a in masters[::2]]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return _Project.apply(x, prologue, tuple(group), batches, scales, *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -207,24 +171,10 @@ class _Scale:
     bias: Tensor | None
 
 
-def _bundles(group: Sequence[Projection]) -> tuple[tuple[_Bundle, ...], list[Tensor]]:
-    """Terms by range of rows, those that drop out each for themselves; and their A and B in turns."""
-    shared: dict[tuple[Any, ...], list[tuple[slice, LowRank, bool]]] = defaultdict(list)
+def _placed_terms(group: Sequence[Projection]) -> Iterator[tuple[int, Placed]]:
     for number, (projection, columns) in enumerate(_columns(group)):
         for term in projection.terms:
-            alone = number if term.dropout else None
-            place = (columns, term, projection.instead is not None)
-            shared[term.start, term.stop, term.dropout, alone].append(place)
-    bundles, masters = [], []
-    for (start, stop, dropout, _), places in shared.items():
-        members, rank = [], 0
-        for columns, term, only_backward in places:
-            ranks = slice(rank, rank + term.a.shape[0])
-            rank = ranks.stop
-            members.append(_Member(columns, ranks, term.scaling, only_backward))
-            masters += [term.a, term.b]
-        bundles.append(_Bundle(slice(start, stop), tuple(members), dropout))
-    return tuple(bundles), masters
+            yield number, (columns, term, projection.instead is not None)
 
 
 def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
@@ -239,23 +189,15 @@ def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tenso
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, scales, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, batches, scales, *learned):  # type: ignore[no-untyped-def]
         masters, factors = _split(learned, len(learned) - len(scales))
         n, kept = prologue.forward(x)
         out = n.new_empty(n.shape[0], sum(projection.outputs for projection in group))
         _base_products(n, group, out)
-        inner = []
-        for bundle, own in _with_masters(bundles, masters):
-            rows, noise = _dropped(n[bundle.rows], bundle.dropout)
-            s = torch.mm(rows, bundle.stacked(own, n.dtype).t())
-            for member, b in zip(bundle.members, own[1::2]):
-                if not member.only_backward:
-                    part = out[bundle.rows, member.columns]
-                    part.addmm_(s[:, member.ranks], b.to(n.dtype).t(), alpha=member.scaling)
-            inner += [s, noise]
+        inner = [tensor for pair in add_terms(n, batches, masters, out) for tensor in pair]
         for scale, factor in zip(scales, factors):
             _scale_(out[scale.rows, scale.columns], factor, scale.bias)
-        ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
+        ctx.prologue, ctx.group, ctx.batches, ctx.scales = prologue, group, batches, scales
         ctx.counts = len(kept), len(inner), len(masters)
         ctx.out = out.detach() if scales else None  # not among the saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)
@@ -269,12 +211,12 @@ class _Project(torch.autograd.Function):
         dout, dfactors = _gain_gradients(dout, ctx.out, ctx.scales, factors)
         ctx.out = None
         dn = _base_gradient(dout, ctx.group) if wants_x else None
-        n: Any = ctx.prologue.again(x, tuple(kept)) if ctx.bundles else None
         found: list[Tensor] = []
-        for at, (bundle, own) in enumerate(_with_masters(ctx.bundles, masters)):
-            s, noise = inner[2 * at : 2 * at + 2]
-            found += _bundle_gradients(bundle, own, dout[bundle.rows], s, noise, n[bundle.rows], dn)
-        del n
+        if ctx.batches:
+            n = ctx.prologue.again(x, tuple(kept))
+            pairs = list(zip(inner[::2], inner[1::2]))
+            found = term_gradients(n, ctx.batches, masters, pairs, dout, dn)
+            del n
         dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
         return dx, None, None, None, None, *found, *dfactors
 
@@ -359,43 +301,6 @@ def _joined(group: Sequence[Projection], biases: bool = True) -> Projection | No
         return None
     whole = first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
     return Projection(whole, torch.cat(own) if own else None)
-
-
-def _bundle_gradients(
-    bundle: _Bundle, masters: Sequence[Tensor], dy: Tensor, s: Tensor, noise: Tensor | None, n: Tensor,
-    dn: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """The masters' gradients, dA and dB in turns; adds the terms' share to dn [T, in] where there is one."""
-    g = torch.empty_like(s)
-    found = []
-    for member, b in zip(bundle.members, masters[1::2]):
-        own = dy[:, member.columns]
-        part = g[:, member.ranks]
-        torch.addmm(part, own, b.to(dy.dtype), beta=0, alpha=member.scaling, out=part)
-        found.append(torch.mm(s[:, member.ranks].t(), own).t().to(b.dtype).mul_(member.scaling))
-    da = torch.mm(g.t(), n if noise is None else n * noise).to(masters[0].dtype)
-    if dn is not None:
-        rows, a = dn[bundle.rows], bundle.stacked(masters, dy.dtype)
-        if noise is None:
-            rows.addmm_(g, a)
-        else:
-            rows.addcmul_(torch.mm(g, a), noise)
-    return [tensor for member, db in zip(bundle.members, found) for tensor in (da[member.ranks], db)]
-
-
-def _with_masters(bundles: Sequence[_Bundle], masters: Sequence[Tensor]) -> Iterator[tuple[_Bundle, Sequence[Tensor]]]:
-    at = 0
-    for bundle in bundles:
-        yield bundle, masters[at : at + 2 * len(bundle.members)]
-        at += 2 * len(bundle.members)
-
-
-def _dropped(rows: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-    """Rows with some values dropped and the others scaled up, and the factors; drawn as torch's dropout draws them."""
-    if not share:
-        return rows, None
-    noise = torch.empty_like(rows).bernoulli_(1 - share).div_(1 - share)
-    return rows * noise, noise
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
