@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -207,8 +208,8 @@ def test_killed_at_random_moments_and_resumed_all_end_with_the_same_bytes(
     """With dropout; one member ends early, and one diverges."""
     plan = {"max_steps": 12}
     own: dict[str, dict[str, Any]] = {
-        "a": {"training": plan},
-        "b": {"training": {"max_steps": 5, "seed": 2}, "adapter": {"r": 2, "lora_dropout": 0.3}},
+        "a": {"training": {**plan, "save_steps": 4}},
+        "b": {"training": {"max_steps": 5, "seed": 2, "save_steps": 3}, "adapter": {"r": 2, "lora_dropout": 0.3}},
         "poison": {"training": {**plan, "learning_rate": 1e30}},
     }
 
@@ -240,6 +241,22 @@ def test_killed_at_random_moments_and_resumed_all_end_with_the_same_bytes(
         assert folder_bytes(killed / place) == folder_bytes(unbroken / place), (moments, name)
         if name != "poison":
             assert folder_bytes(killed / "adapter") == folder_bytes(unbroken / "adapter"), (moments, name)
+
+
+def test_a_round_that_is_run_again_has_all_who_were_in_it(recipes: Recipes) -> None:
+    """One diverged in a round whose checkpoints the others lost: it takes part again, and dropout draws as before."""
+    noisy: dict[str, Any] = {"adapter": {"lora_dropout": 0.2}, "training": {"save_steps": 2, "save_total_limit": 9}}
+    poison = {"adapter": {"lora_dropout": 0.2}, "training": POISON}
+    unbroken = quietly(recipes("wide", "whole", **noisy), recipes("poison", "whole", **poison))
+    made = recipes("wide", **noisy), recipes("poison", **poison)
+    wide, poisoned = (run.folder for run in quietly(*made))
+    for path in (wide / "checkpoints").iterdir():
+        if path.name > "step-000002":
+            shutil.rmtree(path)
+    assert [path.name for path in (poisoned / "checkpoints").iterdir()] == ["step-000002"]
+    quietly(*made, resume=True)
+    assert len(records(poisoned, "note")) >= 1
+    assert folder_bytes(wide / "adapter") == folder_bytes(unbroken[0].folder / "adapter")
 
 
 def test_kept_on_a_base_they_are_there_to_be_asked(recipes: Recipes) -> None:
