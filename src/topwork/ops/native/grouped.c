@@ -212,7 +212,7 @@ static int stands(const Product *p) {
   return pair_of(p) && p->k % 2 == 0 && p->left.row % 2 == 0;
 }
 
-// ---- a piece ---------------------------------------------------------------------------------------------------------
+// ---- a piece -------------------------------------------------------------------------------------------------------
 
 typedef struct {
   float *left, *right, *sums;
@@ -297,6 +297,11 @@ static void multiply(const Piece *piece, const Scratch *s, int64_t unit, int64_t
       int64_t columns = least(PW, piece->columns - j), vectors = (columns + LANES - 1) / LANES;
       float *sums = keep ? s->sums + r * ld + j : spare;
       int64_t by = keep ? ld : PW;
+      if (last && p->out.column == 1)  // rows stand far apart, which no processor foresees
+        for (int64_t i = 0; i < wanted; i++) {
+          const char *to = value_at(p->out, piece->row + r + i, piece->column + j, p->out_kind);
+          for (int64_t byte = 0; byte < columns * bytes_of(p->out_kind); byte += 64) __builtin_prefetch(to + byte, 1);
+        }
       for (int64_t i = 0; i < wanted; i += height) {
         Tile product = tallest(pair, wanted - i, vectors, &height);
         product(left + (r + i) * lda, lda, s->right + j * steps, steps, sums + i * by, by, unit > 0);
@@ -330,7 +335,7 @@ static void run_piece(const Piece *piece, const Scratch *s) {
   if (turned) finish_turned(piece, s->sums, ld);
 }
 
-// ---- all of them -----------------------------------------------------------------------------------------------------
+// ---- all of them ---------------------------------------------------------------------------------------------------
 
 // How many columns a piece has: what is packed of them should stay in the cache.
 static int64_t piece_columns(const Product *p) {
