@@ -7,11 +7,13 @@ import pytest
 from topwork.models.source import ALIASES, HUB_ID
 from topwork.recipe.recipe import load_recipe
 from topwork.run.evaluate import evaluate
+from topwork.run.sweep_plan import plan_sweep
 from topwork.run.train import train
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(path for path in EXAMPLES.rglob("*.y*ml"))
+SWEEPS = [EXAMPLES / "sweep.yaml"]
+RECIPES = sorted(path for path in EXAMPLES.rglob("*.y*ml") if path not in SWEEPS)
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.yaml"))
 
 
@@ -41,6 +43,16 @@ def test_an_example_trains_and_is_scored(path: Path, tiny_llama: Path, tmp_path:
     scores = evaluate(run.folder, max_rows=3, report=lambda _: None)
     assert scores["rows"] == 3
     assert {"before", "after"} <= scores.keys()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_an_example_of_several_runs_expands_and_its_files_exist(path: Path) -> None:
+    plan = plan_sweep(path, check_data=False)
+    assert len(plan.members) == 6
+    assert plan.out == Path("runs/support-sweep")
+    for member in plan.members:
+        assert Path(member.recipe.data.train).is_file()
+        assert Path(str(member.recipe.evaluation.data)).is_file()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(EXAMPLES)))

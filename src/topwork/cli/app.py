@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.sweep import sweep
 from topwork.common.errors import TopworkError
 
 app = typer.Typer(
@@ -20,9 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one option of the recipe.")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than it was trained on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: the output_dir of `topwork train`.")]
 
 
@@ -57,7 +57,7 @@ def train(
     from topwork.run.train import train as run
     from topwork.training.progress import Silent
 
-    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), _told(as_json))
+    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
     if as_json:
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":
@@ -66,6 +66,12 @@ def train(
         raise typer.Exit(1)
     if not as_json:
         _print_trained(done.folder, done.result)
+
+
+app.command(
+    epilog="Examples: topwork sweep recipe.yaml --preset rank --seeds 3   "
+    "topwork sweep recipe.yaml --grid adapter.r=4,8,16 --grid training.learning_rate=1e-4..1e-2*5 --halving"
+)(sweep)
 
 
 @app.command(name="eval", epilog="Example: topwork eval runs/support --data examples/support/test.jsonl")
@@ -88,7 +94,7 @@ def evaluate(
     if run is not None:
         from topwork.run.evaluate import evaluate as score_run
 
-        result = score_run(run, data, max_rows, not only_after, force, _told(as_json))
+        result = score_run(run, data, max_rows, not only_after, force, teller(as_json))
     else:
         result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, as_json)
     if as_json:
@@ -143,7 +149,7 @@ def merge(
     """Fold the adapter into its base and write an ordinary Hugging Face folder."""
     from topwork.run.merge import merge as fold
 
-    result = fold(run, out, dtype, base, overwrite, force, _told(as_json))
+    result = fold(run, out, dtype, base, overwrite, force, teller(as_json))
     if as_json:
         print(json.dumps(result))
         return
@@ -195,7 +201,7 @@ def quantize(
                 "--analyze measures every block size, with and without double quantization, and "
                 "replaces nothing; leave --block-size, --no-double-quant and --overwrite out"
             )
-        found = measure(config, text, windows, out, _told(as_json))
+        found = measure(config, text, windows, out, teller(as_json))
         print(json.dumps(found.as_json()) if as_json else found.as_text())
         return
     if out is None:
@@ -204,7 +210,7 @@ def quantize(
         raise RequestError("--text goes with --analyze, which takes the perplexity on it")
     from topwork.run.quantize import quantize as write
 
-    result = write(config, out, kind or "nf4", block_size, double_quant, overwrite, _told(as_json))
+    result = write(config, out, kind or "nf4", block_size, double_quant, overwrite, teller(as_json))
     if as_json:
         print(json.dumps(result.as_json()))
         return
@@ -240,11 +246,6 @@ def report(run: Run) -> None:
     print(f"{paths.html}\n{paths.curves_png}")
 
 
-def _told(as_json: bool) -> Any:
-    """Where lines for people go: to standard error where a program reads the output."""
-    return (lambda text: print(text, file=sys.stderr)) if as_json else print
-
-
 def _resuming(recipe: Path, overrides: list[str] | None) -> str:
     changes = [part for override in overrides or [] for part in ("--set", override)]
     return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
@@ -264,7 +265,7 @@ def _evaluate_model(
         raise RequestError("--model needs --data: rows with known answers")
     config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
     return evaluate_model(
-        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, report=_told(as_json)
+        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, report=teller(as_json)
     )
 
 

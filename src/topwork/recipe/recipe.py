@@ -33,6 +33,8 @@ PEERS_NAMES = {
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+SEVERAL = ("sweep", "jobs")
+"""Sections that describe several runs (`recipe/sweep_config.py`)."""
 
 
 class Recipe(Options):
@@ -59,6 +61,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming the file, the key, what was expected and the nearest key that exists.
     """
+    values = read_values(path, overrides)
+    several = [name for name in SEVERAL if values.get(name) is not None]
+    if several:
+        raise RecipeError(f"{path} has {several[0]}:, which describes several runs; use `topwork sweep {path}`")
+    return make_recipe(values, str(path), path.parent)
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with `a.b=c` overrides, as plain values. Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -66,12 +77,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     values = parse_yaml(text, str(path))
     for override in overrides:
         _apply(values, override)
-    return make_recipe(values, str(path), path.parent)
+    return values
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | None = None) -> Recipe:
     """A Recipe from plain values."""
-    empty = {key for key in Recipe.model_fields if key in values and values[key] is None}
+    empty = {key for key in (*Recipe.model_fields, *SEVERAL) if key in values and values[key] is None}
     values = _translated({key: value for key, value in values.items() if key not in empty})
     if folder is not None:
         values = _beside(values, folder)
@@ -172,14 +183,15 @@ def _explained(entry: Any) -> str:
     where = ".".join(str(part) for part in entry["loc"])
     *parents, last = (str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_hint(parents, last)}"
+        return f"unknown key {where!r}{key_hint(parents, last)}"
     if entry["type"] == "missing":
         return f"{where!r} is needed and missing"
     given = entry.get("input")
     return f"{where!r}: {entry['msg'].lower()}, given {given!r}"
 
 
-def _hint(parents: list[str], key: str) -> str:
+def key_hint(parents: Sequence[str], key: str) -> str:
+    """'; did you mean …?' or where a key belongs that is not known at `parents`."""
     elsewhere = [path for path in all_keys() if path.rpartition(".")[2] == key]
     if elsewhere:
         return f"; it belongs at {elsewhere[0]!r}"

@@ -86,7 +86,7 @@ def curves(
     size      inches
     The loss axis is logarithmic where the range demands it. Raises RequestError where matplotlib is missing.
     """
-    figure, axes = _canvas(theme, size)
+    figure, axes = canvas(theme, size)
     train, validation = series(records, "train", "loss"), series(records, "eval", "loss")
     if train.steps:
         name = "training, smoothed" if len(train.steps) >= SMOOTHED_PART else "training"
@@ -94,7 +94,7 @@ def curves(
     if validation.steps:
         _draw_validation(axes, validation, theme)
     _mark_epochs(axes, series(records, "train", "epoch"), theme)
-    _choose_scale(axes, smoothed(train.values) + validation.values)
+    choose_scale(axes, smoothed(train.values) + validation.values)
     axes.set_xlabel("step", color=theme.muted)
     axes.set_ylabel("loss per learned token", color=theme.muted)
     if train.steps or validation.steps:
@@ -117,7 +117,7 @@ def small_chart(
     size: tuple[float, float] = (4.0, 2.1),
 ) -> "Figure":
     """One value of the training records over steps; `smooth` adds the smoothed line over the raw one."""
-    figure, axes = _canvas(theme, size)
+    figure, axes = canvas(theme, size)
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     measured = series(records, "train", key)
@@ -128,7 +128,7 @@ def small_chart(
     if measured.values and min(measured.values) >= 0:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel("step", color=theme.muted)
     return figure
 
@@ -150,7 +150,8 @@ def svg_bytes(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _canvas(theme: Theme, size: tuple[float, float]) -> "tuple[Figure, Axes]":
+def canvas(theme: Theme, size: tuple[float, float]) -> "tuple[Figure, Axes]":
+    """A figure with one pair of axes, `size` in inches. Raises RequestError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -213,18 +214,20 @@ def _mark_epochs(axes: "Axes", epochs: Series, theme: Theme) -> None:
         )
 
 
-def _choose_scale(axes: "Axes", values: Sequence[float]) -> None:
+def choose_scale(axes: "Axes", values: Sequence[float]) -> None:
+    """A logarithmic y axis where the values' range demands it."""
     if not values or min(values) <= 0 or max(values) / min(values) < LOG_SCALE_RATIO:
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _plain(value: float, _position: int) -> str:
+def plain(value: float, _position: int) -> str:
+    """A tick's number, for matplotlib's FuncFormatter."""
     if value == 0 or abs(value) >= 0.01:
         return f"{value:g}"
     mantissa, exponent = f"{value:.1e}".split("e")

@@ -13,6 +13,7 @@ from topwork.reporting.readers import Record, RunFiles, entries, number, read_ru
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 SMALL_CHARTS = (
@@ -66,33 +67,42 @@ def write_report(run_dir: Path) -> ReportPaths:
 
 def render(run: RunFiles) -> str:
     """The page as text. Every value from the run is escaped; the page's own policy forbids scripts and requests."""
+    records = _with_start(run)
+    parameters = section(run.result, "parameters")
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            name=run.name,
+            headline=sections.headline(run),
+            cards=sections.cards(run),
+            notes=sections.notes(run),
+            loss_picture=_loss_picture(records),
+            small_pictures=[_small_picture(records, *chart) for chart in _measured_charts(records)],
+            scores=sections.scores(run.evaluation),
+            evaluation_rows=number(run.evaluation, "rows"),
+            evaluation_facts=sections.evaluation_facts(run.evaluation),
+            samples=sections.samples(run.evaluation),
+            sample_count=len(entries(run.evaluation, "samples")),
+            parameters={key: number(parameters, key) for key in ("trainable", "frozen", "total", "share")},
+            parameter_rows=sections.parameter_rows(run.result),
+            data_facts=sections.facts(section(run.result, "data")),
+            recipe_text=run.recipe_text,
+            provenance_facts=sections.facts(run.provenance),
+        )
+    )
+
+
+def environment() -> "Environment":
+    """Where templates come from; every value in them is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("topwork.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"whole": wording.whole, "share": wording.share, "count": wording.count}
-    records = _with_start(run)
-    parameters = section(run.result, "parameters")
-    return environment.get_template("report.html.jinja").render(
-        name=run.name,
-        headline=sections.headline(run),
-        cards=sections.cards(run),
-        notes=sections.notes(run),
-        loss_picture=_loss_picture(records),
-        small_pictures=[_small_picture(records, *chart) for chart in _measured_charts(records)],
-        scores=sections.scores(run.evaluation),
-        evaluation_rows=number(run.evaluation, "rows"),
-        evaluation_facts=sections.evaluation_facts(run.evaluation),
-        samples=sections.samples(run.evaluation),
-        sample_count=len(entries(run.evaluation, "samples")),
-        parameters={key: number(parameters, key) for key in ("trainable", "frozen", "total", "share")},
-        parameter_rows=sections.parameter_rows(run.result),
-        data_facts=sections.facts(section(run.result, "data")),
-        recipe_text=run.recipe_text,
-        provenance_facts=sections.facts(run.provenance),
-    )
+    made.filters |= {"whole": wording.whole, "share": wording.share, "count": wording.count}
+    return made
 
 
 def _with_start(run: RunFiles) -> list[Record]:
@@ -116,18 +126,19 @@ def _loss_picture(records: list[Record]) -> Picture:
         if measured.values
     ]
     last = max([*train.steps, *validation.steps], default=0)
-    wide = partial(_data_uri, partial(curves, records, size=(9.4, 3.9)))
-    narrow = partial(_data_uri, partial(curves, records, size=(4.3, 3.5)))
+    wide = partial(data_uri, partial(curves, records, size=(9.4, 3.9)))
+    narrow = partial(data_uri, partial(curves, records, size=(4.3, 3.5)))
     description = f"Curves over {last} steps: {'; '.join(parts) or 'no finite loss'}."
     return Picture("Loss", description, wide(LIGHT), wide(DARK), narrow(LIGHT), narrow(DARK))
 
 
 def _small_picture(records: list[Record], key: str, title: str, smooth: bool) -> Picture:
     values = series(records, "train", key).values
-    draw = partial(_data_uri, partial(small_chart, records, key, smooth=smooth))
+    draw = partial(data_uri, partial(small_chart, records, key, smooth=smooth))
     description = f"{title} from {min(values):.4g} to {max(values):.4g}, {values[-1]:.4g} at the end."
     return Picture(title, description, draw(LIGHT), draw(DARK))
 
 
-def _data_uri(draw: "Callable[..., Figure]", theme: Theme) -> str:
+def data_uri(draw: "Callable[..., Figure]", theme: Theme) -> str:
+    """What `draw(theme=theme)` gives, as a drawing that stands in the page itself."""
     return "data:image/svg+xml;base64," + b64encode(svg_bytes(draw(theme=theme))).decode()

@@ -1,7 +1,8 @@
 """`topwork eval`: loss, exact answers and samples, before (the bare base) and after (with the adapter)."""
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from topwork.data.examples import Example, load_data
 from topwork.data.template import ChatTemplate
 from topwork.evaluation.config import EvaluationConfig
 from topwork.evaluation.grade import pick_grader
-from topwork.evaluation.score import Question, Scores, questions_of, score
+from topwork.evaluation.score import Question, Scores, questions_of, score, score_together
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
+from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, open_run
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, open_run
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,70 @@ def evaluate_model(
     return _score_arms(base, arms, rows, template, config, report)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run that `evaluate_members` scores; `adapter` is its name on the base."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    adapter: str
+
+
+def evaluate_members(
+    base: Base, members: Sequence[Finished], seed: int = 0, report: Callable[[str], None] = print
+) -> dict[str, dict[str, Any]]:
+    """Score runs whose adapters are on one loaded base, answers of several in one call, and write each one's
+    RUN/evaluation.json; the result is by the members' names.
+
+    Rows that `evaluation.data` or `data.eval` names are drawn by `seed`, the same for all; rows held out of training
+    are each run's own.
+    """
+    groups: dict[str, list[Finished]] = {}
+    for member in members:
+        groups.setdefault(_asked(member.recipe), []).append(member)
+    found: dict[str, dict[str, Any]] = {}
+    for alike in groups.values():
+        found |= _score_group(base, alike, seed, report)
+    return found
+
+
+def _score_group(
+    base: Base, members: Sequence[Finished], seed: int, report: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Members that are asked the same rows, and the bare base."""
+    arms: dict[str, str | None] = {"before": None, **{member.name: member.adapter for member in members}}
+    recipe, folder = members[0].recipe, members[0].folder
+    config, stored = recipe.evaluation, folder / TEMPLATE
+    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
+    named = config.data or recipe.data.eval
+    rows = _rows(recipe.data, named, base, template, seed if named else recipe.training.seed, config, report)
+    references = [question.reference for question in rows.questions]
+    grader = pick_grader(references) if config.grader == "auto" else config.grader
+    with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), report) as counter:
+        scored = score_together(
+            base, list(arms.values()), rows.questions, rows.examples, template, grader, config.max_new_tokens,
+            config.batch_size, counter,
+        )  # fmt: skip
+    by_arm = dict(zip(arms, scored))
+    found = {}
+    for member in members:
+        pair = {"before": by_arm["before"], "after": by_arm[member.name]}
+        found[member.name] = _told(rows, pair, grader, config) | {"data": named or "held out of training"}
+        write_json(member.folder / EVALUATION, found[member.name])
+    return found
+
+
+def _asked(recipe: Recipe) -> str:
+    """What decides a recipe's rows: runs with the same are asked the same."""
+    data = recipe.data.model_dump(mode="json")
+    named = recipe.evaluation.data or recipe.data.eval
+    if named is not None:
+        data |= {"train": "", "eval": named, "eval_fraction": 0.0, "max_rows": None}
+    seed = None if named is not None else recipe.training.seed
+    return json.dumps([data, recipe.evaluation.model_dump(mode="json"), seed])
+
+
 def _rows(
     data: DataConfig, named: str | None, base: Base, template: ChatTemplate, seed: int, config: EvaluationConfig,
     report: Callable[[str], None],
@@ -117,10 +183,16 @@ def _score_arms(
                 base, adapter, rows.questions, rows.examples, template, grader, config.max_new_tokens,
                 config.batch_size, counter,
             )  # fmt: skip
+    return _told(rows, scores, grader, config)
+
+
+def _told(rows: Rows, scores: dict[str, Scores], grader: str, config: EvaluationConfig) -> dict[str, Any]:
+    """What evaluation.json says of some arms."""
     asked = bool(rows.questions)
     result: dict[str, Any] = {"rows": len(rows.questions or rows.examples), "grader": grader if asked else "loss alone"}
     result |= {arm: scored.summary for arm, scored in scores.items()}
-    result["samples"] = [_sample(rows.questions[i], i, scores) for i in range(min(config.samples, len(references)))]
+    shown = range(min(config.samples, len(rows.questions)))
+    result["samples"] = [_sample(rows.questions[i], i, scores) for i in shown]
     return result
 
 

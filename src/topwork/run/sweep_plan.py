@@ -1,0 +1,211 @@
+"""What `topwork sweep` will do, before it begins: its members, what each needs, rungs, and the waves that fit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from topwork.adapters.graft import plan_adapter
+from topwork.common.errors import RecipeError, RequestError
+from topwork.data.examples import load_data
+from topwork.models.source import find_source
+from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.plan.count import config_of, skeleton
+from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
+from topwork.recipe.recipe import Recipe
+from topwork.recipe.sweep_config import Halving, Member, SweepRequest, expand, load_sweep
+from topwork.run.folder import check_place
+from topwork.run.presets import Experiment, experiment
+from topwork.training.member import planned_steps
+
+VALIDATIONS = 10
+"""Validations of a run that names no eval_steps."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line adds to a recipe's `sweep:`; None leaves it as the recipe has it."""
+
+    grid: tuple[str, ...] = ()
+    preset: str | None = None
+    seeds: int | None = None
+    halving: bool | None = None
+    measure_alone: bool = False
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep before it begins. `stops` are the steps at which halving compares; the last rung runs to the end."""
+
+    members: tuple[Member, ...]
+    axes: dict[str, list[object]]
+    out: Path
+    ready: Experiment | None = None
+    jobs: bool = False
+    halving: Halving | None = None
+    stops: tuple[int, ...] = ()
+
+
+def plan_sweep(
+    recipe: Path, overrides: Sequence[str] = (), options: SweepOptions = SweepOptions(), check_data: bool = True
+) -> SweepPlan:
+    """Read a recipe and work out its members; the base's weights are not read. Rows are read once for each data set, so
+    that a bad one is told before hours of training.
+
+    Raises RequestError for whatever is wrong with the request; nothing is written.
+    """
+    request = _with_options(load_sweep(recipe, overrides), options)
+    model = _skeleton(request)
+    ready = experiment(request.sweep.preset, request, model) if request.sweep.preset else None
+    axes = [] if ready is None else [ready.axis]
+    axes += grid_axes(request.sweep.grid)
+    axes += [seed_axis(request.sweep.seeds)] if request.sweep.seeds > 1 else []
+    out = _out(request)
+    check_place(out, "output_dir")
+    members = tuple(expand(request, axes, out))
+    _one_base(members)
+    for member in members:
+        plan_adapter(model, member.recipe.adapter)  # says what the base cannot take
+    shown: dict[str, list[object]] = {axis.label: [variant.shown for variant in axis.variants] for axis in axes}
+    plan = SweepPlan(members, shown, out, ready, bool(request.jobs), request.sweep.halving)
+    if not plan.jobs:
+        _refuse_unmeasured(members)
+    steps = _checked_data(members) if check_data else {}
+    return replace(plan, stops=_stops(plan.halving, members, steps)) if plan.halving and check_data else plan
+
+
+def waves(names: Sequence[str], fits: Callable[[Sequence[str]], int]) -> list[list[str]]:
+    """Members in waves of as many as fit together, in their order."""
+    found: list[list[str]] = []
+    rest = list(names)
+    while rest:
+        count = max(1, min(len(rest), fits(rest)))
+        found.append(rest[:count])
+        rest = rest[count:]
+    return found
+
+
+def _with_options(request: SweepRequest, options: SweepOptions) -> SweepRequest:
+    """The command line's grid, preset, seeds and halving over the recipe's."""
+    sweep = request.sweep
+    changes: dict[str, object] = {"grid": {**sweep.grid, **parse_grid(options.grid)}}
+    if options.preset is not None:
+        changes["preset"] = options.preset
+    if options.seeds is not None:
+        if options.seeds < 1:
+            raise RequestError(f"--seeds is {options.seeds}; expected a count of at least 1")
+        changes["seeds"] = options.seeds
+    if options.halving is not None:
+        changes["halving"] = (sweep.halving or Halving()) if options.halving else None
+    return replace(request, sweep=sweep.model_copy(update=changes))
+
+
+def _out(request: SweepRequest) -> Path:
+    """Where a sweep goes: the recipe's output_dir where that has a `sweep:` or `jobs:`; beside a single run's else."""
+    named = request.values.get("output_dir") or Recipe.model_fields["output_dir"].default
+    return Path(str(named) if request.described else f"{named}-{request.sweep.preset or 'sweep'}")
+
+
+def _skeleton(request: SweepRequest) -> PreTrainedModel:
+    """The base's shape, without weights."""
+    if request.jobs:
+        members = expand(request, [], Path("jobs"))  # the recipe itself may have no data
+        model = members[0].recipe.model
+    else:
+        model = request.base().model
+    find_source(model, lambda _: None)  # says what is wrong with the name, or where its weights are missing
+    return skeleton(
+        config_of(model.model_name_or_path, model.revision, model.trust_remote_code), model.trust_remote_code
+    )
+
+
+def _one_base(members: Sequence[Member]) -> None:
+    """Members share a pass, so what decides the pass is the same in all of them."""
+    first = members[0]
+    for member in members[1:]:
+        for name, one, other in (
+            ("model", first.recipe.model, member.recipe.model),
+            ("quantization", first.recipe.quantization, member.recipe.quantization),
+            ("training.tokens_per_pass", first.recipe.training.tokens_per_pass, member.recipe.training.tokens_per_pass),
+            (
+                "training.activation_checkpointing",
+                first.recipe.training.activation_checkpointing,
+                member.recipe.training.activation_checkpointing,
+            ),
+        ):
+            if one != other:
+                raise RequestError(
+                    f"{first.name!r} and {member.name!r} share a pass over one base, but differ in {name} ({one!r} and "
+                    f"{other!r}); give all the same, or run a sweep for each"
+                )
+
+
+def _refuse_unmeasured(members: Sequence[Member]) -> None:
+    for member in members:
+        data, evaluation = member.recipe.data, member.recipe.evaluation
+        if evaluation.data is None and data.eval is None and data.eval_fraction == 0:
+            raise RequestError(
+                "a sweep compares its members on rows that none was trained on, and there are none; name "
+                "evaluation.data or data.eval, or set data.eval_fraction above 0"
+            )
+
+
+def _checked_data(members: Sequence[Member]) -> dict[str, int]:
+    """Read every data set once; the planned steps of each member by name. Raises DataError."""
+    model = members[0].recipe.model
+    source = find_source(model, lambda _: None)
+    tokenizer = load_tokenizer(source, model.trust_remote_code)
+    length = context_length(config_of(model.model_name_or_path, model.revision, model.trust_remote_code))
+    rows: dict[str, int] = {}
+    steps = {}
+    for member in members:
+        recipe = member.recipe
+        read = recipe.data.model_dump_json()
+        if read not in rows:
+            data = load_data(recipe.data, tokenizer, length, recipe.training.seed, lambda _: None)
+            rows[read] = len(data.train)
+            _check_longest(recipe, max(len(example.tokens) for example in (*data.train, *data.eval)))
+        named = recipe.evaluation.data
+        if named is not None and f"{read} {named}" not in rows:
+            alone = recipe.data.model_copy(
+                update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None}
+            )
+            rows[f"{read} {named}"] = len(load_data(alone, tokenizer, length, 0, lambda _: None).train)
+        steps[member.name] = planned_steps(recipe.training, rows[read])
+    return steps
+
+
+def _check_longest(recipe: Recipe, longest: int) -> None:
+    asked = recipe.training.tokens_per_pass
+    if asked is not None and longest > asked:
+        raise RecipeError(
+            f"training.tokens_per_pass is {asked}, and the longest sequence has {longest} tokens; a sequence is not "
+            f"cut in two. Give at least {longest}, leave it out, or set data.max_length lower."
+        )
+
+
+def _stops(halving: Halving, members: Sequence[Member], steps: dict[str, int]) -> tuple[int, ...]:
+    """The steps at which members are compared, each at a validation: the whole plan over factor, factor ** 2, …"""
+    plans = {(steps[member.name], member.recipe.training.eval_steps) for member in members}
+    if len(plans) > 1:
+        told = ", ".join(f"{total} steps with eval_steps {every}" for total, every in sorted(plans, key=str)[:3])
+        raise RequestError(
+            f"halving compares members after the same steps, but these plan {told}; set training.max_steps and "
+            "training.eval_steps the same for all"
+        )
+    ((total, eval_steps),) = plans
+    for member in members:
+        data = member.recipe.data
+        if data.eval is None and data.eval_fraction == 0:
+            raise RequestError("halving compares validation losses; name data.eval or set data.eval_fraction above 0")
+    every = eval_steps or max(1, -(-total // VALIDATIONS))
+    wanted = [total / halving.factor ** (halving.rungs - 1 - rung) for rung in range(halving.rungs - 1)]
+    stops = [max(1, round(stop / every)) * every for stop in wanted]
+    if sorted(set(stops)) != stops or (stops and stops[-1] >= total):
+        raise RequestError(
+            f"halving with {halving.rungs} rungs and factor {halving.factor} needs validations at about steps "
+            f"{', '.join(f'{stop:.0f}' for stop in wanted)} of {total}, and they come every {every}; set "
+            f"training.eval_steps to {max(1, int(wanted[0]))} or less, or give fewer rungs"
+        )
+    return tuple(stops)

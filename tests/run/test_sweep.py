@@ -1,0 +1,252 @@
+"""Whole sweeps on a tiny base: what is trained, scored and written; resume, divergence, waves, halving and jobs."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import topwork.run.sweep as sweep_module
+from run import tiny
+from run.processes import Commands, signal_at
+from topwork.common.errors import RequestError
+from topwork.run.sweep import Swept, sweep
+from topwork.run.sweep_plan import SweepOptions, waves
+
+Recipes = Callable[..., Path]
+SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
+RATES = "training.learning_rate=5e-3,1e38"
+"""The second cannot be survived: after one step the weights are beyond what a float holds."""
+
+
+def quietly(recipe: Path, *grid: str, overrides: tuple[str, ...] = (), **options: Any) -> Swept:
+    chosen = {name: options.pop(name) for name in ("preset", "seeds", "halving", "measure_alone") if name in options}
+    return sweep(
+        recipe, overrides, SweepOptions(grid, **chosen), report=options.pop("report", lambda _: None), **options
+    )
+
+
+def by_name(swept: Swept) -> dict[str, dict[str, Any]]:
+    return {member["name"]: member for member in swept.result["members"]}
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_llama: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Two ranks at two learning rates, of which one diverges."""
+    folder = tmp_path_factory.mktemp("swept")
+    recipe = tiny.write_recipe(
+        folder / "recipe.yaml", tiny.recipe_values(tiny_llama, tickets, folder / "run", training=SHORT)
+    )
+    return quietly(recipe, "adapter.r=2,4", RATES)
+
+
+def test_every_member_is_an_ordinary_run(swept: Swept) -> None:
+    members = by_name(swept)
+    assert list(members) == [f"r-{r}_learning_rate-{rate}" for r in (2, 4) for rate in ("0.005", "1e+38")]
+    sound = [member for member in members.values() if member["state"] == "finished"]
+    assert len(sound) == 2
+    for member in sound:
+        folder = swept.folder / member["folder"]
+        assert folder.parent == swept.folder
+        for file in ("recipe.yaml", "adapter/adapter_model.safetensors", "metrics.jsonl", "result.json"):
+            assert (folder / file).is_file(), file
+        evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+        assert evaluation["after"]["loss"] == member["scores"]["loss"]
+        assert evaluation["rows"] == 3
+        assert member["result"]["steps"] == 4
+        assert member["result"]["shared_with"] == 4
+    assert swept.result["waves"] == [
+        {
+            **swept.result["waves"][0], "members": list(members), "done": True, "scored": True, "stop_at": None,
+        }
+    ]  # fmt: skip
+
+
+def test_scores_together_are_those_of_each_alone(swept: Swept) -> None:
+    from topwork.run.evaluate import evaluate
+
+    member = by_name(swept)["r-4_learning_rate-0.005"]
+    alone = evaluate(swept.folder / member["folder"], report=lambda _: None)
+    assert member["scores"]["loss"] == pytest.approx(alone["after"]["loss"], rel=1e-5)
+    assert member["before"]["loss"] == pytest.approx(alone["before"]["loss"], rel=1e-5)
+    assert member["scores"]["exact_match"] == alone["after"]["exact_match"]
+    assert member["scores"]["loss"] != member["before"]["loss"]
+
+
+def test_a_member_that_diverges_is_shown_and_drags_none_along(swept: Swept) -> None:
+    lost = by_name(swept)["r-2_learning_rate-1e+38"]
+    assert lost["state"] == "diverged"
+    assert lost["scores"] is None
+    points = {point["name"]: point for point in swept.result["points"]}
+    assert points["r-2_learning_rate-1e+38"]["diverged"] == 1
+    assert points["r-2_learning_rate-1e+38"]["loss"] is None
+    assert points["r-2_learning_rate-0.005"]["diverged"] == 0
+    for name in ("sweep.md", "sweep.html"):
+        text = (swept.folder / name).read_text("utf-8")
+        assert "r-2_learning_rate-1e+38" in text
+        assert "diverged" in text
+        assert "2 diverged" in text
+
+
+def test_the_report_has_what_it_must(swept: Swept) -> None:
+    text = (swept.folder / "sweep.md").read_text("utf-8")
+    for told in ("4 members", "trained parameters", "The rule:", "an estimate", "peak memory", "bare base"):
+        assert told in text, told
+    page = (swept.folder / "sweep.html").read_text("utf-8")
+    assert page.count("data:image/svg+xml") >= 2 * 3  # curves, loss against rank and against learning rate, twice
+    pictures = {path.name for path in (swept.folder / "pictures").iterdir()}
+    assert {"curves.png", "loss-adapter.r.png", "loss-training.learning_rate.png"} <= pictures
+
+
+def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
+    recipe = swept.folder.parent / "recipe.yaml"
+    before = tiny.folder_bytes(swept.folder)
+    with pytest.raises(RequestError, match="holds a sweep already"):
+        quietly(recipe, "adapter.r=2,4", RATES)
+    with pytest.raises(RequestError, match="was begun with another sweep: 2 members are in one of the two only"):
+        quietly(recipe, "adapter.r=2", RATES, resume=True)
+    with pytest.raises(RequestError, match="4 have other options"):
+        quietly(recipe, "adapter.r=2,4", RATES, overrides=("training.batch_size=3",), resume=True)
+    assert tiny.folder_bytes(swept.folder) == before
+    again = quietly(recipe, "adapter.r=2,4", RATES, resume=True)
+    assert again.result == swept.result
+    after = tiny.folder_bytes(swept.folder)
+    assert {name: after[name] for name in after if "/adapter/" in name} == {
+        name: before[name] for name in before if "/adapter/" in name
+    }
+
+
+def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, recipes: min(2, len(recipes)))
+    heard: list[str] = []
+    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4", report=heard.append)
+    assert any("2 of 3 members fit into free memory" in line and "2 waves of 2, 1" in line for line in heard)
+    assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3"], ["r-4"]]
+    assert all(member["scores"] is not None for member in done.result["members"])
+    assert by_name(done)["r-4"]["result"]["shared_with"] == 1
+
+
+def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, _recipes: 1)
+    done = quietly(make_recipe(training=SHORT), "training.learning_rate=1e38,5e-3")
+    assert [member["state"] for member in done.result["members"]] == ["diverged", "finished"]
+
+
+def test_waves_hold_all_members_once() -> None:
+    assert waves(["a", "b", "c", "d", "e"], lambda rest: 2 if "b" in rest else 9) == [["a", "b"], ["c", "d", "e"]]
+    assert waves(["a", "b"], lambda _: 0) == [["a"], ["b"]]
+
+
+def test_killed_and_resumed_it_ends_with_the_same_adapters(
+    commands: Commands, make_recipe: Recipes, tmp_path: Path
+) -> None:
+    training = {"max_steps": 8, "eval_steps": 4, "save_steps": 2}
+    grid = ["--grid", "adapter.r=2,4"]
+    quietly(make_recipe("whole", training=training), "adapter.r=2,4")
+    recipe = make_recipe("run", training=training)
+    at = tmp_path / "run-sweep" / "r-4"
+    code, said = commands.run(["sweep", str(recipe), *grid], signal_at(at, 5, signal.SIGKILL))
+    assert code == -signal.SIGKILL, said
+    known = json.loads((tmp_path / "run-sweep" / "sweep.json").read_text("utf-8"))
+    assert [member["state"] for member in known["members"]] == ["training", "training"]
+    code, said = commands.run(["sweep", str(recipe), *grid, "--resume"])
+    assert code == 0, said
+    assert "going on from" in said
+    for name in ("r-2", "r-4"):
+        whole = tiny.folder_bytes(tmp_path / "whole-sweep" / name / "adapter")
+        assert tiny.folder_bytes(tmp_path / "run-sweep" / name / "adapter") == whole
+    assert (tmp_path / "run-sweep" / "sweep.html").is_file()
+
+
+def test_interrupted_it_says_how_to_go_on(commands: Commands, make_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 200})
+    asked = ["sweep", str(recipe), "--grid", "adapter.r=2,4"]
+    code, said = commands.run(asked, signal_at(tmp_path / "run-sweep" / "r-4", 2, signal.SIGINT))
+    assert code == 1, said
+    assert said.splitlines()[-1].strip() == f"topwork sweep {recipe} --grid adapter.r=2,4 --resume"
+    assert not (tmp_path / "run-sweep" / "sweep.md").exists()
+
+
+def test_halving_spends_the_steps_on_the_best(make_recipe: Recipes) -> None:
+    training = {**SHORT, "max_steps": 8, "eval_steps": 1, "lr_scheduler_type": "cosine"}
+    plain = {"training": training, "adapter": {"lora_dropout": 0.0}}
+    halving = ("sweep.halving={factor: 2, rungs: 3}",)
+    done = quietly(make_recipe(**plain), "training.learning_rate=1e-2,1e-5,3e-3,2e-5", overrides=halving)
+    members = by_name(done)
+    assert done.result["halving"]["stops"] == [2, 4]
+    steps = {name: member["result"]["steps"] for name, member in members.items()}
+    assert steps == {
+        "learning_rate-0.01": 8, "learning_rate-1e-05": 2, "learning_rate-0.003": 4, "learning_rate-2e-05": 2,
+    }  # fmt: skip
+    assert [members[name]["left_at"] for name in steps] == [None, 0, 1, 0]
+    whole = quietly(make_recipe("whole", **plain), "training.learning_rate=1e-2,3e-3")
+    best = "learning_rate-0.01"  # as if it had never been compared: the schedule is the whole plan's
+    assert members[best]["scores"]["loss"] == pytest.approx(by_name(whole)[best]["scores"]["loss"], rel=1e-5)
+    text = (done.folder / "sweep.md").read_text("utf-8")
+    assert "rung 1, step 2: learning_rate-1e-05" in text
+    assert "left at rung 2" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "told"),
+    [
+        ({"training": SHORT}, "adapter.r=2,4", "set training.eval_steps to 1 or less"),
+        ({"training": SHORT}, "training.max_steps=4,8", "after the same steps"),
+        ({"data": {"eval_fraction": 0.0}, "evaluation": {"data": "TICKETS"}}, "adapter.r=2,4", "validation losses"),
+    ],
+)
+def test_halving_that_cannot_be(
+    changes: dict[str, Any], grid: str, told: str, make_recipe: Recipes, tickets: Path, tmp_path: Path
+) -> None:
+    if "evaluation" in changes:
+        changes = {**changes, "evaluation": {"data": str(tickets)}}
+    with pytest.raises(RequestError) as caught:
+        quietly(make_recipe(**changes), grid, halving=True)
+    assert told in str(caught.value)
+    assert not (tmp_path / "run-sweep").exists()
+
+
+def test_seeds_are_averaged_and_asked_the_same_rows(make_recipe: Recipes, tickets: Path) -> None:
+    recipe = make_recipe(training=SHORT, evaluation={"data": str(tickets)})
+    done = quietly(recipe, "adapter.r=2,4", seeds=2)
+    assert len(done.result["members"]) == 4
+    point = done.result["points"][0]
+    losses = [by_name(done)[f"r-2_seed-{seed}"]["scores"]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+    assert point["loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert point["loss"]["error"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
+    before = {member["before"]["loss"] for member in done.result["members"]}
+    assert len(before) == 1  # the bare base is asked once, and all are asked what it was
+
+
+def test_jobs_are_users_with_data_of_their_own(make_recipe: Recipes, tmp_path: Path) -> None:
+    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.rows(20, first=100))
+    jobs = [
+        {"name": "anna", "adapter": {"r": 2}},
+        {"name": "ben", "data": {"train": "other.jsonl", "eval_fraction": 0.0}, "output_dir": str(tmp_path / "bens")},
+    ]
+    done = quietly(make_recipe(training={**SHORT, "eval_steps": 2}, jobs=jobs))
+    anna, ben = done.result["members"]
+    assert (anna["folder"], ben["folder"]) == ("anna", str(tmp_path / "bens"))
+    assert done.folder == tmp_path / "run"
+    assert anna["scores"] is not None
+    assert ben["scores"] is None  # it has no rows to be scored on
+    provenance = json.loads((tmp_path / "bens" / "provenance.json").read_text("utf-8"))
+    assert str(other) in json.dumps(provenance) or "other.jsonl" in json.dumps(provenance)
+    assert (tmp_path / "bens" / "adapter").is_dir()
+    assert anna["result"]["shared_with"] == ben["result"]["shared_with"] == 2
+
+
+def test_alone_is_measured_in_processes_of_their_own(make_recipe: Recipes) -> None:
+    done = quietly(make_recipe(training=SHORT), "training.seed=0,1", measure_alone=True)
+    cost = done.result["cost"]
+    assert cost["alone_seconds"] > 0
+    assert cost["time_ratio"] == pytest.approx(cost["pass_seconds"] / cost["alone_seconds"], rel=0.1)
+    assert set(done.result["alone"]) == {"all"}  # one for all seeds
+    text = (done.folder / "sweep.md").read_text("utf-8")
+    assert "measured alone for" in text
+    assert "one by one (an estimate" not in text
