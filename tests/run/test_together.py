@@ -27,6 +27,7 @@ from topwork.run.outcome import TrainedRun
 from topwork.run.together import members_that_fit, open_together, train_together
 from topwork.training.passes import activation_bytes_per_token
 from topwork.training.progress import Silent
+from topwork.training.step import mean_losses
 
 Recipes = Callable[..., Recipe]
 TRAINING = {"max_steps": 12, "eval_steps": 4, "save_steps": 4}
@@ -155,7 +156,7 @@ def test_one_whose_validation_is_no_number_leaves(recipes: Recipes, monkeypatch:
     """At the very start, where no checkpoint is due, and at a later one; a resume finds both ended."""
     import topwork.training.loop
 
-    proper = topwork.training.loop.mean_losses
+    proper = mean_losses
     for bad_at in (0, 4):
         seen: list[dict[str, float]] = []
 

@@ -39,10 +39,11 @@ def mixed(names: Sequence[str], seed: int = 0) -> Stream:
         starts.append(start)
         bounds += [start + bound for bound in part.bounds[1:]]
         segments.append(Segment(start, bounds[-1], part.segments[0].adapter))
-    whole = {field: torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions", "targets")}
+    tokens, positions, targets, weights = (
+        torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions", "targets", "weights")
+    )
     learned = torch.cat([part.rows + start for part, start in zip(parts, starts)])
-    weights = torch.cat([part.weights for part in parts])
-    return Stream(bounds=tuple(bounds), segments=tuple(segments), rows=learned, weights=weights, **whole)
+    return Stream(tokens, positions, tuple(bounds), tuple(segments), learned, targets, weights)
 
 
 class Keep(torch.optim.SGD):
