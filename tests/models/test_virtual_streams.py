@@ -157,6 +157,20 @@ def test_a_virtual_adapter_alone_learns_under_checkpointing(name: str) -> None:
     assert all(map(torch.equal, again[name], grads[name]))
 
 
+def test_the_first_layer_is_recomputed_too() -> None:
+    """With a prefix alone neither its input nor its own parameters learn, yet it keeps nothing."""
+    base, adapters = adapted("gpt2")
+    for other in ("prompt", "lora"):
+        adapters.remove(other)
+    checkpoint_layers(base, 2, ("prefix",))
+    calls = []
+    for path, module in base.module.named_modules():
+        if path.endswith(".attn"):
+            module.register_forward_hook(lambda *_, path=path: calls.append(path))
+    gradients(base, adapters, [learning_stream(sequences(LENGTHS), "prefix")])
+    assert [path.split(".")[2] for path in calls] == ["0", "1", "1", "0"]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_fast_layers_are_the_plain_ones(family: str) -> None:
     fast, adapters = adapted(family)
