@@ -16,6 +16,7 @@ class Row:
     family, values  the base it is tried on, and its config's values
     fresh           how far a fresh adapter may be from the base in fp32, relative; 0.0 is bit for bit, and None says
                     that a fresh one is not the base (prefix and prompt tuning)
+    fresh_bf16      the same in bf16. Trained head norms take attention to plain modules, which round in other places
     merges          whether it can be folded into the weights; where not, merging is to be refused
     quantized       whether it can stand on an NF4 base; `dense`, whether on a dense one
     """
@@ -24,6 +25,7 @@ class Row:
     family: str = "llama"
     values: dict[str, Any] = field(default_factory=dict)
     fresh: float | None = 0.0
+    fresh_bf16: float = 0.0
     merges: bool = True
     quantized: bool = True
     dense: bool = True
@@ -57,6 +59,9 @@ ROWS: dict[str, Row] = {
     "bitfit on qwen2": Row(AdapterConfig(method="bitfit"), "qwen2"),
     "full": Row(AdapterConfig(method="full"), fresh=1e-6),
     "full, tied": Row(AdapterConfig(method="full"), "qwen2", {"tie_word_embeddings": True}, fresh=1e-6),
+    "full with head norms": Row(AdapterConfig(method="full"), "qwen3", fresh=1e-6, fresh_bf16=2e-2),
+    "full with turned head norms": Row(AdapterConfig(method="full"), "gemma3_text", fresh=1e-6, fresh_bf16=2e-2),
+    "head norms saved": Row(lora(modules_to_save=["k_norm"]), "qwen3", fresh=1e-6, fresh_bf16=2e-2),
     "prefix": Row(AdapterConfig(method="prefix", num_virtual_tokens=3), fresh=None, merges=False),
     "prefix on qwen3": Row(AdapterConfig(method="prefix", num_virtual_tokens=2), "qwen3", fresh=None, merges=False),
     "prompt": Row(AdapterConfig(method="prompt", num_virtual_tokens=3), fresh=None, merges=False),

@@ -4,9 +4,9 @@
 
     n^2 = |W|^2 + 2 s sum(B * (W A')) + s^2 sum(B * (B (A A')))        row by row: no dense W + s B A
 
-m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed once for each state of A and B. With
-dropout x is dropped in W x too, but only for what f adds: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x),
-as in PEFT.
+m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed once a pass while training, for the work
+of r tokens, and kept while nothing learns. With dropout x is dropped in W x too, but only for what f adds, as in PEFT:
+y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
 """
 
 import torch
@@ -31,7 +31,7 @@ class Dora(Lora):
         super().__init__(in_features, out_features, r, scaling, dropout, gaussian)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(out_features))
         self.register_buffer("squares", torch.ones(out_features), persistent=False)
-        self._lengths: tuple[tuple[int, ...], Tensor] | None = None
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
 
     @torch.no_grad()
     def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
@@ -41,12 +41,21 @@ class Dora(Lora):
         self.lora_magnitude_vector.copy_(self.squares.sqrt())
 
     def lengths(self, base_layer: nn.Module) -> Tensor:
-        """n [out] in fp32, without a gradient."""
+        """n [out] in fp32, without a gradient.
+
+        Kept only between passes that take no gradient and have no update before them: an update need not raise a
+        tensor's version (torch's fused AdamW does not).
+        """
         a, b = self.lora_A, self.lora_B
         state = (a._version, b._version, a.data_ptr(), b.data_ptr())
-        if self._lengths is None or self._lengths[0] != state:
-            self._lengths = state, self._computed_lengths(base_layer)
-        return self._lengths[1]
+        learns = torch.is_grad_enabled() or a.grad is not None or b.grad is not None
+        if learns or self._kept is None or self._kept[0] != state:
+            self._kept = None
+            found = self._computed_lengths(base_layer)
+            if learns:
+                return found
+            self._kept = state, found
+        return self._kept[1]
 
     def factor(self, base_layer: nn.Module) -> Tensor:
         """f [out] in fp32, with m's gradient."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from topwork.common.errors import AdapterError
-from topwork.ops.project import Gain, LowRank, Projection, projection_of
+from topwork.ops.bundles import LowRank
+from topwork.ops.project import Gain, Projection, projection_of
 from topwork.ops.stream import Segment, active_stream
 
 
@@ -103,11 +104,26 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
+        if x.dim() == 4:
+            return self._by_head(y, x)
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
         segments = active_stream().segments_of(lead.numel())
         if not self._touched(segments):
             return y
         return self._by_segment(segments, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
+
+    def _by_head(self, y: Tensor, x: Tensor) -> Tensor:
+        """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first. In memory tokens lie further
+        apart than heads, which tells them where there are as many of both."""
+        segments = active_stream().segments
+        if not self._touched(segments):
+            return y
+        tokens = segments[-1].stop
+        turned = x.shape[1] != tokens or (x.shape[2] == tokens and x.stride(1) < x.stride(2))
+        if turned:
+            x, y = x.transpose(1, 2), y.transpose(1, 2)
+        found = self._by_segment(segments, y.flatten(0, 1), x.flatten(0, 1))[None]
+        return found.transpose(1, 2) if turned else found
 
     def _touched(self, segments: Sequence[Segment]) -> bool:
         return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)

@@ -1,0 +1,134 @@
+"""A DoRA step beside a LoRA step: the same rows, one pass of 2,048 tokens, in turns in one process.
+
+    python benchmarks/dora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
+
+r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; which goes first changes every round.
+DoRA computes the rows' lengths once a step and keeps what its magnitudes multiply. The aim: at most 1.25 x LoRA's time
+and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/dora.*.
+"""
+
+import argparse
+import json
+import sys
+import time
+from statistics import median, quantiles
+from typing import Any
+
+from checkpointing import PEAK_STEPS, WARM_UP, load, random_rows
+
+from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table, write_record
+
+BASES: dict[str, dict[str, bool]] = {"bf16": {}, "nf4": {"load_in_4bit": True}}
+METHODS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}}
+MOST_TIME, MOST_MEMORY = 1.25, 1.1
+
+
+class Arm:
+    """One adapter with its optimizer on a base that it may share."""
+
+    def __init__(self, base: Any, adapters: Any, method: str) -> None:
+        import torch
+
+        from topwork.adapters.config import AdapterConfig
+        from topwork.training.objective import Sft
+        from topwork.training.step import Learner
+
+        adapters.add(method, AdapterConfig(r=16, lora_alpha=32, **METHODS[method]), seed=0)
+        parameters = list(adapters.parameters(method).values())
+        optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
+        self.base, self.method = base, method
+        self.learner = Learner(method, Sft(), parameters, optimizer, 1.0)
+
+    def step(self, tokens: int, seed: int) -> dict[str, float]:
+        """One optimizer step, timed."""
+        from topwork.training.step import StepResult, train_step
+
+        stream = random_rows(self.base, tokens, seed, self.method)
+        start = time.perf_counter()
+        result = train_step(self.base, [self.learner], [stream])[0]
+        seconds = time.perf_counter() - start
+        assert isinstance(result, StepResult), result
+        return {"seconds": seconds, "loss": result.loss}
+
+
+def in_turns(model: str, tokens: int, rounds: int, held: str) -> dict[str, Any]:
+    """Steps of both methods over one base."""
+    from topwork.adapters.graft import Adapters
+
+    base = load(model, **BASES[held])
+    adapters = Adapters(base.module)
+    arms = [Arm(base, adapters, method) for method in METHODS]
+    steps: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    for turn in range(WARM_UP + rounds):
+        for arm in arms if turn % 2 else arms[::-1]:
+            steps[arm.method].append(arm.step(tokens, seed=turn))
+    return steps
+
+
+def alone(model: str, tokens: int, held: str, method: str) -> dict[str, int]:
+    """The peak of a process that does nothing else."""
+    from topwork.adapters.graft import Adapters
+
+    base = load(model, **BASES[held])
+    arm = Arm(base, Adapters(base.module), method)
+    for seed in range(PEAK_STEPS):
+        arm.step(tokens, seed)
+    return {"peak_mib": peak_mib()}
+
+
+def told(record: dict[str, Any]) -> str:
+    """The record for people."""
+    head = ["base held in", "LoRA, ms", "DoRA, ms", "over LoRA's", "quartiles", "LoRA, MiB", "DoRA, MiB", "over LoRA's"]
+    rows = []
+    for held in BASES:
+        lora, dora = (record["steps"][held][method][WARM_UP:] for method in METHODS)
+        ratios = [own["seconds"] / other["seconds"] for own, other in zip(dora, lora)]
+        low, _, high = quantiles(ratios, n=4)
+        times = [1e3 * median(step["seconds"] for step in own) for own in (lora, dora)]
+        peaks = [record["peaks"][held][method]["peak_mib"] for method in METHODS]
+        rows.append([
+            held, f"{times[0]:,.0f}", f"{times[1]:,.0f}", f"{median(ratios):.3f}", f"{low:.3f}–{high:.3f}",
+            f"{peaks[0]:,}", f"{peaks[1]:,}", f"{peaks[1] / peaks[0]:.3f}",
+        ])  # fmt: skip
+    parts = [
+        f"# A step of DoRA beside one of LoRA: {record['model']}, r = 16 on all linear layers",
+        f"One pass of {record['tokens']:,} tokens, rows of 150-300; {record['rounds']} steps of each in turns after "
+        f"one to warm up, the ratio taken step by step. Peaks are of fresh processes. The aim is at most {MOST_TIME} x "
+        f"LoRA's time and {MOST_MEMORY} x its memory.",
+        table(head, rows),
+        surroundings_text(record["surroundings"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.process:
+        held, _, method = asked.process.partition(":")
+        given = (asked.model, asked.tokens)
+        found = alone(*given, held, method) if method else in_turns(*given, asked.rounds, held)
+        print(json.dumps(found))
+        return
+    options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
+    wanted = [*BASES, *(f"{held}:{method}" for held in BASES for method in METHODS)]
+    done = {name: run_process("dora", *options, "--process", name) for name in wanted}
+    failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
+    if failed:
+        sys.exit("\n".join(failed))
+    record = {
+        "model": asked.model, "tokens": asked.tokens, "rounds": asked.rounds,
+        "steps": {held: done[held] for held in BASES},
+        "peaks": {held: {method: done[f"{held}:{method}"] for method in METHODS} for held in BASES},
+        "surroundings": surroundings(),
+    }  # fmt: skip
+    write_record(BENCHMARKS / "results" / "dora", record, told(record))
+    print(told(record))
+
+
+if __name__ == "__main__":
+    main()
