@@ -74,7 +74,7 @@ def test_our_folder_in_peft_and_theirs_here(method: str, family: str, tmp_path: 
     found = logits(base, stream_of(sequences(), "a"))
     assert relative(found, by_peft(model, sequences())) < 1e-5
     assert relative(found, logits(base, stream_of(sequences()))) > 0.05
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(str(tmp_path / "theirs"))
     load_adapter(adapters, "b", read_adapter(tmp_path / "theirs"), BaseId("x"))
     assert torch.equal(table(adapters, "b"), table(adapters))
     assert torch.equal(logits(base, stream_of(sequences(), "b")), found)
@@ -87,7 +87,7 @@ def test_a_folder_of_theirs_alone(method: str, tmp_path: Path) -> None:
     base = as_base(copy.deepcopy(theirs), None, "x", lambda _: None)  # type: ignore[arg-type]
     kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
     model = get_peft_model(theirs, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(str(tmp_path / "theirs"))
     adapters = Adapters(base.module)
     load_adapter(adapters, "a", read_adapter(tmp_path / "theirs"), BaseId("x"))
     assert relative(logits(base, stream_of(sequences(), "a")), by_peft(model, sequences())) < 1e-5
@@ -115,7 +115,7 @@ def test_twenty_steps_as_in_peft(method: str, family: str, tmp_path: Path) -> No
     """Two sequences a step: one stream here, one after the other there, because PEFT's packing mixes them."""
     theirs, base, adapters = pair(family, method)
     write_adapter(tmp_path, adapters, "a", BaseId("x"))
-    their_config = PeftConfig.from_pretrained(tmp_path)
+    their_config = PeftConfig.from_pretrained(str(tmp_path))
     their_config.inference_mode = False
     model = get_peft_model(theirs, their_config).eval()  # (PEFT trains no prompt that it has read from a folder)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
