@@ -9,8 +9,8 @@ import pytest
 
 from topwork.common.errors import RequestError
 from topwork.reporting.sweep import read_sweep, write_sweep_report
-from topwork.reporting.sweep_points import diminishing_returns, estimate, points
-from topwork.reporting.sweep_text import cost_lines
+from topwork.reporting.sweep_points import diminishing_returns, estimate, final_loss, points
+from topwork.reporting.sweep_text import base_scores, cost_lines
 
 COST = {
     "pass_seconds": 100.0, "tokens": 50000, "tokens_per_second": 500.0, "peak_memory_bytes": 2**30, "members": 3,
@@ -98,6 +98,16 @@ def test_a_rank_with_a_diverged_seed_is_no_candidate_and_in_no_mean() -> None:
     assert point.diverged == 1
     assert point.accuracy is not None
     assert (point.accuracy.mean, point.accuracy.count) == (0.9, 1)
+
+
+def test_the_loss_is_over_all_rows_that_are_known() -> None:
+    few = member(2, share=0.5, loss=1.0, on_validation=True)
+    few["scores"]["loss"] = 9.0  # of the few rows that were answered
+    assert final_loss(few) == 1.0
+    assert final_loss({**few, "on_validation": False}) == 9.0
+    assert final_loss({**few, "scores": None}) == 1.0
+    few["result"]["eval_loss_before"] = 4.0
+    assert base_scores(sweep_of(few))["loss"] == 4.0
 
 
 def test_other_axes_have_verdicts_of_their_own() -> None:

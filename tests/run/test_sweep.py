@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import topwork.reporting.sweep as sweep_report
 import topwork.run.sweep as sweep_module
 from run import tiny
 from run.processes import Commands, signal_at
@@ -19,6 +20,12 @@ Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
 RATES = "training.learning_rate=5e-3,1e38"
 """The second cannot be survived: after one step the weights are beyond what a float holds."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than the runs; `swept`, which lives as long as the module, has them."""
+    monkeypatch.setattr(sweep_report, "_charts", lambda _sweep, _records: [])
 
 
 def quietly(recipe: Path, *grid: str, overrides: tuple[str, ...] = (), **options: Any) -> Swept:

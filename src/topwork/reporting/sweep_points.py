@@ -90,9 +90,11 @@ def members(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def final_loss(member: Mapping[str, Any]) -> float | None:
-    """The loss on the rows it was scored on, else the validation's."""
-    scored = number(member, "scores", "loss")
-    return scored if scored is not None else number(member, "result", "eval_loss_after")
+    """The loss on the rows of `evaluation.data`; where validation's rows are asked, the loss over all of them."""
+    scored, validated = number(member, "scores", "loss"), number(member, "result", "eval_loss_after")
+    if scored is None or (member.get("on_validation") and validated is not None):
+        return validated
+    return scored
 
 
 def diminishing_returns(sweep: Mapping[str, Any]) -> list[Verdict]:

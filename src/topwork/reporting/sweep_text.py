@@ -20,6 +20,8 @@ RULE = (
     "the best rank's. The error is that of the mean over seeds; with one seed it is the binomial one of the graded "
     "rows. Ranks of which a member diverged are not candidates."
 )
+HELD_OUT = "held out of training"
+"""What evaluation.json calls rows that the seed chose."""
 STATES = {
     "finished": "finished",
     "early stopping": "stopped early",
@@ -69,10 +71,20 @@ def page_values(sweep: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_scores(sweep: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The bare base's scores, where all members were asked the same rows."""
-    scored = [section(member, "before") for member in members(sweep) if section(member, "before")]
-    alike = {repr(sorted((key, value) for key, value in before.items() if key != "fields")) for before in scored}
-    return scored[0] if len(alike) == 1 else {}
+    """The bare base's scores and loss, where all members were asked the same rows."""
+    scored = [member for member in members(sweep) if section(member, "before")]
+    held_out = any(section(member, "before").get("data") == HELD_OUT for member in scored)
+    asked = {
+        (section(member, "before").get("data"), section(member, "before").get("rows"), held_out and member.get("seed"))
+        for member in scored
+    }
+    if len(asked) != 1:
+        return {}
+    before = dict(section(scored[0], "before"))
+    validated = number(scored[0], "result", "eval_loss_before")
+    if scored[0].get("on_validation") and validated is not None:
+        before["loss"] = validated
+    return before
 
 
 def cost_lines(sweep: Mapping[str, Any]) -> list[str]:
@@ -156,7 +168,9 @@ def _remark(point: Point) -> str:
 def _point_notes(sweep: Mapping[str, Any], found: Sequence[Point]) -> list[str]:
     """What ± means here, and what rows there were."""
     rows = {number(member, "scores", "rows") for member in members(sweep)} - {None}
-    told = [f"Scored on {wording.whole(rows.pop())} rows." if len(rows) == 1 else ""]  # type: ignore[arg-type]
+    told = [f"Answers to {wording.whole(rows.pop())} rows." if len(rows) == 1 else ""]  # type: ignore[arg-type]
+    if any(member.get("on_validation") for member in members(sweep)):
+        told.append("The loss is over all validation rows.")
     if any(point.accuracy and point.accuracy.count > 1 for point in found):
         told.append("± is the standard error of the mean over seeds.")
     elif any(point.accuracy and point.accuracy.error for point in found):

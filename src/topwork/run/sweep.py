@@ -234,7 +234,7 @@ def _score(going: _Sweep, wave: dict[str, Any]) -> None:
     if todo:
         seed = min(member.recipe.training.seed for member in going.plan.members)
         for name, scored in evaluate_members(going.on.base, todo, seed, going.report).items():
-            going.book.take_scores(name, scored)
+            going.book.take_scores(name, scored, going.recipe(name).evaluation.data is None)
     wave["scored"] = True
     going.book.save()
 

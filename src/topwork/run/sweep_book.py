@@ -1,7 +1,8 @@
 """sweep.json: everything a sweep knows, written whole after each change, so that a killed sweep goes on from it.
 
 members  name, folder, point and values (without the seed), seed, state (waiting, training, finished, early stopping,
-         diverged, left), rung, left_at, result (from result.json), scores, before
+         diverged, left), rung, left_at, result (from result.json), scores, before,
+         on_validation
 waves    what trains together: rung, stop_at, members, why, done, pass_seconds, pass_tokens
 """
 
@@ -77,8 +78,10 @@ class Book:
         except RequestError:
             return []
 
-    def take_scores(self, name: str, scored: Mapping[str, Any]) -> None:
-        """What the answers were worth, with the adapter and before."""
+    def take_scores(self, name: str, scored: Mapping[str, Any], on_validation: bool) -> None:
+        """What the answers were worth, with the adapter and before; `on_validation` where the rows are validation's, of
+        which training knows the loss over all."""
+        self.member(name)["on_validation"] = on_validation
         rows = {"rows": scored["rows"], "grader": scored["grader"], "data": scored["data"]}
         for key, arm in (("scores", "after"), ("before", "before")):
             self.member(name)[key] = {k: scored[arm][k] for k in KEPT_SCORES if k in scored[arm]} | rows
@@ -161,6 +164,7 @@ def _member(out: Path, member: Member) -> dict[str, Any]:
         "result": None,
         "scores": None,
         "before": None,
+        "on_validation": None,
     }
 
 
