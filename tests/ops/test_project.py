@@ -91,11 +91,12 @@ def both(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> tuple[li
     for run, given in ((project, x), (truth, x.double())):
         given = given.detach().clone().requires_grad_()
         y = run(given, group, prologue)
+        value = y.detach().clone()  # the backward pass of gains writes over it
         torch.manual_seed(1)
         dy = torch.randn(y.shape).to(y.dtype)
         learned = masters(group)
         grads = torch.autograd.grad(y, [given, *learned], dy.to(x.dtype).to(y.dtype), allow_unused=True)
-        found.append([y.detach(), *(torch.zeros(1) if g is None else g for g in grads)])
+        found.append([value, *(torch.zeros(1) if g is None else g for g in grads)])
     return found[0], found[1]
 
 

@@ -28,6 +28,9 @@ from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
 
+CACHED_VALUES = 1 << 17
+"""How many values of an elementwise product stay in a core's cache."""
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -156,7 +159,8 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 
 
 def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs()) -> Tensor:
-    """x [T, k] -> [T, sum of the group's outputs], the group's products side by side."""
+    """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
+    backward pass writes over them."""
     batches, masters = batches_of(_placed_terms(group))
     scales, factors = _scales(group)
     return _Project.apply(x, prologue, tuple(group), batches, scales, *masters, *factors)
@@ -235,17 +239,24 @@ def _gain_gradients(
     """The gradient before the gains, and the factors'."""
     if out is None:
         return dout, []
-    dout, found = dout.clone(), []
+    found = [
+        column_dots(dout[scale.rows, scale.columns], out[scale.rows, scale.columns], scale.bias) / factor
+        for scale, factor in zip(scales, factors)
+    ]
+    out.copy_(dout)  # whoever took it is done; another buffer of this size would raise the peak in every layer
     for scale, factor in zip(scales, factors):
-        own, y = dout[scale.rows, scale.columns], out[scale.rows, scale.columns]
-        found.append(column_dots(own, y if scale.bias is None else y - scale.bias) / factor)
+        own = out[scale.rows, scale.columns]
         own.addcmul_(own, (factor - 1).to(own.dtype))
-    return dout, found
+    return out, found
 
 
-def column_dots(x: Tensor, y: Tensor) -> Tensor:
-    """sum over rows of x * y for x, y [T, n] -> fp32 [n]."""
-    return (x * y).sum(0, dtype=torch.float32)
+def column_dots(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
+    """sum over rows of x * (y - offset) for x, y [T, n] -> fp32 [n]; on the CPU by rows that stay in the cache."""
+    step = max(1, CACHED_VALUES // x.shape[1]) if x.is_cpu else max(1, len(x))
+    total = x.new_zeros(x.shape[1], dtype=torch.float32)
+    for one, other in zip(x.split(step), y.split(step)):
+        total += (one * (other if offset is None else other - offset)).sum(0, dtype=torch.float32)
+    return total
 
 
 def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
