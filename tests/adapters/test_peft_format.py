@@ -237,7 +237,6 @@ def edited(folder: Path, **values: Any) -> Path:
         ({"topwork_method": "other"}, "holds an adapter of method 'other'"),
         ({"lora_bias": True}, "uses lora_bias, which cannot be read"),
         ({"bias": "all"}, "bias=all"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"r": "many"}, "does not describe a LORA adapter"),
     ],
 )
