@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "train": "topwork.run.train",
+    "train_together": "topwork.run.together",
+    "sweep": "topwork.run.sweep",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",

@@ -31,7 +31,7 @@ from topwork.models.config import ModelConfig
 from topwork.ops.stream import Stream, stream_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
-from topwork.run import train as train_part
+from topwork.run import together
 from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.merge import merge
 from topwork.run.quantize import quantize
@@ -135,7 +135,7 @@ def test_the_loss_falls_and_nothing_but_the_adapter_moves(
         bases.append(load_base(*arguments))
         return bases[-1]
 
-    monkeypatch.setattr(train_part, "load_base", kept)
+    monkeypatch.setattr(together, "load_base", kept)
     run = train(recipe(base=folder, quantization=quantization), report=silent)
     assert run.result["eval_loss_after"] < run.result["eval_loss_before"] - 0.2
     (base,) = bases

@@ -69,7 +69,7 @@ def train(
 
 
 app.command(
-    epilog="Examples: topwork sweep recipe.yaml --preset rank --seeds 3   "
+    epilog="Example: topwork sweep recipe.yaml --preset rank --seeds 3   "
     "topwork sweep recipe.yaml --grid adapter.r=4,8,16 --grid training.learning_rate=1e-4..1e-2*5 --halving"
 )(sweep)
 
