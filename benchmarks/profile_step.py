@@ -1,9 +1,10 @@
 """Where the time of one training step goes, by torch's profiler.
 
     python benchmarks/profile_step.py --data-dir DATA [--rows gsm8k|banking77] [--tokens 2048] [--quantized]
-        [--model smollm2-135m] [--steps 5] [--top 12] [--out OUT]
+        [--ranks 16] [--model smollm2-135m] [--steps 5] [--top 12] [--out OUT]
 
-One pass of whole rows, LoRA r16 on all linear layers, bf16 (--quantized: on NF4 with double quantization). Every
+One pass of whole rows, LoRA r16 on all linear layers, bf16 (--quantized: on NF4 with double quantization; --ranks
+2,4,8,16,32,64: that many adapters, the rows dealt to them). Every
 event's own time, without its children's, goes to the first rule of RULES that fits; what no event covers is Python. The
 C kernels are called without torch, so their time is the own time of the autograd Functions that call them, with the
 Python in these. Medians of several steps after a warm-up; the wall time without the profiler stands beside. Prints
@@ -15,7 +16,8 @@ import re
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,13 +35,12 @@ from common import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from peers.topwork_step import Trained
 
     from topwork.ops.stream import Stream
+    from topwork.training.step import Learner
 
-R, ALPHA = 16, 32
-SKINNY = 4 * R
+SKINNY = 64
 """A product with a side of at most this (an A or B, or a few stacked ones) is an adapter's."""
 WARM_UP = 2
 REST = "Python and the rest"
@@ -70,6 +71,7 @@ RULES = (
     Rule("attention forward", inside=r"^_(Flat|Self)Attention$|topwork::attention"),
     Rule("head and loss", inside=r"^_(InForward|LogProb\w*)(Backward)?$|topwork::(log_?prob|head)"),
     Rule("unpacking 4-bit weights", name=r"^topwork::dequantize"),
+    Rule("adapter products", inside=r"^topwork::grouped_products"),
     Rule("adapter products", name=PRODUCTS, skinny=True),
     Rule("base products", name=PRODUCTS),
     Rule("optimizer and clipping", name=r"_foreach_|linalg_vector_norm|^aten::(_?fused_adam\w*)"),
@@ -110,20 +112,18 @@ def is_skinny(shapes: Sequence[Sequence[int]]) -> bool:
 def main() -> None:
     given = arguments()
     trained, stream = prepared(given)
-    import torch
-
-    optimizer = torch.optim.AdamW(list(trained.parameters.values()), lr=2e-4, fused=True)
+    learners = [trained.learner(name) for name in trained.adapters.configs]
     plain, steps = [], []
     for number in range(WARM_UP + given.steps):
         start = time.perf_counter()
-        trained.step([stream], optimizer, max_grad_norm=1.0)
+        trained.steps(learners, [stream])
         seconds = time.perf_counter() - start
         if number >= WARM_UP:
             plain.append(seconds)
-            steps.append(profiled(trained, stream, optimizer))
+            steps.append(profiled(trained, stream, learners))
     groups = {group: median(step["groups"].get(group, 0.0) for step in steps) for group in GROUPS}
     record = {
-        "question": {key: getattr(given, key) for key in ("rows", "quantized", "steps")},
+        "question": {key: getattr(given, key) for key in ("rows", "quantized", "ranks", "steps")},
         "model": model_title(trained.base.name), "tokens": len(stream.tokens), "learned_tokens": len(stream.rows),
         "sequences": len(stream.bounds) - 1, "seconds": median(plain),
         "profiled_seconds": median(step["seconds"] for step in steps), "groups": groups,
@@ -141,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", choices=("gsm8k", "banking77"), default="gsm8k")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--quantized", action="store_true")
+    parser.add_argument("--ranks", default="16", help="of the adapters, comma-separated")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--top", type=int, default=12, help="how many single kinds of events are listed")
@@ -152,7 +153,8 @@ def prepared(given: argparse.Namespace) -> tuple["Trained", "Stream"]:
     """A model with an adapter whose B is not zero, and whole rows that fill a pass."""
     from peers.topwork_step import open_adapted, read_examples
 
-    trained = open_adapted(model_argument(given.model), R, ALPHA, nf4=given.quantized)
+    first, *others = (int(rank) for rank in given.ranks.split(","))
+    trained = open_adapted(model_argument(given.model), first, 2 * first, nf4=given.quantized, others=others)
     with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "rows.jsonl"
         write_chats(rows, read_rows(given.rows, given.data_dir))
@@ -166,13 +168,13 @@ def prepared(given: argparse.Namespace) -> tuple["Trained", "Stream"]:
     return trained, stream
 
 
-def profiled(trained: "Trained", stream: "Stream", optimizer: "torch.optim.Optimizer") -> dict[str, Any]:
+def profiled(trained: "Trained", stream: "Stream", learners: "Sequence[Learner]") -> dict[str, Any]:
     """One step: its wall time, the own time of every group and of every kind of event, in seconds."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with named_grouped_products(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         start = time.perf_counter()
-        trained.step([stream], optimizer, max_grad_norm=1.0)
+        trained.steps(learners, [stream])
         seconds = time.perf_counter() - start
     groups: dict[str, float] = defaultdict(float)
     kinds: Counter[tuple[str, str, str]] = Counter()
@@ -188,6 +190,26 @@ def profiled(trained: "Trained", stream: "Stream", optimizer: "torch.optim.Optim
         kinds[group, event.name, " ".join("×".join(map(str, shape)) for shape in shapes[:3])] += spent
     groups[REST] += max(0.0, seconds - sum(groups.values()))
     return {"seconds": seconds, "groups": dict(groups), "kinds": kinds, "events": len(events)}
+
+
+@contextmanager
+def named_grouped_products() -> Iterator[None]:
+    """The C kernel of the adapters' products is called without torch, so it needs a name to be seen by."""
+    from torch.profiler import record_function
+
+    from topwork.ops import bundles
+
+    plain = bundles.grouped_products
+
+    def named(products: Sequence[Any]) -> None:
+        with record_function("topwork::grouped_products"):
+            plain(products)
+
+    bundles.grouped_products = named
+    try:
+        yield
+    finally:
+        bundles.grouped_products = plain
 
 
 def largest(steps: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -211,7 +233,7 @@ def text(record: dict[str, Any]) -> str:
         for kind in record["top"]
     ]
     return "\n\n".join([
-        f"# Where a step's time goes: {record['model']}, base in {held}, LoRA r = {R} on all linear layers",
+        f"# Where a step's time goes: {record['model']}, base in {held}, LoRA r = {record['question']['ranks']} on all linear layers",
         f"{record['tokens']:,} tokens of {record['question']['rows']} in {record['sequences']} rows, "
         f"{record['learned_tokens']:,} learned; medians of {record['question']['steps']} steps. Without the profiler a "
         f"step takes {1e3 * record['seconds']:,.0f} ms ({record['tokens'] / record['seconds']:,.0f} tokens/s), with it "

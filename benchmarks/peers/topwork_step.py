@@ -36,18 +36,37 @@ class Trained:
         self.adapters.load(ADAPTER_NAME, tensors)
 
     def passes(self, examples: Sequence[Example], tokens_per_pass: int) -> list[Stream]:
-        return step_passes([(ADAPTER_NAME, examples)], tokens_per_pass, self.base.device)
+        """The rows dealt to all adapters, in their order."""
+        names = list(self.adapters.configs)
+        cuts = [len(examples) * at // len(names) for at in range(len(names) + 1)]
+        groups = [(name, examples[start:stop]) for name, start, stop in zip(names, cuts, cuts[1:])]
+        return step_passes([group for group in groups if group[1]], tokens_per_pass, self.base.device)
 
     def step(self, passes: Sequence[Stream], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
+        """A step of the only adapter."""
         learner = Learner(ADAPTER_NAME, Sft(), list(self.parameters.values()), optimizer, max_grad_norm)
-        [result] = train_step(self.base, [learner], passes)
-        if isinstance(result, Exception):
-            raise result
+        [result] = self.steps([learner], passes)
         return result
 
+    def learner(self, name: str) -> Learner:
+        """One of the adapters with an optimizer of its own."""
+        parameters = list(self.adapters.parameters(name).values())
+        return Learner(name, Sft(), parameters, torch.optim.AdamW(parameters, lr=2e-4, fused=True), 1.0)
 
-def open_adapted(model: str, r: int, lora_alpha: int, dtype: str = "bfloat16", nf4: bool = False) -> Trained:
-    """A model with a fresh adapter on all linear layers, as `topwork train` has it."""
+    def steps(self, learners: Sequence[Learner], passes: Sequence[Stream]) -> list[StepResult]:
+        """A step of each."""
+        found = []
+        for result in train_step(self.base, learners, passes):
+            if isinstance(result, Exception):
+                raise result
+            found.append(result)
+        return found
+
+
+def open_adapted(
+    model: str, r: int, lora_alpha: int, dtype: str = "bfloat16", nf4: bool = False, others: Sequence[int] = ()
+) -> Trained:
+    """A model with a fresh adapter on all linear layers, as `topwork train` has it, and `others` of those ranks."""
     config = ModelConfig.model_validate({"model_name_or_path": model, "dtype": dtype, "device": "cpu"})
     base = load_base(config, quiet, QuantizationConfig(load_in_4bit=nf4))
     with torch.no_grad():  # in fp32 the same weights as in bf16
@@ -55,6 +74,8 @@ def open_adapted(model: str, r: int, lora_alpha: int, dtype: str = "bfloat16", n
             parameter.copy_(parameter.bfloat16())
     adapters = Adapters(base.module)
     adapters.add(ADAPTER_NAME, AdapterConfig(r=r, lora_alpha=lora_alpha), seed=0)
+    for number, rank in enumerate(others):
+        adapters.add(f"other{number}", AdapterConfig(r=rank, lora_alpha=2 * rank), seed=0)
     return Trained(base, adapters)
 
 

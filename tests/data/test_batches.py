@@ -41,6 +41,26 @@ def test_pack_holds_the_budget_and_every_index_once(lengths: list[int], budget: 
     assert all(one + other > budget for i, one in enumerate(loads) for other in loads[:i])
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=60),
+    st.integers(40, 120),
+)
+def test_packed_by_owners_each_index_stands_once_and_one_owner_is_packed_as_ever(rows, budget) -> None:
+    lengths, owners = [length for length, _ in rows], [owner for _, owner in rows]
+    passes = pack(lengths, budget, owners)
+    assert sorted(index for indices in passes for index in indices) == list(range(len(rows)))
+    assert all(sum(lengths[index] for index in indices) <= budget for indices in passes)
+    assert pack(lengths, budget, [7] * len(rows)) == pack(lengths, budget)
+
+
+def test_owners_that_fill_passes_by_themselves_do_not_meet() -> None:
+    """And small ones share."""
+    assert pack([50] * 6, 100, [0, 1, 2, 0, 1, 2]) == [[0, 3], [1, 4], [2, 5]]
+    assert pack([10] * 6, 100, [0, 1, 2, 0, 1, 2]) == [[0, 1, 2, 3, 4, 5]]
+    assert pack([60, 60, 30, 30], 100, [0, 1, 0, 1]) == [[0, 2], [1, 3]]
+    assert pack([60, 40, 60, 40], 100, [0, 1, 1, 2]) == [[0, 3], [1, 2]]
+
+
 def test_pack_fills_the_fullest_pass_that_fits() -> None:
     assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     with pytest.raises(DataError, match=r"11 tokens .*tokens_per_pass = 10; set tokens_per_pass to at least 11"):

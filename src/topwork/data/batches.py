@@ -30,30 +30,42 @@ def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]
     return [int(row) for row in order(count, seed, epoch)[within * batch_size : (within + 1) * batch_size]]
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], budget: int, owners: Sequence[int] | None = None) -> list[list[int]]:
     """Sequences put into passes of at most `budget` tokens each: best fit, the longest first.
 
+    `owners` numbers the adapter of each sequence: an adapter's go into passes that it has begun, then into what the
+    others before it left, so that a pass has few adapters (each that it has costs a read of its weights and gradients).
     Returns the indices of each pass; every index stands in one of them. The same lengths give the same passes. Raises
     DataError for a sequence longer than the budget.
     """
     passes: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pass), sorted
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    own_room: list[tuple[int, int]] = []  # (tokens left, pass), sorted: passes that this owner has begun
+    other_room: list[tuple[int, int]] = []
+    owner_of = owners or [0] * len(lengths)
+    before: int | None = None
+    for index in sorted(range(len(lengths)), key=lambda index: (owner_of[index], -lengths[index], index)):
         length = lengths[index]
         if length > budget:
             raise DataError(
                 f"a sequence of {length:,} tokens does not fit into a pass of training.tokens_per_pass = {budget:,}; "
                 f"set tokens_per_pass to at least {length}, or a smaller data.max_length"
             )
-        place = bisect_left(room, (length, -1))
-        if place < len(room):
-            left, number = room.pop(place)
-        else:
-            left, number = budget, len(passes)
+        if owner_of[index] != before:
+            other_room, own_room, before = sorted(other_room + own_room), [], owner_of[index]
+        place = _taken(own_room, length) or _taken(other_room, length)
+        if place is None:
+            place = budget, len(passes)
             passes.append([])
+        left, number = place
         passes[number].append(index)
-        insort(room, (left - length, number))
+        insort(own_room, (left - length, number))
     return [sorted(indices) for indices in passes]
+
+
+def _taken(room: list[tuple[int, int]], length: int) -> tuple[int, int] | None:
+    """The pass with the least room that holds so many tokens, taken out of the list."""
+    at = bisect_left(room, (length, -1))
+    return room.pop(at) if at < len(room) else None
 
 
 def collate(examples: Sequence[Example], adapter: str | None = "default") -> Stream:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ def evaluate(
     opened = open_run(Path(run), force=force, report=report)
     recipe = opened.recipe
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
-    rows = _rows(recipe.data, data or config.data, opened.base, opened.template, recipe.training.seed, config, report)
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
+    room = _room(opened.base, arms)
+    named, seed = data or config.data, recipe.training.seed
+    rows = _rows(recipe.data, named, opened.base, room, opened.template, seed, config, report)
     result = _score_arms(opened.base, arms, rows, opened.template, config, report)
     result["data"] = data or config.data or "held out of training"
     write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
@@ -73,7 +75,7 @@ def evaluate_model(
         if warning:
             report(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME
-    rows = _rows(data, config.data, base, template, seed, config, report)
+    rows = _rows(data, config.data, base, _room(base, arms), template, seed, config, report)
     return _score_arms(base, arms, rows, template, config, report)
 
 
@@ -114,7 +116,8 @@ def _score_group(
     config, stored = recipe.evaluation, folder / TEMPLATE
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     named = config.data or recipe.data.eval
-    rows = _rows(recipe.data, named, base, template, seed if named else recipe.training.seed, config, report)
+    seed = seed if named else recipe.training.seed
+    rows = _rows(recipe.data, named, base, _room(base, arms), template, seed, config, report)
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader
     with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), report) as counter:
@@ -141,19 +144,24 @@ def _asked(recipe: Recipe) -> str:
     return json.dumps([data, recipe.evaluation.model_dump(mode="json"), seed])
 
 
+def _room(base: Base, arms: Mapping[str, str | None]) -> int:
+    """What the context has for text, whichever of the adapters reads it."""
+    return base.context_length - max(base.virtual_tokens(adapter) for adapter in arms.values())
+
+
 def _rows(
-    data: DataConfig, named: str | None, base: Base, template: ChatTemplate, seed: int, config: EvaluationConfig,
-    report: Callable[[str], None],
+    data: DataConfig, named: str | None, base: Base, room: int, template: ChatTemplate, seed: int,
+    config: EvaluationConfig, report: Callable[[str], None],
 ) -> Rows:  # fmt: skip
-    """The rows to ask: the ones named, or those that training held out."""
+    """The rows to ask: the ones named, or those that training held out; `room` is the tokens that one may have."""
     if named is None:
-        loaded = load_data(data, base.tokenizer, base.context_length, seed, lambda _: None)
+        loaded = load_data(data, base.tokenizer, room, seed, lambda _: None)
         conversations, examples = list(loaded.eval_conversations), list(loaded.eval)
         if not examples:
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
         alone = data.model_copy(update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None})
-        loaded = load_data(alone, base.tokenizer, base.context_length, seed, lambda _: None)
+        loaded = load_data(alone, base.tokenizer, room, seed, lambda _: None)
         report(f"{named}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
     if not conversations:  # plain text: nothing to ask, a loss to measure

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId
@@ -18,6 +19,8 @@ from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.models.config import ModelConfig
 from topwork.models.recognise import is_fast
+from topwork.models.source import find_source
+from topwork.models.weights import original_weight
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_kinds, weight_bytes
@@ -70,7 +73,18 @@ def open_together(recipe: Recipe, report: Report = print) -> Together:
     base = load_base(recipe.model, report, recipe.quantization)
     weights, held_as = weight_bytes(base.module), _held_as(base)
     report(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
-    return Together(base, Adapters(base.module, base.tokenizer), recipe.model, recipe.quantization, weights, held_as)
+    adapters = Adapters(base.module, base.tokenizer, _original(recipe.model, base))
+    return Together(base, adapters, recipe.model, recipe.quantization, weights, held_as)
+
+
+def _original(config: ModelConfig, base: Base) -> Callable[[str], Tensor]:
+    """Reads a layer's weight as it was before it was quantized, once somebody asks (LoftQ)."""
+
+    @cache
+    def reader() -> Callable[[str], Tensor]:
+        return original_weight(find_source(config, lambda _: None), base.module)
+
+    return lambda path: reader()(path)
 
 
 def members_that_fit(on: Together, recipes: Sequence[Recipe]) -> int:
@@ -188,7 +202,11 @@ def _planned_passes(runs: Sequence[_Run], base: Base, resume: bool, report: Repo
     asked, checkpointing = training.tokens_per_pass, training.activation_checkpointing
     if asked is None and resume:
         asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
-    longest = max(len(example.tokens) for run in runs for example in (*run.data.train, *run.data.eval))
+    longest = max(
+        len(example.tokens) + run.recipe.adapter.virtual_tokens
+        for run in runs
+        for example in (*run.data.train, *run.data.eval)
+    )
     # half of free memory is planned with, and one adapter's gradients and optimizer are of the other half
     others = sum(_needed_bytes(run.recipe, run.counted) for run in runs[1:])
     memory = _memory(base, [run.recipe for run in runs], free_memory_bytes(base.device) - others)

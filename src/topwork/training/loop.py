@@ -10,7 +10,9 @@ import torch
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError, RunError
+from topwork.data.batches import Group
 from topwork.models.base import Base
+from topwork.ops.stream import Stream
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
 from topwork.training.interrupts import Interrupts
 from topwork.training.member import Member, Timed
@@ -99,7 +101,7 @@ class Loop:
     def _step(self, active: Sequence[Member], at: int) -> None:
         """One optimizer step of each, in shared passes."""
         groups = [(member.name, member.next_rows()) for member in active]
-        passes = step_passes(groups, self.tokens_per_pass, self.base.device)
+        passes = self._passes(groups)
         start = time.perf_counter()
         try:
             results = train_step(self.base, [member.learner for member in active], passes)
@@ -118,6 +120,10 @@ class Loop:
             else:
                 member.stepped(Timed(result, seconds, tokens))
 
+    def _passes(self, groups: Sequence[Group]) -> list[Stream]:
+        virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
+        return step_passes(groups, self.tokens_per_pass, self.base.device, virtual)
+
     def _validate(self, members: Sequence[Member], at: int) -> None:
         """The members' held-out rows, in shared passes."""
         due = [member for member in members if member.held_out]
@@ -126,7 +132,7 @@ class Loop:
         for member in due:
             self.adapters.train(member.name, False)
         groups = [(member.name, member.held_out) for member in due]
-        passes = step_passes(groups, self.tokens_per_pass, self.base.device)
+        passes = self._passes(groups)
         losses = mean_losses(self.base, {m.name: m.learner.objective for m in due}, passes)
         for member in due:
             self.adapters.train(member.name)

@@ -1,8 +1,9 @@
 """An optimizer step's rows as forward passes, and how large a pass may be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,15 +24,23 @@ SMALLEST_PASS = 256
 """Where memory asks for less, less would not help: the weights themselves do not fit."""
 
 
-def step_passes(groups: Sequence[Group], tokens_per_pass: int, device: torch.device) -> list[Stream]:
-    """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment."""
+def step_passes(
+    groups: Sequence[Group],
+    tokens_per_pass: int,
+    device: torch.device,
+    virtual: Mapping[str, int] = MappingProxyType({}),
+) -> list[Stream]:
+    """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment.
+    `virtual` is how many tokens an adapter puts in front of each of its rows, by its name."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
     def grouped(indices: Sequence[int]) -> list[Group]:
         by_group = groupby(indices, lambda index: rows[index][0])  # rising, so that a group's stand together
         return [(groups[at][0], [rows[index][1] for index in own]) for at, own in by_group]
 
-    packed = pack([len(example.tokens) for _, example in rows], tokens_per_pass)
+    extra = [virtual.get(str(name), 0) for name, _ in groups]
+    lengths, owners = [len(example.tokens) + extra[at] for at, example in rows], [at for at, _ in rows]
+    packed = pack(lengths, tokens_per_pass, owners)
     return [collate_segments(grouped(indices)).to(device) for indices in packed]
 
 
