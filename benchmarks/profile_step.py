@@ -232,8 +232,9 @@ def text(record: dict[str, Any]) -> str:
         [f"{kind['event']} {kind['inputs']}".strip(), kind["group"], f"{1e3 * kind['seconds']:,.1f}"]
         for kind in record["top"]
     ]
+    ranks = record["question"]["ranks"]
     return "\n\n".join([
-        f"# Where a step's time goes: {record['model']}, base in {held}, LoRA r = {record['question']['ranks']} on all linear layers",
+        f"# Where a step's time goes: {record['model']}, base in {held}, LoRA r = {ranks} on all linear layers",
         f"{record['tokens']:,} tokens of {record['question']['rows']} in {record['sequences']} rows, "
         f"{record['learned_tokens']:,} learned; medians of {record['question']['steps']} steps. Without the profiler a "
         f"step takes {1e3 * record['seconds']:,.0f} ms ({record['tokens'] / record['seconds']:,.0f} tokens/s), with it "
