@@ -306,3 +306,35 @@ def test_one_adapter_saves_whole_what_another_adapts() -> None:
             adapters.add(name, kinds[name])
             randomise(adapters, name, seed=list(kinds).index(name))
         assert relative(found, logits(alone, stream_of([part], name))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["training", "weight_norm.x", "forward"])
+def test_names_that_modules_have_for_themselves_are_refused(name: str) -> None:
+    base = tiny_base("llama")
+    with pytest.raises(AdapterError, match="is taken, empty or has a dot"):
+        Adapters(base.module).add(name, CONFIG)
+    assert not adapted_layers(base.module)
+
+
+def test_what_fails_halfway_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, begun = tiny_base("llama"), []
+
+    def failing(self: Lora, *_: object) -> None:
+        begun.append(self)
+        if len(begun) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(Lora, "begin", failing)
+    adapters = Adapters(base.module)
+    with pytest.raises(MemoryError):
+        adapters.add("a", CONFIG)
+    assert len(begun) == 5
+    assert not adapted_layers(base.module)
+    assert not adapters.configs
+
+
+def test_beginnings_from_a_weight_are_for_linear_layers() -> None:
+    adapters = Adapters(tiny_base("llama").module)
+    config = AdapterConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights="pissa")
+    with pytest.raises(AdapterError, match=r"begins from a linear layer's weight.*embed_tokens"):
+        adapters.add("a", config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reference.families import alone, randomise, sequences, tiny_base, tiny_model
+from reference.families import alone, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
@@ -246,9 +246,40 @@ def test_what_cannot_be_read_is_named(values: dict[str, Any], told: str, tmp_pat
         read_adapter(edited(tmp_path, **values))
 
 
-def test_how_the_weights_began_does_not_matter(tmp_path: Path) -> None:
+def test_how_the_weights_began_does_not_matter_where_the_base_is_as_it_was(tmp_path: Path) -> None:
     written(tmp_path, tiny_base())
-    assert read_adapter(edited(tmp_path, init_lora_weights="pissa")).config.init_lora_weights is True
+    assert read_adapter(edited(tmp_path, init_lora_weights="orthogonal")).config.init_lora_weights is True
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "loftq", "corda", "lora_ga"])
+def test_beginnings_that_change_the_base_are_refused(init: str, tmp_path: Path) -> None:
+    written(tmp_path, tiny_base())
+    with pytest.raises(AdapterError, match=f"init_lora_weights: {init}.*path_initial_model_for_weight_conversion"):
+        read_adapter(edited(tmp_path, init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pefts_folders_of_a_base_that_lacks_a_part(init: str, tmp_path: Path) -> None:
+    """PEFT takes B0 A0 out of the base and writes A and B alone."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    torch.manual_seed(0)
+    theirs = get_peft_model(tiny_model("llama"), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    base, tokens = tiny_base(), sequences()[:1]
+    adapters = Adapters(base.module)
+    bare = logits(base, stream_of(tokens))
+    load_adapter(adapters, "a", read_adapter(tmp_path), HERE)
+    with torch.no_grad():
+        expected = theirs(tokens[0][None]).logits[0]
+    assert relative(logits(base, stream_of(tokens, "a")), expected) < 1e-5
+    assert relative(bare, expected) > 1e-3
+    write_adapter(tmp_path / "again", adapters, "a", HERE)  # of rank 2 r by now, and for any base
+    again = Adapters(tiny_base().module)
+    load_adapter(again, "a", read_adapter(tmp_path / "again"), HERE)
 
 
 def test_a_base_copy_that_differs_is_not_dropped(tmp_path: Path) -> None:

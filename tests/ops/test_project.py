@@ -214,6 +214,20 @@ def test_gains(bias: bool, ranges: str, with_bias: bool, dtype: torch.dtype) -> 
         assert relative(one, other, 1e-30) < (5e-6 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 0.02, 3.0])
+def test_a_gain_far_from_one_in_bfloat16(factor: float) -> None:
+    """Its distance from one would be rounded, and all of a small factor with it."""
+    torch.manual_seed(0)
+    weight, x, dy = torch.randn(8, 12).bfloat16(), torch.randn(T, 12).bfloat16(), torch.randn(T, 8).bfloat16()
+    gain = torch.full((8,), factor, requires_grad=True)
+    y = project(x, [Projection(weight, gains=(Gain(0, T, gain),))])
+    plain = F.linear(x, weight).float()
+    assert relative(y, plain * factor, 1e-30) < 4e-3 * (factor > 0) + 1e-9
+    (found,) = torch.autograd.grad(y, gain, dy)
+    expected = (plain * dy.float()).sum(0) if factor else torch.zeros(8)
+    assert relative(found, expected, 1e-30) < 1e-2
+
+
 @pytest.mark.parametrize("with_bias", [True, False], ids=["with the bias", "without the bias"])
 def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias: bool) -> None:
     """As the rotation of queries and keys does: forward in place, and undone before this backward pass."""

@@ -174,6 +174,7 @@ def test_jobs_lie_over_the_recipe() -> None:
         ([*JOBS, {"name": "anna", "data": {"train": "c"}}], "two members have the name 'anna'"),
         ([*JOBS, {"name": "c", "data": {"train": "c"}, "output_dir": "runs/../runs/bens"}], "have one output_dir"),
         ([{"name": "a/b", "data": {"train": "c"}}], "cannot be a folder's"),
+        ([{"name": "before", "data": {"train": "c"}}], "calls something of its own"),
         ([{"name": "a", "data": {"trian": "c"}}], "job 'a'"),
         ([{"name": "a", "dat": {"train": "c"}}], "did you mean 'data'"),
         ([{"data": {"train": "c"}}], "'name' is needed"),

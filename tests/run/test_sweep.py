@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import topwork.reporting.sweep as sweep_report
 import topwork.run.sweep as sweep_module
@@ -14,7 +15,7 @@ from run import tiny
 from run.processes import Commands, signal_at
 from topwork.common.errors import RequestError
 from topwork.run.sweep import Swept, sweep
-from topwork.run.sweep_plan import SweepOptions, waves
+from topwork.run.sweep_plan import SweepOptions, plan_sweep, waves
 
 Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
@@ -116,6 +117,14 @@ def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
         quietly(recipe, "adapter.r=2", RATES, resume=True)
     with pytest.raises(RequestError, match="4 have other options"):
         quietly(recipe, "adapter.r=2,4", RATES, overrides=("training.batch_size=3",), resume=True)
+    with pytest.raises(RequestError, match="4 have other options"):  # or scores would be of different rows
+        quietly(recipe, "adapter.r=2,4", RATES, overrides=("evaluation.max_rows=2",), resume=True)
+    for grid, told in (
+        ("adapter.init_lora_weights=true,loftq", "what quantizing lost"),
+        ("adapter.method=lora,ia3", "for the B matrices"),
+    ):
+        with pytest.raises(RequestError, match=told):  # before anything is cleared away
+            quietly(recipe, grid, overrides=("training.loraplus_lr_ratio=16",), overwrite=True)
     assert tiny.folder_bytes(swept.folder) == before
     again = quietly(recipe, "adapter.r=2,4", RATES, resume=True)
     assert again.result == swept.result
@@ -141,6 +150,25 @@ def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
     monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, _recipes: 1)
     done = quietly(make_recipe(training=SHORT), "training.learning_rate=1e38,5e-3")
     assert [member["state"] for member in done.result["members"]] == ["diverged", "finished"]
+
+
+@pytest.mark.parametrize("preset", ["rank", "targets"])
+def test_presets_hold_the_scale_whatever_the_recipe_says_of_rslora(make_recipe: Recipes, preset: str) -> None:
+    plan = plan_sweep(make_recipe(adapter={"use_rslora": True}), (), SweepOptions(preset=preset))
+    scales = {member.recipe.adapter.lora_alpha / member.recipe.adapter.r for member in plan.members}
+    assert scales == {2}
+    assert not any(member.recipe.adapter.use_rslora for member in plan.members)
+
+
+def test_nothing_held_out_is_refused_and_a_job_without_is_not_scored(make_recipe: Recipes, tmp_path: Path) -> None:
+    one = tiny.write_rows(tmp_path / "one.jsonl", tiny.rows(1))
+    with pytest.raises(RequestError, match="none are left to hold out"):
+        quietly(make_recipe("grid", data={"train": str(one)}), "adapter.r=2,4")
+    recipe = make_recipe("jobs", training=SHORT)
+    described = yaml.safe_load(recipe.read_text("utf-8"))
+    described["jobs"] = [{"name": "anna"}, {"name": "ben", "data": {"train": str(one)}}]
+    done = quietly(tiny.write_recipe(recipe, described))
+    assert [member["scores"] is not None for member in done.result["members"]] == [True, False]
 
 
 def test_waves_hold_all_members_once() -> None:

@@ -202,6 +202,7 @@ def test_wandb_gets_the_records_and_a_resume_goes_on_in_the_same_run(
     options, run = runs[0]
     assert (options["name"], options["config"], options["resume"]) == ("support", {"r": 16}, "allow")
     assert options["id"] == runs[1][0]["id"]
+    assert options["reinit"] == "create_new"  # several members of one process have a run each
     assert run.logged == [{"step": 2, "train/loss": 0.5}]
     assert ("*", "step") in run.defined
     assert run.finished

@@ -39,16 +39,23 @@ class Adapters:
         Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing;
         nothing is grafted then.
         """
-        if name in self.configs or not name or "." in name:
-            raise AdapterError(f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}")
+        if name in self.configs or not is_free(name):
+            raise AdapterError(
+                f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}, and what torch's "
+                "modules call their own (training, weight …)"
+            )
         plan = plan_adapter(self.model, config, self.tokenizer, self.original)
         _refuse_nested(plan, adapted_layers(self.model))
-        for path, planned in plan.items():
-            part = planned.make()  # which may refuse, before the first layer is touched
-            layer = self._wrapped(path)
-            part.begin(layer.base_layer, seed, path)
-            layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
         self.configs[name] = config
+        try:
+            for path, planned in plan.items():
+                part = planned.make()
+                layer = self._wrapped(path)
+                part.begin(layer.base_layer, seed, path)
+                layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
+        except BaseException:
+            self.remove(name)
+            raise
         return list(plan)
 
     def remove(self, name: str) -> None:
@@ -113,6 +120,11 @@ class Adapters:
     def _known(self, name: str) -> None:
         if name not in self.configs:
             raise AdapterError(f"no adapter {name!r} here; there are {sorted(self.configs) or 'none'}")
+
+
+def is_free(name: str) -> bool:
+    """Whether a module may be called so."""
+    return bool(name) and "." not in name and not hasattr(nn.ModuleDict(), name)
 
 
 def plan_adapter(

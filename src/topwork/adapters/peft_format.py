@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -93,11 +94,23 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     warning = check_base(saved, base, force)
     adapters.add(name, saved.config)
     try:
-        adapters.load(name, _without_base_copies(saved.tensors, adapters, name))
+        tensors = _without_base_copies(saved.tensors, adapters, name)
+        adapters.load(name, _with_beginnings(tensors, adapters.stored(name)))
     except AdapterError:
         adapters.remove(name)
         raise
     return warning
+
+
+def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's PiSSA and OLoRA folders hold A and B alone, for a base that lacks what they began as; a fresh adapter here
+    has found that again from the base (`adapters/inits.py`): the second half of its A and B."""
+    found = dict(tensors)
+    for key, tensor in tensors.items():
+        axis = 1 if key.endswith("lora_B.weight") else 0
+        if "lora_" in key and key in own and 2 * tensor.shape[axis] == own[key].shape[axis]:
+            found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
+    return found
 
 
 def _without_base_copies(tensors: Mapping[str, Tensor], adapters: Adapters, name: str) -> dict[str, Tensor]:

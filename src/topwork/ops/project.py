@@ -226,11 +226,22 @@ class _Project(torch.autograd.Function):
 
 
 def _scale_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
-    """y * f in place, as y + y (f - 1): a factor near one would be rounded to one in 16 bits, its distance is not."""
+    """y * f in place, as y + y (f - 1): a factor near one would be rounded to one in 16 bits, its distance is not. (Far
+    from one it is the other way round, and such a gain is multiplied in fp32.)"""
     distance = factor - 1
-    y.addcmul_(y, distance.to(y.dtype))
+    _times_(y, factor)
     if bias is not None:
         y.sub_((bias * distance).to(y.dtype))
+
+
+def _times_(y: Tensor, factor: Tensor) -> None:
+    """y * f in place, f in fp32."""
+    distance = factor - 1
+    if y.dtype == torch.float32 or bool(distance.abs().max() <= 0.5):
+        y.addcmul_(y, distance.to(y.dtype))
+    else:
+        for rows in y.split(max(1, CACHED_VALUES // y.shape[1])):
+            rows.copy_(rows.float() * factor)
 
 
 def _gain_gradients(
@@ -240,13 +251,13 @@ def _gain_gradients(
     if out is None:
         return dout, []
     found = [
-        column_dots(dout[scale.rows, scale.columns], out[scale.rows, scale.columns], scale.bias) / factor
+        column_dots(dout[scale.rows, scale.columns], out[scale.rows, scale.columns], scale.bias)
+        / torch.where(factor == 0, 1.0, factor)  # what a zero let through is lost: no gradient instead of NaN
         for scale, factor in zip(scales, factors)
     ]
     out.copy_(dout)  # whoever took it is done; another buffer of this size would raise the peak in every layer
     for scale, factor in zip(scales, factors):
-        own = out[scale.rows, scale.columns]
-        own.addcmul_(own, (factor - 1).to(own.dtype))
+        _times_(out[scale.rows, scale.columns], factor)
     return out, found
 
 

@@ -48,6 +48,10 @@ class SweepConfig(Options):
     """Successive halving: `true`, or its factor and rungs."""
 
 
+TAKEN = ("before", "pictures", "sweep.json", "sweep.md", "sweep.html")
+"""What no job may be called: the bare base's column, and a sweep's own files."""
+
+
 class Job(Options):
     """One user's run: sections that are laid over the recipe's own."""
 
@@ -107,6 +111,9 @@ def make_sweep(values: dict[str, Any], source: str = "recipe", folder: Path = Pa
     if not isinstance(given, list):
         raise RecipeError(f"{source}: jobs holds {type(given).__name__}, expected a list of {{name, data, …}}")
     jobs = tuple(_checked(Job, job, f"{source}: jobs[{index}]") for index, job in enumerate(given))
+    taken = [job.name for job in jobs if job.name in TAKEN]
+    if taken:
+        raise RecipeError(f"{source}: a job is called {taken[0]!r}, as a sweep calls something of its own; rename it")
     return SweepRequest(own, sweep, jobs, source, folder, _describes(values))
 
 

@@ -70,7 +70,10 @@ def experiment(name: str, request: SweepRequest, skeleton: PreTrainedModel) -> E
 
 def _rank(request: SweepRequest, _: PreTrainedModel) -> Experiment:
     scale = _scale(request.base())
-    variants = [Variant(r, f"r-{r}", {"adapter.r": r, "adapter.lora_alpha": r * scale}) for r in RANKS]
+    variants = [
+        Variant(r, f"r-{r}", {"adapter.r": r, "adapter.lora_alpha": r * scale, "adapter.use_rslora": False})
+        for r in RANKS
+    ]
     text = (
         f"Rank: how many directions of each weight may change. Ranks {_listed(RANKS)}, with lora_alpha / r held at "
         f"{scale:g} so that the update's scale stays and the rank alone differs. It shows how small a rank is enough: "
@@ -88,7 +91,10 @@ def _targets(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
     for name, row in rows.items():
         r = max(1, round(budget / row.count.trainable))
         modules = row.target_modules if isinstance(row.target_modules, str) else list(row.target_modules)
-        changes = {"adapter.target_modules": modules, "adapter.r": r, "adapter.lora_alpha": r * scale}
+        changes = {
+            "adapter.target_modules": modules, "adapter.r": r, "adapter.lora_alpha": r * scale,
+            "adapter.use_rslora": False,
+        }  # fmt: skip
         variants.append(Variant(name, f"targets-{name.replace(',', '')}", changes))
         told.append(f"{name} at r {r} ({row.count.trainable * r:,} parameters)")
     missing = tuple(f"{name}: this family has no such layers" for name in TARGET_SETS if name not in rows)

@@ -207,10 +207,12 @@ def _drop(going: _Sweep, rung: int) -> None:
     if any(member["left_at"] == rung for member in book.values["members"]):
         return  # dropped before the sweep was resumed
     losses: dict[str, list[float]] = {}
-    for name in book.alive():
-        member = book.member(name)
+    for member in book.values["members"]:
+        if member["state"] == "left":
+            continue
         loss = (member["result"] or {}).get("last_eval_loss")
-        losses.setdefault(member["point"], []).append(float("inf") if loss is None else loss)
+        lost = loss is None or member["state"] == "diverged"  # a point of which one seed diverged is no candidate
+        losses.setdefault(member["point"], []).append(float("inf") if lost else loss)
     ranked = sorted(losses, key=lambda point: sum(losses[point]) / len(losses[point]))
     kept = ranked[: max(1, ceil(len(ranked) / halving.factor))]
     gone = [name for name in book.alive() if book.member(name)["point"] not in kept]
@@ -228,7 +230,7 @@ def _score(going: _Sweep, wave: dict[str, Any]) -> None:
     todo = []
     for name in wave["members"]:
         member, recipe = going.book.member(name), going.recipe(name)
-        measured = recipe.evaluation.data or recipe.data.eval or recipe.data.eval_fraction > 0
+        measured = recipe.evaluation.data or (member["result"] or {}).get("last_eval_loss") is not None
         if measured and member["state"] in ("finished", "early stopping"):
             todo.append(Finished(name, Path(recipe.output_dir), recipe, _on_base(going, name)))
     if todo:

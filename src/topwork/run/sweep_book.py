@@ -174,6 +174,7 @@ def recipe_hash(recipe: Recipe) -> str:
     told = {
         "adapter": values["adapter"],
         "quantization": values["quantization"],
+        "evaluation": {key: value for key, value in values["evaluation"].items() if key != "data"},
         "training": {key: value for key, value in values["training"].items() if key not in IDLE},
         "data": {key: value for key, value in values["data"].items() if key not in ("train", "eval", "chat_template")},
     }

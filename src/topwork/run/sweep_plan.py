@@ -71,7 +71,8 @@ def plan_sweep(
     plan = SweepPlan(members, shown, out, ready, bool(request.jobs), request.sweep.halving)
     if not plan.jobs:
         _refuse_unmeasured(members)
-    steps = _checked_data(members) if check_data else {}
+    _refuse_unfit(members)
+    steps = _checked_data(members, plan.jobs) if check_data else {}
     return replace(plan, stops=_stops(plan.halving, members, steps)) if plan.halving and check_data else plan
 
 
@@ -151,13 +152,15 @@ def _refuse_unmeasured(members: Sequence[Member]) -> None:
             )
 
 
-def _checked_data(members: Sequence[Member]) -> dict[str, int]:
+def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
     """Read every data set once; the planned steps of each member by name. Raises DataError."""
     model = members[0].recipe.model
     source = find_source(model, lambda _: None)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     length = context_length(config_of(model.model_name_or_path, model.revision, model.trust_remote_code))
     rows: dict[str, int] = {}
+    longest: dict[str, int] = {}
+    held_out: dict[str, int] = {}
     steps = {}
     for member in members:
         recipe = member.recipe
@@ -165,8 +168,15 @@ def _checked_data(members: Sequence[Member]) -> dict[str, int]:
         if read not in rows:
             data = load_data(recipe.data, tokenizer, length, recipe.training.seed, lambda _: None)
             rows[read] = len(data.train)
-            _check_longest(recipe, max(len(example.tokens) for example in (*data.train, *data.eval)))
+            longest[read] = max(len(example.tokens) for example in (*data.train, *data.eval))
+            held_out[read] = len(data.eval)
+        _check_longest(recipe, longest[read])
         named = recipe.evaluation.data
+        if named is None and not held_out[read] and not jobs:
+            raise RequestError(
+                "a sweep compares its members on rows that none was trained on, and of these data none are left to "
+                "hold out; name evaluation.data or data.eval, or give more rows"
+            )
         if named is not None and f"{read} {named}" not in rows:
             alone = recipe.data.model_copy(
                 update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None}
@@ -176,8 +186,24 @@ def _checked_data(members: Sequence[Member]) -> dict[str, int]:
     return steps
 
 
-def _check_longest(recipe: Recipe, longest: int) -> None:
-    asked = recipe.training.tokens_per_pass
+def _refuse_unfit(members: Sequence[Member]) -> None:
+    """What training would refuse only when a wave has been trained, or an earlier sweep been cleared away."""
+    for member in members:
+        recipe = member.recipe
+        if recipe.training.loraplus_lr_ratio is not None and recipe.adapter.method != "lora":
+            raise RequestError(
+                f"{member.name}: training.loraplus_lr_ratio is for the B matrices of method lora, and "
+                f"{recipe.adapter.method} has none; leave it out there (null)"
+            )
+        if recipe.adapter.init_lora_weights == "loftq" and not recipe.quantization.active:
+            raise RequestError(
+                f"{member.name}: init_lora_weights: loftq begins as what quantizing lost; set "
+                "quantization.load_in_4bit: true, or take another beginning"
+            )
+
+
+def _check_longest(recipe: Recipe, text: int) -> None:
+    asked, longest = recipe.training.tokens_per_pass, text + recipe.adapter.virtual_tokens
     if asked is not None and longest > asked:
         raise RecipeError(
             f"training.tokens_per_pass is {asked}, and the longest sequence has {longest} tokens; a sequence is not "

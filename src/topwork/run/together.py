@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from topwork.adapters.graft import Adapters
+from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
@@ -295,7 +295,7 @@ def _names(recipes: Sequence[Recipe], adapters: Adapters) -> list[str]:
         stem = Path(recipe.output_dir).resolve().name.replace(".", "_") or "run"
         tries = [stem, *(f"{stem}-{number}" for number in range(2, 2 + len(recipes) + len(adapters.configs) + 1))]
         taken = {*names, *adapters.configs}
-        names.append(next(name for name in tries if name not in taken and not hasattr(nn.ModuleDict, name)))
+        names.append(next(name for name in tries if name not in taken and is_free(name)))
     return names
 
 

@@ -155,6 +155,7 @@ class WandbSink:
             name=run_dir.name,
             id=id_file.read_text(),
             resume="allow",
+            reinit="create_new",  # several members of one process have a run each
             dir=str(run_dir),
             config=dict(config),
         )

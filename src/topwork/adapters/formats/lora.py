@@ -21,6 +21,8 @@ SHARED_FIELDS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights",
     "trainable_token_indices",
 )  # fmt: skip
+CHANGE_THE_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
+"""Beginnings that PEFT takes out of the base, other than those that are found again from it (PiSSA, OLoRA)."""
 UNSUPPORTED = (
     "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "velora_config", "monteclora_config",
@@ -79,7 +81,14 @@ def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
     if present:
         raise AdapterError(f"{folder} uses {', '.join(present)}, which cannot be read; LoRA, rsLoRA and DoRA can")
     fields = {key: raw[key] for key in SHARED_FIELDS if key in raw and raw[key] is not None}
-    if fields.get("init_lora_weights") not in (True, "gaussian"):
+    init = fields.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
+        raise AdapterError(
+            f"{folder} began with init_lora_weights: {init}, for which PEFT changes the base's weights in a way that "
+            "its file does not tell; save it as an ordinary LoRA (PEFT: save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)), and load that"
+        )
+    if init not in (True, "gaussian", *PAIRS):
         fields["init_lora_weights"] = True  # the weights are in the file; how they began does not matter
     tokens = fields.get("trainable_token_indices")
     if isinstance(tokens, dict):  # by module
