@@ -121,7 +121,7 @@ def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
         quietly(recipe, "adapter.r=2,4", RATES, overrides=("evaluation.max_rows=2",), resume=True)
     for grid, told in (
         ("adapter.init_lora_weights=true,loftq", "what quantizing lost"),
-        ("adapter.method=lora,ia3", "for the B matrices"),
+        ("adapter.method=lora,ia3", "has no B matrices"),
     ):
         with pytest.raises(RequestError, match=told):  # before anything is cleared away
             quietly(recipe, grid, overrides=("training.loraplus_lr_ratio=16",), overwrite=True)

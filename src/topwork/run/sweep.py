@@ -211,8 +211,9 @@ def _drop(going: _Sweep, rung: int) -> None:
         if member["state"] == "left":
             continue
         loss = (member["result"] or {}).get("last_eval_loss")
-        lost = loss is None or member["state"] == "diverged"  # a point of which one seed diverged is no candidate
-        losses.setdefault(member["point"], []).append(float("inf") if lost else loss)
+        if loss is None or member["state"] == "diverged":  # a point of which one seed diverged is no candidate
+            loss = float("inf")
+        losses.setdefault(member["point"], []).append(loss)
     ranked = sorted(losses, key=lambda point: sum(losses[point]) / len(losses[point]))
     kept = ranked[: max(1, ceil(len(ranked) / halving.factor))]
     gone = [name for name in book.alive() if book.member(name)["point"] not in kept]

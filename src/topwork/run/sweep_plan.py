@@ -192,8 +192,8 @@ def _refuse_unfit(members: Sequence[Member]) -> None:
         recipe = member.recipe
         if recipe.training.loraplus_lr_ratio is not None and recipe.adapter.method != "lora":
             raise RequestError(
-                f"{member.name}: training.loraplus_lr_ratio is for the B matrices of method lora, and "
-                f"{recipe.adapter.method} has none; leave it out there (null)"
+                f"{member.name}: training.loraplus_lr_ratio is for method lora, and an adapter of method "
+                f"{recipe.adapter.method} has no B matrices; leave it out there (null)"
             )
         if recipe.adapter.init_lora_weights == "loftq" and not recipe.quantization.active:
             raise RequestError(
