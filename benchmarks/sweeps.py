@@ -43,15 +43,14 @@ def prepare(data: str, source: Path, folder: Path, rows: int, test_rows: int) ->
 
 def swept(data: str, preset: str, seeds: int, folder: Path) -> Path:
     """Run the sweep as its user would; its folder."""
-    out = folder / preset
     command = [
         sys.executable, "-m", "topwork", "sweep", str(BENCHMARKS / "sweeps" / f"{data}.yaml"), "--preset", preset,
         "--seeds", str(seeds), "--set", f"data.train={folder / 'train.jsonl'}", "--set",
-        f"data.eval={folder / 'test.jsonl'}", "--set", f"output_dir={out}",
+        f"data.eval={folder / 'test.jsonl'}", "--set", f"output_dir={folder / data}",
     ]  # fmt: skip
-    found = list(folder.glob(f"{preset}*/sweep.json"))
-    subprocess.run([*command, *(["--resume"] if found else [])], check=True)
-    return next(path.parent for path in folder.glob(f"{preset}*/sweep.json"))
+    out = folder / f"{data}-{preset}"
+    subprocess.run([*command, *(["--resume"] if (out / "sweep.json").exists() else [])], check=True)
+    return out
 
 
 def record(out: Path, name: str, facts: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def markdown(sweep: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The whole report; `pictures` are paths by title."""
     values = page_values(sweep)
     lines = [f"# Sweep {sweep['name']}", "", values["headline"], ""]
-    lines += [text + "\n" for text in (values["text"],) if text]
+    lines += [values["text"], ""] if values["text"] else []
     lines += [f"- left out: {told}" for told in values["left_out"]] + ([""] if values["left_out"] else [])
     lines += ["## Results", "", *_table(values["points"]), "", *values["point_notes"], ""]
     for told in values["returns"]:
