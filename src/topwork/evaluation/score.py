@@ -66,30 +66,17 @@ def score(
 ) -> Scores:
     """Answer every question greedily and grade it; the loss is over the learned tokens of `examples`. Without questions
     the loss is all there is."""
-    if not questions:
-        return Scores({"loss": mean_answer_loss(base, adapter, examples)}, (), ())
     start = time.perf_counter()
-    new = generate(
-        base,
-        [question.tokens for question in questions],
-        [adapter] * len(questions),
-        stop_ids(template),
-        Sampling(max_new_tokens=max_new_tokens),
-        batch_size,
-        on_finished,
-    )
+    [new] = _written(base, [adapter], questions, template, max_new_tokens, batch_size, on_finished)
     seconds = time.perf_counter() - start
-    answers = tuple(base.text(tokens) for tokens in new)
-    grades = tuple(grade(answer, q.reference, grader) for answer, q in zip(answers, questions))
-    read = sum(len(question.tokens) for question in questions)
-    summary = {
-        **summarise(grades, grader),
-        "loss": mean_answer_loss(base, adapter, examples),
-        "tokens_per_second": round((read + sum(map(len, new))) / seconds, 1),
-        "answer_tokens": sum(map(len, new)),
-        "seconds": round(seconds, 2),
-    }
-    return Scores(summary, answers, grades)
+    scored = _graded(base, adapter, new, questions, examples, grader)
+    if not questions:
+        return scored
+    read, wrote = sum(len(question.tokens) for question in questions), sum(map(len, new))
+    speed = {
+        "tokens_per_second": round((read + wrote) / seconds, 1), "answer_tokens": wrote, "seconds": round(seconds, 2),
+    }  # fmt: skip
+    return Scores(scored.summary | speed, scored.answers, scored.grades)
 
 
 def score_together(
@@ -105,24 +92,37 @@ def score_together(
 ) -> list[Scores]:
     """`score` for several adapters, one after another in the result, whose answers are written in one call; a batch may
     hold several. The figures say nothing of speed, which they share."""
-    asked = [(adapter, question) for adapter in adapters for question in questions]
+    written = _written(base, adapters, questions, template, max_new_tokens, batch_size, on_finished)
+    return [_graded(base, adapter, new, questions, examples, grader) for adapter, new in zip(adapters, written)]
+
+
+def _written(
+    base: Base, adapters: Sequence[str | None], questions: Sequence[Question], template: ChatTemplate,
+    max_new_tokens: int, batch_size: int, on_finished: Callable[[int], None] | None,
+) -> list[list[list[int]]]:  # fmt: skip
+    """Each adapter's answers to all questions, as tokens."""
+    if not questions:
+        return [[] for _ in adapters]
     new = generate(
         base,
-        [question.tokens for _, question in asked],
-        [adapter for adapter, _ in asked],
-        stop_ids(template) if asked else (),
+        [question.tokens for question in questions] * len(adapters),
+        [adapter for adapter in adapters for _ in questions],
+        stop_ids(template),
         Sampling(max_new_tokens=max_new_tokens),
         batch_size,
         on_finished,
     )
-    answers = [base.text(tokens) for tokens in new]
-    scored = []
-    for index, adapter in enumerate(adapters):
-        own = tuple(answers[index * len(questions) : (index + 1) * len(questions)])
-        grades = tuple(grade(answer, question.reference, grader) for answer, question in zip(own, questions))
-        shares = summarise(grades, grader) if questions else {}
-        scored.append(Scores({**shares, "loss": mean_answer_loss(base, adapter, examples)}, own, grades))
-    return scored
+    return [new[at : at + len(questions)] for at in range(0, len(new), len(questions))]
+
+
+def _graded(
+    base: Base, adapter: str | None, new: Sequence[list[int]], questions: Sequence[Question],
+    examples: Sequence[Example], grader: Grader,
+) -> Scores:  # fmt: skip
+    answers = tuple(base.text(tokens) for tokens in new)
+    grades = tuple(grade(answer, question.reference, grader) for answer, question in zip(answers, questions))
+    shares = summarise(grades, grader) if questions else {}
+    return Scores({**shares, "loss": mean_answer_loss(base, adapter, examples)}, answers, grades)
 
 
 @torch.no_grad()
