@@ -68,12 +68,12 @@ def train_step(
 def _updated(learner: Learner, known: _Sum) -> StepResult | NonFiniteLossError:
     """The step of one adapter, from gradients that are sums."""
     gradients = [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
-    total, norm = float(known.total), float(nn.utils.get_total_norm(gradients)) / known.count
+    torch._foreach_div_(gradients, known.count)
+    total, norm = float(known.total), float(nn.utils.get_total_norm(gradients))
     finite = math.isfinite(total) and math.isfinite(norm)
     if finite:
-        clipped = learner.max_grad_norm and norm > learner.max_grad_norm
-        factor = learner.max_grad_norm / (norm + 1e-6) if clipped else 1.0
-        torch._foreach_mul_(gradients, factor / known.count)  # once: they are as large as the adapter
+        if learner.max_grad_norm and norm > learner.max_grad_norm:
+            torch._foreach_mul_(gradients, learner.max_grad_norm / (norm + 1e-6))
         learner.optimizer.step()
     learner.optimizer.zero_grad()
     if not finite:
