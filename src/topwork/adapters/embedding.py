@@ -137,12 +137,19 @@ def refuse_both(paths: Collection[str]) -> None:
         )
 
 
-def refuse_dora(paths: Sequence[str], config: AdapterConfig) -> None:
-    """An embedding's rows are looked up, never multiplied: their lengths are no magnitude to learn here."""
-    if config.use_dora and paths:
+def refuse_more_than_lora(paths: Sequence[str], config: AdapterConfig) -> None:
+    """Embeddings among the targets take LoRA in its plain form: rows are looked up, never multiplied, so their lengths
+    are no magnitude to learn here; and what begins from a weight begins from a linear layer's."""
+    init = config.init_lora_weights
+    if paths and config.use_dora:
         raise AdapterError(
             f"{paths[0]} is an embedding, where use_dora is not supported; leave it out of target_modules, or train "
             "some of its rows with trainable_token_indices"
+        )
+    if paths and init in ("pissa", "olora", "loftq"):
+        raise AdapterError(
+            f"init_lora_weights: {init} begins from a linear layer's weight, and target_modules names {paths[0]}, an "
+            "embedding; leave that out, or take init_lora_weights: true"
         )
 
 

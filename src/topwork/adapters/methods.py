@@ -19,7 +19,7 @@ from topwork.adapters.embedding import (
     check_tokens,
     embedding_shape,
     refuse_both,
-    refuse_dora,
+    refuse_more_than_lora,
 )  # fmt: skip
 from topwork.adapters.ia3 import Ia3, ia3_targets
 from topwork.adapters.inits import PAIRS, FromWeight, LoftQ, Original
@@ -61,8 +61,9 @@ class Bare:
 def lora_plan(bare: Bare, config: AdapterConfig) -> Plan:
     """LoRA in every target, with DoRA's lengths, or begun from the base's weights."""
     targets = find_targets(bare.modules, bare.head, config)
-    _refuse_embedding_beginnings(bare, config, targets)
-    refuse_dora([target.path for target in targets if isinstance(bare.modules[target.path], EMBEDDINGS)], config)
+    refuse_more_than_lora(
+        [target.path for target in targets if isinstance(bare.modules[target.path], EMBEDDINGS)], config
+    )
     _refuse_large_ranks(bare, config, targets)
 
     def at(target: Target) -> Planned:
@@ -103,15 +104,6 @@ def _original(bare: Bare) -> Original:
             "init_lora_weights: true"
         )
     return bare.original
-
-
-def _refuse_embedding_beginnings(bare: Bare, config: AdapterConfig, targets: Sequence[Target]) -> None:
-    embeddings = [target.path for target in targets if isinstance(bare.modules[target.path], EMBEDDINGS)]
-    if embeddings and config.init_lora_weights in (*PAIRS, "loftq"):
-        raise AdapterError(
-            f"init_lora_weights: {config.init_lora_weights} begins from a linear layer's weight, and target_modules "
-            f"names {embeddings[0]}, an embedding; leave that out, or take init_lora_weights: true"
-        )
 
 
 def _refuse_large_ranks(bare: Bare, config: AdapterConfig, targets: Sequence[Target]) -> None:

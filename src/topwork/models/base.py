@@ -154,13 +154,8 @@ def _head_alone(head: nn.Module) -> Head | None:
 
 def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, slice]]:
     """For each segment its adapter and the part of `rows` (which rise) in it, where there is one."""
-    ends = torch.searchsorted(rows, torch.tensor([s.stop for s in stream.segments], device=rows.device))
-    parts, start = [], 0
-    for segment, end in zip(stream.segments, ends.tolist()):
-        if end > start:
-            parts.append((segment.adapter, slice(start, end)))
-        start = end
-    return parts
+    parts = zip(stream.segments, stream.by_segment(rows))
+    return [(segment.adapter, part) for segment, part in parts if part.stop > part.start]
 
 
 def load_base(

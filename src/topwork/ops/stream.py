@@ -114,12 +114,17 @@ class Stream:
     def narrowed(self) -> "Stream":
         """Only the wanted rows, for what comes after attention: their segments, no longer their sequences."""
         assert self.wanted is not None
-        stops = torch.tensor([segment.stop for segment in self.segments], device=self.wanted.device)
-        ends = torch.searchsorted(self.wanted, stops).tolist() if len(stops) > 1 else [len(self.wanted)]
-        segments = tuple(
-            Segment(start, end, segment.adapter) for start, end, segment in zip([0, *ends], ends, self.segments)
-        )
+        parts = zip(self.by_segment(self.wanted), self.segments)
+        segments = tuple(Segment(part.start, part.stop, segment.adapter) for part, segment in parts)
         return replace(self, segments=segments, wanted=None)
+
+    def by_segment(self, rows: Tensor) -> list[slice]:
+        """The part of some rows [n], which rise, that lies in each segment."""
+        if len(self.segments) == 1:
+            return [slice(0, len(rows))]
+        stops = torch.tensor([segment.stop for segment in self.segments], device=rows.device)
+        ends = torch.searchsorted(rows, stops).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topwork.adapters.config import AdapterConfig
 from topwork.common.errors import RecipeError, did_you_mean
@@ -54,6 +54,22 @@ class Recipe(Options):
     """How it is measured."""
     output_dir: str = "runs/run"
     """The run's folder."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        """What needs no base to be told, so that it is told before one is loaded."""
+        ratio, method = self.training.loraplus_lr_ratio, self.adapter.method
+        if ratio is not None and method != "lora":
+            raise ValueError(
+                f"training.loraplus_lr_ratio is {ratio}, and an adapter of method {method} has no B matrices for it; "
+                "leave it out, or take method lora"
+            )
+        if self.adapter.init_lora_weights == "loftq" and not self.quantization.active:
+            raise ValueError(
+                "adapter.init_lora_weights: loftq begins as what quantizing lost; set quantization.load_in_4bit: true, "
+                "or take another beginning"
+            )
+        return self
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -181,6 +197,9 @@ def _found(value: str, folder: Path) -> str:
 
 def _explained(entry: Any) -> str:
     where = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "value_error" and isinstance(entry["input"], dict):  # a section, or all of them
+        told = str(entry["ctx"]["error"])
+        return f"{where}: {told}" if where else told
     *parents, last = (str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"unknown key {where!r}{key_hint(parents, last)}"

@@ -71,7 +71,6 @@ def plan_sweep(
     plan = SweepPlan(members, shown, out, ready, bool(request.jobs), request.sweep.halving)
     if not plan.jobs:
         _refuse_unmeasured(members)
-    _refuse_unfit(members)
     steps = _checked_data(members, plan.jobs) if check_data else {}
     return replace(plan, stops=_stops(plan.halving, members, steps)) if plan.halving and check_data else plan
 
@@ -184,22 +183,6 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
             rows[f"{read} {named}"] = len(load_data(alone, tokenizer, length, 0, lambda _: None).train)
         steps[member.name] = planned_steps(recipe.training, rows[read])
     return steps
-
-
-def _refuse_unfit(members: Sequence[Member]) -> None:
-    """What training would refuse only when a wave has been trained, or an earlier sweep been cleared away."""
-    for member in members:
-        recipe = member.recipe
-        if recipe.training.loraplus_lr_ratio is not None and recipe.adapter.method != "lora":
-            raise RequestError(
-                f"{member.name}: training.loraplus_lr_ratio is for method lora, and an adapter of method "
-                f"{recipe.adapter.method} has no B matrices; leave it out there (null)"
-            )
-        if recipe.adapter.init_lora_weights == "loftq" and not recipe.quantization.active:
-            raise RequestError(
-                f"{member.name}: init_lora_weights: loftq begins as what quantizing lost; set "
-                "quantization.load_in_4bit: true, or take another beginning"
-            )
 
 
 def _check_longest(recipe: Recipe, text: int) -> None:

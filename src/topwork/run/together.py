@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -174,7 +173,6 @@ def _grafted(on: Together, recipes: Sequence[Recipe], names: Sequence[str], repo
     for recipe, name, data in zip(recipes, names, loaded):
         on.adapters.add(name, recipe.adapter, recipe.training.seed)
         counted = count_adapter(base.module, recipe.adapter)
-        _check_loraplus(recipe, on.adapters.parameters(name))
         called = f"{base.name}, {name}" if several else base.name
         report(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
@@ -304,14 +302,6 @@ def _refuse_another_base(on: Together, recipe: Recipe) -> None:
         raise RequestError(
             f"{recipe.output_dir} asks for {recipe.model.model_name_or_path}, and the base that is loaded is "
             f"{on.base.name} by other options of model or quantization; load the one that the recipe names"
-        )
-
-
-def _check_loraplus(recipe: Recipe, parameters: dict[str, Any]) -> None:
-    if recipe.training.loraplus_lr_ratio is not None and not any("lora_" in name for name in parameters):
-        raise RequestError(
-            f"training.loraplus_lr_ratio is {recipe.training.loraplus_lr_ratio}, and an adapter of method "
-            f"{recipe.adapter.method} has no B matrices for it; leave it out, or take method lora"
         )
 
 

@@ -96,12 +96,8 @@ def parts_of(stream: Stream) -> list[tuple[slice, Stream]]:
     """Each segment as a stream of its own, and which of the whole's learned rows are its."""
     if len(stream.segments) == 1:
         return [(slice(None), stream)]
-    stops = torch.tensor([segment.stop for segment in stream.segments], device=stream.rows.device)
-    ends = torch.searchsorted(stream.rows, stops).tolist()
-    return [
-        (slice(start, end), _part(stream, segment, slice(start, end)))
-        for segment, start, end in zip(stream.segments, [0, *ends], ends)
-    ]
+    own = stream.by_segment(stream.rows)
+    return [(rows, _part(stream, segment, rows)) for segment, rows in zip(stream.segments, own)]
 
 
 def _part(stream: Stream, segment: Segment, rows: slice) -> Stream:
