@@ -15,7 +15,7 @@ import time
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table, write_record
+from common import BENCHMARKS, peak_mib, run_processes, surroundings, surroundings_text, table, write_record
 
 if TYPE_CHECKING:
     from topwork.models.base import Base
@@ -28,14 +28,14 @@ MIB = 2**20
 
 
 class Arm:
-    """One adapter with its optimizer."""
+    """One adapter, of LoRA with options of its own, with its optimizer."""
 
-    def __init__(self, base: "Base", adapters: Any, name: str) -> None:
+    def __init__(self, base: "Base", adapters: Any, name: str, **options: bool) -> None:
         import torch
 
         from topwork.adapters.config import AdapterConfig
 
-        adapters.add(name, AdapterConfig(r=16, lora_alpha=32), seed=0)
+        adapters.add(name, AdapterConfig(r=16, lora_alpha=32, **options), seed=0)
         self.base, self.name = base, name
         self.parameters = list(adapters.parameters(name).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4, fused=True)
@@ -184,10 +184,7 @@ def main() -> None:
         print(json.dumps(one_arm(asked.model, asked.tokens, asked.process)))
     else:
         options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
-        done = {name: run_process("checkpointing", *options, "--process", name) for name in ("both", *ARMS)}
-        failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
-        if failed:
-            sys.exit("\n".join(failed))
+        done = run_processes("checkpointing", options, ("both", *ARMS))
         around, both = surroundings(), done.pop("both")
         shown = told(both, done, asked.tokens)
         title = f"# Checkpointing all layers beside none: {asked.model}, LoRA r = 16 on all linear layers, bf16"

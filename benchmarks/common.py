@@ -14,7 +14,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -141,6 +141,15 @@ def run_process(module: str, *arguments: str, variables: Mapping[str, str] = Map
         told = done.stderr.strip().splitlines()
         return {"error": f"exit code {done.returncode}: {told[-1] if told else 'no output'}"}
     return json.loads(lines[-1])
+
+
+def run_processes(module: str, options: Sequence[str], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`python -m module OPTIONS --process NAME` for each name, one after the other. Exits with what failed."""
+    done = {name: run_process(module, *options, "--process", name) for name in names}
+    failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
+    if failed:
+        sys.exit("\n".join(failed))
+    return done
 
 
 def surroundings() -> dict[str, Any]:

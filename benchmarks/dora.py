@@ -3,52 +3,22 @@
     python benchmarks/dora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
 
 r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; which goes first changes every round.
-DoRA computes the rows' lengths once a step and keeps what its magnitudes multiply. The aim: at most 1.25 x LoRA's time
-and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/dora.*.
+DoRA computes the rows' lengths in every pass and keeps what its magnitudes multiply. The aim: at most 1.25 x LoRA's
+time and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/dora.*.
 """
 
 import argparse
 import json
-import sys
-import time
 from statistics import median, quantiles
 from typing import Any
 
-from checkpointing import PEAK_STEPS, WARM_UP, load, random_rows
+from checkpointing import PEAK_STEPS, WARM_UP, Arm, load
 
-from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table, write_record
+from common import BENCHMARKS, peak_mib, run_processes, surroundings, surroundings_text, table, write_record
 
 BASES: dict[str, dict[str, bool]] = {"bf16": {}, "nf4": {"load_in_4bit": True}}
 METHODS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}}
 MOST_TIME, MOST_MEMORY = 1.25, 1.1
-
-
-class Arm:
-    """One adapter with its optimizer on a base that it may share."""
-
-    def __init__(self, base: Any, adapters: Any, method: str) -> None:
-        import torch
-
-        from topwork.adapters.config import AdapterConfig
-        from topwork.training.objective import Sft
-        from topwork.training.step import Learner
-
-        adapters.add(method, AdapterConfig(r=16, lora_alpha=32, **METHODS[method]), seed=0)
-        parameters = list(adapters.parameters(method).values())
-        optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
-        self.base, self.method = base, method
-        self.learner = Learner(method, Sft(), parameters, optimizer, 1.0)
-
-    def step(self, tokens: int, seed: int) -> dict[str, float]:
-        """One optimizer step, timed."""
-        from topwork.training.step import StepResult, train_step
-
-        stream = random_rows(self.base, tokens, seed, self.method)
-        start = time.perf_counter()
-        result = train_step(self.base, [self.learner], [stream])[0]
-        seconds = time.perf_counter() - start
-        assert isinstance(result, StepResult), result
-        return {"seconds": seconds, "loss": result.loss}
 
 
 def in_turns(model: str, tokens: int, rounds: int, held: str) -> dict[str, Any]:
@@ -57,11 +27,11 @@ def in_turns(model: str, tokens: int, rounds: int, held: str) -> dict[str, Any]:
 
     base = load(model, **BASES[held])
     adapters = Adapters(base.module)
-    arms = [Arm(base, adapters, method) for method in METHODS]
+    arms = [Arm(base, adapters, method, **METHODS[method]) for method in METHODS]
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     for turn in range(WARM_UP + rounds):
         for arm in arms if turn % 2 else arms[::-1]:
-            steps[arm.method].append(arm.step(tokens, seed=turn))
+            steps[arm.name].append(arm.step(tokens, seed=turn))
     return steps
 
 
@@ -70,7 +40,7 @@ def alone(model: str, tokens: int, held: str, method: str) -> dict[str, int]:
     from topwork.adapters.graft import Adapters
 
     base = load(model, **BASES[held])
-    arm = Arm(base, Adapters(base.module), method)
+    arm = Arm(base, Adapters(base.module), method, **METHODS[method])
     for seed in range(PEAK_STEPS):
         arm.step(tokens, seed)
     return {"peak_mib": peak_mib()}
@@ -116,10 +86,7 @@ def main() -> None:
         return
     options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
     wanted = [*BASES, *(f"{held}:{method}" for held in BASES for method in METHODS)]
-    done = {name: run_process("dora", *options, "--process", name) for name in wanted}
-    failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
-    if failed:
-        sys.exit("\n".join(failed))
+    done = run_processes("dora", options, wanted)
     record = {
         "model": asked.model, "tokens": asked.tokens, "rounds": asked.rounds,
         "steps": {held: done[held] for held in BASES},

@@ -42,45 +42,25 @@ class Members:
 
     def __init__(self, rows: str, ranks: tuple[int, ...], batch: int, tokens: int, nf4: bool) -> None:
         import torch
-        from peers.topwork_step import quiet, read_examples
-
-        from topwork.adapters.config import AdapterConfig
-        from topwork.adapters.graft import Adapters
-        from topwork.models.base import load_base
-        from topwork.models.config import ModelConfig
-        from topwork.quantization.config import QuantizationConfig
-        from topwork.training.objective import Sft
-        from topwork.training.step import Learner
+        from peers.topwork_step import open_adapted, read_examples
 
         torch.set_num_threads(threads())
-        config = ModelConfig.model_validate({"model_name_or_path": "smollm2-135m", "device": "cpu"})
-        self.base = load_base(config, quiet, QuantizationConfig(load_in_4bit=nf4))
+        first, *others = ranks
+        self.trained = open_adapted("smollm2-135m", first, 2 * first, nf4=nf4, others=others)
         self.batch, self.tokens = batch, tokens
-        self.examples = read_examples(self.base, rows, MAX_LENGTH)
-        adapters = Adapters(self.base.module)
-        self.learners = []
-        for rank in ranks:
-            name = f"r{rank}"
-            adapters.add(name, AdapterConfig(r=rank, lora_alpha=2 * rank), seed=0)
-            parameters = list(adapters.parameters(name).values())
-            optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
-            self.learners.append(Learner(name, Sft(), parameters, optimizer, 1.0))
+        self.examples = read_examples(self.trained.base, rows, MAX_LENGTH)
+        self.learners = [self.trained.learner(name) for name in self.trained.adapters.configs]
 
     def step(self, number: int, which: slice = slice(None)) -> tuple[float, int, list["StepResult"]]:
         """One step of some members, each with rows of its own: seconds, passes and results."""
         from topwork.training.passes import step_passes
-        from topwork.training.step import train_step
 
         chosen = list(range(len(self.learners)))[which]
         groups = [(self.learners[at].name, self._rows(number, at)) for at in chosen]
         start = time.perf_counter()
-        passes = step_passes(groups, self.tokens, self.base.device)
-        results = train_step(self.base, [self.learners[at] for at in chosen], passes)
-        took = time.perf_counter() - start
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return took, len(passes), results  # type: ignore[return-value]
+        passes = step_passes(groups, self.tokens, self.trained.base.device)
+        results = self.trained.steps([self.learners[at] for at in chosen], passes)
+        return time.perf_counter() - start, len(passes), results
 
     def _rows(self, number: int, member: int) -> list[Any]:
         first = (number * len(RANKS) + member) * self.batch
@@ -119,21 +99,23 @@ def _restore(members: Members, weights: list[list[Any]]) -> None:
 
 
 def peak(given: argparse.Namespace) -> dict[str, int]:
-    """Of a process with some of the members."""
+    """Of a process with some of the members, and what its heap then still holds in use."""
+    from products import heap_bytes
+
     ranks = tuple(int(rank) for rank in given.ranks.split(","))
     members = Members(given.rows, ranks, given.batch, given.tokens, given.quantized)
     for number in range(PEAK_STEPS):
         members.step(number)
-    return {"peak_mib": peak_mib()}
+    return {"peak_mib": peak_mib(), "heap_mib": heap_bytes() // 2**20}
 
 
-def peaks(given: argparse.Namespace, rows: str) -> dict[str, int]:
-    """Peak MiB of all together, and of each rank alone."""
+def peaks(given: argparse.Namespace, rows: str) -> dict[str, dict[str, int]]:
+    """`peak` of all together, and of each rank alone."""
     options = ["--rows", rows, "--batch", str(given.batch), "--tokens", str(given.tokens)]
     options += ["--quantized"] if given.quantized else []
     arms = {"together": ",".join(map(str, RANKS))} | {f"r{rank}": str(rank) for rank in RANKS}
     return {
-        name: run_process("many_adapters", "--data-dir", ".", *options, "--ranks", ranks)["peak_mib"]
+        name: run_process("many_adapters", "--data-dir", ".", *options, "--ranks", ranks)
         for name, ranks in arms.items()
     }
 
@@ -143,9 +125,8 @@ def text(record: dict[str, Any]) -> str:
     turns = record["rounds"]
     ratios = [turn["together"]["seconds"] / turn["alone"]["seconds"] for turn in turns]
     low, middle, high = quantiles(ratios, n=4)
-    largest = max(
-        (name for name in record["peak_mib"] if name != "together"), key=lambda name: record["peak_mib"][name]
-    )
+    peak_of = {name: peak["peak_mib"] for name, peak in record["peaks"].items()}
+    largest = max((name for name in peak_of if name != "together"), key=lambda name: peak_of[name])
     worst = max(abs(a - b) / b for turn in turns for a, b in zip(turn["together"]["losses"], turn["alone"]["losses"]))
     rows = [
         [
@@ -155,8 +136,8 @@ def text(record: dict[str, Any]) -> str:
         ]
         for way in ("together", "alone")
     ]  # fmt: skip
-    memory = [[name, f"{value:,}"] for name, value in record["peak_mib"].items()]
-    ratio = record["peak_mib"]["together"] / record["peak_mib"][largest]
+    memory = [[name, f"{peak['peak_mib']:,}", f"{peak['heap_mib']:,}"] for name, peak in record["peaks"].items()]
+    ratio = peak_of["together"] / peak_of[largest]
     held = "an NF4 base" if record["quantized"] else "a bf16 base"
     parts = [
         f"# Six adapters in one pass beside one by one: SmolLM2-135M, ranks 2 to 64, {held}",
@@ -165,7 +146,7 @@ def text(record: dict[str, Any]) -> str:
         table(["way", "seconds a round", "passes", "tokens/s"], rows),
         f"Time together / sum alone, round by round: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}, from "
         f"{min(ratios):.3f} to {max(ratios):.3f}. Losses differ by at most {worst:.1e} of themselves.",
-        table(["peak of a fresh process", "MiB"], memory),
+        table(["fresh process", "peak, MiB", "heap in use after a step, MiB"], memory),
         f"Together over the largest alone ({largest}): {ratio:.2f}.",
         surroundings_text(record["surroundings"]),
     ]
@@ -191,7 +172,7 @@ def main() -> None:
         found = peaks(given, str(rows))
         turns = in_turns(Members(str(rows), RANKS, given.batch, given.tokens, given.quantized), given.rounds)
     record = {
-        "batch": given.batch, "tokens": given.tokens, "quantized": given.quantized, "rounds": turns, "peak_mib": found,
+        "batch": given.batch, "tokens": given.tokens, "quantized": given.quantized, "rounds": turns, "peaks": found,
         "surroundings": surroundings(),
     }  # fmt: skip
     name = "many_adapters" + (f"_batch{given.batch}" if given.batch != 8 else "") + ("_nf4" if given.quantized else "")

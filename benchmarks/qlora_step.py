@@ -8,13 +8,12 @@ changes every round. Peaks are of fresh processes. Writes benchmarks/results/qlo
 
 import argparse
 import json
-import sys
 from statistics import median, quantiles
 from typing import Any
 
 from checkpointing import PEAK_STEPS, WARM_UP, Arm, load
 
-from common import BENCHMARKS, peak_mib, run_process, surroundings, surroundings_text, table, write_record
+from common import BENCHMARKS, peak_mib, run_processes, surroundings, surroundings_text, table, write_record
 
 ARMS: dict[str, dict[str, bool]] = {"bf16": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 MIB = 2**20
@@ -97,10 +96,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
-    done = {name: run_process("qlora_step", *options, "--process", name) for name in ("all", *ARMS)}
-    failed = [f"{name}: {result['error']}" for name, result in done.items() if "error" in result]
-    if failed:
-        sys.exit("\n".join(failed))
+    done = run_processes("qlora_step", options, ("all", *ARMS))
     record = {
         "model": asked.model, "tokens": asked.tokens, "steps": done.pop("all"), "peaks": done,
         "surroundings": surroundings(),

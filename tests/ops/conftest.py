@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from reference.compiler import FEATURES, OLDER, OlderBuild, build_older
 from topwork.ops.native import layer
 
 
@@ -37,3 +38,11 @@ def interpreted() -> Callable[[Path], list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+@pytest.fixture(params=OLDER)
+def older_build(request: pytest.FixtureRequest, tmp_path: Path) -> OlderBuild:
+    """Compiles a kernel as for an older processor: `build_older`."""
+    if "avx512bw" not in FEATURES:
+        pytest.skip("needs a processor with more to switch off")
+    return lambda name: build_older(name, request.param, tmp_path)

@@ -3,25 +3,19 @@
 import ctypes
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler
 from reference.measure import relative
 from topwork.ops import grouped
 from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
 from topwork.ops.native import build
-
-FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-NATIVE = COMPILER is not None and not os.environ.get(build.OFF)
-needs_compiler = pytest.mark.skipif(not NATIVE, reason="needs a C compiler, and native kernels not switched off")
 
 TYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -260,16 +254,10 @@ def test_the_kernel_is_used_and_made_for_this_processor(monkeypatch: pytest.Monk
 
 
 @needs_compiler
-@pytest.mark.skipif("avx512bw" not in FEATURES, reason="needs a processor with more to switch off")
-@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"])
-def test_older_processors(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
-    source = Path(build.__file__).parent / "grouped.c"
-    target = tmp_path / "grouped.so"
-    flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
-    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
-    library = ctypes.CDLL(str(target))
-    assert library.topwork_grouped_level() == (1 if without == "-mno-avx512bf16" else 0)
+    library, level = older_build("grouped")
+    assert library.topwork_grouped_level() == level
     library.topwork_grouped_products.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
     monkeypatch.setattr(grouped, "_kernels", lambda: library)
     rng = random.Random(5)

@@ -1,30 +1,22 @@
 """attention_forward and attention_backward: the C kernel against attention one head at a time in float64."""
 
-import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from reference.attention import attention_by_sequence
+from reference.compiler import FEATURES, OlderBuild, needs_compiler
 from reference.measure import relative
 from topwork.ops import attention
 from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.native import build
 
-FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-needs_compiler = pytest.mark.skipif(
-    COMPILER is None or bool(os.environ.get(build.OFF)),
-    reason="needs a C compiler, and native kernels not switched off",
-)
 pytestmark = needs_compiler
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -267,16 +259,10 @@ def test_the_kernel_is_used_and_made_for_this_processor() -> None:
     assert attention_forward(query, key, value, (0, 30), AttentionRule(0.2))[1] is not None
 
 
-@pytest.mark.skipif("avx512bw" not in FEATURES, reason="needs a processor with more to switch off")
-@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"])
-def test_older_processors(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
-    source = Path(build.__file__).parent / "attention.c"
-    target = tmp_path / "attention.so"
-    flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
-    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
-    library = ctypes.CDLL(str(target))
-    assert library.topwork_attention_level() == (1 if without == "-mno-avx512bf16" else 0)
+    library, level = older_build("attention")
+    assert library.topwork_attention_level() == level
     monkeypatch.setattr(attention.build, "load", lambda _: library)
     for dtype in TYPES:
         for bounds, window in (((0, 97, 98, 130), None), ((0, 530), 70)):

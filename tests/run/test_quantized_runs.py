@@ -152,6 +152,22 @@ def test_the_loss_falls_and_nothing_but_the_adapter_moves(
             assert torch.equal(base.module.get_parameter(name), parameter), name
 
 
+def test_loftq_begins_as_what_quantizing_lost(recipe: Callable[..., Path], wide: Path) -> None:
+    r, scaling = 4, 0.5
+    adapter = {
+        **ALONE, "r": r, "lora_alpha": r * scaling, "init_lora_weights": "loftq", "target_modules": ["q_proj"],
+    }  # fmt: skip
+    still = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1, "warmup_steps": 0}
+    run = train(recipe(quantization=NF4, adapter=adapter, training=still), report=silent)
+    found = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    dense, quantized = read(wide).module, read(wide, **NF4).module
+    for path, layer in packed_modules(quantized).items():
+        if path.endswith("q_proj"):
+            a, b = (found[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+            u, s, v = torch.linalg.svd(dense.get_submodule(path).weight.detach() - layer.packed.dense())
+            assert relative(scaling * b @ a, (u[:, :r] * s[:r]) @ v[:r]) < 1e-4
+
+
 def test_the_figures_of_a_run(run_of: Callable[..., Path]) -> None:
     dense, quantized = (json.loads((run_of(q) / "result.json").read_text()) for q in ({}, NF4))
     assert quantized["parameters"] == dense["parameters"]

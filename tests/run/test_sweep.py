@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import topwork.run.sweep as sweep_module
 from run import tiny
 from run.processes import Commands, signal_at
 from topwork.common.errors import RequestError
+from topwork.recipe.recipe import Recipe
+from topwork.run.outcome import TrainedRun
 from topwork.run.sweep import Swept, sweep
 from topwork.run.sweep_plan import SweepOptions, plan_sweep, waves
+from topwork.run.together import train_together
 
 Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
@@ -224,6 +227,30 @@ def test_halving_spends_the_steps_on_the_best(make_recipe: Recipes) -> None:
     text = (done.folder / "sweep.md").read_text("utf-8")
     assert "rung 1, step 2: learning_rate-1e-05" in text
     assert "left at rung 2" in text
+
+
+def test_a_point_of_which_a_seed_diverged_does_not_go_on(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its losses at the rung are the best: one is told as diverged, which no rate does to one seed alone."""
+
+    def told(recipes: Sequence[Recipe], **options: Any) -> list[TrainedRun]:
+        runs = train_together(recipes, **options)
+        for recipe, run in zip(recipes, runs):
+            if (recipe.training.learning_rate, recipe.training.seed) == (1e-2, 0):
+                run.result["stopped"] = "diverged"
+        return runs
+
+    monkeypatch.setattr("topwork.run.sweep.train_together", told)
+    recipe = make_recipe(training={**SHORT, "max_steps": 6, "eval_steps": 1}, adapter={"lora_dropout": 0.0})
+    rates = "training.learning_rate=1e-2,1e-3,1e-5"
+    members = by_name(quietly(recipe, rates, seeds=2, overrides=("sweep.halving={factor: 3, rungs: 2}",)))
+    best = members["learning_rate-0.01_seed-1"]
+    assert best["result"]["last_eval_loss"] < members["learning_rate-0.001_seed-1"]["result"]["last_eval_loss"]
+    ended = {name: (member["state"], member["left_at"]) for name, member in members.items()}
+    assert ended == {
+        "learning_rate-0.01_seed-0": ("diverged", None), "learning_rate-0.01_seed-1": ("left", 0),
+        "learning_rate-0.001_seed-0": ("finished", None), "learning_rate-0.001_seed-1": ("finished", None),
+        "learning_rate-1e-05_seed-0": ("left", 0), "learning_rate-1e-05_seed-1": ("left", 0),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

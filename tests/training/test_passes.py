@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -12,6 +13,8 @@ from reference.kept import kept_bytes_per_token as measured_bytes
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RecipeError
+from topwork.data.batches import Group
+from topwork.data.examples import Example
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.objective import Sft
@@ -22,6 +25,7 @@ from topwork.training.passes import (
     kept_bytes_per_token,
     layer_bytes_per_token,
     plan_passes,
+    step_passes,
 )
 from topwork.training.step import Learner, StepResult, train_step
 
@@ -83,6 +87,21 @@ def test_what_was_asked_for_is_done() -> None:
     assert plan((256, 0), layers="off", longest=100) == PassPlan(256, 0)
     with pytest.raises(RecipeError, match="Give at least 300"):
         plan((10**6, 0), tokens=299)
+
+
+def test_virtual_tokens_take_room_in_a_pass() -> None:
+    def row(length: int) -> Example:
+        return Example(np.ones(length, np.int32), np.ones(length, np.float32), "row")
+
+    groups: list[Group] = [("lora", [row(40), row(40)]), ("prompt", [row(40), row(40)])]
+
+    def lengths(virtual: dict[str, int]) -> list[list[tuple[str | None, int]]]:
+        passes = step_passes(groups, 160, torch.device("cpu"), virtual)
+        return [[(part.adapter, part.stop - part.start) for part in stream.segments] for stream in passes]
+
+    assert lengths({}) == [[("lora", 80), ("prompt", 80)]]
+    assert lengths({"prompt": 1}) == [[("lora", 80), ("prompt", 40)], [("prompt", 40)]]
+    assert lengths({"lora": 40, "prompt": 41}) == [[("lora", 80)], [("prompt", 40)], [("prompt", 40)]]
 
 
 def test_a_family_that_cannot_be_checkpointed_takes_smaller_passes() -> None:

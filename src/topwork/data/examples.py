@@ -79,6 +79,11 @@ class Data:
     template: ChatTemplate
     summary: DataSummary
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(example.tokens) for example in (*self.train, *self.eval))
+
 
 @dataclass(frozen=True)
 class _Part:

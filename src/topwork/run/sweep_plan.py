@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from topwork.adapters.graft import plan_adapter
-from topwork.common.errors import RecipeError, RequestError
+from topwork.common.errors import RequestError
 from topwork.data.examples import load_data
 from topwork.models.source import find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
@@ -18,6 +18,7 @@ from topwork.recipe.sweep_config import Halving, Member, SweepRequest, expand, l
 from topwork.run.folder import check_place
 from topwork.run.presets import Experiment, experiment
 from topwork.training.member import planned_steps
+from topwork.training.passes import check_longest
 
 VALIDATIONS = 10
 """Validations of a run that names no eval_steps."""
@@ -163,13 +164,12 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
     steps = {}
     for member in members:
         recipe = member.recipe
-        read = recipe.data.model_dump_json()
+        virtual = recipe.adapter.virtual_tokens
+        read = f"{recipe.data.model_dump_json()} {virtual}"
         if read not in rows:
-            data = load_data(recipe.data, tokenizer, length, recipe.training.seed, lambda _: None)
-            rows[read] = len(data.train)
-            longest[read] = max(len(example.tokens) for example in (*data.train, *data.eval))
-            held_out[read] = len(data.eval)
-        _check_longest(recipe, longest[read])
+            data = load_data(recipe.data, tokenizer, length - virtual, recipe.training.seed, lambda _: None)
+            rows[read], longest[read], held_out[read] = len(data.train), data.longest, len(data.eval)
+        check_longest(recipe.training.tokens_per_pass, longest[read] + virtual)
         named = recipe.evaluation.data
         if named is None and not held_out[read] and not jobs:
             raise RequestError(
@@ -180,18 +180,9 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
             alone = recipe.data.model_copy(
                 update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None}
             )
-            rows[f"{read} {named}"] = len(load_data(alone, tokenizer, length, 0, lambda _: None).train)
+            rows[f"{read} {named}"] = len(load_data(alone, tokenizer, length - virtual, 0, lambda _: None).train)
         steps[member.name] = planned_steps(recipe.training, rows[read])
     return steps
-
-
-def _check_longest(recipe: Recipe, text: int) -> None:
-    asked, longest = recipe.training.tokens_per_pass, text + recipe.adapter.virtual_tokens
-    if asked is not None and longest > asked:
-        raise RecipeError(
-            f"training.tokens_per_pass is {asked}, and the longest sequence has {longest} tokens; a sequence is not "
-            f"cut in two. Give at least {longest}, leave it out, or set data.max_length lower."
-        )
 
 
 def _stops(halving: Halving, members: Sequence[Member], steps: dict[str, int]) -> tuple[int, ...]:

@@ -200,11 +200,7 @@ def _planned_passes(runs: Sequence[_Run], base: Base, resume: bool, report: Repo
     asked, checkpointing = training.tokens_per_pass, training.activation_checkpointing
     if asked is None and resume:
         asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
-    longest = max(
-        len(example.tokens) + run.recipe.adapter.virtual_tokens
-        for run in runs
-        for example in (*run.data.train, *run.data.eval)
-    )
+    longest = max(run.data.longest + run.recipe.adapter.virtual_tokens for run in runs)
     # half of free memory is planned with, and one adapter's gradients and optimizer are of the other half
     others = sum(_needed_bytes(run.recipe, run.counted) for run in runs[1:])
     memory = _memory(base, [run.recipe for run in runs], free_memory_bytes(base.device) - others)

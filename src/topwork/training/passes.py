@@ -114,16 +114,21 @@ def member_bytes(config: TrainingConfig, sizes: Sequence[int]) -> int:
 def _tokens(asked: int | None, longest: int, memory: Memory, checkpointed_layers: int, least: int) -> int:
     """The token budget of a pass: what was asked for, or a power of two, not below `least`, that fits."""
     if asked is not None:
-        if longest > asked:
-            raise RecipeError(
-                f"training.tokens_per_pass is {asked}, and the longest sequence has {longest} tokens; a sequence is "
-                f"not cut in two. Give at least {longest}, leave it out, or set data.max_length lower."
-            )
+        check_longest(asked, longest)
         return asked
     budget = LARGEST_PASS.get(memory.device.type, LARGEST_PASS["cpu"])
     while budget > max(least, SMALLEST_PASS) and not memory.holds(budget, checkpointed_layers):
         budget //= 2
     return max(budget, longest)
+
+
+def check_longest(tokens_per_pass: int | None, longest: int) -> None:
+    """Raises RecipeError where the longest sequence, with its virtual tokens, is longer than the asked pass."""
+    if tokens_per_pass is not None and longest > tokens_per_pass:
+        raise RecipeError(
+            f"training.tokens_per_pass is {tokens_per_pass}, and the longest sequence has {longest} tokens; a sequence "
+            f"is not cut in two. Give at least {longest}, leave it out, or set data.max_length lower."
+        )
 
 
 def activation_bytes_per_token(

@@ -515,13 +515,4 @@ int topwork_attention_backward(const int64_t *shape, const int64_t *spans, float
   return call(shape, spans, scale, strides, tensors, lse, 1);
 }
 
-// How it was compiled: bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
-int topwork_attention_level(void) {
-#if defined(PAIRS)
-  return 2;
-#elif defined(WIDE)
-  return 1;
-#else
-  return 0;
-#endif
-}
+int topwork_attention_level(void) { return LEVEL; }

@@ -399,13 +399,4 @@ int topwork_grouped_products(Product *products, const double *alphas, int64_t co
   return 0;
 }
 
-// How it was compiled: bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
-int topwork_grouped_level(void) {
-#if defined(PAIRS)
-  return 2;
-#elif defined(WIDE)
-  return 1;
-#else
-  return 0;
-#endif
-}
+int topwork_grouped_level(void) { return LEVEL; }

@@ -15,6 +15,14 @@
 #if defined(WIDE) && defined(__AVX512BF16__)
 #define PAIRS 1
 #endif
+// How it was compiled: bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
+#if defined(PAIRS)
+#define LEVEL 2
+#elif defined(WIDE)
+#define LEVEL 1
+#else
+#define LEVEL 0
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define NR 2  // vectors across a tile
 #else

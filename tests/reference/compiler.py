@@ -1,0 +1,29 @@
+"""The C compiler and the processor that tests of native kernels find."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from topwork.ops.native import build
+
+FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+NATIVE = COMPILER is not None and not os.environ.get(build.OFF)
+needs_compiler = pytest.mark.skipif(not NATIVE, reason="needs a C compiler, and native kernels not switched off")
+
+OLDER = {"-mno-avx512bf16": 1, "-mno-avx512f": 0, "-mno-avx512f -mno-avx2 -mno-avx -mno-fma": 0}
+"""What the compiler may not use -> the level that a kernel then says."""
+OlderBuild = Callable[[str], tuple[ctypes.CDLL, int]]
+
+
+def build_older(name: str, without: str, folder: Path) -> tuple[ctypes.CDLL, int]:
+    """A kernel compiled without some instructions, and its level."""
+    source, target = Path(build.__file__).parent / f"{name}.c", folder / f"{name}.so"
+    flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
+    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
+    return ctypes.CDLL(str(target)), OLDER[without]
