@@ -67,7 +67,7 @@ def test_a_dry_run_lists_members_and_writes_nothing(topwork: Command, make_recip
     [
         ("rank", "lora_alpha / r held at 2", 6),
         ("targets", "q,v at r 17 (3,808 parameters)", 4),
-        ("scaling", "0.25, 0.5, 1, 2, 4, 8, 16 at r 16", 7),
+        ("scaling", "0.25, 1, 4, 16, 64, 256 at r 16", 6),
         ("learning-rate", "1e-05, 3.16e-05, 0.0001", 7),
         ("methods", "ia3", 10),
     ],

@@ -1,7 +1,7 @@
 """The frozen base: one loaded model, run over flat streams."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.models.virtual import Expanded, virtual_tokens, with_virtual_tokens
+from topwork.ops.kept import PassMemory
 from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities
 from topwork.ops.stream import Segment, Stream
 from topwork.quantization.config import QuantizationConfig
@@ -44,6 +45,8 @@ class Base:
     fingerprint: str
     context_length: int
     logit_rule: LogitRule
+    memory: PassMemory = field(default_factory=PassMemory, kw_only=True, repr=False, compare=False)
+    """What training passes share, one after the other."""
 
     @property
     def device(self) -> torch.device:

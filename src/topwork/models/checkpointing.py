@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.common.errors import ModelError
 from topwork.models.base import Base
 from topwork.models.standins import Run, StandIn, left_out, outputs_of, stand_ins_at, unneeded_products
+from topwork.ops.kept import outside_of_pass_memory
 from topwork.ops.stream import Segment, Stream, active_stream, stream_of
 
 
@@ -101,7 +102,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.run, ctx.stand_ins, ctx.stream = run, stand_ins, stream
         ctx.random = _random_state(hidden.device)
         ctx.save_for_backward(hidden, *learned)
-        return run(hidden)
+        with outside_of_pass_memory():
+            return run(hidden)
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
@@ -110,12 +112,14 @@ class _Recomputed(torch.autograd.Function):
         own = len(ctx.stream.learned())  # the stream's come first, and become leaves here; the layer's are leaves
         learned[:own] = [x.detach().requires_grad_() for x in learned[:own]]
         stream = ctx.stream.with_learned(learned[:own])
-        with torch.enable_grad(), stream.active(), _replayed(ctx.random, hidden.device), left_out(ctx.stand_ins):
-            outputs = outputs_of(ctx.run(hidden))
-        differ = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
-        left, right = (list(compress(side, differ)) for side in (outputs, gradients))
-        wanted = [x for x in (hidden, *learned) if x.requires_grad]
-        found = iter(torch.autograd.grad(left, wanted, right, allow_unused=True))
+        replayed = _replayed(ctx.random, hidden.device)
+        with outside_of_pass_memory():
+            with torch.enable_grad(), stream.active(), replayed, left_out(ctx.stand_ins):
+                outputs = outputs_of(ctx.run(hidden))
+            differ = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
+            left, right = (list(compress(side, differ)) for side in (outputs, gradients))
+            wanted = [x for x in (hidden, *learned) if x.requires_grad]
+            found = iter(torch.autograd.grad(left, wanted, right, allow_unused=True))
         return None, None, None, *(next(found) if x.requires_grad else None for x in (hidden, *learned))
 
 

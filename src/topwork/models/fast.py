@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention_reference import AttentionRule
+from topwork.ops.kept import kept_as
 from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
+from topwork.ops.residual import residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 from topwork.ops.stream import active_stream
 
@@ -141,33 +143,27 @@ class FastLayer(GradientCheckpointingLayer):
         """[1, T, d] -> [1, T, d], the last layer only the rows that the stream wants; the rest as transformers hands
         it on. Between fast layers x is in fp32: what sixty sums round off would be half of a gradient's error."""
         dtype, stream = self._dtype(), active_stream()
-        x = hidden_states[0].to(torch.promote_types(dtype, torch.float32))
-        part, attention, given = self.attention_part, _bare(self.self_attn), x.to(dtype)
+        x = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        part, attention, given = self.attention_part, _bare(self.self_attn), kept_as(x, dtype)[0]
         if part is not None and part.fits(attention):
             y = self._heads(given, position_embeddings, attention, part)
         else:
             part, n = None, self._normed(given, self.wiring.before_attention)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
         if self.is_last and stream.wanted is not None:
-            x, y, stream = x[stream.wanted], y[stream.wanted], stream.narrowed()
+            x, y, stream = x[:, stream.wanted], y[stream.wanted], stream.narrowed()
         with stream.active():
             if part is not None:
-                y = self._projected(y, None, attention, ("o_proj",))
-            x = self._sum(x, self._normed(y, self.wiring.after_attention))
-            x = self._sum(x, self._normed(self._mlp(x.to(dtype)), self.wiring.after_mlp))
-        return (x if self.is_last or self.before_another else x.to(dtype))[None]
+                y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)
+            x = residual_sum(x, self._normed(y, self.wiring.after_attention), self.multiplier)
+            y = self._normed(self._mlp(kept_as(x, dtype)[0]), self.wiring.after_mlp)
+            x = residual_sum(x, y, self.multiplier)
+        return x if self.is_last or self.before_another else x.to(dtype)
 
     def _dtype(self) -> torch.dtype:
         """What the layer multiplies in; asked each time, since a model may be cast."""
         name = self.wiring.before_attention or self.wiring.after_attention
         return getattr(self, str(name)).weight.dtype
-
-    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + multiplier * y in the stream's type. (A sum of two types is slow in torch, hence the copy.)"""
-        if y.dtype == x.dtype:
-            return torch.add(x, y, alpha=self.multiplier)
-        y = y.to(x.dtype)
-        return (y if self.multiplier == 1 else y.mul_(self.multiplier)).add_(x)
 
     def _heads(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: nn.Module, part: AttentionPart
@@ -192,24 +188,27 @@ class FastLayer(GradientCheckpointingLayer):
         linear = _bare(mlp.get_submodule("down_proj"))
         down = projection_of(linear)
         if down is not None:
-            return project(buffer, (down,), Gated(part.activation))
+            return project(buffer, (down,), Gated(part.activation), self.wiring.after_mlp is not None)
         return linear(normed(buffer, Gated(part.activation)))
 
-    def _projected(self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str]) -> Tensor:
+    def _projected(
+        self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str], keeps: bool = True
+    ) -> Tensor:
         """Linear layers side by side after a norm."""
-        return self._products(x, before, *_group(parent, names))
+        return self._products(x, before, *_group(parent, names), keeps)
 
     def _products(
-        self, x: Tensor, before: str | None, modules: Sequence[nn.Module], group: Sequence[Projection | None]
-    ) -> Tensor:
+        self, x: Tensor, before: str | None, modules: Sequence[nn.Module], group: Sequence[Projection | None],
+        keeps: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Where one is more than a frozen weight with LoRA terms and gains, they run as modules."""
         if None in group:
             n = self._normed(x, before)
             return torch.cat([module(n) for module in modules], -1)
         norm = self._norm(before)
         if norm is None:
-            return project(self._normed(x, before), group)  # type: ignore[arg-type]
-        return project(x, group, norm)  # type: ignore[arg-type]
+            return project(self._normed(x, before), group, keeps=keeps)  # type: ignore[arg-type]
+        return project(x, group, norm, keeps)  # type: ignore[arg-type]
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
         if name is None:

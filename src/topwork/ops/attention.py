@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
+from topwork.ops.kept import kept_empty
 from topwork.ops.native import build
 
 NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -139,8 +140,8 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
 def _native_forward(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty(query.shape[1], query.shape[0])
+    out = kept_empty(query, *query.shape)
+    lse = kept_empty(query, query.shape[1], query.shape[0], dtype=torch.float32)
     inputs = [_by_rows(x, query.dtype) for x in (query, key, value)]
     _call(library.topwork_attention_forward, [*inputs, out], lse, bounds, rule)
     return out, lse

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.grouped import Product, grouped_products
+from topwork.ops.kept import kept_empty
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _add_batch(n: Tensor, batch: Batch, masters: Sequence[Tensor], out: Tensor) 
     found, first, second = [], [], []
     for bundle in batch.bundles:
         rows, noise = _dropped(n[bundle.rows], bundle.dropout)
-        s = n.new_empty(rows.shape[0], bundle.rank)
+        s = kept_empty(n, rows.shape[0], bundle.rank)
         found.append((s, noise))
         first.append(Product(rows, bundle.stacked(masters, n.dtype).t(), s))
         for member, b in bundle.each(masters):
@@ -183,5 +184,5 @@ def _dropped(rows: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
     """Rows with some values dropped and the others scaled up, and the factors; drawn as torch's dropout draws them."""
     if not share:
         return rows, None
-    noise = torch.empty_like(rows).bernoulli_(1 - share).div_(1 - share)
+    noise = kept_empty(rows, *rows.shape).bernoulli_(1 - share).div_(1 - share)
     return rows * noise, noise

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from topwork.ops.kept import brief_empty, function_memory
 from topwork.ops.native import build
 from topwork.ops.triton import load
 
@@ -115,14 +116,15 @@ def _in_chunks(
     count = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
     size = -(-len(targets) // max(1, count))  # all chunks alike: a short last one would be slower by the row
     into, back = head.products_into, None if gradient is None else head.input_gradient
-    buffer = None if into is None else hidden.new_empty(size, head.vocabulary)
-    for start in range(0, len(targets), max(1, size)):
-        at = slice(start, min(start + size, len(targets)))
-        rows = hidden[at]
-        products = head.products(rows) if into is None or buffer is None else into(rows, buffer[: len(rows)])
-        logps[at], slope = rule.log_probabilities(products, targets[at], weights[at])
-        if back is not None:
-            grads[at] = back(slope)
+    with function_memory():
+        buffer = None if into is None else brief_empty(hidden, size, head.vocabulary)
+        for start in range(0, len(targets), max(1, size)):
+            at = slice(start, min(start + size, len(targets)))
+            rows = hidden[at]
+            products = head.products(rows) if into is None or buffer is None else into(rows, buffer[: len(rows)])
+            logps[at], slope = rule.log_probabilities(products, targets[at], weights[at])
+            if back is not None:
+                grads[at] = back(slope)
     return logps, grads
 
 

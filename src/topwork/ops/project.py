@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from topwork.ops.bundles import LowRank, Placed, add_terms, batches_of, term_gradients
 from topwork.ops.gated import gated, gated_backward
+from topwork.ops.kept import brief_empty, function_memory, kept_empty, passing_empty
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
@@ -123,7 +124,7 @@ class Gated:
 
     def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
         gate, up = x.chunk(2, -1)
-        dx = torch.empty_like(x)
+        dx = passing_empty(x, *x.shape)
         dgate, dup = dx.chunk(2, -1)
         gated_backward(dn, gate, up, self.kind, into=(dgate, dup))
         return dx
@@ -158,12 +159,12 @@ def projection_of(module: nn.Module | None) -> Projection | None:
     return tell() if tell is not None else None
 
 
-def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs()) -> Tensor:
+def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
-    backward pass writes over them."""
+    backward pass writes over them. What comes next either keeps them or is done with them at once, as `keeps` says."""
     batches, masters = batches_of(_placed_terms(group))
     scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), batches, scales, *masters, *factors)
+    return _Project.apply(x, prologue, tuple(group), batches, scales, keeps or bool(scales), *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,14 @@ def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tenso
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, batches, scales, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, batches, scales, keeps, *learned):  # type: ignore[no-untyped-def]
         masters, factors = _split(learned, len(learned) - len(scales))
-        n, kept = prologue.forward(x)
-        out = n.new_empty(n.shape[0], sum(projection.outputs for projection in group))
-        _base_products(n, group, out)
-        inner = [tensor for pair in add_terms(n, batches, masters, out) for tensor in pair]
+        with function_memory():
+            n, kept = prologue.forward(x)
+            shape = n.shape[0], sum(projection.outputs for projection in group)
+            out = (kept_empty if keeps else passing_empty)(n, *shape)
+            _base_products(n, group, out)
+            inner = [tensor for pair in add_terms(n, batches, masters, out) for tensor in pair]
         for scale, factor in zip(scales, factors):
             _scale_(out[scale.rows, scale.columns], factor, scale.bias)
         ctx.prologue, ctx.group, ctx.batches, ctx.scales = prologue, group, batches, scales
@@ -214,15 +217,16 @@ class _Project(torch.autograd.Function):
         wants_x = ctx.needs_input_grad[0]
         dout, dfactors = _gain_gradients(dout, ctx.out, ctx.scales, factors)
         ctx.out = None
-        dn = _base_gradient(dout, ctx.group) if wants_x else None
         found: list[Tensor] = []
-        if ctx.batches:
-            n = ctx.prologue.again(x, tuple(kept))
-            pairs = list(zip(inner[::2], inner[1::2]))
-            found = term_gradients(n, ctx.batches, masters, pairs, dout, dn)
-            del n
-        dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, *found, *dfactors
+        with function_memory():
+            dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
+            if ctx.batches:
+                n = ctx.prologue.again(x, tuple(kept))
+                pairs = list(zip(inner[::2], inner[1::2]))
+                found = term_gradients(n, ctx.batches, masters, pairs, dout, dn)
+                del n
+            dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
+        return dx, None, None, None, None, None, *found, *dfactors
 
 
 def _scale_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
@@ -284,17 +288,19 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _base_gradient(dout: Tensor, group: Sequence[Projection]) -> Tensor:
-    """dout W of the whole group [T, in]."""
+def _base_gradient(dout: Tensor, group: Sequence[Projection], brief: bool) -> Tensor:
+    """dout W of the whole group [T, in]; `brief` where nobody takes it further."""
     whole = _joined(group, biases=False)
-    dn = None
-    for projection, columns in [(whole, slice(0, dout.shape[1]))] if whole else _columns(group):
+    shape = len(dout), group[0].weight.shape[1]
+    dn = brief_empty(dout, *shape) if brief else dout.new_empty(shape)
+    for number, (projection, columns) in enumerate([(whole, slice(0, dout.shape[1]))] if whole else _columns(group)):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
-            dn = input_gradient(part, projection.weight, onto=dn)
+            input_gradient(part, projection.weight, dn, add=number > 0)
+        elif number:
+            dn.addmm_(part, projection.weight)
         else:
-            dn = torch.mm(part, projection.weight) if dn is None else dn.addmm_(part, projection.weight)
-    assert dn is not None
+            torch.mm(part, projection.weight, out=dn)
     return dn
 
 

@@ -46,19 +46,19 @@ def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> N
         del panel  # before the next one is made
 
 
-def input_gradient(dy: Tensor, weight: Packed, onto: Tensor | None = None) -> Tensor:
-    """dy [..., out] -> dy W [..., in]: panels of columns. Added to `onto` [n, in] where that is given."""
+def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: bool = False) -> Tensor:
+    """dy [..., out] -> dy W [..., in]: panels of columns; written to `into` [n, in] or added to it where given."""
     outputs, inputs = weight.shape
     step = _panel(weight, outputs, dy)
-    dx = dy.new_empty(*dy.shape[:-1], inputs) if onto is None else onto
+    dx = dy.new_empty(*dy.shape[:-1], inputs) if into is None else into
     flat_dy, flat_dx = dy.reshape(-1, outputs), dx.view(-1, inputs)
     for start in range(0, inputs, step):
         columns = slice(start, min(start + step, inputs))
         panel = weight.panel(slice(0, outputs), columns).to(dy.dtype)
-        if onto is None:
-            torch.mm(flat_dy, panel, out=flat_dx[:, columns])
-        else:
+        if add:
             flat_dx[:, columns].addmm_(flat_dy, panel)
+        else:
+            torch.mm(flat_dy, panel, out=flat_dx[:, columns])
         del panel  # before the next one is made
     return dx
 

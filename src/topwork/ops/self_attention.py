@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule
+from topwork.ops.kept import passing_empty
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.rotary import rotate_
 from topwork.ops.stream import Placed
@@ -103,7 +104,7 @@ class _SelfAttention(torch.autograd.Function):
             q, k = (_normed_again(x, norm, rstd) for x, norm, rstd in zip((q, k), how.norms, rstds))
             _rotate((q, k), rotary)
             _put((q, k, v), list(zip(ctx.placed, tables)))
-        dbuffer = torch.empty_like(buffer)
+        dbuffer = passing_empty(buffer, *buffer.shape)
         into = how.heads.parts(dbuffer)
         attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
         dtables = [_taken(into, placed).to(table) for placed, table in zip(ctx.placed, tables)]

@@ -15,7 +15,7 @@ from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import SweepRequest
 
 RANKS = (2, 4, 8, 16, 32, 64)
-SCALES = (0.25, 0.5, 1, 2, 4, 8, 16)
+SCALES = (0.25, 1, 4, 16, 64, 256)
 SCALING_RANK = 16
 LEARNING_RATES = "1e-5..1e-2*7"
 TARGET_SETS = ("q,v", "q,k,v,o", "mlp", "all-linear")

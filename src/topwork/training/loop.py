@@ -66,6 +66,7 @@ class Loop:
                     if interrupts.asked:
                         break
             finally:
+                self.base.memory.release()
                 for member in self.members:
                     self.adapters.train(member.name, False)
                     member.progress.finished()

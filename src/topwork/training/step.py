@@ -57,11 +57,12 @@ def train_step(
     for stream in passes:
         parts = [(sums[str(part.segments[0].adapter)], rows, part) for rows, part in parts_of(stream)]
         announced = [known.objective.gradient(part) for known, _, part in parts]
-        logprobs = base.log_probabilities(stream, _joined(announced))
-        if logprobs.requires_grad:
-            logprobs.register_hook(_finite)
-        totals = [_added(known, logprobs[rows], part) for known, rows, part in parts]
-        torch.stack(totals).sum().backward()
+        with base.memory.next_pass():
+            logprobs = base.log_probabilities(stream, _joined(announced))
+            if logprobs.requires_grad:
+                logprobs.register_hook(_finite)
+            totals = [_added(known, logprobs[rows], part) for known, rows, part in parts]
+            torch.stack(totals).sum().backward()
     return [_updated(learner, sums[learner.name]) for learner in learners]
 
 

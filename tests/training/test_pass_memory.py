@@ -1,0 +1,204 @@
+"""A pass's own memory: steps are what they are without it, whatever of it is overwritten as soon as it may be."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.families import added, learning_stream, sequences, tiny_base
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.models.base import Base
+from topwork.models.checkpointing import checkpoint_layers
+from topwork.ops import kept
+from topwork.ops.kept import PassMemory, brief_empty, function_memory, kept_as, kept_empty, passing_empty
+from topwork.ops.residual import residual_sum
+from topwork.ops.stream import Segment, Stream
+from topwork.training.objective import Sft
+from topwork.training.step import Learner, StepResult, train_step
+
+LENGTHS = [(13, 5, 7), (3, 1, 4), (24, 30, 11), (9, 2, 2)]
+"""Of the rows of each pass: shorter and longer than the one before."""
+OTHER = AdapterConfig(r=3, target_modules=["q_proj", "v_proj"])
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.3},
+    "dora": {"use_dora": True},
+    "ia3": {"method": "ia3"},
+    "full": {"method": "full"},
+    "prefix": {"method": "prefix", "num_virtual_tokens": 3},
+    "prompt": {"method": "prompt", "num_virtual_tokens": 3},
+    "a saved MLP": {"modules_to_save": ["mlp"]},
+    "a saved projection": {"modules_to_save": ["o_proj"]},
+}
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3", "mixtral", "gpt2", "opt")
+
+
+class Poisoned(PassMemory):
+    """Everything that may be overwritten is not a number at once."""
+
+    @contextmanager
+    def next_pass(self) -> Iterator[None]:
+        for block in (*self._kept, *self._brief, *self._passing):
+            block.fill_(255)
+        with super().next_pass():
+            yield
+
+    @contextmanager
+    def function(self) -> Iterator[None]:
+        before = self._brief_end
+        with super().function():
+            yield
+        for block in self._brief:
+            block[before:].fill_(255)
+
+    def passing(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        for block in self._passing:
+            block.fill_(255)
+        return super().passing(shape, dtype)
+
+
+class Absent(PassMemory):
+    """None at all."""
+
+    @contextmanager
+    def next_pass(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several are needed, and joined in the next pass."""
+    monkeypatch.setattr(kept, "LEAST_BLOCK", 1 << 14)
+
+
+def passes() -> list[Stream]:
+    """Each with a segment of both adapters."""
+    made = []
+    for seed, lengths in enumerate(LENGTHS):
+        stream = learning_stream(sequences(lengths, seed), "a", seed)
+        middle, end = stream.bounds[2], stream.bounds[-1]
+        made.append(replace(stream, segments=(Segment(0, middle, "a"), Segment(middle, end, "b"))))
+    return made
+
+
+def stepped(
+    memory: PassMemory, options: dict[str, Any], dtype: torch.dtype, family: str = "llama", layers: int = 0
+) -> tuple[Base, Adapters, list[StepResult]]:
+    """Three steps of two adapters."""
+    base = replace(tiny_base(family, dtype), memory=memory)
+    other = OTHER if family == "llama" else AdapterConfig(r=3)
+    adapters = added(base, a=AdapterConfig.model_validate(options), b=other)
+    checkpoint_layers(base, layers, ("a", "b"))
+    learners = []
+    for name in ("a", "b"):
+        parameters = list(adapters.parameters(name).values())
+        learners.append(Learner(name, Sft(), parameters, torch.optim.SGD(parameters, lr=0.1), 1.0))
+        adapters.train(name)
+    torch.manual_seed(0)
+    results = [result for _ in range(3) for result in train_step(base, learners, passes())]
+    assert all(isinstance(result, StepResult) for result in results)
+    return base, adapters, results  # type: ignore[return-value]
+
+
+def assert_same(*given: Any) -> Base:
+    _, without, expected = stepped(Absent(), *given)
+    base, adapters, found = stepped(Poisoned(), *given)
+    assert found == expected
+    for name in ("a", "b"):
+        pairs = zip(adapters.parameters(name).items(), without.parameters(name).values(), strict=True)
+        for (path, one), other in pairs:
+            assert torch.equal(one, other), path
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_a_step_is_what_it_is_without(options: dict[str, Any], dtype: torch.dtype) -> None:
+    assert assert_same(options, dtype).memory._kept
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "dropout", "dora"])
+def test_a_checkpointed_layer_keeps_nothing_there(method: str, layers: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base = assert_same(METHODS[method], dtype, "llama", layers)
+        assert bool(base.memory._kept) == (layers == 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_other_families(family: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same({}, dtype, family)
+
+
+def test_it_does_not_grow_once_it_has_seen_the_largest_pass() -> None:
+    base, _, _ = stepped(PassMemory(), {}, torch.bfloat16)
+    assert [len(blocks) for blocks in (base.memory._kept, base.memory._brief, base.memory._passing)] == [1, 1, 1]
+    before = base.memory._kept[0].data_ptr()
+    learner_less: list[Learner] = []
+    train_step(base, learner_less, [])
+    assert base.memory._kept[0].data_ptr() == before
+    base.memory.release()
+    assert not base.memory._kept
+
+
+def test_kept_tensors_stand_behind_one_another_and_the_next_pass_takes_their_place() -> None:
+    memory, like = PassMemory(), torch.zeros(1, dtype=torch.bfloat16)
+    with memory.next_pass():
+        first, second = kept_empty(like, 5, 7), kept_empty(like, 3, dtype=torch.float32)
+        assert second.data_ptr() - first.data_ptr() == 128
+        assert (first.dtype, second.dtype) == (torch.bfloat16, torch.float32)
+        copy = kept_as(torch.ones(4, 4), torch.bfloat16)
+        assert copy.data_ptr() - second.data_ptr() == 64
+        assert bool((copy == 1).all())
+        version = second._version
+        first.zero_()
+        assert second._version == version  # autograd would take the write for one to it
+    with memory.next_pass():
+        assert kept_empty(like, 2).data_ptr() == first.data_ptr()
+    assert kept_empty(like, 2).data_ptr() != first.data_ptr()
+
+
+def test_what_is_brief_ends_with_its_function_and_what_passes_with_the_next() -> None:
+    memory, like = PassMemory(), torch.zeros(1)
+    with memory.next_pass():
+        alone = brief_empty(like, 8)
+        with function_memory():
+            outer = brief_empty(like, 16)
+            with function_memory():
+                inner = brief_empty(like, 16)
+            again = brief_empty(like, 16)
+        assert inner.data_ptr() == again.data_ptr() == outer.data_ptr() + 64
+        assert not memory._brief[0].data_ptr() <= alone.data_ptr() < memory._brief[0].data_ptr() + len(memory._brief[0])
+        one, other = passing_empty(like, 3), passing_empty(like, 5)
+        assert one.data_ptr() == other.data_ptr() != outer.data_ptr()
+        with function_memory():
+            held = brief_empty(like, 4).fill_(2)
+            large = brief_empty(like, 1 << 16).fill_(3)
+            assert bool((held == 2).all())
+            assert bool((large == 3).all())
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+@pytest.mark.parametrize("width", [3, 1 << 16])
+def test_a_sum_of_two_types(width: int, multiplier: float) -> None:
+    x, y, dz = torch.randn(1, 5, width), torch.randn(5, width).bfloat16(), torch.randn(1, 5, width)
+    found = []
+    for memory in (PassMemory(), Absent()):
+        given, part = x.clone().requires_grad_(), y.clone().requires_grad_()
+        with memory.next_pass():
+            begun = given * 1
+            z = residual_sum(begun, part, multiplier)
+            assert (z.data_ptr() == begun.data_ptr()) == (type(memory) is PassMemory)
+            z.backward(dz)
+        assert torch.allclose(z, x + multiplier * y.float()[None], rtol=1e-6, atol=1e-6)
+        found.append((given.grad, part.grad))
+        assert torch.equal(given.grad, dz)  # type: ignore[arg-type]
+        assert torch.equal(part.grad, (dz[0] * multiplier).bfloat16())  # type: ignore[arg-type]
+    same = torch.randn(5, width)
+    assert torch.equal(residual_sum(x, same, 0.5), x + 0.5 * same)
