@@ -340,3 +340,16 @@ def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     monkeypatch.setattr(topwork.run.together, "free_memory_bytes", lambda _: 0)
     assert members_that_fit(on, three) == 1
     assert not on.adapters.configs
+
+
+def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    import topwork.run.together
+
+    on = open_together(recipes("wide"), lambda _: None)
+    model = on.base.module
+    pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
+    trained = 2 * count_adapter(model, recipes("wide").adapter).trainable
+    monkeypatch.setattr(topwork.run.together, "free_memory_bytes", lambda _: pass_bytes + 16 * trained + 100)
+    assert members_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
+    pissa = recipes("wide", adapter={"init_lora_weights": "pissa"})
+    assert members_that_fit(on, [recipes("wide"), pissa]) == 1

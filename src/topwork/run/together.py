@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from topwork.adapters.graft import Adapters, is_free
+from topwork.adapters.inits import PAIRS
 from topwork.adapters.peft_format import BaseId
 from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
@@ -223,7 +224,10 @@ def _memory(base: Base, recipes: Sequence[Recipe], free_bytes: int) -> Memory:
 
 
 def _needed_bytes(recipe: Recipe, counted: ParameterCount) -> int:
-    return member_bytes(recipe.training, [part.trainable for part in counted.by_module])
+    """PiSSA and OLoRA also hold what they began with, in fp32."""
+    sizes = [part.trainable for part in counted.by_module]
+    beginnings = 4 * sum(sizes) if recipe.adapter.init_lora_weights in PAIRS else 0
+    return member_bytes(recipe.training, sizes) + beginnings
 
 
 def _start(runs: Sequence[_Run], report: Report) -> Start:
