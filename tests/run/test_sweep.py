@@ -147,6 +147,17 @@ def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.Mo
     assert by_name(done)["r-4"]["result"]["shared_with"] == 1
 
 
+def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([3, 3, 3, 2])  # two waves of three; the first still fits, the second has room for two
+    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, recipes: min(next(answers, 3), len(recipes)))
+    heard: list[str] = []
+    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4,5,6,7", report=heard.append)
+    assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3", "r-4"], ["r-5", "r-6"], ["r-7"]]
+    assert any("2 of r-5, r-6, r-7 still fit into free memory" in line for line in heard)
+    assert [by_name(done)[name]["result"]["shared_with"] for name in ("r-2", "r-5", "r-7")] == [3, 2, 1]
+    assert all(member["scores"] is not None for member in done.result["members"])
+
+
 def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
     make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,8 @@ def _trained(going: _Sweep) -> bool:
             begun = _new_waves(going, rung, stop_at)
             going.book.waves.extend(begun)
         for wave in begun:
+            if not wave["begun"]:
+                begun += _cut_again(going, wave)
             if not wave["done"] and not _wave_trained(going, wave):
                 return False
             if stop_at is None and not wave["scored"]:
@@ -145,11 +147,25 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[dict[str, 
             "stop_at": stop_at,
             "members": part,
             "why": "all fit into memory" if len(parts) == 1 else f"{told[index]} fit into free memory beside the base",
+            "begun": False,
             "done": False,
             "scored": False,
         }
         for index, part in enumerate(parts)
     ]
+
+
+def _cut_again(going: _Sweep, wave: dict[str, Any]) -> list[dict[str, Any]]:
+    """Waves for the members that a wave has no memory for any more, to be trained after all others."""
+    names = wave["members"]
+    fit = members_that_fit(going.on, [going.recipe(name) for name in names])
+    if fit >= len(names):
+        return []
+    rest = {**wave, "members": names[fit:]}
+    wave |= {"members": names[:fit], "why": f"{fit} still fitted into free memory beside the base"}
+    going.book.waves.append(rest)
+    going.report(f"{fit} of {', '.join(names)} still fit into free memory; the others train in a wave of their own")
+    return [rest]
 
 
 def _wave_trained(going: _Sweep, wave: dict[str, Any]) -> bool:
@@ -158,6 +174,7 @@ def _wave_trained(going: _Sweep, wave: dict[str, Any]) -> bool:
     first = not any(other["done"] for other in book.waves) and not going.resumed
     for name in names:
         book.member(name)["state"] = "training"
+    wave["begun"] = True
     book.save()
     begun = going.resumed or wave["rung"] > 0
     recipes = [going.recipe(name) for name in names]

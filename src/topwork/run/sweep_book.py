@@ -3,7 +3,7 @@
 members  name, folder, point and values (without the seed), seed, state (waiting, training, finished, early stopping,
          diverged, left), rung, left_at, result (from result.json), scores, before,
          on_validation
-waves    what trains together: rung, stop_at, members, why, done, pass_seconds, pass_tokens
+waves    what trains together: rung, stop_at, members, why, begun, done, pass_seconds, pass_tokens
 """
 
 import json
