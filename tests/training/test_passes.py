@@ -125,8 +125,8 @@ def test_the_estimate_against_figures_made_by_hand() -> None:
     assert kept_bytes_per_token(SMOLLM2, 30) == 30 * 2304 + last  # 0.069 MB, the boundaries alone, in fp32
     assert kept_bytes_per_token(SMOLLM2, 30, fast=False) == 30 * 1152 + last
     assert activation_bytes_per_token(SMOLLM2, 30) == 30 * 2304 + last + layer
-    assert activation_bytes_per_token(SMOLLM2, 12) == 18 * layer + 12 * 2304 + last
-    estimates = [activation_bytes_per_token(SMOLLM2, count) for count in range(30)]
+    assert activation_bytes_per_token(SMOLLM2, 12) == 18 * layer + 12 * 2304 + last + layer
+    estimates = [activation_bytes_per_token(SMOLLM2, count) for count in range(1, 31)]
     assert estimates == sorted(estimates, reverse=True)
     assert layer_bytes_per_token(SMOLLM2, dropout=True) > 1.2 * layer
 

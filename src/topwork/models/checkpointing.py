@@ -3,8 +3,8 @@
 Recomputing a layer repeats its forward pass bit for bit, save for products whose value no gradient depends on: mostly
 the down projection, a quarter of a layer's work (`models/standins.py`).
 
-It is the first k of L layers that are checkpointed. The backward pass reaches them last, when the others have let go of
-what they kept, so the one layer that is live while it is recomputed does not add to the peak.
+It is the first k of L layers that are checkpointed. The backward pass reaches them last; on GPUs the others have then
+let go of what they kept, on CPUs that stays until the pass is over (`ops/kept.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.common.errors import ModelError
 from topwork.models.base import Base
+from topwork.models.fast import goes_backward
 from topwork.models.standins import Run, StandIn, left_out, outputs_of, stand_ins_at, unneeded_products
 from topwork.ops.kept import outside_of_pass_memory
 from topwork.ops.stream import Segment, Stream, active_stream, stream_of
@@ -82,11 +83,11 @@ class Checkpoint:
     def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
         hidden, *others = args
         run = _run_of(self.layer, forward, others)
+        if not goes_backward(self.layer, hidden):
+            return run(hidden)
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         stream = active_stream()
         learned = stream.learned()
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters or learned):
-            return run(hidden)
         given = [*others, *getattr(forward, "keywords", {}).values()]
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             raise ModelError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.kept import kept_as
+from topwork.ops.kept import kept_as, outside_of_pass_memory
 from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.residual import residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
@@ -141,7 +141,16 @@ class FastLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any
     ) -> Tensor:
         """[1, T, d] -> [1, T, d], the last layer only the rows that the stream wants; the rest as transformers hands
-        it on. Between fast layers x is in fp32: what sixty sums round off would be half of a gradient's error."""
+        it on. Between fast layers x is in fp32: what sixty sums round off would be half of a gradient's error. In a
+        training pass such an x is overwritten by the next layer, so whoever wants to keep it makes a copy."""
+        if goes_backward(self, hidden_states):
+            return self._run(hidden_states, position_embeddings, others)
+        with outside_of_pass_memory():
+            return self._run(hidden_states, position_embeddings, others)
+
+    def _run(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, others: dict[str, Any]
+    ) -> Tensor:
         dtype, stream = self._dtype(), active_stream()
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         part, attention, given = self.attention_part, _bare(self.self_attn), kept_as(x, dtype)[0]
@@ -223,6 +232,14 @@ class FastLayer(GradientCheckpointingLayer):
             return None
         module = _bare(getattr(self, name))
         return RmsNorm(module.weight, found.eps, found.unit_offset) if found.is_still(module) else None  # type: ignore[arg-type]
+
+
+def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:
+    """Whether a layer's pass will be gone through backward: for what it is given, takes from the stream, or learns."""
+    if not torch.is_grad_enabled():
+        return False
+    learned = hidden.requires_grad or bool(active_stream().learned())
+    return learned or any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _group(parent: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[Projection | None]]:

@@ -36,7 +36,8 @@ class PassMemory:
 
     @contextmanager
     def next_pass(self) -> Iterator[None]:
-        """A pass, forward and backward."""
+        """A pass, forward and backward, when nothing of the one before is needed any more."""
+        assert _ACTIVE.get() is None, "a pass inside another would overwrite what that one kept"
         if len(self._kept) > 1:  # the last pass was larger than those before
             size = sum(map(len, self._kept))
             self._kept.clear()
@@ -49,6 +50,7 @@ class PassMemory:
         """Give the memory back."""
         for blocks in (self._kept, self._brief, self._passing):
             blocks.clear()
+        self._kept_end = 0
 
     def kept(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts as long as the pass."""
@@ -117,7 +119,7 @@ def _active(memory: PassMemory | None) -> Iterator[None]:
 
 @contextmanager
 def outside_of_pass_memory() -> Iterator[None]:
-    """For what is computed again going backward: what it keeps is not kept for long."""
+    """For what keeps nothing, or is computed again going backward and does not keep it for long."""
     with _active(None):
         yield
 

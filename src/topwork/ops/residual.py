@@ -4,31 +4,34 @@ import torch
 from torch import Tensor
 
 from topwork.ops.kept import in_a_pass
-
-CACHED_VALUES = 1 << 17
-"""How many values of an elementwise sum stay in a core's cache."""
+from topwork.ops.project import CACHED_VALUES
 
 
 def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
-    """x [1, T, d] and y [T, d], of x's type or a narrower one, to x's type and shape. In a training pass the sum takes
-    x's place where the types differ: whoever needed x has a copy of y's type."""
+    """x [1, T, d] and y [T, d], of x's type or a narrower one, to x's type and shape.
+
+    In a training pass the sum takes x's place where the types differ; the caller answers for it that nobody needs x any
+    more.
+    """
     if y.dtype == x.dtype:
         return torch.add(x, y, alpha=multiplier)
-    if in_a_pass(x):
-        return _Added.apply(x, y, multiplier)
-    y = y.to(x.dtype)  # a sum of two types is slow in torch
-    return (y if multiplier == 1 else y.mul_(multiplier)).add_(x[0])[None]
+    return _Added.apply(x, y, multiplier)
 
 
 class _Added(torch.autograd.Function):
+    """A sum of two types is slow in torch, so rows are copied to x's type while they are in the cache."""
+
     @staticmethod
     def forward(ctx, x, y, multiplier):  # type: ignore[no-untyped-def]
         ctx.dtype, ctx.multiplier = y.dtype, multiplier
-        ctx.mark_dirty(x)
-        step = max(1, CACHED_VALUES // y.shape[1])
-        for own, other in zip(x[0].split(step), y.split(step)):
-            own.add_(other.to(x.dtype), alpha=multiplier)
-        return x
+        out = x if in_a_pass(x) else torch.empty_like(x)
+        if out is x:
+            ctx.mark_dirty(x)
+        step = max(1, CACHED_VALUES // y.shape[1]) if x.is_cpu else max(1, len(y))
+        for row in range(0, len(y), step):
+            at = slice(row, row + step)
+            torch.add(x[0, at], y[at].to(x.dtype), alpha=multiplier, out=out[0, at])
+        return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

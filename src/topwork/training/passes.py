@@ -134,9 +134,8 @@ def check_longest(tokens_per_pass: int | None, longest: int) -> None:
 def activation_bytes_per_token(
     config: PreTrainedConfig, checkpointed_layers: int = 0, dropout: bool = False, fast: bool = True
 ) -> int:
-    """What a pass holds per token at its peak: what it keeps, and where every layer is checkpointed the one that is
-    recomputed. (With fewer, the others' memory is free again by then.)"""
-    live = layer_bytes_per_token(config, dropout, fast) if checkpointed_layers >= _shape(config).layers else 0
+    """What a pass holds per token at its peak: what it keeps, and of checkpointed layers the one that is recomputed."""
+    live = layer_bytes_per_token(config, dropout, fast) if checkpointed_layers else 0
     return kept_bytes_per_token(config, checkpointed_layers, dropout, fast) + live
 
 
