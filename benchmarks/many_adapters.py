@@ -19,7 +19,7 @@ from common import (
     BENCHMARKS,
     peak_mib,
     read_rows,
-    run_process,
+    run_processes,
     surroundings,
     surroundings_text,
     table,
@@ -102,7 +102,7 @@ def peak(given: argparse.Namespace) -> dict[str, int]:
     """Of a process with some of the members, and what its heap then still holds in use."""
     from products import heap_bytes
 
-    ranks = tuple(int(rank) for rank in given.ranks.split(","))
+    ranks = tuple(int(rank) for rank in given.process.split(","))
     members = Members(given.rows, ranks, given.batch, given.tokens, given.quantized)
     for number in range(PEAK_STEPS):
         members.step(number)
@@ -114,10 +114,8 @@ def peaks(given: argparse.Namespace, rows: str) -> dict[str, dict[str, int]]:
     options = ["--rows", rows, "--batch", str(given.batch), "--tokens", str(given.tokens)]
     options += ["--quantized"] if given.quantized else []
     arms = {"together": ",".join(map(str, RANKS))} | {f"r{rank}": str(rank) for rank in RANKS}
-    return {
-        name: run_process("many_adapters", "--data-dir", ".", *options, "--ranks", ranks)
-        for name, ranks in arms.items()
-    }
+    done = run_processes("many_adapters", ["--data-dir", ".", *options], arms.values())
+    return {name: done[ranks] for name, ranks in arms.items()}
 
 
 def text(record: dict[str, Any]) -> str:
@@ -161,9 +159,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--quantized", action="store_true")
     parser.add_argument("--rows", help=argparse.SUPPRESS)
-    parser.add_argument("--ranks", help=argparse.SUPPRESS)
+    parser.add_argument("--process", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.ranks:
+    if given.process:
         print(json.dumps(peak(given)))
         return
     with tempfile.TemporaryDirectory() as work:

@@ -20,6 +20,7 @@ from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError
 from topwork.data.examples import load_data
 from topwork.models.recognise import is_fast
+from topwork.ops.kept import PassMemory
 from topwork.plan.count import count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.folder import open_run
@@ -353,3 +354,16 @@ def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch
     assert members_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
     pissa = recipes("wide", adapter={"init_lora_weights": "pissa"})
     assert members_that_fit(on, [recipes("wide"), pissa]) == 1
+
+
+def test_a_finished_run_gives_its_passes_memory_back(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    on, held, release = open_together(recipes("wide"), lambda _: None), [], PassMemory.release
+
+    def heard(memory: PassMemory) -> None:
+        held.append(len(memory._kept))
+        release(memory)
+
+    monkeypatch.setattr(PassMemory, "release", heard)
+    quietly(recipes("wide"), on=on)
+    assert held == [1]  # it was used, and had grown to one block
+    assert not on.base.memory._kept

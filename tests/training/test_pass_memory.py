@@ -201,6 +201,12 @@ def test_kept_tensors_stand_behind_one_another_and_the_next_pass_takes_their_pla
     assert kept_empty(like, 2).data_ptr() != first.data_ptr()
 
 
+def test_a_pass_inside_another_is_refused() -> None:
+    memory = PassMemory()
+    with memory.next_pass(), pytest.raises(AssertionError, match="a pass inside another"), memory.next_pass():
+        pass
+
+
 def test_what_is_brief_ends_with_its_function_and_what_passes_with_the_next() -> None:
     memory, like = PassMemory(), torch.zeros(1)
     with memory.next_pass():

@@ -35,3 +35,7 @@ class DataConfig(Options):
     """What happens to rows that cannot be used (no answer, empty text, wrong type); they are counted and named."""
     max_rows: int | None = Field(None, ge=1)
     """Only the first so many training rows; for a trial run."""
+
+    def reading(self, rows: str) -> "DataConfig":
+        """All of other rows, read the same way and none held out."""
+        return self.model_copy(update={"train": rows, "eval": None, "eval_fraction": 0.0, "max_rows": None})

@@ -229,6 +229,11 @@ class _Project(torch.autograd.Function):
         return dx, None, None, None, None, None, *found, *dfactors
 
 
+def rows_at_once(x: Tensor) -> int:
+    """Of x [T, n], for work on all of its values: on the CPU as many rows as stay in the cache, else all."""
+    return max(1, CACHED_VALUES // x.shape[1] if x.is_cpu else len(x))
+
+
 def _scale_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
     """y * f in place, as y + y (f - 1): a factor near one would be rounded to one in 16 bits, its distance is not. (Far
     from one it is the other way round, and such a gain is multiplied in fp32.)"""
@@ -244,7 +249,7 @@ def _times_(y: Tensor, factor: Tensor) -> None:
     if y.dtype == torch.float32 or bool(distance.abs().max() <= 0.5):
         y.addcmul_(y, distance.to(y.dtype))
     else:
-        for rows in y.split(max(1, CACHED_VALUES // y.shape[1])):
+        for rows in y.split(rows_at_once(y)):
             rows.copy_(rows.float() * factor)
 
 
@@ -267,7 +272,7 @@ def _gain_gradients(
 
 def column_dots(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
     """sum over rows of x * (y - offset) for x, y [T, n] -> fp32 [n]; on the CPU by rows that stay in the cache."""
-    step = max(1, CACHED_VALUES // x.shape[1]) if x.is_cpu else max(1, len(x))
+    step = rows_at_once(x)
     total = x.new_zeros(x.shape[1], dtype=torch.float32)
     for one, other in zip(x.split(step), y.split(step)):
         total += (one * (other if offset is None else other - offset)).sum(0, dtype=torch.float32)

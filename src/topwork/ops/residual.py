@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.kept import in_a_pass
-from topwork.ops.project import CACHED_VALUES
+from topwork.ops.project import rows_at_once
 
 
 def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
@@ -27,7 +27,7 @@ class _Added(torch.autograd.Function):
         out = x if in_a_pass(x) else torch.empty_like(x)
         if out is x:
             ctx.mark_dirty(x)
-        step = max(1, CACHED_VALUES // y.shape[1]) if x.is_cpu else max(1, len(y))
+        step = rows_at_once(y)
         for row in range(0, len(y), step):
             at = slice(row, row + step)
             torch.add(x[0, at], y[at].to(x.dtype), alpha=multiplier, out=out[0, at])

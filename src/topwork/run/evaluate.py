@@ -160,8 +160,7 @@ def _rows(
         if not examples:
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
-        alone = data.model_copy(update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None})
-        loaded = load_data(alone, base.tokenizer, room, seed, lambda _: None)
+        loaded = load_data(data.reading(named), base.tokenizer, room, seed, lambda _: None)
         report(f"{named}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
     if not conversations:  # plain text: nothing to ask, a loss to measure

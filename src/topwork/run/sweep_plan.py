@@ -158,30 +158,28 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
     source = find_source(model, lambda _: None)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     length = context_length(config_of(model.model_name_or_path, model.revision, model.trust_remote_code))
-    rows: dict[str, int] = {}
-    longest: dict[str, int] = {}
-    held_out: dict[str, int] = {}
+    known: dict[str, tuple[int, int, int]] = {}
+    scored: set[tuple[str, str]] = set()
     steps = {}
     for member in members:
         recipe = member.recipe
         virtual = recipe.adapter.virtual_tokens
         read = f"{recipe.data.model_dump_json()} {virtual}"
-        if read not in rows:
+        if read not in known:
             data = load_data(recipe.data, tokenizer, length - virtual, recipe.training.seed, lambda _: None)
-            rows[read], longest[read], held_out[read] = len(data.train), data.longest, len(data.eval)
-        check_longest(recipe.training.tokens_per_pass, longest[read] + virtual)
+            known[read] = len(data.train), len(data.eval), data.longest
+        rows, held_out, longest = known[read]
+        check_longest(recipe.training.tokens_per_pass, longest + virtual)
         named = recipe.evaluation.data
-        if named is None and not held_out[read] and not jobs:
+        if named is None and not held_out and not jobs:
             raise RequestError(
                 "a sweep compares its members on rows that none was trained on, and of these data none are left to "
                 "hold out; name evaluation.data or data.eval, or give more rows"
             )
-        if named is not None and f"{read} {named}" not in rows:
-            alone = recipe.data.model_copy(
-                update={"train": named, "eval": None, "eval_fraction": 0.0, "max_rows": None}
-            )
-            rows[f"{read} {named}"] = len(load_data(alone, tokenizer, length - virtual, 0, lambda _: None).train)
-        steps[member.name] = planned_steps(recipe.training, rows[read])
+        if named is not None and (read, named) not in scored:
+            load_data(recipe.data.reading(named), tokenizer, length - virtual, 0, lambda _: None)
+            scored.add((read, named))
+        steps[member.name] = planned_steps(recipe.training, rows)
     return steps
 
 
