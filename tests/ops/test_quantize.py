@@ -246,6 +246,18 @@ def test_huge_and_tiny_values_come_back_as_the_truth_says(quant_type: str, dtype
 
 
 @DTYPES
+def test_a_constant_that_is_no_number_or_subnormal_comes_back_as_the_truth_says(dtype: torch.dtype) -> None:
+    """A damaged file's, say: NaN stays NaN in 16 bits too."""
+    native_needed()
+    packed = pack_4bit(torch.randn(3, 64), "nf4", 64, False)
+    assert packed.absmax.dtype == torch.float32
+    for bad in (torch.nan, torch.inf, 3e-39, 1e38):
+        packed.absmax.copy_(torch.tensor([bad, 1.0, -bad]))
+        found, truth = unpacked(packed, (0, 3, 0, 64), dtype)
+        torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
 def test_the_c_kernel_unpacks_int8_as_the_truth_does(dtype: torch.dtype) -> None:
     native_needed()
     for shape in SHAPES:

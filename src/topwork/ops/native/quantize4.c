@@ -84,22 +84,43 @@ static void unpack32(const uint8_t *codes, int64_t from, int64_t count, const fl
   }
 }
 
+// The sixteen outputs of a block in 16 bits.
+static inline void small_table(const float *code, float scale, int kind, uint16_t table[16]) {
+#ifdef __AVX512BW__
+  __m512 x = _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale));
+  __m256i small;
+  if (kind == BF16) {  // the instruction for this would take subnormal values for zero
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    small = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  } else {
+    small = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  _mm256_storeu_si256((__m256i *)table, small);
+#else
+  for (int i = 0; i < 16; i++) table[i] = kind == BF16 ? to_bf16(code[i] * scale) : to_f16(code[i] * scale);
+#endif
+}
+
 static void unpack_row(const Packed *w, int64_t from, int64_t count, int kind, void *out) {
-  while (count > 0) {
-    int64_t block = from / w->block, left = (block + 1) * w->block - from, n = left < count ? left : count;
-    float scale = constant(w, block), table[16];
-    for (int i = 0; i < 16; i++) table[i] = w->code[i] * scale;
+  int64_t block = from / w->block, stop = (block + 1) * w->block, end = from + count;
+  for (; from < end; block++, stop += w->block) {
+    int64_t n = (stop < end ? stop : end) - from;
+    float scale = constant(w, block);
     if (kind == F32) {
+      float table[16];
+      for (int i = 0; i < 16; i++) table[i] = w->code[i] * scale;
       unpack32(w->codes, from, n, table, (float *)out);
       out = (float *)out + n;
     } else {
-      uint16_t small[16];
-      for (int i = 0; i < 16; i++) small[i] = kind == BF16 ? to_bf16(table[i]) : to_f16(table[i]);
-      unpack16(w->codes, from, n, small, (uint16_t *)out);
+      uint16_t table[16];
+      small_table(w->code, scale, kind, table);
+      unpack16(w->codes, from, n, table, (uint16_t *)out);
       out = (uint16_t *)out + n;
     }
     from += n;
-    count -= n;
   }
 }
 
