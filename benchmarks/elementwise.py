@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, threads, write_record
-from topwork.ops import gated, norm, rotary
+from topwork.ops import gated, norm, residual, rotary
 
 SHAPES = {
     "SmolLM2-135M": {"d": 576, "f": 1536, "heads": 12, "head_dim": 64},
@@ -53,6 +53,7 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
     q, cos, sin = drawn(tokens, heads, head_dim), torch.randn(tokens, head_dim), torch.randn(tokens, head_dim)
     gate, up = drawn(tokens, 2 * f).split(f, 1)
     dh, into = drawn(tokens, f), drawn(tokens, 2 * f).split(f, 1)
+    stream, branch = torch.randn(1, tokens, d), drawn(tokens, d)
     row, wide = 2 * tokens * d, 2 * tokens * f
     found: dict[str, tuple[int, Call, Call]] = {
         "norm": (
@@ -69,6 +70,10 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
         "rotary": (
             4 * q.numel() + 8 * cos.numel(), lambda: rotary.rotate_(q, cos, sin),
             lambda: rotary.rotate_reference_(q, cos, sin),
+        ),
+        "residual sum and branch": (
+            6 * row, lambda: residual.add_and_round(stream, dy, 1.0, stream, branch),
+            lambda: residual.add_and_round_reference(stream, dy, 1.0, stream, branch),
         ),
     }  # fmt: skip
     for kind in gated.KINDS:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.kept import kept_as, outside_of_pass_memory
+from topwork.ops.kept import outside_of_pass_memory
 from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
-from topwork.ops.residual import residual_sum
+from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 from topwork.ops.stream import active_stream
 
@@ -152,8 +152,8 @@ class FastLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, others: dict[str, Any]
     ) -> Tensor:
         dtype, stream = self._dtype(), active_stream()
-        x = hidden_states.to(torch.promote_types(dtype, torch.float32))
-        part, attention, given = self.attention_part, _bare(self.self_attn), kept_as(x, dtype)[0]
+        part, attention = self.attention_part, _bare(self.self_attn)
+        x, given = residual_branch(hidden_states.to(torch.promote_types(dtype, torch.float32)), dtype)
         if part is not None and part.fits(attention):
             y = self._heads(given, position_embeddings, attention, part)
         else:
@@ -164,8 +164,8 @@ class FastLayer(GradientCheckpointingLayer):
         with stream.active():
             if part is not None:
                 y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)
-            x = residual_sum(x, self._normed(y, self.wiring.after_attention), self.multiplier)
-            y = self._normed(self._mlp(kept_as(x, dtype)[0]), self.wiring.after_mlp)
+            x, given = residual_branch(x, dtype, self._normed(y, self.wiring.after_attention), self.multiplier)
+            y = self._normed(self._mlp(given), self.wiring.after_mlp)
             x = residual_sum(x, y, self.multiplier)
         return x if self.is_last or self.before_another else x.to(dtype)
 

@@ -146,22 +146,6 @@ def kept_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> T
     return memory.kept(shape, dtype or like.dtype) if memory else like.new_empty(shape, dtype=dtype or like.dtype)
 
 
-def kept_as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, likewise."""
-    return x if x.dtype == dtype else _KeptAs.apply(x, dtype)
-
-
-class _KeptAs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dtype):  # type: ignore[no-untyped-def]
-        ctx.dtype = x.dtype
-        return kept_empty(x, *x.shape, dtype=dtype).copy_(x)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return dy.to(ctx.dtype), None
-
-
 def brief_empty(like: Tensor, *shape: int) -> Tensor:
     """Like `like.new_empty(shape)`; within `function_memory` it is gone when that ends."""
     memory = _memory_for(like)
@@ -169,10 +153,10 @@ def brief_empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape) if found is None else found
 
 
-def passing_empty(like: Tensor, *shape: int) -> Tensor:
+def passing_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Like `like.new_empty(shape)`, for what is used up before this is called again."""
     memory = _memory_for(like)
-    return memory.passing(shape, like.dtype) if memory else like.new_empty(shape)
+    return memory.passing(shape, dtype or like.dtype) if memory else like.new_empty(shape, dtype=dtype or like.dtype)
 
 
 def _memory_for(like: Tensor) -> PassMemory | None:

@@ -1,39 +1,93 @@
-"""x + multiplier * y, for the sum of a decoder layer's input and what the layer makes of it."""
+"""The residual stream of a decoder layer in fp32, and its branches in 16 bits.
+
+    x' = x + multiplier * y          a branch's output y comes back to the stream
+    branch = round(x')               what the next branch begins with
+    dx = dx' + dbranch               dy = round(multiplier * dx)
+
+One pass over the memory each way: plain torch (the truth) makes copies of both types in between. In a training pass the
+sum takes x's place, and the gradient that of dx'; the caller answers for it that nobody needs those any more.
+"""
 
 import torch
 from torch import Tensor
 
-from topwork.ops.kept import in_a_pass
+from topwork.ops.kept import in_a_pass, kept_empty, passing_empty
+from topwork.ops.native import layer
 from topwork.ops.project import rows_at_once
 
 
 def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
-    """x [1, T, d] and y [T, d], of x's type or a narrower one, to x's type and shape.
-
-    In a training pass the sum takes x's place where the types differ; the caller answers for it that nobody needs x any
-    more.
-    """
+    """x [1, T, d] and y [T, d], of x's type or a narrower one, to x's type and shape."""
     if y.dtype == x.dtype:
         return torch.add(x, y, alpha=multiplier)
-    return _Added.apply(x, y, multiplier)
+    return _Residual.apply(x, y, multiplier, None)[0]
 
 
-class _Added(torch.autograd.Function):
-    """A sum of two types is slow in torch, so rows are copied to x's type while they are in the cache."""
+def residual_branch(
+    x: Tensor, dtype: torch.dtype, y: Tensor | None = None, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """x or, given y, the sum, and that [T, d] in `dtype`, which a pass keeps."""
+    if dtype == x.dtype:
+        total = x if y is None else residual_sum(x, y, multiplier)
+        return total, total[0]
+    if y is not None and y.dtype == x.dtype:
+        x, y = residual_sum(x, y, multiplier), None
+    return _Residual.apply(x, y, multiplier, dtype)
 
+
+class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, multiplier):  # type: ignore[no-untyped-def]
-        ctx.dtype, ctx.multiplier = y.dtype, multiplier
-        out = x if in_a_pass(x) else torch.empty_like(x)
-        if out is x:
+    def forward(ctx, x, y, multiplier, dtype):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
+        total = x if in_a_pass(x) else torch.empty_like(x)
+        if total is x:
             ctx.mark_dirty(x)
-        step = rows_at_once(y)
-        for row in range(0, len(y), step):
-            at = slice(row, row + step)
-            torch.add(x[0, at], y[at].to(x.dtype), alpha=multiplier, out=out[0, at])
-        return out
+        branch = None if dtype is None else kept_empty(x, *x.shape[1:], dtype=dtype)
+        add_and_round(x, y, multiplier, total, branch)
+        return total, branch
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        dy = grad[0] if ctx.multiplier == 1 else grad[0] * ctx.multiplier
-        return grad, dy.to(ctx.dtype), None
+    def backward(ctx, dtotal, dbranch):  # type: ignore[no-untyped-def]
+        if dtotal is None and dbranch is None:
+            return None, None, None, None
+        if dtotal is None:
+            dtotal, dbranch = dbranch.float()[None], None
+        wants_y = ctx.narrow is not None and ctx.needs_input_grad[1]
+        dy = passing_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wants_y else None
+        dx = dtotal if dbranch is None or in_a_pass(dtotal) else torch.empty_like(dtotal)
+        add_and_round(dtotal, dbranch, 1.0, dx, dy, ctx.multiplier)
+        return dx, dy, None, None
+
+
+def add_and_round(
+    x: Tensor, y: Tensor | None, multiplier: float, total: Tensor, rounded: Tensor | None, by: float = 1.0
+) -> None:
+    """total = x + multiplier * y in fp32, and rounded = by * total. x and total [1, T, d] may be one; y and rounded
+    [T, d] are narrower. Without y, total is x."""
+    tensors = [tensor for tensor in (x, y, total, rounded) if tensor is not None]
+    wide = x.dtype == total.dtype == torch.float32
+    narrow = all(tensor.dtype == torch.bfloat16 for tensor in (y, rounded) if tensor is not None)
+    plain = wide and narrow and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+    if plain and (library := layer.kernels()) is not None:
+        library.topwork_add_and_round(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (x, y, total, rounded)), multiplier, by,
+            x.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        add_and_round_reference(x, y, multiplier, total, rounded, by)
+
+
+def add_and_round_reference(
+    x: Tensor, y: Tensor | None, multiplier: float, total: Tensor, rounded: Tensor | None, by: float = 1.0
+) -> None:
+    """The truth. A sum of two types is slow in torch, so rows are copied to x's type while they are in the cache."""
+    step = rows_at_once(x[0])
+    for row in range(0, x.shape[1], step):
+        at = slice(row, row + step)
+        if y is not None:
+            torch.add(x[0, at], y[at].to(x.dtype).mul_(multiplier), out=total[0, at])
+        elif total is not x:
+            total[0, at] = x[0, at]
+        if rounded is not None:
+            rounded[at] = total[0, at] * by

@@ -1,6 +1,6 @@
 // The element-wise parts of a transformer layer: RMS norm, rotary embedding, gated unit, forward and backward.
 //
-// Formulas: ops/norm.py, ops/rotary.py, ops/gated.py. Strides count values, not bytes. A row belongs to one thread and
+// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gated.py. Strides count values, not bytes. A row belongs to one thread and
 // is summed in one order, so results do not depend on the number of threads. Every kernel reads its inputs from memory
 // once: a norm's second pass over a row finds it in the core's own cache. No product and sum are fused where the plain
 // torch of those files rounds them one by one.
@@ -158,6 +158,30 @@ void topwork_rotate(
                at(sin, t * sin_stride, c_kind), half, inverse, kind, c_kind)
     BY_MODE(CALL)
 #undef CALL
+  }
+}
+
+// ---- residual stream ------------------------------------------------------------------------------------------------
+
+#define STRETCH 4096  // values that a thread takes at a time
+
+// total [count] = x + multiplier * y, and rounded = by * total: x and total fp32, and they may be one; y and rounded
+// bf16. Without y (NULL) total is x; without rounded that is left out.
+void topwork_add_and_round(
+    const float *x, const void *y, float *total, void *rounded, float multiplier, float by, int64_t count,
+    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > LITTLE)
+  for (int64_t from = 0; from < count; from += STRETCH) {
+    int64_t some = count - from < STRETCH ? count - from : STRETCH;
+#define BODY(i, n)                                                           \
+  {                                                                          \
+    vecf sum = load(x, from + (i), n, F32);                                  \
+    if (y) sum = sum + multiplier * load(y, from + (i), n, BF16);            \
+    if (y || total != x) store(total, from + (i), n, F32, sum);              \
+    if (rounded) store(rounded, from + (i), n, BF16, by * sum);              \
+  }
+    EACH(some, BODY);
+#undef BODY
   }
 }
 

@@ -1,0 +1,68 @@
+"""A residual stream's sum and its rounded branch: the formula in fp64, all parts of it, C beside the plain truth."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from topwork.ops.native import layer
+from topwork.ops.residual import add_and_round, add_and_round_reference
+
+SHAPES = [(1, 1), (5, 3), (7, 576), (40, 1030), (0, 8), (3, 4096)]
+PARTS = pytest.mark.parametrize(("adds", "rounds"), [(True, True), (True, False), (False, True), (False, False)])
+
+
+@PARTS
+@pytest.mark.parametrize(("multiplier", "by"), [(1.0, 1.0), (0.22, 1.0), (1.0, 0.22)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_it_is_the_formula_rounded_once(
+    layer_backend, dtype: torch.dtype, multiplier: float, by: float, adds: bool, rounds: bool
+) -> None:
+    for shape in SHAPES:
+        x, y = torch.randn(1, *shape), torch.randn(shape).to(dtype)
+        exact = x.double() + (multiplier * y.double() if adds else 0)
+        for in_place in (True, False):
+            begun = x.clone()
+            total = begun if in_place else torch.full_like(x, torch.nan)
+            rounded = torch.full(shape, torch.nan, dtype=dtype) if rounds else None
+            add_and_round(begun, y if adds else None, multiplier, total, rounded, by)
+            assert torch.allclose(total.double(), exact, rtol=1e-6, atol=1e-6)
+            assert in_place or torch.equal(begun, x)
+            if rounded is not None:
+                assert torch.equal(rounded, (total[0] * by).to(dtype))
+
+
+@PARTS
+def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
+    if layer.kernels() is None:
+        pytest.skip("no C compiler")
+    for shape in SHAPES:
+        x, y = torch.randn(1, *shape), torch.randn(shape).bfloat16()
+        found: list[list[Tensor]] = []
+        for run in (add_and_round, add_and_round_reference):
+            total, rounded = torch.zeros_like(x), torch.zeros_like(y)
+            run(x, y if adds else None, 0.3, total, rounded if rounds else None, 0.7)
+            found.append([total, rounded])
+        assert all(map(torch.equal, *found)), shape
+
+
+def test_views_with_gaps_are_left_to_the_truth(layer_backend) -> None:
+    x, wide = torch.randn(1, 6, 10), torch.randn(6, 20).bfloat16()
+    total, branch = torch.empty_like(x), torch.zeros(6, 20, dtype=torch.bfloat16)
+    add_and_round(x, wide[:, 5:15], 1.0, total, branch[:, 3:13])
+    assert torch.equal(total[0], x[0] + wide[:, 5:15].float())
+    assert torch.equal(branch[:, 3:13], total[0].bfloat16())
+    assert not branch[:, :3].any()
+    assert not branch[:, 13:].any()
+
+
+def test_nothing_beside_it_is_written(layer_backend) -> None:
+    """A total that starts and ends within a larger buffer."""
+    buffer, narrow = torch.full((100,), 7.0), torch.full((100,), 7.0, dtype=torch.bfloat16)
+    total, rounded = buffer[10:45].view(1, 5, 7), narrow[11:46].view(5, 7)
+    add_and_round(torch.ones(1, 5, 7), torch.ones(5, 7).bfloat16(), 1.0, total, rounded)
+    assert total.eq(2).all()
+    assert rounded.eq(2).all()
+    assert buffer[:10].eq(7).all()
+    assert buffer[45:].eq(7).all()
+    assert narrow[:11].eq(7).all()
+    assert narrow[46:].eq(7).all()
