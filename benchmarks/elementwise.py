@@ -3,8 +3,8 @@
     python benchmarks/elementwise.py [--tokens 2048] [--rounds 15]
 
 A round times every op once on each side. The figures are medians over the rounds and quartiles; GB/s counts what an op
-must read and write once, not what it does. Results of a call are new memory each time, as in training. Writes
-benchmarks/results/elementwise.*
+must read and write once, not what it does. Results of a call are new memory each time (but for the residual sum,
+which works in place). Writes benchmarks/results/elementwise.*
 """
 
 import argparse
@@ -132,7 +132,8 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         "# A layer's element-wise ops: C kernels and plain torch",
         f"bf16, {record['tokens']} tokens. Medians of {record['rounds']} rounds, quartiles in brackets. GB/s of what "
-        "must be read and written once; a call's result is new memory, which costs the kernel's side its page faults.",
+        "must be read and written once; a call's result is new memory, which costs the kernel's side its page faults; "
+        "the residual sum works in place.",
         table(["op", "C, ms", "torch, ms", "torch / C", "C, GB/s"], rows),
         surroundings_text(record["surroundings"]),
     ]

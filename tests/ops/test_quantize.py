@@ -251,8 +251,12 @@ def test_a_constant_that_is_no_number_or_subnormal_comes_back_as_the_truth_says(
     native_needed()
     packed = pack_4bit(torch.randn(3, 64), "nf4", 64, False)
     assert packed.absmax.dtype == torch.float32
-    for bad in (torch.nan, torch.inf, 3e-39, 1e38):
-        packed.absmax.copy_(torch.tensor([bad, 1.0, -bad]))
+    bits = packed.absmax.view(torch.int32)
+    for bad in (torch.inf, 3e-39, 1e38, torch.nan, 0x7FFFFFFF):  # the last one's bits: a carry would make it zero
+        if isinstance(bad, int):
+            bits.copy_(torch.tensor([bad, bad, -1]))
+        else:
+            packed.absmax.copy_(torch.tensor([bad, 1.0, -bad]))
         found, truth = unpacked(packed, (0, 3, 0, 64), dtype)
         torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
 

@@ -245,7 +245,9 @@ def test_a_residual_stream_is_overwritten_in_a_pass_alone(width: int, multiplier
             end = residual_sum(between, other * weights[1], multiplier)
             in_place = type(memory) is PassMemory
             assert (end.data_ptr() == between.data_ptr() == begun.data_ptr()) == in_place
-            end.backward(dz.clone())
+            arrived = dz.clone()
+            end.backward(arrived)
+            assert torch.equal(arrived, dz) == (not in_place)
         assert torch.allclose(end, z, atol=1e-6, rtol=1e-6)
         assert torch.allclose(leaf.grad, given.grad, atol=0.05, rtol=0.02)  # type: ignore[arg-type]
         found.append((end.detach().clone(), leaf.grad))
@@ -261,6 +263,18 @@ def test_a_branch_that_nobody_takes_and_a_stream_that_ends() -> None:
                 outputs = residual_branch(leaf * 1, torch.bfloat16)
                 outputs[taken].sum().backward()
             assert torch.equal(leaf.grad, torch.ones(1, 5, 3))  # type: ignore[arg-type]
+
+
+def test_a_stream_that_is_a_view_is_left_alone() -> None:
+    """Its branch and gradients are right, and what it is a view of stays as it is."""
+    leaf = torch.randn(5, 3).requires_grad_()
+    with PassMemory().next_pass():
+        begun = leaf * 1
+        total, branch = residual_branch(begun[None], torch.bfloat16, torch.ones(5, 3).bfloat16())
+        assert torch.equal(begun, leaf)
+        assert torch.equal(branch, (leaf + 1).bfloat16())
+        total.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones(5, 3))  # type: ignore[arg-type]
 
 
 def test_one_type_needs_no_copy() -> None:

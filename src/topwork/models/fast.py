@@ -1,4 +1,5 @@
-"""A decoder layer that runs through the ops that go backward by hand (`ops/project.py`, `ops/self_attention.py`).
+"""A decoder layer that runs through the ops that go backward by hand (`ops/project.py`, `ops/self_attention.py`,
+`ops/residual.py`).
 
 Which layers get one is decided in `models/recognise.py`. Adapters may come and go at any time: what a linear layer is
 made of is asked in every pass, and what is more than frozen weights with LoRA terms runs on plain modules.

@@ -4,8 +4,9 @@
     branch = round(x')               what the next branch begins with
     dx = dx' + dbranch               dy = round(multiplier * dx)
 
-One pass over the memory each way: plain torch (the truth) makes copies of both types in between. In a training pass the
-sum takes x's place, and the gradient that of dx'; the caller answers for it that nobody needs those any more.
+One pass over the memory each way, where plain torch (the truth) makes copies of both types in between. In a training
+pass whose types differ the sum takes x's place, and its gradient that of dx'; the caller answers for it that nobody
+needs those any more. With one type there is nothing to round, and all of it is torch's own sum.
 """
 
 import torch
@@ -30,8 +31,6 @@ def residual_branch(
     if dtype == x.dtype:
         total = x if y is None else residual_sum(x, y, multiplier)
         return total, total[0]
-    if y is not None and y.dtype == x.dtype:
-        x, y = residual_sum(x, y, multiplier), None
     return _Residual.apply(x, y, multiplier, dtype)
 
 
@@ -40,9 +39,10 @@ class _Residual(torch.autograd.Function):
     def forward(ctx, x, y, multiplier, dtype):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
-        total = x if in_a_pass(x) else torch.empty_like(x)
-        if total is x:
-            ctx.mark_dirty(x)
+        in_place = in_a_pass(x) and not x._is_view()  # which torch would refuse, with two outputs
+        total = x if in_place or y is None else torch.empty_like(x)
+        if in_place:
+            ctx.mark_dirty(x)  # also without y: or the next sum would meet a view
         branch = None if dtype is None else kept_empty(x, *x.shape[1:], dtype=dtype)
         add_and_round(x, y, multiplier, total, branch)
         return total, branch
@@ -64,7 +64,7 @@ def add_and_round(
     x: Tensor, y: Tensor | None, multiplier: float, total: Tensor, rounded: Tensor | None, by: float = 1.0
 ) -> None:
     """total = x + multiplier * y in fp32, and rounded = by * total. x and total [1, T, d] may be one; y and rounded
-    [T, d] are narrower. Without y, total is x."""
+    [T, d] are narrower. Without y, total has to be x."""
     tensors = [tensor for tensor in (x, y, total, rounded) if tensor is not None]
     wide = x.dtype == total.dtype == torch.float32
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (y, rounded) if tensor is not None)
@@ -86,8 +86,10 @@ def add_and_round_reference(
     for row in range(0, x.shape[1], step):
         at = slice(row, row + step)
         if y is not None:
-            torch.add(x[0, at], y[at].to(x.dtype).mul_(multiplier), out=total[0, at])
-        elif total is not x:
-            total[0, at] = x[0, at]
+            torch.add(x[0, at], _times(y[at].to(x.dtype), multiplier), out=total[0, at])
         if rounded is not None:
-            rounded[at] = total[0, at] * by
+            rounded[at] = _times(total[0, at], by)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor

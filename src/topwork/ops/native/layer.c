@@ -1,9 +1,10 @@
-// The element-wise parts of a transformer layer: RMS norm, rotary embedding, gated unit, forward and backward.
+// The element-wise parts of a transformer layer, forward and backward: RMS norm, rotary embedding, the residual stream,
+// gated unit.
 //
-// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gated.py. Strides count values, not bytes. A row belongs to one thread and
-// is summed in one order, so results do not depend on the number of threads. Every kernel reads its inputs from memory
-// once: a norm's second pass over a row finds it in the core's own cache. No product and sum are fused where the plain
-// torch of those files rounds them one by one.
+// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gated.py. Strides count values, not bytes. A row belongs to
+// one thread and is summed in one order, so results do not depend on the number of threads. Every kernel reads its
+// inputs from memory once: a norm's second pass over a row finds it in the core's own cache. No product and sum are
+// fused where the plain torch of those files rounds them one by one.
 
 #include <math.h>
 
@@ -166,7 +167,7 @@ void topwork_rotate(
 #define STRETCH 4096  // values that a thread takes at a time
 
 // total [count] = x + multiplier * y, and rounded = by * total: x and total fp32, and they may be one; y and rounded
-// bf16. Without y (NULL) total is x; without rounded that is left out.
+// bf16. Either may be NULL: without y nothing is written to total, and rounded = by * x.
 void topwork_add_and_round(
     const float *x, const void *y, float *total, void *rounded, float multiplier, float by, int64_t count,
     int threads) {
@@ -177,7 +178,7 @@ void topwork_add_and_round(
   {                                                                          \
     vecf sum = load(x, from + (i), n, F32);                                  \
     if (y) sum = sum + multiplier * load(y, from + (i), n, BF16);            \
-    if (y || total != x) store(total, from + (i), n, F32, sum);              \
+    if (y) store(total, from + (i), n, F32, sum);                            \
     if (rounded) store(rounded, from + (i), n, BF16, by * sum);              \
   }
     EACH(some, BODY);
