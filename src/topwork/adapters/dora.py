@@ -17,7 +17,7 @@ from topwork.adapters.base_weight import product, row_panels
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.ops.bundles import LowRank
-from topwork.ops.project import Gain
+from topwork.ops.project import Gain, rows_at_once
 
 
 class Dora(Lora):
@@ -36,8 +36,9 @@ class Dora(Lora):
     @torch.no_grad()
     def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
         super().begin(base_layer, seed, path)
-        for rows, panel in row_panels(base_layer):
-            self.squares[rows] = panel.float().square().sum(1)
+        for rows, panel in row_panels(base_layer):  # few rows at a time: the heap does not fill large holes again
+            parts = [part.float().square().sum(1) for part in panel.split(rows_at_once(panel))]
+            self.squares[rows] = torch.cat(parts)
         self.lora_magnitude_vector.copy_(self.squares.sqrt())
 
     def lengths(self, base_layer: nn.Module) -> Tensor:
