@@ -1,11 +1,12 @@
 """A frozen linear layer's weight, dense or packed, turned or not, as adapters look at it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topwork.ops.kept import function_memory
 from topwork.ops.quantized_linear import quantized_linear
 from topwork.quantization.linear import QuantizedLinear
 
@@ -15,13 +16,32 @@ PANEL_VALUES = 1 << 20
 
 def row_panels(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     """(rows, those of the weight [rows, in]), panel by panel, in the type the layer multiplies with."""
-    packed = layer.packed if isinstance(layer, QuantizedLinear) else None
-    weight = None if packed is not None else _as_rows(layer)
-    outputs, inputs = packed.shape if packed is not None else weight.shape  # type: ignore[union-attr]
+    ranges, panel = _panels(layer)
+    for rows in ranges:
+        yield rows, panel(rows)
+
+
+def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
+    """W right [out, n] of right [in, n], in the layer's type; of a packed W one panel is dense at a time."""
+    ranges, panel = _panels(layer)
+    parts = []
+    for rows in ranges:
+        with function_memory():
+            dense = panel(rows)
+            parts.append(torch.mm(dense, right.to(dense.dtype)))
+    return torch.cat(parts)
+
+
+def _panels(layer: nn.Module) -> tuple[list[slice], Callable[[slice], Tensor]]:
+    """Ranges of a weight's rows, and what gives them."""
+    if isinstance(layer, QuantizedLinear):
+        packed = layer.packed
+        (outputs, inputs), panel = packed.shape, lambda rows: packed.panel(rows, slice(0, packed.shape[1]))
+    else:
+        weight = _as_rows(layer)
+        (outputs, inputs), panel = weight.shape, weight.__getitem__
     step = max(1, PANEL_VALUES // inputs)
-    for start in range(0, outputs, step):
-        rows = slice(start, min(start + step, outputs))
-        yield rows, packed.panel(rows, slice(0, inputs)) if packed is not None else weight[rows]  # type: ignore[index]
+    return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)], panel
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.adapters.base_weight import product, row_panels
+from topwork.adapters.base_weight import product, row_panels, weight_times
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.ops.bundles import LowRank
@@ -90,8 +90,7 @@ class Dora(Lora):
     def _computed_lengths(self, base_layer: nn.Module) -> Tensor:
         """In a 16-bit base W A' is a product in 16 bits: it is as exact as the layer's own, and n far more."""
         a, b = self.lora_A.float(), self.lora_B.float()
-        parts = [torch.mm(panel, a.t().to(panel.dtype)) for _, panel in row_panels(base_layer)]
-        across = (b * torch.cat(parts).float()).sum(1)
+        across = (b * weight_times(base_layer, a.t()).float()).sum(1)
         own = (b * (b @ (a @ a.t()))).sum(1)
         squared = self.squares + 2 * self.scaling * across + self.scaling**2 * own
         return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

@@ -146,11 +146,11 @@ def kept_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> T
     return memory.kept(shape, dtype or like.dtype) if memory else like.new_empty(shape, dtype=dtype or like.dtype)
 
 
-def brief_empty(like: Tensor, *shape: int) -> Tensor:
+def brief_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Like `like.new_empty(shape)`; within `function_memory` it is gone when that ends."""
     memory = _memory_for(like)
-    found = memory.brief(shape, like.dtype) if memory else None
-    return like.new_empty(shape) if found is None else found
+    found = memory.brief(shape, dtype or like.dtype) if memory else None
+    return like.new_empty(shape, dtype=dtype or like.dtype) if found is None else found
 
 
 def passing_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
