@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,19 @@ import torch
 from torch import Tensor
 
 from reference.families import MIXED, added, learning_stream, sequences, tiny_base
+from reference.quantized_by_others import write_base
+from topwork.adapters import base_weight
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.models.base import Base
+from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers
-from topwork.ops import kept
+from topwork.models.config import ModelConfig
+from topwork.ops import kept, quantized_linear
 from topwork.ops.kept import PassMemory, brief_empty, function_memory, kept_empty, passing_empty
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.stream import Segment, Stream
+from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.linear import packed_modules
 from topwork.training.objective import Sft
 from topwork.training.step import Learner, StepResult, train_step
 
@@ -111,12 +117,17 @@ def passes() -> list[Stream]:
 
 
 def stepped(
-    memory: PassMemory, options: dict[str, Any], dtype: torch.dtype, family: str = "llama", layers: int = 0,
-    other: AdapterConfig | None = None,
+    memory: PassMemory, options: dict[str, Any], dtype: torch.dtype | str, family: str = "llama", layers: int = 0,
+    other: AdapterConfig | None = None, packed: Path | None = None,
 ) -> tuple[Base, Adapters, list[StepResult]]:  # fmt: skip
-    """Three steps of two adapters."""
-    values = {"num_hidden_layers": LAYERS, **FAMILIES[family]}
-    base = replace(tiny_base(family, dtype, **values), memory=memory)
+    """Three steps of two adapters; over the base in that folder, in NF4, where one is given."""
+    if packed is None:
+        base = tiny_base(family, dtype, num_hidden_layers=LAYERS, **FAMILIES[family])
+    else:
+        config = ModelConfig.model_validate({"model_name_or_path": str(packed), "dtype": dtype, "device": "cpu"})
+        base = load_base(config, lambda _: None, QuantizationConfig(load_in_4bit=True))
+        assert packed_modules(base.module)
+    base = replace(base, memory=memory)
     other = other or (OTHER if family == "llama" else AdapterConfig(r=3))
     adapters = added(base, a=AdapterConfig.model_validate(options), b=other)
     checkpoint_layers(base, layers, ("a", "b"))
@@ -131,9 +142,9 @@ def stepped(
     return base, adapters, results  # type: ignore[return-value]
 
 
-def assert_same(*given: Any) -> Base:
-    _, without, expected = stepped(Absent(), *given)
-    base, adapters, found = stepped(Poisoned(), *given)
+def assert_same(*given: Any, **more: Any) -> Base:
+    _, without, expected = stepped(Absent(), *given, **more)
+    base, adapters, found = stepped(Poisoned(), *given, **more)
     assert found == expected
     for name in ("a", "b"):
         pairs = zip(adapters.parameters(name).items(), without.parameters(name).values(), strict=True)
@@ -146,6 +157,17 @@ def assert_same(*given: Any) -> Base:
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 def test_a_step_is_what_it_is_without(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert assert_same(options, dtype).memory._kept
+
+
+@pytest.mark.parametrize("method", ["lora", "dropout", "dora", "ia3", "prefix"])
+def test_over_a_packed_base(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several panels a weight, each overwritten as soon as it was multiplied."""
+    monkeypatch.setitem(quantized_linear.PANEL_BYTES, "cpu", 1 << 12)
+    monkeypatch.setattr(base_weight, "PANEL_VALUES", 1 << 11)
+    folder = write_base(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
+    for dtype in ("float32", "bfloat16"):
+        for layers in (0, 2):
+            assert assert_same(METHODS[method], dtype, "llama", layers, packed=folder).memory._kept
 
 
 @pytest.mark.parametrize("layers", range(1, LAYERS + 1))

@@ -34,6 +34,7 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
 
 def _panels(layer: nn.Module) -> tuple[list[slice], Callable[[slice], Tensor]]:
     """Ranges of a weight's rows, and what gives them."""
+    layer = getattr(layer, "stands_for", layer)
     if isinstance(layer, QuantizedLinear):
         packed = layer.packed
         (outputs, inputs), panel = packed.shape, lambda rows: packed.panel(rows, slice(0, packed.shape[1]))

@@ -102,6 +102,11 @@ class WithoutProduct(nn.Module):
         self.was_called = False
 
     @property
+    def stands_for(self) -> nn.Module:
+        """The linear layer, for adapters that look at its weight (DoRA's lengths)."""
+        return self.linear
+
+    @property
     def weight(self) -> Any:
         """The linear layer's, for code that looks at its type."""
         return self.linear.weight
