@@ -161,17 +161,24 @@ def test_in_bfloat16_the_gradients_are_the_twins_bit_for_bit(kind: str, held: Ba
         assert torch.equal(found[key], gradient), key
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {}, "dora": {"use_dora": True}, "dora with dropout": {"use_dora": True, "lora_dropout": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_gradients_with_checkpointed_layers(kind: str, use_dora: bool, held: Bases) -> None:
-    """DoRA's magnitudes need every product."""
+def test_gradients_with_checkpointed_layers(kind: str, method: str, held: Bases) -> None:
+    """DoRA's magnitudes need every product; with dropout they have one of their own."""
     found = []
     for layers in (0, 2):
         base = held(kind)
-        adapters = added(base, a=AdapterConfig(r=4, lora_alpha=8, use_dora=use_dora))
+        adapters = added(base, a=AdapterConfig(r=4, lora_alpha=8, **METHODS[method]))
+        adapters.train("a")
         checkpoint_layers(base, layers, ("a",))
+        torch.manual_seed(0)
         found.append(gradients(base, adapters, "a"))
-    down = [] if use_dora else [f"model.layers.{layer}.mlp.down_proj.base_layer" for layer in (0, 1)]
+    down = [] if method == "dora" else [f"model.layers.{layer}.mlp.down_proj.base_layer" for layer in (0, 1)]
     assert products_left_out(base) == down
     assert relative(list(found[1].values()), list(found[0].values())) < 1e-6
 
