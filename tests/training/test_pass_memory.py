@@ -18,8 +18,9 @@ from topwork.adapters.graft import Adapters
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
-from topwork.ops import kept, quantized_linear
+from topwork.ops import kept, quantize, quantized_linear
 from topwork.ops.kept import PassMemory, brief_empty, function_memory, kept_empty, passing_empty
+from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.stream import Segment, Stream
 from topwork.quantization.config import QuantizationConfig
@@ -118,14 +119,14 @@ def passes() -> list[Stream]:
 
 def stepped(
     memory: PassMemory, options: dict[str, Any], dtype: torch.dtype | str, family: str = "llama", layers: int = 0,
-    other: AdapterConfig | None = None, packed: Path | None = None,
+    other: AdapterConfig | None = None, packed: tuple[Path, QuantizationConfig] | None = None,
 ) -> tuple[Base, Adapters, list[StepResult]]:  # fmt: skip
-    """Three steps of two adapters; over the base in that folder, in NF4, where one is given."""
+    """Three steps of two adapters; over the base in that folder, packed, where one is given."""
     if packed is None:
         base = tiny_base(family, dtype, num_hidden_layers=LAYERS, **FAMILIES[family])
     else:
-        config = ModelConfig.model_validate({"model_name_or_path": str(packed), "dtype": dtype, "device": "cpu"})
-        base = load_base(config, lambda _: None, QuantizationConfig(load_in_4bit=True))
+        config = ModelConfig.model_validate({"model_name_or_path": str(packed[0]), "dtype": dtype, "device": "cpu"})
+        base = load_base(config, lambda _: None, packed[1])
         assert packed_modules(base.module)
     base = replace(base, memory=memory)
     other = other or (OTHER if family == "llama" else AdapterConfig(r=3))
@@ -160,14 +161,30 @@ def test_a_step_is_what_it_is_without(options: dict[str, Any], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("method", ["lora", "dropout", "dora", "ia3", "prefix"])
-def test_over_a_packed_base(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several panels a weight, each overwritten as soon as it was multiplied."""
+@pytest.mark.parametrize("options", [{"load_in_4bit": True, "head": "int8"}, {"load_in_8bit": True}], ids=["4", "8"])
+def test_over_a_packed_base(
+    method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some weights are several panels, each overwritten as soon as it was multiplied."""
     monkeypatch.setitem(quantized_linear.PANEL_BYTES, "cpu", 1 << 12)
     monkeypatch.setattr(base_weight, "PANEL_VALUES", 1 << 11)
-    folder = write_base(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
+    packed = write_base(tmp_path / "base", "llama", num_hidden_layers=LAYERS), QuantizationConfig(**options)
     for dtype in ("float32", "bfloat16"):
         for layers in (0, 2):
-            assert assert_same(METHODS[method], dtype, "llama", layers, packed=folder).memory._kept
+            assert assert_same(METHODS[method], dtype, "llama", layers, packed=packed).memory._kept
+
+
+def test_a_panel_is_brief() -> None:
+    if quantize.native(torch.zeros(1)) is None:
+        pytest.skip("no C compiler")
+    memory = PassMemory()
+    for packed in (pack_4bit(torch.randn(64, 64), "nf4", 64, True), pack_int8(torch.randn(64, 64))):
+        with memory.next_pass():
+            outside = packed.dense()
+            with function_memory():
+                inside = packed.dense()
+                assert inside.data_ptr() == memory._brief[0].data_ptr() != outside.data_ptr()
+                assert torch.equal(inside, outside)
 
 
 @pytest.mark.parametrize("layers", range(1, LAYERS + 1))

@@ -21,8 +21,10 @@ def row_panels(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         yield rows, panel(rows)
 
 
+@torch.no_grad()
 def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
-    """W right [out, n] of right [in, n], in the layer's type; of a packed W one panel is dense at a time."""
+    """W right [out, n] of right [in, n], in the layer's type, without a gradient; of a packed W one panel is dense at a
+    time."""
     ranges, panel = _panels(layer)
     parts = []
     for rows in ranges:
