@@ -1,11 +1,11 @@
 """A training step of this tree beside the same step of another commit, step by step in turns.
 
-    python benchmarks/against.py COMMIT --data-dir DATA [--rows gsm8k|banking77] [--tokens 2048] [--quantized]
-        [--ranks 16] [--model smollm2-135m] [--pairs 24]
+    python benchmarks/against.py COMMIT [--pairs 24] --data-dir DATA [--rows gsm8k|banking77] [--tokens 2048]
+        [--quantized] [--ranks 16] [--model smollm2-135m]
 
 For a change of a few per cent, which a machine that other work shares hides from runs one after the other: two
-processes, one in each tree, wait for each other, and the ratio is taken pair by pair. The work is `profile_step.py`'s.
-Prints one line; keeps no record.
+processes, one in each tree, wait for each other, and the ratio is taken pair by pair. The work and its options are
+`profile_step.py`'s. Prints one line; keeps no record.
 """
 
 import argparse
@@ -26,9 +26,13 @@ PAUSE = 0.03
 
 
 def main() -> None:
-    given = arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given, options = parser.parse_known_args()
     if given.worker:
-        work(given)
+        work(options)
         return
     root = BENCHMARKS.parent
     with tempfile.TemporaryDirectory() as folder:
@@ -45,20 +49,6 @@ def main() -> None:
         f"{middle:.3f} of {given.commit}'s time (quartiles {low:.3f}–{high:.3f}, {given.pairs} pairs; {times[0]} and "
         f"{times[1]} ms); losses differ by at most {loss:.1e} of themselves"
     )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--rows", choices=("gsm8k", "banking77"), default="gsm8k")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--quantized", action="store_true")
-    parser.add_argument("--ranks", default="16", help="of the adapters, comma-separated")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def git(root: Path, *command: str) -> None:
@@ -99,11 +89,12 @@ def said(stream: IO[str] | None) -> dict[str, float]:
     raise SystemExit("a worker ended; what it said stands above")
 
 
-def work(given: argparse.Namespace) -> None:
+def work(options: list[str]) -> None:
     """A step for every line that comes in."""
-    from profile_step import WARM_UP, prepared
+    from profile_step import WARM_UP, arguments, prepared
 
-    trained, stream = prepared(given)
+    sys.argv[1:] = options
+    trained, stream = prepared(arguments())
     learners = [trained.learner(name) for name in trained.adapters.configs]
     for _ in range(WARM_UP):
         trained.steps(learners, [stream])
