@@ -66,3 +66,15 @@ def test_nothing_beside_it_is_written(layer_backend) -> None:
     assert buffer[45:].eq(7).all()
     assert narrow[:11].eq(7).all()
     assert narrow[46:].eq(7).all()
+
+
+def test_other_shapes_are_refused(layer_backend) -> None:
+    """The kernel sees bare memory."""
+    x, y = torch.zeros(1, 4, 3), torch.zeros(4, 3).bfloat16()
+    for total, other, rounded in (
+        (x, y[:3], None), (x, y, y[:, :2]), (torch.zeros(1, 3, 4), y, None), (x, y[None, None, :2], None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="shapes"):
+            add_and_round(x, other, 1.0, total, rounded)
+    with pytest.raises(ValueError, match="shapes"):
+        add_and_round(torch.zeros(2, 4, 3), None, 1.0, torch.zeros(2, 4, 3), None)

@@ -64,8 +64,12 @@ def add_and_round(
     x: Tensor, y: Tensor | None, multiplier: float, total: Tensor, rounded: Tensor | None, by: float = 1.0
 ) -> None:
     """total = x + multiplier * y in fp32, and rounded = by * total. x and total [1, T, d] may be one; y and rounded
-    [T, d] are narrower. Without y, total has to be x."""
+    [T, d] are narrower. Without y, total has to be x. Raises ValueError for other shapes."""
     tensors = [tensor for tensor in (x, y, total, rounded) if tensor is not None]
+    if x.shape[0] != 1 or any(tensor.shape[-2:] != x.shape[1:] or tensor.numel() != x.numel() for tensor in tensors):
+        raise ValueError(
+            f"shapes {[[*tensor.shape] for tensor in tensors]}, where x [1, T, d] and others alike are expected"
+        )
     wide = x.dtype == total.dtype == torch.float32
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (y, rounded) if tensor is not None)
     plain = wide and narrow and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
