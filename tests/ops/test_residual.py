@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from topwork.ops import residual
 from topwork.ops.native import layer
-from topwork.ops.residual import add_and_round, add_and_round_reference
+from topwork.ops.residual import add_and_round, add_and_round_reference, residual_branch
 
 SHAPES = [(1, 1), (5, 3), (7, 576), (40, 1030), (0, 8), (3, 4096)]
 PARTS = pytest.mark.parametrize(("adds", "rounds"), [(True, True), (True, False), (False, True), (False, False)])
@@ -43,6 +44,21 @@ def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
             run(x, y if adds else None, 0.3, total, rounded if rounds else None, 0.7)
             found.append([total, rounded])
         assert all(map(torch.equal, *found)), shape
+
+
+def test_bf16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would give the same, so only this tells that it is there."""
+    if layer.kernels() is None:
+        pytest.skip("no C compiler")
+
+    def refused(*given: object) -> None:
+        raise AssertionError("the truth ran in the kernel's place")
+
+    monkeypatch.setattr(residual, "add_and_round_reference", refused)
+    leaf = torch.randn(1, 5, 7).requires_grad_()
+    outputs = residual_branch(leaf * 1, torch.bfloat16, torch.ones(5, 7).bfloat16())
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    assert torch.equal(leaf.grad, torch.full((1, 5, 7), 2.0))  # type: ignore[arg-type]
 
 
 def test_views_with_gaps_are_left_to_the_truth(layer_backend) -> None:
