@@ -3,8 +3,8 @@
     python benchmarks/elementwise.py [--tokens 2048] [--rounds 15]
 
 A round times every op once on each side. The figures are medians over the rounds and quartiles; GB/s counts what an op
-must read and write once, not what it does. Results of a call are new memory each time (but for the residual sum,
-which works in place). Writes benchmarks/results/elementwise.*
+must read and write once, not what it does. Results of a call are new memory each time (but for the residual sum and
+gains, which work in place). Writes benchmarks/results/elementwise.*
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, threads, write_record
-from topwork.ops import gated, norm, residual, rotary
+from topwork.ops import gain, gated, norm, residual, rotary
 
 SHAPES = {
     "SmolLM2-135M": {"d": 576, "f": 1536, "heads": 12, "head_dim": 64},
@@ -76,6 +76,14 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
             lambda: residual.add_and_round_reference(stream, dy, 1.0, stream, branch),
         ),
     }  # fmt: skip
+    z, slopes, factor = drawn(tokens, 2 * f), drawn(tokens, 2 * f), 0.5 + torch.rand(2 * f)
+    found["gain"] = (
+        2 * 2 * wide, lambda: gain.multiply_(z, factor), lambda: gain.multiply_reference_(z, factor, None),
+    )  # fmt: skip
+    found["gain backward"] = (
+        3 * 2 * wide, lambda: gain.gain_gradients_(z, slopes, factor),
+        lambda: gain.gain_sums_reference_(z, slopes, factor, None),
+    )  # fmt: skip
     for kind in gated.KINDS:
         found[kind] = (
             3 * wide, lambda kind=kind: gated.gated(gate, up, kind),
@@ -133,7 +141,7 @@ def text(record: dict[str, Any]) -> str:
         "# A layer's element-wise ops: C kernels and plain torch",
         f"bf16, {record['tokens']} tokens. Medians of {record['rounds']} rounds, quartiles in brackets. GB/s of what "
         "must be read and written once; a call's result is new memory, which costs the kernel's side its page faults; "
-        "the residual sum works in place.",
+        "the residual sum and gains work in place.",
         table(["op", "C, ms", "torch, ms", "torch / C", "C, GB/s"], rows),
         surroundings_text(record["surroundings"]),
     ]

@@ -17,7 +17,8 @@ from topwork.adapters.base_weight import product, row_panels, weight_times
 from topwork.adapters.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.ops.bundles import LowRank
-from topwork.ops.project import Gain, rows_at_once
+from topwork.ops.project import Gain
+from topwork.ops.rows import rows_at_once
 
 
 class Dora(Lora):

@@ -6,8 +6,7 @@
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
-A gain multiplies outputs by a vector that learns (DoRA's magnitude, IA3): y * f, df = sum over rows of dy * y / f, and
-dy * f in dy's place above; it keeps y.
+A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It keeps y.
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout each term has an A-input of its own, so nothing is
@@ -23,20 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from topwork.ops.bundles import LowRank, Placed, add_terms, batches_of, term_gradients
+from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.kept import brief_empty, function_memory, kept_empty, passing_empty
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
 
-CACHED_VALUES = 1 << 17
-"""How many values of an elementwise product stay in a core's cache."""
-
 
 @dataclass(frozen=True)
 class Gain:
-    """The outputs of rows start:stop times `factor` [out] in fp32, which learns and is never zero; the bias too, or
-    only what is added to it."""
+    """The outputs of rows start:stop times `factor` [out] in fp32, which learns; the bias too, or only what is added to
+    it."""
 
     start: int
     stop: int
@@ -46,7 +43,8 @@ class Gain:
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains.
+    """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains, of
+    which no row has more than one.
 
     `instead` stands for the product's value where no gradient needs it (a layer that is run again going backward).
     """
@@ -203,7 +201,7 @@ class _Project(torch.autograd.Function):
             _base_products(n, group, out)
             inner = [tensor for pair in add_terms(n, batches, masters, out) for tensor in pair]
         for scale, factor in zip(scales, factors):
-            _scale_(out[scale.rows, scale.columns], factor, scale.bias)
+            multiply_(out[scale.rows, scale.columns], factor, scale.bias)
         ctx.prologue, ctx.group, ctx.batches, ctx.scales = prologue, group, batches, scales
         ctx.counts = len(kept), len(inner), len(masters)
         ctx.out = out.detach() if scales else None  # not among the saved: what follows may write into it
@@ -229,54 +227,32 @@ class _Project(torch.autograd.Function):
         return dx, None, None, None, None, None, *found, *dfactors
 
 
-def rows_at_once(x: Tensor) -> int:
-    """Of x [T, n], for work on all of its values: on the CPU as many rows as stay in the cache, else all."""
-    return max(1, CACHED_VALUES // x.shape[1] if x.is_cpu else len(x))
-
-
-def _scale_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
-    """y * f in place, as y + y (f - 1): a factor near one would be rounded to one in 16 bits, its distance is not. (Far
-    from one it is the other way round, and such a gain is multiplied in fp32.)"""
-    distance = factor - 1
-    _times_(y, factor)
-    if bias is not None:
-        y.sub_((bias * distance).to(y.dtype))
-
-
-def _times_(y: Tensor, factor: Tensor) -> None:
-    """y * f in place, f in fp32."""
-    distance = factor - 1
-    if y.dtype == torch.float32 or bool(distance.abs().max() <= 0.5):
-        y.addcmul_(y, distance.to(y.dtype))
-    else:
-        for rows in y.split(rows_at_once(y)):
-            rows.copy_(rows.float() * factor)
-
-
 def _gain_gradients(
     dout: Tensor, out: Tensor | None, scales: Sequence[_Scale], factors: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient before the gains, and the factors'."""
+    """The gradient before the gains, and the factors'. It takes the output's place: whoever took that is done, and
+    another buffer of this size would raise the peak in every layer."""
     if out is None:
         return dout, []
-    found = [
-        column_dots(dout[scale.rows, scale.columns], out[scale.rows, scale.columns], scale.bias)
-        / torch.where(factor == 0, 1.0, factor)  # what a zero let through is lost: no gradient instead of NaN
-        for scale, factor in zip(scales, factors)
-    ]
-    out.copy_(dout)  # whoever took it is done; another buffer of this size would raise the peak in every layer
+    found = []
     for scale, factor in zip(scales, factors):
-        _times_(out[scale.rows, scale.columns], factor)
+        at = scale.rows, scale.columns
+        found.append(gain_gradients_(out[at], dout[at], factor, scale.bias))
+    for at in _without_gain(out, scales):
+        out[at].copy_(dout[at])
     return out, found
 
 
-def column_dots(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
-    """sum over rows of x * (y - offset) for x, y [T, n] -> fp32 [n]; on the CPU by rows that stay in the cache."""
-    step = rows_at_once(x)
-    total = x.new_zeros(x.shape[1], dtype=torch.float32)
-    for one, other in zip(x.split(step), y.split(step)):
-        total += (one * (other if offset is None else other - offset)).sum(0, dtype=torch.float32)
-    return total
+def _without_gain(out: Tensor, scales: Sequence[_Scale]) -> Iterator[tuple[slice, slice]]:
+    """The rest of `out`, as rows and columns."""
+    ends = sorted({0, out.shape[1], *(end for scale in scales for end in (scale.columns.start, scale.columns.stop))})
+    for columns in map(slice, ends, ends[1:]):
+        row = 0
+        inside = [scale.rows for scale in scales if scale.columns.start <= columns.start < scale.columns.stop]
+        for rows in sorted(inside, key=lambda rows: rows.start):
+            yield slice(row, rows.start), columns
+            row = rows.stop
+        yield slice(row, len(out)), columns
 
 
 def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:

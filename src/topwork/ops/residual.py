@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topwork.ops.kept import in_a_pass, kept_empty, passing_empty
 from topwork.ops.native import layer
-from topwork.ops.project import rows_at_once
+from topwork.ops.rows import rows_at_once
 
 
 def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 // The element-wise parts of a transformer layer, forward and backward: RMS norm, rotary embedding, the residual stream,
-// gated unit.
+// gains, gated unit.
 //
-// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gated.py. Strides count values, not bytes. A row belongs to
+// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gain.py, ops/gated.py. Strides count values, not bytes. A row belongs to
 // one thread and is summed in one order, so results do not depend on the number of threads. Every kernel reads its
 // inputs from memory once: a norm's second pass over a row finds it in the core's own cache. No product and sum are
 // fused where the plain torch of those files rounds them one by one.
@@ -184,6 +184,64 @@ void topwork_add_and_round(
     EACH(some, BODY);
 #undef BODY
   }
+}
+
+// ---- gains ----------------------------------------------------------------------------------------------------------
+
+INLINE void gain_row(void *y, int64_t n_values, const float *factor, const float *shift, int kind) {
+#define BODY(i, n)                                                      \
+  {                                                                     \
+    vecf value = load(y, i, n, kind) * load(factor, i, n, F32);         \
+    if (shift) value = value - load(shift, i, n, F32);                  \
+    store(y, i, n, kind, value);                                        \
+  }
+  EACH(n_values, BODY);
+#undef BODY
+}
+
+// y [rows, n] = y * factor [n] - shift [n], which may be NULL. `kind`: that of y.
+void topwork_gain(
+    void *y, int64_t stride, int64_t rows, int64_t n, const float *factor, const float *shift, int kind, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+    if (kind == BF16) gain_row(at(y, r * stride, BF16), n, factor, shift, BF16);
+    else gain_row(at(y, r * stride, F32), n, factor, shift, F32);
+  }
+}
+
+INLINE void gain_slope_row(
+    void *y, const void *dy, int64_t n_values, const float *factor, const float *offset, float *sums, int kind) {
+#define BODY(i, n)                                                                     \
+  {                                                                                    \
+    vecf value = load(y, i, n, kind), slope = load(dy, i, n, kind);                    \
+    if (offset) value = value - load(offset, i, n, F32);                               \
+    store(sums, i, n, F32, load(sums, i, n, F32) + slope * value);                     \
+    store(y, i, n, kind, slope * load(factor, i, n, F32));                             \
+  }
+  EACH(n_values, BODY);
+#undef BODY
+}
+
+// sums [n] = the sum over rows of dy * (y - offset), and y [rows, n] = dy * factor; offset [n] may be NULL. `sums` has
+// room for a row of each stretch of `stretch` rows, and for one at least. `kind`: that of y and dy.
+void topwork_gain_backward(
+    void *y, int64_t y_stride, const void *dy, int64_t dy_stride, int64_t rows, int64_t n, const float *factor,
+    const float *offset, float *sums, int64_t stretch, int kind, int threads) {
+  int64_t stretches = (rows + stretch - 1) / stretch;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > LITTLE)
+  for (int64_t s = 0; s < stretches; s++) {
+    float *own = sums + s * n;
+    memset(own, 0, n * sizeof *own);
+    for (int64_t r = s * stretch; r < rows && r < (s + 1) * stretch; r++) {
+      if (kind == BF16)
+        gain_slope_row(at(y, r * y_stride, BF16), at(dy, r * dy_stride, BF16), n, factor, offset, own, BF16);
+      else
+        gain_slope_row(at(y, r * y_stride, F32), at(dy, r * dy_stride, F32), n, factor, offset, own, F32);
+    }
+  }
+  if (!stretches) memset(sums, 0, n * sizeof *sums);
+  for (int64_t s = 1; s < stretches; s++)
+    for (int64_t i = 0; i < n; i++) sums[i] += sums[s * n + i];
 }
 
 // ---- gated unit -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ _TYPES = {
     "topwork_rms_norm_backward": [*[_AT, _LONG, _LONG] * 2, *[_LONG] * 3, _AT, _AT, _AT, _INT, _INT],
     "topwork_rotate": [_AT, *[_LONG] * 4, _AT, _LONG, _AT, _LONG, _LONG, _INT, _INT],
     "topwork_add_and_round": [_AT, _AT, _AT, _AT, _FLOAT, _FLOAT, _LONG, _INT],
+    "topwork_gain": [_AT, *[_LONG] * 3, _AT, _AT, _INT, _INT],
+    "topwork_gain_backward": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _AT, _AT, _LONG, _INT, _INT],
     "topwork_gated": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _INT, _INT],
     "topwork_gated_backward": [*[_AT, _LONG] * 3, _LONG, _LONG, *[_AT, _LONG] * 2, _INT, _INT],
 }
