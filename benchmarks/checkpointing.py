@@ -28,14 +28,15 @@ MIB = 2**20
 
 
 class Arm:
-    """One adapter, of LoRA with options of its own, with its optimizer."""
+    """One adapter in training, of LoRA with options of its own, with its optimizer."""
 
-    def __init__(self, base: "Base", adapters: Any, name: str, **options: bool) -> None:
+    def __init__(self, base: "Base", adapters: Any, name: str, **options: float) -> None:
         import torch
 
         from topwork.adapters.config import AdapterConfig
 
         adapters.add(name, AdapterConfig(r=16, lora_alpha=32, **options), seed=0)
+        adapters.train(name)
         self.base, self.name = base, name
         self.parameters = list(adapters.parameters(name).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4, fused=True)
@@ -75,7 +76,7 @@ def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Stream":
         length = min(left, int(torch.randint(150, 301, (1,), generator=generator)))
         rows.append(torch.randint(0, base.module.config.vocab_size, (length,), generator=generator))
         left -= length
-    stream = stream_of(rows, adapter)
+    stream = stream_of(rows, adapter).drawn(range(len(rows)))
     spans = zip(stream.bounds, stream.bounds[1:])
     learned = torch.cat([torch.arange((start + stop) // 2, stop - 1) for start, stop in spans])
     return replace(stream, rows=learned, targets=stream.tokens[learned + 1], weights=torch.ones(len(learned)))

@@ -196,7 +196,7 @@ def test_dropout_in_training_only() -> None:
     still = logits(base, stream)
     assert torch.equal(logits(base, stream), still)
     adapters.train("a")
-    noisy = [logits(base, stream) for _ in range(2)]
+    noisy = [logits(base, stream.drawn([seed] * 4)) for seed in (1, 2)]
     assert not torch.equal(noisy[0], noisy[1])
     other = stream_of(sequences(), "b")
     assert torch.equal(logits(base, other), logits(base, other))
@@ -206,7 +206,7 @@ def test_dropout_in_training_only() -> None:
 
 def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     """The mean over many draws is the output without dropout (one layer: it is linear in its input)."""
-    layer = AdaptedLayer(nn.Linear(6, 5))
+    layer = AdaptedLayer(nn.Linear(6, 5), "layer")
     holder = nn.Module()
     holder.layer = layer
     weights = Lora(6, 5, 3, 2.0, dropout=0.3)
@@ -214,7 +214,7 @@ def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     nn.init.normal_(weights.lora_B)
     layer.adapters["a"] = weights
     x = torch.randn(1, 6).expand(40000, 6)
-    with torch.no_grad(), stream_of([torch.zeros(40000, dtype=torch.int64)], "a").active():
+    with torch.no_grad(), stream_of([torch.zeros(40000, dtype=torch.int64)], "a").drawn([0]).active():
         mean = layer(x).mean(0)
         weights.eval()
         expected = layer(x[:1].expand(40000, 6))[0]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,39 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dense_twin(name: str, ba
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
 def test_dropout_in_training_only(name: str, bases: Bases) -> None:
     base, adapters = bases(ROWS[name])
-    before = logits(base, stream_of(sequences()))
+    parts, stream = sequences(), stream_of(sequences(), "a")
+    before, seeds = logits(base, stream_of(parts)), range(len(parts))
     adapters.add("a", ROWS[name].config)
     adapters.train("a")
-    assert relative(logits(base, stream_of(sequences(), "a")), before) < 1e-6
+    assert relative(logits(base, stream.drawn(seeds)), before) < 1e-6
     randomise(adapters, "a")
-    stream = stream_of(sequences(), "a")
-    assert not torch.equal(logits(base, stream), logits(base, stream))
+    found = logits(base, stream.drawn(seeds))
+    assert torch.equal(logits(base, stream.drawn(seeds)), found)
+    assert not torch.equal(logits(base, stream.drawn([seed + 1 for seed in seeds])), found)
+    with pytest.raises(RuntimeError, match=r"nothing to draw from; give `stream\.drawn\(seeds\)`"):
+        logits(base, stream)
     adapters.train("a", False)
-    assert torch.equal(logits(base, stream), logits(base, stream))
+    assert torch.equal(logits(base, stream), logits(base, stream.drawn(seeds)))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
+def test_what_drops_out_depends_on_the_row_alone(name: str, bases: Bases) -> None:
+    """Neither on what stands beside it nor on whose rows those are: values and gradients."""
+    base, adapters = trained(bases, ROWS[name])
+    adapters.add("b", ROWS[name].config, seed=1)
+    randomise(adapters, "b", 2)
+    adapters.train("a")
+    adapters.train("b")
+    parts = sequences()
+    together = by_sequence(learning_stream(parts).drawn([5, 6, 7, 8]), ["b", "a", None, "a"])
+    spans = list(pairwise(together.bounds))
+    alone = learning_stream([parts[3], parts[1]], "a").drawn([8, 6])
+    found, expected = logits(base, together), logits(base, alone)
+    assert relative(found[slice(*spans[1])], expected[len(parts[3]) :]) < 1e-6
+    assert relative(found[slice(*spans[3])], expected[: len(parts[3])]) < 1e-6
+    slopes = []
+    for stream in (together, alone):
+        stream = replace(stream, weights=torch.ones_like(stream.weights))
+        slopes.append(gradients(base, adapters, stream))
+    for key, gradient in slopes[1].items():
+        assert relative(slopes[0][key], gradient, least=1e-4) < 2e-5, key

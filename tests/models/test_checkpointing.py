@@ -44,15 +44,15 @@ def adapted(family: str = "llama", dropout: float = 0.0, **values: Any) -> tuple
     return base, adapters
 
 
-def mixed_stream(names: Sequence[str | None] = ("a", None, "b", "a")) -> Stream:
-    stream = learning_stream(sequences())
+def mixed_stream(names: Sequence[str | None] = ("a", None, "b", "a"), seed: int = 0) -> Stream:
+    stream = learning_stream(sequences(), seed=seed)
     spans = zip(stream.bounds, stream.bounds[1:])
     return replace(stream, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
 
 
-def results(base: Base, adapters: Adapters, stream: Stream, seed: int = 3) -> list[Tensor]:
+def results(base: Base, adapters: Adapters, stream: Stream) -> list[Tensor]:
     """The loss, what is drawn at random next, and every gradient, of adapters in training."""
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     parameters = [p for name in adapters.configs for p in adapters.parameters(name).values()]
     for name in adapters.configs:
         adapters.train(name)
@@ -80,7 +80,8 @@ def test_losses_and_gradients_are_the_same_to_the_bit(family: str) -> None:
     randomise(adapters, "b", 2)
     stream = mixed_stream()
     off = results(base, adapters, stream)
-    assert not torch.equal(results(base, adapters, stream, seed=4)[0], off[0])  # there is something to draw
+    others = replace(stream, draws=mixed_stream(seed=4).draws)
+    assert not torch.equal(results(base, adapters, others)[0], off[0])  # there is something to draw
     for count in (1, 2):
         checkpoint_layers(base, count, ("a", "b"))
         assert_same(results(base, adapters, stream), off)

@@ -113,7 +113,7 @@ def test_through_any_head() -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, VOCABULARY))
     hidden.requires_grad_()
     wanted = [hidden, *inner.parameters()]
-    found = log_probabilities(hidden, Head(VOCABULARY, inner), targets)
+    found = log_probabilities(hidden, Head(VOCABULARY, lambda rows, _: inner(rows)), targets)
     truth = torch.log_softmax(inner(hidden), -1)[torch.arange(ROWS), targets]
     assert relative(found, truth) < 1e-6
     ours, theirs = (torch.autograd.grad((x * learned).sum(), wanted) for x in (found, truth))
@@ -142,7 +142,7 @@ def test_a_frozen_head_of_two_functions_makes_two_products(name: str) -> None:
     hidden.requires_grad_()
     truth_hidden = hidden.detach().double().requires_grad_()
     inner = Counted(weight)
-    head = Head(VOCABULARY, inner, inner.input_gradient)
+    head = Head(VOCABULARY, lambda rows, _: inner(rows), inner.input_gradient)
     found = log_probabilities(hidden, head, targets, RULES[name], learned)
     truth = log_probabilities_whole(truth_hidden, weight, targets, **asdict(RULES[name]))
     assert relative(found, truth) < 1e-6

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from reference.kept import kept_by
 from reference.measure import relative
-from topwork.adapters.lora import Lora
-from topwork.ops.bundles import LowRank
+from topwork.ops.bundles import LowRank, bundled
+from topwork.ops.dropout import Dropout, stays
 from topwork.ops.packed import Packed, pack_4bit, pack_int8
 from topwork.ops.project import AsIs, Gain, Gated, Projection, Prologue, RmsNorm, project, projection_of
 
@@ -157,27 +157,46 @@ def test_packed_weights_are_their_dense_twins(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
-    """The same draws in the same order as the plain-torch truth; other masks for other projections."""
+    """Two adapters, one of which drops out, one that does so in one place, and masks that two layers share or not."""
     torch.manual_seed(0)
-    modules = [Lora(IN, out, 4, 2.0, 0.4).train() for out in (12, 7)]
-    for module in modules:
-        module.begin(nn.Identity(), 0, "path")
-        nn.init.normal_(module.lora_B)
-    base, weights = nn.Identity(), [torch.randn(out, IN).to(dtype) for out in (12, 7)]
-    x = torch.randn(T, IN).to(dtype)
+    draws = torch.randint(0, 2**32, (T,))
+    first = [Dropout(0.4, key, draws[:11]) for key in (7, 7, 9)]
+    second = [None, None, Dropout(0.2, 9, draws[11:])]
+    group = [
+        replace(p, weight=p.weight.to(dtype), terms=tuple(replace(t, dropout=d) for t, d in zip(p.terms, dropouts)))  # type: ignore[union-attr]
+        for p, *dropouts in zip(a_group([12, 7, 5], [(0, 11), (11, T)]), first, second)
+    ]
+    x, dy = torch.randn(T, IN).to(dtype), torch.randn(T, 24).to(dtype)
     results = []
-    for fast in (True, False):
+    for run in (project, with_masks):
         given = x.clone().requires_grad_()
-        torch.manual_seed(5)
-        if fast:
-            y = project(given, [Projection(w, None, m.addition(0, T, base).terms) for w, m in zip(weights, modules)])
-        else:
-            y = torch.cat([m.adapted(F.linear(given, w), given, base) for w, m in zip(weights, modules)], -1)
-        torch.manual_seed(6)
-        grads = torch.autograd.grad(y, [given, *(p for m in modules for p in m.parameters())], torch.randn_like(y))
-        results.append([y.detach(), *grads])
+        y = run(given, group)
+        results.append([y.detach(), *torch.autograd.grad(y, [given, *masters(group)], dy.to(y.dtype))])
     for one, other in zip(*results, strict=True):
         assert relative(one, other) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def with_masks(x: Tensor, group: Sequence[Projection]) -> Tensor:
+    """The truth in fp64, each term by itself."""
+    parts = []
+    for projection in group:
+        y = F.linear(x.double(), projection.weight.double())  # type: ignore[union-attr]
+        for term in projection.terms:
+            given = x[term.start : term.stop].double()
+            if term.dropout is not None:
+                given = given * stays(term.dropout, term.dropout.draws, IN) / (1 - term.dropout.share)
+            update = term.scaling * given @ term.a.double().t() @ term.b.double().t()
+            y = y + F.pad(update, (0, 0, term.start, T - term.stop))
+        parts.append(y)
+    return torch.cat(parts, -1)
+
+
+def test_layers_with_one_mask_share_a_product() -> None:
+    """Three A of an adapter that drops out the same for all see one dropped input."""
+    dropout = Dropout(0.4, 7, torch.arange(T))
+    group = [replace(p, terms=tuple(replace(t, dropout=dropout) for t in p.terms)) for p in a_group([5] * 3, [(0, T)])]
+    bundles, _ = bundled((slice(0, 5), term, False) for projection in group for term in projection.terms)
+    assert [len(bundle.members) for bundle in bundles.all] == [3]
 
 
 GAINS: dict[str, list[tuple[int, int]]] = {

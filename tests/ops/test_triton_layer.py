@@ -14,7 +14,7 @@ from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_layer_cases.py")
-FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "loss": 45}
+FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "drop": 36, "loss": 45}
 """How many cases each has."""
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -31,13 +31,14 @@ OPTIONS = {
     "_rotate": {"INVERSE": False, "HEADS": 32, "HALF": 64},
     "_gated": {"KIND": "silu", "COLUMNS": 1024},
     "_gated_backward": {"KIND": "silu", "COLUMNS": 1024},
+    "_drop": {"ADD": True, "COLUMNS": 1024},
     "_logprob_slope": {"COLUMNS": 8192},
 }
-FP32, LONG = ("rstd", "cos", "sin", "gradient", "logps"), ("targets",)
+FP32, LONG = ("rstd", "cos", "sin", "gradient", "logps"), ("targets", "draws")
 NUMBERS = {
     "x_outer", "x_inner", "dy_outer", "dy_inner", "inner", "rows", "d", "by_token", "by_head",
     "heads", "blocks", "cos_row", "sin_row", "half", "gate_row", "up_row", "dh_row", "dgate_row", "dup_row", "f",
-    "chunks", "row_stride", "vocabulary",
+    "chunks", "row_stride", "vocabulary", "x_row", "y_row",
 }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def ptx(name: str, **options: object) -> str:
     types = {key: "constexpr" if key in chosen else "*bf16" for key in kernel.arg_names}
     types |= {key: "*fp32" for key in FP32 if key in types} | {key: "*i64" for key in LONG if key in types}
     types |= {key: "i32" for key in NUMBERS if key in types} | {key: "fp32" for key in ("eps", "scale") if key in types}
+    types |= {key: "i64" for key in ("key", "least") if key in types}
     sixteens = {
         (at,): [["tt.divisibility", 16]] for at, key in enumerate(kernel.arg_names) if types[key][0] in "*i"
     }  # fmt: skip

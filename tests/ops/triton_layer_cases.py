@@ -18,6 +18,7 @@ from reference.measure import relative
 from topwork.ops import gated as gated_op
 from topwork.ops import norm as norm_op
 from topwork.ops import rotary as rotary_op
+from topwork.ops.dropout import Dropout, drop_reference, hashed
 from topwork.ops.logprobs import logprob_slope_reference
 from topwork.ops.triton import layer, logprobs
 
@@ -109,6 +110,22 @@ def gates(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
             yield f"gated {kind} {shape}", [*found, gate, up], [*expected, *expected[1:]]
 
 
+def drops(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """Key and draws with their highest bits set and not."""
+    for shape in [(1, 1), (3, 1025), (7, 96), (0, 4)]:
+        for key, share in ((hashed("a"), 0.1), (0xFFFFFFFF, 0.75), (0, 0.0)):
+            x, y = make.parts(*shape, columns=2)
+            draws = torch.tensor([0xFFFFFFFF, 0, *range(1, 6)][: shape[0]], device=make.device, dtype=torch.int64)
+            found, expected = [], []
+            for add in (False, True):
+                dropout, into, truth = Dropout(share, key, draws), y.clone(), y.clone()
+                layer.drop(x, draws, key, dropout.least, dropout.scale, into, add)
+                drop_reference(x, dropout, truth, add)
+                found += [into, into == 0]
+                expected += [truth, truth == 0]
+            yield f"drop {shape} {share}", found, expected
+
+
 def losses(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
     def case(name: str, logits: Tensor, targets: Tensor, scale: float = 1.0) -> tuple[str, list[Tensor], list[Tensor]]:
         gradient = torch.randn(len(targets), device=make.device)
@@ -134,7 +151,7 @@ def losses(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
 
 
 FAMILIES: dict[str, Callable[[Maker], Iterator[tuple[str, list[Tensor], list[Tensor]]]]] = {
-    "norm": norms, "rotate": rotations, "gated": gates, "loss": losses,
+    "norm": norms, "rotate": rotations, "gated": gates, "drop": drops, "loss": losses,
 }  # fmt: skip
 
 

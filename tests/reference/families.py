@@ -17,6 +17,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.lora import Lora
 from topwork.models.base import Base, as_base
+from topwork.ops.dropout import hashed
 from topwork.ops.stream import Stream, stream_of
 
 VOCABULARY, WINDOW, CONTEXT = 99, 5, 64
@@ -86,8 +87,9 @@ def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
 
 
 def learning_stream(parts: Sequence[Tensor], adapter: str | None = None, seed: int = 0) -> Stream:
-    """A stream in which every token but each sequence's first is learned, with uneven weights."""
-    stream = stream_of(list(parts), adapter)
+    """A stream in which every token but each sequence's first is learned, with uneven weights; for dropout its
+    sequences have seeds of their own."""
+    stream = stream_of(list(parts), adapter).drawn([hashed(seed, number) for number in range(len(parts))])
     starts = torch.tensor(stream.bounds[:-1])
     rows = torch.tensor([i for i in range(len(stream.tokens) - 1) if i + 1 not in starts], dtype=torch.int64)
     weights = 0.5 + torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))

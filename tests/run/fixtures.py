@@ -38,7 +38,7 @@ def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tiny_llama: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, with a rate at which the adapter is seen."""
     folder = tmp_path_factory.mktemp("trained")
-    training = {"learning_rate": 0.05, "max_steps": 6, "eval_steps": 3}
+    training = {"learning_rate": 0.02, "max_steps": 6, "eval_steps": 3}
     values = tiny.recipe_values(tiny_llama, tickets, folder / "run", training=training)
     return train(tiny.write_recipe(folder / "recipe.yaml", values), report=lambda _: None).folder
 

@@ -39,7 +39,10 @@ MEMBERS: dict[str, dict[str, Any]] = {
         "training": {"seed": 3, "batch_size": 7, "max_steps": 7},
     },
     "other.rows": {"adapter": {"target_modules": ["down_proj"]}, "training": {"seed": 1, "batch_size": 3}},
-    "plus": {"adapter": {"use_rslora": True}, "training": {"loraplus_lr_ratio": 4.0, "weight_decay": 0.1}},
+    "plus": {
+        "adapter": {"use_rslora": True, "lora_dropout": 0.0},
+        "training": {"loraplus_lr_ratio": 4.0, "weight_decay": 0.1},
+    },
 }
 BF16_LOSSES, BF16_WEIGHTS = 1e-3, 2e-2
 POISON = {"learning_rate": 1e30, "max_steps": 12}
@@ -48,13 +51,13 @@ POISON = {"learning_rate": 1e30, "max_steps": 12}
 
 @pytest.fixture
 def recipes(tiny_llama: Path, tickets: Path, tmp_path: Path) -> Recipes:
-    """recipes("wide", to="folder", **changes): the recipe of a member, without dropout."""
+    """recipes("wide", to="folder", **changes): the recipe of a member, with dropout."""
     few = tiny.write_rows(tmp_path / "few.jsonl", tiny.rows(11, first=100))
 
     def make(name: str, to: str = "together", **changes: Any) -> Recipe:
         own = MEMBERS.get(name, {})
         training = {**TRAINING, **own.get("training", {}), **changes.pop("training", {})}
-        adapter = {"lora_dropout": 0.0, **own.get("adapter", {}), **changes.pop("adapter", {})}
+        adapter = {"lora_dropout": 0.1, **own.get("adapter", {}), **changes.pop("adapter", {})}
         rows = few if name == "other.rows" else tickets
         given = {"adapter": adapter, "training": training, **changes}
         sections = {section: given.pop(section) for section in ("quantization",) if section in given}
@@ -87,7 +90,7 @@ def farthest(left: Path, right: Path) -> float:
 
 
 def test_in_one_pass_as_alone(recipes: Recipes) -> None:
-    """Ranks, targets, rates, seeds, batch sizes, rows, lengths of the plan and LoRA+ all differ."""
+    """Ranks, targets, rates, seeds, batch sizes, rows, lengths of the plan, dropout and LoRA+ all differ."""
     together = quietly(*(recipes(name) for name in MEMBERS))
     for name, run in zip(MEMBERS, together, strict=True):
         [alone] = quietly(recipes(name, "alone"))

@@ -137,7 +137,6 @@ def stepped(
         parameters = list(adapters.parameters(name).values())
         learners.append(Learner(name, Sft(), parameters, torch.optim.SGD(parameters, lr=0.1), 1.0))
         adapters.train(name)
-    torch.manual_seed(0)
     results = [result for _ in range(3) for result in train_step(base, learners, passes())]
     assert all(isinstance(result, StepResult) for result in results)
     return base, adapters, results  # type: ignore[return-value]

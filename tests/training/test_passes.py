@@ -128,7 +128,9 @@ def test_the_estimate_against_figures_made_by_hand() -> None:
     assert activation_bytes_per_token(SMOLLM2, 12) == 18 * layer + 12 * 2304 + last + layer
     estimates = [activation_bytes_per_token(SMOLLM2, count) for count in range(1, 31)]
     assert estimates == sorted(estimates, reverse=True)
-    assert layer_bytes_per_token(SMOLLM2, dropout=True) > 1.2 * layer
+    assert layer_bytes_per_token(SMOLLM2, dropout=True) == layer
+    plain = [layer_bytes_per_token(SMOLLM2, dropout, fast=False) for dropout in (True, False)]
+    assert plain[0] - plain[1] == 2 * (3 * 576 + 576)  # q, k, v, gate and up have inputs of their own
 
 
 def test_experts_that_a_token_visits_count_each() -> None:
@@ -165,7 +167,6 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         checkpoint_layers(base, count, ("a",))
         parameters = list(adapters.parameters("a").values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        torch.manual_seed(0)
         results = []
         for step in range(6):
             passes = [learning_stream(sequences(part, seed=step), "a", step) for part in ((13, 7), (24, 1, 9))]

@@ -64,15 +64,14 @@ class Dora(Lora):
         return self.lora_magnitude_vector / self.lengths(base_layer)
 
     def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         distance = (self.factor(base_layer) - 1).to(y.dtype)
-        inner = F.linear(dropped, a)
+        inner = F.linear(x, a)
         updated = torch.addmm(y, inner, b.t(), alpha=self.scaling)
-        if dropped is x:
+        if not (self.dropout and self.training):
             bias = getattr(base_layer, "bias", None)
             return updated + (updated if bias is None else updated - bias) * distance
-        return updated + torch.addmm(product(base_layer, dropped), inner, b.t(), alpha=self.scaling) * distance
+        return updated + torch.addmm(product(base_layer, x), inner, b.t(), alpha=self.scaling) * distance
 
     def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:
         if self.dropout and self.training:

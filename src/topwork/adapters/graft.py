@@ -112,7 +112,7 @@ class Adapters:
         module = self.model.get_submodule(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = AdaptedLayer(module)
+        layer = AdaptedLayer(module, path)
         layer.train(False)
         _replace(self.model, path, layer)
         return layer

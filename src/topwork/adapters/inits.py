@@ -75,13 +75,11 @@ class FromWeight(Lora):
         return a, torch.cat([self.lora_B - self.first_B, self.first_B], 1)
 
     def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.difference()
         return torch.addmm(y, F.linear(x, a.to(x.dtype)), b.to(x.dtype).t(), alpha=self.scaling)
 
     def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition:  # noqa: ARG002
-        dropout = self.dropout if self.training else 0.0
-        return Addition((LowRank(start, stop, *self.difference(), self.scaling, dropout),))
+        return Addition((LowRank(start, stop, *self.difference(), self.scaling),))
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:

@@ -40,14 +40,12 @@ class Lora(Part):
         self.lora_B.zero_()
 
     def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
-        """y + s B A dropout(x) for x [n, in] and y [n, out]; A and B are multiplied in x's type."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        """y + s B A x for x [n, in] and y [n, out]; A and B are multiplied in x's type."""
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return torch.addmm(y, F.linear(x, a), b.t(), alpha=self.scaling)
 
     def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
-        dropout = self.dropout if self.training else 0.0
-        return Addition((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling, dropout),))
+        return Addition((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling),))
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}

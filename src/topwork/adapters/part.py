@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from topwork.common.errors import AdapterError
 from topwork.ops.bundles import LowRank
+from topwork.ops.dropout import Dropout, dropped, hashed
 from topwork.ops.project import Gain, Projection, projection_of
-from topwork.ops.stream import Segment, active_stream
+from topwork.ops.stream import Segment, Stream, active_stream
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,24 @@ class Addition:
 
 
 class Part(nn.Module):
-    """One adapter's tensors at one module, in fp32: the masters that the optimizer steps."""
+    """One adapter's tensors at one module, in fp32: the masters that the optimizer steps.
+
+    dropout     share of the input's values that its low-rank terms do not see while training
+    """
+
+    dropout = 0.0
 
     def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
         """Set the first weights; they depend on the module, the seed and its path alone."""
 
     def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
-        """The plain-torch truth: y [n, out], what the base's module gives for x [n, ...], as this adapter has it."""
+        """The plain-torch truth: y [n, out], what the base's module gives for x [n, ...], as this adapter has it. In
+        training, `dropout` has gone over the x that it is given (not over the base's)."""
         raise NotImplementedError
 
     def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
-        """The same for rows start:stop of a projection; None where it is no such thing, and runs by `adapted`."""
+        """The same for rows start:stop of a projection, but for dropout; None where it is no such thing, and runs by
+        `adapted`."""
         return None
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -64,9 +72,10 @@ class Part(nn.Module):
 class AdaptedLayer(nn.Module):
     """A module of the base, held once, and by name the part that each adapter has there."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, path: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.input_key = input_key(path)
         self.adapters = nn.ModuleDict()
 
     @property
@@ -89,47 +98,56 @@ class AdaptedLayer(nn.Module):
 
     def projection(self) -> Projection | None:
         """Base and parts as one projection of the active stream; None where one of them is more than that."""
-        base = projection_of(self.base_layer)
-        additions = [
-            part.addition(segment.start, segment.stop, self.base_layer)
-            for segment in active_stream().segments
-            if (part := self.part(segment.adapter)) is not None
-        ]
-        if base is None or None in additions:
+        base, stream = projection_of(self.base_layer), active_stream()
+        if base is None:
             return None
-        terms = tuple(term for addition in additions if addition for term in addition.terms)
-        return replace(
-            base, terms=terms, gains=tuple(gain for addition in additions if addition for gain in addition.gains)
-        )
+        terms: list[LowRank] = []
+        gains: list[Gain] = []
+        for segment in stream.segments:
+            if (part := self.part(segment.adapter)) is None:
+                continue
+            addition = part.addition(segment.start, segment.stop, self.base_layer)
+            if addition is None:
+                return None
+            dropout = self._dropout(part, stream, segment)
+            terms += addition.terms if dropout is None else (replace(t, dropout=dropout) for t in addition.terms)
+            gains += addition.gains
+        return replace(base, terms=tuple(terms), gains=tuple(gains))
+
+    def _dropout(self, part: Part, stream: Stream, segment: Segment) -> Dropout | None:
+        if not (part.training and part.dropout):
+            return None
+        return stream.dropout(part.dropout, self.input_key, slice(segment.start, segment.stop))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if x.dim() == 4:
             return self._by_head(y, x)
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
-        segments = active_stream().segments_of(lead.numel())
-        if not self._touched(segments):
+        stream = active_stream().of_rows(lead.numel())
+        if not self._touched(stream.segments):
             return y
-        return self._by_segment(segments, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
+        return self._by_segment(stream, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
 
     def _by_head(self, y: Tensor, x: Tensor) -> Tensor:
         """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first. In memory tokens lie further
         apart than heads, which tells them where there are as many of both."""
-        segments = active_stream().segments
-        if not self._touched(segments):
+        stream = active_stream()
+        if not self._touched(stream.segments):
             return y
-        tokens = segments[-1].stop
+        tokens = stream.segments[-1].stop
         turned = x.shape[1] != tokens or (x.shape[2] == tokens and x.stride(1) < x.stride(2))
         if turned:
             x, y = x.transpose(1, 2), y.transpose(1, 2)
-        found = self._by_segment(segments, y.flatten(0, 1), x.flatten(0, 1))[None]
+        found = self._by_segment(stream, y.flatten(0, 1), x.flatten(0, 1))[None]
         return found.transpose(1, 2) if turned else found
 
     def _touched(self, segments: Sequence[Segment]) -> bool:
         return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)
 
-    def _by_segment(self, segments: Sequence[Segment], y: Tensor, x: Tensor) -> Tensor:
+    def _by_segment(self, stream: Stream, y: Tensor, x: Tensor) -> Tensor:
         """y [T, ...] with each segment's rows passed through its adapter's part."""
+        segments = stream.segments
         if segments[-1].stop != y.shape[0]:
             raise AdapterError(
                 f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model "
@@ -139,8 +157,22 @@ class AdaptedLayer(nn.Module):
         rows = [y[segment.start : segment.stop] for segment in segments] if len(segments) > 1 else [y]
         for at, segment in enumerate(segments):
             if (part := self.part(segment.adapter)) is not None:
-                rows[at] = part.adapted(rows[at], x[segment.start : segment.stop], self.base_layer)
+                given, dropout = x[segment.start : segment.stop], self._dropout(part, stream, segment)
+                rows[at] = part.adapted(
+                    rows[at], given if dropout is None else dropped(given, dropout), self.base_layer
+                )
         return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Modules that are given what another is."""
+
+
+def input_key(path: str) -> int:
+    """What dropout in the module at `path` depends on: its input, so that modules with one input drop the same of it,
+    which is then dropped once for all of them."""
+    parent, _, name = path.rpartition(".")
+    return hashed(parent, INPUT_OF.get(name, name))
 
 
 def path_seed(seed: int, path: str) -> int:

@@ -107,7 +107,10 @@ class Base:
         vocabulary = self.module.config.get_text_config().vocab_size
         parts = [
             log_probabilities(
-                rows[at], Head(vocabulary, self._head_of(stream, adapter)), stream.targets[at], self.logit_rule
+                rows[at],
+                Head(vocabulary, self._head_of(stream, adapter, stream.rows[at])),
+                stream.targets[at],
+                self.logit_rule,
             )
             for adapter, at in _rows_by_segment(stream, stream.rows)
         ]
@@ -120,7 +123,7 @@ class Base:
     def logits_of(self, stream: Stream, hidden: Tensor, rows: Tensor) -> Tensor:
         """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
         parts = [
-            self.logit_rule(self._head_of(stream, adapter)(hidden[rows[at]]))
+            self.logit_rule(self._head_of(stream, adapter, rows[at])(hidden[rows[at]], 0))
             for adapter, at in _rows_by_segment(stream, rows)
         ]
         return torch.cat(parts)
@@ -136,12 +139,14 @@ class Base:
             x = placed.over(x, placed.virtual.embeddings)
         return {"inputs_embeds": x[None]}
 
-    def _head_of(self, stream: Stream, adapter: str | None) -> Callable[[Tensor], Tensor]:
-        """The head for rows of one adapter, in chunks of any size; a backward pass may call it again later."""
+    def _head_of(self, stream: Stream, adapter: str | None, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The head for some rows [n] of one adapter, in chunks of any size; a backward pass may call it again later."""
+        draws = None if stream.draws is None else stream.draws[rows]
 
-        def head(rows: Tensor) -> Tensor:
-            with replace(stream, segments=(Segment(0, len(rows), adapter),)).active():
-                return self.head(rows)
+        def head(hidden: Tensor, first: int) -> Tensor:
+            own = None if draws is None else draws[first : first + len(hidden)]
+            with replace(stream, segments=(Segment(0, len(hidden), adapter),), draws=own).active():
+                return self.head(hidden)
 
         return head
 
@@ -151,7 +156,7 @@ def _head_alone(head: nn.Module) -> Head | None:
     if type(head) is nn.Linear:
         return dense_head(head.weight, head.bias)
     if type(head) is QuantizedLinear and (head.bias is None or not head.bias.requires_grad):
-        return Head(head.out_features, head, head.input_gradient)
+        return Head(head.out_features, lambda rows, _: head(rows), head.input_gradient)
     return None
 
 

@@ -7,8 +7,7 @@ It is the first k of L layers that are checkpointed. The backward pass reaches t
 let go of what they kept, on CPUs that stays until the pass is over (`ops/kept.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -44,8 +43,7 @@ def checkpoint_layers(base: Base, count: int, adapters: Sequence[str]) -> None:
         _switch_off(layer)
     if not count:
         return
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        left_out = _products_to_leave_out(base, layers[:count], adapters)
+    left_out = _products_to_leave_out(base, layers[:count], adapters)
     for layer, paths in zip(layers, left_out):
         _switch_on(layer, Checkpoint(layer, stand_ins_at(layer, paths)))
 
@@ -101,7 +99,6 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, stand_ins, stream, hidden, *learned):  # type: ignore[no-untyped-def]
         ctx.run, ctx.stand_ins, ctx.stream = run, stand_ins, stream
-        ctx.random = _random_state(hidden.device)
         ctx.save_for_backward(hidden, *learned)
         with outside_of_pass_memory():
             return run(hidden)
@@ -113,9 +110,8 @@ class _Recomputed(torch.autograd.Function):
         own = len(ctx.stream.learned())  # the stream's come first, and become leaves here; the layer's are leaves
         learned[:own] = [x.detach().requires_grad_() for x in learned[:own]]
         stream = ctx.stream.with_learned(learned[:own])
-        replayed = _replayed(ctx.random, hidden.device)
         with outside_of_pass_memory():
-            with torch.enable_grad(), stream.active(), replayed, left_out(ctx.stand_ins):
+            with torch.enable_grad(), stream.active(), left_out(ctx.stand_ins):
                 outputs = outputs_of(ctx.run(hidden))
             differ = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
             left, right = (list(compress(side, differ)) for side in (outputs, gradients))
@@ -136,21 +132,6 @@ def _run_of(layer: GradientCheckpointingLayer, forward: Callable[..., Any], othe
             layer.training = before
 
     return run
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    """The generators that dropout in a layer draws from."""
-    return (torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()))
-
-
-@contextmanager
-def _replayed(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
-    """Draw as at `state`; afterwards go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-        yield
 
 
 @dataclass
@@ -211,4 +192,4 @@ def _few_tokens(base: Base, adapters: Sequence[str]) -> Stream:
     tokens = torch.randint(0, vocabulary, (len(adapters), 2), generator=torch.Generator().manual_seed(0))
     stream = stream_of([part.to(base.device) for part in tokens])
     segments = tuple(Segment(2 * at, 2 * at + 2, name) for at, name in enumerate(adapters))
-    return Stream(stream.tokens, stream.positions, stream.bounds, segments)
+    return Stream(stream.tokens, stream.positions, stream.bounds, segments).drawn(range(len(adapters)))

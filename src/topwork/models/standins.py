@@ -41,7 +41,6 @@ def _gradients(layer: nn.Module, run: Run, hidden: Tensor, without: Sequence[str
     `without` return NaN. Nothing where the layer can't run without them."""
     x = hidden.detach().requires_grad_()
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    torch.manual_seed(0)  # dropout
     stand_ins = stand_ins_at(layer, without, torch.nan)
     try:
         with torch.enable_grad(), left_out(stand_ins):

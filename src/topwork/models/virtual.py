@@ -62,8 +62,9 @@ def expanded(stream: Stream, virtual: Mapping[str, Virtual]) -> Expanded:
         positions[each.rows] = torch.arange(each.virtual.count, device=device).repeat(
             len(each.rows) // each.virtual.count
         )
+    draws = None if stream.draws is None else torch.zeros_like(tokens).index_copy(0, rows, stream.draws)
     longer = replace(
-        stream, tokens=tokens, positions=positions, bounds=bounds, segments=segments, placed=placed,
+        stream, tokens=tokens, positions=positions, bounds=bounds, segments=segments, placed=placed, draws=draws,
         rows=rows[stream.rows], wanted=None if stream.wanted is None else rows[stream.wanted],
     )  # fmt: skip
     return Expanded(longer, rows)

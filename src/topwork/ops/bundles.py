@@ -1,8 +1,8 @@
 """The low-rank terms of a group of projections, gathered so that a pass needs few products, and those in few calls.
 
-Terms whose A sees the same input make one bundle: one product gives S for all of them. Bundles without dropout make one
-batch: all their products of a stage are one call (`ops/grouped.py`), whatever adapters they belong to. With dropout an
-input is made for each projection, and a projection's bundles make a batch, so that one such input is held at a time.
+Terms whose A sees the same input make one bundle: one product gives S for all of them. All products of a stage are one
+call (`ops/grouped.py`), whatever adapters they belong to. With dropout a bundle has an input of its own, which is made
+again going backward.
 """
 
 from collections import Counter, defaultdict
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topwork.ops.dropout import Dropout, briefly_dropped, drop
 from topwork.ops.grouped import Product, grouped_products
-from topwork.ops.kept import kept_empty
+from topwork.ops.kept import brief_empty, kept_empty
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     scaling: float
-    dropout: float = 0.0
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class Bundle:
 
     rows: slice
     members: tuple[Member, ...]
-    dropout: float
+    dropout: Dropout | None
     masters: slice
 
     @property
     def rank(self) -> int:
         return int(self.members[-1].ranks.stop)
+
+    def input(self, n: Tensor) -> Tensor:
+        """What the members' A see of n [T, in]."""
+        rows = n[self.rows]
+        return rows if self.dropout is None else briefly_dropped(rows, self.dropout)
 
     def stacked(self, masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The members' A under one another [R, in]."""
@@ -64,10 +70,10 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Bundles whose products of a stage are one call; `apart`: where their rows differ, they do not overlap."""
+class Bundles:
+    """Those of a group; `apart`: where their rows differ, they do not overlap."""
 
-    bundles: tuple[Bundle, ...]
+    all: tuple[Bundle, ...]
     apart: bool
 
 
@@ -75,24 +81,22 @@ Placed = tuple[slice, LowRank, bool]
 """A term, its columns in the group's output, and whether its product is left out going forward."""
 
 
-def batches_of(terms: Iterable[tuple[int, Placed]]) -> tuple[tuple[Batch, ...], list[Tensor]]:
-    """Terms with their projection's number, in batches; and their A and B in turns."""
-    shared: dict[int | None, dict[tuple[Any, ...], list[Placed]]] = defaultdict(lambda: defaultdict(list))
-    for number, place in terms:
+def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
+    """The terms' bundles, and their A and B in turns."""
+    shared: dict[tuple[Any, ...], list[Placed]] = defaultdict(list)
+    for place in terms:
         term = place[1]
-        shared[number if term.dropout else None][term.start, term.stop, term.dropout].append(place)
-    batches: list[Batch] = []
+        drops = term.dropout and (term.dropout.share, term.dropout.key)  # rows have the same draws for all
+        shared[term.start, term.stop, drops].append(place)
+    made: list[Bundle] = []
     masters: list[Tensor] = []
-    for bundles in shared.values():
-        made = []
-        for (start, stop, dropout), places in bundles.items():
-            first = len(masters)
-            members = tuple(_members(places))
-            masters += [master for _, term, _ in places for master in (term.a, term.b)]
-            made.append(Bundle(slice(start, stop), members, dropout, slice(first, len(masters))))
-        ranges = sorted({(bundle.rows.start, bundle.rows.stop) for bundle in made})
-        batches.append(Batch(tuple(made), all(one[1] <= other[0] for one, other in pairwise(ranges))))
-    return tuple(batches), masters
+    for (start, stop, _), places in shared.items():
+        first = len(masters)
+        masters += [master for _, term, _ in places for master in (term.a, term.b)]
+        bundle = Bundle(slice(start, stop), tuple(_members(places)), places[0][1].dropout, slice(first, len(masters)))
+        made.append(bundle)
+    ranges = sorted({(bundle.rows.start, bundle.rows.stop) for bundle in made})
+    return Bundles(tuple(made), all(one[1] <= other[0] for one, other in pairwise(ranges))), masters
 
 
 def _members(places: Iterable[Placed]) -> Iterator[Member]:
@@ -103,21 +107,13 @@ def _members(places: Iterable[Placed]) -> Iterator[Member]:
         yield Member(columns, ranks, term.scaling, only_backward)
 
 
-Inner = tuple[Tensor, Tensor | None]
-"""S [rows, R] of a bundle, and its dropout's factors [rows, in]."""
-
-
-def add_terms(n: Tensor, batches: Sequence[Batch], masters: Sequence[Tensor], out: Tensor) -> list[Inner]:
-    """Adds every term to out [T, outputs]; what the backward pass needs, one for each bundle."""
-    return [inner for batch in batches for inner in _add_batch(n, batch, masters, out)]
-
-
-def _add_batch(n: Tensor, batch: Batch, masters: Sequence[Tensor], out: Tensor) -> list[Inner]:
+def add_terms(n: Tensor, bundles: Bundles, masters: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+    """Adds every term to out [T, outputs]; each bundle's S [rows, R], which the backward pass needs."""
     found, first, second = [], [], []
-    for bundle in batch.bundles:
-        rows, noise = _dropped(n[bundle.rows], bundle.dropout)
+    for bundle in bundles.all:
+        rows = bundle.input(n)
         s = kept_empty(n, rows.shape[0], bundle.rank)
-        found.append((s, noise))
+        found.append(s)
         first.append(Product(rows, bundle.stacked(masters, n.dtype).t(), s))
         for member, b in bundle.each(masters):
             if not member.only_backward:
@@ -125,47 +121,40 @@ def _add_batch(n: Tensor, batch: Batch, masters: Sequence[Tensor], out: Tensor) 
                 product = Product(s[:, member.ranks], b.to(n.dtype).t(), part, member.scaling, 1)
                 second.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
     grouped_products(first)
-    _in_turns(second, batch.apart)
+    _in_turns(second, bundles.apart)
     return found
 
 
 def term_gradients(
-    n: Tensor, batches: Sequence[Batch], masters: Sequence[Tensor], inner: Sequence[Inner], dy: Tensor,
-    dn: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """The masters' gradients; adds the terms' share to dn [T, in] where there is one."""
-    found, at = [], 0
-    for batch in batches:
-        found += _batch_gradients(n, batch, masters, inner[at : at + len(batch.bundles)], dy, dn)
-        at += len(batch.bundles)
-    return found
-
-
-def _batch_gradients(
-    n: Tensor, batch: Batch, masters: Sequence[Tensor], inner: Sequence[Inner], dy: Tensor, dn: Tensor | None
+    n: Tensor, bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None
 ) -> list[Tensor]:
-    g = [torch.empty_like(s) for s, _ in inner]
+    """The masters' gradients; adds the terms' share to dn [T, in] where there is one."""
+    g = [torch.empty_like(s) for s in inner]
     first, second, third, found = [], [], [], []
-    for bundle, (s, noise), slopes in zip(batch.bundles, inner, g):
-        rows = n[bundle.rows] if noise is None else n[bundle.rows] * noise
+    shares: list[tuple[slice, Dropout, Tensor]] = []
+    for bundle, s, slopes in zip(bundles.all, inner, g):
         da = masters[bundle.masters.start].new_empty(bundle.rank, n.shape[1])
-        second.append(Product(slopes.t(), rows, da))
+        second.append(Product(slopes.t(), bundle.input(n), da))
         for member, b in bundle.each(masters):
             own, db = dy[bundle.rows, member.columns], torch.empty_like(b)
             first.append(Product(own, b.to(dy.dtype), slopes[:, member.ranks], member.scaling))
             second.append(Product(own.t(), s[:, member.ranks], db, member.scaling))
             found += [da[member.ranks], db]
-        if dn is not None and noise is None:
-            product = Product(slopes, bundle.stacked(masters, dy.dtype), dn[bundle.rows], beta=1)
+        if dn is None:
+            continue
+        a = bundle.stacked(masters, dy.dtype)
+        if bundle.dropout is None:
+            product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
+        else:
+            shares.append((bundle.rows, bundle.dropout, brief_empty(dn, len(s), dn.shape[1])))
+            second.append(Product(slopes, a, shares[-1][2]))
     grouped_products(first)
     grouped_products(second)
-    _in_turns(third, batch.apart)
-    for bundle, (_, noise), slopes in zip(batch.bundles, inner, g):
-        if dn is not None and noise is not None:
-            share = torch.empty_like(noise)
-            grouped_products([Product(slopes, bundle.stacked(masters, dy.dtype), share)])
-            dn[bundle.rows].addcmul_(share, noise)
+    _in_turns(third, bundles.apart)
+    if dn is not None:
+        for rows, dropout, share in shares:
+            drop(share, dropout, dn[rows], add=True)
     return found
 
 
@@ -178,11 +167,3 @@ def _in_turns(placed: Sequence[tuple[tuple[int, ...], Product]], apart: bool) ->
         met[place] += 1
     for products in turns.values():
         grouped_products(products)
-
-
-def _dropped(rows: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-    """Rows with some values dropped and the others scaled up, and the factors; drawn as torch's dropout draws them."""
-    if not share:
-        return rows, None
-    noise = kept_empty(rows, *rows.shape).bernoulli_(1 - share).div_(1 - share)
-    return rows * noise, noise

@@ -11,6 +11,7 @@ pass turns a chunk of logits into its log-probabilities and, in the same memory,
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class Head:
     """An output head by its products, and where it is frozen and carries no adapter, by their way back too."""
 
     vocabulary: int
-    products: Callable[[Tensor], Tensor]
-    """Hidden states [n, d] -> [n, V]."""
+    products: Callable[[Tensor, int], Tensor]
+    """Hidden states [n, d], and the number of the first of them -> [n, V]."""
     input_gradient: Callable[[Tensor], Tensor] | None = None
     """[n, V] -> [n, d]. Without it gradients go by autograd through `products`, called a second time."""
     products_into: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -73,7 +74,7 @@ def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
 
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     back = None if learns else lambda slope: slope @ weight
-    return Head(len(weight), lambda rows: torch.nn.functional.linear(rows, weight, bias), back, into)
+    return Head(len(weight), lambda rows, _: torch.nn.functional.linear(rows, weight, bias), back, into)
 
 
 def chunk_rows(vocabulary: int, device: torch.device, value_bytes: int = 4) -> int:
@@ -98,13 +99,13 @@ def log_probabilities(
     if hidden.requires_grad and gradient is not None and head.input_gradient is not None and len(targets):
         return _InForward.apply(hidden, head, targets, rule, gradient)
 
-    def chunk(rows: Tensor, wanted: Tensor) -> Tensor:
-        logits = rule(head.products(rows))
+    def chunk(rows: Tensor, wanted: Tensor, first: int) -> Tensor:
+        logits = rule(head.products(rows, first))
         return logits.gather(-1, wanted[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
 
     size = chunk_rows(head.vocabulary, hidden.device)
-    parts = zip(hidden.split(size), targets.split(size))
-    return torch.cat([checkpoint(chunk, rows, wanted, use_reentrant=False) for rows, wanted in parts])
+    parts = zip(hidden.split(size), targets.split(size), count(0, size))
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def _in_chunks(
@@ -113,15 +114,15 @@ def _in_chunks(
     """Log-probabilities [N] and, where `gradient` is given, the gradient by hidden [N, d]."""
     logps, grads = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(hidden)
     weights = torch.zeros_like(logps) if gradient is None else gradient.float()
-    count = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
-    size = -(-len(targets) // max(1, count))  # all chunks alike: a short last one would be slower by the row
+    chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
+    size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
     into, back = head.products_into, None if gradient is None else head.input_gradient
     with function_memory():
         buffer = None if into is None else brief_empty(hidden, size, head.vocabulary)
         for start in range(0, len(targets), max(1, size)):
             at = slice(start, min(start + size, len(targets)))
             rows = hidden[at]
-            products = head.products(rows) if into is None or buffer is None else into(rows, buffer[: len(rows)])
+            products = head.products(rows, start) if into is None or buffer is None else into(rows, buffer[: len(rows)])
             logps[at], slope = rule.log_probabilities(products, targets[at], weights[at])
             if back is not None:
                 grads[at] = back(slope)

@@ -9,9 +9,9 @@
 A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It keeps y.
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments), and
-those of all adapters run together (`ops/bundles.py`). With dropout each term has an A-input of its own, so nothing is
-shared. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the plain-torch truth
-is `adapters/lora.py`'s `add_to`, which autograd differentiates.
+those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
+G A loses the same. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the
+plain-torch truth is `adapters/lora.py`'s `adapted`, which autograd differentiates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, Placed, add_terms, batches_of, term_gradients
+from topwork.ops.bundles import LowRank, Placed, add_terms, bundled, term_gradients
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.kept import brief_empty, function_memory, kept_empty, passing_empty
@@ -160,9 +160,9 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
     backward pass writes over them. What comes next either keeps them or is done with them at once, as `keeps` says."""
-    batches, masters = batches_of(_placed_terms(group))
+    bundles, masters = bundled(_placed_terms(group))
     scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), batches, scales, keeps or bool(scales), *masters, *factors)
+    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps or bool(scales), *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class _Scale:
     bias: Tensor | None
 
 
-def _placed_terms(group: Sequence[Projection]) -> Iterator[tuple[int, Placed]]:
-    for number, (projection, columns) in enumerate(_columns(group)):
+def _placed_terms(group: Sequence[Projection]) -> Iterator[Placed]:
+    for projection, columns in _columns(group):
         for term in projection.terms:
-            yield number, (columns, term, projection.instead is not None)
+            yield columns, term, projection.instead is not None
 
 
 def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
@@ -192,17 +192,17 @@ def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tenso
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, batches, scales, keeps, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, bundles, scales, keeps, *learned):  # type: ignore[no-untyped-def]
         masters, factors = _split(learned, len(learned) - len(scales))
         with function_memory():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
             out = (kept_empty if keeps else passing_empty)(n, *shape)
             _base_products(n, group, out)
-            inner = [tensor for pair in add_terms(n, batches, masters, out) for tensor in pair]
+            inner = add_terms(n, bundles, masters, out)
         for scale, factor in zip(scales, factors):
             multiply_(out[scale.rows, scale.columns], factor, scale.bias)
-        ctx.prologue, ctx.group, ctx.batches, ctx.scales = prologue, group, batches, scales
+        ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
         ctx.counts = len(kept), len(inner), len(masters)
         ctx.out = out.detach() if scales else None  # not among the saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)
@@ -218,10 +218,9 @@ class _Project(torch.autograd.Function):
         found: list[Tensor] = []
         with function_memory():
             dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
-            if ctx.batches:
+            if inner:
                 n = ctx.prologue.again(x, tuple(kept))
-                pairs = list(zip(inner[::2], inner[1::2]))
-                found = term_gradients(n, ctx.batches, masters, pairs, dout, dn)
+                found = term_gradients(n, ctx.bundles, masters, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
         return dx, None, None, None, None, None, *found, *dfactors

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from topwork.ops.dropout import Dropout, token_draws
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Stream:
     weights     [N] float32: the weight with which it is learned
     cache       keys and values of earlier passes, while generating; else None
     wanted      [n] int64, rising: the hidden states that will be looked at, None for all; a last layer may stop there
+    draws       [T] int64: what dropout draws from (`ops/dropout.py`), where an adapter may drop out; else None
     placed      the virtual tokens in it, which `models/virtual.py` puts there; nobody else makes streams with any
     """
 
@@ -73,13 +77,20 @@ class Stream:
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     cache: Any = None
     wanted: Tensor | None = None
+    draws: Tensor | None = None
     placed: tuple[Placed, ...] = ()
 
     def to(self, device: torch.device) -> "Stream":
         """The same stream with its tensors on `device`."""
-        names = ("tokens", "positions", "rows", "targets", "weights")
-        wanted = None if self.wanted is None else self.wanted.to(device)
-        return replace(self, wanted=wanted, **{name: getattr(self, name).to(device) for name in names})
+        names = ("tokens", "positions", "rows", "targets", "weights", "wanted", "draws")
+        found = {name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **found)
+
+    def drawn(self, seeds: Sequence[int]) -> "Stream":
+        """The same stream, its sequences with a seed each (`ops/dropout.py`'s `hashed`) for what drops out in them."""
+        lengths = torch.tensor([stop - start for start, stop in pairwise(self.bounds)], device=self.tokens.device)
+        by_token = torch.tensor(seeds, device=self.tokens.device).repeat_interleave(lengths)
+        return replace(self, draws=token_draws(by_token, self.positions))
 
     def prefixes(self, layer: int) -> tuple[tuple[Placed, Tensor], ...]:
         """Where the keys and values [2, P, H_kv, D] of a layer are learned, and those."""
@@ -105,18 +116,26 @@ class Stream:
 
         return replace(self, placed=tuple(taken(placed) for placed in self.placed))
 
-    def segments_of(self, rows: int) -> tuple[Segment, ...]:
-        """The segments of a tensor with so many rows: all tokens, or what a last layer has left of them."""
-        if self.wanted is None or rows == len(self.tokens):
-            return self.segments
-        return self.narrowed().segments
+    def of_rows(self, rows: int) -> "Stream":
+        """The stream as a tensor of so many rows has it: all tokens, or what a last layer has left of them."""
+        return self if self.wanted is None or rows == len(self.tokens) else self.narrowed()
 
     def narrowed(self) -> "Stream":
-        """Only the wanted rows, for what comes after attention: their segments, no longer their sequences."""
+        """Only the wanted rows, for what comes after attention: their segments and draws, no longer their sequences."""
         assert self.wanted is not None
+        draws = None if self.draws is None else self.draws[self.wanted]
         parts = zip(self.by_segment(self.wanted), self.segments)
         segments = tuple(Segment(part.start, part.stop, segment.adapter) for part, segment in parts)
-        return replace(self, segments=segments, wanted=None)
+        return replace(self, segments=segments, wanted=None, draws=draws)
+
+    def dropout(self, share: float, key: int, rows: slice) -> Dropout:
+        """What drops a share of these rows' values on their way into a layer of this key."""
+        if self.draws is None:
+            raise RuntimeError(
+                "an adapter with lora_dropout is in training, and its stream tells nothing to draw from; give "
+                "`stream.drawn(seeds)`, a seed for each sequence, or switch dropout off: adapters.train(name, False)"
+            )
+        return Dropout(share, key, self.draws[rows])
 
     def by_segment(self, rows: Tensor) -> list[slice]:
         """The part of some rows [n], which rise, that lies in each segment."""

@@ -28,8 +28,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned.
 
-    `together` are the folders' names of all that were trained in the same passes: rounding and dropout's noise follow
-    from them too.
+    `together` are the folders' names of all that were trained in the same passes: rounding follows from them too.
     """
     return {
         "base": {"id": base.name, "fingerprint": base.fingerprint, "held_as": packed_kinds(base.module)},

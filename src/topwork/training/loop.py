@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,7 @@ class Loop:
     def _step(self, active: Sequence[Member], at: int) -> None:
         """One optimizer step of each, in shared passes."""
         groups = [(member.name, member.next_rows()) for member in active]
-        passes = self._passes(groups)
+        passes = self._passes(groups, {member.name: member.draws_from() for member in active})
         start = time.perf_counter()
         try:
             results = train_step(self.base, [member.learner for member in active], passes)
@@ -121,9 +121,9 @@ class Loop:
             else:
                 member.stepped(Timed(result, seconds, tokens))
 
-    def _passes(self, groups: Sequence[Group]) -> list[Stream]:
+    def _passes(self, groups: Sequence[Group], seeds: Mapping[str, int] | None = None) -> list[Stream]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
-        return step_passes(groups, self.tokens_per_pass, self.base.device, virtual)
+        return step_passes(groups, self.tokens_per_pass, self.base.device, virtual, seeds)
 
     def _validate(self, members: Sequence[Member], at: int) -> None:
         """The members' held-out rows, in shared passes."""

@@ -11,6 +11,7 @@ from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
 from topwork.common.errors import NonFiniteLossError
 from topwork.data.batches import step_indices, steps_per_epoch
 from topwork.data.examples import Example
+from topwork.ops.dropout import hashed
 from topwork.training.checkpoint import (
     ADAPTER,
     TrainState,
@@ -95,6 +96,10 @@ class Member:
         indices = step_indices(len(self.train), self.config.batch_size, self.config.seed, self.state.step)
         self._rows = [self.train[i] for i in indices]
         return self._rows
+
+    def draws_from(self) -> int:
+        """The seed of what drops out in its next step."""
+        return hashed(self.config.seed, self.state.step)
 
     def stepped(self, timed: Timed) -> None:
         """An optimizer step is done."""

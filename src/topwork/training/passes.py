@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from topwork.common.errors import RecipeError
 from topwork.data.batches import Group, collate_segments, pack
+from topwork.ops.dropout import hashed
 from topwork.ops.stream import Stream
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.optimizers import state_bytes
@@ -29,9 +30,11 @@ def step_passes(
     tokens_per_pass: int,
     device: torch.device,
     virtual: Mapping[str, int] = MappingProxyType({}),
+    seeds: Mapping[str, int] | None = None,
 ) -> list[Stream]:
     """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment.
-    `virtual` is how many tokens an adapter puts in front of each of its rows, by its name."""
+    `virtual` is how many tokens an adapter puts in front of each of its rows, by its name, and `seeds` decides what
+    drops out in them, however they are packed."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
     def grouped(indices: Sequence[int]) -> list[Group]:
@@ -41,7 +44,11 @@ def step_passes(
     extra = [virtual.get(str(name), 0) for name, _ in groups]
     lengths, owners = [len(example.tokens) + extra[at] for at, example in rows], [at for at, _ in rows]
     packed = pack(lengths, tokens_per_pass, owners)
-    return [collate_segments(grouped(indices)).to(device) for indices in packed]
+    streams = [collate_segments(grouped(indices)) for indices in packed]
+    if seeds is not None:
+        by_row = [hashed(seeds[str(name)], number) for name, examples in groups for number in range(len(examples))]
+        streams = [stream.drawn([by_row[index] for index in own]) for stream, own in zip(streams, packed)]
+    return [stream.to(device) for stream in streams]
 
 
 @dataclass(frozen=True)
@@ -154,18 +161,16 @@ def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False, fast:
     """What a llama layer with LoRA on all of its linear layers keeps per token, but for its r values for each of them.
 
     A fast layer (`models/fast.py`), in the model's type: its input, q, k, v, the attention's output, what the MLP is
-    given, gate and up; in fp32 a number for each norm and head. With dropout the factors of each linear layer's input.
+    given, gate and up; in fp32 a number for each norm and head. Dropout keeps nothing.
 
     A plain one also keeps both norms' outputs, silu(gate) and its product with up, in fp32 what the norms were given;
-    with dropout, in place of the linear layers' inputs, each one's dropped-out copy and mask (in the model's type on
-    CPUs, a byte on GPUs). Families without a gate keep less.
+    with dropout, in place of the linear layers' inputs, each one's dropped-out copy. Families without a gate keep less.
     """
     s = _shape(config)
     between = 2 * s.attention + 2 * s.key_value
-    factors = 5 * s.hidden + s.attention + s.inner if dropout else 0
     if fast:
-        return s.value_bytes * (2 * s.hidden + between + 2 * s.inner + factors) + 4 * s.heads + 8
-    inputs = 2 * factors if dropout else 2 * s.hidden + s.inner
+        return s.value_bytes * (2 * s.hidden + between + 2 * s.inner) + 4 * s.heads + 8
+    inputs = (5 * s.hidden + s.attention if dropout else 2 * s.hidden) + s.inner
     return s.value_bytes * (between + 3 * s.inner + inputs) + 8 * s.hidden + 8
 
 

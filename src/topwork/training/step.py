@@ -113,6 +113,7 @@ def _part(stream: Stream, segment: Segment, rows: slice) -> Stream:
         rows=stream.rows[rows] - segment.start,
         targets=stream.targets[rows],
         weights=stream.weights[rows],
+        draws=None,
     )
 
 

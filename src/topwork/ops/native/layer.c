@@ -1,7 +1,7 @@
 // The element-wise parts of a transformer layer, forward and backward: RMS norm, rotary embedding, the residual stream,
-// gains, gated unit.
+// gains, dropout, gated unit.
 //
-// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gain.py, ops/gated.py. Strides count values, not bytes. A row belongs to
+// Formulas: ops/norm.py, ops/rotary.py, ops/residual.py, ops/gain.py, ops/dropout.py, ops/gated.py. Strides count values, not bytes. A row belongs to
 // one thread and is summed in one order, so results do not depend on the number of threads. Every kernel reads its
 // inputs from memory once: a norm's second pass over a row finds it in the core's own cache. No product and sum are
 // fused where the plain torch of those files rounds them one by one.
@@ -242,6 +242,53 @@ void topwork_gain_backward(
   if (!stretches) memset(sums, 0, n * sizeof *sums);
   for (int64_t s = 1; s < stretches; s++)
     for (int64_t i = 0; i < n; i++) sums[i] += sums[s * n + i];
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+INLINE uint32_t mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+INLINE vecu mixed_lanes(vecu x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+INLINE void drop_row(
+    const void *x, void *y, int64_t d, uint32_t row, vecu steps, uint32_t least, float scale, int kind, int add) {
+#define BODY(i, n)                                                                             \
+  {                                                                                            \
+    vecu hash = mixed_lanes((steps + (uint32_t)(i) * 0x9e3779b9u) ^ row);                      \
+    vecf value = pick((veci)(hash >= least), load(x, i, n, kind) * scale, (vecf){});           \
+    store(y, i, n, kind, add ? load(y, i, n, kind) + value : value);                           \
+  }
+  EACH(d, BODY);
+#undef BODY
+}
+
+// y [rows, d] = x with values dropped or, with 2 in `mode`, plus that; 1 in `mode`: x and y in bf16.
+void topwork_drop(
+    const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t rows, int64_t d, const int64_t *draws,
+    uint32_t key, uint32_t least, float scale, int mode, int threads) {
+  vecu steps;
+  for (int i = 0; i < LANES; i++) steps[i] = (i + 1) * 0x9e3779b9u;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+    uint32_t row = mixed((uint32_t)draws[r] ^ key);
+#define CALL(kind, add) \
+  drop_row(at(x, r * x_stride, kind), at(y, r * y_stride, kind), d, row, steps, least, scale, kind, add)
+    switch (mode) {
+      case 0: CALL(F32, 0); break;
+      case 1: CALL(BF16, 0); break;
+      case 2: CALL(F32, 1); break;
+      case 3: CALL(BF16, 1); break;
+    }
+#undef CALL
+  }
 }
 
 // ---- gated unit -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 from topwork.ops.native import build
 
 _AT, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_UINT = ctypes.c_uint32
 _TYPES = {
     "topwork_rms_norm": [_AT, *[_LONG] * 5, _AT, _FLOAT, _INT, _AT, _AT, _INT, _INT],
     "topwork_rms_norm_backward": [*[_AT, _LONG, _LONG] * 2, *[_LONG] * 3, _AT, _AT, _AT, _INT, _INT],
@@ -15,6 +16,7 @@ _TYPES = {
     "topwork_add_and_round": [_AT, _AT, _AT, _AT, _FLOAT, _FLOAT, _LONG, _INT],
     "topwork_gain": [_AT, *[_LONG] * 3, _AT, _AT, _INT, _INT],
     "topwork_gain_backward": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _AT, _AT, _LONG, _INT, _INT],
+    "topwork_drop": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _UINT, _UINT, _FLOAT, _INT, _INT],
     "topwork_gated": [*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _INT, _INT],
     "topwork_gated_backward": [*[_AT, _LONG] * 3, _LONG, _LONG, *[_AT, _LONG] * 2, _INT, _INT],
 }

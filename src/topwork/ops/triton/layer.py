@@ -1,6 +1,6 @@
-"""The element-wise parts of a layer on the GPU: RMS norm, rotary embedding, gated unit, forward and backward.
+"""The element-wise parts of a layer on the GPU: RMS norm, rotary embedding, gated unit, forward and backward; dropout.
 
-Formulas, symbols and the truth stand in `ops/norm.py`, `ops/rotary.py` and `ops/gated.py`, which check what is given.
+Formulas, symbols and the truth stand in the files of `ops/` with their names, which check what is given.
 All of these wait for memory alone, so each value is read and written once: a program holds whole rows of a norm in
 registers (several of them where they are short), all heads of a token that fit, or a stretch of a gated unit. A thread
 has 16 values at the most, in pieces of 16 bytes. Arithmetic is fp32 and rounds where the truth does: no product is
@@ -17,7 +17,7 @@ from torch import Tensor
 TILE = 2048
 """Values to a program, where a row is not longer."""
 GATED = 1024
-"""Values of one row of a gated unit to a program."""
+"""Values of one row of a gated unit, or of dropout's input, to a program."""
 
 
 def launch(values: int) -> dict[str, object]:
@@ -150,6 +150,28 @@ def _gated_backward(
     tl.store(dup + row * dup_row + column, (slope * x * share).to(dup.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _mixed(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _drop(x, x_row, y, y_row, draws, key, least, scale, d, chunks, ADD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Draws, key and least are uint32 in 64 bits."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    column = (tl.program_id(0) % chunks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    own = _mixed((tl.load(draws + row) ^ key).to(tl.uint32))
+    hashed = _mixed(((column + 1).to(tl.uint32) * 0x9E3779B9) ^ own)
+    value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32) * scale
+    value = tl.where(hashed.to(tl.int64) >= least, value, 0.0)
+    if ADD:
+        value += tl.load(y + row * y_row + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * y_row + column, value.to(y.dtype.element_ty), mask=inside)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """y like x, contiguous, and rstd [rows] fp32."""
     rstd = torch.empty(x.numel() // x.shape[-1], device=x.device)
@@ -217,6 +239,17 @@ def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tenso
             _gated_backward[(dh.shape[0] * chunks,)](
                 dh, dh.stride(0), gate, gate.stride(0), up, up.stride(0), dgate, dgate.stride(0), dup, dup.stride(0),
                 dh.shape[1], chunks, KIND=kind, COLUMNS=GATED, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def drop(x: Tensor, draws: Tensor, key: int, least: int, scale: float, out: Tensor, add: bool) -> None:
+    """Fills `out` [rows, d], of any row stride, or adds to it."""
+    x, chunks = _by_row(x), triton.cdiv(x.shape[1], GATED)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _drop[(x.shape[0] * chunks,)](
+                x, x.stride(0), out, out.stride(0), draws.contiguous(), key, least, scale, x.shape[1], chunks,
+                ADD=add, COLUMNS=GATED, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
 

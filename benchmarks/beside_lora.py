@@ -1,10 +1,10 @@
-"""A DoRA step beside a LoRA step: the same rows, one pass of 2,048 tokens, in turns in one process.
+"""A step of DoRA, and one of LoRA with dropout, beside a plain LoRA step: the same rows, in turns in one process.
 
-    python benchmarks/dora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
+    python benchmarks/beside_lora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
 
-r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; which goes first changes every round.
-DoRA computes the rows' lengths in every pass and keeps what its magnitudes multiply. The aim: at most 1.25 x LoRA's
-time and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/dora.*.
+r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; the order changes every round. DoRA
+computes the rows' lengths in every pass and keeps what its magnitudes multiply; the aim is at most 1.25 x LoRA's time
+and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/beside_lora.*.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from checkpointing import PEAK_STEPS, WARM_UP, Arm, load
 from common import BENCHMARKS, peak_mib, run_processes, surroundings, surroundings_text, table, write_record
 
 BASES: dict[str, dict[str, bool]] = {"bf16": {}, "nf4": {"load_in_4bit": True}}
-METHODS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}}
+METHODS: dict[str, dict[str, float]] = {"lora": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.05}}
 MOST_TIME, MOST_MEMORY = 1.25, 1.1
 
 
 def in_turns(model: str, tokens: int, rounds: int, held: str) -> dict[str, Any]:
-    """Steps of both methods over one base."""
+    """Steps of all methods over one base."""
     from topwork.adapters.graft import Adapters
 
     base = load(model, **BASES[held])
@@ -48,23 +48,22 @@ def alone(model: str, tokens: int, held: str, method: str) -> dict[str, int]:
 
 def told(record: dict[str, Any]) -> str:
     """The record for people."""
-    head = ["base held in", "LoRA, ms", "DoRA, ms", "over LoRA's", "quartiles", "LoRA, MiB", "DoRA, MiB", "over LoRA's"]
+    head = ["base held in", "step", "ms", "over LoRA's", "quartiles", "peak, MiB", "over LoRA's"]
     rows = []
     for held in BASES:
-        lora, dora = (record["steps"][held][method][WARM_UP:] for method in METHODS)
-        ratios = [own["seconds"] / other["seconds"] for own, other in zip(dora, lora)]
-        low, _, high = quantiles(ratios, n=4)
-        times = [1e3 * median(step["seconds"] for step in own) for own in (lora, dora)]
-        peaks = [record["peaks"][held][method]["peak_mib"] for method in METHODS]
-        rows.append([
-            held, f"{times[0]:,.0f}", f"{times[1]:,.0f}", f"{median(ratios):.3f}", f"{low:.3f}–{high:.3f}",
-            f"{peaks[0]:,}", f"{peaks[1]:,}", f"{peaks[1] / peaks[0]:.3f}",
-        ])  # fmt: skip
+        lora, least = record["steps"][held]["lora"][WARM_UP:], record["peaks"][held]["lora"]["peak_mib"]
+        for method in METHODS:
+            own, peak = record["steps"][held][method][WARM_UP:], record["peaks"][held][method]["peak_mib"]
+            low, middle, high = quantiles([step["seconds"] / other["seconds"] for step, other in zip(own, lora)], n=4)
+            rows.append([
+                held, method, f"{1e3 * median(step['seconds'] for step in own):,.0f}", f"{middle:.3f}",
+                f"{low:.3f}–{high:.3f}", f"{peak:,}", f"{peak / least:.3f}",
+            ])  # fmt: skip
     parts = [
-        f"# A step of DoRA beside one of LoRA: {record['model']}, r = 16 on all linear layers",
+        f"# Steps beside one of plain LoRA: {record['model']}, r = 16 on all linear layers",
         f"One pass of {record['tokens']:,} tokens, rows of 150-300; {record['rounds']} steps of each in turns after "
-        f"one to warm up, the ratio taken step by step. Peaks are of fresh processes. The aim is at most {MOST_TIME} x "
-        f"LoRA's time and {MOST_MEMORY} x its memory.",
+        f"one to warm up, the ratio taken step by step. Dropout is 0.05. Peaks are of fresh processes. DoRA's aim is "
+        f"at most {MOST_TIME} x LoRA's time and {MOST_MEMORY} x its memory.",
         table(head, rows),
         surroundings_text(record["surroundings"]),
     ]
@@ -86,14 +85,14 @@ def main() -> None:
         return
     options = ["--rounds", str(asked.rounds), "--model", asked.model, "--tokens", str(asked.tokens)]
     wanted = [*BASES, *(f"{held}:{method}" for held in BASES for method in METHODS)]
-    done = run_processes("dora", options, wanted)
+    done = run_processes("beside_lora", options, wanted)
     record = {
         "model": asked.model, "tokens": asked.tokens, "rounds": asked.rounds,
         "steps": {held: done[held] for held in BASES},
         "peaks": {held: {method: done[f"{held}:{method}"] for method in METHODS} for held in BASES},
         "surroundings": surroundings(),
     }  # fmt: skip
-    write_record(BENCHMARKS / "results" / "dora", record, told(record))
+    write_record(BENCHMARKS / "results" / "beside_lora", record, told(record))
     print(told(record))
 
 

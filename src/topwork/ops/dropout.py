@@ -1,0 +1,135 @@
+"""Dropout whose draws are a function of the token and the layer, so nothing of it is kept and nothing changes it:
+neither the other adapters of a pass, nor how rows were packed, nor that a layer is run again going backward.
+
+    y[t, c] = x[t, c] / (1 - p)   where h(h(draws[t] ^ key) ^ (c + 1) G) >= 2^32 p,   else 0
+
+All of it is in 32 bits; h mixes them (two multiplications and three shifts, from Wellons' hash-prospector), and G is
+2^32 over the golden ratio. `draws` holds a number for each token, from its adapter's seed, the step, the row and the
+position (`sequence_seed`, `token_draws`); `key` is the layer's.
+"""
+
+import ctypes
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topwork.ops.kept import brief_empty
+from topwork.ops.native import layer
+from topwork.ops.native.layer import told
+from topwork.ops.rows import rows_at_once
+from topwork.ops.triton import load as triton
+
+BITS = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The share of values that rows lose on their way into a layer's adapter: 0 <= share < 1, draws [rows] int64."""
+
+    share: float
+    key: int
+    draws: Tensor
+
+    @property
+    def least(self) -> int:
+        """The least hash of a value that stays."""
+        return round(self.share * 2**32)
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.share)
+
+
+def hashed(*what: object) -> int:
+    """32 bits of these."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
+
+
+def token_draws(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws [T] from each token's row, by its seed [T], and its position in it [T]; all int64."""
+    return _mixed(seeds ^ _weyl(positions))
+
+
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """x [rows, d] with values dropped, and its gradient."""
+    return _Dropped.apply(x, dropout)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dropout):  # type: ignore[no-untyped-def]
+        ctx.dropout = dropout
+        return drop(x, dropout, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return drop(dy, ctx.dropout, torch.empty_like(dy, memory_format=torch.contiguous_format)), None
+
+
+def briefly_dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """x [rows, d] with values dropped, in a function's brief memory."""
+    return drop(x, dropout, brief_empty(x, *x.shape))
+
+
+def drop(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> Tensor:
+    """`out` [rows, d] becomes, or with `add` gets on top, x with values dropped. Raises ValueError for other shapes."""
+    _check(x, dropout, out)
+    native = _native(x, out)
+    if native is not None:
+        draws = dropout.draws.contiguous()
+        native.topwork_drop(
+            x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *x.shape, draws.data_ptr(), dropout.key,
+            dropout.least, dropout.scale, (x.dtype == torch.bfloat16) + 2 * add, torch.get_num_threads(),
+        )  # fmt: skip
+    elif kernels := triton.kernels("layer", x):
+        kernels.drop(x, dropout.draws, dropout.key, dropout.least, dropout.scale, out, add)
+    else:
+        drop_reference(x, dropout, out, add)
+    return out
+
+
+def drop_reference(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> None:
+    """The truth, some rows at a time."""
+    step = rows_at_once(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for rows, draws, into in zip(x.split(step), dropout.draws.split(step), out.split(step)):
+        value = torch.where(stays(dropout, draws, x.shape[1]), rows.to(wide) * dropout.scale, 0.0)
+        into.copy_(into + value if add else value)
+
+
+def stays(dropout: Dropout, draws: Tensor, columns: int) -> Tensor:
+    """Whether each value stays: bool [rows, columns]."""
+    row = _mixed(draws ^ dropout.key)
+    column = _weyl(torch.arange(columns, device=draws.device))
+    return _mixed(row[:, None] ^ column) >= dropout.least
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """h of uint32 that are held as int64."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & BITS
+    return x ^ (x >> 16)
+
+
+def _weyl(x: Tensor) -> Tensor:
+    return ((x + 1) * GOLDEN) & BITS
+
+
+def _native(x: Tensor, out: Tensor) -> ctypes.CDLL | None:
+    """The C kernels, where they know the type and can walk the rows."""
+    rows = x.is_cpu and all(tensor.stride(1) == 1 or tensor.shape[1] == 1 for tensor in (x, out))
+    return layer.kernels() if rows and x.dtype in (torch.bfloat16, torch.float32) else None
+
+
+def _check(x: Tensor, dropout: Dropout, out: Tensor) -> None:
+    """Kernels see bare memory."""
+    draws = dropout.draws
+    if x.ndim != 2 or x.shape != out.shape or x.dtype != out.dtype or not x.device == out.device == draws.device:
+        raise ValueError(f"cannot drop values of {told(x)} into {told(out)} by {told(draws)}, expected [rows, d] twice")
+    if draws.shape != x.shape[:1] or draws.dtype != torch.int64:
+        raise ValueError(f"the draws are {told(draws)}, expected int64 [{x.shape[0]}] for x {told(x)}")
+    if not 0 <= dropout.share < 1:
+        raise ValueError(f"a share of {dropout.share} is dropped, expected 0 <= share < 1")
