@@ -272,6 +272,27 @@ def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("outputs", [[24, 8, 9], [16, 8, 9]], ids=["made again", "kept"])
+@pytest.mark.parametrize("prologue", ["as is", "norm"])
+def test_outputs_that_only_gains_need(prologue: str, outputs: list[int]) -> None:
+    """Made again going backward where the input (40 values) is not wider, to the bit; what came of them may be gone."""
+    torch.manual_seed(0)
+    given, norm = an_input(AsIs()), PROLOGUES[prologue]
+    group = with_gains(a_group(outputs, SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias=False)
+    results, kept = [], []
+    for keeps in (True, False):
+        x = given.clone().requires_grad_()
+        y = project(x, group, norm, keeps)
+        context = y.grad_fn
+        kept.append(context.out is not None)  # type: ignore[union-attr]
+        value = y.detach().clone()
+        if not keeps and not kept[-1]:
+            y.detach().fill_(torch.nan)
+        results.append([value, *torch.autograd.grad(y, [x, *masters(group)], torch.ones_like(y), allow_unused=True)])
+    assert kept == [True, sum(outputs) < IN]
+    assert all(one is other or torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_ranges_that_overlap_add_up() -> None:
     """Terms of one projection whose rows are the same, or partly so."""
     torch.manual_seed(0)

@@ -109,20 +109,26 @@ def _members(places: Iterable[Placed]) -> Iterator[Member]:
 
 def add_terms(n: Tensor, bundles: Bundles, masters: Sequence[Tensor], out: Tensor) -> list[Tensor]:
     """Adds every term to out [T, outputs]; each bundle's S [rows, R], which the backward pass needs."""
-    found, first, second = [], [], []
+    inner, products = [], []
     for bundle in bundles.all:
         rows = bundle.input(n)
-        s = kept_empty(n, rows.shape[0], bundle.rank)
-        found.append(s)
-        first.append(Product(rows, bundle.stacked(masters, n.dtype).t(), s))
+        inner.append(kept_empty(n, rows.shape[0], bundle.rank))
+        products.append(Product(rows, bundle.stacked(masters, n.dtype).t(), inner[-1]))
+    grouped_products(products)
+    add_again(bundles, masters, inner, out)
+    return inner
+
+
+def add_again(bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], out: Tensor) -> None:
+    """Adds every term to out [T, outputs], from each bundle's S."""
+    placed = []
+    for bundle, s in zip(bundles.all, inner):
         for member, b in bundle.each(masters):
             if not member.only_backward:
                 part = out[bundle.rows, member.columns]
-                product = Product(s[:, member.ranks], b.to(n.dtype).t(), part, member.scaling, 1)
-                second.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
-    grouped_products(first)
-    _in_turns(second, bundles.apart)
-    return found
+                product = Product(s[:, member.ranks], b.to(s.dtype).t(), part, member.scaling, 1)
+                placed.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
+    _in_turns(placed, bundles.apart)
 
 
 def term_gradients(

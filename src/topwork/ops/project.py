@@ -6,7 +6,8 @@
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
-A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It keeps y.
+A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It needs y again:
+kept, or made once more where nobody else would keep it and the input is not wider than it.
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, Placed, add_terms, bundled, term_gradients
+from topwork.ops.bundles import LowRank, Placed, add_again, add_terms, bundled, term_gradients
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.kept import brief_empty, function_memory, kept_empty, passing_empty
@@ -159,10 +160,11 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 
 def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
-    backward pass writes over them. What comes next either keeps them or is done with them at once, as `keeps` says."""
+    backward pass writes over them (or over others like them). What comes next either keeps them or is done with them at
+    once, as `keeps` says."""
     bundles, masters = bundled(_placed_terms(group))
     scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps or bool(scales), *masters, *factors)
+    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps, *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,16 @@ class _Project(torch.autograd.Function):
         with function_memory():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
+            makes_again = bool(scales) and not keeps and n.shape[1] <= shape[1]
+            keeps = keeps or (bool(scales) and not makes_again)
             out = (kept_empty if keeps else passing_empty)(n, *shape)
             _base_products(n, group, out)
             inner = add_terms(n, bundles, masters, out)
-        for scale, factor in zip(scales, factors):
-            multiply_(out[scale.rows, scale.columns], factor, scale.bias)
+        _multiply_(out, scales, factors)
         ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
         ctx.counts = len(kept), len(inner), len(masters)
-        ctx.out = out.detach() if scales else None  # not among the saved: what follows may write into it
+        ctx.makes_again = makes_again
+        ctx.out = out.detach() if scales and keeps else None  # not among the saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)
         return out
 
@@ -213,10 +217,15 @@ class _Project(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         kept, inner, masters, factors = _split(rest, *ctx.counts)
         wants_x = ctx.needs_input_grad[0]
-        dout, dfactors = _gain_gradients(dout, ctx.out, ctx.scales, factors)
-        ctx.out = None
         found: list[Tensor] = []
         with function_memory():
+            out, ctx.out = ctx.out, None
+            if ctx.makes_again:
+                out = brief_empty(dout, *dout.shape)
+                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
+                add_again(ctx.bundles, masters, inner, out)
+                _multiply_(out, ctx.scales, factors)
+            dout, dfactors = _gain_gradients(dout, out, ctx.scales, factors)
             dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
             if inner:
                 n = ctx.prologue.again(x, tuple(kept))
@@ -224,6 +233,11 @@ class _Project(torch.autograd.Function):
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
         return dx, None, None, None, None, None, *found, *dfactors
+
+
+def _multiply_(out: Tensor, scales: Sequence[_Scale], factors: Sequence[Tensor]) -> None:
+    for scale, factor in zip(scales, factors):
+        multiply_(out[scale.rows, scale.columns], factor, scale.bias)
 
 
 def _gain_gradients(
