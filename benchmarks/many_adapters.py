@@ -1,10 +1,11 @@
 """Six adapters in one pass beside the same six one by one: the same rows and updates, in turns in one process.
 
-    python benchmarks/many_adapters.py --data-dir DATA [--rounds 5] [--batch 8] [--tokens 2048] [--quantized]
+    python benchmarks/many_adapters.py --data-dir DATA [--rows gsm8k|banking77] [--rounds 5] [--batch 8] [--tokens 2048]
+        [--quantized]
 
-LoRA of ranks 2 to 64 on all linear layers of SmolLM2, GSM8K, `--batch` rows a step and member. A round trains one step
-of all of them in shared passes, and one step of each alone, from the same weights; which goes first changes. Peaks are
-of fresh processes: the six together, and each alone. Writes benchmarks/results/many_adapters[_batchN][_nf4].*
+LoRA of ranks 2 to 64 on all linear layers of SmolLM2, `--batch` rows a step and member. A round trains one step of all
+of them in shared passes, and one step of each alone, from the same weights; which goes first changes. Peaks are of
+fresh processes: the six together, and each alone. Writes benchmarks/results/many_adapters[_banking77][_batchN][_nf4].*
 """
 
 import argparse
@@ -103,15 +104,15 @@ def peak(given: argparse.Namespace) -> dict[str, int]:
     from products import heap_bytes
 
     ranks = tuple(int(rank) for rank in given.process.split(","))
-    members = Members(given.rows, ranks, given.batch, given.tokens, given.quantized)
+    members = Members(given.file, ranks, given.batch, given.tokens, given.quantized)
     for number in range(PEAK_STEPS):
         members.step(number)
     return {"peak_mib": peak_mib(), "heap_mib": heap_bytes() // 2**20}
 
 
-def peaks(given: argparse.Namespace, rows: str) -> dict[str, dict[str, int]]:
+def peaks(given: argparse.Namespace, file: str) -> dict[str, dict[str, int]]:
     """`peak` of all together, and of each rank alone."""
-    options = ["--rows", rows, "--batch", str(given.batch), "--tokens", str(given.tokens)]
+    options = ["--file", file, "--batch", str(given.batch), "--tokens", str(given.tokens)]
     options += ["--quantized"] if given.quantized else []
     arms = {"together": ",".join(map(str, RANKS))} | {f"r{rank}": str(rank) for rank in RANKS}
     done = run_processes("many_adapters", ["--data-dir", ".", *options], arms.values())
@@ -139,8 +140,8 @@ def text(record: dict[str, Any]) -> str:
     held = "an NF4 base" if record["quantized"] else "a bf16 base"
     parts = [
         f"# Six adapters in one pass beside one by one: SmolLM2-135M, ranks 2 to 64, {held}",
-        f"{record['batch']} rows of GSM8K a step and member, at most {record['tokens']} tokens a pass; {len(turns)} "
-        "rounds in turns, each a step of all members from the same weights. Medians.",
+        f"{record['batch']} rows of {record['rows']} a step and member, at most {record['tokens']} tokens a pass; "
+        f"{len(turns)} rounds in turns, each a step of all members from the same weights. Medians.",
         table(["way", "seconds a round", "passes", "tokens/s"], rows),
         f"Time together / sum alone, round by round: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}, from "
         f"{min(ratios):.3f} to {max(ratios):.3f}. Losses differ by at most {worst:.1e} of themselves.",
@@ -158,7 +159,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--quantized", action="store_true")
-    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", choices=("gsm8k", "banking77"), default="gsm8k")
+    parser.add_argument("--file", help=argparse.SUPPRESS)
     parser.add_argument("--process", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.process:
@@ -166,14 +168,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "rows.jsonl"
-        write_chats(rows, read_rows("gsm8k", given.data_dir))
+        write_chats(rows, read_rows(given.rows, given.data_dir))
         found = peaks(given, str(rows))
         turns = in_turns(Members(str(rows), RANKS, given.batch, given.tokens, given.quantized), given.rounds)
     record = {
-        "batch": given.batch, "tokens": given.tokens, "quantized": given.quantized, "rounds": turns, "peaks": found,
+        "rows": given.rows, "batch": given.batch, "tokens": given.tokens, "quantized": given.quantized,
+        "rounds": turns, "peaks": found,
         "surroundings": surroundings(),
     }  # fmt: skip
-    name = "many_adapters" + (f"_batch{given.batch}" if given.batch != 8 else "") + ("_nf4" if given.quantized else "")
+    name = "many_adapters" + ("_banking77" if given.rows == "banking77" else "")
+    name += (f"_batch{given.batch}" if given.batch != 8 else "") + ("_nf4" if given.quantized else "")
     write_record(BENCHMARKS / "results" / name, record, text(record))
     print(text(record))
 

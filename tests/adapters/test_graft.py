@@ -204,6 +204,17 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(logits(base, stream), still)
 
 
+def test_layers_with_one_input_drop_the_same_of_it_and_others_do_not() -> None:
+    base = tiny_base("llama")
+    added(base, a=AdapterConfig(r=4, lora_dropout=0.5, target_modules=["k_proj", "v_proj", "up_proj", "o_proj"]))
+    added(base, b=AdapterConfig(r=4))
+    keys = {path: layer.input_key for path, layer in adapted_layers(base.module).items()}
+    assert len(keys) == 14
+    assert len(set(keys.values())) == 8
+    for parent, *names in (("self_attn", "q_proj", "k_proj", "v_proj"), ("mlp", "gate_proj", "up_proj")):
+        assert len({keys[f"model.layers.1.{parent}.{name}"] for name in names}) == 1
+
+
 def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     """The mean over many draws is the output without dropout (one layer: it is linear in its input)."""
     layer = AdaptedLayer(nn.Linear(6, 5), "layer")

@@ -23,6 +23,7 @@ from topwork.models.base import Base, as_base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.models.weights import original_weight
+from topwork.ops import logprobs
 from topwork.ops.stream import Segment, Stream, stream_of
 from topwork.quantization.config import QuantizationConfig
 
@@ -277,3 +278,34 @@ def test_what_drops_out_depends_on_the_row_alone(name: str, bases: Bases) -> Non
         slopes.append(gradients(base, adapters, stream))
     for key, gradient in slopes[1].items():
         assert relative(slopes[0][key], gradient, least=1e-4) < 2e-5, key
+
+
+def test_what_drops_out_beside_virtual_tokens(bases: Bases) -> None:
+    """They move the rows that come after theirs."""
+    base, adapters = trained(bases, ROWS["lora with dropout"])
+    adapters.add("prompt", ROWS["prompt"].config)
+    adapters.train("a")
+    parts = sequences()
+    together = by_sequence(stream_of(parts).drawn([5, 6, 7, 8]), ["prompt", "a", "prompt", "a"])
+    alone = stream_of([parts[1], parts[3]], "a").drawn([6, 8])
+    spans = list(pairwise(together.bounds))
+    found = logits(base, together)
+    assert relative(torch.cat([found[slice(*spans[at])] for at in (1, 3)]), logits(base, alone)) < 1e-6
+
+
+def test_a_head_in_chunks_drops_what_it_drops_whole(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities with a gradient, whose chunks run again, and without."""
+    base, adapters = trained(bases, ROWS["head lora"])
+    adapters.train("a")
+    stream, found = learning_stream(sequences(), "a"), []
+    for rows in (1000, 5):
+        monkeypatch.setattr(logprobs, "chunk_rows", lambda *_, rows=rows: rows)
+        with torch.no_grad():
+            found.append([base.log_probabilities(stream), *gradients_of(base, adapters, stream)])
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-5
+
+
+def gradients_of(base: Base, adapters: Adapters, stream: Stream) -> list[Tensor]:
+    with torch.enable_grad():
+        return [base.log_probabilities(stream).detach(), *gradients(base, adapters, stream).values()]

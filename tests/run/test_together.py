@@ -26,7 +26,7 @@ from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.folder import open_run
 from topwork.run.outcome import TrainedRun
 from topwork.run.together import members_that_fit, open_together, train_together
-from topwork.training.passes import activation_bytes_per_token
+from topwork.training.passes import activation_bytes_per_token, step_passes
 from topwork.training.progress import Silent
 from topwork.training.step import mean_losses
 
@@ -105,6 +105,29 @@ def test_in_one_pass_as_alone(recipes: Recipes) -> None:
     assert len({run.result["last_loss"] for run in together}) == 4
     shared = records(together[0].folder, "train")[0]
     assert shared["pass_tokens"] > shared["tokens"]
+
+
+def test_every_step_and_seed_drops_others(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step's draws come from: of members with one seed the same, of steps never, after a resume as without."""
+    from topwork.training import loop
+
+    given: list[dict[str, int] | None] = []
+
+    def noted(*arguments: Any) -> Any:
+        given.append(arguments[4] and dict(arguments[4]))
+        return step_passes(*arguments)
+
+    monkeypatch.setattr(loop, "step_passes", noted)
+    names = ("wide", "plus", "narrow")
+    made = [recipes(name) for name in names]
+    folders = [run.folder for run in quietly(*made, stop_at=3)]
+    quietly(*made, resume=True, stop_at=5)
+    trained, validated = [seeds for seeds in given if seeds], [seeds for seeds in given if seeds is None]
+    assert len(folders) == 3
+    assert len(trained) == 5
+    assert validated
+    assert all(seeds["wide"] == seeds["plus"] for seeds in trained)
+    assert len({seed for seeds in trained for seed in seeds.values()}) == 2 * 5
 
 
 def test_in_bf16_within_its_rounding(recipes: Recipes) -> None:

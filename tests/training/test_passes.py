@@ -1,6 +1,7 @@
 """Pass sizes and checkpointed layers follow from free memory; training depends on neither."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,34 @@ def test_virtual_tokens_take_room_in_a_pass() -> None:
     assert lengths({}) == [[("lora", 80), ("prompt", 80)]]
     assert lengths({"prompt": 1}) == [[("lora", 80), ("prompt", 40)], [("prompt", 40)]]
     assert lengths({"lora": 40, "prompt": 41}) == [[("lora", 80)], [("prompt", 40)], [("prompt", 40)]]
+
+
+def test_what_a_row_draws_from_is_its_own() -> None:
+    """Its adapter's seed and its number: another packing, order of adapters or company changes nothing."""
+
+    def rows(*lengths: int) -> list[Example]:
+        return [Example(np.full(length, length, np.int32), np.ones(length, np.float32), "row") for length in lengths]
+
+    groups: list[Group] = [("a", rows(20, 30, 40)), ("b", rows(21, 20))]
+
+    def drawn(groups: Sequence[Group], budget: int, **seeds: int) -> dict[tuple[str | None, int], list[int]]:
+        found = {}
+        for stream in step_passes(groups, budget, torch.device("cpu"), seeds=seeds):
+            for start, stop in pairwise(stream.bounds):
+                owner = next(part.adapter for part in stream.segments if part.start <= start < part.stop)
+                assert stream.draws is not None
+                found[owner, stop - start] = stream.draws[start:stop].tolist()
+        return found
+
+    expected = drawn(groups, 1000, a=5, b=6)
+    assert len(expected) == 5
+    assert len({draw for draws in expected.values() for draw in draws}) == 131  # no token as another
+    assert drawn(groups, 41, a=5, b=6) == drawn(groups[::-1], 75, a=5, b=6) == expected
+    alone = drawn(groups[1:], 1000, b=6)
+    assert alone == {key: draws for key, draws in expected.items() if key[0] == "b"}
+    other = drawn(groups, 1000, a=5, b=7)
+    assert [key for key in expected if other[key] == expected[key]] == [("a", 20), ("a", 30), ("a", 40)]
+    assert all(stream.draws is None for stream in step_passes(groups, 1000, torch.device("cpu")))
 
 
 def test_a_family_that_cannot_be_checkpointed_takes_smaller_passes() -> None:
