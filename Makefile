@@ -52,7 +52,7 @@ sanitize: $(VENV)/.tested
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 OMP_NUM_THREADS=1 \
 	$(BIN)/pytest -k 'not bitsandbytes' tests/ops/test_quantize.py tests/ops/test_quantized_linear.py \
 	tests/ops/test_norm.py tests/ops/test_rotary.py tests/ops/test_residual.py tests/ops/test_gain.py \
-	tests/ops/test_gated.py tests/ops/test_logprob_slope.py tests/ops/test_flat_attention.py \
+	tests/ops/test_dropout.py tests/ops/test_gated.py tests/ops/test_logprob_slope.py tests/ops/test_flat_attention.py \
 	tests/ops/test_native_attention.py tests/ops/test_project.py tests/ops/test_grouped.py
 
 docs: $(VENV)/.tested

@@ -3,8 +3,8 @@
     python benchmarks/elementwise.py [--tokens 2048] [--rounds 15]
 
 A round times every op once on each side. The figures are medians over the rounds and quartiles; GB/s counts what an op
-must read and write once, not what it does. Results of a call are new memory each time (but for the residual sum and
-gains, which work in place). Writes benchmarks/results/elementwise.*
+must read and write once, not what it does. Results of a call are new memory each time (but for the residual sum,
+gains and dropout). Beside dropout, which draws nothing, stands torch's own. Writes benchmarks/results/elementwise.*
 """
 
 import argparse
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, threads, write_record
-from topwork.ops import gain, gated, norm, residual, rotary
+from topwork.ops import dropout, gain, gated, norm, residual, rotary
+from topwork.ops.dropout import Dropout, hashed
 
 SHAPES = {
     "SmolLM2-135M": {"d": 576, "f": 1536, "heads": 12, "head_dim": 64},
@@ -84,6 +85,10 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
         3 * 2 * wide, lambda: gain.gain_gradients_(z, slopes, factor),
         lambda: gain.gain_sums_reference_(z, slopes, factor, None),
     )  # fmt: skip
+    given, out = Dropout(0.05, hashed("layer"), torch.randint(0, 2**32, (tokens,))), drawn(tokens, 2 * f)
+    found["dropout"] = (
+        2 * 2 * wide, lambda: dropout.drop(z, given, out), lambda: torch.nn.functional.dropout(z, 0.05),
+    )  # fmt: skip
     for kind in gated.KINDS:
         found[kind] = (
             3 * wide, lambda kind=kind: gated.gated(gate, up, kind),
@@ -141,7 +146,7 @@ def text(record: dict[str, Any]) -> str:
         "# A layer's element-wise ops: C kernels and plain torch",
         f"bf16, {record['tokens']} tokens. Medians of {record['rounds']} rounds, quartiles in brackets. GB/s of what "
         "must be read and written once; a call's result is new memory, which costs the kernel's side its page faults; "
-        "the residual sum and gains work in place.",
+        "the residual sum, gains and dropout have it already. Beside dropout stands torch's own, which draws.",
         table(["op", "C, ms", "torch, ms", "torch / C", "C, GB/s"], rows),
         surroundings_text(record["surroundings"]),
     ]

@@ -18,6 +18,7 @@ from topwork.adapters.dora import Dora
 from topwork.adapters.graft import Adapters, adapted_layers, plan_adapter
 from topwork.adapters.ia3 import Ia3
 from topwork.adapters.inits import LoftQ
+from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.adapters.whole import TiedHead
 from topwork.common.errors import AdapterError, ModelError
@@ -27,6 +28,7 @@ from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 from topwork.models.weights import original_weight
+from topwork.ops.dropout import stays
 from topwork.ops.stream import stream_of
 from topwork.quantization.config import QuantizationConfig
 
@@ -151,6 +153,28 @@ def test_the_lengths_have_no_gradient() -> None:
     assert relative(slope_b, direct) < 1e-5
     assert relative(y, x @ (whole * part.factor(layer)[:, None]).t()) < 1e-5
     assert relative(slope, (dy * (x @ whole.t())).sum(0) / whole.norm(dim=1)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"], ids=["bias", "no bias"])
+def test_dora_drops_out_of_what_it_adds_alone(family: str) -> None:
+    """y = W x + b + (f - 1) W dropout(x) + f s B A dropout(x), which is no gain on a product."""
+    base = tiny_base(family)
+    adapters = added(base, a=DORA.model_copy(update={"lora_dropout": 0.4}))
+    layer, part = (
+        found["model.layers.1.self_attn.q_proj"] for found in (adapted_layers(base.module), adapters.parts("a"))
+    )
+    assert isinstance(layer, AdaptedLayer)
+    assert isinstance(part, Dora)
+    adapters.train("a")
+    x, stream = torch.randn(1, 9, 64), stream_of([torch.zeros(9, dtype=torch.int64)], "a").drawn([3])
+    with stream.active(), torch.no_grad():
+        y = layer(x)
+        assert layer.projection() is None
+    dropout = stream.dropout(0.4, layer.input_key, slice(0, 9))
+    dropped = x * stays(dropout, dropout.draws, 64) / 0.6
+    factor = part.factor(layer.base_layer)
+    added_to = (factor - 1) * (dropped @ dense_weight(layer.base_layer).t()) + factor * (dropped @ part.delta().t())
+    assert relative(y, layer.base_layer(x) + added_to) < 1e-5
 
 
 @pytest.mark.parametrize("config", [DORA, IA3], ids=["dora", "ia3"])

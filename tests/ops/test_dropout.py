@@ -98,6 +98,19 @@ def test_nothing_beside_a_view_is_written(layer_backend, dtype: torch.dtype) -> 
     assert into.eq(7).all()
 
 
+def test_draws_apart_in_memory(layer_backend) -> None:
+    x, given = torch.randn(6, 33), drawn(12)
+    strided = Dropout(given.share, given.key, given.draws[::2])
+    packed = Dropout(given.share, given.key, given.draws[::2].clone())
+    assert torch.equal(drop(x, strided, torch.zeros_like(x)), drop(x, packed, torch.zeros_like(x)))
+
+
+def test_almost_all_is_dropped(layer_backend) -> None:
+    """The least hash that stays is a number of 32 bits."""
+    x, given = torch.ones(40, 40), drawn(40, share=1 - 2**-40)
+    assert not drop(x, given, torch.ones_like(x)).any()
+
+
 def test_what_was_dropped_was_not_looked_at(layer_backend) -> None:
     """An infinite value that drops out leaves no NaN."""
     given, x = drawn(20), torch.full((20, 33), torch.inf)

@@ -79,6 +79,27 @@ def test_gradients_laid_out_in_other_ways(layer_backend, layout: str) -> None:
 
 
 @DTYPES
+def test_factors_and_biases_apart_in_memory(layer_backend, dtype: torch.dtype) -> None:
+    z, dy, factor, offset = drawn(20, 12, dtype, bias=True)
+    assert offset is not None
+    wide, spread = factor.repeat_interleave(2), offset.repeat_interleave(3)
+    found, expected = [], []
+    for into, given in ((found, (wide[::2], spread[::3])), (expected, (factor, offset))):
+        y = z.clone()
+        multiply_(y, *given)
+        into += [y.clone(), gain_gradients_(y, dy, *given), y]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_gradient_of_a_wider_type(layer_backend) -> None:
+    z, dy, factor, _ = drawn(20, 12, torch.bfloat16, bias=False)
+    wide, narrow = z.clone(), z.clone()
+    found, expected = gain_gradients_(wide, dy.float(), factor), gain_gradients_(narrow, dy, factor)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide, narrow)
+
+
+@DTYPES
 def test_a_factor_of_zero_has_no_gradient(layer_backend, dtype: torch.dtype) -> None:
     z, dy, factor, _ = drawn(5, 4, dtype, bias=False)
     factor[1] = 0

@@ -30,7 +30,9 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
     for rows in ranges:
         with function_memory():
             dense = panel(rows)
-            parts.append(torch.mm(right.t().to(dense.dtype), dense.t()))  # the longer side on the right is 1.4 x faster
+            parts.append(
+                torch.mm(right.t().to(dense.dtype), dense.t())
+            )  # the longer side on the right, where libraries like it
     return torch.cat(parts, 1).t()
 
 

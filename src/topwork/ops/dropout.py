@@ -36,7 +36,7 @@ class Dropout:
     @property
     def least(self) -> int:
         """The least hash of a value that stays."""
-        return round(self.share * 2**32)
+        return min(round(self.share * 2**32), BITS)
 
     @property
     def scale(self) -> float:
@@ -84,7 +84,7 @@ def drop(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> Tensor:
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *x.shape, draws.data_ptr(), dropout.key,
             dropout.least, dropout.scale, (x.dtype == torch.bfloat16) + 2 * add, torch.get_num_threads(),
         )  # fmt: skip
-    elif kernels := triton.kernels("layer", x):
+    elif (kernels := triton.kernels("layer", x)) and out.stride(1) == 1:
         kernels.drop(x, dropout.draws, dropout.key, dropout.least, dropout.scale, out, add)
     else:
         drop_reference(x, dropout, out, add)

@@ -219,8 +219,9 @@ def _planned_passes(runs: Sequence[_Run], base: Base, resume: bool, report: Repo
 
 def _memory(base: Base, recipes: Sequence[Recipe], free_bytes: int) -> Memory:
     dropout = any(recipe.adapter.lora_dropout > 0 for recipe in recipes)
+    plain = any(recipe.adapter.lora_dropout > 0 and recipe.adapter.use_dora for recipe in recipes)  # as `adapted` alone
     layers = len(decoder_layers(base.module))
-    return Memory(base.module.config, base.device, free_bytes, layers, dropout, is_fast(base.module))
+    return Memory(base.module.config, base.device, free_bytes, layers, dropout, is_fast(base.module) and not plain)
 
 
 def _needed_bytes(recipe: Recipe, counted: ParameterCount) -> int:

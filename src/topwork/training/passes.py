@@ -161,7 +161,7 @@ def layer_bytes_per_token(config: PreTrainedConfig, dropout: bool = False, fast:
     """What a llama layer with LoRA on all of its linear layers keeps per token, but for its r values for each of them.
 
     A fast layer (`models/fast.py`), in the model's type: its input, q, k, v, the attention's output, what the MLP is
-    given, gate and up; in fp32 a number for each norm and head. Dropout keeps nothing.
+    given, gate and up; in fp32 a number for each norm and head. Dropout keeps nothing (DoRA with it runs plain).
 
     A plain one also keeps both norms' outputs, silu(gate) and its product with up, in fp32 what the norms were given;
     with dropout, in place of the linear layers' inputs, each one's dropped-out copy. Families without a gate keep less.
