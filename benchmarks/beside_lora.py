@@ -3,8 +3,8 @@
     python benchmarks/beside_lora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
 
 r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; the order changes every round. DoRA
-computes the rows' lengths in every pass and keeps what its magnitudes multiply; the aim is at most 1.25 x LoRA's time
-and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/beside_lora.*.
+computes the rows' lengths in every pass and keeps most of what its magnitudes multiply; the aim is at most 1.25 x
+LoRA's time and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/beside_lora.*.
 """
 
 import argparse

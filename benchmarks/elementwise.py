@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, threads, write_record
+from topwork.common.seeds import hashed
 from topwork.ops import dropout, gain, gated, norm, residual, rotary
-from topwork.ops.dropout import Dropout, hashed
+from topwork.ops.dropout import Dropout
 
 SHAPES = {
     "SmolLM2-135M": {"d": 576, "f": 1536, "heads": 12, "head_dim": 64},

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from topwork.common.seeds import hashed
 from topwork.ops import dropout as op
-from topwork.ops.dropout import Dropout, drop, drop_reference, dropped, hashed, stays, token_draws
+from topwork.ops.dropout import Dropout, drop, drop_reference, dropped, stays, token_draws
 from topwork.ops.native import layer
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -293,6 +293,19 @@ def test_outputs_that_only_gains_need(prologue: str, outputs: list[int]) -> None
     assert all(one is other or torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_gains_gone_through_twice(keeps: bool) -> None:
+    """The first backward pass has written over what was kept."""
+    torch.manual_seed(0)
+    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"]), GAINS["some rows"], with_bias=True)
+    x = an_input(AsIs()).requires_grad_()
+    learned = [x, *masters(group)]
+    y = project(x, group, keeps=keeps)
+    dy = torch.randn_like(y)
+    first, second = (torch.autograd.grad(y, learned, dy, allow_unused=True, retain_graph=True) for _ in range(2))
+    assert all(one is other or torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_ranges_that_overlap_add_up() -> None:
     """Terms of one projection whose rows are the same, or partly so."""
     torch.manual_seed(0)

@@ -15,10 +15,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from reference.measure import relative
+from topwork.common.seeds import hashed
 from topwork.ops import gated as gated_op
 from topwork.ops import norm as norm_op
 from topwork.ops import rotary as rotary_op
-from topwork.ops.dropout import Dropout, drop_reference, hashed
+from topwork.ops.dropout import Dropout, drop_reference
 from topwork.ops.logprobs import logprob_slope_reference
 from topwork.ops.triton import layer, logprobs
 

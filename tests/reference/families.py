@@ -16,8 +16,8 @@ from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.lora import Lora
+from topwork.common.seeds import hashed
 from topwork.models.base import Base, as_base
-from topwork.ops.dropout import hashed
 from topwork.ops.stream import Stream, stream_of
 
 VOCABULARY, WINDOW, CONTEXT = 99, 5, 64

@@ -30,9 +30,8 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
     for rows in ranges:
         with function_memory():
             dense = panel(rows)
-            parts.append(
-                torch.mm(right.t().to(dense.dtype), dense.t())
-            )  # the longer side on the right, where libraries like it
+            # the longer side on the right, where libraries like it
+            parts.append(torch.mm(right.t().to(dense.dtype), dense.t()))
     return torch.cat(parts, 1).t()
 
 

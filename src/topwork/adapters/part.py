@@ -5,7 +5,6 @@ class of parts (`lora.py`, `whole.py` …) and a line in `methods.py`. While a s
 through which adapter's part.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from topwork.common.errors import AdapterError
+from topwork.common.seeds import hashed
 from topwork.ops.bundles import LowRank
-from topwork.ops.dropout import Dropout, dropped, hashed
+from topwork.ops.dropout import Dropout, dropped
 from topwork.ops.project import Gain, Projection, projection_of
 from topwork.ops.stream import Segment, Stream, active_stream
 
@@ -177,4 +177,4 @@ def input_key(path: str) -> int:
 
 def path_seed(seed: int, path: str) -> int:
     """A seed for one layer."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "big") >> 1
+    return hashed(seed, path, bits=63)

@@ -5,11 +5,9 @@ neither the other adapters of a pass, nor how rows were packed, nor that a layer
 
 All of it is in 32 bits; h mixes them (two multiplications and three shifts, from Wellons' hash-prospector), and G is
 2^32 over the golden ratio. `draws` holds a number for each token, from its adapter's seed, the step, the row and the
-position (`sequence_seed`, `token_draws`); `key` is the layer's.
+position (`token_draws`); `key` is the layer's.
 """
 
-import ctypes
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +41,6 @@ class Dropout:
         return 1 / (1 - self.share)
 
 
-def hashed(*what: object) -> int:
-    """32 bits of these."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
-
-
 def token_draws(seeds: Tensor, positions: Tensor) -> Tensor:
     """Draws [T] from each token's row, by its seed [T], and its position in it [T]; all int64."""
     return _mixed(seeds ^ _weyl(positions))
@@ -77,10 +70,9 @@ def briefly_dropped(x: Tensor, dropout: Dropout) -> Tensor:
 def drop(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> Tensor:
     """`out` [rows, d] becomes, or with `add` gets on top, x with values dropped. Raises ValueError for other shapes."""
     _check(x, dropout, out)
-    native = _native(x, out)
-    if native is not None:
+    if library := layer.row_kernels(x, out):
         draws = dropout.draws.contiguous()
-        native.topwork_drop(
+        library.topwork_drop(
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *x.shape, draws.data_ptr(), dropout.key,
             dropout.least, dropout.scale, (x.dtype == torch.bfloat16) + 2 * add, torch.get_num_threads(),
         )  # fmt: skip
@@ -116,12 +108,6 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _weyl(x: Tensor) -> Tensor:
     return ((x + 1) * GOLDEN) & BITS
-
-
-def _native(x: Tensor, out: Tensor) -> ctypes.CDLL | None:
-    """The C kernels, where they know the type and can walk the rows."""
-    rows = x.is_cpu and all(tensor.stride(1) == 1 or tensor.shape[1] == 1 for tensor in (x, out))
-    return layer.kernels() if rows and x.dtype in (torch.bfloat16, torch.float32) else None
 
 
 def _check(x: Tensor, dropout: Dropout, out: Tensor) -> None:

@@ -7,8 +7,6 @@ z, y and their gradients are [T, n], mostly in 16 bits; f and b [n] are fp32, as
 near one would be one, and of a factor far from one nothing would be left but its distance from one.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ def multiply_(z: Tensor, factor: Tensor, left_alone: Tensor | None = None) -> No
     """z [T, n] becomes y; `left_alone` is b. Raises ValueError for other shapes."""
     _check(factor, left_alone, z)
     shift = None if left_alone is None else left_alone.float() * (factor - 1)
-    if library := _native(z):
+    if library := layer.row_kernels(z):
         factor = factor.contiguous()
         library.topwork_gain(
             z.data_ptr(), z.stride(0), *z.shape, factor.data_ptr(), None if shift is None else shift.data_ptr(),
@@ -46,7 +44,7 @@ def gain_gradients_(y: Tensor, dy: Tensor, factor: Tensor, left_alone: Tensor | 
     zero. Raises ValueError for other shapes."""
     _check(factor, left_alone, y, dy)
     offset = None if left_alone is None else left_alone.float().contiguous()
-    if dy.dtype == y.dtype and (library := _native(y, dy)):
+    if dy.dtype == y.dtype and (library := layer.row_kernels(y, dy)):
         factor = factor.contiguous()
         sums = factor.new_empty(max(1, -(-len(y) // ROWS)), len(factor))
         library.topwork_gain_backward(
@@ -68,14 +66,6 @@ def gain_sums_reference_(y: Tensor, dy: Tensor, factor: Tensor, offset: Tensor |
         total += (wide * (rows if offset is None else rows - offset)).sum(0)
         rows.copy_(wide * factor)
     return total
-
-
-def _native(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The C kernels, where they know the types and can walk the rows."""
-    for x in tensors:
-        if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or (x.stride(1) != 1 and x.shape[1] > 1):
-            return None
-    return layer.kernels()
 
 
 def _check(factor: Tensor, left_alone: Tensor | None, *tensors: Tensor) -> None:

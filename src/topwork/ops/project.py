@@ -199,15 +199,13 @@ class _Project(torch.autograd.Function):
         with function_memory():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
-            makes_again = bool(scales) and not keeps and n.shape[1] <= shape[1]
-            keeps = keeps or (bool(scales) and not makes_again)
+            keeps = keeps or (bool(scales) and n.shape[1] > shape[1])
             out = (kept_empty if keeps else passing_empty)(n, *shape)
             _base_products(n, group, out)
             inner = add_terms(n, bundles, masters, out)
         _multiply_(out, scales, factors)
         ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
         ctx.counts = len(kept), len(inner), len(masters)
-        ctx.makes_again = makes_again
         ctx.out = out.detach() if scales and keeps else None  # not among the saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)
         return out
@@ -220,7 +218,7 @@ class _Project(torch.autograd.Function):
         found: list[Tensor] = []
         with function_memory():
             out, ctx.out = ctx.out, None
-            if ctx.makes_again:
+            if ctx.scales and out is None:
                 out = brief_empty(dout, *dout.shape)
                 _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
                 add_again(ctx.bundles, masters, inner, out)

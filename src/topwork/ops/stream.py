@@ -87,7 +87,7 @@ class Stream:
         return replace(self, **found)
 
     def drawn(self, seeds: Sequence[int]) -> "Stream":
-        """The same stream, its sequences with a seed each (`ops/dropout.py`'s `hashed`) for what drops out in them."""
+        """The same stream, its sequences with a seed each (`common/seeds.py`) for what drops out in them."""
         lengths = torch.tensor([stop - start for start, stop in pairwise(self.bounds)], device=self.tokens.device)
         by_token = torch.tensor(seeds, device=self.tokens.device).repeat_interleave(lengths)
         return replace(self, draws=token_draws(by_token, self.positions))

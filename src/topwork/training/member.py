@@ -9,9 +9,9 @@ from typing import Any
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
 from topwork.common.errors import NonFiniteLossError
+from topwork.common.seeds import hashed
 from topwork.data.batches import step_indices, steps_per_epoch
 from topwork.data.examples import Example
-from topwork.ops.dropout import hashed
 from topwork.training.checkpoint import (
     ADAPTER,
     TrainState,

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from topwork.common.errors import RecipeError
+from topwork.common.seeds import hashed
 from topwork.data.batches import Group, collate_segments, pack
-from topwork.ops.dropout import hashed
 from topwork.ops.stream import Stream
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.optimizers import state_bytes

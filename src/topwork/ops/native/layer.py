@@ -3,6 +3,7 @@
 import ctypes
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from topwork.ops.native import build
@@ -31,6 +32,14 @@ def kernels() -> ctypes.CDLL | None:
             function = getattr(loaded, name)
             function.argtypes, function.restype = types, None
     return loaded
+
+
+def row_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The same, where they know the types of these [rows, n] and can walk their rows."""
+    for x in tensors:
+        if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or (x.stride(1) != 1 and x.shape[1] > 1):
+            return None
+    return kernels()
 
 
 def told(x: Tensor) -> str:
