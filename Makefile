@@ -1,13 +1,14 @@
 # make quickstart   train an adapter on support tickets, measure it, ask it
 # make test         formatter, linter, types, import order, all tests
 # make sanitize     the C kernels under the address and undefined-behaviour sanitizers (gcc, Linux)
+# make golden       ten steps of every method written down anew (tests/golden), where a change is meant to change them
 # make install      a virtual environment with the package; make docs, make bench, make clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/support
 
-.PHONY: help quickstart install test lint types imports unit sanitize bench docs clean
+.PHONY: help quickstart install test lint types imports unit golden sanitize bench docs clean
 
 help:
 	@grep -E '^# ' Makefile | cut -c3-
@@ -44,6 +45,9 @@ imports: $(VENV)/.tested
 
 unit: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+
+golden: $(VENV)/.tested
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py
 
 ## Python itself is not built with the sanitizer, so its library comes first; bitsandbytes' own kernels are not on trial
 sanitize: $(VENV)/.tested
