@@ -10,8 +10,8 @@ from golden.rows import ROWS, bases, run_row
 
 RECORD = json.loads(GOLDEN.read_text("utf-8"))
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
-"""Of a loss elsewhere, relative. Another order of summation, other libraries and no kernel at all made 1.2e-7 and 7.4e-5
-of ten steps; a wrong formula makes more than a thousandth of any row."""
+"""Of a loss elsewhere, relative. Another order of summation, other libraries or no kernel at all made at most 1.2e-7
+and 7.4e-5 of it in ten steps."""
 
 
 @pytest.fixture(scope="module")
