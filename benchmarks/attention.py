@@ -1,4 +1,4 @@
-"""Attention of a flat stream, forward and backward: the C kernel, our plain torch, and PyTorch's fused kernel called
+"""Attention of a flat batch, forward and backward: the C kernel, our plain torch, and PyTorch's fused kernel called
 once per sequence.
 
     python benchmarks/attention.py
@@ -114,7 +114,7 @@ def text(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["sequences", "type", "kernel: forward + backward, ms", "plain torch, ms", "fused, ms", "plain / kernel"]
     parts = [
-        "# Attention of a flat stream: the C kernel, plain torch, and the fused kernel sequence by sequence",
+        "# Attention of a flat batch: the C kernel, plain torch, and the fused kernel sequence by sequence",
         f"Nine heads over three, 64 wide. Medians of {record['turns']} turns, the least and the most in brackets.",
         table([*head, "fused / kernel", "difference"], rows),
         surroundings_text(record["surroundings"]),

@@ -19,7 +19,7 @@ from common import BENCHMARKS, peak_mib, run_processes, surroundings, surroundin
 
 if TYPE_CHECKING:
     from topwork.models.base import Base
-    from topwork.ops.stream import Stream
+    from topwork.ops.batch import Batch
 
 ARMS = ("off", "full")
 WARM_UP = 1
@@ -49,26 +49,26 @@ class Arm:
 
     def step(self, tokens: int, seed: int) -> dict[str, float]:
         """One optimizer step, timed."""
-        from topwork.training.objective import Sft
+        from topwork.objectives.sft import Sft
         from topwork.training.step import Learner, train_step
 
-        stream = random_rows(self.base, tokens, seed, self.name)
+        batch = random_rows(self.base, tokens, seed, self.name)
         self.switch()
         start = time.perf_counter()
         learner = Learner(self.name, Sft(), self.parameters, self.optimizer, 1.0)
-        [result] = train_step(self.base, [learner], [stream])
+        [result] = train_step(self.base, [learner], [batch])
         if isinstance(result, Exception):
             raise result
         return {"seconds": time.perf_counter() - start, "loss": result.loss, "grad_norm": result.grad_norm}
 
 
-def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Stream":
+def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Batch":
     """Rows of 150-300 random tokens, `tokens` in all; the last half of each is learned."""
     from dataclasses import replace
 
     import torch
 
-    from topwork.ops.stream import stream_of
+    from topwork.ops.batch import Labels, batch_of
 
     generator = torch.Generator().manual_seed(seed)
     rows, left = [], tokens
@@ -76,10 +76,10 @@ def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Stream":
         length = min(left, int(torch.randint(150, 301, (1,), generator=generator)))
         rows.append(torch.randint(0, base.module.config.vocab_size, (length,), generator=generator))
         left -= length
-    stream = stream_of(rows, adapter).drawn(range(len(rows)))
-    spans = zip(stream.bounds, stream.bounds[1:])
+    batch = batch_of(rows, adapter).with_dropout_seeds(range(len(rows)))
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
     learned = torch.cat([torch.arange((start + stop) // 2, stop - 1) for start, stop in spans])
-    return replace(stream, rows=learned, targets=stream.tokens[learned + 1], weights=torch.ones(len(learned)))
+    return replace(batch, labels=Labels(learned, batch.tokens[learned + 1], torch.ones(len(learned))))
 
 
 def load(model: str, **quantization: Any) -> "Base":

@@ -55,7 +55,7 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
     q, cos, sin = drawn(tokens, heads, head_dim), torch.randn(tokens, head_dim), torch.randn(tokens, head_dim)
     gate, up = drawn(tokens, 2 * f).split(f, 1)
     dh, into = drawn(tokens, f), drawn(tokens, 2 * f).split(f, 1)
-    stream, branch = torch.randn(1, tokens, d), drawn(tokens, d)
+    batch, branch = torch.randn(1, tokens, d), drawn(tokens, d)
     row, wide = 2 * tokens * d, 2 * tokens * f
     found: dict[str, tuple[int, Call, Call]] = {
         "norm": (
@@ -74,8 +74,8 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
             lambda: rotary.rotate_reference_(q, cos, sin),
         ),
         "residual sum and branch": (
-            6 * row, lambda: residual.add_and_round(stream, dy, 1.0, stream, branch),
-            lambda: residual.add_and_round_reference(stream, dy, 1.0, stream, branch),
+            6 * row, lambda: residual.add_and_round(batch, dy, 1.0, batch, branch),
+            lambda: residual.add_and_round_reference(batch, dy, 1.0, batch, branch),
         ),
     }  # fmt: skip
     z, slopes, factor = drawn(tokens, 2 * f), drawn(tokens, 2 * f), 0.5 + torch.rand(2 * f)

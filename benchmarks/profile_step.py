@@ -37,7 +37,7 @@ from common import (
 if TYPE_CHECKING:
     from peers.topwork_step import Trained
 
-    from topwork.ops.stream import Stream
+    from topwork.ops.batch import Batch
     from topwork.training.step import Learner
 
 SKINNY = 64
@@ -111,21 +111,21 @@ def is_skinny(shapes: Sequence[Sequence[int]]) -> bool:
 
 def main() -> None:
     given = arguments()
-    trained, stream = prepared(given)
+    trained, batch = prepared(given)
     learners = [trained.learner(name) for name in trained.adapters.configs]
     plain, steps = [], []
     for number in range(WARM_UP + given.steps):
         start = time.perf_counter()
-        trained.steps(learners, [stream])
+        trained.steps(learners, [batch])
         seconds = time.perf_counter() - start
         if number >= WARM_UP:
             plain.append(seconds)
-            steps.append(profiled(trained, stream, learners))
+            steps.append(profiled(trained, batch, learners))
     groups = {group: median(step["groups"].get(group, 0.0) for step in steps) for group in GROUPS}
     record = {
         "question": {key: getattr(given, key) for key in ("rows", "quantized", "ranks", "steps")},
-        "model": model_title(trained.base.name), "tokens": len(stream.tokens), "learned_tokens": len(stream.rows),
-        "sequences": len(stream.bounds) - 1, "seconds": median(plain),
+        "model": model_title(trained.base.name), "tokens": len(batch.tokens), "learned_tokens": len(batch.labels),
+        "sequences": len(batch.cu_seqlens) - 1, "seconds": median(plain),
         "profiled_seconds": median(step["seconds"] for step in steps), "groups": groups,
         "events": median(step["events"] for step in steps), "top": largest(steps, given.top),
         "surroundings": surroundings(),
@@ -149,7 +149,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepared(given: argparse.Namespace) -> tuple["Trained", "Stream"]:
+def prepared(given: argparse.Namespace) -> tuple["Trained", "Batch"]:
     """A model with an adapter whose B is not zero, and whole rows that fill a pass."""
     from peers.topwork_step import open_adapted, read_examples
 
@@ -164,17 +164,17 @@ def prepared(given: argparse.Namespace) -> tuple["Trained", "Stream"]:
         if len(example.tokens) <= room:
             chosen.append(example)
             room -= len(example.tokens)
-    (stream,) = trained.passes(chosen, given.tokens)
-    return trained, stream
+    (batch,) = trained.passes(chosen, given.tokens)
+    return trained, batch
 
 
-def profiled(trained: "Trained", stream: "Stream", learners: "Sequence[Learner]") -> dict[str, Any]:
+def profiled(trained: "Trained", batch: "Batch", learners: "Sequence[Learner]") -> dict[str, Any]:
     """One step: its wall time, the own time of every group and of every kind of event, in seconds."""
     from torch.profiler import ProfilerActivity, profile
 
     with named_grouped_products(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         start = time.perf_counter()
-        trained.steps(learners, [stream])
+        trained.steps(learners, [batch])
         seconds = time.perf_counter() - start
     groups: dict[str, float] = defaultdict(float)
     kinds: Counter[tuple[str, str, str]] = Counter()

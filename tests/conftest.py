@@ -39,7 +39,7 @@ def stories260k() -> Path:
 
 @pytest.fixture
 def tiny_base() -> Callable[..., object]:
-    """tiny_base(family, dtype=..., **config values) -> a random frozen Base of that family on flat streams."""
+    """tiny_base(family, dtype=..., **config values) -> a random frozen Base of that family on flat batches."""
     from reference.families import tiny_base
 
     return tiny_base

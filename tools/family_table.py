@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference.families import stream_differences, tiny_model  # noqa: E402
+from reference.families import batch_differences, tiny_model  # noqa: E402
 from topwork.common.errors import ModelError  # noqa: E402
 from topwork.models.base import as_base  # noqa: E402
 from topwork.models.fast import FastLayer  # noqa: E402
@@ -28,7 +28,7 @@ HEAD = """# Model families
 Written by `python tools/family_table.py`; `tests/models/test_families.py` asserts the same measures.
 
 Each family is a random model of two layers in fp32 (grouped heads, sliding window of 5, soft-capping and sinks where
-the family has them). Sequences of 13, 1, 7 and 24 tokens run as one flat stream, and each alone through transformers'
+the family has them). Sequences of 13, 1, 7 and 24 tokens run as one flat batch, and each alone through transformers'
 own forward pass. The figures are relative differences, |ours - theirs| / |theirs|, of the logits, of the gradients of
 all the base's weights, and of the gradients of a LoRA adapter on every linear layer. At most 1e-5 is allowed. The last
 column says what runs through the fast path (`models/fast.py`); the rest runs on transformers' own modules, as correct
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _measured(family: str) -> str:
-    figures = " | ".join(f"{value:.1e}" for value in stream_differences(family).values())
+    figures = " | ".join(f"{value:.1e}" for value in batch_differences(family).values())
     return f"| {family} | {figures} | {_fast(family)} |"
 
 

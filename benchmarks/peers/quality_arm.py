@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from topwork.data.batches import step_indices
+from topwork.data.batches import step_indices, steps_per_epoch
 from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
 from topwork.data.template import ChatTemplate
 from topwork.evaluation.score import questions_of, score
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
+from topwork.objectives.sft import Sft
 from topwork.recipe.recipe import make_recipe
 from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.train import train
 from topwork.training.config import TrainingConfig
-from topwork.training.member import planned_steps
-from topwork.training.objective import Sft
 from topwork.training.passes import step_passes
 from topwork.training.schedule import learning_rate
+from topwork.training.trial import planned_steps
 
 TOKENS_PER_PASS = 4096
 
@@ -70,7 +70,7 @@ def full(job: dict[str, Any]) -> tuple[Base, None, ChatTemplate, list[float], li
     own = list(base.module.requires_grad_(True).parameters())
     masters = [parameter.detach().float() for parameter in own]
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
-    steps = planned_steps(config, len(data.train))
+    steps = planned_steps(config, steps_per_epoch(len(data.train), config.batch_size))
     losses, norms = [], []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -92,8 +92,8 @@ def full_step(
 ) -> tuple[float, float]:
     """Gradients of one step's mean loss into the masters, clipped; returns loss and norm."""
     total, count, objective = 0.0, 0.0, Sft()
-    for stream in step_passes([(None, rows)], TOKENS_PER_PASS, base.device):
-        loss = objective(base.log_probabilities(stream, objective.gradient(stream)), stream)
+    for batch in step_passes([(None, rows)], TOKENS_PER_PASS, base.device):
+        loss = objective(base.log_probabilities(batch, objective.gradient(batch)), batch)
         loss.total.backward()
         total, count = total + float(loss.total.detach()), count + loss.count
     for parameter, master in zip(own, masters):

@@ -11,10 +11,10 @@ from topwork.data.config import DataConfig
 from topwork.data.examples import Example, load_data
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import Stream
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch
 from topwork.quantization.config import QuantizationConfig
 from topwork.run.folder import ADAPTER_NAME
-from topwork.training.objective import Sft
 from topwork.training.passes import step_passes
 from topwork.training.step import Learner, StepResult, train_step
 
@@ -35,14 +35,14 @@ class Trained:
         """Set the adapter's tensors."""
         self.adapters.load(ADAPTER_NAME, tensors)
 
-    def passes(self, examples: Sequence[Example], tokens_per_pass: int) -> list[Stream]:
+    def passes(self, examples: Sequence[Example], tokens_per_pass: int) -> list[Batch]:
         """The rows dealt to all adapters, in their order."""
         names = list(self.adapters.configs)
         cuts = [len(examples) * at // len(names) for at in range(len(names) + 1)]
         groups = [(name, examples[start:stop]) for name, start, stop in zip(names, cuts, cuts[1:])]
         return step_passes([group for group in groups if group[1]], tokens_per_pass, self.base.device)
 
-    def step(self, passes: Sequence[Stream], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
+    def step(self, passes: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> StepResult:
         """A step of the only adapter."""
         learner = Learner(ADAPTER_NAME, Sft(), list(self.parameters.values()), optimizer, max_grad_norm)
         [result] = self.steps([learner], passes)
@@ -53,7 +53,7 @@ class Trained:
         parameters = list(self.adapters.parameters(name).values())
         return Learner(name, Sft(), parameters, torch.optim.AdamW(parameters, lr=2e-4, fused=True), 1.0)
 
-    def steps(self, learners: Sequence[Learner], passes: Sequence[Stream]) -> list[StepResult]:
+    def steps(self, learners: Sequence[Learner], passes: Sequence[Batch]) -> list[StepResult]:
         """A step of each."""
         found = []
         for result in train_step(self.base, learners, passes):

@@ -1,4 +1,4 @@
-"""LoRA at embeddings and heads, and trained rows: PEFT's folders, logits and losses, mixed streams, tied pairs."""
+"""LoRA at embeddings and heads, and trained rows: PEFT's folders, logits and losses, mixed batches, tied pairs."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from reference.families import added, learning_stream, logits, sequences, tiny_base, tiny_model
+from reference.families import added, learning_batch, logits, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.formats.format import PREFIX
@@ -22,8 +22,9 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, wri
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import merge
 from topwork.models.base import Base, as_base
-from topwork.ops.stream import Segment, Stream, stream_of
-from topwork.training.objective import Sft
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch, Segment, batch_of
+from topwork.ops.context import running
 
 NAMES = {"gpt2": {"embed_tokens": "wte", "v_proj": "c_attn"}, "phi3": {"v_proj": "qkv_proj"}}
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3"]
@@ -63,12 +64,12 @@ def test_our_folder_in_peft_and_theirs_here(tied: bool, case: str, family: str, 
     theirs, base, adapters = pair(case, family, tied)
     write_adapter(tmp_path / "ours", adapters, "a", BaseId("x"))
     model = PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
-    found = logits(base, stream_of(sequences(), "a"))
+    found = logits(base, batch_of(sequences(), "a"))
     assert relative(found, by_peft(model, sequences())) < 1e-5
-    assert relative(found, logits(base, stream_of(sequences()))) > 0.01
+    assert relative(found, logits(base, batch_of(sequences()))) > 0.01
     model.save_pretrained(tmp_path / "theirs")
     load_adapter(adapters, "b", read_adapter(tmp_path / "theirs"), BaseId("x"))
-    assert torch.equal(logits(base, stream_of(sequences(), "b")), found)
+    assert torch.equal(logits(base, batch_of(sequences(), "b")), found)
     for ours, back in zip(adapters.stored("a").values(), adapters.stored("b").values(), strict=True):
         assert torch.equal(ours, back)
 
@@ -90,12 +91,12 @@ def test_twenty_steps_as_in_peft(tied: bool, case: str, tmp_path: Path) -> None:
     for step in range(STEPS):
         parts = sequences((9 + step % 5, 5 + step % 3), seed=step % 4)
         parts[0][2], parts[1][3] = 7, 0  # a trained token, and the padding one
-        stream = learning_stream(parts, "a")
-        gradient = Sft().gradient(stream)
-        loss = (gradient * base.log_probabilities(stream, gradient)).sum() / len(stream.rows)
-        theirs_logits = torch.cat([model(input_ids=part[None]).logits[0] for part in parts])[stream.rows]
-        logps = theirs_logits.log_softmax(-1).gather(-1, stream.targets[:, None])[:, 0]
-        total = (gradient * logps).sum() / len(stream.rows)
+        batch = learning_batch(parts, "a")
+        gradient = Sft().gradient(batch)
+        loss = (gradient * base.log_probabilities(batch, gradient)).sum() / len(batch.labels.positions)
+        theirs_logits = torch.cat([model(input_ids=part[None]).logits[0] for part in parts])[batch.labels.positions]
+        logps = theirs_logits.log_softmax(-1).gather(-1, batch.labels.targets[:, None])[:, 0]
+        total = (gradient * logps).sum() / len(batch.labels.positions)
         losses.append(float(loss.detach()))
         expected.append(float(total.detach()))
         for value, optimizer in ((loss, ours), (total, other)):
@@ -109,11 +110,11 @@ def test_twenty_steps_as_in_peft(tied: bool, case: str, tmp_path: Path) -> None:
         assert float((final[PREFIX + key] - parameter.detach()).abs().max()) < 1e-4, key
 
 
-def mixed(names: tuple[str | None, ...] = ("embedding", "head", None, "tokens")) -> Stream:
-    stream = learning_stream(sequences((13, 4, 7, 24)))
-    stream.tokens[[2, 15, 20, 30]] = 7
-    spans = zip(stream.bounds, stream.bounds[1:])
-    return replace(stream, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
+def mixed(names: tuple[str | None, ...] = ("embedding", "head", None, "tokens")) -> Batch:
+    batch = learning_batch(sequences((13, 4, 7, 24)))
+    batch.tokens[[2, 15, 20, 30]] = 7
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+    return replace(batch, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
 
 
 @TIED
@@ -121,13 +122,13 @@ def test_in_a_mixed_stream_each_is_alone(tied: bool) -> None:
     """Embedding, head and trained tokens of three adapters, and the bare base beside them."""
     base = tiny_base("gemma3_text", tie_word_embeddings=tied)
     adapters = added(base, **{case: config(case) for case in ("embedding", "head", "tokens")})
-    stream = mixed()
-    together = logits(base, stream).split([13, 4, 7, 24])
-    for part, segment, found in zip(stream.tokens.split([13, 4, 7, 24]), stream.segments, together):
-        assert relative(found, logits(base, stream_of([part], segment.adapter))) < 1e-6
+    batch = mixed()
+    together = logits(base, batch).split([13, 4, 7, 24])
+    for part, segment, found in zip(batch.tokens.split([13, 4, 7, 24]), batch.segments, together):
+        assert relative(found, logits(base, batch_of([part], segment.adapter))) < 1e-6
         if segment.adapter:
-            assert relative(found, logits(base, stream_of([part]))) > 1e-3
-    (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum().backward()
+            assert relative(found, logits(base, batch_of([part]))) > 1e-3
+    (-batch.labels.loss_weights * base.log_probabilities(batch, -batch.labels.loss_weights)).sum().backward()
     for name in adapters.configs:
         assert all(p.grad is not None and p.grad.any() for p in adapters.parameters(name).values()), name
 
@@ -137,9 +138,9 @@ def test_in_a_mixed_stream_each_is_alone(tied: bool) -> None:
 def test_fresh_it_is_the_base_to_the_bit(tied: bool, case: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny_base("gemma3_text", dtype, tie_word_embeddings=tied)
-        before = logits(base, stream_of(sequences()))
+        before = logits(base, batch_of(sequences()))
         Adapters(base.module).add("a", config(case))
-        assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+        assert torch.equal(logits(base, batch_of(sequences(), "a")), before)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,11 +148,11 @@ def test_fresh_it_is_the_base_to_the_bit(tied: bool, case: str) -> None:
 def test_merged_it_is_the_same_model(tied: bool, case: str, tmp_path: Path) -> None:
     """A tied pair comes apart, unless both learn the same rows; so it is too for who loads what was written."""
     _, base, adapters = pair(case, "gemma3_text", tied)
-    stream = stream_of(sequences(), "a")
-    stream.tokens[[3, 9]] = 7
-    expected = logits(base, stream)
+    batch = batch_of(sequences(), "a")
+    batch.tokens[[3, 9]] = 7
+    expected = logits(base, batch)
     merge(base, adapters, "a")
-    bare = replace(stream, segments=(Segment(0, len(stream.tokens), None),))
+    bare = replace(batch, segments=(Segment(0, len(batch.tokens), None),))
     assert relative(logits(base, bare), expected) < 1e-5
     stays = tied and case == "tokens"
     assert base.module.config.tie_word_embeddings is stays
@@ -159,7 +160,7 @@ def test_merged_it_is_the_same_model(tied: bool, case: str, tmp_path: Path) -> N
     assert (head.weight is embedding.weight) == stays
     base.module.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    found = torch.cat([again(input_ids=part[None]).logits[0] for part in stream.tokens.split([13, 1, 7, 24])])
+    found = torch.cat([again(input_ids=part[None]).logits[0] for part in batch.tokens.split([13, 1, 7, 24])])
     assert relative(found, expected) < 1e-5
 
 
@@ -174,13 +175,13 @@ def test_trained_rows_take_the_bases_place_and_no_others() -> None:
         rows[1] += 1.0
     embedding = base.module.get_input_embeddings()
     tokens = torch.tensor([3, 4, 7, 98, 3])
-    with stream_of([tokens], "a").active():
+    with running(batch_of([tokens], "a")):
         found = embedding(tokens[None])[0]
     expected = embedding.base_layer(tokens)
     changed = [not torch.equal(x, y) for x, y in zip(found, expected)]
     assert changed == [True, False, False, False, True]
-    before = logits(base, stream_of([tokens[1:4]]))
-    after = logits(base, stream_of([tokens[1:4]], "a"))
+    before = logits(base, batch_of([tokens[1:4]]))
+    after = logits(base, batch_of([tokens[1:4]], "a"))
     differ = (before != after).any(0).nonzero().flatten().tolist()
     assert differ == [3]  # in the tied head, that token's logit alone
 
@@ -190,13 +191,13 @@ def test_a_rows_gradient_comes_from_both_ends_of_a_tied_pair() -> None:
     for tied in (False, True):
         base = tiny_base("llama", tie_word_embeddings=tied)
         adapters = added(base, a=config("tokens"))
-        stream = learning_stream(sequences(), "a")
+        batch = learning_batch(sequences(), "a")
         assert len(adapters.parameters("a")) == 2 * 2 + 1
-        (-base.log_probabilities(stream)).sum().backward()
+        (-base.log_probabilities(batch)).sum().backward()
         rows = adapters.parameters("a")["model.embed_tokens.token_adapter.trainable_tokens_delta"]
         assert rows.grad is not None
         found[tied] = rows.grad.abs().sum(-1) > 0
-    there = [bool((stream.tokens == token).any()) for token in (7, 3, 98)]
+    there = [bool((batch.tokens == token).any()) for token in (7, 3, 98)]
     assert found[False].tolist() == there == [False, True, False]
     assert found[True].all()  # tied, every token that might have been said counts
 
@@ -262,10 +263,10 @@ def test_tokens_named_by_module(change: Callable[[list[int]], Any], told: str | 
 
 def test_an_adapter_of_one_kind_leaves_another_alone() -> None:
     base = tiny_base("llama", tie_word_embeddings=True)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters = added(base, a=config("tokens"), b=config("both"))
-    expected = logits(base, stream_of(sequences(), "b"))
+    expected = logits(base, batch_of(sequences(), "b"))
     adapters.remove("a")
-    assert torch.equal(logits(base, stream_of(sequences(), "b")), expected)
+    assert torch.equal(logits(base, batch_of(sequences(), "b")), expected)
     adapters.remove("b")
-    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert torch.equal(logits(base, batch_of(sequences())), before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.families import added, learning_stream, logits, randomise, sequences, tiny_base
+from reference.families import added, chosen_labels, learning_batch, logits, randomise, sequences, tiny_base
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
@@ -15,7 +15,8 @@ from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.whole import Whole
 from topwork.common.errors import AdapterError
 from topwork.ops import logprobs
-from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.ops.batch import Batch, Segment, batch_of
+from topwork.ops.context import running
 
 CONFIG = AdapterConfig(r=4, lora_alpha=8)
 FAMILIES = ["llama", "gemma2", "gpt2", "phi3", "gpt_oss"]
@@ -28,38 +29,38 @@ KINDS = {
 }
 
 
-def by_sequence(stream: Stream, names: list[str | None]) -> Stream:
+def by_sequence(batch: Batch, names: list[str | None]) -> Batch:
     """Each sequence a segment of its own."""
-    spans = zip(stream.bounds, stream.bounds[1:])
-    return replace(stream, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+    return replace(batch, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_adapter_is_the_base_bit_for_bit(family: str, dtype: torch.dtype) -> None:
     base = tiny_base(family, dtype)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters = Adapters(base.module)
     assert adapters.add("a", CONFIG)
-    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, batch_of(sequences(), "a")), before)
     randomise(adapters, "a")
-    assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
-    assert torch.equal(logits(base, stream_of(sequences(), None)), before)
+    assert not torch.equal(logits(base, batch_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, batch_of(sequences(), None)), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_modules_to_save_are_the_base_too(kind: str, dtype: torch.dtype) -> None:
     base = tiny_base("llama", dtype)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters = Adapters(base.module)
     adapters.add("a", KINDS[kind])
-    fresh = logits(base, stream_of(sequences(), "a"))
+    fresh = logits(base, batch_of(sequences(), "a"))
     if dtype == torch.bfloat16:
         assert torch.equal(fresh, before)
     assert relative(fresh, before) < 1e-6  # a saved module sums in fp32 in its own order
     randomise(adapters, "a")
-    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert torch.equal(logits(base, batch_of(sequences())), before)
     assert all(parameter.dtype == torch.float32 for parameter in adapters.parameters("a").values())
 
 
@@ -69,10 +70,10 @@ def test_two_adapters_in_one_stream_are_each_alone(kind: str) -> None:
     added(base, one=KINDS[kind], two=KINDS[kind].model_copy(update={"r": 7, "use_rslora": True}))
     parts = sequences()
     names = ["one", None, "two", "one"]
-    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
+    together = logits(base, by_sequence(batch_of(parts), names)).split([len(part) for part in parts])
     for part, name, found in zip(parts, names, together, strict=True):
-        assert relative(found, logits(base, stream_of([part], name))) < 1e-6
-    alone = [logits(base, stream_of(parts[:1], name)) for name in ("one", "two", None)]
+        assert relative(found, logits(base, batch_of([part], name))) < 1e-6
+    alone = [logits(base, batch_of(parts[:1], name)) for name in ("one", "two", None)]
     assert relative(alone[0], alone[1]) > 1e-2
     assert relative(alone[0], alone[2]) > 1e-2
 
@@ -83,18 +84,18 @@ def test_gradients_of_two_adapters_in_one_stream(kind: str) -> None:
     adapters = added(base, one=KINDS[kind], two=KINDS[kind])
     parts = sequences()
 
-    def gradients(stream: Stream, name: str) -> list[Tensor]:
-        loss = (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+    def gradients(batch: Batch, name: str) -> list[Tensor]:
+        loss = (-batch.labels.loss_weights * base.log_probabilities(batch, -batch.labels.loss_weights)).sum()
         return list(torch.autograd.grad(loss, list(adapters.parameters(name).values())))
 
-    stream = learning_stream(parts)
-    mixed = by_sequence(stream, ["one", "one", "two", None])
+    batch = learning_batch(parts)
+    mixed = by_sequence(batch, ["one", "one", "two", None])
     ends = (14, 21)
     for name, lower, upper in (("one", 0, ends[0]), ("two", *ends)):
-        chosen = (stream.rows >= lower) & (stream.rows < upper)
+        chosen = (batch.labels.positions >= lower) & (batch.labels.positions < upper)
         own = replace(
-            by_sequence(stream, [name] * 4),
-            rows=stream.rows[chosen], targets=stream.targets[chosen], weights=stream.weights[chosen],
+            by_sequence(batch, [name] * 4),
+            labels=chosen_labels(batch, chosen),
         )  # fmt: skip
         assert relative(gradients(mixed, name), gradients(own, name)) < 2e-6
 
@@ -103,14 +104,14 @@ def test_the_head_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A saved head with more rows than a chunk holds: same values, same gradients."""
     base = tiny_base("gemma2")
     adapters = added(base, a=AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    stream = learning_stream(sequences(), "a")
+    batch = learning_batch(sequences(), "a")
     results = []
     for size in (1 << 25, 1):
         monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", size)
-        logprobs_found = base.log_probabilities(stream)
+        logprobs_found = base.log_probabilities(batch)
         gradients = torch.autograd.grad(logprobs_found.sum(), list(adapters.parameters("a").values()))
         results.append((logprobs_found.detach(), gradients))
-    assert len(stream.rows) > 16
+    assert len(batch.labels.positions) > 16
     assert relative(results[0][0], results[1][0]) < 1e-6
     assert relative(results[0][1], results[1][1]) < 1e-6
 
@@ -121,9 +122,9 @@ def test_removing_restores_the_bases_own_modules(kind: str) -> None:
     before = dict(base.module.named_modules())
     adapters = added(base, one=KINDS[kind], two=KINDS[kind])
     assert bare_modules(base.module).keys() == before.keys() - {""}
-    two = logits(base, stream_of(sequences(), "two"))
+    two = logits(base, batch_of(sequences(), "two"))
     adapters.remove("one")
-    assert torch.equal(logits(base, stream_of(sequences(), "two")), two)
+    assert torch.equal(logits(base, batch_of(sequences(), "two")), two)
     adapters.remove("two")
     after = dict(base.module.named_modules())
     assert after.keys() == before.keys()
@@ -134,8 +135,8 @@ def test_removing_restores_the_bases_own_modules(kind: str) -> None:
 def test_only_the_adapter_learns() -> None:
     base = tiny_base("llama")
     adapters = added(base, a=KINDS["with a saved head"])
-    stream = learning_stream(sequences(), "a")
-    base.log_probabilities(stream).sum().backward()
+    batch = learning_batch(sequences(), "a")
+    base.log_probabilities(batch).sum().backward()
     own = {id(parameter) for parameter in adapters.parameters("a").values()}
     for name, parameter in base.module.named_parameters():
         assert (id(parameter) in own) == parameter.requires_grad == (parameter.grad is not None), name
@@ -192,16 +193,16 @@ def test_how_a_begins(init: bool | str, spread: float) -> None:
 def test_dropout_in_training_only() -> None:
     base = tiny_base("llama")
     adapters = added(base, a=AdapterConfig(r=4, lora_dropout=0.5), b=CONFIG)
-    stream = stream_of(sequences(), "a")
-    still = logits(base, stream)
-    assert torch.equal(logits(base, stream), still)
+    batch = batch_of(sequences(), "a")
+    still = logits(base, batch)
+    assert torch.equal(logits(base, batch), still)
     adapters.train("a")
-    noisy = [logits(base, stream.drawn([seed] * 4)) for seed in (1, 2)]
+    noisy = [logits(base, batch.with_dropout_seeds([seed] * 4)) for seed in (1, 2)]
     assert not torch.equal(noisy[0], noisy[1])
-    other = stream_of(sequences(), "b")
+    other = batch_of(sequences(), "b")
     assert torch.equal(logits(base, other), logits(base, other))
     adapters.train("a", False)
-    assert torch.equal(logits(base, stream), still)
+    assert torch.equal(logits(base, batch), still)
 
 
 def test_layers_with_one_input_drop_the_same_of_it_and_others_do_not() -> None:
@@ -225,7 +226,7 @@ def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     nn.init.normal_(weights.lora_B)
     layer.adapters["a"] = weights
     x = torch.randn(1, 6).expand(40000, 6)
-    with torch.no_grad(), stream_of([torch.zeros(40000, dtype=torch.int64)], "a").drawn([0]).active():
+    with torch.no_grad(), running(batch_of([torch.zeros(40000, dtype=torch.int64)], "a").with_dropout_seeds([0])):
         mean = layer(x).mean(0)
         weights.eval()
         expected = layer(x[:1].expand(40000, 6))[0]
@@ -282,8 +283,8 @@ def test_a_layer_given_other_tokens_than_the_streams_refuses() -> None:
     added(base, a=CONFIG)
     layer = base.module.model.layers[0].mlp.up_proj
     with (
-        stream_of(sequences(), "a").active(),
-        pytest.raises(AdapterError, match=r"given 7 of the stream's 45 tokens"),
+        running(batch_of(sequences(), "a")),
+        pytest.raises(AdapterError, match=r"given 7 of the batch's 45 tokens"),
     ):
         layer(torch.zeros(7, 64))
 
@@ -309,14 +310,14 @@ def test_one_adapter_saves_whole_what_another_adapts() -> None:
         adapters.add(name, config)
         randomise(adapters, name, seed)
     parts, names = sequences(), ["saved", "adapted", None, "saved"]
-    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
+    together = logits(base, by_sequence(batch_of(parts), names)).split([len(part) for part in parts])
     for part, name, found in zip(parts, names, together, strict=True):
         alone = tiny_base("llama")
         adapters = Adapters(alone.module)
         if name is not None:
             adapters.add(name, kinds[name])
             randomise(adapters, name, seed=list(kinds).index(name))
-        assert relative(found, logits(alone, stream_of([part], name))) < 1e-6
+        assert relative(found, logits(alone, batch_of([part], name))) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["training", "weight_norm.x", "forward"])

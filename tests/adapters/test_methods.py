@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from reference.families import added, learning_stream, logits, randomise, sequences, tiny_base
+from reference.families import added, learning_batch, logits, randomise, sequences, tiny_base
 from reference.measure import relative
 from reference.quantized_by_others import write_base
 from topwork.adapters.base_weight import dense_weight
@@ -28,8 +28,9 @@ from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 from topwork.models.weights import original_weight
+from topwork.ops.batch import batch_of
+from topwork.ops.context import running
 from topwork.ops.dropout import stays
-from topwork.ops.stream import stream_of
 from topwork.quantization.config import QuantizationConfig
 
 DORA = AdapterConfig(r=4, lora_alpha=8, use_dora=True)
@@ -37,8 +38,8 @@ FULL, BITFIT, IA3 = (AdapterConfig(method=method) for method in ("full", "bitfit
 
 
 def slopes(base: Base, parameters: dict[str, Tensor], adapter: str | None) -> dict[str, Tensor]:
-    stream = learning_stream(sequences(), adapter)
-    total = (stream.weights * base.log_probabilities(stream)).sum()
+    batch = learning_batch(sequences(), adapter)
+    total = (batch.labels.loss_weights * base.log_probabilities(batch)).sum()
     return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values()))))
 
 
@@ -68,11 +69,11 @@ def test_a_tied_pair_is_counted_and_written_once(tmp_path: Path) -> None:
     assert isinstance(adapters.parts("a")["lm_head"], TiedHead)
     assert "lm_head.weight" not in adapters.stored("a")
     write_adapter(tmp_path, adapters, "a", BaseId("tiny"))
-    before = logits(base, stream_of(sequences(), "a"))
+    before = logits(base, batch_of(sequences(), "a"))
     merge(base, adapters, "a")
     assert base.module.lm_head.weight is base.module.model.embed_tokens.weight
     assert base.module.config.tie_word_embeddings
-    assert relative(logits(base, stream_of(sequences())), before) < 1e-5
+    assert relative(logits(base, batch_of(sequences())), before) < 1e-5
 
 
 def test_the_file_of_a_full_fine_tuning_is_a_state_dict(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_the_file_of_a_full_fine_tuning_is_a_state_dict(tmp_path: Path) -> None:
     found = other.module.load_state_dict(load_file(tmp_path / "adapter_model.safetensors"), strict=False)
     assert not found.unexpected_keys
     assert not found.missing_keys
-    assert relative(logits(other, stream_of(sequences())), logits(base, stream_of(sequences(), "a"))) < 1e-6
+    assert relative(logits(other, batch_of(sequences())), logits(base, batch_of(sequences(), "a"))) < 1e-6
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
@@ -105,8 +106,8 @@ def test_lengths_are_those_of_the_dense_sum(family: str, fused: bool) -> None:
             assert not lengths.requires_grad
 
     for step in range(3):
-        stream = learning_stream(sequences(), "a", step)
-        base.log_probabilities(stream).sum().backward()
+        batch = learning_batch(sequences(), "a", step)
+        base.log_probabilities(batch).sum().backward()
         with torch.no_grad():  # a look between the gradient and the update
             check()
         optimizer.step()
@@ -166,12 +167,12 @@ def test_dora_drops_out_of_what_it_adds_alone(family: str) -> None:
     assert isinstance(layer, AdaptedLayer)
     assert isinstance(part, Dora)
     adapters.train("a")
-    x, stream = torch.randn(1, 9, 64), stream_of([torch.zeros(9, dtype=torch.int64)], "a").drawn([3])
-    with stream.active(), torch.no_grad():
+    x, batch = torch.randn(1, 9, 64), batch_of([torch.zeros(9, dtype=torch.int64)], "a").with_dropout_seeds([3])
+    with running(batch), torch.no_grad():
         y = layer(x)
         assert layer.projection() is None
-    dropout = stream.dropout(0.4, layer.input_key, slice(0, 9))
-    dropped = x * stays(dropout, dropout.draws, 64) / 0.6
+    dropout = batch.dropout(0.4, layer.input_key, slice(0, 9))
+    dropped = x * stays(dropout, dropout.seeds, 64) / 0.6
     factor = part.factor(layer.base_layer)
     added_to = (factor - 1) * (dropped @ dense_weight(layer.base_layer).t()) + factor * (dropped @ part.delta().t())
     assert relative(y, layer.base_layer(x) + added_to) < 1e-5
@@ -280,7 +281,7 @@ def test_a_learned_bias_on_a_norm_and_nowhere_else() -> None:
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(method="bitfit", target_modules=["ln_1"]))
     assert set(adapters.parameters("a")) == {f"transformer.h.{layer}.ln_1.bias" for layer in (0, 1)}
-    before = logits(base, stream_of(sequences()))
-    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    before = logits(base, batch_of(sequences()))
+    assert torch.equal(logits(base, batch_of(sequences(), "a")), before)
     randomise(adapters, "a")
-    assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    assert not torch.equal(logits(base, batch_of(sequences(), "a")), before)

@@ -18,7 +18,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.models.base import Base
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 
 HERE = BaseId("owner/base", "sha256:one")
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +55,7 @@ OURS_ALONE = {
 
 def ours(base: Base, name: str | None = None) -> Tensor:
     with torch.no_grad():
-        return base.logits(stream_of(sequences(), name), torch.arange(45))
+        return base.logits(batch_of(sequences(), name), torch.arange(45))
 
 
 def theirs(model: PreTrainedModel) -> Tensor:
@@ -271,11 +271,11 @@ def test_pefts_folders_of_a_base_that_lacks_a_part(init: str, tmp_path: Path) ->
     theirs.save_pretrained(tmp_path)
     base, tokens = tiny_base(), sequences()[:1]
     adapters = Adapters(base.module)
-    bare = logits(base, stream_of(tokens))
+    bare = logits(base, batch_of(tokens))
     load_adapter(adapters, "a", read_adapter(tmp_path), HERE)
     with torch.no_grad():
         expected = theirs(tokens[0][None]).logits[0]
-    assert relative(logits(base, stream_of(tokens, "a")), expected) < 1e-5
+    assert relative(logits(base, batch_of(tokens, "a")), expected) < 1e-5
     assert relative(bare, expected) > 1e-3
     write_adapter(tmp_path / "again", adapters, "a", HERE)  # of rank 2 r by now, and for any base
     again = Adapters(tiny_base().module)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reference.families import alone, learning_stream, logits, randomise, sequences, tiny_base, tiny_model
+from reference.families import alone, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.formats.format import PREFIX
@@ -20,7 +20,7 @@ from topwork.adapters.inits import FromWeight
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 from topwork.training.config import TrainingConfig
 from training.test_peft_parity import STEPS, batches, compare
 
@@ -85,13 +85,13 @@ def peft_config(name: str) -> LoraConfig | IA3Config:
 def test_our_folder_in_peft(name: str, tmp_path: Path) -> None:
     family, values = {**ADAPTERS, **OURS_ALONE}[name]
     base = tiny_base(family)
-    bare = logits(base, stream_of(sequences()))
+    bare = logits(base, batch_of(sequences()))
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(**values))
     randomise(adapters, "a")
     write_adapter(tmp_path, adapters, "a", HERE)
     found = theirs(PeftModel.from_pretrained(tiny_model(family), tmp_path))
-    assert relative(found, logits(base, stream_of(sequences(), "a"))) < 1e-5
+    assert relative(found, logits(base, batch_of(sequences(), "a"))) < 1e-5
     assert relative(found, bare) > 1e-3
 
 
@@ -107,9 +107,9 @@ def test_pefts_folder_here(name: str, tmp_path: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = "owner/base"
     model.save_pretrained(tmp_path)
     truth, base = theirs(model), tiny_base(family)
-    bare = logits(base, stream_of(sequences()))
+    bare = logits(base, batch_of(sequences()))
     assert load_adapter(Adapters(base.module), "theirs", read_adapter(tmp_path), HERE) is None
-    assert relative(logits(base, stream_of(sequences(), "theirs")), truth) < 1e-5
+    assert relative(logits(base, batch_of(sequences(), "theirs")), truth) < 1e-5
     assert relative(truth, bare) > 1e-3
 
 
@@ -152,11 +152,11 @@ def test_it_begins_and_learns_as_pefts(init: str, values: dict[str, Any]) -> Non
     base = tiny_base("llama")
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(**asked))
-    stream = learning_stream(sequences(), "a")
+    batch = learning_batch(sequences(), "a")
     parameters = adapters.parameters("a")
-    found = torch.autograd.grad(base.log_probabilities(stream).sum(), list(parameters.values()))
+    found = torch.autograd.grad(base.log_probabilities(batch).sum(), list(parameters.values()))
     logits_there = alone(model, sequences())
-    told = torch.log_softmax(logits_there[stream.rows], -1).gather(-1, stream.targets[:, None]).sum()
+    told = torch.log_softmax(logits_there[batch.labels.positions], -1).gather(-1, batch.labels.targets[:, None]).sum()
     own = {key.replace(".default", "").removeprefix(PREFIX): p for key, p in model.named_parameters() if "lora" in key}
     expected = dict(zip(own, torch.autograd.grad(told, list(own.values()))))
     assert own.keys() == parameters.keys()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.sheet import ROWS, Row
-from reference.families import learning_stream, logits, randomise, sequences, tiny_base, tiny_model
+from reference.families import chosen_labels, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from reference.quantized_by_others import write_base
 from topwork.adapters.graft import Adapters
@@ -24,7 +24,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.models.weights import original_weight
 from topwork.ops import logprobs
-from topwork.ops.stream import Segment, Stream, stream_of
+from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.quantization.config import QuantizationConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,15 +63,15 @@ def trained(bases: Bases, row: Row, seed: int = 0, **where: Any) -> tuple[Base, 
     return base, adapters
 
 
-def by_sequence(stream: Stream, names: Iterable[str | None]) -> Stream:
+def by_sequence(batch: Batch, names: Iterable[str | None]) -> Batch:
     """Each sequence a segment of its own."""
-    spans = zip(stream.bounds, stream.bounds[1:])
-    return replace(stream, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+    return replace(batch, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
 
 
-def gradients(base: Base, adapters: Adapters, stream: Stream, name: str = "a") -> dict[str, Tensor]:
+def gradients(base: Base, adapters: Adapters, batch: Batch, name: str = "a") -> dict[str, Tensor]:
     parameters = adapters.parameters(name)
-    loss = (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+    loss = (-batch.labels.loss_weights * base.log_probabilities(batch, -batch.labels.loss_weights)).sum()
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(parameters.items(), found)}
 
@@ -81,13 +81,13 @@ def gradients(base: Base, adapters: Adapters, stream: Stream, name: str = "a") -
 def test_a_fresh_adapter_is_the_base(name: str, dtype: str, bases: Bases) -> None:
     row = ROWS[name]
     base, adapters = bases(row, dtype)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters.add("a", row.config)
-    fresh = logits(base, stream_of(sequences(), "a"))
+    fresh = logits(base, batch_of(sequences(), "a"))
     allowed = row.fresh_bf16 if dtype == "bfloat16" else row.fresh
     assert relative(fresh, before) < allowed if allowed else torch.equal(fresh, before)
     randomise(adapters, "a")
-    assert relative(logits(base, stream_of(sequences(), "a")), before) > 1e-3
+    assert relative(logits(base, batch_of(sequences(), "a")), before) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,9 +95,9 @@ def test_a_fresh_adapter_is_the_base(name: str, dtype: str, bases: Bases) -> Non
 def test_a_fresh_adapter_is_the_quantized_base(name: str, dtype: str, bases: Bases) -> None:
     row = ROWS[name]
     base, adapters = bases(row, dtype, nf4=True)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters.add("a", row.config)
-    fresh = logits(base, stream_of(sequences(), "a"))
+    fresh = logits(base, batch_of(sequences(), "a"))
     allowed = row.fresh_bf16 if dtype == "bfloat16" else row.fresh
     assert relative(fresh, before) < allowed if allowed else torch.equal(fresh, before)
 
@@ -105,13 +105,13 @@ def test_a_fresh_adapter_is_the_quantized_base(name: str, dtype: str, bases: Bas
 @pytest.mark.parametrize("name", ALL)
 def test_only_its_parameters_train_and_off_is_the_base(name: str, bases: Bases) -> None:
     base, adapters = bases(ROWS[name])
-    modules, before = dict(base.module.named_modules()), logits(base, stream_of(sequences()))
+    modules, before = dict(base.module.named_modules()), logits(base, batch_of(sequences()))
     weights = {key: p.clone() for key, p in base.module.named_parameters()}
     adapters.add("a", ROWS[name].config)
     randomise(adapters, "a")
-    assert torch.equal(logits(base, stream_of(sequences())), before)
-    stream = learning_stream(sequences(), "a")
-    base.log_probabilities(stream).sum().backward()
+    assert torch.equal(logits(base, batch_of(sequences())), before)
+    batch = learning_batch(sequences(), "a")
+    base.log_probabilities(batch).sum().backward()
     own = {id(parameter) for parameter in adapters.parameters("a").values()}
     assert len(own) == len(adapters.parameters("a"))
     for key, parameter in base.module.named_parameters():
@@ -120,7 +120,7 @@ def test_only_its_parameters_train_and_off_is_the_base(name: str, bases: Bases) 
     adapters.remove("a")
     assert dict(base.module.named_modules()) == modules
     assert all(torch.equal(p, weights[key]) for key, p in base.module.named_parameters())
-    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert torch.equal(logits(base, batch_of(sequences())), before)
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
@@ -132,14 +132,14 @@ def test_written_and_read_it_is_the_same(name: str, nf4: bool, bases: Bases, tmp
     base, adapters = trained(bases, row, nf4=nf4)
     identity = BaseId(base.name, base.fingerprint)
     write_adapter(tmp_path / "first", adapters, "a", identity)
-    expected = logits(base, stream_of(sequences(), "a"))
+    expected = logits(base, batch_of(sequences(), "a"))
     other, others = bases(row, nf4=nf4)
     assert load_adapter(others, "b", read_adapter(tmp_path / "first"), identity) is None
-    assert relative(logits(other, stream_of(sequences(), "b")), expected) < 1e-6
+    assert relative(logits(other, batch_of(sequences(), "b")), expected) < 1e-6
     again, resumed = bases(row, nf4=nf4)  # as a run does that goes on: the recipe's own config, and what was saved
     resumed.add("a", row.config, seed=3)
     resumed.load("a", read_adapter(tmp_path / "first").tensors)
-    assert torch.equal(logits(again, stream_of(sequences(), "a")), expected)
+    assert torch.equal(logits(again, batch_of(sequences(), "a")), expected)
     for key, parameter in adapters.parameters("a").items():
         assert torch.equal(resumed.parameters("a")[key], parameter), key
     write_adapter(tmp_path / "second", resumed, "a", identity)
@@ -154,7 +154,7 @@ def test_merged_it_is_the_same_model(name: str, nf4: bool, bases: Bases) -> None
     if nf4 and not row.quantized:
         pytest.skip("stands on no quantized base")
     base, adapters = trained(bases, row, nf4=nf4)
-    expected = logits(base, stream_of(sequences(), "a"))
+    expected = logits(base, batch_of(sequences(), "a"))
     if not row.merges:
         before = copy.deepcopy(base.module.state_dict())
         with pytest.raises(AdapterError, match="cannot be merged"):
@@ -162,7 +162,7 @@ def test_merged_it_is_the_same_model(name: str, nf4: bool, bases: Bases) -> None
         assert all(torch.equal(value, before[key]) for key, value in base.module.state_dict().items())
         return
     merge(base, adapters, "a")
-    assert relative(logits(base, stream_of(sequences())), expected) < 1e-5
+    assert relative(logits(base, batch_of(sequences())), expected) < 1e-5
     assert not any(parameter.requires_grad for parameter in base.module.parameters())
 
 
@@ -177,16 +177,16 @@ def test_all_rows_in_one_stream_are_each_alone(kind: str, bases: Bases) -> None:
         randomise(adapters, name, at)
     names = [None, *rows, None]
     parts = sequences([3 + 2 * at for at in range(len(names))])
-    together = logits(base, by_sequence(stream_of(parts), names)).split([len(part) for part in parts])
-    bare = logits(base, stream_of(parts)).split([len(part) for part in parts])
+    together = logits(base, by_sequence(batch_of(parts), names)).split([len(part) for part in parts])
+    bare = logits(base, batch_of(parts)).split([len(part) for part in parts])
     for part, name, found, without in zip(parts, names, together, bare, strict=True):
-        assert relative(found, logits(base, stream_of([part], name))) < 2e-6
+        assert relative(found, logits(base, batch_of([part], name))) < 2e-6
         assert (relative(found, without) > 1e-3) == (name is not None)
         if name is not None:
             alone, own = bases(rows[name], nf4=nf4)
             own.add("a", rows[name].config, seed=list(rows).index(name))
             randomise(own, "a", list(rows).index(name))
-            assert relative(found, logits(alone, stream_of([part], "a"))) < 2e-6
+            assert relative(found, logits(alone, batch_of([part], "a"))) < 2e-6
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -194,16 +194,16 @@ def test_packed_is_alone(name: str, bases: Bases) -> None:
     """Values, and gradients beside another adapter of the same kind and beside none."""
     base, adapters = trained(bases, ROWS[name])
     parts = sequences()
-    together = logits(base, stream_of(parts, "a")).split([len(part) for part in parts])
+    together = logits(base, batch_of(parts, "a")).split([len(part) for part in parts])
     for part, found in zip(parts, together, strict=True):
-        assert relative(found, logits(base, stream_of([part], "a"))) < 2e-6
+        assert relative(found, logits(base, batch_of([part], "a"))) < 2e-6
     adapters.add("b", ROWS[name].config, seed=5)
-    stream = learning_stream(parts)
-    mixed = gradients(base, adapters, by_sequence(stream, ["a", "a", None, "b"]))
-    lower = stream.rows < stream.bounds[2]
+    batch = learning_batch(parts)
+    mixed = gradients(base, adapters, by_sequence(batch, ["a", "a", None, "b"]))
+    lower = batch.labels.positions < batch.cu_seqlens[2]
     own = replace(
-        learning_stream(parts[:2], "a"),
-        rows=stream.rows[lower], targets=stream.targets[lower], weights=stream.weights[lower],
+        learning_batch(parts[:2], "a"),
+        labels=chosen_labels(batch, lower),
     )  # fmt: skip
     expected = gradients(base, adapters, own)
     assert relative(list(mixed.values()), list(expected.values())) < 5e-6
@@ -219,8 +219,8 @@ def test_fast_layers_give_the_plain_ones_gradients(name: str) -> None:
         adapters = Adapters(base.module)
         adapters.add("a", row.config)
         randomise(adapters, "a")
-        stream = by_sequence(learning_stream(sequences()), ["a", None, "a", "a"])
-        results.append((logits(base, stream), gradients(base, adapters, stream)))
+        batch = by_sequence(learning_batch(sequences()), ["a", None, "a", "a"])
+        results.append((logits(base, batch), gradients(base, adapters, batch)))
     (found, slopes), (expected, their_slopes) = results
     assert relative(found, expected) < 2e-6
     for key, gradient in their_slopes.items():
@@ -235,26 +235,26 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dense_twin(name: str, ba
         base, adapters = trained(bases, ROWS[name], nf4=True)
         if twin:
             dequantize(base.module)
-        found.append(list(gradients(base, adapters, learning_stream(sequences(), "a")).values()))
+        found.append(list(gradients(base, adapters, learning_batch(sequences(), "a")).values()))
     assert relative(found[0], found[1]) < 5e-6
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
 def test_dropout_in_training_only(name: str, bases: Bases) -> None:
     base, adapters = bases(ROWS[name])
-    parts, stream = sequences(), stream_of(sequences(), "a")
-    before, seeds = logits(base, stream_of(parts)), range(len(parts))
+    parts, batch = sequences(), batch_of(sequences(), "a")
+    before, seeds = logits(base, batch_of(parts)), range(len(parts))
     adapters.add("a", ROWS[name].config)
     adapters.train("a")
-    assert relative(logits(base, stream.drawn(seeds)), before) < 1e-6
+    assert relative(logits(base, batch.with_dropout_seeds(seeds)), before) < 1e-6
     randomise(adapters, "a")
-    found = logits(base, stream.drawn(seeds))
-    assert torch.equal(logits(base, stream.drawn(seeds)), found)
-    assert not torch.equal(logits(base, stream.drawn([seed + 1 for seed in seeds])), found)
-    with pytest.raises(RuntimeError, match=r"nothing to draw from; give `stream\.drawn\(seeds\)`"):
-        logits(base, stream)
+    found = logits(base, batch.with_dropout_seeds(seeds))
+    assert torch.equal(logits(base, batch.with_dropout_seeds(seeds)), found)
+    assert not torch.equal(logits(base, batch.with_dropout_seeds([seed + 1 for seed in seeds])), found)
+    with pytest.raises(RuntimeError, match=r"nothing to draw from; give `batch\.drawn\(seeds\)`"):
+        logits(base, batch)
     adapters.train("a", False)
-    assert torch.equal(logits(base, stream), logits(base, stream.drawn(seeds)))
+    assert torch.equal(logits(base, batch), logits(base, batch.with_dropout_seeds(seeds)))
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
@@ -266,16 +266,16 @@ def test_what_drops_out_depends_on_the_row_alone(name: str, bases: Bases) -> Non
     adapters.train("a")
     adapters.train("b")
     parts = sequences()
-    together = by_sequence(learning_stream(parts).drawn([5, 6, 7, 8]), ["b", "a", None, "a"])
-    spans = list(pairwise(together.bounds))
-    alone = learning_stream([parts[3], parts[1]], "a").drawn([8, 6])
+    together = by_sequence(learning_batch(parts).with_dropout_seeds([5, 6, 7, 8]), ["b", "a", None, "a"])
+    spans = list(pairwise(together.cu_seqlens))
+    alone = learning_batch([parts[3], parts[1]], "a").with_dropout_seeds([8, 6])
     found, expected = logits(base, together), logits(base, alone)
     assert relative(found[slice(*spans[1])], expected[len(parts[3]) :]) < 1e-6
     assert relative(found[slice(*spans[3])], expected[: len(parts[3])]) < 1e-6
     slopes = []
-    for stream in (together, alone):
-        stream = replace(stream, weights=torch.ones_like(stream.weights))
-        slopes.append(gradients(base, adapters, stream))
+    for batch in (together, alone):
+        batch = replace(batch, labels=replace(batch.labels, loss_weights=torch.ones_like(batch.labels.loss_weights)))
+        slopes.append(gradients(base, adapters, batch))
     for key, gradient in slopes[1].items():
         assert relative(slopes[0][key], gradient, least=1e-4) < 2e-5, key
 
@@ -286,9 +286,9 @@ def test_what_drops_out_beside_virtual_tokens(bases: Bases) -> None:
     adapters.add("prompt", ROWS["prompt"].config)
     adapters.train("a")
     parts = sequences()
-    together = by_sequence(stream_of(parts).drawn([5, 6, 7, 8]), ["prompt", "a", "prompt", "a"])
-    alone = stream_of([parts[1], parts[3]], "a").drawn([6, 8])
-    spans = list(pairwise(together.bounds))
+    together = by_sequence(batch_of(parts).with_dropout_seeds([5, 6, 7, 8]), ["prompt", "a", "prompt", "a"])
+    alone = batch_of([parts[1], parts[3]], "a").with_dropout_seeds([6, 8])
+    spans = list(pairwise(together.cu_seqlens))
     found = logits(base, together)
     assert relative(torch.cat([found[slice(*spans[at])] for at in (1, 3)]), logits(base, alone)) < 1e-6
 
@@ -297,15 +297,15 @@ def test_a_head_in_chunks_drops_what_it_drops_whole(bases: Bases, monkeypatch: p
     """Log-probabilities with a gradient, whose chunks run again, and without."""
     base, adapters = trained(bases, ROWS["head lora"])
     adapters.train("a")
-    stream, found = learning_stream(sequences(), "a"), []
+    batch, found = learning_batch(sequences(), "a"), []
     for rows in (1000, 5):
         monkeypatch.setattr(logprobs, "chunk_rows", lambda *_, rows=rows: rows)
         with torch.no_grad():
-            found.append([base.log_probabilities(stream), *gradients_of(base, adapters, stream)])
+            found.append([base.log_probabilities(batch), *gradients_of(base, adapters, batch)])
     for one, other in zip(*found, strict=True):
         assert relative(one, other) < 1e-5
 
 
-def gradients_of(base: Base, adapters: Adapters, stream: Stream) -> list[Tensor]:
+def gradients_of(base: Base, adapters: Adapters, batch: Batch) -> list[Tensor]:
     with torch.enable_grad():
-        return [base.log_probabilities(stream).detach(), *gradients(base, adapters, stream).values()]
+        return [base.log_probabilities(batch).detach(), *gradients(base, adapters, batch).values()]

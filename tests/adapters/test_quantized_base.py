@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.families import added, learning_stream, logits, randomise, sequences
+from reference.families import added, learning_batch, logits, randomise, sequences
 from reference.measure import relative
 from reference.quantized_by_others import differing, write_base
 from topwork.adapters.config import AdapterConfig
@@ -21,7 +21,7 @@ from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import Segment, stream_of
+from topwork.ops.batch import Segment, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import PackedModule, QuantizedLinear, packed_modules
 
@@ -64,9 +64,9 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 def gradients(base: Base, adapters: Adapters, name: str) -> dict[str, Tensor]:
-    stream = learning_stream(sequences(), name)
+    batch = learning_batch(sequences(), name)
     parameters = adapters.parameters(name)
-    loss = (-stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+    loss = (-batch.labels.loss_weights * base.log_probabilities(batch, -batch.labels.loss_weights)).sum()
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     zero = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
     return {key: zero[key] if gradient is None else gradient for key, gradient in zip(parameters, found)}
@@ -77,19 +77,19 @@ def gradients(base: Base, adapters: Adapters, name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", HELD)
 def test_a_fresh_adapter_is_the_base_bit_for_bit(kind: str, family: str, dtype: str, held: Bases) -> None:
     base = held(kind, family, dtype)
-    before, modules = logits(base, stream_of(sequences())), dict(base.module.named_modules())
+    before, modules = logits(base, batch_of(sequences())), dict(base.module.named_modules())
     adapters = Adapters(base.module)
     targets = adapters.add("a", CONFIG)
     packed = {path for path, module in bare_modules(base.module).items() if isinstance(module, QuantizedLinear)}
     head = {path for path in packed if path.endswith(("lm_head", "embed_out"))}
     assert set(targets) == packed - head
-    assert torch.equal(logits(base, stream_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, batch_of(sequences(), "a")), before)
     randomise(adapters, "a")
-    assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
-    assert torch.equal(logits(base, stream_of(sequences(), None)), before)
+    assert not torch.equal(logits(base, batch_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, batch_of(sequences(), None)), before)
     adapters.remove("a")
     assert dict(base.module.named_modules()) == modules
-    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert torch.equal(logits(base, batch_of(sequences())), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -97,16 +97,16 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(kind: str, family: str, dtype: 
 @pytest.mark.parametrize("kind", HELD)
 def test_fresh_modules_to_save_are_the_base_too(kind: str, config: str, dtype: str, held: Bases) -> None:
     base = held(kind, dtype=dtype)
-    before = logits(base, stream_of(sequences()))
+    before = logits(base, batch_of(sequences()))
     adapters = Adapters(base.module)
     adapters.add("a", KINDS[config])
-    fresh = logits(base, stream_of(sequences(), "a"))
+    fresh = logits(base, batch_of(sequences(), "a"))
     if dtype == "bfloat16":
         assert torch.equal(fresh, before)
     assert relative(fresh, before) < 1e-6  # a saved module sums in fp32 in its own order
     randomise(adapters, "a")
-    assert not torch.equal(logits(base, stream_of(sequences(), "a")), before)
-    assert torch.equal(logits(base, stream_of(sequences())), before)
+    assert not torch.equal(logits(base, batch_of(sequences(), "a")), before)
+    assert torch.equal(logits(base, batch_of(sequences())), before)
     for parameter in adapters.parameters("a").values():
         assert parameter.dtype == torch.float32
         assert parameter.requires_grad
@@ -118,14 +118,14 @@ def test_two_adapters_in_one_stream_are_each_alone(kind: str, config: str, held:
     base = held(kind)
     added(base, one=KINDS[config], two=KINDS[config].model_copy(update={"r": 7, "use_rslora": True}))
     parts = sequences()
-    stream = stream_of(parts)
+    batch = batch_of(parts)
     names = ["one", None, "two", "one"]
-    spans = zip(stream.bounds, stream.bounds[1:])
-    mixed = replace(stream, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+    mixed = replace(batch, segments=tuple(Segment(a, b, name) for (a, b), name in zip(spans, names, strict=True)))
     together = logits(base, mixed).split([len(part) for part in parts])
     for part, name, found in zip(parts, names, together, strict=True):
-        assert relative(found, logits(base, stream_of([part], name))) < 1e-6
-    alone = [logits(base, stream_of(parts[:1], name)) for name in ("one", "two", None)]
+        assert relative(found, logits(base, batch_of([part], name))) < 1e-6
+    alone = [logits(base, batch_of(parts[:1], name)) for name in ("one", "two", None)]
     assert relative(alone[0], alone[1]) > 1e-2
     assert relative(alone[0], alone[2]) > 1e-2
 
@@ -222,7 +222,7 @@ def test_written_and_read_it_is_the_same(kind: str, config: str, held: Bases, tm
         load_adapter(Adapters(fresh.module), "b", read_adapter(tmp_path / "a"), BaseId(fresh.name, fresh.fingerprint))
         is None
     )
-    assert torch.equal(logits(fresh, stream_of(sequences(), "b")), logits(base, stream_of(sequences(), "a")))
+    assert torch.equal(logits(fresh, batch_of(sequences(), "b")), logits(base, batch_of(sequences(), "a")))
 
 
 @pytest.mark.parametrize("config", KINDS)
@@ -231,11 +231,11 @@ def test_written_and_read_it_is_the_same(kind: str, config: str, held: Bases, tm
 def test_merged_it_is_the_same_model(kind: str, tied: bool, config: str, held: Bases) -> None:
     base = held(kind, tie_word_embeddings=tied)
     adapters = added(base, a=KINDS[config])
-    before = logits(base, stream_of(sequences(), "a"))
+    before = logits(base, batch_of(sequences(), "a"))
     merge(base, adapters, "a")
     assert not packed_modules(base.module)
     assert not adapted_layers(base.module)
-    assert relative(logits(base, stream_of(sequences())), before) < 1e-5
+    assert relative(logits(base, batch_of(sequences())), before) < 1e-5
     assert all(parameter.dtype == torch.float32 for parameter in base.module.parameters())
     still = base.module.lm_head.weight is base.module.model.embed_tokens.weight
     touched = any(name in str(KINDS[config]) for name in ("lm_head", "embed_tokens"))
@@ -247,9 +247,9 @@ def test_merged_it_is_the_same_model(kind: str, tied: bool, config: str, held: B
 def test_merged_in_other_families(family: str, held: Bases) -> None:
     base = held("nf4", family)
     adapters = added(base, a=CONFIG)
-    before = logits(base, stream_of(sequences(), "a"))
+    before = logits(base, batch_of(sequences(), "a"))
     merge(base, adapters, "a")
-    assert relative(logits(base, stream_of(sequences())), before) < 1e-5
+    assert relative(logits(base, batch_of(sequences())), before) < 1e-5
 
 
 def test_the_layers_of_an_adapter_stand_around_packed_ones(held: Bases) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reference.families import VOCABULARY, added, learning_stream, logits, sequences, tiny_base, tiny_model
+from reference.families import VOCABULARY, added, learning_batch, logits, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, plan_adapter
@@ -21,8 +21,8 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, wri
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import merge
 from topwork.models.base import Base, as_base
-from topwork.ops.stream import stream_of
-from topwork.training.objective import Sft
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import batch_of
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "mistral", "opt"]
 METHODS = ["prefix", "prompt"]
@@ -71,13 +71,13 @@ def test_our_folder_in_peft_and_theirs_here(method: str, family: str, tmp_path: 
     theirs, base, adapters = pair(family, method)
     write_adapter(tmp_path / "ours", adapters, "a", BaseId("x"))
     model = PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
-    found = logits(base, stream_of(sequences(), "a"))
+    found = logits(base, batch_of(sequences(), "a"))
     assert relative(found, by_peft(model, sequences())) < 1e-5
-    assert relative(found, logits(base, stream_of(sequences()))) > 0.05
+    assert relative(found, logits(base, batch_of(sequences()))) > 0.05
     model.save_pretrained(str(tmp_path / "theirs"))
     load_adapter(adapters, "b", read_adapter(tmp_path / "theirs"), BaseId("x"))
     assert torch.equal(table(adapters, "b"), table(adapters))
-    assert torch.equal(logits(base, stream_of(sequences(), "b")), found)
+    assert torch.equal(logits(base, batch_of(sequences(), "b")), found)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,7 +90,7 @@ def test_a_folder_of_theirs_alone(method: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "theirs"))
     adapters = Adapters(base.module)
     load_adapter(adapters, "a", read_adapter(tmp_path / "theirs"), BaseId("x"))
-    assert relative(logits(base, stream_of(sequences(), "a")), by_peft(model, sequences())) < 1e-5
+    assert relative(logits(base, batch_of(sequences(), "a")), by_peft(model, sequences())) < 1e-5
     write_adapter(tmp_path / "ours", adapters, "a", BaseId(None))
     ours, expected = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
     assert ours == {**expected, "base_model_name_or_path": None}
@@ -106,13 +106,13 @@ def test_a_prefix_in_sixteen_bits(tmp_path: Path) -> None:
     own = Adapters(half.module)
     load_adapter(own, "a", read_adapter(tmp_path), BaseId("x"))
     model = PeftModel.from_pretrained(theirs.bfloat16(), tmp_path).eval()
-    assert relative(logits(half, stream_of(sequences(), "a")), by_peft(model, sequences()).float()) < 2e-2
+    assert relative(logits(half, batch_of(sequences(), "a")), by_peft(model, sequences()).float()) < 2e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_as_in_peft(method: str, family: str, tmp_path: Path) -> None:
-    """Two sequences a step: one stream here, one after the other there, because PEFT's packing mixes them."""
+    """Two sequences a step: one batch here, one after the other there, because PEFT's packing mixes them."""
     theirs, base, adapters = pair(family, method)
     write_adapter(tmp_path, adapters, "a", BaseId("x"))
     their_config = PeftConfig.from_pretrained(str(tmp_path))
@@ -125,19 +125,19 @@ def test_twenty_steps_as_in_peft(method: str, family: str, tmp_path: Path) -> No
     losses, expected = [], []
     for step in range(STEPS):
         parts = sequences((9 + step % 5, 5 + step % 3), seed=step % 4)
-        stream = learning_stream(parts, "a")
-        gradient = Sft().gradient(stream)
-        loss = (gradient * base.log_probabilities(stream, gradient)).sum() / len(stream.rows)
+        batch = learning_batch(parts, "a")
+        gradient = Sft().gradient(batch)
+        loss = (gradient * base.log_probabilities(batch, gradient)).sum() / len(batch.labels.positions)
         loss.backward()
         losses.append(float(loss.detach()))
         at = 0
         total = torch.zeros(())
         for part in parts:
             out = model(input_ids=part[None], attention_mask=torch.ones_like(part[None])).logits[0][-len(part) :]
-            weights = stream.weights[at : at + len(part) - 1]
+            weights = batch.labels.loss_weights[at : at + len(part) - 1]
             at += len(part) - 1
             logps = out[:-1].log_softmax(-1).gather(-1, part[1:, None])[:, 0]
-            total = total - (weights * logps).sum() / len(stream.rows)
+            total = total - (weights * logps).sum() / len(batch.labels.positions)
         total.backward()
         expected.append(float(total.detach()))
         for optimizer in (ours, other):
@@ -199,7 +199,7 @@ def test_a_base_whose_layers_keep_other_shapes_takes_no_prefix() -> None:
     with pytest.raises(AdapterError, match=r"deepseek_v3's layers do not all keep .* take prompt tuning"):
         Adapters(base.module).add("a", config("prefix"))
     adapters = added(base, a=config("prompt"))
-    assert relative(logits(base, stream_of(sequences(), "a")), logits(base, stream_of(sequences()))) > 1e-3
+    assert relative(logits(base, batch_of(sequences(), "a")), logits(base, batch_of(sequences()))) > 1e-3
     assert adapters.parts("a")
 
 

@@ -29,8 +29,8 @@ from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, embedded_file
 from topwork.models.writing import write_model
+from topwork.ops.batch import batch_of
 from topwork.ops.packed import Packed4bit
-from topwork.ops.stream import stream_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
 from topwork.run.quantize import quantize
@@ -93,9 +93,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def our_logits(base: Base) -> torch.Tensor:
-    stream = stream_of(sequences())
+    batch = batch_of(sequences())
     with torch.no_grad():
-        return base.logits(stream, torch.arange(len(stream.tokens)))
+        return base.logits(batch, torch.arange(len(batch.tokens)))
 
 
 def assert_same_model(folder: Path, dtype: str, theirs: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Kernels that oneDNN compiles for every new length of a stream must not stay for ever."""
+"""Kernels that oneDNN compiles for every new length of a batch must not stay for ever."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Order, packing and the flat stream of a pass."""
+"""Order, packing and the flat batch of a pass."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from topwork.common.errors import DataError
 from topwork.data.batches import collate, collate_segments, order, pack, step_indices, steps_per_epoch
 from topwork.data.examples import Example
-from topwork.ops.stream import Segment
+from topwork.ops.batch import Segment
 
 
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 2**31), epoch=st.integers(0, 4))
@@ -75,20 +75,24 @@ ONE, TWO, THREE = example([5, 6, 7], [0, 0, 1]), example([8, 9], [0, 0.5]), exam
 
 
 def test_collate_is_one_flat_stream() -> None:
-    stream = collate([ONE, TWO, THREE])
-    assert stream.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4]
-    assert stream.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
-    assert stream.bounds == (0, 3, 5, 9)
-    assert stream.segments == (Segment(0, 9, "default"),)
-    assert stream.rows.tolist() == [1, 3, 5, 7]
-    assert stream.targets.tolist() == [7, 9, 2, 4]
-    assert stream.weights.tolist() == [1, 0.5, 1, 2]
-    assert (stream.tokens.dtype, stream.rows.dtype, stream.weights.dtype) == (torch.int64, torch.int64, torch.float32)
+    batch = collate([ONE, TWO, THREE])
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert batch.cu_seqlens == (0, 3, 5, 9)
+    assert batch.segments == (Segment(0, 9, "default"),)
+    assert batch.labels.positions.tolist() == [1, 3, 5, 7]
+    assert batch.labels.targets.tolist() == [7, 9, 2, 4]
+    assert batch.labels.loss_weights.tolist() == [1, 0.5, 1, 2]
+    assert (batch.tokens.dtype, batch.labels.positions.dtype, batch.labels.loss_weights.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
 
 
 def test_segments_belong_to_their_adapters() -> None:
-    stream = collate_segments([("a", [ONE]), ("empty", []), (None, [TWO, THREE])])
-    assert stream.segments == (Segment(0, 3, "a"), Segment(3, 9, None))
-    assert torch.equal(stream.tokens, collate([ONE, TWO, THREE]).tokens)
+    batch = collate_segments([("a", [ONE]), ("empty", []), (None, [TWO, THREE])])
+    assert batch.segments == (Segment(0, 3, "a"), Segment(3, 9, None))
+    assert torch.equal(batch.tokens, collate([ONE, TWO, THREE]).tokens)
     with pytest.raises(ValueError, match="at least one example"):
         collate([])

@@ -23,7 +23,7 @@ from topwork.common.errors import AdapterError, RunError
 from topwork.merging.merge import merge, save_merged
 from topwork.models import writing
 from topwork.models.base import Base
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
@@ -82,8 +82,8 @@ def trained(case: str) -> tuple[Base, Adapters]:
 
 @torch.no_grad()
 def logits(base: Base, adapter: str | None) -> torch.Tensor:
-    stream = stream_of(sequences(), adapter)
-    return base.logits(stream, torch.arange(len(stream.tokens)))
+    batch = batch_of(sequences(), adapter)
+    return base.logits(batch, torch.arange(len(batch.tokens)))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ def test_the_folder_is_ordinary_and_tells_nothing_of_this_machine(
     assert json.loads(written["generation_config.json"])["eos_token_id"] == [2, 5]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
     assert tokenizer.chat_template != TEMPLATE, "the base's own tokenizer was changed"
-    assert base.module.config._attn_implementation == "topwork_flat", "the base runs no longer on flat streams"
+    assert base.module.config._attn_implementation == "topwork_flat", "the base runs no longer on flat batches"
 
 
 def test_without_a_template_the_tokenizers_own_is_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from topwork.merging import verify as verify_part
 from topwork.merging.verify import compare, measure, merge_and_verify
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 
 
 def inputs() -> list[list[int]]:
@@ -86,7 +86,7 @@ def test_measured_are_the_last_rows_of_each_sequence_alone(monkeypatch: pytest.M
     assert [len(part) for part in found] == [min(5, len(tokens)) for tokens in inputs()]
     for part, tokens in zip(found, sequences()):
         with torch.no_grad():
-            expected = base.logits(stream_of([tokens], "a"), torch.arange(len(tokens)))[-5:]
+            expected = base.logits(batch_of([tokens], "a"), torch.arange(len(tokens)))[-5:]
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-6)
         assert part.dtype == torch.float32
 

@@ -12,9 +12,10 @@ from reference.families import tiny_model
 from reference.measure import relative
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT, flat_attention_forward, use_flat_attention
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
+from topwork.ops.context import running
 
-STREAM = stream_of([torch.zeros(length, dtype=torch.int64) for length in (4, 1, 6)])
+BATCH = batch_of([torch.zeros(length, dtype=torch.int64) for length in (4, 1, 6)])
 
 
 class Causal(nn.Module):
@@ -24,11 +25,11 @@ class Causal(nn.Module):
 def called(value_size: int = 8, module: nn.Module | None = None, **values: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(what comes out, the truth), for queries and keys [1, H, T, 8]."""
     query, key, value = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, value_size)
-    with STREAM.active():
+    with running(BATCH):
         out, weights = flat_attention_forward(module or Causal(), query, key, value, None, **values)
     assert weights is None
     truth = attention_by_sequence(
-        *(x[0].transpose(0, 1) for x in (query, key, value)), STREAM.bounds, values.get("scaling") or 8**-0.5,
+        *(x[0].transpose(0, 1) for x in (query, key, value)), BATCH.cu_seqlens, values.get("scaling") or 8**-0.5,
         values.get("sliding_window"), values.get("softcap"), values.get("s_aux"),
     )  # fmt: skip
     return out, truth
@@ -70,7 +71,7 @@ def test_what_it_does_not_know_is_refused_by_name(values: dict[str, Any], told: 
 
 def test_a_mask_or_both_directions_are_refused() -> None:
     query = torch.randn(1, 2, 11, 8)
-    with STREAM.active(), pytest.raises(ModelError, match="brings an attention mask of its own"):
+    with running(BATCH), pytest.raises(ModelError, match="brings an attention mask of its own"):
         flat_attention_forward(Causal(), query, query, query, torch.zeros(1, 1, 11, 11))
     both = Causal()
     both.is_causal = False
@@ -85,15 +86,15 @@ def test_outside_a_stream_it_says_how_to_call() -> None:
 
 
 def test_streams_may_be_nested_and_end_with_their_block() -> None:
-    from topwork.ops.stream import active_stream
+    from topwork.ops.batch import current_batch
 
-    other = stream_of([torch.zeros(2, dtype=torch.int64)])
-    with STREAM.active():
-        with other.active():
-            assert active_stream() is other
-        assert active_stream() is STREAM
+    other = batch_of([torch.zeros(2, dtype=torch.int64)])
+    with running(BATCH):
+        with running(other):
+            assert current_batch() is other
+        assert current_batch() is BATCH
     with pytest.raises(RuntimeError):
-        active_stream()
+        current_batch()
 
 
 def refused(**values: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reference.families import CONTEXT, learning_stream, randomise, sequences, tiny_base, tiny_model
+from reference.families import CONTEXT, learning_batch, randomise, sequences, tiny_base, tiny_model
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.part import AdaptedLayer
@@ -20,9 +20,10 @@ from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers, products_left_out
 from topwork.models.generate import Sampling, generate
 from topwork.models.standins import unneeded_products
+from topwork.ops.batch import Batch, Segment, batch_of
+from topwork.ops.context import running
 from topwork.ops.logprobs import LogitRule
 from topwork.ops.packed import pack_4bit
-from topwork.ops.stream import Segment, Stream, stream_of
 from topwork.quantization.linear import QuantizedLinear
 
 LEFT_OUT = {
@@ -44,13 +45,13 @@ def adapted(family: str = "llama", dropout: float = 0.0, **values: Any) -> tuple
     return base, adapters
 
 
-def mixed_stream(names: Sequence[str | None] = ("a", None, "b", "a"), seed: int = 0) -> Stream:
-    stream = learning_stream(sequences(), seed=seed)
-    spans = zip(stream.bounds, stream.bounds[1:])
-    return replace(stream, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
+def mixed_batch(names: Sequence[str | None] = ("a", None, "b", "a"), seed: int = 0) -> Batch:
+    batch = learning_batch(sequences(), seed=seed)
+    spans = zip(batch.cu_seqlens, batch.cu_seqlens[1:])
+    return replace(batch, segments=tuple(Segment(*span, name) for span, name in zip(spans, names)))
 
 
-def results(base: Base, adapters: Adapters, stream: Stream) -> list[Tensor]:
+def results(base: Base, adapters: Adapters, batch: Batch) -> list[Tensor]:
     """The loss, what is drawn at random next, and every gradient, of adapters in training."""
     torch.manual_seed(3)
     parameters = [p for name in adapters.configs for p in adapters.parameters(name).values()]
@@ -58,8 +59,8 @@ def results(base: Base, adapters: Adapters, stream: Stream) -> list[Tensor]:
         adapters.train(name)
     for parameter in parameters:
         parameter.grad = None
-    gradient = -stream.weights
-    loss = (gradient * base.log_probabilities(stream, gradient)).sum()
+    gradient = -batch.labels.loss_weights
+    loss = (gradient * base.log_probabilities(batch, gradient)).sum()
     loss.backward()
     grads = [torch.zeros(1) if p.grad is None else p.grad for p in parameters]
     assert any(grad.any() for grad in grads)
@@ -74,30 +75,30 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 @pytest.mark.parametrize("family", LEFT_OUT)
 def test_losses_and_gradients_are_the_same_to_the_bit(family: str) -> None:
-    """Dropout, two adapters and the bare base in one stream."""
+    """Dropout, two adapters and the bare base in one batch."""
     base, adapters = adapted(family, dropout=0.2)
     adapters.add("b", AdapterConfig(r=2))
     randomise(adapters, "b", 2)
-    stream = mixed_stream()
-    off = results(base, adapters, stream)
-    others = replace(stream, draws=mixed_stream(seed=4).draws)
+    batch = mixed_batch()
+    off = results(base, adapters, batch)
+    others = replace(batch, dropout_seeds=mixed_batch(seed=4).dropout_seeds)
     assert not torch.equal(results(base, adapters, others)[0], off[0])  # there is something to draw
     for count in (1, 2):
         checkpoint_layers(base, count, ("a", "b"))
-        assert_same(results(base, adapters, stream), off)
+        assert_same(results(base, adapters, batch), off)
         told = [re.split(r"\.\d\.", path.removesuffix(".base_layer"))[1] for path in products_left_out(base)]
         assert told == LEFT_OUT[family] * count
     checkpoint_layers(base, 0, ())
     assert products_left_out(base) == []
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
 
 
 def test_in_sixteen_bits_too() -> None:
     base, adapters = adapted(dtype=torch.bfloat16)
-    stream = mixed_stream(("a", "a", None, "a"))
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a", "a", None, "a"))
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
 
 
 @pytest.mark.parametrize("saved", [["lm_head", "norm"], ["embed_tokens"], ["input_layernorm"]], ids=str)
@@ -106,10 +107,10 @@ def test_whole_modules_that_learn(saved: list[str]) -> None:
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(r=4, modules_to_save=saved))
     randomise(adapters, "a")
-    stream = mixed_stream(("a", None, "a", "a"))
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a", None, "a", "a"))
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
     assert len(products_left_out(base)) == 2
 
 
@@ -118,10 +119,10 @@ def test_a_down_projection_that_is_learned_whole() -> None:
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]))
     randomise(adapters, "a")
-    stream = mixed_stream(("a", "a", None, "a"))
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a", "a", None, "a"))
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
 
 
 class Products(TorchDispatchMode):
@@ -170,7 +171,7 @@ def test_the_down_projection_is_never_computed_again(family: str, targets: str |
     for count in (0, 2):
         checkpoint_layers(base, count, ("a",))
         with Products(linear_weights(layer)) as products:
-            results(base, adapters, mixed_stream(("a",) * 4))
+            results(base, adapters, mixed_batch(("a",) * 4))
         found.append(products.counts)
     off, full = found
     down = next(name for name in off if name.endswith(("down_proj", "mlp.c_proj")))
@@ -182,7 +183,7 @@ def test_where_a_norm_follows_it_is_computed_again() -> None:
     base, adapters = adapted("gemma2")
     checkpoint_layers(base, 2, ("a",))
     with Products(linear_weights(decoder_layers(base.module)[1])) as products:
-        results(base, adapters, mixed_stream(("a",) * 4))
+        results(base, adapters, mixed_batch(("a",) * 4))
     assert products.counts == dict.fromkeys(products.counts, 3)
 
 
@@ -214,12 +215,12 @@ def test_a_linear_layer_of_another_kind() -> None:
         if isinstance(module, AdaptedLayer):
             module.base_layer = Opaque(module.base_layer)  # type: ignore[arg-type]
             opaque.append(module.base_layer)
-    stream = mixed_stream(("a",) * 4)
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a",) * 4)
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
     for layer in opaque:
         layer.products = 0
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
     assert sorted(layer.products for layer in opaque) == [1, 1] + [2] * 12
 
 
@@ -235,10 +236,10 @@ def test_a_base_in_four_bits(dtype: torch.dtype) -> None:
     for module in list(base.module.modules()):
         if isinstance(module, AdaptedLayer):
             module.base_layer = packed(module.base_layer)  # type: ignore[arg-type]
-    stream = mixed_stream(("a", "a", None, "a"))
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a", "a", None, "a"))
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
-    assert_same(results(base, adapters, stream), off)
+    assert_same(results(base, adapters, batch), off)
     assert len(products_left_out(base)) == 2
 
 
@@ -262,14 +263,14 @@ def test_a_layer_that_fails_is_not_taken_for_one_that_needs_nothing() -> None:
 def test_going_backward_the_layers_see_their_own_stream() -> None:
     """Even while another one is active: other bounds, and no adapter."""
     base, adapters = adapted()
-    stream, other = mixed_stream(("a",) * 4), stream_of(sequences([45]))
-    off = results(base, adapters, stream)
+    batch, other = mixed_batch(("a",) * 4), batch_of(sequences([45]))
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
     for parameter in adapters.parameters("a").values():
         parameter.grad = None
-    gradient = -stream.weights
-    loss = (gradient * base.log_probabilities(stream, gradient)).sum()
-    with other.active():
+    gradient = -batch.labels.loss_weights
+    loss = (gradient * base.log_probabilities(batch, gradient)).sum()
+    with running(other):
         loss.backward()
     assert_same([parameter.grad for parameter in adapters.parameters("a").values()], off[2:])  # type: ignore[misc]
 
@@ -277,14 +278,14 @@ def test_going_backward_the_layers_see_their_own_stream() -> None:
 def test_gradients_asked_for_by_name() -> None:
     """torch.autograd.grad leaves .grad alone and finds what backward does."""
     base, adapters = adapted()
-    stream = mixed_stream(("a",) * 4)
-    off = results(base, adapters, stream)
+    batch = mixed_batch(("a",) * 4)
+    off = results(base, adapters, batch)
     checkpoint_layers(base, 2, ("a",))
     parameters = list(adapters.parameters("a").values())
     for parameter in parameters:
         parameter.grad = None
-    gradient = -stream.weights
-    assert_same(torch.autograd.grad((gradient * base.log_probabilities(stream, gradient)).sum(), parameters), off[2:])
+    gradient = -batch.labels.loss_weights
+    assert_same(torch.autograd.grad((gradient * base.log_probabilities(batch, gradient)).sum(), parameters), off[2:])
     assert all(parameter.grad is None for parameter in parameters)
 
 
@@ -295,10 +296,10 @@ def test_an_adapter_that_came_later_is_not_forgotten() -> None:
     checkpoint_layers(base, 2, ("a",))
     adapters.add("b", AdapterConfig(r=4))
     randomise(adapters, "b")
-    stream = mixed_stream(("b",) * 4)
-    full = results(base, adapters, stream)
+    batch = mixed_batch(("b",) * 4)
+    full = results(base, adapters, batch)
     checkpoint_layers(base, 0, ())
-    assert_same(full, results(base, adapters, stream))
+    assert_same(full, results(base, adapters, batch))
 
 
 def test_switching_on_leaves_no_trace() -> None:
@@ -326,11 +327,11 @@ def counted_calls(layer: nn.Module) -> Iterator[list[int]]:
 
 def test_without_gradients_nothing_is_different() -> None:
     base, _ = adapted()
-    stream = stream_of(sequences(), "a")
+    batch = batch_of(sequences(), "a")
 
     def outputs() -> tuple[Tensor, list[list[int]]]:
         with torch.no_grad():
-            hidden = base.hidden(stream)
+            hidden = base.hidden(batch)
         prompts = [part.tolist() for part in sequences()]
         return hidden, generate(base, prompts, ["a"] * len(prompts), [], Sampling(max_new_tokens=4))
 

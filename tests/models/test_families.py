@@ -1,11 +1,11 @@
-"""A family's flat stream is each sequence alone through transformers' own forward: logits and gradients, fp32."""
+"""A family's flat batch is each sequence alone through transformers' own forward: logits and gradients, fp32."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from reference.families import LENGTHS, WINDOW, stream_differences, tiny_model
+from reference.families import LENGTHS, WINDOW, batch_differences, tiny_model
 from topwork.models.probe import PROVEN
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -21,7 +21,7 @@ WINDOWED = {
 
 @pytest.mark.parametrize("family", sorted(PROVEN))
 def test_flat_stream_is_each_sequence_alone(family: str) -> None:
-    for measure, difference in stream_differences(family).items():
+    for measure, difference in batch_differences(family).items():
         assert difference <= 1e-5, (family, measure)
 
 
@@ -40,7 +40,7 @@ def test_flat_stream_is_each_sequence_alone(family: str) -> None:
     ids=str,
 )
 def test_variants_of_a_family(family: str, values: dict[str, object]) -> None:
-    for measure, difference in stream_differences(family, **values).items():
+    for measure, difference in batch_differences(family, **values).items():
         assert difference <= 1e-5, (family, measure)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from data.family_tokenizers import build_tokenizer
-from reference.families import added, learning_stream, sequences, tiny_model
+from reference.families import added, learning_batch, sequences, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
@@ -25,7 +25,7 @@ from topwork.models import fast
 from topwork.models.base import Base, as_base
 from topwork.models.fast import FastLayer
 from topwork.models.recognise import is_fast
-from topwork.ops.stream import Segment, Stream
+from topwork.ops.batch import Batch, Labels, Segment
 
 WHOLE = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3",
@@ -53,12 +53,12 @@ def fast_layers(base: Base) -> list[FastLayer]:
     return [module for module in base.module.modules() if isinstance(module, FastLayer)]
 
 
-def gradients(base: Base, adapters: Adapters, stream: Stream, names: tuple[str, ...]) -> list[Tensor]:
+def gradients(base: Base, adapters: Adapters, batch: Batch, names: tuple[str, ...]) -> list[Tensor]:
     """(log-probabilities, gradients of every adapter tensor), dropout on where the adapter has any."""
     for name in names:
         adapters.train(name)
-    logprobs = base.log_probabilities(stream)
-    (logprobs * stream.weights).sum().backward()
+    logprobs = base.log_probabilities(batch)
+    (logprobs * batch.labels.loss_weights).sum().backward()
     for name in names:
         adapters.train(name, False)
     learned = [parameter for name in names for parameter in adapters.parameters(name).values()]
@@ -92,17 +92,17 @@ def test_a_family_built_otherwise_runs_plain_and_says_so(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(WHOLE | HALF.keys()))
 def test_fast_is_plain_with_adapters(family: str) -> None:
-    """Two adapters and the bare base in one stream."""
+    """Two adapters and the bare base in one batch."""
     model, parts = tiny_model(family), sequences()
     results = []
     for quick in (True, False):
         base = based(copy.deepcopy(model), fast=quick)
         targets = {"target_modules": ["q_proj", "o_proj", "v_proj"]} if family in HALF else {}
         adapters = added(base, a=LORA, b=AdapterConfig(r=3, lora_alpha=3, **targets))
-        stream = learning_stream(parts)
-        cut = stream.bounds
+        batch = learning_batch(parts)
+        cut = batch.cu_seqlens
         segments = (Segment(0, cut[2], "a"), Segment(cut[2], cut[3], None), Segment(cut[3], cut[4], "b"))
-        results.append(gradients(base, adapters, replace(stream, segments=segments), ("a", "b")))
+        results.append(gradients(base, adapters, replace(batch, segments=segments), ("a", "b")))
     assert bool(fast_layers(base)) is False
     for one, other in zip(*results, strict=True):
         assert relative(one, other, 1e-6) < 2e-5
@@ -117,7 +117,7 @@ def test_every_kind_of_adapter_on_fast_layers(options: str, dropout: float) -> N
         base = based(tiny_model("llama"), fast=quick)
         config = AdapterConfig.model_validate({"r": 4, "lora_dropout": dropout, **OPTIONS[options]})
         adapters = added(base, a=config)
-        results.append(gradients(base, adapters, learning_stream(sequences(), "a"), ("a",)))
+        results.append(gradients(base, adapters, learning_batch(sequences(), "a"), ("a",)))
     for one, other in zip(*results, strict=True):
         assert relative(one, other, 1e-6) < 2e-5
 
@@ -126,15 +126,15 @@ def test_every_kind_of_adapter_on_fast_layers(options: str, dropout: float) -> N
 def test_a_fresh_adapter_is_the_base_to_the_bit_in_bfloat16(options: str) -> None:
     """Where an adapter makes a part run as plain modules, that part rounds as the fast one did."""
     base = based(tiny_model("llama").bfloat16())
-    adapters, stream = Adapters(base.module), learning_stream(sequences(), "a")
-    bare = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    adapters, batch = Adapters(base.module), learning_batch(sequences(), "a")
+    bare = base.log_probabilities(replace(batch, segments=(Segment(0, len(batch.tokens), None),)))
     adapters.add("a", AdapterConfig.model_validate({"r": 4, **OPTIONS[options]}))
-    assert torch.equal(base.log_probabilities(stream), bare)
+    assert torch.equal(base.log_probabilities(batch), bare)
 
 
 def test_weights_of_a_group_are_one_product() -> None:
     """q, k and v and gate and up stand behind one another in memory, so two layers have four products of the base."""
-    base, stream = based(tiny_model("llama")), learning_stream(sequences())
+    base, batch = based(tiny_model("llama")), learning_batch(sequences())
     counted = []
     for apart in (False, True):
         if apart:
@@ -142,20 +142,20 @@ def test_weights_of_a_group_are_one_product() -> None:
                 for weight in layer.joined():
                     weight.data = weight.data.clone()
         with profile() as seen, torch.no_grad():
-            base.hidden(stream)
+            base.hidden(batch)
         counted.append(sum(event.count for event in seen.key_averages() if event.key == "aten::mm"))
     assert counted == [2 * 4, 2 * 7]
 
 
 def test_taken_out_again_the_base_is_as_before() -> None:
     base = based(tiny_model("llama"))
-    stream = learning_stream(sequences(), "a")
+    batch = learning_batch(sequences(), "a")
     names = [name for name, _ in base.module.named_parameters()]
-    bare = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    bare = base.log_probabilities(replace(batch, segments=(Segment(0, len(batch.tokens), None),)))
     adapters = added(base, a=LORA)
-    assert not torch.equal(base.log_probabilities(stream), bare)
+    assert not torch.equal(base.log_probabilities(batch), bare)
     adapters.remove("a")
-    again = base.log_probabilities(replace(stream, segments=(Segment(0, len(stream.tokens), None),)))
+    again = base.log_probabilities(replace(batch, segments=(Segment(0, len(batch.tokens), None),)))
     assert torch.equal(again, bare)
     assert [name for name, _ in base.module.named_parameters()] == names
 
@@ -204,21 +204,21 @@ def test_a_layer_is_chosen_by_what_it_does(change: Any, left: set[str]) -> None:
     for model in models:
         change(model.model.layers[0])
     told: list[str] = []
-    stream = learning_stream(sequences())
-    expected = based(models[0], fast=False).log_probabilities(stream)
+    batch = learning_batch(sequences())
+    expected = based(models[0], fast=False).log_probabilities(batch)
     base = based(models[1], told)
     assert told == [f"llama: runs on plain modules, slower: {part} in 1 of 2 layers" for part in left]
-    assert relative(base.log_probabilities(stream), expected) < 1e-5
+    assert relative(base.log_probabilities(batch), expected) < 1e-5
 
 
 def test_the_last_layer_computes_only_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     base = based(tiny_model("llama"))
     adapters = added(base, a=LORA, b=LORA)
-    stream = learning_stream(sequences())
-    cut = stream.bounds
+    batch = learning_batch(sequences())
+    cut = batch.cu_seqlens
     some = torch.tensor([0, 5, cut[1], cut[3] + 2, cut[3] + 3, cut[4] - 1])
-    stream = replace(
-        stream, rows=some, targets=stream.tokens[some], weights=torch.ones(len(some)),
+    batch = replace(
+        batch, labels=Labels(some, batch.tokens[some], torch.ones(len(some))),
         segments=(Segment(0, cut[1], "a"), Segment(cut[1], cut[2], None), Segment(cut[2], cut[4], "b")),
     )  # fmt: skip
     rows: list[int] = []
@@ -229,20 +229,20 @@ def test_the_last_layer_computes_only_what_is_wanted(monkeypatch: pytest.MonkeyP
         return plain(x, *others, **options)
 
     monkeypatch.setattr(fast, "project", counted)
-    narrow = gradients(base, adapters, stream, ("a", "b"))
+    narrow = gradients(base, adapters, batch, ("a", "b"))
     assert rows == [cut[4]] * 4 + [cut[4]] + [len(some)] * 3
     fast_layers(base)[-1].is_last = False
     for parameter in (*adapters.parameters("a").values(), *adapters.parameters("b").values()):
         parameter.grad = None
-    for one, other in zip(narrow, gradients(base, adapters, stream, ("a", "b")), strict=True):
+    for one, other in zip(narrow, gradients(base, adapters, batch, ("a", "b")), strict=True):
         assert relative(one, other, 1e-6) < 1e-5
 
 
 def test_hidden_states_of_all_tokens_are_still_to_be_had() -> None:
-    base, stream = based(tiny_model("llama")), learning_stream(sequences())
-    whole = base.hidden(stream)
-    assert whole.shape[0] == len(stream.tokens)
-    assert torch.equal(base.hidden_rows(stream, stream.rows), whole[stream.rows])
+    base, batch = based(tiny_model("llama")), learning_batch(sequences())
+    whole = base.hidden(batch)
+    assert whole.shape[0] == len(batch.tokens)
+    assert torch.equal(base.hidden_rows(batch, batch.labels.positions), whole[batch.labels.positions])
 
 
 def outliers(model: PreTrainedModel, size: float = 300.0) -> PreTrainedModel:
@@ -258,11 +258,11 @@ def test_another_way_of_rotating_is_noticed(family: str, dtype: torch.dtype) -> 
     """Theirs turns neighbours, not halves."""
     told: list[str] = []
     model = outliers(tiny_model(family)).to(dtype)
-    expected = based(copy.deepcopy(model), fast=False).hidden(learning_stream(sequences())).float()
+    expected = based(copy.deepcopy(model), fast=False).hidden(learning_batch(sequences())).float()
     base = based(model, told)
     assert all(layer.attention_part is None for layer in fast_layers(base))
     assert "attention" in told[-1]
-    assert relative(base.hidden(learning_stream(sequences())).float(), expected) < (
+    assert relative(base.hidden(learning_batch(sequences())).float(), expected) < (
         1e-4 if dtype == torch.float32 else 0.1
     )
 
@@ -282,9 +282,9 @@ def test_queries_scaled_by_position_are_noticed() -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
 def test_fast_layers_beside_plain_ones_in_bfloat16(family: str) -> None:
     base = based(tiny_model(family).bfloat16())
-    stream = learning_stream(sequences())
+    batch = learning_batch(sequences())
     plain = based(tiny_model(family).bfloat16(), fast=False)
-    assert relative(base.log_probabilities(stream), plain.log_probabilities(stream)) < 0.05
+    assert relative(base.log_probabilities(batch), plain.log_probabilities(batch)) < 0.05
 
 
 class Scaled(LlamaDecoderLayer):
@@ -309,22 +309,22 @@ def test_a_layer_with_tensors_of_its_own_stays_plain() -> None:
 @pytest.mark.parametrize("family", ["olmo2", "qwen3"])
 def test_weights_put_in_later_are_used(family: str) -> None:
     """Norms of heads and sinks are looked up in every pass."""
-    base, stream = based(tiny_model(family)), learning_stream(sequences())
+    base, batch = based(tiny_model(family)), learning_batch(sequences())
     state = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.module.state_dict().items()}
     base.module.load_state_dict(state, assign=True)
     plain = tiny_model(family)
     plain.load_state_dict(state, assign=True)
-    expected = based(plain, fast=False).log_probabilities(stream)
-    assert relative(base.log_probabilities(stream), expected) < 1e-5
+    expected = based(plain, fast=False).log_probabilities(batch)
+    assert relative(base.log_probabilities(batch), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_base_that_is_cast_later(dtype: torch.dtype) -> None:
-    base, stream = based(tiny_model("llama").bfloat16()), learning_stream(sequences())
+    base, batch = based(tiny_model("llama").bfloat16()), learning_batch(sequences())
     base.module.to(dtype)
     plain = based(tiny_model("llama").bfloat16(), fast=False)
     plain.module.to(dtype)
-    difference = relative(base.log_probabilities(stream), plain.log_probabilities(stream))
+    difference = relative(base.log_probabilities(batch), plain.log_probabilities(batch))
     assert difference < (1e-5 if dtype == torch.float32 else 1e-2)
 
 

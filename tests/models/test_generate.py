@@ -1,4 +1,4 @@
-"""Generation over flat streams against transformers' own greedy generate, and its own promises."""
+"""Generation over flat batches against transformers' own greedy generate, and its own promises."""
 
 from collections import Counter
 from typing import Any
@@ -15,7 +15,7 @@ from topwork.common.errors import RequestError
 from topwork.models import generate as module
 from topwork.models.base import Base
 from topwork.models.generate import Sampling, generate
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 
 NEW = 20
 NEVER: set[int] = set()
@@ -202,9 +202,9 @@ def by_whole_passes(base: Base, prompt: list[int], name: str | None, count: int 
     """Greedy, the whole text run anew for every token."""
     text = list(prompt)
     for _ in range(count):
-        stream = stream_of([torch.tensor(text)], name)
+        batch = batch_of([torch.tensor(text)], name)
         with torch.no_grad():
-            text.append(int(base.logits(stream, torch.tensor([len(text) - 1])).argmax()))
+            text.append(int(base.logits(batch, torch.tensor([len(text) - 1])).argmax()))
     return text[len(prompt) :]
 
 
@@ -216,9 +216,9 @@ def test_virtual_tokens_stand_before_what_is_generated(family: str) -> None:
     found = greedy(base, prompts(), names)
     assert found == [by_whole_passes(base, prompt, name) for prompt, name in zip(prompts(), names)]
     text = torch.tensor(prompts()[0])
-    bare = logits(base, stream_of([text]))
+    bare = logits(base, batch_of([text]))
     for name in ("prefix", "prompt"):
-        assert relative(logits(base, stream_of([text], name)), bare) > 0.01
+        assert relative(logits(base, batch_of([text], name)), bare) > 0.01
 
 
 def test_virtual_tokens_leave_less_of_the_context() -> None:

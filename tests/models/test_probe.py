@@ -11,7 +11,7 @@ from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
 from topwork.models.base import as_base
 from topwork.models.probe import PROVEN
-from topwork.ops.stream import stream_of
+from topwork.ops.batch import batch_of
 
 
 def unlisted(model: PreTrainedModel, name: str = "newcomer") -> PreTrainedModel:
@@ -63,12 +63,12 @@ def test_a_module_that_leaks_is_refused_by_name(dtype: torch.dtype) -> None:
     """Attention is exchangeable and keeps sequences apart; the MLP does not."""
     model = unlisted(tiny_model("llama")).to(dtype)
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp, share=1.0)
-    with pytest.raises(ModelError, match=r"^newcomer: two sequences in one stream give other logits .*trained wrongly"):
+    with pytest.raises(ModelError, match=r"^newcomer: two sequences in one batch give other logits .*trained wrongly"):
         loaded(model)
 
 
 def test_attention_with_a_bias_of_its_own_is_refused() -> None:
-    """ALiBi in a model that looks like any other: its scores hold a term that the flat stream does not know."""
+    """ALiBi in a model that looks like any other: its scores hold a term that the flat batch does not know."""
     model = unlisted(tiny_model("llama"))
     attention = model.model.layers[0].self_attn
     plain = attention.forward
@@ -81,7 +81,7 @@ def test_attention_with_a_bias_of_its_own_is_refused() -> None:
         return plain(hidden_states, **kwargs)
 
     attention.forward = with_alibi
-    with pytest.raises(ModelError, match=r"^newcomer: two sequences in one stream give other logits"):
+    with pytest.raises(ModelError, match=r"^newcomer: two sequences in one batch give other logits"):
         loaded(model)
 
 
@@ -110,7 +110,7 @@ def test_a_model_that_breaks_on_a_stream_is_refused_by_name() -> None:
         return plain(x)
 
     norm.forward = fussy
-    with pytest.raises(ModelError, match=r"^newcomer: could not be run as a flat stream \(no more than 11 tokens\)"):
+    with pytest.raises(ModelError, match=r"^newcomer: could not be run as a flat batch \(no more than 11 tokens\)"):
         loaded(model)
 
 
@@ -137,16 +137,16 @@ def test_longrope_is_kept_to_the_length_at_which_it_is_steady() -> None:
     assert "kept to 16 tokens, below which they do not, instead of 64" in told[0]
     parts = sequences((16, 3, 9))
     with torch.no_grad():
-        found = base.logits(stream_of(parts), torch.arange(28))
+        found = base.logits(batch_of(parts), torch.arange(28))
         assert relative(found, alone(tiny_model("phi3", **values), parts)) < 1e-5
         parts = sequences((17, 3, 9))
-        found = base.logits(stream_of(parts), torch.arange(29))
+        found = base.logits(batch_of(parts), torch.arange(29))
         assert relative(found, alone(tiny_model("phi3", **values), parts)) > 1e-3  # where this fails, lift the limit
 
 
 def test_a_stream_needs_base_to_be_run() -> None:
     base = tiny_base()
-    with pytest.raises(RuntimeError, match="called without a stream"):
+    with pytest.raises(RuntimeError, match="called without a batch"):
         base.module(input_ids=torch.tensor([[3, 4]]))
 
 
@@ -154,7 +154,7 @@ def test_rows_may_be_any_of_the_stream() -> None:
     base = tiny_base("gemma2")
     parts = sequences()
     rows = torch.tensor([0, 5, 13, 14, 20, 44])
-    whole = base.logits(stream_of(parts), torch.arange(45))
-    assert torch.allclose(base.logits(stream_of(parts), rows), whole[rows], atol=1e-6)
+    whole = base.logits(batch_of(parts), torch.arange(45))
+    assert torch.allclose(base.logits(batch_of(parts), rows), whole[rows], atol=1e-6)
     assert whole.shape == (45, 99)
     assert whole.abs().max() <= base.module.config.final_logit_softcapping

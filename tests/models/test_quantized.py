@@ -27,8 +27,8 @@ from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import quantize_head
 from topwork.models.source import ALIASES, embedded_file, find_source
+from topwork.ops.batch import batch_of
 from topwork.ops.packed import Packed4bit, PackedInt8, pack_4bit, pack_int8
-from topwork.ops.stream import stream_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear, packed_modules, weight_bytes
 from topwork.recipe.recipe import make_recipe
@@ -183,9 +183,9 @@ def test_logits_are_those_of_the_dequantized_twin(family: str, kind: str, folder
         turned = isinstance(module, QuantizedLinear) and module.turned
         twin.get_submodule(path).weight.data = weight.t() if turned else weight
     parts = sequences()
-    stream = stream_of(parts)
+    batch = batch_of(parts)
     with torch.no_grad():
-        logits = base.logits(stream, torch.arange(len(stream.tokens)))
+        logits = base.logits(batch, torch.arange(len(batch.tokens)))
         expected = torch.cat([twin(input_ids=part[None], use_cache=False).logits[0] for part in parts])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -246,10 +246,10 @@ def test_a_quantized_head(family: str, head: str, tied: bool, folder_of: Folders
     twin = read(folder, **FOUR_BIT)
     with torch.no_grad():
         twin.module.get_output_embeddings().weight.copy_(expected.dense())
-    stream = stream_of(sequences(), None)
-    rows = torch.arange(len(stream.tokens))
+    batch = batch_of(sequences(), None)
+    rows = torch.arange(len(batch.tokens))
     with torch.no_grad():
-        torch.testing.assert_close(base.logits(stream, rows), twin.logits(stream, rows), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(base.logits(batch, rows), twin.logits(batch, rows), rtol=1e-5, atol=1e-6)
     assert base.fingerprint == dense.fingerprint
     assert weight_bytes(base.module) < weight_bytes(twin.module)
 

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from topwork.common.seeds import hashed
 from topwork.ops import dropout as op
-from topwork.ops.dropout import Dropout, drop, drop_reference, dropped, stays, token_draws
+from topwork.ops.dropout import Dropout, drop, drop_reference, dropped, stays, token_seeds
 from topwork.ops.native import layer
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
 def drawn(rows: int, share: float = 0.25, key: int = 0x9ABCDEF0) -> Dropout:
-    return Dropout(share, key, token_draws(torch.full((rows,), hashed(3)), torch.arange(rows)))
+    return Dropout(share, key, token_seeds(torch.full((rows,), hashed(3)), torch.arange(rows)))
 
 
 @DTYPES
@@ -22,7 +22,7 @@ def drawn(rows: int, share: float = 0.25, key: int = 0x9ABCDEF0) -> Dropout:
 def test_it_is_the_mask_times_the_scale(layer_backend, shape: tuple[int, int], add: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, out, given = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), drawn(shape[0])
-    value = torch.where(stays(given, given.draws, shape[1]), x.float() / 0.75, 0)
+    value = torch.where(stays(given, given.seeds, shape[1]), x.float() / 0.75, 0)
     expected = ((out.float() + value) if add else value).to(dtype)
     assert torch.allclose(drop(x, given, out, add), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(out == 0, expected == 0)
@@ -56,16 +56,16 @@ def test_floats_run_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_share_that_is_dropped(share: float) -> None:
     """Of a million values, within five standard deviations."""
     given = drawn(1000, share)
-    lost = float((~stays(given, given.draws, 1000)).double().mean())
+    lost = float((~stays(given, given.seeds, 1000)).double().mean())
     assert abs(lost - share) <= 5 * (share * (1 - share) / 1e6) ** 0.5
 
 
 def test_rows_columns_layers_and_steps_are_independent() -> None:
     """Correlations of masks are those of coins: within six standard deviations, whichever two are compared."""
     rows, columns = 512, 576
-    masks = [stays(given, given.draws, columns).double() for given in (drawn(rows), drawn(rows, key=hashed("other")))]
-    step = Dropout(0.25, 0x9ABCDEF0, token_draws(torch.full((rows,), hashed(3, 1)), torch.arange(rows)))
-    masks.append(stays(step, step.draws, columns).double())
+    masks = [stays(given, given.seeds, columns).double() for given in (drawn(rows), drawn(rows, key=hashed("other")))]
+    step = Dropout(0.25, 0x9ABCDEF0, token_seeds(torch.full((rows,), hashed(3, 1)), torch.arange(rows)))
+    masks.append(stays(step, step.seeds, columns).double())
     for mask in masks:
         for axis in (mask, mask.t()):
             found = torch.corrcoef(axis).fill_diagonal_(0)
@@ -81,7 +81,7 @@ def test_its_gradient_is_the_same_mask() -> None:
     x, given = torch.randn(30, 17, requires_grad=True), drawn(30)
     dy = torch.randn(17, 30).t()  # rows apart
     (found,) = torch.autograd.grad(dropped(x, given), x, dy)
-    assert torch.equal(found, torch.where(stays(given, given.draws, 17), dy * given.scale, 0))
+    assert torch.equal(found, torch.where(stays(given, given.seeds, 17), dy * given.scale, 0))
     assert torch.autograd.gradcheck(
         lambda x: dropped(x, given), torch.randn(30, 4, dtype=torch.float64).requires_grad_()
     )
@@ -90,7 +90,7 @@ def test_its_gradient_is_the_same_mask() -> None:
 @DTYPES
 def test_nothing_beside_a_view_is_written(layer_backend, dtype: torch.dtype) -> None:
     wide, into, given = torch.randn(9, 50).to(dtype), torch.full((9, 50), 7.0).to(dtype), drawn(9)
-    part = Dropout(given.share, given.key, given.draws[2:8])
+    part = Dropout(given.p, given.key, given.seeds[2:8])
     drop(wide[2:8, 11:44], part, into[2:8, 11:44])
     whole = torch.zeros(6, 33).to(dtype)
     drop(wide[2:8, 11:44].contiguous(), part, whole)
@@ -101,8 +101,8 @@ def test_nothing_beside_a_view_is_written(layer_backend, dtype: torch.dtype) -> 
 
 def test_draws_apart_in_memory(layer_backend) -> None:
     x, given = torch.randn(6, 33), drawn(12)
-    strided = Dropout(given.share, given.key, given.draws[::2])
-    packed = Dropout(given.share, given.key, given.draws[::2].clone())
+    strided = Dropout(given.p, given.key, given.seeds[::2])
+    packed = Dropout(given.p, given.key, given.seeds[::2].clone())
     assert torch.equal(drop(x, strided, torch.zeros_like(x)), drop(x, packed, torch.zeros_like(x)))
 
 
@@ -116,14 +116,14 @@ def test_what_was_dropped_was_not_looked_at(layer_backend) -> None:
     """An infinite value that drops out leaves no NaN."""
     given, x = drawn(20), torch.full((20, 33), torch.inf)
     found = drop(x, given, torch.zeros_like(x))
-    assert torch.equal(found, torch.where(stays(given, given.draws, 33), torch.inf, 0.0))
+    assert torch.equal(found, torch.where(stays(given, given.seeds, 33), torch.inf, 0.0))
 
 
 def test_other_shapes_are_refused(layer_backend) -> None:
     x, given = torch.zeros(4, 3), drawn(4)
     wrong: list[tuple[Tensor, Dropout, Tensor]] = [
         (x, given, x[:3]), (x, given, x.bfloat16()), (x[0], given, x[0]), (x, drawn(3), x),
-        (x, Dropout(0.1, 0, given.draws.int()), x), (x, Dropout(1.0, 0, given.draws), x),
+        (x, Dropout(0.1, 0, given.seeds.int()), x), (x, Dropout(1.0, 0, given.seeds), x),
     ]  # fmt: skip
     for case in wrong:
         with pytest.raises(ValueError, match="expected"):

@@ -16,7 +16,7 @@ RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
 """Sequences of 7, 1, 19, 4, 19, 18 and 1 tokens: groups with and without padded tails, and one alone."""
 
 
-def stream(
+def batch(
     bounds: tuple[int, ...], heads: int = 4, key_heads: int = 2, size: int = 8, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = (torch.randn(bounds[-1], n, size).to(dtype) for n in (heads, key_heads, key_heads))
@@ -63,15 +63,15 @@ RULES = {
 def test_values_and_gradients(name: str, heads: tuple[int, int]) -> None:
     rule, with_sinks = RULES[name]
     sinks = torch.randn(heads[0]) if with_sinks else None
-    compare(*stream(RAGGED, *heads), RAGGED, rule, sinks)
+    compare(*batch(RAGGED, *heads), RAGGED, rule, sinks)
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (0, 1, 2, 3), (0, 13), (0, 9, 18, 27), (0, 3, 3, 8)], ids=str)
 @pytest.mark.parametrize("size", [1, 5, 24])
 def test_odd_shapes(bounds: tuple[int, ...], size: int) -> None:
     """One token, one sequence, equal sequences, a sequence without tokens; head sizes no kernel is made for."""
-    compare(*stream(bounds, 3, 3, size), bounds, AttentionRule(size**-0.5))
-    compare(*stream(bounds, 4, 2, size), bounds, AttentionRule(size**-0.5, window=2), torch.randn(4))
+    compare(*batch(bounds, 3, 3, size), bounds, AttentionRule(size**-0.5))
+    compare(*batch(bounds, 4, 2, size), bounds, AttentionRule(size**-0.5, window=2), torch.randn(4))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -82,13 +82,13 @@ def test_long_sequences_go_in_blocks(monkeypatch: pytest.MonkeyPatch, name: str,
     assert len(blocks) > 1
     rule, with_sinks = RULES[name]
     bounds = (0, 40, 79, 85)
-    compare(*stream(bounds), bounds, rule, torch.randn(4) if with_sinks else None)
+    compare(*batch(bounds), bounds, rule, torch.randn(4) if with_sinks else None)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_inputs_need_not_be_contiguous(name: str) -> None:
     """As transformers hands them over: [1, H, T, D] transposed."""
-    query, key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in stream(RAGGED))
+    query, key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in batch(RAGGED))
     assert not query.is_contiguous()
     rule, with_sinks = RULES[name]
     compare(query, key, value, RAGGED, rule, torch.randn(4) if with_sinks else None)
@@ -99,11 +99,11 @@ def test_bfloat16_within_its_rounding(name: str) -> None:
     """bf16 keeps 8 bits: single values are off by 2^-9, and a few such errors follow one another."""
     rule, with_sinks = RULES[name]
     sinks = torch.randn(4).bfloat16() if with_sinks else None
-    compare(*stream(RAGGED, dtype=torch.bfloat16), RAGGED, rule, sinks, tolerance=6e-3)
+    compare(*batch(RAGGED, dtype=torch.bfloat16), RAGGED, rule, sinks, tolerance=6e-3)
 
 
 def test_other_sequences_change_nothing() -> None:
-    query, key, value = stream(RAGGED)
+    query, key, value = batch(RAGGED)
     out = flat_attention(query, key, value, RAGGED, AttentionRule(0.3))
     noise = [x.clone() for x in (query, key, value)]
     for x in noise:
@@ -116,7 +116,7 @@ def test_sinks_gradient_is_summed_over_groups() -> None:
     sinks = torch.randn(4, requires_grad=True)
     bounds = (0, 30, 33)
     parts = []
-    query, key, value = stream(bounds)
+    query, key, value = batch(bounds)
     for cut in ((0, 33), (0, 30), (30, 33)):
         at = slice(*cut)
         within = bounds if cut == (0, 33) else (0, cut[1] - cut[0])
@@ -126,9 +126,9 @@ def test_sinks_gradient_is_summed_over_groups() -> None:
 
 
 def test_bounds_that_miss_tokens_are_refused() -> None:
-    query, key, value = stream((0, 9))
+    query, key, value = batch((0, 9))
     for bounds in ((0, 8), (1, 9), (0, 10)):
-        with pytest.raises(ValueError, match="do not cover a stream of 9 tokens"):
+        with pytest.raises(ValueError, match="do not cover a batch of 9 tokens"):
             flat_attention(query, key, value, bounds, AttentionRule(1.0))
     for bounds in ((0,), (), (0, 5, 3, 9)):
         with pytest.raises(ValueError, match="bounds"):
@@ -136,7 +136,7 @@ def test_bounds_that_miss_tokens_are_refused() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    query, key, value = stream((0, 9), 4, 3)
+    query, key, value = batch((0, 9), 4, 3)
     with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key heads"):
         flat_attention(query, key, value, (0, 9), AttentionRule(1.0))
 
@@ -147,7 +147,7 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
     rule, with_sinks = RULES[name]
     sinks = torch.randn(4) if with_sinks else None
     lengths, capacity = (7, 3), 9
-    sequences = [stream((0, length)) for length in lengths]
+    sequences = [batch((0, length)) for length in lengths]
     key, value = (torch.full((2, 2, capacity, 8), 50.0) for _ in range(2))
     for row, (_, k, v) in enumerate(sequences):
         key[row, :, : len(k)], value[row, :, : len(v)] = k.transpose(0, 1), v.transpose(0, 1)
@@ -167,7 +167,7 @@ def test_layers_on_a_gpu_share_the_bounds(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
     attention._ends.cache_clear()
     for window in (None, 5):
-        query, key, value = (x.to("meta").requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16))
+        query, key, value = (x.to("meta").requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16))
         out = flat_attention(query, key, value, RAGGED, AttentionRule(0.125, window))
         assert type(out.grad_fn).__name__ == "_FlatAttentionBackward"
         assert out.shape == query.shape
@@ -182,7 +182,7 @@ def test_layers_on_a_gpu_share_the_bounds(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_variable_length_kernel_on_a_gpu(window: int | None) -> None:
     """bf16 on the card, grouped heads and ragged rows, against float64 on the host."""
-    inputs = [x.cuda().requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16)]
+    inputs = [x.cuda().requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16)]
     truths = [x.detach().cpu().double().requires_grad_() for x in inputs]
     rule = AttentionRule(0.125, window)
     out = flat_attention(inputs[0], inputs[1], inputs[2], RAGGED, rule)
@@ -197,7 +197,7 @@ def test_the_variable_length_kernel_on_a_gpu(window: int | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_only_the_first_layer_of_a_pass_waits_for_the_gpu() -> None:
-    query, key, value = (x.cuda().requires_grad_() for x in stream(RAGGED, size=64, dtype=torch.bfloat16))
+    query, key, value = (x.cuda().requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16))
     rule, slope = AttentionRule(0.125), torch.ones_like(query)
     attention_forward(query, key, value, RAGGED, rule)
     torch.cuda.set_sync_debug_mode("error")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.families import learning_stream, sequences, tiny_base
+from reference.families import learning_batch, sequences, tiny_base
 from reference.logprobs import log_probabilities_whole
 from reference.measure import relative
 from topwork.models.base import Base
 from topwork.models.quantized import quantize_head
 from topwork.ops import logprobs
+from topwork.ops.batch import Batch
 from topwork.ops.logprobs import Head, LogitRule, chunk_rows, dense_head, log_probabilities
-from topwork.ops.stream import Stream
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
 RULES = {
@@ -30,7 +30,7 @@ class HiddenKnown(Base):
 
     states: Tensor
 
-    def hidden(self, stream: Stream) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         return self.states
 
 
@@ -170,19 +170,25 @@ def test_a_base_knows_its_frozen_head(family: str, kind: str) -> None:
     base = tiny_base(family)
     if kind != "16bit":
         quantize_head(base.module, kind)
-    stream = learning_stream(sequences())
-    hidden = torch.randn(len(stream.tokens), base.head.in_features)
+    batch = learning_batch(sequences())
+    hidden = torch.randn(len(batch.tokens), base.head.in_features)
     weight = base.head.weight if kind == "16bit" else base.head.packed.dense()
     results = []
-    for announced in (-stream.weights, None):
+    for announced in (-batch.labels.loss_weights, None):
         own = hidden.clone().requires_grad_()
         known = HiddenKnown(**vars(base), states=own)
-        found = known.log_probabilities(stream, announced)
+        found = known.log_probabilities(batch, announced)
         assert (type(found.grad_fn).__name__ == "_InForwardBackward") == (announced is not None)
-        (-stream.weights * found).sum().backward()
+        (-batch.labels.loss_weights * found).sum().backward()
         results.append((found.detach(), own.grad))
     rule = asdict(base.logit_rule)
-    assert relative(results[0][0], log_probabilities_whole(hidden[stream.rows], weight, stream.targets, **rule)) < 1e-6
+    assert (
+        relative(
+            results[0][0],
+            log_probabilities_whole(hidden[batch.labels.positions], weight, batch.labels.targets, **rule),
+        )
+        < 1e-6
+    )
     for left, right in zip(*results, strict=True):
         assert relative(left, right) < 2e-6
 

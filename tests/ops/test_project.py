@@ -184,7 +184,7 @@ def with_masks(x: Tensor, group: Sequence[Projection]) -> Tensor:
         for term in projection.terms:
             given = x[term.start : term.stop].double()
             if term.dropout is not None:
-                given = given * stays(term.dropout, term.dropout.draws, IN) / (1 - term.dropout.share)
+                given = given * stays(term.dropout, term.dropout.seeds, IN) / (1 - term.dropout.p)
             update = term.scaling * given @ term.a.double().t() @ term.b.double().t()
             y = y + F.pad(update, (0, 0, term.start, T - term.stop))
         parts.append(y)

@@ -1,4 +1,4 @@
-"""A residual stream's sum and its rounded branch: the formula in fp64, all parts of it, C beside the plain truth."""
+"""A residual batch's sum and its rounded branch: the formula in fp64, all parts of it, C beside the plain truth."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tiny random models of a family, and the measure of how far its flat stream is from each sequence alone.
+"""Tiny random models of a family, and the measure of how far its flat batch is from each sequence alone.
 
 The other side is transformers' own forward pass (`eager` attention) of the very same weights, one sequence at a time.
 """
@@ -18,7 +18,7 @@ from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.lora import Lora
 from topwork.common.seeds import hashed
 from topwork.models.base import Base, as_base
-from topwork.ops.stream import Stream, stream_of
+from topwork.ops.batch import Batch, Labels, batch_of
 
 VOCABULARY, WINDOW, CONTEXT = 99, 5, 64
 LENGTHS = (13, 1, 7, 24)
@@ -76,7 +76,7 @@ def tiny_model(family: str, **values: Any) -> PreTrainedModel:
 
 
 def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, name: str = "tiny", **values: Any) -> Base:
-    """The same as a frozen base on flat streams, without a tokenizer."""
+    """The same as a frozen base on flat batches, without a tokenizer."""
     return as_base(tiny_model(family, **values).to(dtype), None, name, lambda _: None)  # type: ignore[arg-type]
 
 
@@ -86,14 +86,20 @@ def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
-def learning_stream(parts: Sequence[Tensor], adapter: str | None = None, seed: int = 0) -> Stream:
-    """A stream in which every token but each sequence's first is learned, with uneven weights; for dropout its
+def learning_batch(parts: Sequence[Tensor], adapter: str | None = None, seed: int = 0) -> Batch:
+    """A batch in which every token but each sequence's first is learned, with uneven weights; for dropout its
     sequences have seeds of their own."""
-    stream = stream_of(list(parts), adapter).drawn([hashed(seed, number) for number in range(len(parts))])
-    starts = torch.tensor(stream.bounds[:-1])
-    rows = torch.tensor([i for i in range(len(stream.tokens) - 1) if i + 1 not in starts], dtype=torch.int64)
+    batch = batch_of(list(parts), adapter).with_dropout_seeds([hashed(seed, number) for number in range(len(parts))])
+    starts = torch.tensor(batch.cu_seqlens[:-1])
+    rows = torch.tensor([i for i in range(len(batch.tokens) - 1) if i + 1 not in starts], dtype=torch.int64)
     weights = 0.5 + torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))
-    return replace(stream, rows=rows, targets=stream.tokens[rows + 1], weights=weights)
+    return replace(batch, labels=Labels(rows, batch.tokens[rows + 1], weights))
+
+
+def chosen_labels(batch: Batch, chosen: Tensor) -> Labels:
+    """Some of a batch's labels, by a mask or their numbers."""
+    labels = batch.labels
+    return Labels(labels.positions[chosen], labels.targets[chosen], labels.loss_weights[chosen])
 
 
 def alone(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
@@ -118,13 +124,13 @@ def added(base: Base, **configs: AdapterConfig) -> Adapters:
     return adapters
 
 
-def logits(base: Base, stream: Stream) -> Tensor:
+def logits(base: Base, batch: Batch) -> Tensor:
     """Of every token, without a gradient."""
     with torch.no_grad():
-        return base.logits(stream, torch.arange(len(stream.tokens)))
+        return base.logits(batch, torch.arange(len(batch.tokens)))
 
 
-def stream_differences(family: str, **values: Any) -> dict[str, float]:
+def batch_differences(family: str, **values: Any) -> dict[str, float]:
     """Relative differences of the logits, of the base's gradients and of a LoRA adapter's gradients.
 
     Raises topwork's ModelError where the family is refused.
@@ -132,38 +138,38 @@ def stream_differences(family: str, **values: Any) -> dict[str, float]:
     theirs = tiny_model(family, **values)
     base = as_base(copy.deepcopy(theirs), None, family, lambda _: None)  # type: ignore[arg-type]
     parts = sequences()
-    stream = learning_stream(parts)
+    batch = learning_batch(parts)
     with torch.no_grad():
-        logits = relative(base.logits(stream, torch.arange(len(stream.tokens))), alone(theirs, parts))
-    whole = relative(*_base_gradients(base, theirs, stream, parts))
-    return {"logits": logits, "gradients": whole, "adapter gradients": _adapter_difference(base, theirs, stream, parts)}
+        logits = relative(base.logits(batch, torch.arange(len(batch.tokens))), alone(theirs, parts))
+    whole = relative(*_base_gradients(base, theirs, batch, parts))
+    return {"logits": logits, "gradients": whole, "adapter gradients": _adapter_difference(base, theirs, batch, parts)}
 
 
 def _base_gradients(
-    base: Base, theirs: PreTrainedModel, stream: Stream, parts: Sequence[Tensor]
+    base: Base, theirs: PreTrainedModel, batch: Batch, parts: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     found = []
     for model in (base.module, theirs):
         model.requires_grad_(True)
-        logprobs = base.log_probabilities(stream) if model is base.module else _their_logprobs(theirs, stream, parts)
-        (stream.weights * logprobs).sum().backward()
+        logprobs = base.log_probabilities(batch) if model is base.module else _their_logprobs(theirs, batch, parts)
+        (batch.labels.loss_weights * logprobs).sum().backward()
         found.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()])
         model.zero_grad()
         model.requires_grad_(False)
     return found[0], found[1]
 
 
-def _adapter_difference(base: Base, theirs: PreTrainedModel, stream: Stream, parts: Sequence[Tensor]) -> float:
-    """Gradients of a LoRA on every linear layer: ours through the stream, theirs by the weight that merging gives."""
+def _adapter_difference(base: Base, theirs: PreTrainedModel, batch: Batch, parts: Sequence[Tensor]) -> float:
+    """Gradients of a LoRA on every linear layer: ours through the batch, theirs by the weight that merging gives."""
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(r=4, lora_alpha=8))
     randomise(adapters, "a")
-    own = replace(stream, segments=tuple(replace(s, adapter="a") for s in stream.segments))
-    gradient = -stream.weights
+    own = replace(batch, segments=tuple(replace(s, adapter="a") for s in batch.segments))
+    gradient = -batch.labels.loss_weights
     (gradient * base.log_probabilities(own, gradient)).sum().backward()
     ours = [parameter.grad for parameter in adapters.parameters("a").values()]
     merged = _merged_weights(base, theirs, adapters)
-    logprobs = _their_logprobs(theirs, stream, parts, merged)
+    logprobs = _their_logprobs(theirs, batch, parts, merged)
     expected = torch.autograd.grad((gradient * logprobs).sum(), list(adapters.parameters("a").values()))
     return relative(ours, expected)
 
@@ -179,11 +185,11 @@ def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> 
 
 
 def _their_logprobs(
-    model: PreTrainedModel, stream: Stream, parts: Sequence[Tensor], merged: dict[str, Tensor] | None = None
+    model: PreTrainedModel, batch: Batch, parts: Sequence[Tensor], merged: dict[str, Tensor] | None = None
 ) -> Tensor:
     call = {"use_cache": False}
     logits = torch.cat([
         torch.func.functional_call(model, merged or {}, kwargs={"input_ids": part[None], **call}).logits[0]
         for part in parts
     ])  # fmt: skip
-    return torch.log_softmax(logits[stream.rows].float(), -1).gather(-1, stream.targets[:, None])[:, 0]
+    return torch.log_softmax(logits[batch.labels.positions].float(), -1).gather(-1, batch.labels.targets[:, None])[:, 0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topwork.models.base import Base
-from topwork.ops.stream import Stream
+from topwork.ops.batch import Batch
 
 
 def kept_by(run: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
@@ -28,11 +28,11 @@ def kept_by(run: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def kept_bytes(base: Base, stream: Stream) -> int:
-    """The same for a pass over `stream` (hidden states alone, no head), the model's own weights not counted."""
-    return kept_by(lambda: base.hidden(stream), (*base.module.parameters(), *base.module.buffers()))
+def kept_bytes(base: Base, batch: Batch) -> int:
+    """The same for a pass over `batch` (hidden states alone, no head), the model's own weights not counted."""
+    return kept_by(lambda: base.hidden(batch), (*base.module.parameters(), *base.module.buffers()))
 
 
-def kept_bytes_per_token(base: Base, short: Stream, long: Stream) -> float:
+def kept_bytes_per_token(base: Base, short: Batch, long: Batch) -> float:
     """The same by tokens, without what does not grow with them (casts of the adapter's weights)."""
     return (kept_bytes(base, long) - kept_bytes(base, short)) / (len(long.tokens) - len(short.tokens))

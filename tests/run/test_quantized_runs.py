@@ -28,7 +28,8 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, wri
 from topwork.common.errors import AdapterError, RequestError
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
-from topwork.ops.stream import Stream, stream_of
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch, Labels, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
 from topwork.run import together
@@ -36,7 +37,6 @@ from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.merge import merge
 from topwork.run.quantize import quantize
 from topwork.run.train import train
-from topwork.training.objective import Sft
 from topwork.training.step import Learner, StepResult, train_step
 
 NF4 = {"load_in_4bit": True}
@@ -108,9 +108,9 @@ def tokens_of(vocabulary: int = 300) -> list[Tensor]:
 
 
 def our_logits(base: Base, adapter: str | None) -> Tensor:
-    stream = stream_of(tokens_of(), adapter)
+    batch = batch_of(tokens_of(), adapter)
     with torch.no_grad():
-        return base.logits(stream, torch.arange(len(stream.tokens)))
+        return base.logits(batch, torch.arange(len(batch.tokens)))
 
 
 def plain_logits(model: torch.nn.Module) -> Tensor:
@@ -247,10 +247,10 @@ def test_peft_reads_the_adapter_onto_bitsandbytes_base(kind: str, run_of: Callab
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def learned(sequences: list[Tensor], prompts: list[int], adapter: str) -> Stream:
-    stream = stream_of(sequences, adapter)
-    targets = torch.cat([torch.arange(a + p, b) for a, b, p in zip(stream.bounds, stream.bounds[1:], prompts)])
-    return replace(stream, rows=targets - 1, targets=stream.tokens[targets], weights=torch.ones(len(targets)))
+def learned(sequences: list[Tensor], prompts: list[int], adapter: str) -> Batch:
+    batch = batch_of(sequences, adapter)
+    targets = torch.cat([torch.arange(a + p, b) for a, b, p in zip(batch.cu_seqlens, batch.cu_seqlens[1:], prompts)])
+    return replace(batch, labels=Labels(targets - 1, batch.tokens[targets], torch.ones(len(targets))))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -20,7 +20,7 @@ from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError
 from topwork.data.examples import load_data
 from topwork.models.recognise import is_fast
-from topwork.ops.kept import PassMemory
+from topwork.ops.workspace import Workspace
 from topwork.plan.count import count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.folder import open_run
@@ -28,7 +28,7 @@ from topwork.run.outcome import TrainedRun
 from topwork.run.together import members_that_fit, open_together, train_together
 from topwork.training.passes import activation_bytes_per_token, step_passes
 from topwork.training.progress import Silent
-from topwork.training.step import mean_losses
+from topwork.training.step import Means, mean_losses
 
 Recipes = Callable[..., Recipe]
 TRAINING = {"max_steps": 12, "eval_steps": 4, "save_steps": 4}
@@ -185,11 +185,11 @@ def test_one_whose_validation_is_no_number_leaves(recipes: Recipes, monkeypatch:
 
     proper = mean_losses
     for bad_at in (0, 4):
-        seen: list[dict[str, float]] = []
+        seen: list[dict[str, Means]] = []
 
-        def one_bad(*given: Any, bad: int = bad_at // 4, seen: list[dict[str, float]] = seen) -> dict[str, float]:
+        def one_bad(*given: Any, bad: int = bad_at // 4, seen: list[dict[str, Means]] = seen) -> dict[str, Means]:
             seen.append(proper(*given))
-            return {**seen[-1], "plus": math.nan} if len(seen) == bad + 1 else seen[-1]
+            return {**seen[-1], "plus": Means(math.nan, {})} if len(seen) == bad + 1 else seen[-1]
 
         monkeypatch.setattr(topwork.training.loop, "mean_losses", one_bad)
         made = recipes("wide", f"bad{bad_at}"), recipes("plus", f"bad{bad_at}")
@@ -383,13 +383,13 @@ def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch
 
 
 def test_a_finished_run_gives_its_passes_memory_back(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    on, held, release = open_together(recipes("wide"), lambda _: None), [], PassMemory.release
+    on, held, release = open_together(recipes("wide"), lambda _: None), [], Workspace.release
 
-    def heard(memory: PassMemory) -> None:
-        held.append(len(memory._kept))
+    def heard(memory: Workspace) -> None:
+        held.append(len(memory._saved))
         release(memory)
 
-    monkeypatch.setattr(PassMemory, "release", heard)
+    monkeypatch.setattr(Workspace, "release", heard)
     quietly(recipes("wide"), on=on)
     assert held == [1]  # it was used, and had grown to one block
-    assert not on.base.memory._kept
+    assert not on.base.workspace._saved

@@ -15,11 +15,13 @@ import torch
 from run import tiny
 from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError, RunError
+from topwork.objectives.objective import Loss
+from topwork.objectives.sft import Sft
 from topwork.run.outcome import TrainedRun
 from topwork.run.train import train
-from topwork.training.objective import Loss, Sft
 from topwork.training.passes import Memory, activation_bytes_per_token, plan_passes
 from topwork.training.progress import Silent
+from topwork.training.step import Means
 
 Recipes = Callable[..., Path]
 LONG = {"learning_rate": 0.01, "max_steps": 40, "lr_scheduler_type": "constant"}
@@ -200,7 +202,7 @@ def test_what_was_saved_before_a_nan_is_not_written_anew(make_recipe: Recipes, m
 
     training = {"tokens_per_pass": 100_000, "max_steps": 8}
     whole = quietly(make_recipe("whole", training=training)).folder
-    monkeypatch.setattr(topwork.run.together, "OBJECTIVES", {"sft": lambda: Poisoned(after=4)})
+    monkeypatch.setattr(topwork.run.together, "objective_of", lambda _: Poisoned(after=4))
     recipe = make_recipe("poisoned", training=training)
     with pytest.raises(NonFiniteLossError, match="step 5: the loss is nan"):
         quietly(recipe)
@@ -304,7 +306,7 @@ def test_the_bare_base_is_never_the_best(make_recipe: Recipes, monkeypatch: pyte
     import topwork.training.loop
 
     losses = iter([1.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr(topwork.training.loop, "mean_losses", lambda *_: {"run": next(losses)})
+    monkeypatch.setattr(topwork.training.loop, "mean_losses", lambda *_: {"run": Means(next(losses), {})})
     run = quietly(make_recipe(training={"max_steps": 6, "eval_steps": 2}))
     assert run.result["eval_loss_before"] == 1.0
     assert (run.result["best_step"], run.result["best_eval_loss"], run.result["eval_loss_after"]) == (4, 2.0, 2.0)
@@ -336,7 +338,7 @@ def test_a_validation_that_is_no_number_ends_the_run(make_recipe: Recipes, monke
     import topwork.training.loop
 
     losses = iter([1.0, 0.9, math.nan])
-    monkeypatch.setattr(topwork.training.loop, "mean_losses", lambda *_: {"run": next(losses)})
+    monkeypatch.setattr(topwork.training.loop, "mean_losses", lambda *_: {"run": Means(next(losses), {})})
     recipe = make_recipe(training={"eval_steps": 2, "save_steps": 2})
     with pytest.raises(NonFiniteLossError, match="validation loss at step 4 is nan"):
         quietly(recipe)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.families import MIXED, added, learning_stream, sequences, tiny_base
+from reference.families import MIXED, added, learning_batch, sequences, tiny_base
 from reference.quantized_by_others import write_base
 from topwork.adapters import base_weight
 from topwork.adapters.config import AdapterConfig
@@ -18,14 +18,15 @@ from topwork.adapters.graft import Adapters
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
-from topwork.ops import kept, quantize, quantized_linear
-from topwork.ops.kept import PassMemory, brief_empty, function_memory, kept_empty, passing_empty
+from topwork.objectives.sft import Sft
+from topwork.ops import quantize, quantized_linear, workspace
+from topwork.ops.batch import Batch, Segment
+from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope, training_pass
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.residual import residual_branch, residual_sum
-from topwork.ops.stream import Segment, Stream
+from topwork.ops.workspace import Workspace
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
-from topwork.training.objective import Sft
 from topwork.training.step import Learner, StepResult, train_step
 
 LENGTHS = [(13, 5, 7), (3, 1, 4), (24, 30, 11), (9, 2, 2)]
@@ -51,74 +52,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Poisoned(PassMemory):
+class Poisoned(Workspace):
     """Everything that may be overwritten is not a number at once."""
 
-    @contextmanager
-    def next_pass(self) -> Iterator[None]:
-        for block in (*self._kept, *self._brief, *self._passing):
+    def begin_pass(self) -> None:
+        for block in (*self._saved, *self._scratch, *self._handoff):
             block.fill_(255)
-        with super().next_pass():
-            yield
+        super().begin_pass()
 
     @contextmanager
-    def function(self) -> Iterator[None]:
-        before = self._brief_end
-        with super().function():
+    def scope(self) -> Iterator[None]:
+        before = self._scratch_end
+        with super().scope():
             yield
-        for block in self._brief:
+        for block in self._scratch:
             block[before:].fill_(255)
 
-    def passing(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        for block in self._passing:
+    def handoff(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        for block in self._handoff:
             block.fill_(255)
-        return super().passing(shape, dtype)
+        return super().handoff(shape, dtype)
 
 
-class Sized(PassMemory):
+class Sized(Workspace):
     """Knows how much the largest pass kept."""
 
     most = total = 0
 
-    @contextmanager
-    def next_pass(self) -> Iterator[None]:
+    def begin_pass(self) -> None:
         self.total = 0
-        with super().next_pass():
-            yield
-        self.most = max(self.most, self.total)
+        super().begin_pass()
 
-    def kept(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        found = super().kept(shape, dtype)
+    def saved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found = super().saved(shape, dtype)
         self.total += found.nbytes
+        self.most = max(self.most, self.total)
         return found
-
-
-class Absent(PassMemory):
-    """None at all."""
-
-    @contextmanager
-    def next_pass(self) -> Iterator[None]:
-        yield
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that several are needed, and joined in the next pass."""
-    monkeypatch.setattr(kept, "LEAST_BLOCK", 1 << 14)
+    monkeypatch.setattr(workspace, "LEAST_BLOCK", 1 << 14)
 
 
-def passes() -> list[Stream]:
+def passes() -> list[Batch]:
     """Each with a segment of both adapters."""
     made = []
     for seed, lengths in enumerate(LENGTHS):
-        stream = learning_stream(sequences(lengths, seed), "a", seed)
-        middle, end = stream.bounds[2], stream.bounds[-1]
-        made.append(replace(stream, segments=(Segment(0, middle, "a"), Segment(middle, end, "b"))))
+        batch = learning_batch(sequences(lengths, seed), "a", seed)
+        middle, end = batch.cu_seqlens[2], batch.cu_seqlens[-1]
+        made.append(replace(batch, segments=(Segment(0, middle, "a"), Segment(middle, end, "b"))))
     return made
 
 
 def stepped(
-    memory: PassMemory, options: dict[str, Any], dtype: torch.dtype | str, family: str = "llama", layers: int = 0,
+    memory: Workspace | None, options: dict[str, Any], dtype: torch.dtype | str, family: str = "llama", layers: int = 0,
     other: AdapterConfig | None = None, packed: tuple[Path, QuantizationConfig] | None = None,
 ) -> tuple[Base, Adapters, list[StepResult]]:  # fmt: skip
     """Three steps of two adapters; over the base in that folder, packed, where one is given."""
@@ -128,7 +117,7 @@ def stepped(
         config = ModelConfig.model_validate({"model_name_or_path": str(packed[0]), "dtype": dtype, "device": "cpu"})
         base = load_base(config, lambda _: None, packed[1])
         assert packed_modules(base.module)
-    base = replace(base, memory=memory)
+    base = replace(base, workspace=memory)
     other = other or (OTHER if family == "llama" else AdapterConfig(r=3))
     adapters = added(base, a=AdapterConfig.model_validate(options), b=other)
     checkpoint_layers(base, layers, ("a", "b"))
@@ -143,7 +132,7 @@ def stepped(
 
 
 def assert_same(*given: Any, **more: Any) -> Base:
-    _, without, expected = stepped(Absent(), *given, **more)
+    _, without, expected = stepped(None, *given, **more)
     base, adapters, found = stepped(Poisoned(), *given, **more)
     assert found == expected
     for name in ("a", "b"):
@@ -156,7 +145,7 @@ def assert_same(*given: Any, **more: Any) -> Base:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 def test_a_step_is_what_it_is_without(options: dict[str, Any], dtype: torch.dtype) -> None:
-    assert assert_same(options, dtype).memory._kept
+    assert assert_same(options, dtype).workspace._saved
 
 
 @pytest.mark.parametrize("method", ["lora", "dropout", "dora", "ia3", "prefix"])
@@ -170,19 +159,19 @@ def test_over_a_packed_base(
     packed = write_base(tmp_path / "base", "llama", num_hidden_layers=LAYERS), QuantizationConfig(**options)
     for dtype in ("float32", "bfloat16"):
         for layers in (0, 2):
-            assert assert_same(METHODS[method], dtype, "llama", layers, packed=packed).memory._kept
+            assert assert_same(METHODS[method], dtype, "llama", layers, packed=packed).workspace._saved
 
 
 def test_a_panel_is_brief() -> None:
     if quantize.native(torch.zeros(1)) is None:
         pytest.skip("no C compiler")
-    memory = PassMemory()
+    memory = Workspace()
     for packed in (pack_4bit(torch.randn(64, 64), "nf4", 64, True), pack_int8(torch.randn(64, 64))):
-        with memory.next_pass():
+        with training_pass(memory):
             outside = packed.dense()
-            with function_memory():
+            with scratch_scope():
                 inside = packed.dense()
-                assert inside.data_ptr() == memory._brief[0].data_ptr() != outside.data_ptr()
+                assert inside.data_ptr() == memory._scratch[0].data_ptr() != outside.data_ptr()
                 assert torch.equal(inside, outside)
 
 
@@ -191,7 +180,7 @@ def test_a_panel_is_brief() -> None:
 def test_a_checkpointed_layer_keeps_nothing_there(method: str, layers: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base = assert_same(METHODS[method], dtype, "llama", layers)
-        assert bool(base.memory._kept) == (layers < LAYERS)
+        assert bool(base.workspace._saved) == (layers < LAYERS)
 
 
 def test_nor_does_one_that_no_gradient_reaches() -> None:
@@ -199,8 +188,8 @@ def test_nor_does_one_that_no_gradient_reaches() -> None:
         options = {"layers_to_transform": layers}
         assert_same(options, torch.bfloat16)
         base, _, _ = stepped(Sized(), options, torch.bfloat16, other=AdapterConfig.model_validate({**options, "r": 3}))
-        assert isinstance(base.memory, Sized)
-        return base.memory.most
+        assert isinstance(base.workspace, Sized)
+        return base.workspace.most
 
     assert kept_bytes([3]) < 0.3 * kept_bytes([0])
 
@@ -212,52 +201,57 @@ def test_in_all_kinds_of_families(family: str) -> None:
 
 
 def test_it_does_not_grow_once_it_has_seen_the_largest_pass() -> None:
-    base, _, _ = stepped(PassMemory(), {}, torch.bfloat16)
-    assert [len(blocks) for blocks in (base.memory._kept, base.memory._brief, base.memory._passing)] == [1, 1, 1]
-    before = base.memory._kept[0].data_ptr()
+    base, _, _ = stepped(Workspace(), {}, torch.bfloat16)
+    own = base.workspace
+    assert [len(blocks) for blocks in (own._saved, own._scratch, own._handoff)] == [1, 1, 1]
+    before = base.workspace._saved[0].data_ptr()
     learner_less: list[Learner] = []
     train_step(base, learner_less, [])
-    assert base.memory._kept[0].data_ptr() == before
-    base.memory.release()
-    assert not base.memory._kept
+    assert base.workspace._saved[0].data_ptr() == before
+    base.workspace.release()
+    assert not base.workspace._saved
 
 
 def test_kept_tensors_stand_behind_one_another_and_the_next_pass_takes_their_place() -> None:
-    memory, like = PassMemory(), torch.zeros(1, dtype=torch.bfloat16)
-    with memory.next_pass():
-        first, second = kept_empty(like, 5, 7), kept_empty(like, 3, dtype=torch.float32)
+    memory, like = Workspace(), torch.zeros(1, dtype=torch.bfloat16)
+    with training_pass(memory):
+        first, second = saved_empty(like, 5, 7), saved_empty(like, 3, dtype=torch.float32)
         assert second.data_ptr() - first.data_ptr() == 128
         assert (first.dtype, second.dtype) == (torch.bfloat16, torch.float32)
         version = second._version
         first.zero_()
         assert second._version == version  # autograd would take the write for one to it
-    with memory.next_pass():
-        assert kept_empty(like, 2).data_ptr() == first.data_ptr()
-    assert kept_empty(like, 2).data_ptr() != first.data_ptr()
+    with training_pass(memory):
+        assert saved_empty(like, 2).data_ptr() == first.data_ptr()
+    assert saved_empty(like, 2).data_ptr() != first.data_ptr()
 
 
 def test_a_pass_inside_another_is_refused() -> None:
-    memory = PassMemory()
-    with memory.next_pass(), pytest.raises(AssertionError, match="a pass inside another"), memory.next_pass():
+    memory = Workspace()
+    with training_pass(memory), pytest.raises(AssertionError, match="a pass inside another"), training_pass(memory):
         pass
 
 
 def test_what_is_brief_ends_with_its_function_and_what_passes_with_the_next() -> None:
-    memory, like = PassMemory(), torch.zeros(1)
-    with memory.next_pass():
-        alone = brief_empty(like, 8)
-        with function_memory():
-            outer = brief_empty(like, 16)
-            with function_memory():
-                inner = brief_empty(like, 16)
-            again = brief_empty(like, 16)
+    memory, like = Workspace(), torch.zeros(1)
+    with training_pass(memory):
+        alone = scratch_empty(like, 8)
+        with scratch_scope():
+            outer = scratch_empty(like, 16)
+            with scratch_scope():
+                inner = scratch_empty(like, 16)
+            again = scratch_empty(like, 16)
         assert inner.data_ptr() == again.data_ptr() == outer.data_ptr() + 64
-        assert not memory._brief[0].data_ptr() <= alone.data_ptr() < memory._brief[0].data_ptr() + len(memory._brief[0])
-        one, other = passing_empty(like, 3), passing_empty(like, 5)
+        assert (
+            not memory._scratch[0].data_ptr()
+            <= alone.data_ptr()
+            < memory._scratch[0].data_ptr() + len(memory._scratch[0])
+        )
+        one, other = handoff_empty(like, 3), handoff_empty(like, 5)
         assert one.data_ptr() == other.data_ptr() != outer.data_ptr()
-        with function_memory():
-            held = brief_empty(like, 4).fill_(2)
-            large = brief_empty(like, 1 << 16).fill_(3)
+        with scratch_scope():
+            held = scratch_empty(like, 4).fill_(2)
+            large = scratch_empty(like, 1 << 16).fill_(3)
             assert bool((held == 2).all())
             assert bool((large == 3).all())
 
@@ -274,14 +268,14 @@ def test_a_residual_stream_is_overwritten_in_a_pass_alone(width: int, multiplier
         z = z + multiplier * (z.bfloat16() * weight).float()
     z.backward(dz)
     found = []
-    for memory in (PassMemory(), Absent()):
+    for memory in (Workspace(), None):
         leaf = x.clone().requires_grad_()
-        with memory.next_pass():
+        with training_pass(memory):
             begun = leaf * 1
             same, branch = residual_branch(begun, torch.bfloat16)
             between, other = residual_branch(same, torch.bfloat16, branch * weights[0], multiplier)
             end = residual_sum(between, other * weights[1], multiplier)
-            in_place = type(memory) is PassMemory
+            in_place = memory is not None
             assert (end.data_ptr() == between.data_ptr() == begun.data_ptr()) == in_place
             arrived = dz.clone()
             end.backward(arrived)
@@ -294,10 +288,10 @@ def test_a_residual_stream_is_overwritten_in_a_pass_alone(width: int, multiplier
 
 def test_a_branch_that_nobody_takes_and_a_stream_that_ends() -> None:
     """Where one of the two has no gradient, the other's alone goes on."""
-    for memory in (PassMemory(), Absent()):
+    for memory in (Workspace(), None):
         for taken in (0, 1):
             leaf = torch.randn(1, 5, 3).requires_grad_()
-            with memory.next_pass():
+            with training_pass(memory):
                 outputs = residual_branch(leaf * 1, torch.bfloat16)
                 outputs[taken].sum().backward()
             assert torch.equal(leaf.grad, torch.ones(1, 5, 3))  # type: ignore[arg-type]
@@ -306,7 +300,7 @@ def test_a_branch_that_nobody_takes_and_a_stream_that_ends() -> None:
 def test_a_stream_that_is_a_view_is_left_alone() -> None:
     """Its branch and gradients are right, and what it is a view of stays as it is."""
     leaf = torch.randn(5, 3).requires_grad_()
-    with PassMemory().next_pass():
+    with training_pass(Workspace()):
         begun = leaf * 1
         total, branch = residual_branch(begun[None], torch.bfloat16, torch.ones(5, 3).bfloat16())
         assert torch.equal(begun, leaf)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.families import learning_batch, randomise, sequences, tiny_base
 from reference.kept import kept_bytes_per_token as measured_bytes
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
@@ -17,8 +17,8 @@ from topwork.common.errors import RecipeError
 from topwork.data.batches import Group
 from topwork.data.examples import Example
 from topwork.models.checkpointing import checkpoint_layers
+from topwork.objectives.sft import Sft
 from topwork.training.config import Checkpointing, TrainingConfig
-from topwork.training.objective import Sft
 from topwork.training.passes import (
     Memory,
     PassPlan,
@@ -98,7 +98,7 @@ def test_virtual_tokens_take_room_in_a_pass() -> None:
 
     def lengths(virtual: dict[str, int]) -> list[list[tuple[str | None, int]]]:
         passes = step_passes(groups, 160, torch.device("cpu"), virtual)
-        return [[(part.adapter, part.stop - part.start) for part in stream.segments] for stream in passes]
+        return [[(part.adapter, part.stop - part.start) for part in batch.segments] for batch in passes]
 
     assert lengths({}) == [[("lora", 80), ("prompt", 80)]]
     assert lengths({"prompt": 1}) == [[("lora", 80), ("prompt", 40)], [("prompt", 40)]]
@@ -115,11 +115,11 @@ def test_what_a_row_draws_from_is_its_own() -> None:
 
     def drawn(groups: Sequence[Group], budget: int, **seeds: int) -> dict[tuple[str | None, int], list[int]]:
         found = {}
-        for stream in step_passes(groups, budget, torch.device("cpu"), seeds=seeds):
-            for start, stop in pairwise(stream.bounds):
-                owner = next(part.adapter for part in stream.segments if part.start <= start < part.stop)
-                assert stream.draws is not None
-                found[owner, stop - start] = stream.draws[start:stop].tolist()
+        for batch in step_passes(groups, budget, torch.device("cpu"), seeds=seeds):
+            for start, stop in pairwise(batch.cu_seqlens):
+                owner = next(part.adapter for part in batch.segments if part.start <= start < part.stop)
+                assert batch.dropout_seeds is not None
+                found[owner, stop - start] = batch.dropout_seeds[start:stop].tolist()
         return found
 
     expected = drawn(groups, 1000, a=5, b=6)
@@ -130,7 +130,7 @@ def test_what_a_row_draws_from_is_its_own() -> None:
     assert alone == {key: draws for key, draws in expected.items() if key[0] == "b"}
     other = drawn(groups, 1000, a=5, b=7)
     assert [key for key in expected if other[key] == expected[key]] == [("a", 20), ("a", 30), ("a", 40)]
-    assert all(stream.draws is None for stream in step_passes(groups, 1000, torch.device("cpu")))
+    assert all(batch.dropout_seeds is None for batch in step_passes(groups, 1000, torch.device("cpu")))
 
 
 def test_a_family_that_cannot_be_checkpointed_takes_smaller_passes() -> None:
@@ -198,7 +198,7 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         results = []
         for step in range(6):
-            passes = [learning_stream(sequences(part, seed=step), "a", step) for part in ((13, 7), (24, 1, 9))]
+            passes = [learning_batch(sequences(part, seed=step), "a", step) for part in ((13, 7), (24, 1, 9))]
             [result] = train_step(base, [Learner("a", Sft(), parameters, optimizer, 1.0)], passes)
             assert isinstance(result, StepResult)
             results.append(result)
@@ -215,11 +215,11 @@ def measured(family: str, dropout: float = 0.0, **values: Any) -> Callable[[int]
     adapters = Adapters(base.module)
     adapters.add("a", AdapterConfig(r=1, lora_dropout=dropout))
     adapters.train("a")
-    streams = [learning_stream(sequences([length] * 2), "a") for length in (8, 24)]
+    batches = [learning_batch(sequences([length] * 2), "a") for length in (8, 24)]
 
     def kept(count: int) -> float:
         checkpoint_layers(base, count, ("a",))
-        return measured_bytes(base, streams[0], streams[1])
+        return measured_bytes(base, batches[0], batches[1])
 
     kept.config = base.module.config  # type: ignore[attr-defined]
     return kept

@@ -1,4 +1,4 @@
-"""Topwork's flat streams against PEFT + transformers with padded batches: the same adapter, batches and AdamW, fp32."""
+"""Topwork's flat batches against PEFT + transformers with padded batches: the same adapter, batches and AdamW, fp32."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +19,9 @@ from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.models.base import Base, load_base
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, embedded_file, find_source
-from topwork.ops.stream import Stream, stream_of
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch, Labels, batch_of
 from topwork.training.config import TrainingConfig
-from topwork.training.objective import Sft
 from topwork.training.schedule import learning_rate
 from topwork.training.step import Learner, StepResult, train_step
 
@@ -42,11 +42,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def learned(sequences: Sequence[Tensor], prompts: Sequence[int], adapter: str) -> Stream:
+def learned(sequences: Sequence[Tensor], prompts: Sequence[int], adapter: str) -> Batch:
     """One pass; the first `prompts` tokens of each sequence are not learned."""
-    stream = stream_of(list(sequences), adapter)
-    targets = torch.cat([torch.arange(a + p, b) for a, b, p in zip(stream.bounds, stream.bounds[1:], prompts)])
-    return replace(stream, rows=targets - 1, targets=stream.tokens[targets], weights=torch.ones(len(targets)))
+    batch = batch_of(list(sequences), adapter)
+    targets = torch.cat([torch.arange(a + p, b) for a, b, p in zip(batch.cu_seqlens, batch.cu_seqlens[1:], prompts)])
+    return replace(batch, labels=Labels(targets - 1, batch.tokens[targets], torch.ones(len(targets))))
 
 
 def batches(vocabulary: int, lengths: Sequence[Sequence[int]]) -> list[tuple[list[Tensor], list[int]]]:

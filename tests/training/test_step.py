@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.families import learning_stream, randomise, sequences, tiny_base
+from reference.families import learning_batch, randomise, sequences, tiny_base
 from reference.logprobs import log_probabilities_whole
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError
 from topwork.models.base import Base
-from topwork.ops.stream import Stream
-from topwork.training.objective import Sft
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch, Labels
 from topwork.training.step import Learner, StepResult, mean_losses, train_step
 
 LENGTHS = (13, 5, 7, 24, 9, 2, 17, 11)
@@ -46,37 +46,39 @@ def prepared(config: AdapterConfig = CONFIGS["linear layers"], family: str = "ll
     return base, adapters
 
 
-def passes(sizes: Sequence[int], seed: int = 0) -> list[Stream]:
+def passes(sizes: Sequence[int], seed: int = 0) -> list[Batch]:
     """The eight sequences in passes of so many each, always with the same weights."""
     parts = sequences(LENGTHS, seed)
     weights = torch.arange(1, 101) / 50
-    streams, at = [], 0
+    batches, at = [], 0
     for size in sizes:
-        stream = learning_stream(parts[at : at + size], "a")
+        batch = learning_batch(parts[at : at + size], "a")
         learned = [len(part) - 1 for part in parts[at : at + size]]
-        streams.append(replace(stream, weights=torch.cat([weights[:count] for count in learned])))
+        batches.append(
+            replace(batch, labels=replace(batch.labels, loss_weights=torch.cat([weights[:count] for count in learned])))
+        )
         at += size
     assert at == len(parts)
-    return streams
+    return batches
 
 
 def step(
-    base: Base, parameters: Sequence[Any], optimizer: torch.optim.Optimizer, streams: Sequence[Stream],
+    base: Base, parameters: Sequence[Any], optimizer: torch.optim.Optimizer, batches: Sequence[Batch],
     clip: float = 1.0,
 ) -> StepResult:  # fmt: skip
     """A step of the one adapter."""
-    [result] = train_step(base, [Learner("a", Sft(), parameters, optimizer, clip)], streams)
+    [result] = train_step(base, [Learner("a", Sft(), parameters, optimizer, clip)], batches)
     if isinstance(result, Exception):
         raise result
     return result
 
 
 def stepped(
-    base: Base, adapters: Adapters, streams: Sequence[Stream], clip: float = 0.0
+    base: Base, adapters: Adapters, batches: Sequence[Batch], clip: float = 0.0
 ) -> tuple[StepResult, list[Tensor]]:
     parameters = list(adapters.parameters("a").values())
     optimizer = Recorder(parameters)
-    return step(base, parameters, optimizer, streams, clip), optimizer.given
+    return step(base, parameters, optimizer, batches, clip), optimizer.given
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -111,14 +113,17 @@ def test_the_loss_is_the_weighted_mean_over_the_step() -> None:
     base, adapters = prepared()
     total, weight = 0.0, 0.0
     with torch.no_grad():
-        for stream in passes([3, 5]):
-            hidden = base.hidden(stream)[stream.rows]
-            truth = log_probabilities_whole(hidden, base.head.weight, stream.targets)
-            total, weight = total - float((stream.weights * truth).sum()), weight + float(stream.weights.sum())
+        for batch in passes([3, 5]):
+            hidden = base.hidden(batch)[batch.labels.positions]
+            truth = log_probabilities_whole(hidden, base.head.weight, batch.labels.targets)
+            total, weight = (
+                total - float((batch.labels.loss_weights * truth).sum()),
+                weight + float(batch.labels.loss_weights.sum()),
+            )
     result, _ = stepped(base, adapters, passes([3, 5]))
     assert result.loss == pytest.approx(total / weight, rel=1e-6)
-    assert mean_losses(base, {"a": Sft()}, passes([8]))["a"] == pytest.approx(total / weight, rel=1e-6)
-    assert mean_losses(base, {"a": Sft()}, passes([2, 6]))["a"] == pytest.approx(total / weight, rel=1e-6)
+    assert mean_losses(base, {"a": Sft()}, passes([8]))["a"].loss == pytest.approx(total / weight, rel=1e-6)
+    assert mean_losses(base, {"a": Sft()}, passes([2, 6]))["a"].loss == pytest.approx(total / weight, rel=1e-6)
 
 
 def test_clipping_cuts_the_norm_and_nothing_else() -> None:
@@ -149,15 +154,17 @@ def test_a_loss_that_is_not_finite_updates_nothing(where: str, bad: float) -> No
     parameters = list(adapters.parameters("a").values())
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1)
-    streams = passes([4, 4])
+    batches = passes([4, 4])
     embedding = base.module.get_input_embeddings().weight
     good = embedding.detach().clone()
     if where == "weights":
-        streams[1] = replace(streams[1], weights=streams[1].weights * bad)
+        batches[1] = replace(
+            batches[1], labels=replace(batches[1].labels, loss_weights=batches[1].labels.loss_weights * bad)
+        )
     else:
-        embedding[streams[1].tokens[3]] = bad
+        embedding[batches[1].tokens[3]] = bad
     with pytest.raises(NonFiniteLossError, match="the loss is"):
-        step(base, parameters, optimizer, streams)
+        step(base, parameters, optimizer, batches)
     assert all(torch.equal(left, right) for left, right in zip(parameters, before, strict=True))
     assert all(parameter.grad is None for parameter in parameters)
     assert not optimizer.state
@@ -169,10 +176,7 @@ def test_a_pass_in_which_nothing_is_learned_changes_nothing() -> None:
     for config in CONFIGS.values():
         base, adapters = prepared(config)
         _, expected = stepped(base, adapters, passes([8]))
-        empty = replace(
-            learning_stream(sequences((3, 4)), "a"),
-            rows=torch.empty(0, dtype=torch.int64), targets=torch.empty(0, dtype=torch.int64), weights=torch.empty(0),
-        )  # fmt: skip
+        empty = replace(learning_batch(sequences((3, 4)), "a"), labels=Labels())
         result, found = stepped(base, adapters, [empty, *passes([8])])
         assert relative(found, expected) < 1e-7
         assert result.learned_tokens == 80

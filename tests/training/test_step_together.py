@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.families import added, learning_stream, sequences, tiny_base
+from reference.families import added, learning_batch, sequences, tiny_base
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError
 from topwork.models.base import Base
-from topwork.ops.stream import Segment, Stream
+from topwork.objectives.sft import Sft
+from topwork.ops.batch import Batch, Labels, Segment
 from topwork.training.config import TrainingConfig
-from topwork.training.objective import Sft
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
-from topwork.training.step import Learner, StepResult, mean_losses, parts_of, train_step
+from topwork.training.step import Learner, StepResult, mean_losses, train_step
 
 CONFIGS = {
     "a": AdapterConfig(r=4),
@@ -29,21 +29,22 @@ LENGTHS = {"a": (13, 5), "b": (7, 24, 9), "c": (2, 17)}
 CLIPS = {"a": 0.0, "b": 0.01, "c": 1.0}
 
 
-def mixed(names: Sequence[str], seed: int = 0) -> Stream:
+def mixed(names: Sequence[str], seed: int = 0) -> Batch:
     """One pass with a segment for each name."""
-    rows = [learning_stream(sequences(LENGTHS[name], seed + at), name, at) for at, name in enumerate("abc")]
+    rows = [learning_batch(sequences(LENGTHS[name], seed + at), name, at) for at, name in enumerate("abc")]
     parts = [part for part in rows if part.segments[0].adapter in names]
     bounds, segments, starts = [0], [], []
     for part in parts:
         start = bounds[-1]
         starts.append(start)
-        bounds += [start + bound for bound in part.bounds[1:]]
+        bounds += [start + bound for bound in part.cu_seqlens[1:]]
         segments.append(Segment(start, bounds[-1], part.segments[0].adapter))
-    tokens, positions, targets, weights = (
-        torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions", "targets", "weights")
+    tokens, positions = (torch.cat([getattr(part, field) for part in parts]) for field in ("tokens", "positions"))
+    targets, weights = (
+        torch.cat([getattr(part.labels, field) for part in parts]) for field in ("targets", "loss_weights")
     )
-    learned = torch.cat([part.rows + start for part, start in zip(parts, starts)])
-    return Stream(tokens, positions, tuple(bounds), tuple(segments), learned, targets, weights)
+    learned = torch.cat([part.labels.positions + start for part, start in zip(parts, starts)])
+    return Batch(tokens, positions, tuple(bounds), tuple(segments), Labels(learned, targets, weights))
 
 
 class Keep(torch.optim.SGD):
@@ -93,7 +94,8 @@ def test_validation_losses_are_each_ones_own() -> None:
     found = mean_losses(base, {name: Sft() for name in learners}, [mixed("abc"), mixed("ca", 5)])
     for name in learners:
         passes = [mixed(name)] if name == "b" else [mixed(name), mixed(name, 5)]
-        assert found[name] == pytest.approx(mean_losses(base, {name: Sft()}, passes)[name], rel=1e-6)
+        alone = mean_losses(base, {name: Sft()}, passes)[name]
+        assert found[name].loss == pytest.approx(alone.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["weights", "adapter"])
@@ -102,15 +104,15 @@ def test_one_that_is_not_finite_is_left_out_and_touches_no_other(where: str) -> 
     expected = train_step(base, list(learners.values()), [mixed("abc")])
     before = {name: gradients(learner) for name, learner in learners.items()}
     learners["b"].optimizer.given = []  # type: ignore[attr-defined]
-    stream = mixed("abc")
+    batch = mixed("abc")
     if where == "weights":
-        [_, (rows, _), _] = parts_of(stream)
-        weights = stream.weights.clone()
+        [_, (rows, _), _] = batch.parts()
+        weights = batch.labels.loss_weights.clone()
         weights[rows] = float("inf")
-        stream = replace(stream, weights=weights)
+        batch = replace(batch, labels=replace(batch.labels, loss_weights=weights))
     else:
         next(iter(adapters.parameters("b").values())).data.fill_(float("nan"))
-    results = train_step(base, list(learners.values()), [stream])
+    results = train_step(base, list(learners.values()), [batch])
     assert isinstance(results[1], NonFiniteLossError)
     assert gradients(learners["b"]) == []
     assert [results[0], results[2]] == [expected[0], expected[2]]
@@ -119,14 +121,16 @@ def test_one_that_is_not_finite_is_left_out_and_touches_no_other(where: str) -> 
     assert all(p.grad is None for learner in learners.values() for p in learner.parameters)
 
 
-def test_parts_are_whole_streams() -> None:
-    stream = mixed("abc")
-    parts = [part for _, part in parts_of(stream)]
+def test_parts_are_whole_batches() -> None:
+    batch = mixed("abc")
+    parts = [part for _, part in batch.parts()]
     for name, part in zip("abc", parts, strict=True):
         own = mixed(name)
-        assert (part.bounds, part.segments) == (own.bounds, own.segments)
-        for field in ("tokens", "positions", "rows", "targets", "weights"):
+        assert (part.cu_seqlens, part.segments) == (own.cu_seqlens, own.segments)
+        for field in ("tokens", "positions"):
             assert torch.equal(getattr(part, field), getattr(own, field)), field
+        for field in ("positions", "targets", "loss_weights"):
+            assert torch.equal(getattr(part.labels, field), getattr(own.labels, field)), field
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.ops.kept import function_memory
+from topwork.ops.context import scratch_scope
 from topwork.ops.quantized_linear import quantized_linear
 from topwork.quantization.linear import QuantizedLinear
 
@@ -28,7 +28,7 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
     ranges, panel = _panels(layer)
     parts = []
     for rows in ranges:
-        with function_memory():
+        with scratch_scope():
             dense = panel(rows)
             # the longer side on the right, where libraries like it
             parts.append(torch.mm(right.t().to(dense.dtype), dense.t()))

@@ -17,7 +17,7 @@ from topwork.common.errors import AdapterError
 
 
 class Adapters:
-    """The named adapters of one base. While a stream runs, its segments choose among them by name."""
+    """The named adapters of one base. While a batch runs, its segments choose among them by name."""
 
     def __init__(
         self,

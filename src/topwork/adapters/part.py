@@ -1,7 +1,7 @@
 """What an adapter has at one module of the base, and the layer that holds the module once with all adapters' parts.
 
 A part is one adapter's learned tensors at one place, and what they do to the module's output there. A new method is a
-class of parts (`lora.py`, `whole.py` …) and a line in `methods.py`. While a stream runs, its segments say which rows go
+class of parts (`lora.py`, `whole.py` …) and a line in `methods.py`. While a batch runs, its segments say which rows go
 through which adapter's part.
 """
 
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from topwork.common.errors import AdapterError
 from topwork.common.seeds import hashed
+from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
+from topwork.ops.context import current_batch
 from topwork.ops.dropout import Dropout, dropped
 from topwork.ops.project import Gain, Projection, projection_of
-from topwork.ops.stream import Segment, Stream, active_stream
 
 
 @dataclass(frozen=True)
 class Addition:
-    """A part as `ops/project.py` takes it: low-rank terms and a gain on the outputs, for some rows of the stream."""
+    """A part as `ops/project.py` takes it: low-rank terms and a gain on the outputs, for some rows of the batch."""
 
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
@@ -93,71 +94,71 @@ class AdaptedLayer(nn.Module):
         return self.adapters[name] if name is not None and name in self.adapters else None  # type: ignore[return-value]
 
     def idle_base(self) -> nn.Module | None:
-        """The base layer, where no row of the active stream goes through a part of this layer."""
-        return None if self._touched(active_stream().segments) else self.base_layer
+        """The base layer, where no row of the current batch goes through a part of this layer."""
+        return None if self._touched(current_batch().segments) else self.base_layer
 
     def projection(self) -> Projection | None:
-        """Base and parts as one projection of the active stream; None where one of them is more than that."""
-        base, stream = projection_of(self.base_layer), active_stream()
+        """Base and parts as one projection of the current batch; None where one of them is more than that."""
+        base, batch = projection_of(self.base_layer), current_batch()
         if base is None:
             return None
         terms: list[LowRank] = []
         gains: list[Gain] = []
-        for segment in stream.segments:
+        for segment in batch.segments:
             if (part := self.part(segment.adapter)) is None:
                 continue
             addition = part.addition(segment.start, segment.stop, self.base_layer)
             if addition is None:
                 return None
-            dropout = self._dropout(part, stream, segment)
+            dropout = self._dropout(part, batch, segment)
             terms += addition.terms if dropout is None else (replace(t, dropout=dropout) for t in addition.terms)
             gains += addition.gains
         return replace(base, terms=tuple(terms), gains=tuple(gains))
 
-    def _dropout(self, part: Part, stream: Stream, segment: Segment) -> Dropout | None:
+    def _dropout(self, part: Part, batch: Batch, segment: Segment) -> Dropout | None:
         if not (part.training and part.dropout):
             return None
-        return stream.dropout(part.dropout, self.input_key, slice(segment.start, segment.stop))
+        return batch.dropout(part.dropout, self.input_key, slice(segment.start, segment.stop))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if x.dim() == 4:
             return self._by_head(y, x)
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
-        stream = active_stream().of_rows(lead.numel())
-        if not self._touched(stream.segments):
+        batch = current_batch().of_rows(lead.numel())
+        if not self._touched(batch.segments):
             return y
-        return self._by_segment(stream, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
+        return self._by_segment(batch, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
 
     def _by_head(self, y: Tensor, x: Tensor) -> Tensor:
         """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first. In memory tokens lie further
         apart than heads, which tells them where there are as many of both."""
-        stream = active_stream()
-        if not self._touched(stream.segments):
+        batch = current_batch()
+        if not self._touched(batch.segments):
             return y
-        tokens = stream.segments[-1].stop
+        tokens = batch.segments[-1].stop
         turned = x.shape[1] != tokens or (x.shape[2] == tokens and x.stride(1) < x.stride(2))
         if turned:
             x, y = x.transpose(1, 2), y.transpose(1, 2)
-        found = self._by_segment(stream, y.flatten(0, 1), x.flatten(0, 1))[None]
+        found = self._by_segment(batch, y.flatten(0, 1), x.flatten(0, 1))[None]
         return found.transpose(1, 2) if turned else found
 
     def _touched(self, segments: Sequence[Segment]) -> bool:
         return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)
 
-    def _by_segment(self, stream: Stream, y: Tensor, x: Tensor) -> Tensor:
+    def _by_segment(self, batch: Batch, y: Tensor, x: Tensor) -> Tensor:
         """y [T, ...] with each segment's rows passed through its adapter's part."""
-        segments = stream.segments
+        segments = batch.segments
         if segments[-1].stop != y.shape[0]:
             raise AdapterError(
-                f"an adapted layer was given {y.shape[0]} of the stream's {segments[-1].stop} tokens: this model "
+                f"an adapted layer was given {y.shape[0]} of the batch's {segments[-1].stop} tokens: this model "
                 "routes tokens past it (experts), and no adapter can go there; leave such layers out with "
                 "exclude_modules"
             )
         rows = [y[segment.start : segment.stop] for segment in segments] if len(segments) > 1 else [y]
         for at, segment in enumerate(segments):
             if (part := self.part(segment.adapter)) is not None:
-                given, dropout = x[segment.start : segment.stop], self._dropout(part, stream, segment)
+                given, dropout = x[segment.start : segment.stop], self._dropout(part, batch, segment)
                 rows[at] = part.adapted(
                     rows[at], given if dropout is None else dropped(given, dropout), self.base_layer
                 )

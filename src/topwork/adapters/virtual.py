@@ -2,7 +2,7 @@
 
 Prompt tuning learns their embeddings [P, d] (Lester et al., arXiv 2104.08691); prefix tuning learns the keys and values
 that every layer's attention sees of them, after rotation (Li and Liang, arXiv 2101.00190). `models/virtual.py` puts the
-rows into a stream. A fresh one is not the base: P more tokens are seen. Tensors and layouts are PEFT's.
+rows into a batch. A fresh one is not the base: P more tokens are seen. Tensors and layouts are PEFT's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.embedding import embedding_shape
 from topwork.adapters.part import Part, path_seed
 from topwork.common.errors import AdapterError
-from topwork.ops.stream import Virtual
+from topwork.ops.context import Virtual
 
 PREFIX_DEVIATION = 0.02
 SAMPLED_TOKENS = 1024
@@ -45,7 +45,7 @@ class VirtualTokens(Part):
         self.prompt_embeddings = nn.Parameter(torch.zeros(count, width))
 
     def virtual(self) -> Virtual:
-        """The learned tokens, as a stream takes them."""
+        """The learned tokens, as a pass takes them."""
         raise NotImplementedError
 
     def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002

@@ -60,7 +60,7 @@ def hardware(device: "torch.device") -> str:
 def limit_kernel_caches() -> None:
     """Keep oneDNN (and torch's cache before it) from holding a compiled kernel for every shape it ever met.
 
-    Flat streams have a new length in every pass, so each makes some fifty new kernels of almost 1 MB each, and the
+    Flat batches have a new length in every pass, so each makes some fifty new kernels of almost 1 MB each, and the
     caches hold 1,024 before they let go of one: 0.9 GB. A pass comes back to its own fifty only. Heeded if it is called
     before the first product of the process; what the environment says goes before.
     """

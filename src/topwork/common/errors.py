@@ -28,7 +28,7 @@ class DataError(RequestError):
 
 
 class ModelError(RequestError):
-    """A base model that cannot be found, read or trained as a flat stream."""
+    """A base model that cannot be found, read or trained as a flat batch."""
 
 
 class AdapterError(RequestError):

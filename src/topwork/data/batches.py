@@ -1,4 +1,4 @@
-"""Which rows a step sees, how they are packed into passes, and the flat stream of a pass."""
+"""Which rows a step sees, how they are packed into passes, and the batch of a pass."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topwork.common.errors import DataError
 from topwork.data.examples import Example
-from topwork.ops.stream import Segment, Stream
+from topwork.ops.batch import Batch, Labels, Segment
 
 Group = tuple[str | None, Sequence[Example]]
 
@@ -68,28 +68,37 @@ def _taken(room: list[tuple[int, int]], length: int) -> tuple[int, int] | None:
     return room.pop(at) if at < len(room) else None
 
 
-def collate(examples: Sequence[Example], adapter: str | None = "default") -> Stream:
+def collate(examples: Sequence[Example], adapter: str | None = "default") -> Batch:
     """One pass whose tokens all belong to one adapter."""
     return collate_segments([(adapter, examples)])
 
 
-def collate_segments(groups: Sequence[Group]) -> Stream:
+def collate_segments(groups: Sequence[Group]) -> Batch:
     """One pass: each group's examples are a segment of its adapter (None: the bare base). On the CPU."""
     examples = [example for _, group in groups for example in group]
     if not examples:
         raise ValueError("a pass needs at least one example")
     lengths = [len(example.tokens) for example in examples]
-    weights = np.concatenate([example.weights for example in examples])
     tokens = _int64(np.concatenate([example.tokens for example in examples]))
-    learned = np.flatnonzero(weights)
-    return Stream(
+    return Batch(
         tokens=tokens,
         positions=_int64(np.concatenate([np.arange(length) for length in lengths])),
-        bounds=(0, *(int(bound) for bound in np.cumsum(lengths))),
+        cu_seqlens=(0, *(int(bound) for bound in np.cumsum(lengths))),
         segments=_segments(groups),
-        rows=_int64(learned - 1),
+        labels=_labels(examples, tokens),
+    )
+
+
+def _labels(examples: Sequence[Example], tokens: Tensor) -> Labels:
+    weights = np.concatenate([example.weights for example in examples])
+    learned = np.flatnonzero(weights)
+    sequences = np.repeat(np.arange(len(examples)), [len(example.tokens) for example in examples])
+    return Labels(
+        positions=_int64(learned - 1),
         targets=tokens[torch.from_numpy(learned)],
-        weights=torch.from_numpy(weights[learned].astype(np.float32)),
+        loss_weights=torch.from_numpy(weights[learned].astype(np.float32)),
+        sequences=_int64(sequences[learned]),
+        groups=tuple(range(len(examples))),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topwork.common.errors import DataError
 from topwork.models.base import Base
-from topwork.ops.stream import Stream, stream_of
+from topwork.ops.batch import Batch, Labels, batch_of
 
 WINDOW = 256
 AT_ONCE = 8
@@ -45,10 +45,9 @@ def window_losses(base: Base, windows: Sequence[Tensor]) -> list[float]:
     return losses
 
 
-def _learned(windows: Sequence[Tensor]) -> Stream:
-    stream = stream_of(list(windows))
-    rows = torch.cat([torch.arange(start, stop - 1) for start, stop in zip(stream.bounds, stream.bounds[1:])])
-    rows = rows.to(stream.tokens.device)
-    return replace(
-        stream, rows=rows, targets=stream.tokens[rows + 1], weights=torch.ones(len(rows), device=rows.device)
-    )
+def _learned(windows: Sequence[Tensor]) -> Batch:
+    batch = batch_of(list(windows))
+    rows = torch.cat([torch.arange(start, stop - 1) for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:])])
+    rows = rows.to(batch.tokens.device)
+    ones = torch.ones(len(rows), device=rows.device)
+    return replace(batch, labels=Labels(rows, batch.tokens[rows + 1], ones))

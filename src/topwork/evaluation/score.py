@@ -131,7 +131,7 @@ def mean_answer_loss(base: Base, adapter: str | None, examples: Sequence[Example
     budget = max(TOKENS_PER_PASS, *(len(example.tokens) for example in examples))
     total = count = 0.0
     for indices in pack([len(example.tokens) for example in examples], budget):
-        stream = collate([examples[i] for i in indices], adapter).to(base.device)
-        total -= float((stream.weights * base.log_probabilities(stream)).sum())
-        count += float(stream.weights.sum())
+        batch = collate([examples[i] for i in indices], adapter).to(base.device)
+        total -= float((batch.labels.loss_weights * base.log_probabilities(batch)).sum())
+        count += float(batch.labels.loss_weights.sum())
     return total / count

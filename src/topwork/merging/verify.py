@@ -12,7 +12,7 @@ from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
 from topwork.merging.merge import merge
 from topwork.models.base import Base
-from topwork.ops.stream import Stream, stream_of
+from topwork.ops.batch import Batch, batch_of
 
 MOST_SEQUENCES = 100
 TOKENS_PER_PASS = 2048
@@ -78,10 +78,10 @@ def measure(base: Base, sequences: list[list[int]], adapter: str | None) -> Meas
     _run(base, passes[0], rows)
     logits: list[Tensor] = []
     speeds = []
-    for stream in passes:
+    for batch in passes:
         start = time.perf_counter()
-        logits += _run(base, stream, rows)
-        speeds.append(stream.bounds[-1] / (time.perf_counter() - start))
+        logits += _run(base, batch, rows)
+        speeds.append(batch.cu_seqlens[-1] / (time.perf_counter() - start))
     return Measurement(logits, median(speeds))
 
 
@@ -100,11 +100,11 @@ def compare(before: list[Tensor], after: list[Tensor]) -> Comparison:
     return Comparison(logit, logit / size if size else 0.0, logprob, top1, float(torch.cat(kls).mean()))
 
 
-def _run(base: Base, stream: Stream, kept: int) -> list[Tensor]:
+def _run(base: Base, batch: Batch, kept: int) -> list[Tensor]:
     """Each sequence's last logits; on the CPU, so that the work is done when this returns."""
-    bounds = list(zip(stream.bounds, stream.bounds[1:]))
+    bounds = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:]))
     chosen = [torch.arange(max(start, stop - kept), stop) for start, stop in bounds]
-    logits = base.logits(stream, torch.cat(chosen).to(base.device)).cpu()
+    logits = base.logits(batch, torch.cat(chosen).to(base.device)).cpu()
     return list(logits.split([len(rows) for rows in chosen]))
 
 
@@ -115,7 +115,7 @@ def _kept_rows(base: Base, sequences: int) -> int:
     return min(KEPT_ROWS, max(1, KEPT_BYTES // (4 * vocabulary * sequences)))
 
 
-def _passes(base: Base, sequences: list[list[int]], adapter: str | None) -> Iterator[Stream]:
+def _passes(base: Base, sequences: list[list[int]], adapter: str | None) -> Iterator[Batch]:
     """Sequences in their order, as many to a pass as fit TOKENS_PER_PASS (at least one)."""
     waiting: list[Tensor] = []
     for sequence in sequences:
@@ -123,8 +123,8 @@ def _passes(base: Base, sequences: list[list[int]], adapter: str | None) -> Iter
             raise DataError("an input to compare the merged model on has no tokens; leave it out")
         tokens = torch.tensor(sequence[: base.context_length], dtype=torch.int64)
         if waiting and sum(map(len, waiting)) + len(tokens) > TOKENS_PER_PASS:
-            yield stream_of(waiting, adapter).to(base.device)
+            yield batch_of(waiting, adapter).to(base.device)
             waiting = []
         waiting.append(tokens)
     if waiting:
-        yield stream_of(waiting, adapter).to(base.device)
+        yield batch_of(waiting, adapter).to(base.device)

@@ -1,4 +1,4 @@
-"""The frozen base: one loaded model, run over flat streams."""
+"""The frozen base: one loaded model, run over flat batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,10 +20,11 @@ from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
-from topwork.models.virtual import Expanded, virtual_tokens, with_virtual_tokens
-from topwork.ops.kept import PassMemory
+from topwork.models.virtual import virtual_tokens, with_virtual_tokens
+from topwork.ops.batch import Batch, Segment
+from topwork.ops.context import PassContext, running
 from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities
-from topwork.ops.stream import Segment, Stream
+from topwork.ops.workspace import Workspace
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedLinear
 
@@ -45,7 +46,7 @@ class Base:
     fingerprint: str
     context_length: int
     logit_rule: LogitRule
-    memory: PassMemory = field(default_factory=PassMemory, kw_only=True, repr=False, compare=False)
+    workspace: Workspace | None = field(default_factory=Workspace, kw_only=True, repr=False, compare=False)
     """What training passes share, one after the other."""
 
     @property
@@ -63,89 +64,94 @@ class Base:
         found = virtual_tokens(self.module.get_input_embeddings(), adapter)
         return found.count if found is not None else 0
 
-    def with_virtual_tokens(self, stream: Stream) -> Expanded:
-        """A stream as it runs; whoever keeps keys and values between passes (`models/generate.py`) needs to know it.
+    def pass_over(self, batch: Batch) -> PassContext:
+        """A pass over a batch as it runs, with its adapters' virtual tokens in it; whoever keeps keys and values
+        between passes (`models/generate.py`) needs to know it.
 
         Raises ModelError where a sequence and its virtual tokens are longer than the context.
         """
-        run = with_virtual_tokens(self.module.get_input_embeddings(), stream)
-        bounds = run.stream.bounds
-        longest = max((stop - start for start, stop in zip(bounds, bounds[1:])), default=0)
-        if run.rows is not None and longest > self.context_length:
+        context = with_virtual_tokens(self.module.get_input_embeddings(), batch)
+        assert context.batch is not None
+        if context.given_rows is not None and context.batch.longest > self.context_length:
             raise ModelError(
-                f"a sequence with its virtual tokens has {longest} tokens, and the context of {self.name} is "
-                f"{self.context_length}; lower data.max_length or adapter.num_virtual_tokens"
+                f"a sequence with its virtual tokens has {context.batch.longest} tokens, and the context of "
+                f"{self.name} is {self.context_length}; lower data.max_length or adapter.num_virtual_tokens"
             )
-        return run
+        return context
 
     def text(self, tokens: list[int]) -> str:
         """What token ids say, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def hidden(self, stream: Stream) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [T, d] after the last norm."""
-        run = self.with_virtual_tokens(stream) if stream.cache is None else Expanded(stream)
-        if run.rows is not None and run.stream.wanted is None:
-            run = replace(run, stream=replace(run.stream, wanted=run.rows))
-        with run.stream.active():
-            out = self.module.base_model(
-                **self._given(run.stream), position_ids=run.stream.positions[None], use_cache=False
-            )
-        return run.back(out.last_hidden_state[0].to(self.module.dtype))
+        context = self.pass_over(batch)
+        if context.given_rows is not None and context.batch is not None and context.batch.output_positions is None:
+            context = replace(context, batch=replace(context.batch, output_positions=context.given_rows))
+        return self.run(context)
 
-    def hidden_rows(self, stream: Stream, rows: Tensor) -> Tensor:
-        """Hidden states [n, d] of some rows [n] of the stream, which rise; the last layer computes only these where it
+    def run(self, context: PassContext) -> Tensor:
+        """The hidden states [T, d] of a pass after the last norm."""
+        assert context.batch is not None
+        with context.active():
+            positions = context.batch.positions[None]
+            out = self.module.base_model(**self._given(context), position_ids=positions, use_cache=False)
+        return context.back(out.last_hidden_state[0].to(self.module.dtype))
+
+    def hidden_rows(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Hidden states [n, d] of some rows [n] of the batch, which rise; the last layer computes only these where it
         can (what is before its attention, for all)."""
-        found = self.hidden(replace(stream, wanted=rows))
+        found = self.hidden(replace(batch, output_positions=rows))
         return found if len(found) == len(rows) else found[rows]
 
-    def log_probabilities(self, stream: Stream, gradient: Tensor | None = None) -> Tensor:
-        """fp32 log-probabilities [N] of the stream's targets, with `gradient` as in `ops.logprobs`."""
-        rows = self.hidden_rows(stream, stream.rows)
+    def log_probabilities(self, batch: Batch, gradient: Tensor | None = None) -> Tensor:
+        """fp32 log-probabilities [N] of the batch's targets, with `gradient` as in `ops.logprobs`."""
+        rows = self.hidden_rows(batch, batch.labels.positions)
         if (head := _head_alone(self.head)) is not None:
-            return log_probabilities(rows, head, stream.targets, self.logit_rule, gradient)
+            return log_probabilities(rows, head, batch.labels.targets, self.logit_rule, gradient)
         vocabulary = self.module.config.get_text_config().vocab_size
         parts = [
             log_probabilities(
                 rows[at],
-                Head(vocabulary, self._head_of(stream, adapter, stream.rows[at])),
-                stream.targets[at],
+                Head(vocabulary, self._head_of(batch, adapter, batch.labels.positions[at])),
+                batch.labels.targets[at],
                 self.logit_rule,
             )
-            for adapter, at in _rows_by_segment(stream, stream.rows)
+            for adapter, at in _rows_by_segment(batch, batch.labels.positions)
         ]
         return torch.cat(parts) if parts else rows.float().sum(-1)
 
-    def logits(self, stream: Stream, rows: Tensor) -> Tensor:
-        """fp32 logits [n, V] of some rows [n] of the stream, which rise."""
-        return self.logits_of(stream, self.hidden(stream), rows)
+    def logits(self, batch: Batch, rows: Tensor) -> Tensor:
+        """fp32 logits [n, V] of some rows [n] of the batch, which rise."""
+        return self.logits_of(batch, self.hidden(batch), rows)
 
-    def logits_of(self, stream: Stream, hidden: Tensor, rows: Tensor) -> Tensor:
+    def logits_of(self, batch: Batch, hidden: Tensor, rows: Tensor) -> Tensor:
         """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
         parts = [
-            self.logit_rule(self._head_of(stream, adapter, rows[at])(hidden[rows[at]], 0))
-            for adapter, at in _rows_by_segment(stream, rows)
+            self.logit_rule(self._head_of(batch, adapter, rows[at])(hidden[rows[at]], 0))
+            for adapter, at in _rows_by_segment(batch, rows)
         ]
         return torch.cat(parts)
 
-    def _given(self, stream: Stream) -> dict[str, Tensor]:
+    def _given(self, context: PassContext) -> dict[str, Tensor]:
         """What the model reads: tokens, or their embeddings where some of these are learned."""
-        learned = [placed for placed in stream.placed if placed.virtual.embeddings is not None]
+        assert context.batch is not None
+        learned = [(virtual, e) for virtual in context.virtual if (e := virtual.embeddings) is not None]
         if not learned:
-            return {"input_ids": stream.tokens[None]}
-        x = self.module.get_input_embeddings()(stream.tokens[None])[0]
-        for placed in learned:
-            assert placed.virtual.embeddings is not None
-            x = placed.over(x, placed.virtual.embeddings)
+            return {"input_ids": context.batch.tokens[None]}
+        x = self.module.get_input_embeddings()(context.batch.tokens[None])[0]
+        for virtual, embeddings in learned:
+            x = virtual.over(x, embeddings)
         return {"inputs_embeds": x[None]}
 
-    def _head_of(self, stream: Stream, adapter: str | None, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def _head_of(self, batch: Batch, adapter: str | None, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
         """The head for some rows [n] of one adapter, in chunks of any size; a backward pass may call it again later."""
-        draws = None if stream.draws is None else stream.draws[rows]
+        seeds = None if batch.dropout_seeds is None else batch.dropout_seeds[rows]
 
         def head(hidden: Tensor, first: int) -> Tensor:
-            own = None if draws is None else draws[first : first + len(hidden)]
-            with replace(stream, segments=(Segment(0, len(hidden), adapter),), draws=own).active():
+            own = None if seeds is None else seeds[first : first + len(hidden)]
+            chunk = replace(batch, segments=(Segment(0, len(hidden), adapter),), dropout_seeds=own)
+            with running(chunk):
                 return self.head(hidden)
 
         return head
@@ -160,16 +166,16 @@ def _head_alone(head: nn.Module) -> Head | None:
     return None
 
 
-def _rows_by_segment(stream: Stream, rows: Tensor) -> list[tuple[str | None, slice]]:
+def _rows_by_segment(batch: Batch, rows: Tensor) -> list[tuple[str | None, slice]]:
     """For each segment its adapter and the part of `rows` (which rise) in it, where there is one."""
-    parts = zip(stream.segments, stream.by_segment(rows))
+    parts = zip(batch.segments, batch.by_segment(rows))
     return [(segment.adapter, part) for segment, part in parts if part.stop > part.start]
 
 
 def load_base(
     config: ModelConfig, report: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
 ) -> Base:
-    """Find, read and freeze the base that `config` names, set to flat streams; an unproven family is probed.
+    """Find, read and freeze the base that `config` names, set to flat batches; an unproven family is probed.
 
     With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
     quantized already is taken as it is.
@@ -195,7 +201,7 @@ def as_base(
     identity: str | None = None,
     fast: bool = True,
 ) -> Base:
-    """Freeze a loaded Hugging Face causal model, set it to flat streams and make its layers fast where they can be.
+    """Freeze a loaded Hugging Face causal model, set it to flat batches and make its layers fast where they can be.
     `identity` is its fingerprint, where it was taken already."""
     module.requires_grad_(False).eval()
     config = module.config.get_text_config()
@@ -254,7 +260,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
 
 
 def _steady_length(config: PreTrainedConfig, whole: int) -> int:
-    """How long a sequence may be, of at most `whole`, before it changes the positions of its neighbours in a stream."""
+    """How long a sequence may be, of at most `whole`, before it changes the positions of its neighbours in a batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # one for each layer type, or one
     return min([whole, *(r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope")])

@@ -8,7 +8,7 @@ let go of what they kept, on CPUs that stays until the pass is over (`ops/kept.p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -21,8 +21,8 @@ from topwork.common.errors import ModelError
 from topwork.models.base import Base
 from topwork.models.fast import goes_backward
 from topwork.models.standins import Run, StandIn, left_out, outputs_of, stand_ins_at, unneeded_products
-from topwork.ops.kept import outside_of_pass_memory
-from topwork.ops.stream import Segment, Stream, active_stream, stream_of
+from topwork.ops.batch import Batch, Segment, batch_of
+from topwork.ops.context import PassContext, current, without_workspace
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -84,34 +84,34 @@ class Checkpoint:
         if not goes_backward(self.layer, hidden):
             return run(hidden)
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
-        stream = active_stream()
-        learned = stream.learned()
+        context = current()
+        learned = context.learned()
         given = [*others, *getattr(forward, "keywords", {}).values()]
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             raise ModelError(
                 f"{type(self.layer).__name__} is given learned tensors beside its hidden states, and checkpointing "
                 "would lose their gradient; set training.activation_checkpointing to off"
             )
-        return _Recomputed.apply(run, self.stand_ins, stream, hidden, *learned, *parameters)
+        return _Recomputed.apply(run, self.stand_ins, context, hidden, *learned, *parameters)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, stand_ins, stream, hidden, *learned):  # type: ignore[no-untyped-def]
-        ctx.run, ctx.stand_ins, ctx.stream = run, stand_ins, stream
+    def forward(ctx, run, stand_ins, context, hidden, *learned):  # type: ignore[no-untyped-def]
+        ctx.run, ctx.stand_ins, ctx.context = run, stand_ins, context
         ctx.save_for_backward(hidden, *learned)
-        with outside_of_pass_memory():
+        with without_workspace():
             return run(hidden)
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         hidden, *learned = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[3])
-        own = len(ctx.stream.learned())  # the stream's come first, and become leaves here; the layer's are leaves
+        own = len(ctx.context.learned())  # the pass's come first, and become leaves here; the layer's are leaves
         learned[:own] = [x.detach().requires_grad_() for x in learned[:own]]
-        stream = ctx.stream.with_learned(learned[:own])
-        with outside_of_pass_memory():
-            with torch.enable_grad(), stream.active(), left_out(ctx.stand_ins):
+        context = replace(ctx.context.with_learned(learned[:own]), workspace=None, recomputing=True)
+        with without_workspace():
+            with torch.enable_grad(), context.active(), left_out(ctx.stand_ins):
                 outputs = outputs_of(ctx.run(hidden))
             differ = [isinstance(y, Tensor) and y.requires_grad for y in outputs]
             left, right = (list(compress(side, differ)) for side in (outputs, gradients))
@@ -139,12 +139,12 @@ class _Capture:
     """Runs a layer as it is, and keeps how it was called."""
 
     layer: GradientCheckpointingLayer
-    calls: list[tuple[Run, Tensor, Stream]] = field(default_factory=list)
+    calls: list[tuple[Run, Tensor, PassContext]] = field(default_factory=list)
 
     def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
         hidden, *others = args
         run = _run_of(self.layer, forward, others)
-        self.calls.append((run, hidden.detach(), active_stream()))
+        self.calls.append((run, hidden.detach(), current()))
         return run(hidden)
 
 
@@ -163,16 +163,16 @@ def _products_to_leave_out(
     """For each layer the linear layers whose value no gradient needs; found once for layers built alike."""
     found: dict[tuple[Any, ...], tuple[str, ...]] = {}
     kinds = [tuple((path, type(module)) for path, module in layer.named_modules()) for layer in layers]
-    for layer, kind, (run, hidden, stream) in zip(layers, kinds, _captured_runs(base, layers, adapters)):
+    for layer, kind, (run, hidden, context) in zip(layers, kinds, _captured_runs(base, layers, adapters)):
         if kind not in found:
-            with stream.active():
+            with context.active():
                 found[kind] = unneeded_products(layer, run, hidden)
     return [found[kind] for kind in kinds]
 
 
 def _captured_runs(
     base: Base, layers: Sequence[GradientCheckpointingLayer], adapters: Sequence[str]
-) -> list[tuple[Run, Tensor, Stream]]:
+) -> list[tuple[Run, Tensor, PassContext]]:
     """How each layer is called in one pass of a few tokens, some for each adapter."""
     captures = [_Capture(layer) for layer in layers]
     for layer, capture in zip(layers, captures):
@@ -186,10 +186,10 @@ def _captured_runs(
     return [capture.calls[0] for capture in captures]
 
 
-def _few_tokens(base: Base, adapters: Sequence[str]) -> Stream:
+def _few_tokens(base: Base, adapters: Sequence[str]) -> Batch:
     """Two random tokens for each adapter."""
     vocabulary = base.module.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (len(adapters), 2), generator=torch.Generator().manual_seed(0))
-    stream = stream_of([part.to(base.device) for part in tokens])
+    batch = batch_of([part.to(base.device) for part in tokens])
     segments = tuple(Segment(2 * at, 2 * at + 2, name) for at, name in enumerate(adapters))
-    return Stream(stream.tokens, stream.positions, stream.bounds, segments).drawn(range(len(adapters)))
+    return Batch(batch.tokens, batch.positions, batch.cu_seqlens, segments).with_dropout_seeds(range(len(adapters)))

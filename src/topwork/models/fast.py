@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.kept import outside_of_pass_memory
+from topwork.ops.context import current, current_batch, without_workspace
 from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
-from topwork.ops.stream import active_stream
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
@@ -141,18 +140,18 @@ class FastLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any
     ) -> Tensor:
-        """[1, T, d] -> [1, T, d], the last layer only the rows that the stream wants; the rest as transformers hands
+        """[1, T, d] -> [1, T, d], the last layer only the rows that the batch wants; the rest as transformers hands
         it on. Between fast layers x is in fp32: what sixty sums round off would be half of a gradient's error. In a
         training pass such an x is overwritten by the next layer, so whoever wants to keep it makes a copy."""
         if goes_backward(self, hidden_states):
             return self._run(hidden_states, position_embeddings, others)
-        with outside_of_pass_memory():
+        with without_workspace():
             return self._run(hidden_states, position_embeddings, others)
 
     def _run(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, others: dict[str, Any]
     ) -> Tensor:
-        dtype, stream = self._dtype(), active_stream()
+        dtype, batch = self._dtype(), current_batch()
         part, attention = self.attention_part, _bare(self.self_attn)
         x, given = residual_branch(hidden_states.to(torch.promote_types(dtype, torch.float32)), dtype)
         if part is not None and part.fits(attention):
@@ -160,9 +159,9 @@ class FastLayer(GradientCheckpointingLayer):
         else:
             part, n = None, self._normed(given, self.wiring.before_attention)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
-        if self.is_last and stream.wanted is not None:
-            x, y, stream = x[:, stream.wanted], y[stream.wanted], stream.narrowed()
-        with stream.active():
+        if self.is_last and batch.output_positions is not None:
+            x, y, batch = x[:, batch.output_positions], y[batch.output_positions], batch.narrowed()
+        with replace(current(), batch=batch).active():
             if part is not None:
                 y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)
             x, given = residual_branch(x, dtype, self._normed(y, self.wiring.after_attention), self.multiplier)
@@ -182,12 +181,12 @@ class FastLayer(GradientCheckpointingLayer):
         modules, group = _group(attention, part.inputs)
         buffer = self._products(x, self.wiring.before_attention, modules, group)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
-        stream, how = active_stream(), replace(part.how(attention), restores=_has_gains(group))
-        prefixes = stream.prefixes(attention.layer_idx) if stream.placed else ()  # type: ignore[arg-type]
-        if stream.cache is None:
-            return self_attention(buffer, turns, stream.bounds, how, prefixes)
+        context, how = current(), replace(part.how(attention), restores=_has_gains(group))
+        prefixes = context.prefixes(attention.layer_idx) if context.virtual else ()  # type: ignore[arg-type]
+        if context.cache is None:
+            return self_attention(buffer, turns, current_batch().cu_seqlens, how, prefixes)
         q, k, v = rotated_parts(buffer, turns, how, prefixes)
-        return stream.cache.attend(attention, q, k, v, how.rule, how.sinks).flatten(1)
+        return context.cache.attend(attention, q, k, v, how.rule, how.sinks).flatten(1)
 
     def _mlp(self, x: Tensor) -> Tensor:
         part, before, mlp = self.mlp_part, self.wiring.before_mlp, _bare(self.mlp)
@@ -236,15 +235,15 @@ class FastLayer(GradientCheckpointingLayer):
 
 
 def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:
-    """Whether a layer's pass will be gone through backward: for what it is given, takes from the stream, or learns."""
+    """Whether a layer's pass will be gone through backward: for what it is given, takes from the pass, or learns."""
     if not torch.is_grad_enabled():
         return False
-    learned = hidden.requires_grad or bool(active_stream().learned())
+    learned = hidden.requires_grad or bool(current().learned())
     return learned or any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _group(parent: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[Projection | None]]:
-    """Linear layers by name, and what they are for the active stream."""
+    """Linear layers by name, and what they are for the current batch."""
     modules = [_bare(parent.get_submodule(name)) for name in names]
     return modules, [projection_of(module) for module in modules]
 

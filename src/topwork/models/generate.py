@@ -1,10 +1,10 @@
-"""Generation over flat streams: prompts are read in one stream, then every sequence goes on by one token a pass.
+"""Generation over flat batches: prompts are read in one batch, then every sequence goes on by one token a pass.
 
 Sequences may belong to different adapters, or to none. Finished ones leave the batch, so no work is spent on them.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -14,7 +14,8 @@ from topwork.common.errors import RequestError
 from topwork.models.base import Base
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule, attend
-from topwork.ops.stream import Segment, Stream
+from topwork.ops.batch import Batch, Segment
+from topwork.ops.context import PassContext
 
 PROMPT_TOKENS_PER_PASS = 4096
 CACHE_GROWTH = 64
@@ -155,10 +156,12 @@ def _read_prompts(base: Base, prompts: list[Sequence[int]], adapters: list[str |
         lengths = [len(prompt) for prompt in prompts[first:last]]
         tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=base.device)
         positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])
-        given = _stream(tokens, positions, lengths, adapters[first:last], cache)
-        stream = base.with_virtual_tokens(given).stream
-        cache.reading = (stream.bounds, first)
-        logits.append(base.logits(stream, torch.tensor(stream.bounds[1:], device=base.device) - 1))
+        context = base.pass_over(_batch(tokens, positions, lengths, adapters[first:last]))
+        assert context.batch is not None
+        ends = torch.tensor(context.batch.cu_seqlens[1:], device=base.device) - 1
+        cache.reading = (context.batch.cu_seqlens, first)
+        hidden = base.run(replace(context, cache=cache, given_rows=None))
+        logits.append(base.logits_of(context.batch, hidden, ends))
         first = last
     cache.reading = None
     return torch.cat(logits)
@@ -170,15 +173,14 @@ def _room(base: Base, adapter: str | None) -> int:
 
 
 def _one_token(base: Base, tokens: Tensor, adapters: list[str | None], cache: KeyValueCache) -> Tensor:
-    stream = _stream(tokens, cache.lengths, [1] * len(tokens), adapters, cache)
-    logits = base.logits(stream, torch.arange(len(tokens), device=base.device))
+    batch = _batch(tokens, cache.lengths, [1] * len(tokens), adapters)
+    hidden = base.run(PassContext(batch, cache=cache))
+    logits = base.logits_of(batch, hidden, torch.arange(len(tokens), device=base.device))
     cache.lengths = cache.lengths + 1
     return logits
 
 
-def _stream(
-    tokens: Tensor, positions: Tensor, lengths: list[int], adapters: list[str | None], cache: KeyValueCache
-) -> Stream:
+def _batch(tokens: Tensor, positions: Tensor, lengths: list[int], adapters: list[str | None]) -> Batch:
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
@@ -187,7 +189,7 @@ def _stream(
         count = len(list(members))
         segments.append(Segment(bounds[row], bounds[row + count], adapter))
         row += count
-    return Stream(tokens, positions, tuple(bounds), tuple(segments), cache=cache)
+    return Batch(tokens, positions, tuple(bounds), tuple(segments))
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -23,9 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.fast import ACTIVATIONS, AttentionPart, FastLayer, MlpPart, Norm, Wiring
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule
+from topwork.ops.batch import Batch, batch_of
+from topwork.ops.context import running
 from topwork.ops.norm import rms_norm
 from topwork.ops.self_attention import Heads
-from topwork.ops.stream import Stream, stream_of
 from topwork.quantization.linear import packed_modules
 
 WIRINGS = (
@@ -139,21 +140,21 @@ class _Seen:
     by_position: int = 0
 
 
-def _stream(model: PreTrainedModel) -> Stream:
+def _batch(model: PreTrainedModel) -> Batch:
     """Two short sequences, one of them at the last positions that the model knows."""
     config = model.config.get_text_config()
     tokens = torch.randint(0, config.vocab_size, (8,), generator=torch.Generator().manual_seed(0)).to(model.device)
     last = int(getattr(config, "max_position_embeddings", None) or 8)
     positions = torch.cat([torch.arange(5), torch.arange(max(0, last - 3), max(3, last))])
-    return replace(stream_of(list(tokens.split([5, 3]))), positions=positions.to(model.device))
+    return replace(batch_of(list(tokens.split([5, 3]))), positions=positions.to(model.device))
 
 
 def _seen(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_Seen]:
     """How each layer is called in a short pass."""
-    stream = _stream(model)
+    batch = _batch(model)
     seen = [_Seen() for _ in layers]
-    with torch.no_grad(), _hooked(layers, seen), stream.active():
-        model.base_model(input_ids=stream.tokens[None], position_ids=stream.positions[None], use_cache=False)
+    with torch.no_grad(), _hooked(layers, seen), running(batch):
+        model.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False)
     return seen
 
 
@@ -196,10 +197,10 @@ def _tried(plain: nn.Module, seen: _Seen) -> Parts | None:
         return None
     exact, others = copy.deepcopy(plain).float(), _in_fp32(seen.others)
     hidden = torch.randn(seen.hidden.shape, generator=torch.Generator().manual_seed(0)).to(seen.hidden.device)
-    stream = stream_of(list(hidden[0, :, 0].split([5, 3])))
-    watch = _Watch(stream.bounds)
+    batch = batch_of(list(hidden[0, :, 0].split([5, 3])))
+    watch = _Watch(batch.cu_seqlens)
     try:
-        with torch.no_grad(), replace(stream, cache=watch).active():
+        with torch.no_grad(), running(batch, watch):
             expected = exact(hidden, **others)
     except CANNOT:
         return None
@@ -213,7 +214,7 @@ def _tried(plain: nn.Module, seen: _Seen) -> Parts | None:
         [*(mlps if wiring.before_mlp in {None, *norms} else []), None],
     ):
         if (attention or mlp) and _same(
-            FastLayer(exact, wiring, norms, attention, mlp), stream, hidden, others, expected
+            FastLayer(exact, wiring, norms, attention, mlp), batch, hidden, others, expected
         ):
             return norms, attention, mlp
     return None
@@ -228,10 +229,10 @@ def _in_fp32(value: Any) -> Any:
     return type(value)(_in_fp32(inner) for inner in value) if type(value) in (tuple, list) else value
 
 
-def _same(layer: FastLayer, stream: Stream, hidden: Tensor, others: dict[str, Any], expected: Tensor) -> bool:
+def _same(layer: FastLayer, batch: Batch, hidden: Tensor, others: dict[str, Any], expected: Tensor) -> bool:
     """Whether a fast layer gives what the plain one did, but for rounding."""
     try:
-        with torch.no_grad(), stream.active():
+        with torch.no_grad(), running(batch):
             out = layer(hidden, **others)
     except CANNOT:
         return False

@@ -1,4 +1,4 @@
-"""Causal attention over a flat stream: each sequence attends to itself alone.
+"""Causal attention over a flat batch: each sequence attends to itself alone.
 
 On CPUs a C kernel (native/attention.c) runs forward and backward in bf16 and fp32, on GPUs PyTorch's variable-length
 FlashAttention in 16 bits; soft-capping, sinks and everything else go to plain torch (attention_reference.py), which is
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
-from topwork.ops.kept import kept_empty
+from topwork.ops.context import saved_empty
 from topwork.ops.native import build
 
 NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -32,7 +32,7 @@ def flat_attention(
     rule: AttentionRule,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every sequence of a stream with itself.
+    """Attention of every sequence of a batch with itself.
 
     query [T, H, D], key and value [T, H_kv, D] with H a multiple of H_kv; bounds S + 1 ints from 0 to T; sinks [H].
     Returns [T, H, D].
@@ -103,7 +103,7 @@ def _empty(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 def _check(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...]) -> None:
     tokens = query.shape[0]
     if bounds[:1] != (0,) or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
-        raise ValueError(f"bounds {bounds} do not cover a stream of {tokens} tokens from 0 on, rising")
+        raise ValueError(f"bounds {bounds} do not cover a batch of {tokens} tokens from 0 on, rising")
     if key.shape[0] != tokens or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"query, key and value of {shapes} do not fit: [T, H, D], [T, H_kv, D], [T, H_kv, D]")
@@ -140,8 +140,8 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
 def _native_forward(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
-    out = kept_empty(query, *query.shape)
-    lse = kept_empty(query, query.shape[1], query.shape[0], dtype=torch.float32)
+    out = saved_empty(query, *query.shape)
+    lse = saved_empty(query, query.shape[1], query.shape[0], dtype=torch.float32)
     inputs = [_by_rows(x, query.dtype) for x in (query, key, value)]
     _call(library.topwork_attention_forward, [*inputs, out], lse, bounds, rule)
     return out, lse

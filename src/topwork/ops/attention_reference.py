@@ -1,4 +1,4 @@
-"""Attention of a flat stream in plain torch: the truth, and what runs where no kernel does.
+"""Attention of a flat batch in plain torch: the truth, and what runs where no kernel does.
 
 Sequences of like length are gathered into one batch, so that thirty short rows cost a few calls and not thirty. A
 gathered sequence that is shorter than its group is continued with copies of its last token: causal attention never
@@ -34,14 +34,14 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences gathered into [S, L]; `index` is None where they already stand so in the stream."""
+    """Sequences gathered into [S, L]; `index` is None where they already stand so in the batch."""
 
     start: int
     sequences: int
     length: int
-    index: Tensor | None  # [S * L] stream positions, tails continued with the last token's
+    index: Tensor | None  # [S * L] batch positions, tails continued with the last token's
     kept: Tensor | None  # positions in [S * L] that are real, where some are not
-    places: Tensor | None  # their stream positions
+    places: Tensor | None  # their batch positions
 
 
 def forward_reference(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topwork.ops.dropout import Dropout, briefly_dropped, drop
+from topwork.ops.context import saved_empty, scratch_empty
+from topwork.ops.dropout import Dropout, drop
 from topwork.ops.grouped import Product, grouped_products
-from topwork.ops.kept import brief_empty, kept_empty
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Bundle:
     def input(self, n: Tensor) -> Tensor:
         """What the members' A see of n [T, in]."""
         rows = n[self.rows]
-        return rows if self.dropout is None else briefly_dropped(rows, self.dropout)
+        return rows if self.dropout is None else drop(rows, self.dropout, scratch_empty(rows, *rows.shape))
 
     def stacked(self, masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The members' A under one another [R, in]."""
@@ -86,7 +86,7 @@ def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
     shared: dict[tuple[Any, ...], list[Placed]] = defaultdict(list)
     for place in terms:
         term = place[1]
-        drops = term.dropout and (term.dropout.share, term.dropout.key)  # rows have the same draws for all
+        drops = term.dropout and (term.dropout.p, term.dropout.key)  # rows have the same seeds for all
         shared[term.start, term.stop, drops].append(place)
     made: list[Bundle] = []
     masters: list[Tensor] = []
@@ -112,7 +112,7 @@ def add_terms(n: Tensor, bundles: Bundles, masters: Sequence[Tensor], out: Tenso
     inner, products = [], []
     for bundle in bundles.all:
         rows = bundle.input(n)
-        inner.append(kept_empty(n, rows.shape[0], bundle.rank))
+        inner.append(saved_empty(n, rows.shape[0], bundle.rank))
         products.append(Product(rows, bundle.stacked(masters, n.dtype).t(), inner[-1]))
     grouped_products(products)
     add_again(bundles, masters, inner, out)
@@ -153,7 +153,7 @@ def term_gradients(
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
         else:
-            shares.append((bundle.rows, bundle.dropout, brief_empty(dn, len(s), dn.shape[1])))
+            shares.append((bundle.rows, bundle.dropout, scratch_empty(dn, len(s), dn.shape[1])))
             second.append(Product(slopes, a, shares[-1][2]))
     grouped_products(first)
     grouped_products(second)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topwork.ops.kept import brief_empty
+from topwork.ops.context import scratch_empty
 from topwork.ops.native import layer
 from topwork.ops.native.layer import told
 from topwork.ops.triton import load
@@ -76,7 +76,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gated_cpu(library: ctypes.CDLL, gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    h = brief_empty(gate, *gate.shape)
+    h = scratch_empty(gate, *gate.shape)
     gate, up = _rows(gate), _rows(up)
     rows, f = gate.shape
     library.topwork_gated(

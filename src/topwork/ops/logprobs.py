@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topwork.ops.kept import brief_empty, function_memory
+from topwork.ops.context import scratch_empty, scratch_scope
 from topwork.ops.native import build
 from topwork.ops.triton import load
 
@@ -117,8 +117,8 @@ def _in_chunks(
     chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
     size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
     into, back = head.products_into, None if gradient is None else head.input_gradient
-    with function_memory():
-        buffer = None if into is None else brief_empty(hidden, size, head.vocabulary)
+    with scratch_scope():
+        buffer = None if into is None else scratch_empty(hidden, size, head.vocabulary)
         for start in range(0, len(targets), max(1, size)):
             at = slice(start, min(start + size, len(targets)))
             rows = hidden[at]

@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from topwork.ops.kept import brief_empty, kept_empty
+from topwork.ops.context import saved_empty, scratch_empty
 from topwork.ops.native import layer
 from topwork.ops.native.layer import told
 from topwork.ops.triton import load
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     """x [..., d], weight [d] -> y like x, contiguous, and rstd [rows] fp32. Raises ValueError for wrong shapes."""
     _check(x, weight)
     if (library := _native(x, weight)) is not None:
-        rstd = kept_empty(x, x.numel() // x.shape[-1], dtype=torch.float32)
+        rstd = saved_empty(x, x.numel() // x.shape[-1], dtype=torch.float32)
         return _norm_cpu(library, x, weight, rstd, eps, False, unit_offset), rstd
     if (kernels := load.kernels("layer", x)) is not None:
         return kernels.rms_norm(x, weight, eps, unit_offset)
@@ -92,7 +92,7 @@ def _native(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
 def _norm_cpu(
     library: ctypes.CDLL, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, known: bool, unit_offset: bool
 ) -> Tensor:
-    y = brief_empty(x, *x.shape)
+    y = scratch_empty(x, *x.shape)
     x, outer, inner = _rows(x)
     weight = weight.contiguous()
     library.topwork_rms_norm(

@@ -45,7 +45,7 @@ class Packed:
         raise NotImplementedError
 
     def panel(self, rows: slice, columns: slice) -> Tensor:
-        """Some rows and columns [r, c], dense, in `dtype`; inside of `function_memory` gone when that ends."""
+        """Some rows and columns [r, c], dense, in `dtype`; inside of `scratch_scope` gone when that ends."""
         raise NotImplementedError
 
     def rows(self, index: Tensor) -> Tensor:

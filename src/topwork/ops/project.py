@@ -9,7 +9,7 @@
 A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It needs y again:
 kept, or made once more where nobody else would keep it and the input is not wider than it.
 
-W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/stream.py`'s segments), and
+W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/batch.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
 G A loses the same. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the
 plain-torch truth is `adapters/lora.py`'s `adapted`, which autograd differentiates.
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from topwork.ops.bundles import LowRank, Placed, add_again, add_terms, bundled, term_gradients
+from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
-from topwork.ops.kept import brief_empty, function_memory, kept_empty, passing_empty
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
@@ -123,7 +123,7 @@ class Gated:
 
     def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
         gate, up = x.chunk(2, -1)
-        dx = passing_empty(x, *x.shape)
+        dx = handoff_empty(x, *x.shape)
         dgate, dup = dx.chunk(2, -1)
         gated_backward(dn, gate, up, self.kind, into=(dgate, dup))
         return dx
@@ -149,7 +149,7 @@ def normed(x: Tensor, norm: Prologue) -> Tensor:
 
 
 def projection_of(module: nn.Module | None) -> Projection | None:
-    """What a module adds up to as a frozen linear layer with LoRA terms for the active stream; None where it is more
+    """What a module adds up to as a frozen linear layer with LoRA terms for the current batch; None where it is more
     than that. Modules other than nn.Linear tell by a method `projection()`."""
     if type(module) is nn.Linear:
         learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
@@ -196,11 +196,11 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, prologue, group, bundles, scales, keeps, *learned):  # type: ignore[no-untyped-def]
         masters, factors = _split(learned, len(learned) - len(scales))
-        with function_memory():
+        with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
             keeps = keeps or (bool(scales) and n.shape[1] > shape[1])
-            out = (kept_empty if keeps else passing_empty)(n, *shape)
+            out = (saved_empty if keeps else handoff_empty)(n, *shape)
             _base_products(n, group, out)
             inner = add_terms(n, bundles, masters, out)
         _multiply_(out, scales, factors)
@@ -216,10 +216,10 @@ class _Project(torch.autograd.Function):
         kept, inner, masters, factors = _split(rest, *ctx.counts)
         wants_x = ctx.needs_input_grad[0]
         found: list[Tensor] = []
-        with function_memory():
+        with scratch_scope():
             out, ctx.out = ctx.out, None
             if ctx.scales and out is None:
-                out = brief_empty(dout, *dout.shape)
+                out = scratch_empty(dout, *dout.shape)
                 _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
                 add_again(ctx.bundles, masters, inner, out)
                 _multiply_(out, ctx.scales, factors)
@@ -284,7 +284,7 @@ def _base_gradient(dout: Tensor, group: Sequence[Projection], brief: bool) -> Te
     """dout W of the whole group [T, in]; `brief` where nobody takes it further."""
     whole = _joined(group, biases=False)
     shape = len(dout), group[0].weight.shape[1]
-    dn = brief_empty(dout, *shape) if brief else dout.new_empty(shape)
+    dn = scratch_empty(dout, *shape) if brief else dout.new_empty(shape)
     for number, (projection, columns) in enumerate([(whole, slice(0, dout.shape[1]))] if whole else _columns(group)):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import library as registry
 
-from topwork.ops.kept import brief_empty
+from topwork.ops.context import scratch_empty
 from topwork.ops.native import build
 
 NF4 = (
@@ -170,7 +170,7 @@ def _dequantize_4bit_cpu(
             row, row_stop, column, column_stop, dtype,
         )  # fmt: skip
     _check_bounds(codes.numel() * 2, in_features, row, row_stop, column, column_stop)
-    out = brief_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
+    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
     library.topwork_dequantize_4bit(
         _at(codes), _at(absmax), _at(nested_absmax), _at(nested_code), ctypes.c_float(offset),
         _at(_code_on(quant_type, codes.device)), _long(block_size), _long(in_features), _long(row),
@@ -187,7 +187,7 @@ def _dequantize_int8_cpu(
     if library is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
-    out = brief_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
+    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
     library.topwork_dequantize_int8(
         _at(codes), _at(absmax), _long(codes.shape[1]), _long(row), _long(row_stop - row), _long(column),
         _long(column_stop - column), FLOATS.index(dtype), _at(out), torch.get_num_threads(),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topwork.ops.kept import function_memory
+from topwork.ops.context import scratch_scope
 from topwork.ops.packed import Packed
 
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -39,7 +39,7 @@ def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> N
     step = _panel(weight, inputs, x)
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
-        with function_memory():  # one panel at a time
+        with scratch_scope():  # one panel at a time
             panel = weight.panel(rows, slice(0, inputs)).to(x.dtype).t()
             if bias is None:
                 torch.mm(x, panel, out=y[:, rows])
@@ -56,7 +56,7 @@ def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: 
     flat_dy, flat_dx = dy.reshape(-1, outputs), dx.view(-1, inputs)
     for start in range(0, inputs, step):
         columns = slice(start, min(start + step, inputs))
-        with function_memory():  # one panel at a time
+        with scratch_scope():  # one panel at a time
             panel = weight.panel(slice(0, outputs), columns).to(dy.dtype)
             if add:
                 flat_dx[:, columns].addmm_(flat_dy, panel)

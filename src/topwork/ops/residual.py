@@ -12,7 +12,7 @@ needs those any more. With one type there is nothing to round, and all of it is 
 import torch
 from torch import Tensor
 
-from topwork.ops.kept import in_a_pass, kept_empty, passing_empty
+from topwork.ops.context import handoff_empty, has_workspace, saved_empty
 from topwork.ops.native import layer
 from topwork.ops.rows import rows_at_once
 
@@ -39,11 +39,11 @@ class _Residual(torch.autograd.Function):
     def forward(ctx, x, y, multiplier, dtype):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
-        in_place = in_a_pass(x) and not x._is_view()  # which torch would refuse, with two outputs
+        in_place = has_workspace(x) and not x._is_view()  # which torch would refuse, with two outputs
         total = x if in_place or y is None else torch.empty_like(x)
         if in_place:
             ctx.mark_dirty(x)  # also without y: or the next sum would meet a view
-        branch = None if dtype is None else kept_empty(x, *x.shape[1:], dtype=dtype)
+        branch = None if dtype is None else saved_empty(x, *x.shape[1:], dtype=dtype)
         add_and_round(x, y, multiplier, total, branch)
         return total, branch
 
@@ -54,8 +54,8 @@ class _Residual(torch.autograd.Function):
         if dtotal is None:
             dtotal, dbranch = dbranch.float()[None], None
         wants_y = ctx.narrow is not None and ctx.needs_input_grad[1]
-        dy = passing_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wants_y else None
-        dx = dtotal if dbranch is None or in_a_pass(dtotal) else torch.empty_like(dtotal)
+        dy = handoff_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wants_y else None
+        dx = dtotal if dbranch is None or has_workspace(dtotal) else torch.empty_like(dtotal)
         add_and_round(dtotal, dbranch, 1.0, dx, dy, ctx.multiplier)
         return dx, dy, None, None
 

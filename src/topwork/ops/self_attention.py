@@ -13,10 +13,9 @@ from torch import Tensor
 
 from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.kept import passing_empty
+from topwork.ops.context import Prefix, handoff_empty
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.rotary import rotate_
-from topwork.ops.stream import Placed
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,17 @@ class SelfAttention:
     restores: bool = False
 
 
-Prefixes = Sequence[tuple[Placed, Tensor]]
-"""Rows whose keys and values are learned, and those [2, P, H_kv, D]."""
-
-
 def self_attention(
     buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: tuple[int, ...], how: SelfAttention,
-    prefixes: Prefixes = (),
+    prefixes: Sequence[Prefix] = (),
 ) -> Tensor:  # fmt: skip
-    """[T, width] -> [T, H * D]. `buffer` is overwritten; rotary is cos and sin [T, R] each; bounds as in a stream."""
-    placed, tables = [at for at, _ in prefixes], [table for _, table in prefixes]
-    return _SelfAttention.apply(buffer, rotary, bounds, how, placed, *tables)
+    """[T, width] -> [T, H * D]. `buffer` is overwritten; rotary is cos and sin [T, R] each, bounds a batch's."""
+    rows, tables = [at for at, _ in prefixes], [table for _, table in prefixes]
+    return _SelfAttention.apply(buffer, rotary, bounds, how, rows, *tables)
 
 
 def rotated_parts(
-    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention, prefixes: Prefixes = ()
+    buffer: Tensor, rotary: tuple[Tensor, Tensor] | None, how: SelfAttention, prefixes: Sequence[Prefix] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as the attention takes them, without a gradient; `buffer` may be overwritten."""
     parts, _ = _prepared(buffer, rotary, how)
@@ -86,11 +81,11 @@ def rotated_parts(
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer, rotary, bounds, how, placed, *tables):  # type: ignore[no-untyped-def]
+    def forward(ctx, buffer, rotary, bounds, how, rows, *tables):  # type: ignore[no-untyped-def]
         (q, k, v), rstds = _prepared(buffer, rotary, how)
-        _put((q, k, v), list(zip(placed, tables)))
+        _put((q, k, v), list(zip(rows, tables)))
         out, lse = attention_forward(q, k, v, bounds, how.rule, how.sinks)
-        ctx.rotary, ctx.bounds, ctx.how, ctx.placed = rotary, bounds, how, placed
+        ctx.rotary, ctx.bounds, ctx.how, ctx.rows = rotary, bounds, how, rows
         ctx.save_for_backward(buffer, out, lse, *tables, *rstds)
         return out.flatten(1)
 
@@ -98,16 +93,16 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         buffer, out, lse, *others = ctx.saved_tensors
         how, rotary = ctx.how, ctx.rotary
-        tables, rstds = others[: len(ctx.placed)], others[len(ctx.placed) :]
+        tables, rstds = others[: len(ctx.rows)], others[len(ctx.rows) :]
         q, k, v = how.heads.parts(buffer)
         if how.norms is not None:
             q, k = (_normed_again(x, norm, rstd) for x, norm, rstd in zip((q, k), how.norms, rstds))
             _rotate((q, k), rotary)
-            _put((q, k, v), list(zip(ctx.placed, tables)))
-        dbuffer = passing_empty(buffer, *buffer.shape)
+            _put((q, k, v), list(zip(ctx.rows, tables)))
+        dbuffer = handoff_empty(buffer, *buffer.shape)
         into = how.heads.parts(dbuffer)
         attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
-        dtables = [_taken(into, placed).to(table) for placed, table in zip(ctx.placed, tables)]
+        dtables = [_taken(into, rows, table) for rows, table in zip(ctx.rows, tables)]
         _rotate(into[:2], rotary, inverse=True)
         if how.norms is not None:
             for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
@@ -130,20 +125,21 @@ def _prepared(
     return (q, k, v), rstds
 
 
-def _put(parts: tuple[Tensor, Tensor, Tensor], prefixes: Prefixes) -> None:
+def _put(parts: tuple[Tensor, Tensor, Tensor], prefixes: Sequence[Prefix]) -> None:
     """Write learned keys and values in their places."""
-    for placed, table in prefixes:
+    for rows, table in prefixes:
         for x, learned in zip(parts[1:], table):
-            x[placed.rows] = learned.to(x.dtype).repeat(len(placed.rows) // len(learned), 1, 1)
+            x[rows] = learned.to(x.dtype).repeat(len(rows) // len(learned), 1, 1)
 
 
-def _taken(gradients: Sequence[Tensor], placed: Placed) -> Tensor:
-    """The gradient [2, P, H_kv, D] of learned keys and values, in fp32; of the rows they stand in, none is left."""
-    count = placed.virtual.count
-    taken = torch.stack([dx[placed.rows].float().unflatten(0, (-1, count)).sum(0) for dx in gradients[1:]])
+def _taken(gradients: Sequence[Tensor], rows: Tensor, table: Tensor) -> Tensor:
+    """The gradient of learned keys and values [2, P, H_kv, D], summed in fp32; of the rows they stand in, none is
+    left."""
+    count = table.shape[1]
+    taken = torch.stack([dx[rows].float().unflatten(0, (-1, count)).sum(0) for dx in gradients[1:]])
     for dx in gradients[1:]:
-        dx[placed.rows] = 0
-    return taken
+        dx[rows] = 0
+    return taken.to(table)
 
 
 def _rotate(parts: Sequence[Tensor], rotary: tuple[Tensor, Tensor] | None, inverse: bool = False) -> None:

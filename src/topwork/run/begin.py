@@ -10,8 +10,8 @@ from topwork.common.files import clear_leftovers
 from topwork.recipe.recipe import Recipe
 from topwork.run.folder import ADAPTER, EVALUATION, RECIPE, RESULT, TEMPLATE, TRIAL, check_place, read_recipe
 from topwork.run.provenance import PROVENANCE
-from topwork.training.member import CHECKPOINTS
 from topwork.training.metrics import METRICS, check_sinks
+from topwork.training.trial import CHECKPOINTS
 
 FREE_TO_CHANGE = {
     "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.report_to",

@@ -17,8 +17,8 @@ from topwork.training.checkpoint import ADAPTER as CHECKPOINT_ADAPTER
 from topwork.training.checkpoint import checkpoint_path
 from topwork.training.config import TrainingConfig
 from topwork.training.loop import Outcome
-from topwork.training.member import CHECKPOINTS, Place
 from topwork.training.metrics import METRICS
+from topwork.training.trial import CHECKPOINTS, Place
 
 
 @dataclass(frozen=True)

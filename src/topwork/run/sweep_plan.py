@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from topwork.adapters.graft import plan_adapter
 from topwork.common.errors import RequestError
+from topwork.data.batches import steps_per_epoch
 from topwork.data.examples import load_data
 from topwork.models.source import find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
@@ -17,8 +18,8 @@ from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import Halving, Member, SweepRequest, expand, load_sweep
 from topwork.run.folder import check_place
 from topwork.run.presets import Experiment, experiment
-from topwork.training.member import planned_steps
 from topwork.training.passes import check_longest
+from topwork.training.trial import planned_steps
 
 VALIDATIONS = 10
 """Validations of a run that names no eval_steps."""
@@ -179,7 +180,7 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
         if named is not None and (read, named) not in scored:
             load_data(recipe.data.reading(named), tokenizer, length - virtual, 0, lambda _: None)
             scored.add((read, named))
-        steps[member.name] = planned_steps(recipe.training, rows)
+        steps[member.name] = planned_steps(recipe.training, steps_per_epoch(rows, recipe.training.batch_size))
     return steps
 
 

@@ -15,12 +15,14 @@ from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.data.examples import Data, load_data
+from topwork.data.source import FixedRows
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.models.config import ModelConfig
 from topwork.models.recognise import is_fast
 from topwork.models.source import find_source
 from topwork.models.weights import original_weight
+from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_kinds, weight_bytes
@@ -31,13 +33,12 @@ from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
 from topwork.training.loop import Loop, Outcome
-from topwork.training.member import CHECKPOINTS, Member, Place
 from topwork.training.metrics import MetricsLog, open_sinks
-from topwork.training.objective import OBJECTIVES
 from topwork.training.passes import Memory, PassPlan, member_bytes, plan_passes
 from topwork.training.passes import members_that_fit as fitting
 from topwork.training.progress import Progress, Silent
 from topwork.training.start import Start, common_start
+from topwork.training.trial import CHECKPOINTS, Place, Trial
 
 Report = Callable[[str], None]
 
@@ -267,11 +268,12 @@ def _metrics(run: _Run, at: int | None, report: Report) -> MetricsLog:
     return MetricsLog(run.folder, at, sinks, report)
 
 
-def _member(run: _Run, metrics: MetricsLog, progress: Progress, members: int) -> Member:
+def _member(run: _Run, metrics: MetricsLog, progress: Progress, members: int) -> Trial:
     training = run.recipe.training
     keep = training.save_total_limit if members == 1 else max(2, training.save_total_limit)
-    objective = OBJECTIVES[training.objective]()
-    return Member(run.place, objective, training, run.data.train, run.data.eval, metrics, progress, keep)
+    rows = FixedRows(run.data.train, training.batch_size, training.seed)
+    objective = objective_of(training.objective)
+    return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
 
 
 def _finished(run: _Run, on: Together, plan: PassPlan, outcome: Outcome, members: int) -> TrainedRun:

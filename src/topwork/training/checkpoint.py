@@ -4,7 +4,7 @@
         adapter/                 what the caller's writer puts there; the caller loads it
         optimizer.safetensors    `<parameter name>.<state key>`, in the exact dtype
         random.safetensors       states of torch's generators (CPU, every CUDA device) and of Python's, as uint8
-        state.json               TrainState, and names and shapes of the trained parameters
+        state.json               TrainState, the row source's state, and names and shapes of the trained parameters
         manifest.json            SHA-256 and size of each file
 
 Learning rate, betas and the like are the recipe's and the schedule's, and are not stored. Nothing is pickled.
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,16 +102,17 @@ def save_checkpoint(
     state: TrainState,
     keep: int,
     protect: int | None,
+    rows: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write `folder`/step-NNNNNN whole or not at all, then delete the oldest beyond `keep`; returns its path.
 
     `parameter_names` name the optimizer's parameters in its own order. `write_adapter` fills the empty folder it is
-    given. The checkpoint of step `protect` (the best) is never deleted and does not count towards `keep`, which is at
-    least 1. Checkpoints of later steps, which a resume has passed over, go too. Raises RunError on a full disk; the
-    earlier checkpoints then stand.
+    given; `rows` is the row source's state. The checkpoint of step `protect` (the best) is never deleted and does not
+    count towards `keep`, which is at least 1. Checkpoints of later steps, which a resume has passed over, go too.
+    Raises RunError on a full disk; the earlier checkpoints then stand.
     """
     tensors = _optimizer_tensors(optimizer, parameter_names)
-    described = {"format": _FORMAT, "optimizer": type(optimizer).__name__, "state": state.to_json()}
+    described = {"format": _FORMAT, "optimizer": type(optimizer).__name__, "state": state.to_json(), "rows": dict(rows)}
     described["parameters"] = _shapes(optimizer, parameter_names)
 
     def write(path: Path) -> None:
@@ -161,10 +163,24 @@ def newest_whole_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path |
 
 def read_state(path: Path) -> TrainState:
     """A checkpoint's TrainState; nothing is restored. Raises CheckpointError."""
+    return TrainState.from_json(_described(path)["state"])
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json."""
     try:
-        return TrainState.from_json(json.loads((path / _STATE).read_bytes())["state"])
+        described: dict[str, Any] = json.loads((path / _STATE).read_bytes())
+        if not isinstance(described["state"], dict):
+            raise TypeError("it holds no state")
+        return described
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint's row source; empty for one that was written before there were any. Raises
+    CheckpointError."""
+    return dict(_described(path).get("rows", {}))
 
 
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]) -> TrainState:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from topwork.common.options import Options
+from topwork.objectives.config import ObjectiveConfig, SftConfig
 
 
 def _word_or_layers(value: Any) -> Any:
@@ -23,8 +24,9 @@ Checkpointing = Annotated[Literal["auto", "off", "full"] | int, BeforeValidator(
 
 
 class TrainingConfig(Options):
-    objective: Literal["sft"] = "sft"
-    """What is learned: `sft` is the log-likelihood of the learned tokens."""
+    objective: ObjectiveConfig = Field(default_factory=SftConfig)
+    """What is learned: a name, or a section with `name` and the objective's own options. `sft` is the log-likelihood of
+    the learned tokens."""
     learning_rate: float = Field(2e-4, gt=0)
     """The peak learning rate."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)

@@ -12,18 +12,18 @@ from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError, RunError
 from topwork.data.batches import Group
 from topwork.models.base import Base
-from topwork.ops.stream import Stream
+from topwork.ops.batch import Batch
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
 from topwork.training.interrupts import Interrupts
-from topwork.training.member import Member, Timed
 from topwork.training.passes import step_passes
 from topwork.training.start import Start
 from topwork.training.step import mean_losses, train_step
+from topwork.training.trial import Timed, Trial
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a member's training stopped: finished, early stopping, diverged, paused or interrupted."""
+    """How a trial's training stopped: finished, early stopping, diverged, paused or interrupted."""
 
     state: TrainState
     steps: int
@@ -31,33 +31,33 @@ class Outcome:
 
 
 class Loop:
-    """Trains the members, adapters of one base, in the same passes: in each round every one that is active takes one
-    optimizer step of its own. One member is a round with one.
+    """Trains the trials, adapters of one base, in the same passes: in each round every one that is active takes one
+    optimizer step of its own. One trial is a round with one.
 
-    A member leaves when its plan is done, by early stopping, or when it diverges; the others go on.
+    A trial leaves when its plan is done, by early stopping, or when it diverges; the others go on.
     """
 
-    def __init__(self, base: Base, adapters: Adapters, members: Sequence[Member], tokens_per_pass: int) -> None:
-        self.base, self.adapters, self.members = base, adapters, members
+    def __init__(self, base: Base, adapters: Adapters, trials: Sequence[Trial], tokens_per_pass: int) -> None:
+        self.base, self.adapters, self.trials = base, adapters, trials
         self.tokens_per_pass = tokens_per_pass
         self._resumed = False
 
     def resume(self, start: Start) -> None:
-        """Take every member's state from its checkpoint."""
-        found = list(zip(self.members, start.checkpoints, strict=True))
+        """Take every trial's state from its checkpoint."""
+        found = list(zip(self.trials, start.checkpoints, strict=True))
         # the random state is one for all, and those that ended before have an older one
-        for member, path in sorted(found, key=lambda one: (checkpoint_step(one[1]), read_state(one[1]).ended is None)):
-            member.resume(path, start.at)
+        for trial, path in sorted(found, key=lambda one: (checkpoint_step(one[1]), read_state(one[1]).ended is None)):
+            trial.resume(path, start.at)
         self._resumed = True
 
     def run(self, stop_at: int | None = None) -> list[Outcome]:
         """Train all to their ends, or up to step `stop_at`, where they are validated and saved.
 
-        Raises RunError, and NonFiniteLossError where the only member diverges; checkpoints written before stay good.
+        Raises RunError, and NonFiniteLossError where the only trial diverges; checkpoints written before stay good.
         """
         if not self._resumed:
-            torch.manual_seed(self.members[0].config.seed)
-            random.seed(self.members[0].config.seed)
+            torch.manual_seed(self.trials[0].config.seed)
+            random.seed(self.trials[0].config.seed)
         with Interrupts() as interrupts:
             try:
                 self._begin()
@@ -66,90 +66,91 @@ class Loop:
                     if interrupts.asked:
                         break
             finally:
-                self.base.memory.release()
-                for member in self.members:
-                    self.adapters.train(member.name, False)
-                    member.progress.finished()
-        return [_outcome(member, stop_at) for member in self.members]
+                if self.base.workspace is not None:
+                    self.base.workspace.release()
+                for trial in self.trials:
+                    self.adapters.train(trial.name, False)
+                    trial.progress.finished()
+        return [_outcome(trial, stop_at) for trial in self.trials]
 
     def _begin(self) -> None:
         if not self._resumed:
-            self._validate(self.members, 0)
-        for member in self.members:
-            self.adapters.train(member.name)
-            member.progress.started(member.state.step, member.steps)
-            if member.state.ended is not None:
-                member.progress.ended(member.state.ended)
-                if member.state.ended_at == 0:  # no round will save it
-                    member.save()
+            self._validate(self.trials, 0)
+        for trial in self.trials:
+            self.adapters.train(trial.name)
+            trial.progress.started(trial.state.step, trial.steps)
+            if trial.state.ended is not None:
+                trial.progress.ended(trial.state.ended)
+                if trial.state.ended_at == 0:  # no round will save it
+                    trial.save()
 
-    def _active(self, stop_at: int | None) -> list[Member]:
-        return [m for m in self.members if m.state.ended is None and (stop_at is None or m.state.step < stop_at)]
+    def _active(self, stop_at: int | None) -> list[Trial]:
+        return [m for m in self.trials if m.state.ended is None and (stop_at is None or m.state.step < stop_at)]
 
-    def _round(self, active: Sequence[Member], stop_at: int | None, interrupts: Interrupts) -> None:
-        at = max(member.state.step for member in active) + 1
+    def _round(self, active: Sequence[Trial], stop_at: int | None, interrupts: Interrupts) -> None:
+        at = max(trial.state.step for trial in active) + 1
         self._step(active, at)
-        stepped = [member for member in active if member.state.ended is None]
+        stepped = [trial for trial in active if trial.state.ended is None]
         self._validate([m for m in stepped if m.validation_is_due() or m.state.step == stop_at], at)
-        for member in stepped:
-            if member.state.ended is None:
-                member.settle()
-        paused = any(member.state.step == stop_at for member in active)
-        if interrupts.asked or paused or any(member.save_is_due() for member in active):
-            for member in active:  # whenever one saves all do, so that they can go on together
-                member.save()
+        for trial in stepped:
+            if trial.state.ended is None:
+                trial.settle()
+        paused = any(trial.state.step == stop_at for trial in active)
+        if interrupts.asked or paused or any(trial.save_is_due() for trial in active):
+            for trial in active:  # whenever one saves all do, so that they can go on together
+                trial.save()
 
-    def _step(self, active: Sequence[Member], at: int) -> None:
+    def _step(self, active: Sequence[Trial], at: int) -> None:
         """One optimizer step of each, in shared passes."""
-        groups = [(member.name, member.next_rows()) for member in active]
-        passes = self._passes(groups, {member.name: member.draws_from() for member in active})
+        groups = [(trial.name, trial.next_rows()) for trial in active]
+        passes = self._passes(groups, {trial.name: trial.dropout_seed() for trial in active})
         start = time.perf_counter()
         try:
-            results = train_step(self.base, [member.learner for member in active], passes)
+            results = train_step(self.base, [trial.learner for trial in active], passes)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory at step {at} with {self.tokens_per_pass} tokens per pass; the result does "
                 f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2} "
                 "or --set training.activation_checkpointing=full"
             ) from error
-        seconds, tokens = time.perf_counter() - start, sum(len(stream.tokens) for stream in passes)
-        for member, result in zip(active, results, strict=True):
+        seconds, tokens = time.perf_counter() - start, sum(len(batch.tokens) for batch in passes)
+        for trial, result in zip(active, results, strict=True):
             if isinstance(result, NonFiniteLossError):
-                if len(self.members) == 1:
-                    member.keep_last()
-                self._diverged(member, member.explained(result), at)
+                if len(self.trials) == 1:
+                    trial.keep_last()
+                self._diverged(trial, trial.explained(result), at)
             else:
-                member.stepped(Timed(result, seconds, tokens))
+                trial.stepped(Timed(result, seconds, tokens))
 
-    def _passes(self, groups: Sequence[Group], seeds: Mapping[str, int] | None = None) -> list[Stream]:
+    def _passes(self, groups: Sequence[Group], seeds: Mapping[str, int] | None = None) -> list[Batch]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
         return step_passes(groups, self.tokens_per_pass, self.base.device, virtual, seeds)
 
-    def _validate(self, members: Sequence[Member], at: int) -> None:
-        """The members' held-out rows, in shared passes."""
-        due = [member for member in members if member.held_out]
+    def _validate(self, trials: Sequence[Trial], at: int) -> None:
+        """The trials' held-out rows, in shared passes."""
+        due = [trial for trial in trials if trial.held_out]
         if not due:
             return
-        for member in due:
-            self.adapters.train(member.name, False)
-        groups = [(member.name, member.held_out) for member in due]
+        for trial in due:
+            self.adapters.train(trial.name, False)
+        groups = [(trial.name, trial.held_out) for trial in due]
         passes = self._passes(groups)
         losses = mean_losses(self.base, {m.name: m.learner.objective for m in due}, passes)
-        for member in due:
-            self.adapters.train(member.name)
-            loss, step = losses[member.name], member.state.step
-            if math.isfinite(loss):
-                member.validated(loss)
+        for trial in due:
+            self.adapters.train(trial.name)
+            means, step = losses[trial.name], trial.state.step
+            if math.isfinite(means.loss):
+                trial.validated(means)
             else:
-                told = f"the validation loss at step {step} is {loss}; checkpoints stay as they are"
-                self._diverged(member, NonFiniteLossError(told), at)
+                told = f"the validation loss at step {step} is {means.loss}; checkpoints stay as they are"
+                self._diverged(trial, NonFiniteLossError(told), at)
 
-    def _diverged(self, member: Member, error: NonFiniteLossError, at: int) -> None:
-        if len(self.members) == 1:
+    def _diverged(self, trial: Trial, error: NonFiniteLossError, at: int) -> None:
+        if len(self.trials) == 1:
             raise error
-        member.diverge(error, at)
+        trial.diverge(error, at)
 
 
-def _outcome(member: Member, stop_at: int | None) -> Outcome:
-    open_end = "paused" if stop_at is not None and member.state.step >= stop_at else "interrupted"
-    return Outcome(member.state, member.steps, member.state.ended or open_end)
+def _outcome(trial: Trial, stop_at: int | None) -> Outcome:
+    open_end = "paused" if stop_at is not None and trial.state.step >= stop_at else "interrupted"
+    return Outcome(trial.state, trial.steps, trial.state.ended or open_end)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from topwork.common.errors import RecipeError
 from topwork.common.seeds import hashed
 from topwork.data.batches import Group, collate_segments, pack
-from topwork.ops.stream import Stream
+from topwork.ops.batch import Batch
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.optimizers import state_bytes
 
@@ -31,7 +31,7 @@ def step_passes(
     device: torch.device,
     virtual: Mapping[str, int] = MappingProxyType({}),
     seeds: Mapping[str, int] | None = None,
-) -> list[Stream]:
+) -> list[Batch]:
     """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment.
     `virtual` is how many tokens an adapter puts in front of each of its rows, by its name, and `seeds` decides what
     drops out in them, however they are packed."""
@@ -44,11 +44,11 @@ def step_passes(
     extra = [virtual.get(str(name), 0) for name, _ in groups]
     lengths, owners = [len(example.tokens) + extra[at] for at, example in rows], [at for at, _ in rows]
     packed = pack(lengths, tokens_per_pass, owners)
-    streams = [collate_segments(grouped(indices)) for indices in packed]
+    batches = [collate_segments(grouped(indices)) for indices in packed]
     if seeds is not None:
         by_row = [hashed(seeds[str(name)], number) for name, examples in groups for number in range(len(examples))]
-        streams = [stream.drawn([by_row[index] for index in own]) for stream, own in zip(streams, packed)]
-    return [stream.to(device) for stream in streams]
+        batches = [batch.with_dropout_seeds([by_row[index] for index in own]) for batch, own in zip(batches, packed)]
+    return [batch.to(device) for batch in batches]
 
 
 @dataclass(frozen=True)

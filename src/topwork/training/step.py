@@ -1,16 +1,19 @@
 """One optimizer step, whole, of every adapter that takes part in its passes."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from topwork.common.errors import NonFiniteLossError
 from topwork.models.base import Base
-from topwork.ops.stream import Segment, Stream
-from topwork.training.objective import Objective
+from topwork.objectives.columns import with_columns
+from topwork.objectives.objective import Objective
+from topwork.ops.batch import Batch
+from topwork.ops.context import training_pass
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,22 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class Means:
+    """A loss and an objective's other figures, each divided by the count."""
+
+    loss: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """Mean loss per counted token, the gradient's norm before clipping, and what went through."""
+    """Mean loss per counted token, the gradient's norm before clipping, what went through, the objective's figures."""
 
     loss: float
     grad_norm: float
     tokens: int
     learned_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,97 +53,99 @@ class _Sum:
     objective: Objective
     total: Tensor | float = 0.0
     count: float = 0.0
+    metrics: dict[str, Tensor | float] = field(default_factory=lambda: defaultdict(float))
     tokens: int = 0
     learned: int = 0
 
+    def add(self, logprobs: Tensor, part: Batch) -> Tensor:
+        """Count a part in; its loss, to go backward from."""
+        loss = self.objective(logprobs, part.labels)
+        # in float64, and on the device: asking for the number here would wait for the pass
+        self.total = self.total + loss.total.detach().double()
+        self.count += loss.count
+        for name, value in loss.metrics.items():
+            self.metrics[name] = self.metrics[name] + value
+        self.tokens += len(part)
+        self.learned += len(part.labels)
+        return loss.total
+
+    def means(self) -> Means:
+        """Of all that was counted in; what counts nothing is zero."""
+        count = self.count or 1.0
+        return Means(float(self.total) / count, {name: float(value) / count for name, value in self.metrics.items()})
+
 
 def train_step(
-    base: Base, learners: Sequence[Learner], passes: Sequence[Stream]
+    base: Base, learners: Sequence[Learner], passes: Sequence[Batch]
 ) -> list[StepResult | NonFiniteLossError]:
     """Sum each learner's loss over all passes, divide once by its own count, clip, update.
 
-    Each segment of a pass is one learner's. One whose loss or gradient is not finite is not updated, so that its
-    weights stay the last good ones: the error stands in place of its result, and the others go on.
+    Each segment of a pass is one learner's; ValueError for another's. One whose loss or gradient is not finite is not
+    updated, so that its weights stay the last good ones: the error stands in place of its result, and the others go on.
     """
     sums = {learner.name: _Sum(learner.objective) for learner in learners}
-    for stream in passes:
-        parts = [(sums[str(part.segments[0].adapter)], rows, part) for rows, part in parts_of(stream)]
-        announced = [known.objective.gradient(part) for known, _, part in parts]
-        with base.memory.next_pass():
-            logprobs = base.log_probabilities(stream, _joined(announced))
+    objectives = {learner.name: learner.objective for learner in learners}
+    for given in passes:
+        batch = with_columns(base, objectives, given)
+        parts = [(_owner(sums, part), rows, part) for rows, part in batch.parts()]
+        weights = [known.objective.weights(part.labels) for known, _, part in parts]
+        with training_pass(base.workspace):
+            logprobs = base.log_probabilities(batch, _gradient(weights))
             if logprobs.requires_grad:
                 logprobs.register_hook(_finite)
-            totals = [_added(known, logprobs[rows], part) for known, rows, part in parts]
+            totals = [known.add(logprobs[rows], part) for known, rows, part in parts]
             torch.stack(totals).sum().backward()
     return [_updated(learner, sums[learner.name]) for learner in learners]
 
 
 def _updated(learner: Learner, known: _Sum) -> StepResult | NonFiniteLossError:
-    """The step of one adapter, from gradients that are sums."""
+    """The step of one adapter, from gradients that are sums.
+
+    The one place where gradients meet their count: those of several devices would be added up here, before anything
+    else is done with them.
+    """
     gradients = [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
-    torch._foreach_div_(gradients, known.count)
+    if known.count:
+        torch._foreach_div_(gradients, known.count)
     total, norm = float(known.total), float(nn.utils.get_total_norm(gradients))
-    finite = math.isfinite(total) and math.isfinite(norm)
-    if finite:
+    means, finite = known.means(), math.isfinite(total) and math.isfinite(norm)
+    if finite and known.count:
         if learner.max_grad_norm and norm > learner.max_grad_norm:
             torch._foreach_mul_(gradients, learner.max_grad_norm / (norm + 1e-6))
         learner.optimizer.step()
     learner.optimizer.zero_grad()
     if not finite:
-        return NonFiniteLossError(f"the loss is {total / known.count} and the gradient's norm {norm}")
-    return StepResult(total / known.count, norm, known.tokens, known.learned)
+        return NonFiniteLossError(f"the loss is {means.loss} and the gradient's norm {norm}")
+    return StepResult(means.loss, norm, known.tokens, known.learned, means.metrics)
 
 
 @torch.no_grad()
-def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Sequence[Stream]) -> dict[str, float]:
+def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Sequence[Batch]) -> dict[str, Means]:
     """Each adapter's mean of its objective over held-out passes, without a gradient."""
     sums = {name: _Sum(objective) for name, objective in objectives.items()}
-    for stream in passes:
-        logprobs = base.log_probabilities(stream)
-        for rows, part in parts_of(stream):
-            _added(sums[str(part.segments[0].adapter)], logprobs[rows], part)
-    return {name: float(known.total) / known.count for name, known in sums.items()}
+    for given in passes:
+        batch = with_columns(base, objectives, given)
+        logprobs = base.log_probabilities(batch)
+        for rows, part in batch.parts():
+            _owner(sums, part).add(logprobs[rows], part)
+    return {name: known.means() for name, known in sums.items()}
 
 
-def parts_of(stream: Stream) -> list[tuple[slice, Stream]]:
-    """Each segment as a stream of its own, and which of the whole's learned rows are its."""
-    if len(stream.segments) == 1:
-        return [(slice(None), stream)]
-    own = stream.by_segment(stream.rows)
-    return [(rows, _part(stream, segment, rows)) for segment, rows in zip(stream.segments, own)]
+def _owner(sums: Mapping[str, _Sum], part: Batch) -> _Sum:
+    """The sums of the adapter whose segment a part is."""
+    name = part.segments[0].adapter
+    if name is None or name not in sums:
+        raise ValueError(
+            f"a segment of {name or 'the bare base'} is in a pass of {', '.join(sums)}; each segment is to be a "
+            "learner's (what a reference says of them is a column, see objectives/columns.py)"
+        )
+    return sums[name]
 
 
-def _part(stream: Stream, segment: Segment, rows: slice) -> Stream:
-    at = slice(segment.start, segment.stop)
-    length = segment.stop - segment.start
-    return replace(
-        stream,
-        tokens=stream.tokens[at],
-        positions=stream.positions[at],
-        bounds=tuple(b - segment.start for b in stream.bounds if segment.start <= b <= segment.stop),
-        segments=(Segment(0, length, segment.adapter),),
-        rows=stream.rows[rows] - segment.start,
-        targets=stream.targets[rows],
-        weights=stream.weights[rows],
-        draws=None,
-    )
-
-
-def _added(known: _Sum, logprobs: Tensor, part: Stream) -> Tensor:
-    """Count a part in; its loss, to go backward from."""
-    loss = known.objective(logprobs, part)
-    # in float64, and on the device: asking for the number here would wait for the pass
-    known.total = known.total + loss.total.detach().double()
-    known.count += loss.count
-    known.tokens += len(part.tokens)
-    known.learned += len(part.rows)
-    return loss.total
-
-
-def _joined(announced: Sequence[Tensor | None]) -> Tensor | None:
-    """The parts' gradients row by row; None where one of them is not known beforehand."""
-    known = [gradient for gradient in announced if gradient is not None]
-    if len(known) < len(announced):
+def _gradient(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """d loss / d logprobs of the parts, row by row; None where one of them is not known beforehand."""
+    known = [-weight for weight in weights if weight is not None]
+    if len(known) < len(weights):
         return None
     return _finite(torch.cat(known) if len(known) > 1 else known[0])
 

@@ -1,4 +1,4 @@
-"""One adapter in training: rows, optimizer, state, metrics, run folder. The loop tells it what its steps gave."""
+"""One adapter in training: row source, optimizer, state, metrics, run folder. The loop tells it what its steps gave."""
 
 import math
 from collections.abc import Sequence
@@ -8,25 +8,26 @@ from typing import Any
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
-from topwork.common.errors import NonFiniteLossError
+from topwork.common.errors import NonFiniteLossError, RecipeError
 from topwork.common.seeds import hashed
-from topwork.data.batches import step_indices, steps_per_epoch
 from topwork.data.examples import Example
+from topwork.data.source import RowSource
+from topwork.objectives.objective import Objective
 from topwork.training.checkpoint import (
     ADAPTER,
     TrainState,
     Validation,
     checkpoint_path,
     load_checkpoint,
+    read_rows,
     save_checkpoint,
 )
 from topwork.training.config import TrainingConfig
 from topwork.training.metrics import MetricsLog
-from topwork.training.objective import Objective
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
 from topwork.training.progress import Progress
 from topwork.training.schedule import learning_rate
-from topwork.training.step import Learner, StepResult
+from topwork.training.step import Learner, Means, StepResult
 from topwork.training.watch import overfitting_since
 
 CHECKPOINTS = "checkpoints"
@@ -51,7 +52,7 @@ class Timed:
     pass_tokens: int
 
 
-class Member:
+class Trial:
     """One adapter, its plan, and how far it is (`state`)."""
 
     def __init__(
@@ -59,14 +60,14 @@ class Member:
         place: Place,
         objective: Objective,
         config: TrainingConfig,
-        train: Sequence[Example],
+        rows: RowSource,
         held_out: Sequence[Example],
         metrics: MetricsLog,
         progress: Progress,
         keep: int | None = None,
     ) -> None:
         self.place, self.name, self.config = place, place.name, config
-        self.train, self.held_out = train, held_out
+        self.rows, self.held_out = rows, held_out
         self.metrics, self.progress = metrics, progress
         self.keep = keep or config.save_total_limit
         parameters = place.adapters.parameters(place.name)
@@ -74,31 +75,31 @@ class Member:
         self.names = [name for group in groups for name in group["names"]]
         self.optimizer = make_optimizer(config, groups, place.run_dir)
         self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
-        self.steps = planned_steps(config, len(train))
+        self.steps = planned_steps(config, rows.steps_per_epoch)
         self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_steps or self.eval_every
         self.checkpoints = place.run_dir / CHECKPOINTS
         self.state = TrainState(step=0)
-        self._rows: list[Example] = []
+        self._step_rows: Sequence[Example] = ()
         self._unlogged: list[Timed] = []
 
     def resume(self, checkpoint: Path, at: int) -> None:
         """Take weights, optimizer and random state from a checkpoint, to go on from the loop's round `at`."""
         self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER).tensors)
         state = load_checkpoint(checkpoint, self.optimizer, self.names)
+        self.rows.restore(read_rows(checkpoint))
         if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again
             state = replace(state, ended=None, ended_at=None)
         self.state = state
 
-    def next_rows(self) -> list[Example]:
+    def next_rows(self) -> Sequence[Example]:
         """The rows of its next optimizer step, for which its learning rate is set."""
         set_learning_rate(self.optimizer, learning_rate(self.config, self.state.step, self.steps))
-        indices = step_indices(len(self.train), self.config.batch_size, self.config.seed, self.state.step)
-        self._rows = [self.train[i] for i in indices]
-        return self._rows
+        self._step_rows = self.rows.examples(self.state.step)
+        return self._step_rows
 
-    def draws_from(self) -> int:
-        """The seed of what drops out in its next step."""
+    def dropout_seed(self) -> int:
+        """What drops out in its next step follows from it."""
         return hashed(self.config.seed, self.state.step)
 
     def stepped(self, timed: Timed) -> None:
@@ -118,9 +119,9 @@ class Member:
             self._unlogged = []
         self.progress.stepped(step, self._record([timed], rate))
 
-    def validated(self, loss: float) -> None:
+    def validated(self, means: Means) -> None:
         """A validation is done, with a loss that is finite."""
-        state = self.state
+        state, loss = self.state, means.loss
         trained = state.loss_sum / state.loss_count if state.loss_count else None
         better = state.step > 0 and (state.best_loss is None or loss < state.best_loss)  # at 0 it is the bare base
         self.state = replace(
@@ -132,7 +133,7 @@ class Member:
             best_step=state.step if better else state.best_step,
             evals_without_gain=0 if better or state.step == 0 else state.evals_without_gain + 1,
         )
-        record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), **means.metrics}
         self.metrics.write("eval", state.step, record)
         self.progress.validated(state.step, record)
         since = overfitting_since(self.state.history)
@@ -175,6 +176,7 @@ class Member:
             self.state,
             self.keep,
             self.state.best_step if self.config.load_best_model_at_end else None,
+            self.rows.state(),
         )
 
     def keep_last(self) -> None:
@@ -184,7 +186,7 @@ class Member:
 
     def explained(self, error: NonFiniteLossError) -> NonFiniteLossError:
         """A step's failure with its batch named."""
-        rows, step = self._rows, self.state.step
+        rows, step = self._step_rows, self.state.step
         named = ", ".join(row.source for row in rows[:8]) + (", …" if len(rows) > 8 else "")
         return NonFiniteLossError(
             f"step {step + 1}: {error}. The batch was {named}. Nothing was updated; the state after step "
@@ -204,16 +206,17 @@ class Member:
         """The mean loss of some steps, what went through them, and the rest as the last of them had it."""
         results, seconds = [each.result for each in timed], sum(each.seconds for each in timed)
         tokens, passed = sum(result.tokens for result in results), sum(each.pass_tokens for each in timed)
-        epoch = self.state.step / steps_per_epoch(len(self.train), self.config.batch_size)
+        per_epoch = self.rows.steps_per_epoch
         return {
             "loss": sum(result.loss for result in results) / len(results),
+            **_mean_metrics(results),
             "grad_norm": results[-1].grad_norm,
             "learning_rate": rate,
             "tokens": tokens,
             "learned_tokens": sum(result.learned_tokens for result in results),
             "tokens_per_second": round(passed / seconds, 1),
             "seconds": round(seconds, 4),
-            "epoch": round(epoch, 4),
+            **({"epoch": round(self.state.step / per_epoch, 4)} if per_epoch else {}),
             **({"pass_tokens": passed} if passed != tokens else {}),
         }
 
@@ -222,7 +225,16 @@ class Member:
         self.progress.note(text)
 
 
-def planned_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a run."""
-    per_epoch = steps_per_epoch(rows, config.batch_size)
-    return config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
+def _mean_metrics(results: Sequence[StepResult]) -> dict[str, float]:
+    """The objective's own figures over some steps."""
+    names = dict.fromkeys(name for result in results for name in result.metrics)
+    return {name: sum(result.metrics.get(name, 0.0) for result in results) / len(results) for name in names}
+
+
+def planned_steps(config: TrainingConfig, steps_per_epoch: int | None) -> int:
+    """Optimizer steps of a run. Raises RecipeError where its rows have no epochs and the recipe names no steps."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if steps_per_epoch is None:
+        raise RecipeError("these rows have no end that an epoch could be counted by; set training.max_steps")
+    return max(1, round(config.num_train_epochs * steps_per_epoch))
