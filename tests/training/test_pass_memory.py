@@ -18,8 +18,9 @@ from topwork.adapters.graft import Adapters
 from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
-from topwork.ops import kept, quantize, quantized_linear
+from topwork.ops import kept, quantized_linear
 from topwork.ops.kept import PassMemory, brief_empty, function_memory, kept_empty, passing_empty
+from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.stream import Segment, Stream
@@ -174,7 +175,7 @@ def test_over_a_packed_base(
 
 
 def test_a_panel_is_brief() -> None:
-    if quantize.native(torch.zeros(1)) is None:
+    if load.library("quantize4") is None:
         pytest.skip("no C compiler")
     memory = PassMemory()
     for packed in (pack_4bit(torch.randn(64, 64), "nf4", 64, True), pack_int8(torch.randn(64, 64))):

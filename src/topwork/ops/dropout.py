@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from topwork.ops.kept import brief_empty
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
 from topwork.ops.rows import rows_at_once
 from topwork.ops.triton import load as triton
 
@@ -70,7 +70,8 @@ def briefly_dropped(x: Tensor, dropout: Dropout) -> Tensor:
 def drop(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> Tensor:
     """`out` [rows, d] becomes, or with `add` gets on top, x with values dropped. Raises ValueError for other shapes."""
     _check(x, dropout, out)
-    if library := layer.row_kernels(x, out):
+    plain = native.contiguous_rows(x) and native.contiguous_rows(out)
+    if plain and (library := native.kernels("layer", x)):
         draws = dropout.draws.contiguous()
         library.topwork_drop(
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *x.shape, draws.data_ptr(), dropout.key,
