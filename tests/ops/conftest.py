@@ -10,15 +10,15 @@ from types import ModuleType
 import pytest
 
 from reference.compiler import FEATURES, OLDER, OlderBuild, build_older
-from topwork.ops.native import layer
+from topwork.ops.native import load
 
 
 @pytest.fixture(params=["native", "truth"])
 def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test that takes this runs on the C kernels, where there are any, and on plain torch."""
     if request.param == "truth":
-        monkeypatch.setattr(layer, "kernels", lambda: None)
-    elif layer.kernels() is None:
+        monkeypatch.setattr(load, "library", lambda _: None)
+    elif load.library("layer") is None:
         pytest.skip("no C compiler")
 
 

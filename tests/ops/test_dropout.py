@@ -7,7 +7,7 @@ from torch import Tensor
 from topwork.common.seeds import hashed
 from topwork.ops import dropout as op
 from topwork.ops.dropout import Dropout, drop, drop_reference, dropped, stays, token_seeds
-from topwork.ops.native import layer
+from topwork.ops.native import load
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
@@ -29,7 +29,7 @@ def test_it_is_the_mask_times_the_scale(layer_backend, shape: tuple[int, int], a
 
 
 def test_the_kernel_is_the_truth_to_the_bit() -> None:
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     for draws in ([0, 2**32 - 1, 2**31, 5], [2**31 - 1, 1, 2, 3]):
         for key in (0, 2**32 - 1):
@@ -45,7 +45,7 @@ def test_the_kernel_is_the_truth_to_the_bit() -> None:
 
 def test_floats_run_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both give the same, so only this tells that it is there."""
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     monkeypatch.delattr(op, "drop_reference")
     for dtype in (torch.float32, torch.bfloat16):

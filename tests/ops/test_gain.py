@@ -6,7 +6,7 @@ from torch import Tensor
 
 from topwork.ops import gain
 from topwork.ops.gain import gain_gradients_, multiply_
-from topwork.ops.native import layer
+from topwork.ops.native import load
 
 SHAPES = [(0, 5), (1, 1), (7, 33), (64, 16), (130, 576), (200, 1030)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -111,7 +111,7 @@ def test_a_factor_of_zero_has_no_gradient(layer_backend, dtype: torch.dtype) -> 
 
 
 def test_sums_do_not_depend_on_threads() -> None:
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     z, dy, factor, offset = drawn(500, 300, torch.bfloat16, bias=True)
     before, found = torch.get_num_threads(), []
@@ -126,7 +126,7 @@ def test_sums_do_not_depend_on_threads() -> None:
 
 def test_16_bits_run_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both give the same, so only this tells that it is there."""
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     for name in ("multiply_reference_", "gain_sums_reference_"):
         monkeypatch.delattr(gain, name)

@@ -1,6 +1,5 @@
 """grouped_products: the C kernel and plain torch against products in float64."""
 
-import ctypes
 import os
 import random
 import subprocess
@@ -15,7 +14,7 @@ from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler
 from reference.measure import relative
 from topwork.ops import grouped
 from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
-from topwork.ops.native import build
+from topwork.ops.native import build, load
 
 TYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -86,7 +85,7 @@ def assert_right(products: Sequence[Product], run: Run = grouped_products) -> No
 @pytest.fixture(params=["native", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(grouped, "_kernels", lambda: None)
+        monkeypatch.setattr(load, "library", lambda _: None)
     elif not NATIVE:
         pytest.skip("no C compiler")
     return str(request.param)
@@ -246,7 +245,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @needs_compiler
 def test_the_kernel_is_used_and_made_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
-    library = build.load("grouped")
+    library = load.library("grouped")
     assert library is not None
     assert library.topwork_grouped_level() == (2 if "avx512_bf16" in FEATURES else 1)
     monkeypatch.setattr(grouped, "_by_torch", None)
@@ -258,8 +257,7 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
     library, level = older_build("grouped")
     assert library.topwork_grouped_level() == level
-    library.topwork_grouped_products.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
-    monkeypatch.setattr(grouped, "_kernels", lambda: library)
+    monkeypatch.setattr(load, "library", lambda _: library)
     rng = random.Random(5)
     torch.manual_seed(5)
     for _ in range(12):

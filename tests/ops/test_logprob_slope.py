@@ -9,7 +9,7 @@ from torch import Tensor
 from reference.measure import relative
 from topwork.ops import logprobs
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
-from topwork.ops.native import build
+from topwork.ops.native import build, load
 
 VOCABULARIES = (1, 2, 15, 16, 17, 31, 32, 33, 64, 1000, 2048, 2049, 49152 + 3)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -41,7 +41,7 @@ def assert_true(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float 
 
 @pytest.fixture
 def native_needed() -> None:
-    if build.load("logprobs") is None:
+    if load.library("logprobs") is None:
         pytest.skip("no C compiler, so there is no kernel to compare with the truth")
 
 
@@ -177,7 +177,7 @@ def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda _: None)
+    monkeypatch.setattr(load, "library", lambda _: None)
     assert_true(*inputs(3, 50, torch.bfloat16))
 
 
@@ -191,8 +191,8 @@ def test_narrower_vectors(march: str, dtype: torch.dtype, tmp_path: Path, monkey
     flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in build.FLAGS)
     monkeypatch.setattr(build, "FLAGS", flags)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
-    library = build.load.__wrapped__("logprobs")
-    monkeypatch.setattr(build, "load", lambda _: library)
+    library = load.library.__wrapped__("logprobs")
+    monkeypatch.setattr(load, "library", lambda _: library)
     for vocabulary in (1, 7, 33, 2049):
         assert_true(*inputs(3, vocabulary, dtype))
 

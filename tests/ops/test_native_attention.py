@@ -15,7 +15,7 @@ from reference.measure import relative
 from topwork.ops import attention
 from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.native import build
+from topwork.ops.native import build, load
 
 pytestmark = needs_compiler
 
@@ -252,7 +252,7 @@ def test_wrong_shapes_are_refused() -> None:
 @pytest.mark.skipif("avx512bw" not in FEATURES or "CC" in os.environ, reason="needs AVX-512 and the usual compiler")
 def test_the_kernel_is_used_and_made_for_this_processor() -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
-    library = build.load("attention")
+    library = load.library("attention")
     assert library is not None
     assert library.topwork_attention_level() == (2 if "avx512_bf16" in FEATURES else 1)
     _, query, key, value = case(30, 4, 2, 32, torch.bfloat16)
@@ -263,7 +263,7 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
     library, level = older_build("attention")
     assert library.topwork_attention_level() == level
-    monkeypatch.setattr(attention.build, "load", lambda _: library)
+    monkeypatch.setattr(load, "library", lambda _: library)
     for dtype in TYPES:
         for bounds, window in (((0, 97, 98, 130), None), ((0, 530), 70)):
             given = case(bounds[-1], 4, 2, 48, dtype)

@@ -8,7 +8,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from topwork.ops import norm
-from topwork.ops.native import layer
+from topwork.ops.native import load
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 
 MODULES = {LlamaRMSNorm: False, Gemma2RMSNorm: True, Gemma3RMSNorm: True}
@@ -142,7 +142,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     for name in ("rms_norm_reference", "rms_normalized_reference", "rms_norm_backward_reference"):
         monkeypatch.setattr(norm, name, None)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops import residual
-from topwork.ops.native import layer
+from topwork.ops.native import load
 from topwork.ops.residual import add_and_round, add_and_round_reference, residual_branch
 
 SHAPES = [(1, 1), (5, 3), (7, 576), (40, 1030), (0, 8), (3, 4096)]
@@ -34,7 +34,7 @@ def test_it_is_the_formula_rounded_once(
 
 @PARTS
 def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     for shape in SHAPES:
         x, y = torch.randn(1, *shape), torch.randn(shape).bfloat16()
@@ -48,7 +48,7 @@ def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
 
 def test_bf16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would give the same, so only this tells that it is there."""
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
 
     def refused(*given: object) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from topwork.ops import rotary
-from topwork.ops.native import layer
+from topwork.ops.native import load
 from topwork.ops.rotary import rotate_, rotate_reference_
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -121,7 +121,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    if layer.kernels() is None:
+    if load.library("layer") is None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(rotary, "rotate_reference_", None)
     for dtype in (torch.float32, torch.bfloat16):

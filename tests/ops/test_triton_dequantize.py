@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from topwork.ops import quantize
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.quantized_linear import PANEL_BYTES, quantized_linear
+from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_cases.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -96,7 +97,7 @@ def test_without_triton_the_truth_serves_and_it_is_said_once(monkeypatch) -> Non
     """The GPU's functions, called with tensors that plain torch can serve anywhere."""
     monkeypatch.setitem(sys.modules, "topwork.ops.triton.dequantize4", None)
     monkeypatch.delattr("topwork.ops.triton.dequantize4", raising=False)
-    quantize._triton_kernels.cache_clear()
+    load.module.cache_clear()
     packed, packed8 = pack_4bit(torch.randn(5, 70), "nf4", 64, True), pack_int8(torch.randn(5, 70))
     given = (
         packed.codes, packed.absmax, packed.nested_absmax, packed.nested_code, packed.offset, "nf4", 64, 70,
@@ -110,7 +111,7 @@ def test_without_triton_the_truth_serves_and_it_is_said_once(monkeypatch) -> Non
                 given8 = (packed8.codes, packed8.absmax, 1, 4, 3, 66, torch.float32)
                 assert torch.equal(quantize._dequantize_int8_cuda(*given8), packed8.dense()[1:4, 3:66])
     finally:
-        quantize._triton_kernels.cache_clear()
+        load.module.cache_clear()
     assert [str(warning.message).partition(" is not")[0] for warning in told] == ["triton"]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from topwork.ops import gated, norm, rotary
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
+from topwork.ops.native import load as native
 from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_layer_cases.py")
@@ -106,14 +107,14 @@ class OnGpu:
 
 def test_without_triton_plain_torch_serves_and_it_is_said_once(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "topwork.ops.triton.layer", None)
-    load._imported.cache_clear()
+    load.module.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for _ in range(2):
                 assert load.kernels("layer", OnGpu(torch.bfloat16)) is None
     finally:
-        load._imported.cache_clear()
+        load.module.cache_clear()
     assert [str(warning.message).partition(" is not")[0] for warning in told] == ["triton"]
 
 
@@ -147,9 +148,7 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
     dy, rstd = torch.randn(6, 4, 8), torch.ones(24)
     dh, gate, up = (torch.randn(6, 8) for _ in range(3))
     dgate, dup, targets, gradient = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6), torch.ones(6)
-    for module in (norm, gated):
-        monkeypatch.setattr(module, "_native", lambda *_: None)
-    monkeypatch.setattr(rotary.layer, "kernels", lambda: None)
+    monkeypatch.setattr(native, "library", lambda _: None)
     assert norm.rms_norm(x, weight, 1e-5, True) == "rms_norm"
     assert norm.rms_normalized(x, weight, rstd, True) == "rms_normalized"
     assert norm.rms_norm_backward(dy, x, weight, rstd, True) == "rms_norm_backward"

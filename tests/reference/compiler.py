@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.ops.native import build
+from topwork.ops.native import build, load
 
 FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -26,4 +26,4 @@ def build_older(name: str, without: str, folder: Path) -> tuple[ctypes.CDLL, int
     source, target = Path(build.__file__).parent / f"{name}.c", folder / f"{name}.so"
     flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
     subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
-    return ctypes.CDLL(str(target)), OLDER[without]
+    return load.declared(name, ctypes.CDLL(str(target))), OLDER[without]

@@ -19,9 +19,10 @@ from topwork.models.base import Base, load_base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
 from topwork.objectives.sft import Sft
-from topwork.ops import quantize, quantized_linear, workspace
+from topwork.ops import quantized_linear, workspace
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope, training_pass
+from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.workspace import Workspace
@@ -163,7 +164,7 @@ def test_over_a_packed_base(
 
 
 def test_a_panel_is_brief() -> None:
-    if quantize.native(torch.zeros(1)) is None:
+    if load.library("quantize4") is None:
         pytest.skip("no C compiler")
     memory = Workspace()
     for packed in (pack_4bit(torch.randn(64, 64), "nf4", 64, True), pack_int8(torch.randn(64, 64))):

@@ -7,6 +7,7 @@ without autograd, for callers that write their own backward.
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -15,13 +16,10 @@ from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.context import saved_empty
-from topwork.ops.native import build
-
-NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The types that the C kernel knows, and their numbers there."""
+from topwork.ops.native import load as native
 
 NATIVE_SIZES = range(16, 257, 16)
-"""Its head sizes."""
+"""The head sizes of the C kernel."""
 
 
 def flat_attention(
@@ -124,8 +122,7 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
     """The C kernel, where it knows this case."""
     size = query.shape[-1]
     known = (
-        query.device == key.device == value.device == torch.device("cpu")
-        and query.dtype in NATIVE_KINDS
+        query.device == key.device == value.device
         and query.dtype == key.dtype == value.dtype
         and size in NATIVE_SIZES
         and value.shape[-1] == size
@@ -134,7 +131,7 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
         and rule.scale > 0
         and (rule.window is None or rule.window > 0)
     )
-    return build.load("attention") if known else None
+    return native.kernels("attention", query) if known else None
 
 
 def _native_forward(
@@ -168,18 +165,12 @@ def _call(
     """The kernel sees bare memory: all tensors are `_plain`, their shapes checked; query and key come first."""
     (tokens, heads, size), key_heads = tensors[0].shape, tensors[1].shape[1]
     spans, sequences = _spans(bounds)
-    kind, threads = NATIVE_KINDS[tensors[0].dtype], torch.get_num_threads()
-    shape = (sequences, tokens, heads, key_heads, size, rule.window or 0, kind, threads)
-    strides = [step for x in tensors for step in x.stride()[:2]]
-    failed = function(
-        (ctypes.c_int64 * len(shape))(*shape),
-        spans,
-        ctypes.c_float(rule.scale),
-        (ctypes.c_int64 * len(strides))(*strides),
-        (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)),
-        ctypes.c_void_p(lse.data_ptr()),
-    )
-    if failed:
+    kind, threads = native.KINDS[tensors[0].dtype], torch.get_num_threads()
+    shape = array("q", (sequences, tokens, heads, key_heads, size, rule.window or 0, kind, threads))
+    strides = array("q", [step for x in tensors for step in x.stride()[:2]])
+    addresses = array("q", [x.data_ptr() for x in tensors])
+    at = [table.buffer_info()[0] for table in (shape, spans, strides, addresses)]
+    if function(at[0], at[1], rule.scale, at[2], at[3], lse.data_ptr()):
         raise MemoryError(f"no memory for attention over {tokens} tokens of {heads} heads")
 
 
@@ -192,12 +183,12 @@ def _by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _spans(bounds: tuple[int, ...]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+def _spans(bounds: tuple[int, ...]) -> "tuple[array[int], int]":
     """(start, length) of the sequences that hold tokens, the longest first, so that threads end together; their number.
     Kept, because every layer of a pass asks for the same ones."""
     spans = [(start, stop - start) for start, stop in zip(bounds, bounds[1:]) if stop > start]
     spans.sort(key=lambda span: -span[1])
-    return (ctypes.c_int64 * (2 * len(spans)))(*(x for span in spans for x in span)), len(spans)
+    return array("q", [x for span in spans for x in span]), len(spans)
 
 
 def _varlen_runs(query: Tensor, rule: AttentionRule, sinks: Tensor | None) -> bool:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
 from topwork.ops.rows import rows_at_once
 from topwork.ops.triton import load as triton
 
@@ -64,7 +64,8 @@ class _Dropped(torch.autograd.Function):
 def drop(x: Tensor, dropout: Dropout, out: Tensor, add: bool = False) -> Tensor:
     """`out` [rows, d] becomes, or with `add` gets on top, x with values dropped. Raises ValueError for other shapes."""
     _check(x, dropout, out)
-    if library := layer.row_kernels(x, out):
+    plain = native.contiguous_rows(x) and native.contiguous_rows(out)
+    if plain and (library := native.kernels("layer", x)):
         seeds = dropout.seeds.contiguous()
         library.topwork_drop(
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *x.shape, seeds.data_ptr(), dropout.key,

@@ -10,8 +10,8 @@ near one would be one, and of a factor far from one nothing would be left but it
 import torch
 from torch import Tensor
 
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
 from topwork.ops.rows import rows_at_once
 
 ROWS = 64
@@ -22,7 +22,7 @@ def multiply_(z: Tensor, factor: Tensor, left_alone: Tensor | None = None) -> No
     """z [T, n] becomes y; `left_alone` is b. Raises ValueError for other shapes."""
     _check(factor, left_alone, z)
     shift = None if left_alone is None else left_alone.float() * (factor - 1)
-    if library := layer.row_kernels(z):
+    if native.contiguous_rows(z) and (library := native.kernels("layer", z)):
         factor = factor.contiguous()
         library.topwork_gain(
             z.data_ptr(), z.stride(0), *z.shape, factor.data_ptr(), None if shift is None else shift.data_ptr(),
@@ -44,7 +44,8 @@ def gain_gradients_(y: Tensor, dy: Tensor, factor: Tensor, left_alone: Tensor | 
     zero. Raises ValueError for other shapes."""
     _check(factor, left_alone, y, dy)
     offset = None if left_alone is None else left_alone.float().contiguous()
-    if dy.dtype == y.dtype and (library := layer.row_kernels(y, dy)):
+    plain = dy.dtype == y.dtype and native.contiguous_rows(y) and native.contiguous_rows(dy)
+    if plain and (library := native.kernels("layer", y)):
         factor = factor.contiguous()
         sums = factor.new_empty(max(1, -(-len(y) // ROWS)), len(factor))
         library.topwork_gain_backward(

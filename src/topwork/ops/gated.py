@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.context import scratch_empty
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
-from topwork.ops.triton import load
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
+from topwork.ops.triton import load as triton
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,9 +29,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) * up, contiguous, of gate and up [T, f] with any row stride. Raises ValueError else."""
     _check(kind, gate, ("up", up))
-    if (library := _native(gate)) is not None:
+    if (library := native.kernels("layer", gate)) is not None:
         return _gated_cpu(library, gate, up, kind)
-    if (kernels := load.kernels("layer", gate)) is not None:
+    if (kernels := triton.kernels("layer", gate)) is not None:
         return kernels.gated(gate, up, kind)
     return gated_reference(gate, up, kind)
 
@@ -48,21 +48,15 @@ def gated_backward(
     else:
         _check(kind, gate, ("into[0]", into[0]), ("into[1]", into[1]))
     dgate, dup = into
-    if _fillable(dgate) and _fillable(dup) and (library := _native(gate)) is not None:
+    if _fillable(dgate) and _fillable(dup) and (library := native.kernels("layer", gate)) is not None:
         _backward_cpu(library, dh, gate, up, kind, dgate, dup)
         return into
-    if _fillable(dgate) and _fillable(dup) and (kernels := load.kernels("layer", gate)) is not None:
+    if _fillable(dgate) and _fillable(dup) and (kernels := triton.kernels("layer", gate)) is not None:
         kernels.gated_backward(dh, gate, up, kind, dgate, dup)
         return into
     for out, value in zip((dgate, dup), gated_backward_reference(dh, gate, up, kind)):
         out.copy_(value)
     return into
-
-
-def _native(gate: Tensor) -> ctypes.CDLL | None:
-    """The C kernels, where they know the type."""
-    known = gate.is_cpu and (gate.dtype == torch.bfloat16 or gate.dtype == torch.float32)
-    return layer.kernels() if known else None
 
 
 def _fillable(out: Tensor) -> bool:

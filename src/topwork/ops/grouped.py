@@ -10,17 +10,13 @@ their shapes: torch.mm starts each for itself, and oneDNN compiles a kernel for 
 import ctypes
 from array import array
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from topwork.ops.native import build
+from topwork.ops.native import load as native
 from topwork.ops.triton import load as triton
-
-NATIVE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The types that the C kernel knows, and their numbers there."""
 
 
 class Product(NamedTuple):
@@ -48,7 +44,7 @@ def grouped_products(products: Sequence[Product]) -> None:
         return
     for product in products:
         _check(product)
-    if _native_runs(products) and (library := _kernels()) is not None:
+    if _native_runs(products) and (library := native.library("grouped")) is not None:
         _native(library, products)
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.grouped_products(products)
@@ -93,18 +89,9 @@ def _check(product: Product) -> None:
 
 def _native_runs(products: Sequence[Product]) -> bool:
     return all(
-        left.dtype in NATIVE_KINDS and out.dtype in NATIVE_KINDS and left.device.type == "cpu"
+        left.dtype in native.KINDS and out.dtype in native.KINDS and left.device.type == "cpu"
         for left, _, out, _, _ in products
     )
-
-
-@cache
-def _kernels() -> ctypes.CDLL | None:
-    """grouped.c, compiled and loaded; None where that cannot be."""
-    library = build.load("grouped")
-    if library is not None:
-        library.topwork_grouped_products.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
-    return library
 
 
 def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
@@ -118,7 +105,7 @@ def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
         copies += [left, right]
         table.extend((
             left.data_ptr(), *_strides(left), right.data_ptr(), *_strides(right), out.data_ptr(), row, 1,
-            m, n, k, NATIVE_KINDS[left.dtype], NATIVE_KINDS[out.dtype], beta,
+            m, n, k, native.KINDS[left.dtype], native.KINDS[out.dtype], beta,
         ))  # fmt: skip
         alphas.append(alpha)
     addresses = table.buffer_info()[0], alphas.buffer_info()[0]

@@ -8,7 +8,6 @@ chunk's logits are at hand: two products with the head and not three, and nothin
 pass turns a chunk of logits into its log-probabilities and, in the same memory, into the gradient by the logits.
 """
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -18,15 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.context import scratch_empty, scratch_scope
-from topwork.ops.native import build
-from topwork.ops.triton import load
+from topwork.ops.native import load as native
+from topwork.ops.triton import load as triton
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 1 << 14}
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 """What of the head's products is held at once, by device type: so many rows where they are no more bytes than that.
 Fewer rows make slower products; a larger chunk has left the cache when it is read again (benchmarks/loss.py)."""
-KINDS = (torch.float32, torch.bfloat16)
-"""What the C kernel takes, in its numbering."""
 
 
 @dataclass(frozen=True)
@@ -159,19 +156,17 @@ def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: flo
     if logits.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(f"targets {int(targets.min())}..{int(targets.max())} in a vocabulary of {vocabulary}")
     plain = _plain(logits, targets, gradient, scale)
-    if plain and (kernels := load.kernels("logprobs", logits)) is not None:
+    if plain and (kernels := triton.kernels("logprobs", logits)) is not None:
         return kernels.logprob_slope_(logits, targets, gradient, scale)
-    library = build.load("logprobs") if plain and logits.is_cpu and logits.dtype in KINDS else None
+    library = native.kernels("logprobs", logits) if plain else None
     if library is None:
         logps, slope = logprob_slope_reference(logits, targets, gradient, scale)
         logits.copy_(slope)
         return logps
     logps = torch.empty(rows)
     library.topwork_logprob_slope(
-        ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(vocabulary),
-        ctypes.c_int64(logits.stride(0)), KINDS.index(logits.dtype), ctypes.c_void_p(targets.data_ptr()),
-        ctypes.c_void_p(gradient.data_ptr()), ctypes.c_float(scale), ctypes.c_void_p(logps.data_ptr()),
-        torch.get_num_threads(),
+        logits.data_ptr(), rows, vocabulary, logits.stride(0), native.KINDS[logits.dtype], targets.data_ptr(),
+        gradient.data_ptr(), scale, logps.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logps
 
@@ -194,6 +189,6 @@ def _plain(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float) -> b
         and logits.device == targets.device == gradient.device
         and targets.is_contiguous()
         and gradient.is_contiguous()
-        and (logits.shape[1] == 1 or logits.stride(1) == 1)
+        and native.contiguous_rows(logits)
         and (logits.shape[0] == 1 or logits.stride(0) >= logits.shape[1])
     )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from topwork.ops.context import saved_empty, scratch_empty
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
-from topwork.ops.triton import load
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
+from topwork.ops.triton import load as triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     if (library := _native(x, weight)) is not None:
         rstd = saved_empty(x, x.numel() // x.shape[-1], dtype=torch.float32)
         return _norm_cpu(library, x, weight, rstd, eps, False, unit_offset), rstd
-    if (kernels := load.kernels("layer", x)) is not None:
+    if (kernels := triton.kernels("layer", x)) is not None:
         return kernels.rms_norm(x, weight, eps, unit_offset)
     return rms_norm_reference(x, weight, eps, unit_offset)
 
@@ -37,7 +37,7 @@ def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = 
     _check(x, weight, rstd)
     if (library := _native(x, weight)) is not None:
         return _norm_cpu(library, x, weight, rstd.contiguous(), 0.0, True, unit_offset)
-    if (kernels := load.kernels("layer", x)) is not None:
+    if (kernels := triton.kernels("layer", x)) is not None:
         return kernels.rms_normalized(x, weight, rstd, unit_offset)
     return rms_normalized_reference(x, weight, rstd, unit_offset)
 
@@ -47,7 +47,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_
     _check(x, weight, rstd, dy)
     if (library := _native(x, weight)) is not None:
         return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset)
-    if (kernels := load.kernels("layer", x)) is not None:
+    if (kernels := triton.kernels("layer", x)) is not None:
         return kernels.rms_norm_backward(dy, x, weight, rstd, unit_offset)
     return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset)
 
@@ -82,11 +82,8 @@ def rms_norm_backward_reference(
 
 def _native(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
     """The C kernels, where they know the types."""
-    if not x.is_cpu or (x.dtype != torch.bfloat16 and x.dtype != torch.float32):
-        return None
-    if weight.dtype != x.dtype and weight.dtype != torch.float32:
-        return None
-    return layer.kernels()
+    known = weight.dtype == x.dtype or weight.dtype == torch.float32
+    return native.kernels("layer", x) if known else None
 
 
 def _norm_cpu(

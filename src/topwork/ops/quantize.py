@@ -4,10 +4,7 @@ Formats and symbols: `ops/packed.py`. Everything here equals bitsandbytes bit fo
 last, shorter block included (tests/ops/test_quantize.py).
 """
 
-import ctypes
-import warnings
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +12,8 @@ from torch import Tensor
 from torch import library as registry
 
 from topwork.ops.context import scratch_empty
-from topwork.ops.native import build
+from topwork.ops.native import load as native
+from topwork.ops.triton import load as triton
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -68,7 +66,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 
 
 def _quantize_part(values: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    library = native(values)
+    library = native.library("quantize4") if values.is_cpu else None
     if library is None:
         return quantize_4bit_reference(values, bounds, order, block_size)
     values = values.contiguous()
@@ -76,7 +74,7 @@ def _quantize_part(values: Tensor, bounds: Tensor, order: Tensor, block_size: in
     codes = torch.empty((count + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-count // block_size))
     library.topwork_quantize_4bit(
-        _at(values), _long(count), _long(block_size), _at(bounds), _at(order), _at(codes), _at(absmax),
+        values.data_ptr(), count, block_size, bounds.data_ptr(), order.data_ptr(), codes.data_ptr(), absmax.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, absmax
@@ -162,7 +160,7 @@ def _dequantize_4bit_cpu(
     quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    library = native(codes)
+    library = native.library("quantize4")
     last = (row_stop - 1) * in_features + column_stop - 1
     if library is None or not _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype):
         return dequantize_4bit_reference(
@@ -172,10 +170,10 @@ def _dequantize_4bit_cpu(
     _check_bounds(codes.numel() * 2, in_features, row, row_stop, column, column_stop)
     out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
     library.topwork_dequantize_4bit(
-        _at(codes), _at(absmax), _at(nested_absmax), _at(nested_code), ctypes.c_float(offset),
-        _at(_code_on(quant_type, codes.device)), _long(block_size), _long(in_features), _long(row),
-        _long(row_stop - row), _long(column), _long(column_stop - column), FLOATS.index(dtype), _at(out),
-        torch.get_num_threads(),
+        codes.data_ptr(), absmax.data_ptr(), None if nested_absmax is None else nested_absmax.data_ptr(),
+        None if nested_code is None else nested_code.data_ptr(), offset, _code_on(quant_type, codes.device).data_ptr(),
+        block_size, in_features, row, row_stop - row, column, column_stop - column, FLOATS.index(dtype),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -183,14 +181,14 @@ def _dequantize_4bit_cpu(
 def _dequantize_int8_cpu(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
-    library = native(codes)
+    library = native.library("quantize4")
     if library is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
     out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
     library.topwork_dequantize_int8(
-        _at(codes), _at(absmax), _long(codes.shape[1]), _long(row), _long(row_stop - row), _long(column),
-        _long(column_stop - column), FLOATS.index(dtype), _at(out), torch.get_num_threads(),
+        codes.data_ptr(), absmax.data_ptr(), codes.shape[1], row, row_stop - row, column, column_stop - column,
+        FLOATS.index(dtype), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -227,7 +225,7 @@ def _dequantize_4bit_cuda(
     quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kernels = _triton_kernels()
+    kernels = triton.module("dequantize4")
     last = (row_stop - 1) * in_features + column_stop - 1
     plain = _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype)
     if kernels is None or not plain or block_size not in BLOCK_SIZES:  # the kernel's groups of 32 lie in one block
@@ -247,7 +245,7 @@ def _dequantize_4bit_cuda(
 def _dequantize_int8_cuda(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
-    kernels = _triton_kernels()
+    kernels = triton.module("dequantize4")
     if kernels is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
@@ -266,39 +264,10 @@ def _check_bounds(count: int, in_features: int, row: int, row_stop: int, column:
         )
 
 
-def native(near: Tensor) -> ctypes.CDLL | None:
-    """The C kernels, for tensors on the CPU."""
-    return build.load("quantize4") if near.device.type == "cpu" else None
-
-
-@cache
-def _triton_kernels() -> ModuleType | None:
-    """The Triton kernels, imported when the first CUDA tensor arrives; None, with one warning, without triton."""
-    try:
-        from topwork.ops.triton import dequantize4
-    except ImportError as error:
-        warnings.warn(
-            f"triton is not to be had here, so quantized weights on the GPU are unpacked by plain torch, several times "
-            f"slower: {error}. `pip install triton`",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return dequantize4
-
-
 @cache
 def _code_on(quant_type: str, device: torch.device) -> Tensor:
     """`code_of`, made once for each device."""
     return code_of(quant_type, device)
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _long(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
 
 
 _LIBRARY = registry.Library("topwork", "FRAGMENT")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.context import handoff_empty, has_workspace, saved_empty
-from topwork.ops.native import layer
+from topwork.ops.native import load as native
 from topwork.ops.rows import rows_at_once
 
 
@@ -73,7 +73,7 @@ def add_and_round(
     wide = x.dtype == total.dtype == torch.float32
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (y, rounded) if tensor is not None)
     plain = wide and narrow and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
-    if plain and (library := layer.kernels()) is not None:
+    if plain and (library := native.library("layer")) is not None:
         library.topwork_add_and_round(
             *(None if tensor is None else tensor.data_ptr() for tensor in (x, y, total, rounded)), multiplier, by,
             x.numel(), torch.get_num_threads(),

@@ -14,9 +14,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from topwork.ops.native import layer
-from topwork.ops.native.layer import told
-from topwork.ops.triton import load
+from topwork.ops.native import load as native
+from topwork.ops.native.load import told
+from topwork.ops.triton import load as triton
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
@@ -25,10 +25,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     x may be any view without overlaps whose last dimension is contiguous. Raises ValueError for what does not fit.
     """
     _check(x, cos, sin)
-    known = x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
-    if known and (library := layer.kernels()) is not None:
+    if (library := native.kernels("layer", x)) is not None:
         _rotate_cpu(library, x, cos, sin, inverse)
-    elif (kernels := load.kernels("layer", x)) is not None:
+    elif (kernels := triton.kernels("layer", x)) is not None:
         kernels.rotate_(x, cos, sin, inverse)
     else:
         rotate_reference_(x, cos, sin, inverse)
@@ -62,7 +61,7 @@ def _rotate_cpu(library: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, inver
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raises ValueError unless shapes, types and devices belong together: kernels see bare memory."""
-    if x.ndim != 3 or not x.is_floating_point() or (x.stride(2) != 1 and x.shape[2] > 1):
+    if x.ndim != 3 or not x.is_floating_point() or not native.contiguous_rows(x):
         raise ValueError(
             f"cannot rotate {told(x)} of strides {x.stride()} in place, expected floats [T, H, D] with contiguous D"
         )

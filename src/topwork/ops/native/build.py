@@ -25,7 +25,6 @@ OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
 
 
-@cache
 def load(name: str) -> ctypes.CDLL | None:
     """The library of `native/NAME.c`; None, and a warning, where it cannot be compiled or loaded."""
     if os.environ.get(OFF):

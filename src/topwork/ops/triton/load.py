@@ -12,13 +12,13 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels(name: str, near: Tensor) -> ModuleType | None:
-    """`ops/triton/NAME.py`; None where `near` is not a 16- or 32-bit float on a CUDA device, or without triton."""
-    return _imported(name) if near.is_cuda and near.dtype in FLOATS else None
+    """`module`, where `near` is a 16- or 32-bit float on a CUDA device; else None."""
+    return module(name) if near.is_cuda and near.dtype in FLOATS else None
 
 
 @cache
-def _imported(name: str) -> ModuleType | None:
-    """None, with one warning, without triton."""
+def module(name: str) -> ModuleType | None:
+    """`ops/triton/NAME.py`; None, with one warning, without triton."""
     try:
         return import_module(f"topwork.ops.triton.{name}")
     except ImportError as error:
