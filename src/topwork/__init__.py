@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "train": "topwork.run.train",
     "train_together": "topwork.run.together",
-    "sweep": "topwork.run.sweep",
+    "sweep": "topwork.run.sweep.run",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",

@@ -7,7 +7,7 @@ import pytest
 from topwork.models.source import ALIASES, HUB_ID
 from topwork.recipe.recipe import load_recipe
 from topwork.run.evaluate import evaluate
-from topwork.run.sweep_plan import plan_sweep
+from topwork.run.sweep.plan import plan_sweep
 from topwork.run.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +48,11 @@ def test_an_example_trains_and_is_scored(path: Path, tiny_llama: Path, tmp_path:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_an_example_of_several_runs_expands_and_its_files_exist(path: Path) -> None:
     plan = plan_sweep(path, check_data=False)
-    assert len(plan.members) == 6
+    assert len(plan.trials) == 6
     assert plan.out == Path("runs/support-sweep")
-    for member in plan.members:
-        assert Path(member.recipe.data.train).is_file()
-        assert Path(str(member.recipe.evaluation.data)).is_file()
+    for trial in plan.trials:
+        assert Path(trial.recipe.data.train).is_file()
+        assert Path(str(trial.recipe.evaluation.data)).is_file()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(EXAMPLES)))

@@ -8,13 +8,13 @@ import pytest
 from topwork.common.errors import RecipeError, RequestError
 from topwork.recipe.grid import axis_values, grid_axes, parse_grid, safe_name, seed_axis
 from topwork.recipe.recipe import load_recipe
-from topwork.recipe.sweep_config import Member, expand, make_sweep
+from topwork.recipe.sweep_config import PlannedTrial, expand, make_sweep
 
 BASE: dict[str, Any] = {"model": {"model_name_or_path": "some/model"}, "data": {"train": "rows.jsonl"}}
 OUT = Path("runs/out")
 
 
-def members(grid: dict[str, Any], seeds: int = 1, **sections: Any) -> list[Member]:
+def trials(grid: dict[str, Any], seeds: int = 1, **sections: Any) -> list[PlannedTrial]:
     axes = grid_axes(grid) + ([seed_axis(seeds)] if seeds > 1 else [])
     return expand(make_sweep({**BASE, **sections}), axes, OUT)
 
@@ -89,8 +89,8 @@ def test_a_key_given_twice_is_refused() -> None:
 
 
 def test_members_are_the_product_and_their_names_say_what_differs() -> None:
-    made = members({"adapter.r": [2, 4], "training.learning_rate": "1e-4..1e-3*2"}, seeds=2)
-    assert [member.name for member in made][:3] == [
+    made = trials({"adapter.r": [2, 4], "training.learning_rate": "1e-4..1e-3*2"}, seeds=2)
+    assert [trial.name for trial in made][:3] == [
         "r-2_learning_rate-0.0001_seed-0",
         "r-2_learning_rate-0.0001_seed-1",
         "r-2_learning_rate-0.001_seed-0",
@@ -101,26 +101,26 @@ def test_members_are_the_product_and_their_names_say_what_differs() -> None:
     assert last.recipe.output_dir == str(OUT / "r-4_learning_rate-0.001_seed-1")
     assert last.point == "r-4_learning_rate-0.001"
     assert last.values == {"adapter.r": 4, "training.learning_rate": 1e-3}
-    assert {member.recipe.data.train for member in made} == {"rows.jsonl"}
+    assert {trial.recipe.data.train for trial in made} == {"rows.jsonl"}
 
 
 def test_seeds_in_a_grid_are_seeds() -> None:
-    made = members({"training.seed": [3, 5]})
-    assert [(member.name, member.point, member.recipe.training.seed) for member in made] == [
+    made = trials({"training.seed": [3, 5]})
+    assert [(trial.name, trial.point, trial.recipe.training.seed) for trial in made] == [
         ("seed-3", "all", 3),
         ("seed-5", "all", 5),
     ]
     with pytest.raises(RequestError, match="varied twice"):
-        members({"training.seed": [3, 5]}, seeds=2)
+        trials({"training.seed": [3, 5]}, seeds=2)
 
 
 def test_another_method_leaves_options_behind_that_say_nothing_to_it() -> None:
-    made = members({"adapter.method": ["lora", "ia3", "dora"]}, adapter={"r": 8, "lora_alpha": 8, "lora_dropout": 0.1})
-    assert [member.recipe.adapter.method for member in made] == ["lora", "ia3", "lora"]
+    made = trials({"adapter.method": ["lora", "ia3", "dora"]}, adapter={"r": 8, "lora_alpha": 8, "lora_dropout": 0.1})
+    assert [trial.recipe.adapter.method for trial in made] == ["lora", "ia3", "lora"]
     assert made[2].recipe.adapter.use_dora
     assert made[2].recipe.adapter.r == made[0].recipe.adapter.r == 8
     with pytest.raises(RecipeError, match="nothing to method ia3"):
-        members({"adapter.method": ["lora", "ia3"], "adapter.r": [2, 4]})
+        trials({"adapter.method": ["lora", "ia3"], "adapter.r": [2, 4]})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_another_method_leaves_options_behind_that_say_nothing_to_it() -> None:
 )
 def test_members_that_cannot_be(grid: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError) as caught:
-        members(grid)
+        trials(grid)
     assert told in str(caught.value)
 
 

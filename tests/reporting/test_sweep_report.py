@@ -7,35 +7,50 @@ from typing import Any
 
 import pytest
 
-from topwork.common.errors import RequestError
-from topwork.reporting.sweep import read_sweep, write_sweep_report
+from topwork.reporting.sweep import write_sweep_report
 from topwork.reporting.sweep_points import diminishing_returns, estimate, final_loss, points
+from topwork.reporting.sweep_state import (
+    Cost,
+    Rungs,
+    SweepState,
+    TrialRecord,
+    TrialResult,
+    TrialScores,
+    TrialState,
+)
 from topwork.reporting.sweep_text import base_scores, cost_lines
 
-COST = {
-    "pass_seconds": 100.0, "tokens": 50000, "tokens_per_second": 500.0, "peak_memory_bytes": 2**30, "members": 3,
-    "largest_alone_bytes_estimate": 2**29, "base_weights_bytes": 2**28, "waves": 1,
-    "one_by_one_seconds_estimate": 100.0,
-}  # fmt: skip
+COST = Cost(
+    pass_seconds=100.0, tokens=50000, tokens_per_second=500.0, peak_memory_bytes=2**30, trials=3, waves=1,
+    largest_alone_bytes_estimate=2**29, base_weights_bytes=2**28, one_by_one_seconds_estimate=100.0,
+)  # fmt: skip
 
 
-def member(r: int, seed: int = 0, share: float | None = None, loss: float = 1.0, **changes: Any) -> dict[str, Any]:
-    scores: dict[str, Any] = {"loss": loss, "rows": 100, "grader": "json"}
-    scores |= {} if share is None else {"exact_match": share}
-    before = {"loss": 3.0, "rows": 100, "exact_match": 0.0}
-    return {
+def trial(r: int, seed: int = 0, share: float | None = None, loss: float = 1.0, **changes: Any) -> TrialRecord:
+    """A finished one; without `share` nothing was graded."""
+    result = TrialResult(
+        stopped="finished", steps=10, planned_steps=10, tokens=100, seconds=1.0, tokens_per_second=100.0,
+        peak_memory_bytes=2**30, first_loss=3.0, last_loss=loss, eval_loss_before=None, eval_loss_after=loss,
+        best_step=10, best_eval_loss=loss, shared_with=2, base_weights_bytes=2**28, warnings=[], trained=1000 * r,
+        last_eval_loss=None,
+    )  # fmt: skip
+    values: dict[str, Any] = {
         "name": f"r-{r}_seed-{seed}", "folder": f"r-{r}_seed-{seed}", "point": f"r-{r}", "values": {"adapter.r": r},
-        "seed": seed, "state": "finished", "left_at": None, "scores": scores, "before": before,
-        "result": {"steps": 10, "trained": 1000 * r, "last_loss": loss, "eval_loss_after": loss},
+        "seed": seed, "recipe": "", "state": TrialState.FINISHED, "rung": 0, "left_at": None, "result": result,
+        "on_validation": None,
+        "scores": TrialScores(exact_match=share, loss=loss, rows=100, grader="json", data="test.jsonl"),
+        "before": TrialScores(exact_match=0.0, loss=3.0, rows=100, grader="json", data="test.jsonl"),
     } | changes  # fmt: skip
+    return TrialRecord(**values)
 
 
-def sweep_of(*members: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    axes = {"adapter.r": sorted({m["values"]["adapter.r"] for m in members})}
-    return {
-        "name": "ranks", "model": "tiny", "text": "What it shows.", "left_out": [], "axes": axes, "halving": None,
-        "members": list(members), "waves": [], "cost": COST,
-    } | changes  # fmt: skip
+def sweep_of(*trials: TrialRecord, **changes: Any) -> SweepState:
+    values: dict[str, Any] = {
+        "format": 1, "name": "ranks", "model": "tiny", "preset": None, "text": "What it shows.", "left_out": [],
+        "jobs": False, "axes": {label: [trial.values[label] for trial in trials] for label in trials[0].values},
+        "halving": None, "trials": list(trials), "waves": [], "alone": {}, "cost": COST,
+    }  # fmt: skip
+    return SweepState(**values | changes)
 
 
 def test_errors_are_of_the_mean_over_seeds_or_binomial() -> None:
@@ -53,45 +68,44 @@ def test_errors_are_of_the_mean_over_seeds_or_binomial() -> None:
 
 
 def test_with_one_seed_the_binomial_error_decides() -> None:
-    found = sweep_of(member(2, share=0.5), member(4, share=0.76), member(8, share=0.75), member(16, share=0.8))
+    found = sweep_of(trial(2, share=0.5), trial(4, share=0.76), trial(8, share=0.75), trial(16, share=0.8))
     (verdict,) = diminishing_returns(found)
     assert (verdict.best, verdict.rank, verdict.measure) == (16, 4, "exact answers")  # 0.8 - 0.04 <= 0.76
     assert "one seed" in verdict.text
-    (strict,) = diminishing_returns(sweep_of(member(2, share=0.5), member(4, share=0.75), member(16, share=0.8)))
+    (strict,) = diminishing_returns(sweep_of(trial(2, share=0.5), trial(4, share=0.75), trial(16, share=0.8)))
     assert strict.rank == 16
 
 
 def test_with_seeds_the_error_is_theirs() -> None:
-    members = [member(r, seed, share) for r, shares in ((2, (0.70, 0.72)), (8, (0.71, 0.75))) for seed, share in
+    trials = [trial(r, seed, share) for r, shares in ((2, (0.70, 0.72)), (8, (0.71, 0.75))) for seed, share in
                enumerate(shares)]  # fmt: skip
-    (verdict,) = diminishing_returns(sweep_of(*members))
+    (verdict,) = diminishing_returns(sweep_of(*trials))
     assert verdict.rank == 2  # 0.73 - 0.71 <= 0.02
     assert "over 2 seeds" in verdict.text
-    members[0]["scores"]["exact_match"] = 0.68
-    (verdict,) = diminishing_returns(sweep_of(*members))
+    (verdict,) = diminishing_returns(sweep_of(trial(2, 0, 0.68), *trials[1:]))
     assert verdict.rank == 8
 
 
 def test_where_nothing_is_graded_the_loss_decides_and_one_seed_tells_nothing() -> None:
-    (verdict,) = diminishing_returns(sweep_of(member(2, loss=1.1), member(4, loss=1.0)))
+    (verdict,) = diminishing_returns(sweep_of(trial(2, loss=1.1), trial(4, loss=1.0)))
     assert (verdict.best, verdict.rank) == (4, None)
     assert "--seeds 3" in verdict.text
-    members = [member(r, seed, None, loss) for r, losses in ((2, (1.01, 1.03)), (4, (1.0, 1.04))) for seed, loss in
+    trials = [trial(r, seed, None, loss) for r, losses in ((2, (1.01, 1.03)), (4, (1.0, 1.04))) for seed, loss in
                enumerate(losses)]  # fmt: skip
-    (verdict,) = diminishing_returns(sweep_of(*members))
+    (verdict,) = diminishing_returns(sweep_of(*trials))
     assert (verdict.rank, verdict.measure) == (2, "loss")
 
 
 def test_all_wrong_tells_nothing_so_the_loss_decides() -> None:
-    members = [member(2, 0, 0.0, 1.5), member(2, 1, 0.0, 1.6), member(4, 0, 0.0, 1.0), member(4, 1, 0.0, 1.01)]
-    (verdict,) = diminishing_returns(sweep_of(*members))
+    trials = [trial(2, 0, 0.0, 1.5), trial(2, 1, 0.0, 1.6), trial(4, 0, 0.0, 1.0), trial(4, 1, 0.0, 1.01)]
+    (verdict,) = diminishing_returns(sweep_of(*trials))
     assert (verdict.rank, verdict.measure) == (4, "loss")
 
 
 def test_a_rank_with_a_diverged_seed_is_no_candidate_and_in_no_mean() -> None:
-    lost = member(16, 1, 0.99, state="diverged", scores=None)
-    members = [member(2, 0, 0.5), member(2, 1, 0.5), member(16, 0, 0.9), lost]
-    found = sweep_of(*members)
+    lost = trial(16, 1, 0.99, state=TrialState.DIVERGED, scores=None)
+    trials = [trial(2, 0, 0.5), trial(2, 1, 0.5), trial(16, 0, 0.9), lost]
+    found = sweep_of(*trials)
     (verdict,) = diminishing_returns(found)
     assert verdict.best == 2
     point = points(found)[1]
@@ -101,36 +115,46 @@ def test_a_rank_with_a_diverged_seed_is_no_candidate_and_in_no_mean() -> None:
 
 
 def test_the_loss_is_over_all_rows_that_are_known() -> None:
-    few = member(2, share=0.5, loss=1.0, on_validation=True)
-    few["scores"]["loss"] = 9.0  # of the few rows that were answered
+    few = trial(2, share=0.5, loss=1.0, on_validation=True)
+    assert few.scores is not None
+    assert few.result is not None
+    few.scores.loss = 9.0  # of the few rows that were answered
     assert final_loss(few) == 1.0
-    assert final_loss({**few, "on_validation": False}) == 9.0
-    assert final_loss({**few, "scores": None}) == 1.0
-    few["result"]["eval_loss_before"] = 4.0
-    assert base_scores(sweep_of(few))["loss"] == 4.0
+    assert final_loss(few.model_copy(update={"on_validation": False})) == 9.0
+    assert final_loss(few.model_copy(update={"scores": None})) == 1.0
+    few.result.eval_loss_before = 4.0
+    base = base_scores(sweep_of(few))
+    assert base is not None
+    assert (base.loss, base.exact_match) == (4.0, 0.0)
+
+
+def test_a_base_that_was_asked_other_rows_is_not_told() -> None:
+    other = TrialScores(exact_match=0.5, loss=2.0, rows=100, grader="json", data="other.jsonl")
+    assert base_scores(sweep_of(trial(2), trial(4, before=other))) is None
+    assert base_scores(sweep_of(trial(2, before=None))) is None
 
 
 def test_other_axes_have_verdicts_of_their_own() -> None:
-    members = [
-        member(r, share=share, values={"adapter.r": r, "training.learning_rate": rate}, point=f"{r} {rate}")
+    trials = [
+        trial(r, share=share, values={"adapter.r": r, "training.learning_rate": rate}, point=f"{r} {rate}")
         for r, rate, share in ((2, 1e-3, 0.5), (8, 1e-3, 0.9), (2, 1e-4, 0.4), (8, 1e-4, 0.41))
     ]
-    found = {repr(v.others): v.rank for v in diminishing_returns(sweep_of(*members))}
+    found = {repr(v.others): v.rank for v in diminishing_returns(sweep_of(*trials))}
     assert found == {"{'training.learning_rate': 0.001}": 8, "{'training.learning_rate': 0.0001}": 2}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three ranks, of which one diverged, and one that left."""
-    lost = member(64, scores=None, state="diverged", name="<b>r-64</b>", point="<b>r-64</b>")
-    left = member(32, scores=None, state="left", left_at=0)
+    lost = trial(64, scores=None, state=TrialState.DIVERGED, name="<b>r-64</b>", point="<b>r-64</b>")
+    left = trial(32, scores=None, state=TrialState.LEFT, left_at=0)
     found = sweep_of(
-        member(2, share=0.5), member(4, share=0.52), lost, left, left_out=["bitfit: no biases | none"],
-        halving={"factor": 3, "rungs": 2, "stops": [5]},
+        trial(2, share=0.5), trial(4, share=0.52), lost, left, left_out=["bitfit: no biases | none"],
+        halving=Rungs(factor=3, rungs=2, stops=[5]),
     )  # fmt: skip
-    (tmp_path / "sweep.json").write_text(json.dumps(found), "utf-8")
-    for each in found["members"][:3]:
-        run = tmp_path / each["folder"]
+    found.save(tmp_path)
+    for each in found.trials[:3]:
+        run = tmp_path / each.folder
         run.mkdir()
         lines = [{"kind": "eval", "step": step, "loss": 2.0 / (step + 1)} for step in (0, 5, 10)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -171,27 +195,19 @@ def test_without_matplotlib_there_are_words(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("axis", [["q,v", "all-linear"], [0.25, 16], [True, False], [[1, 2], "x"], [-1, 1]])
 def test_every_kind_of_axis_is_drawn(axis: list[Any], tmp_path: Path) -> None:
-    members = [
-        member(index, share=0.5, values={"axis/of a kind": value}, point=f"p{index}", state=state, name=f"p{index}")
-        for index, (value, state) in enumerate(zip(axis, ("finished", "diverged")))
+    trials = [
+        trial(index, share=0.5, values={"axis/of a kind": value}, point=f"p{index}", state=state, name=f"p{index}")
+        for index, (value, state) in enumerate(zip(axis, (TrialState.FINISHED, TrialState.DIVERGED)))
     ]
-    found = {**sweep_of(member(1)), "members": members, "axes": {"axis/of a kind": axis}}
-    (tmp_path / "sweep.json").write_text(json.dumps(found), "utf-8")
+    sweep_of(*trials).save(tmp_path)
     write_sweep_report(tmp_path)
     assert (tmp_path / "pictures" / "accuracy-axis-of-a-kind.png").is_file()
 
 
 def test_measured_alone_is_not_called_an_estimate() -> None:
-    measured = COST | {"alone_seconds": 150.0, "time_ratio": 0.667, "alone_steps": 8, "largest_alone_bytes": 2**29}
-    told = "\n".join(cost_lines({"cost": measured}))
+    alone = {"alone_seconds": 150.0, "time_ratio": 0.667, "alone_steps": 8, "largest_alone_bytes": 2**29}
+    told = "\n".join(cost_lines(COST.model_copy(update=alone)))
     assert "estimate" not in told
     assert "0.67 of that time" in told
-    assert "(an estimate" in "\n".join(cost_lines({"cost": COST}))
-
-
-@pytest.mark.parametrize(("content", "told"), [(None, "no sweep"), ("{", "not whole JSON"), ("{}", "no members")])
-def test_a_folder_without_a_sweep(content: str | None, told: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "sweep.json").write_text(content, "utf-8")
-    with pytest.raises(RequestError, match=told):
-        read_sweep(tmp_path)
+    assert "(an estimate" in "\n".join(cost_lines(COST))
+    assert cost_lines(None) == ["not known before the sweep ends"]

@@ -10,18 +10,21 @@ import pytest
 import yaml
 
 import topwork.reporting.sweep as sweep_report
-import topwork.run.sweep as sweep_module
+import topwork.run.sweep.run as sweep_module
 from run import tiny
 from run.processes import Commands, signal_at
 from topwork.common.errors import RequestError
 from topwork.recipe.recipe import Recipe
 from topwork.run.outcome import TrainedRun
-from topwork.run.sweep import Swept, sweep
-from topwork.run.sweep_plan import SweepOptions, plan_sweep, waves
+from topwork.run.sweep.plan import SweepOptions, plan_sweep, waves
+from topwork.run.sweep.run import Swept, sweep
+from topwork.run.sweep.state import recipe_hash
 from topwork.run.together import train_together
 
 Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
+WRITTEN = Path(__file__).parents[1] / "reporting" / "sweeps"
+"""sweep.json of sweeps that knew no types."""
 RATES = "training.learning_rate=5e-3,1e38"
 """The second cannot be survived: after one step the weights are beyond what a float holds."""
 
@@ -169,9 +172,9 @@ def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
 @pytest.mark.parametrize("preset", ["rank", "targets"])
 def test_presets_hold_the_scale_whatever_the_recipe_says_of_rslora(make_recipe: Recipes, preset: str) -> None:
     plan = plan_sweep(make_recipe(adapter={"use_rslora": True}), (), SweepOptions(preset=preset))
-    scales = {member.recipe.adapter.lora_alpha / member.recipe.adapter.r for member in plan.members}
+    scales = {trial.recipe.adapter.lora_alpha / trial.recipe.adapter.r for trial in plan.trials}
     assert scales == {2}
-    assert not any(member.recipe.adapter.use_rslora for member in plan.members)
+    assert not any(trial.recipe.adapter.use_rslora for trial in plan.trials)
 
 
 def test_nothing_held_out_is_refused_and_a_job_without_is_not_scored(make_recipe: Recipes, tmp_path: Path) -> None:
@@ -209,6 +212,77 @@ def test_killed_and_resumed_it_ends_with_the_same_adapters(
         whole = tiny.folder_bytes(tmp_path / "whole-sweep" / name / "adapter")
         assert tiny.folder_bytes(tmp_path / "run-sweep" / name / "adapter") == whole
     assert (tmp_path / "run-sweep" / "sweep.html").is_file()
+
+
+def written_before(name: str, recipe: Path, grid: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `name` holds, put where the recipe's sweep goes. Hashes are today's: an option may be new since then."""
+    plan = plan_sweep(recipe, overrides, SweepOptions((grid,)))
+    found: dict[str, Any] = json.loads((WRITTEN / f"{name}.json").read_text("utf-8"))
+    for member, trial in zip(found["members"], plan.trials, strict=True):
+        assert member["name"] == trial.name
+        member["recipe"] = recipe_hash(trial.recipe)
+    plan.out.mkdir()
+    (plan.out / "sweep.json").write_text(json.dumps(found), "utf-8")
+    return found
+
+
+@pytest.mark.parametrize("first_of_all", [False, True])
+def test_a_sweep_that_was_begun_before_goes_on(
+    first_of_all: bool, make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first wave is done and its second was killed; the first sweeps of all did not write that waves were begun."""
+    recipe, grid = make_recipe(training=SHORT), "adapter.r=2,3,4"
+    before = written_before("begun", recipe, grid)
+    if first_of_all:
+        for wave in before["waves"]:
+            del wave["begun"]
+        (Path(f"{recipe.with_suffix('')}-sweep") / "sweep.json").write_text(json.dumps(before), "utf-8")
+    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, _recipes: 1)  # a wave that was begun stays whole
+    done = quietly(recipe, grid, resume=True)
+    written = json.loads((done.folder / "sweep.json").read_text("utf-8"))
+    assert written == done.result
+    assert written["members"][:2] == before["members"][:2]
+    assert written["waves"][0] == before["waves"][0]
+    assert [wave["members"] for wave in written["waves"]] == [["r-2", "r-3"], ["r-4"]]
+    kept, new = written["members"][0], written["members"][2]
+    assert new["state"] == "finished"
+    assert new.keys() == kept.keys()
+    assert all(new[part].keys() == kept[part].keys() for part in ("result", "scores", "before"))
+    assert written["waves"][1].keys() == before["waves"][0].keys() | {"begun"}
+    assert [point["name"] for point in written["points"]] == ["r-2", "r-3", "r-4"]
+
+
+def test_of_a_sweep_that_ended_before_the_report_is_made_anew(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {**SHORT, "max_steps": 8, "eval_steps": 1, "lr_scheduler_type": "cosine"}
+    recipe, grid = make_recipe(training=training), "training.learning_rate=1e-2,1e-5,3e-3,1e38"
+    halving = ("sweep.halving={factor: 2, rungs: 3}",)
+    before = written_before("halving", recipe, grid, halving)
+    monkeypatch.setattr(sweep_module, "open_together", None)  # nothing is loaded
+    done = quietly(recipe, grid, overrides=halving, resume=True)
+    assert done.result == before
+    assert "left at rung 1" in (done.folder / "sweep.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_a_state_that_cannot_be_read_is_told_first(
+    options: dict[str, bool], make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, grid = make_recipe(training=SHORT), "adapter.r=2,3,4"
+    written_before("begun", recipe, grid)
+    file = Path(f"{recipe.with_suffix('')}-sweep") / "sweep.json"
+    text = file.read_text("utf-8")
+    monkeypatch.setattr(sweep_module, "open_together", None)  # before anything is loaded
+    for content, told in (
+        (text[:-9], "it is not whole JSON"),
+        (text.replace('"state": "training"', '"state": "asleep"'), r"'members\[2\]\.state': input should be 'waiting'"),
+        (text.replace('"seed"', '"sead"', 1), r"unknown field 'members\[0\]\.sead'"),
+    ):
+        file.write_text(content, "utf-8")
+        with pytest.raises(RequestError, match=told):
+            quietly(recipe, grid, **options)
+        assert file.read_text("utf-8") == content
 
 
 def test_interrupted_it_says_how_to_go_on(commands: Commands, make_recipe: Recipes, tmp_path: Path) -> None:
@@ -250,7 +324,7 @@ def test_a_point_of_which_a_seed_diverged_does_not_go_on(make_recipe: Recipes, m
                 run.result["stopped"] = "diverged"
         return runs
 
-    monkeypatch.setattr("topwork.run.sweep.train_together", told)
+    monkeypatch.setattr(sweep_module, "train_together", told)
     recipe = make_recipe(training={**SHORT, "max_steps": 6, "eval_steps": 1}, adapter={"lora_dropout": 0.0})
     rates = "training.learning_rate=1e-2,1e-3,1e-5"
     members = by_name(quietly(recipe, rates, seeds=2, overrides=("sweep.halving={factor: 3, rungs: 2}",)))

@@ -13,7 +13,7 @@ from topwork.common.errors import DataError, RecipeError, RequestError
 from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
 from topwork.run.evaluate import evaluate
-from topwork.run.sweep_plan import SweepOptions, plan_sweep
+from topwork.run.sweep.plan import SweepOptions, plan_sweep
 from topwork.run.train import train
 
 VIRTUAL = 10

@@ -4,14 +4,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topwork.cli.options import AsJson, Overrides, teller
 
 if TYPE_CHECKING:
-    from topwork.run.sweep_plan import SweepOptions
+    from topwork.reporting.sweep_state import Estimate, SweepState
+    from topwork.run.sweep.plan import SweepOptions
 
 PRESETS = "rank, targets, scaling, learning-rate or methods"
 
@@ -44,14 +45,14 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Train many adapters over one base in one pass, and compare them in one report."""
-    from topwork.run.sweep_plan import SweepOptions
+    from topwork.run.sweep.plan import SweepOptions
 
     options = SweepOptions(tuple(grid or ()), preset, seeds, halving, measure_alone)
     if dry_run:
         _listed(recipe, overrides or [], options, as_json)
         return
     from topwork.run.console_together import together_progress
-    from topwork.run.sweep import sweep as run
+    from topwork.run.sweep.run import sweep as run
 
     progress = None if as_json else together_progress
     done = run(recipe, overrides or [], options, resume, overwrite, progress, teller(as_json))
@@ -61,20 +62,19 @@ def sweep(
         print(f"interrupted; what is trained is kept. Go on with:\n  {_resuming()}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
-        _print_points(done.result)
+        _print_points(done.state)
         print(f"report: {done.folder / 'sweep.html'}   {done.folder / 'sweep.md'}   {done.folder / 'sweep.json'}")
 
 
 def _listed(recipe: Path, overrides: list[str], options: "SweepOptions", as_json: bool) -> None:
     """The members of a sweep that is not run."""
-    from topwork.run.sweep import tell_plan
-    from topwork.run.sweep_plan import plan_sweep
+    from topwork.run.sweep.plan import plan_sweep
+    from topwork.run.sweep.run import tell_plan
 
     plan = plan_sweep(recipe, overrides, options)
     if as_json:
         members = [
-            {"name": member.name, "output_dir": member.recipe.output_dir, "values": member.values}
-            for member in plan.members
+            {"name": trial.name, "output_dir": trial.recipe.output_dir, "values": trial.values} for trial in plan.trials
         ]
         print(json.dumps({"output_dir": str(plan.out), "members": members, "stops": list(plan.stops)}))
     else:
@@ -87,22 +87,21 @@ def _resuming() -> str:
     return shlex.join(["topwork", *given, "--resume"])
 
 
-def _print_points(result: dict[str, Any]) -> None:
-    points = result["points"]
-    graded = any(point["accuracy"] for point in points)
-    width = max(12, *(len(point["name"]) for point in points)) + 2
+def _print_points(sweep: "SweepState") -> None:
+    graded = any(point.accuracy for point in sweep.points)
+    width = max(12, *(len(point.name) for point in sweep.points)) + 2
     print(f"{'':{width}}{'loss':>20}" + (f"{'exact answers':>20}" if graded else ""))
-    for point in points:
-        loss, share = _figure(point["loss"], 1, "", 4), _figure(point["accuracy"], 100, " %", 1)
-        ended = f"  {point['diverged']} of {len(point['members'])} diverged" if point["diverged"] else ""
-        ended += "  left at a rung" if point["left"] else ""
-        print(f"{point['name']:{width}}{loss:>20}" + (f"{share:>20}" if graded else "") + ended)
-    for verdict in result["diminishing_returns"]:
-        print(verdict["sentence"])
+    for point in sweep.points:
+        loss, share = _figure(point.loss, 1, "", 4), _figure(point.accuracy, 100, " %", 1)
+        ended = f"  {point.diverged} of {len(point.names)} diverged" if point.diverged else ""
+        ended += "  left at a rung" if point.left else ""
+        print(f"{point.name:{width}}{loss:>20}" + (f"{share:>20}" if graded else "") + ended)
+    for verdict in sweep.diminishing_returns:
+        print(verdict.sentence)
 
 
-def _figure(estimate: dict[str, Any] | None, scale: float, unit: str, digits: int) -> str:
+def _figure(estimate: "Estimate | None", scale: float, unit: str, digits: int) -> str:
     if estimate is None:
         return "-"
-    error = f" ± {scale * estimate['error']:.{digits}f}" if estimate["error"] is not None else ""
-    return f"{scale * estimate['mean']:.{digits}f}{error}{unit}"
+    error = f" ± {scale * estimate.error:.{digits}f}" if estimate.error is not None else ""
+    return f"{scale * estimate.mean:.{digits}f}{error}{unit}"

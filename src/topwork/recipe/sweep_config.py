@@ -19,8 +19,9 @@ from topwork.common.errors import RecipeError, RequestError, did_you_mean
 from topwork.common.options import Options
 from topwork.recipe.grid import SEED, Axis
 from topwork.recipe.recipe import SEVERAL, Recipe, make_recipe, read_values
+from topwork.reporting.sweep_state import PICTURES, REPORTS, SWEEP
 
-MOST_MEMBERS = 1000
+MOST_TRIALS = 1000
 Preset = Literal["rank", "targets", "scaling", "learning-rate", "methods"]
 
 
@@ -48,7 +49,7 @@ class SweepConfig(Options):
     """Successive halving: `true`, or its factor and rungs."""
 
 
-TAKEN = ("before", "pictures", "sweep.json", "sweep.md", "sweep.html")
+TAKEN = ("before", PICTURES, SWEEP, *REPORTS)
 """What no job may be called: the bare base's column, and a sweep's own files."""
 
 
@@ -70,7 +71,7 @@ class Job(Options):
 
 
 @dataclass(frozen=True)
-class Member:
+class PlannedTrial:
     """One run of a sweep: its recipe, and by axis what sets it apart (`point` and `values` without the seed)."""
 
     name: str
@@ -122,15 +123,15 @@ def _describes(values: dict[str, Any]) -> bool:
     return any(values.get(name) is not None for name in SEVERAL)
 
 
-def expand(request: SweepRequest, axes: Sequence[Axis], out: Path) -> list[Member]:
+def expand(request: SweepRequest, axes: Sequence[Axis], out: Path) -> list[PlannedTrial]:
     """The product of all axes (or the jobs) as recipes, each with a folder in `out`. Raises RecipeError for values that
-    do not fit, RequestError for two members with one name or one folder."""
-    members = _job_members(request, out) if request.jobs else _grid_members(request, axes, out)
-    _refuse_twins(members)
-    return members
+    do not fit, RequestError for two trials with one name or one folder."""
+    trials = _job_trials(request, out) if request.jobs else _grid_trials(request, axes, out)
+    _refuse_twins(trials)
+    return trials
 
 
-def _grid_members(request: SweepRequest, axes: Sequence[Axis], out: Path) -> list[Member]:
+def _grid_trials(request: SweepRequest, axes: Sequence[Axis], out: Path) -> list[PlannedTrial]:
     labels = [axis.label for axis in axes]
     if doubled := next((label for label in labels if labels.count(label) > 1), None):
         raise RequestError(f"{doubled} is varied twice, by --seeds or a preset and by the grid; give one of the two")
@@ -139,27 +140,27 @@ def _grid_members(request: SweepRequest, axes: Sequence[Axis], out: Path) -> lis
         raise RequestError(
             "a sweep needs two members or more: give --grid KEY=VALUES, --preset, --seeds, or a sweep: or jobs: section"
         )
-    if count > MOST_MEMBERS:
-        raise RequestError(f"the grid has {count:,} members, expected at most {MOST_MEMBERS:,}; give fewer values")
-    members = []
+    if count > MOST_TRIALS:
+        raise RequestError(f"the grid has {count:,} members, expected at most {MOST_TRIALS:,}; give fewer values")
+    trials = []
     for chosen in product(*(axis.variants for axis in axes)):
         name = "_".join(variant.name for variant in chosen)
         pairs = [(axis.label, variant) for axis, variant in zip(axes, chosen) if axis.label != SEED]
         point = "_".join(variant.name for _, variant in pairs) or "all"
         changes = {key: value for variant in chosen for key, value in variant.changes.items()}
         recipe = request.base(changes | {"output_dir": str(out / name)}, f" as {name}")
-        members.append(Member(name, recipe, point, {label: variant.shown for label, variant in pairs}))
-    return members
+        trials.append(PlannedTrial(name, recipe, point, {label: variant.shown for label, variant in pairs}))
+    return trials
 
 
-def _job_members(request: SweepRequest, out: Path) -> list[Member]:
+def _job_trials(request: SweepRequest, out: Path) -> list[PlannedTrial]:
     sweep = request.sweep
     if sweep.grid or sweep.preset or sweep.seeds > 1 or sweep.halving:
         raise RequestError(
             f"{request.source} has jobs: beside a grid, a preset, seeds or halving; jobs have data of their own, so "
             "they are not compared. Give one of the two"
         )
-    members = []
+    trials = []
     for job in request.jobs:
         if Path(job.name).name != job.name or job.name in (".", "..") or job.name.startswith("."):
             raise RequestError(f"the job's name {job.name!r} cannot be a folder's; give letters, digits, - and _")
@@ -170,24 +171,24 @@ def _job_members(request: SweepRequest, out: Path) -> list[Member]:
                 values[section] = _section(values.get(section), section, laid)
         values["output_dir"] = job.output_dir or str(out / job.name)
         recipe = make_recipe(values, f"{request.source}: job {job.name!r}", request.folder)
-        members.append(Member(job.name, recipe, job.name, {"job": job.name}))
-    return members
+        trials.append(PlannedTrial(job.name, recipe, job.name, {"job": job.name}))
+    return trials
 
 
-def _refuse_twins(members: Sequence[Member]) -> None:
+def _refuse_twins(trials: Sequence[PlannedTrial]) -> None:
     names: set[str] = set()
     folders: dict[Path, str] = {}
-    for member in members:
-        if member.name in names:
-            raise RequestError(f"two members have the name {member.name!r}; give each value, or each job's name, once")
-        names.add(member.name)
-        folder = Path(member.recipe.output_dir).resolve()
+    for trial in trials:
+        if trial.name in names:
+            raise RequestError(f"two members have the name {trial.name!r}; give each value, or each job's name, once")
+        names.add(trial.name)
+        folder = Path(trial.recipe.output_dir).resolve()
         if folder in folders:
             raise RequestError(
-                f"{folders[folder]!r} and {member.name!r} have one output_dir, {member.recipe.output_dir}; give each "
+                f"{folders[folder]!r} and {trial.name!r} have one output_dir, {trial.recipe.output_dir}; give each "
                 "its own, or leave output_dir out"
             )
-        folders[folder] = member.name
+        folders[folder] = trial.name
 
 
 def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from topwork.reporting.curves import LIGHT, Theme, canvas, choose_scale, plain, series
 from topwork.reporting.readers import Record
-from topwork.reporting.sweep_points import DIVERGED, Estimate, Point
+from topwork.reporting.sweep_state import Estimate, Point, TrialRecord, TrialState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,30 +21,29 @@ MOST_LABELLED = 12
 
 
 def curves_chart(
-    members: Sequence[Mapping[str, Any]],
+    trials: Sequence[TrialRecord],
     records: Mapping[str, Sequence[Record]],
     *,
     theme: Theme = LIGHT,
     size: tuple[float, float] = (9.4, 4.4),
 ) -> "Figure":
-    """Validation loss (training loss where nothing was held out) of every member over steps; one that diverged ends in
-    a cross. Members of one point, which differ in the seed, share a colour."""
+    """Validation loss (training loss where nothing was held out) of every trial over steps; one that diverged ends in
+    a cross. Trials of one point, which differ in the seed, share a colour."""
     figure, axes = canvas(theme, size)
-    names = list(dict.fromkeys(str(member["point"]) for member in members))
+    names = list(dict.fromkeys(trial.point for trial in trials))
     colours = _colours(len(names), theme)
     drawn: list[float] = []
-    for member in members:
-        known = records.get(str(member["name"]), ())
+    for trial in trials:
+        known = records.get(trial.name, ())
         measured = series(known, "eval", "loss")
         measured = measured if measured.steps else series(known, "train", "loss")
         if not measured.steps:
             continue
-        point = str(member["point"])
-        first = next(m for m in members if m["point"] == member["point"]) is member
-        colour, lost = colours[names.index(point)], member["state"] == DIVERGED
+        first = next(other for other in trials if other.point == trial.point) is trial
+        colour, lost = colours[names.index(trial.point)], trial.state is TrialState.DIVERGED
         axes.plot(
             measured.steps, measured.values, color=colour, linewidth=1.5, linestyle=":" if lost else "-", marker="o",
-            markersize=3, alpha=0.9, label=point if first else None,
+            markersize=3, alpha=0.9, label=trial.point if first else None,
         )  # fmt: skip
         if lost:
             axes.plot(measured.steps[-1:], measured.values[-1:], color=colour, marker="x", markersize=10, mew=2.5)
@@ -67,7 +66,7 @@ def axis_chart(
     size: tuple[float, float] = (4.6, 3.2),
 ) -> "Figure":
     """`measure` (loss or accuracy) of the points along one axis, with their standard errors; a line for each
-    combination of the other axes. Values of which a member diverged are crosses at the rim; `base` is the bare base's.
+    combination of the other axes. Values of which a trial diverged are crosses at the rim; `base` is the bare base's.
     """
     figure, axes = canvas(theme, size)
     groups = grouped(points, label)

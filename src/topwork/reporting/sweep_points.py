@@ -1,67 +1,14 @@
-"""What a sweep's members say together: means over seeds with standard errors, and the rank from which more is no gain.
-
-Reads sweep.json as it is, so it needs no run and no model.
-"""
+"""What a sweep's trials say together: means over seeds with standard errors, and from which rank on more is no gain."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from topwork.reporting.readers import entries, number, section
+from pydantic import JsonValue
+
+from topwork.reporting.sweep_state import Estimate, Point, SweepState, TrialRecord, TrialState, Verdict
 
 RANK_AXES = ("r", "adapter.r")
 """What the axis of ranks is called, by the ready experiment and by a grid."""
-DIVERGED = "diverged"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `count` seeds. `error` is its standard error; with one seed the binomial one of a share of `rows`
-    graded rows; None where nothing tells it."""
-
-    mean: float
-    error: float | None
-    count: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """Members that differ in the seed alone. Diverged ones are counted, and are in no mean."""
-
-    name: str
-    values: dict[str, Any]
-    members: tuple[str, ...]
-    diverged: int
-    left: bool
-    loss: Estimate | None
-    accuracy: Estimate | None
-    trained: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The point of diminishing returns along the ranks, with the other axes held at `others`; `rank` is None where the
-    rule cannot be applied, and `text` says why."""
-
-    others: dict[str, Any]
-    measure: str
-    best: Any
-    rank: Any
-    text: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"sentence": self.sentence()}
-
-    def sentence(self) -> str:
-        """The text, with the other axes' values in front."""
-        held = ", ".join(f"{label.rpartition('.')[2]} {value}" for label, value in self.others.items())
-        return f"{held}: {self.text}" if held else self.text
 
 
 def estimate(values: Sequence[float], rows: int | None = None) -> Estimate | None:
@@ -71,99 +18,96 @@ def estimate(values: Sequence[float], rows: int | None = None) -> Estimate | Non
     mean = sum(values) / len(values)
     if len(values) > 1:
         variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        return Estimate(mean, math.sqrt(variance / len(values)), len(values))
+        return Estimate(mean=mean, error=math.sqrt(variance / len(values)), count=len(values))
     error = math.sqrt(max(0.0, mean * (1 - mean)) / rows) if rows else None
-    return Estimate(mean, error, 1)
+    return Estimate(mean=mean, error=error, count=1)
 
 
-def points(sweep: Mapping[str, Any]) -> list[Point]:
-    """The sweep's points, in the order of its members."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for member in members(sweep):
-        groups.setdefault(str(member.get("point")), []).append(member)
+def points(sweep: SweepState) -> list[Point]:
+    """The sweep's points, in the order of its trials."""
+    groups: dict[str, list[TrialRecord]] = {}
+    for trial in sweep.trials:
+        groups.setdefault(trial.point, []).append(trial)
     return [_point(name, group) for name, group in groups.items()]
 
 
-def members(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sweep's members as sweep.json tells of them."""
-    return [member for member in entries(sweep, "members") if isinstance(member, Mapping)]
-
-
-def final_loss(member: Mapping[str, Any]) -> float | None:
+def final_loss(trial: TrialRecord) -> float | None:
     """The loss on the rows of `evaluation.data`; where validation's rows are asked, the loss over all of them."""
-    scored, validated = number(member, "scores", "loss"), number(member, "result", "eval_loss_after")
-    if scored is None or (member.get("on_validation") and validated is not None):
+    validated = trial.result.eval_loss_after if trial.result else None
+    if trial.scores is None or (trial.on_validation and validated is not None):
         return validated
-    return scored
+    return trial.scores.loss
 
 
-def diminishing_returns(sweep: Mapping[str, Any]) -> list[Verdict]:
+def diminishing_returns(sweep: SweepState) -> list[Verdict]:
     """A verdict for each combination of the other axes; none where the sweep has no axis of ranks."""
-    axis = rank_axis(sweep)
+    axis = next((label for label in sweep.axes if label in RANK_AXES), None)
     if axis is None:
         return []
     groups: dict[str, list[Point]] = {}
     for point in points(sweep):
-        others = {label: value for label, value in point.values.items() if label != axis}
-        groups.setdefault(repr(others), []).append(point)
+        groups.setdefault(repr(_others(point, axis)), []).append(point)
     return [_verdict(group, axis) for group in groups.values() if len(group) > 1]
 
 
-def rank_axis(sweep: Mapping[str, Any]) -> str | None:
-    """The axis of ranks, where there is one."""
-    return next((label for label in section(sweep, "axes") if label in RANK_AXES), None)
-
-
-def _point(name: str, group: Sequence[Mapping[str, Any]]) -> Point:
-    diverged = [member for member in group if member.get("state") == DIVERGED]
-    sound = [member for member in group if member.get("state") != DIVERGED and not _left(member)]
-    losses = [loss for member in sound if (loss := final_loss(member)) is not None]
-    shares = [share for member in sound if (share := number(member, "scores", "exact_match")) is not None]
-    rows = next((rows for member in sound if (rows := number(member, "scores", "rows"))), None)
-    trained = next((count for member in group if (count := number(member, "result", "trained")) is not None), None)
+def _point(name: str, group: Sequence[TrialRecord]) -> Point:
+    sound = [trial for trial in group if trial.state not in (TrialState.DIVERGED, TrialState.LEFT)]
+    scored = [trial.scores for trial in sound if trial.scores]
     return Point(
-        name,
-        dict(section(group[0], "values")),
-        tuple(str(member.get("name")) for member in group),
-        len(diverged),
-        all(_left(member) for member in group),
-        estimate(losses),
-        estimate(shares, int(rows) if rows else None),
-        trained,
+        name=name,
+        values=dict(group[0].values),
+        names=[trial.name for trial in group],
+        diverged=sum(trial.state is TrialState.DIVERGED for trial in group),
+        left=all(trial.state is TrialState.LEFT for trial in group),
+        loss=estimate([loss for trial in sound if (loss := final_loss(trial)) is not None]),
+        accuracy=estimate(
+            [scores.exact_match for scores in scored if scores.exact_match is not None],
+            next((scores.rows for scores in scored), None),
+        ),
+        trained=next((trial.result.trained for trial in group if trial.result), None),
     )
 
 
-def _left(member: Mapping[str, Any]) -> bool:
-    """Whether halving took it out."""
-    return member.get("left_at") is not None
+def _others(point: Point, axis: str) -> dict[str, JsonValue]:
+    return {label: value for label, value in point.values.items() if label != axis}
+
+
+def _rank(point: Point, axis: str) -> float:
+    rank = point.values[axis]
+    assert isinstance(rank, int | float), f"{axis} takes numbers alone"
+    return rank
 
 
 def _verdict(group: Sequence[Point], axis: str) -> Verdict:
-    others = {label: value for label, value in group[0].values.items() if label != axis}
+    others = _others(group[0], axis)
     graded = any(point.accuracy is not None and point.accuracy.mean > 0 for point in group)  # all wrong tells nothing
     measure = "exact answers" if graded else "loss"
+
+    def verdict(text: str, best: float | None = None, smallest: float | None = None) -> Verdict:
+        held = ", ".join(f"{label.rpartition('.')[2]} {value}" for label, value in others.items())
+        sentence = f"{held}: {text}" if held else text
+        return Verdict(others=others, measure=measure, best=best, rank=smallest, text=text, sentence=sentence)
+
     found = [
-        (point, measured)
+        (_rank(point, axis), measured)
         for point in group
         if (measured := point.accuracy if graded else point.loss) is not None and not point.diverged
     ]
     if not found:
-        return Verdict(others, measure, None, None, "No rank has a result without a diverged member.")
+        return verdict("No rank has a result without a diverged member.")
     best, top = (max if graded else min)(found, key=lambda pair: pair[1].mean)
-    rank = best.values[axis]
     if top.error is None:
         text = (
-            f"The best {measure} is at r = {rank}. One seed and no graded answers tell no standard error, so no "
+            f"The best {measure} is at r = {best}. One seed and no graded answers tell no standard error, so no "
             "smaller rank can be called as good; repeat with --seeds 3."
         )
-        return Verdict(others, measure, rank, None, text)
+        return verdict(text, best)
     reach = top.error + 1e-9 * abs(top.mean)  # shares of rows often lie exactly one error apart
-    near = [point.values[axis] for point, measured in found if abs(measured.mean - top.mean) <= reach]
-    smallest = min(near)
+    smallest = min(rank for rank, measured in found if abs(measured.mean - top.mean) <= reach)
     shown = (lambda value: f"{100 * value:.1f} %") if graded else (lambda value: f"{value:.4f}")
     kind = f"over {top.count} seeds" if top.count > 1 else "binomial, of the graded rows, as there is one seed"
     text = (
         f"Diminishing returns from r = {smallest}: the smallest rank whose mean {measure} is within one standard error "
-        f"of the best ({shown(top.mean)} ± {shown(top.error)} at r = {rank}; the error is {kind})."
+        f"of the best ({shown(top.mean)} ± {shown(top.error)} at r = {best}; the error is {kind})."
     )
-    return Verdict(others, measure, rank, smallest, text)
+    return verdict(text, best, smallest)

@@ -1,19 +1,11 @@
 """A sweep in words and tables: its points, what came of each member, what it cost, and where ranks stop paying."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from topwork.reporting import wording
-from topwork.reporting.readers import entries, number, section
-from topwork.reporting.sweep_points import (
-    DIVERGED,
-    Estimate,
-    Point,
-    diminishing_returns,
-    final_loss,
-    members,
-    points,
-)
+from topwork.reporting.sweep_points import diminishing_returns, final_loss, points
+from topwork.reporting.sweep_state import Cost, Estimate, Point, SweepState, TrialRecord, TrialScores, TrialState
 
 RULE = (
     "The rule: the smallest rank whose mean accuracy (loss, where nothing is graded) is within one standard error of "
@@ -23,153 +15,165 @@ RULE = (
 HELD_OUT = "held out of training"
 """What evaluation.json calls rows that the seed chose."""
 STATES = {
-    "finished": "finished",
-    "early stopping": "stopped early",
-    "diverged": "diverged",
-    "waiting": "not begun",
-    "training": "not finished",
+    TrialState.FINISHED: "finished",
+    TrialState.EARLY_STOPPING: "stopped early",
+    TrialState.DIVERGED: "diverged",
+    TrialState.WAITING: "not begun",
+    TrialState.TRAINING: "not finished",
 }
 Table = list[list[str]]
 
 
-def markdown(sweep: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class SweepPage:
+    """What the page shows, in words. A table's first row is its head."""
+
+    name: str
+    headline: str
+    text: str
+    left_out: list[str]
+    points: Table
+    point_notes: list[str]
+    returns: list[str]
+    rule: str
+    members: Table
+    rungs: list[str]
+    cost: list[str]
+
+
+def markdown(page: SweepPage, pictures: Mapping[str, str]) -> str:
     """The whole report; `pictures` are paths by title."""
-    values = page_values(sweep)
-    lines = [f"# Sweep {sweep['name']}", "", values["headline"], ""]
-    lines += [values["text"], ""] if values["text"] else []
-    lines += [f"- left out: {told}" for told in values["left_out"]] + ([""] if values["left_out"] else [])
-    lines += ["## Results", "", *_table(values["points"]), "", *values["point_notes"], ""]
-    for told in values["returns"]:
+    lines = [f"# Sweep {page.name}", "", page.headline, ""]
+    lines += [page.text, ""] if page.text else []
+    lines += [f"- left out: {told}" for told in page.left_out] + ([""] if page.left_out else [])
+    lines += ["## Results", "", *_table(page.points), "", *page.point_notes, ""]
+    for told in page.returns:
         lines += [told, ""]
-    if values["returns"]:
-        lines += [f"*{RULE}*", ""]
+    if page.returns:
+        lines += [f"*{page.rule}*", ""]
     for title, path in pictures.items():
         lines += [f"![{title}]({path})", ""]
-    lines += ["## Members", "", *_table(values["members"]), ""]
-    if values["rungs"]:
-        lines += ["## Halving", "", *(f"- {told}" for told in values["rungs"]), ""]
-    lines += ["## Cost", "", *(f"- {told}" for told in values["cost"]), ""]
+    lines += ["## Members", "", *_table(page.members), ""]
+    if page.rungs:
+        lines += ["## Halving", "", *(f"- {told}" for told in page.rungs), ""]
+    lines += ["## Cost", "", *(f"- {told}" for told in page.cost), ""]
     return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
 
 
-def page_values(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows, in words. A table's first row is its head."""
+def page_of(sweep: SweepState) -> SweepPage:
+    """A sweep's page."""
     found = points(sweep)
-    return {
-        "name": str(sweep["name"]),
-        "headline": _headline(sweep, found),
-        "text": str(sweep.get("text") or ""),
-        "left_out": [str(told) for told in entries(sweep, "left_out")],
-        "points": _points_table(sweep, found),
-        "point_notes": _point_notes(sweep, found),
-        "returns": [verdict.sentence() for verdict in diminishing_returns(sweep)],
-        "rule": RULE,
-        "members": _members_table(sweep),
-        "rungs": _rungs(sweep),
-        "cost": cost_lines(sweep),
-    }
+    return SweepPage(
+        name=sweep.name,
+        headline=_headline(sweep, found),
+        text=sweep.text or "",
+        left_out=sweep.left_out,
+        points=_points_table(sweep, found),
+        point_notes=_point_notes(sweep, found),
+        returns=[verdict.sentence for verdict in diminishing_returns(sweep)],
+        rule=RULE,
+        members=_trials_table(sweep),
+        rungs=_rungs(sweep),
+        cost=cost_lines(sweep.cost),
+    )
 
 
-def base_scores(sweep: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The bare base's scores and loss, where all members were asked the same rows."""
-    scored = [member for member in members(sweep) if section(member, "before")]
-    held_out = any(section(member, "before").get("data") == HELD_OUT for member in scored)
-    asked = {
-        (section(member, "before").get("data"), section(member, "before").get("rows"), held_out and member.get("seed"))
-        for member in scored
-    }
+def base_scores(sweep: SweepState) -> TrialScores | None:
+    """The bare base's scores and loss, where all trials were asked the same rows."""
+    scored = [(trial, trial.before) for trial in sweep.trials if trial.before]
+    held_out = any(before.data == HELD_OUT for _, before in scored)
+    asked = {(before.data, before.rows, held_out and trial.seed) for trial, before in scored}
     if len(asked) != 1:
-        return {}
-    before = dict(section(scored[0], "before"))
-    validated = number(scored[0], "result", "eval_loss_before")
-    if scored[0].get("on_validation") and validated is not None:
-        before["loss"] = validated
+        return None
+    trial, before = scored[0]
+    validated = trial.result.eval_loss_before if trial.result else None
+    if trial.on_validation and validated is not None:
+        return before.model_copy(update={"loss": validated})
     return before
 
 
-def cost_lines(sweep: Mapping[str, Any]) -> list[str]:
+def cost_lines(cost: Cost | None) -> list[str]:
     """Time and memory together, and one by one; an estimate is called one."""
-    cost, lines = section(sweep, "cost"), []
-    if not cost:
+    if cost is None:
         return ["not known before the sweep ends"]
-    seconds, tokens, speed = (number(cost, key) for key in ("pass_seconds", "tokens", "tokens_per_second"))
-    if seconds is not None and tokens is not None and speed is not None:
-        waves = f"in {wording.whole(number(cost, 'waves') or 1)} wave(s)"
+    lines = []
+    if cost.tokens_per_second is not None:
         lines.append(
-            f"together, {waves}: {wording.duration(seconds)} for {wording.whole(tokens)} tokens of all members, "
-            f"{wording.whole(speed)} tokens/s"
+            f"together, in {wording.whole(cost.waves)} wave(s): {wording.duration(cost.pass_seconds)} for "
+            f"{wording.whole(cost.tokens)} tokens of all members, {wording.whole(cost.tokens_per_second)} tokens/s"
         )
-    alone, ratio = number(cost, "alone_seconds"), number(cost, "time_ratio")
-    estimate = number(cost, "one_by_one_seconds_estimate")
-    if alone is not None and ratio is not None:
+    if cost.alone_seconds is not None and cost.time_ratio is not None:
         lines.append(
-            f"one by one: {wording.duration(alone)}, from each one's own speed measured alone for "
-            f"{wording.whole(number(cost, 'alone_steps') or 0)} steps; together takes {ratio:.2f} of that time"
+            f"one by one: {wording.duration(cost.alone_seconds)}, from each one's own speed measured alone for "
+            f"{wording.whole(cost.alone_steps or 0)} steps; together takes {cost.time_ratio:.2f} of that time"
         )
-    elif estimate is not None:
+    elif cost.one_by_one_seconds_estimate is not None:
         lines.append(
             "one by one (an estimate, from the members' tokens at the pass's own speed): "
-            f"{wording.duration(estimate)}, and the base loaded for each; passes of one member's small batches are "
-            "slower than that. --measure-alone measures it"
+            f"{wording.duration(cost.one_by_one_seconds_estimate)}, and the base loaded for each; passes of one "
+            "member's small batches are slower than that. --measure-alone measures it"
         )
     return lines + _memory_lines(cost)
 
 
-def _memory_lines(cost: Mapping[str, Any]) -> list[str]:
-    peak, weights = number(cost, "peak_memory_bytes"), number(cost, "base_weights_bytes")
+def _memory_lines(cost: Cost) -> list[str]:
+    peak = cost.peak_memory_bytes
     if peak is None:
         return []
-    measured, guessed = number(cost, "largest_alone_bytes"), number(cost, "largest_alone_bytes_estimate")
-    largest = measured or guessed
+    largest = cost.largest_alone_bytes or cost.largest_alone_bytes_estimate
     lines = []
     if largest:
-        kind = "measured" if measured else "an estimate: without the other members' weights, gradients and optimizer"
+        estimated = "an estimate: without the other members' weights, gradients and optimizer"
         lines.append(
             f"peak memory together {wording.size(peak)}, {peak / largest:.2f} times the largest alone "
-            f"({wording.size(largest)}, {kind})"
+            f"({wording.size(largest)}, {'measured' if cost.largest_alone_bytes else estimated})"
         )
-    if weights:
-        count = wording.whole(number(cost, "members") or 1)
-        lines.append(f"the base ({wording.size(weights)}) is in memory once, not once for each of {count} members")
+    if cost.base_weights_bytes:
+        lines.append(
+            f"the base ({wording.size(cost.base_weights_bytes)}) is in memory once, not once for each of "
+            f"{wording.whole(cost.trials)} members"
+        )
     return lines
 
 
-def _headline(sweep: Mapping[str, Any], found: Sequence[Point]) -> str:
-    all_members = members(sweep)
-    states = [str(member.get("state")) for member in all_members]
-    told = [f"{len(all_members)} members", f"{len(found)} points" if len(found) < len(all_members) else ""]
-    told.append(f"over {sweep.get('model')}")
-    for state, words in (("diverged", "diverged"), ("left", "left at a rung"), ("early stopping", "stopped early")):
+def _headline(sweep: SweepState, found: Sequence[Point]) -> str:
+    states = [trial.state for trial in sweep.trials]
+    told = [f"{len(states)} members", f"{len(found)} points" if len(found) < len(states) else ""]
+    told.append(f"over {sweep.model}")
+    for state, words in (
+        (TrialState.DIVERGED, "diverged"),
+        (TrialState.LEFT, "left at a rung"),
+        (TrialState.EARLY_STOPPING, "stopped early"),
+    ):
         told += [f"{states.count(state)} {words}"] if state in states else []
     return ", ".join(part for part in told if part) + "."
 
 
-def _points_table(sweep: Mapping[str, Any], found: Sequence[Point]) -> Table:
+def _points_table(sweep: SweepState, found: Sequence[Point]) -> Table:
     graded = any(point.accuracy for point in found)
     table = [["", "trained parameters", "seeds", *(["exact answers"] if graded else []), "loss", ""]]
     base = base_scores(sweep)
     if base:
-        share, loss = number(base, "exact_match"), number(base, "loss")
-        exact = [wording.share(share) if share is not None else "–"] if graded else []
-        table.append(["bare base", "–", "–", *exact, wording.loss(loss) if loss is not None else "–", ""])
+        exact = [wording.share(base.exact_match) if base.exact_match is not None else "–"] if graded else []
+        table.append(["bare base", "–", "–", *exact, wording.loss(base.loss), ""])
     for point in found:
         exact = [_share(point.accuracy)] if graded else []
         trained = wording.whole(point.trained) if point.trained is not None else "–"
-        table.append([point.name, trained, str(len(point.members)), *exact, _loss(point.loss), _remark(point)])
+        table.append([point.name, trained, str(len(point.names)), *exact, _loss(point.loss), _remark(point)])
     return table
 
 
 def _remark(point: Point) -> str:
     if point.diverged:
-        return "diverged" if len(point.members) == 1 else f"{point.diverged} of {len(point.members)} diverged"
+        return "diverged" if len(point.names) == 1 else f"{point.diverged} of {len(point.names)} diverged"
     return "left at a rung" if point.left else ""
 
 
-def _point_notes(sweep: Mapping[str, Any], found: Sequence[Point]) -> list[str]:
+def _point_notes(sweep: SweepState, found: Sequence[Point]) -> list[str]:
     """What ± means here, and what rows there were."""
-    rows = {number(member, "scores", "rows") for member in members(sweep)} - {None}
-    told = [f"Answers to {wording.whole(rows.pop())} rows." if len(rows) == 1 else ""]  # type: ignore[arg-type]
-    if any(member.get("on_validation") for member in members(sweep)):
+    rows = {trial.scores.rows for trial in sweep.trials if trial.scores}
+    told = [f"Answers to {wording.whole(rows.pop())} rows." if len(rows) == 1 else ""]
+    if any(trial.on_validation for trial in sweep.trials):
         told.append("The loss is over all validation rows.")
     if any(point.accuracy and point.accuracy.count > 1 for point in found):
         told.append("± is the standard error of the mean over seeds.")
@@ -178,52 +182,42 @@ def _point_notes(sweep: Mapping[str, Any], found: Sequence[Point]) -> list[str]:
     return [" ".join(part for part in told if part)]
 
 
-def _members_table(sweep: Mapping[str, Any]) -> Table:
+def _trials_table(sweep: SweepState) -> Table:
     table = [["", "steps", "training loss", "validation loss", "loss", "exact answers", "ended"]]
-    for member in members(sweep):
-        steps = number(member, "result", "steps")
-        losses = [number(member, "result", "last_loss"), number(member, "result", "eval_loss_after")]
-        losses.append(final_loss(member))
-        share = number(member, "scores", "exact_match")
+    for trial in sweep.trials:
+        result, share = trial.result, trial.scores.exact_match if trial.scores else None
+        losses = [result.last_loss if result else None, result.eval_loss_after if result else None, final_loss(trial)]
         table.append(
             [
-                _name(member),
-                wording.whole(steps) if steps is not None else "–",
+                trial.name if trial.folder == trial.name else f"{trial.name} in {trial.folder}",
+                wording.whole(result.steps) if result else "–",
                 *(wording.loss(loss) if loss is not None else "–" for loss in losses),
                 wording.share(share) if share is not None else "–",
-                _state(member),
+                _ended(trial),
             ]
         )
     return table
 
 
-def _name(member: Mapping[str, Any]) -> str:
-    """With its folder, where that is not of its name."""
-    name, folder = str(member["name"]), str(member.get("folder"))
-    return name if folder == name else f"{name} in {folder}"
+def _ended(trial: TrialRecord) -> str:
+    if trial.left_at is not None:
+        return f"left at rung {trial.left_at + 1}"
+    diverged = trial.state is TrialState.DIVERGED
+    at = f" after step {wording.whole(trial.result.steps)}" if diverged and trial.result else ""
+    return STATES[trial.state] + at
 
 
-def _state(member: Mapping[str, Any]) -> str:
-    left = member.get("left_at")
-    if left is not None:
-        return f"left at rung {int(left) + 1}"
-    state = str(member.get("state"))
-    steps = number(member, "result", "steps")
-    at = f" after step {wording.whole(steps)}" if state == DIVERGED and steps is not None else ""
-    return STATES.get(state, state) + at
-
-
-def _rungs(sweep: Mapping[str, Any]) -> list[str]:
+def _rungs(sweep: SweepState) -> list[str]:
     """Who left at which rung, and who went to the end."""
-    stops = entries(section(sweep, "halving"), "stops")
+    stops = sweep.halving.stops if sweep.halving else []
     lines = []
     for rung, stop in enumerate(stops):
-        gone = [member for member in members(sweep) if member.get("left_at") == rung]
-        losses = {str(m["name"]): number(m, "result", "last_eval_loss") for m in gone}
+        gone = [trial for trial in sweep.trials if trial.left_at == rung]
+        losses = {trial.name: trial.result.last_eval_loss if trial.result else None for trial in gone}
         told = [f"{name} ({wording.loss(loss)})" if loss is not None else name for name, loss in losses.items()]
         lines.append(f"rung {rung + 1}, step {stop}: {', '.join(told) or 'none'} left")
     if stops:
-        last = [str(m["name"]) for m in members(sweep) if m.get("left_at") is None and m.get("state") != DIVERGED]
+        last = [trial.name for trial in sweep.alive()]
         lines.append(f"rung {len(stops) + 1}, the whole plan: {', '.join(last) or 'none'}")
     return lines
 

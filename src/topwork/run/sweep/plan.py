@@ -1,9 +1,10 @@
-"""What `topwork sweep` will do, before it begins: its members, what each needs, rungs, and the waves that fit."""
+"""What `topwork sweep` will do, before it begins: its trials, what each needs, rungs, and the waves that fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from topwork.adapters.graft import plan_adapter
@@ -15,7 +16,7 @@ from topwork.models.tokenizer import context_length, load_tokenizer
 from topwork.plan.count import config_of, skeleton
 from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
 from topwork.recipe.recipe import Recipe
-from topwork.recipe.sweep_config import Halving, Member, SweepRequest, expand, load_sweep
+from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, expand, load_sweep
 from topwork.run.folder import check_place
 from topwork.run.presets import Experiment, experiment
 from topwork.training.passes import check_longest
@@ -40,8 +41,8 @@ class SweepOptions:
 class SweepPlan:
     """A sweep before it begins. `stops` are the steps at which halving compares; the last rung runs to the end."""
 
-    members: tuple[Member, ...]
-    axes: dict[str, list[object]]
+    trials: tuple[PlannedTrial, ...]
+    axes: dict[str, list[JsonValue]]
     out: Path
     ready: Experiment | None = None
     jobs: bool = False
@@ -52,7 +53,7 @@ class SweepPlan:
 def plan_sweep(
     recipe: Path, overrides: Sequence[str] = (), options: SweepOptions = SweepOptions(), check_data: bool = True
 ) -> SweepPlan:
-    """Read a recipe and work out its members; the base's weights are not read. Rows are read once for each data set, so
+    """Read a recipe and work out its trials; the base's weights are not read. Rows are read once for each data set, so
     that a bad one is told before hours of training.
 
     Raises RequestError for whatever is wrong with the request; nothing is written.
@@ -65,20 +66,20 @@ def plan_sweep(
     axes += [seed_axis(request.sweep.seeds)] if request.sweep.seeds > 1 else []
     out = _out(request)
     check_place(out, "output_dir")
-    members = tuple(expand(request, axes, out))
-    _one_base(members)
-    for member in members:
-        plan_adapter(model, member.recipe.adapter)  # says what the base cannot take
-    shown: dict[str, list[object]] = {axis.label: [variant.shown for variant in axis.variants] for axis in axes}
-    plan = SweepPlan(members, shown, out, ready, bool(request.jobs), request.sweep.halving)
+    trials = tuple(expand(request, axes, out))
+    _one_base(trials)
+    for trial in trials:
+        plan_adapter(model, trial.recipe.adapter)  # says what the base cannot take
+    shown: dict[str, list[JsonValue]] = {axis.label: [variant.shown for variant in axis.variants] for axis in axes}
+    plan = SweepPlan(trials, shown, out, ready, bool(request.jobs), request.sweep.halving)
     if not plan.jobs:
-        _refuse_unmeasured(members)
-    steps = _checked_data(members, plan.jobs) if check_data else {}
-    return replace(plan, stops=_stops(plan.halving, members, steps)) if plan.halving and check_data else plan
+        _refuse_unmeasured(trials)
+    steps = _checked_data(trials, plan.jobs) if check_data else {}
+    return replace(plan, stops=_stops(plan.halving, trials, steps)) if plan.halving and check_data else plan
 
 
 def waves(names: Sequence[str], fits: Callable[[Sequence[str]], int]) -> list[list[str]]:
-    """Members in waves of as many as fit together, in their order."""
+    """Trials in waves of as many as fit together, in their order."""
     found: list[list[str]] = []
     rest = list(names)
     while rest:
@@ -112,8 +113,7 @@ def _out(request: SweepRequest) -> Path:
 def _skeleton(request: SweepRequest) -> PreTrainedModel:
     """The base's shape, without weights."""
     if request.jobs:
-        members = expand(request, [], Path("jobs"))  # the recipe itself may have no data
-        model = members[0].recipe.model
+        model = expand(request, [], Path("jobs"))[0].recipe.model  # the recipe itself may have no data
     else:
         model = request.base().model
     find_source(model, lambda _: None)  # says what is wrong with the name, or where its weights are missing
@@ -122,30 +122,31 @@ def _skeleton(request: SweepRequest) -> PreTrainedModel:
     )
 
 
-def _one_base(members: Sequence[Member]) -> None:
-    """Members share a pass, so what decides the pass is the same in all of them."""
-    first = members[0]
-    for member in members[1:]:
-        for name, one, other in (
-            ("model", first.recipe.model, member.recipe.model),
-            ("quantization", first.recipe.quantization, member.recipe.quantization),
-            ("training.tokens_per_pass", first.recipe.training.tokens_per_pass, member.recipe.training.tokens_per_pass),
+def _one_base(trials: Sequence[PlannedTrial]) -> None:
+    """Trials share a pass, so what decides the pass is the same in all of them."""
+    first = trials[0]
+    for trial in trials[1:]:
+        one, other = first.recipe, trial.recipe
+        for name, left, right in (
+            ("model", one.model, other.model),
+            ("quantization", one.quantization, other.quantization),
+            ("training.tokens_per_pass", one.training.tokens_per_pass, other.training.tokens_per_pass),
             (
                 "training.activation_checkpointing",
-                first.recipe.training.activation_checkpointing,
-                member.recipe.training.activation_checkpointing,
+                one.training.activation_checkpointing,
+                other.training.activation_checkpointing,
             ),
         ):
-            if one != other:
+            if left != right:
                 raise RequestError(
-                    f"{first.name!r} and {member.name!r} share a pass over one base, but differ in {name} ({one!r} and "
-                    f"{other!r}); give all the same, or run a sweep for each"
+                    f"{first.name!r} and {trial.name!r} share a pass over one base, but differ in {name} ({left!r} and "
+                    f"{right!r}); give all the same, or run a sweep for each"
                 )
 
 
-def _refuse_unmeasured(members: Sequence[Member]) -> None:
-    for member in members:
-        data, evaluation = member.recipe.data, member.recipe.evaluation
+def _refuse_unmeasured(trials: Sequence[PlannedTrial]) -> None:
+    for trial in trials:
+        data, evaluation = trial.recipe.data, trial.recipe.evaluation
         if evaluation.data is None and data.eval is None and data.eval_fraction == 0:
             raise RequestError(
                 "a sweep compares its members on rows that none was trained on, and there are none; name "
@@ -153,17 +154,17 @@ def _refuse_unmeasured(members: Sequence[Member]) -> None:
             )
 
 
-def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
-    """Read every data set once; the planned steps of each member by name. Raises DataError."""
-    model = members[0].recipe.model
+def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> dict[str, int]:
+    """Read every data set once; the planned steps of each trial by name. Raises DataError."""
+    model = trials[0].recipe.model
     source = find_source(model, lambda _: None)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     length = context_length(config_of(model.model_name_or_path, model.revision, model.trust_remote_code))
     known: dict[str, tuple[int, int, int]] = {}
     scored: set[tuple[str, str]] = set()
     steps = {}
-    for member in members:
-        recipe = member.recipe
+    for trial in trials:
+        recipe = trial.recipe
         virtual = recipe.adapter.virtual_tokens
         read = f"{recipe.data.model_dump_json()} {virtual}"
         if read not in known:
@@ -180,13 +181,13 @@ def _checked_data(members: Sequence[Member], jobs: bool) -> dict[str, int]:
         if named is not None and (read, named) not in scored:
             load_data(recipe.data.reading(named), tokenizer, length - virtual, 0, lambda _: None)
             scored.add((read, named))
-        steps[member.name] = planned_steps(recipe.training, steps_per_epoch(rows, recipe.training.batch_size))
+        steps[trial.name] = planned_steps(recipe.training, steps_per_epoch(rows, recipe.training.batch_size))
     return steps
 
 
-def _stops(halving: Halving, members: Sequence[Member], steps: dict[str, int]) -> tuple[int, ...]:
-    """The steps at which members are compared, each at a validation: the whole plan over factor, factor ** 2, …"""
-    plans = {(steps[member.name], member.recipe.training.eval_steps) for member in members}
+def _stops(halving: Halving, trials: Sequence[PlannedTrial], steps: dict[str, int]) -> tuple[int, ...]:
+    """The steps at which trials are compared, each at a validation: the whole plan over factor, factor ** 2, …"""
+    plans = {(steps[trial.name], trial.recipe.training.eval_steps) for trial in trials}
     if len(plans) > 1:
         told = ", ".join(f"{total} steps with eval_steps {every}" for total, every in sorted(plans, key=str)[:3])
         raise RequestError(
@@ -194,8 +195,8 @@ def _stops(halving: Halving, members: Sequence[Member], steps: dict[str, int]) -
             "training.eval_steps the same for all"
         )
     ((total, eval_steps),) = plans
-    for member in members:
-        data = member.recipe.data
+    for trial in trials:
+        data = trial.recipe.data
         if data.eval is None and data.eval_fraction == 0:
             raise RequestError("halving compares validation losses; name data.eval or set data.eval_fraction above 0")
     every = eval_steps or max(1, -(-total // VALIDATIONS))

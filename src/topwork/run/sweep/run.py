@@ -1,0 +1,282 @@
+"""`topwork sweep`: many runs over one loaded base, in waves of as many as fit into memory, and one report of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.common.errors import NonFiniteLossError, RequestError
+from topwork.recipe.recipe import Recipe
+from topwork.reporting.sweep import write_sweep_report
+from topwork.reporting.sweep_points import diminishing_returns, points
+from topwork.reporting.sweep_state import SweepState, TrialState, Wave
+from topwork.run.evaluate import Finished, evaluate_members
+from topwork.run.folder import ADAPTER
+from topwork.run.outcome import TrainedRun
+from topwork.run.sweep.cost import cost, measure_alone, take_pass_cost
+from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep, waves
+from topwork.run.sweep.state import clear, discard, open_state, result_of, take_scores
+from topwork.run.together import Together, members_that_fit, open_together, train_together
+from topwork.training.progress import Progress
+
+ENDED = (TrialState.FINISHED, TrialState.EARLY_STOPPING, TrialState.DIVERGED)
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep's folder, and all that it found. `stopped` is finished or interrupted."""
+
+    folder: Path
+    state: SweepState
+    stopped: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """All that was found as plain values, as in sweep.json."""
+        return self.state.as_json()
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep under way."""
+
+    plan: SweepPlan
+    state: SweepState
+    resumed: bool
+    overwrite: bool
+    progress: Callable[[], Callable[[str], Progress]] | None
+    report: Report
+    on: Together
+    trained: dict[str, str] = field(default_factory=dict)
+    """Trials whose adapters are on the base, and their names there."""
+
+    def save(self) -> None:
+        self.state.save(self.plan.out)
+
+    def recipe(self, name: str) -> Recipe:
+        return next(trial.recipe for trial in self.plan.trials if trial.name == name)
+
+
+def sweep(
+    recipe: Path | str,
+    overrides: Sequence[str] = (),
+    options: SweepOptions = SweepOptions(),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[], Callable[[str], Progress]] | None = None,
+    report: Report = print,
+) -> Swept:
+    """Train all trials of a sweep over one base, score them on the same rows and write OUT/sweep.{json,md,html}.
+
+    Each trial is an ordinary run in OUT/NAME. `progress` is asked at each wave for what gives trials' Progress by
+    name. `resume` goes on with what is not finished. Raises RequestError where
+    something is wrong with the request (nothing is written then), RunError where the sweep fails.
+    """
+    plan = plan_sweep(Path(recipe), overrides, options)
+    state = open_state(plan, resume, overwrite)
+    resumed = resume and bool(state.waves)
+    tell_plan(plan, report)
+    if not _is_done(plan, state):
+        on = open_together(plan.trials[0].recipe, report)
+        if overwrite:
+            clear(plan.out)
+        if not _trained(_Sweep(plan, state, resumed, overwrite, progress, report, on)):
+            return Swept(plan.out, state, "interrupted")
+    if options.measure_alone:
+        measure_alone(plan.out, state, {trial.name: trial.recipe for trial in plan.trials}, report)
+    state.points, state.diminishing_returns, state.cost = points(state), diminishing_returns(state), cost(state)
+    state.save(plan.out)
+    write_sweep_report(plan.out, report)
+    return Swept(plan.out, state, "finished")
+
+
+def _is_done(plan: SweepPlan, state: SweepState) -> bool:
+    """Whether nothing is left to train or to score, so that the report alone is made anew."""
+    last = [wave for wave in state.waves if wave.rung == len(plan.stops)]
+    return bool(last) and all(wave.done and wave.scored for wave in last)
+
+
+def tell_plan(plan: SweepPlan, report: Report) -> None:
+    """What will be trained."""
+    if plan.ready is not None:
+        report(plan.ready.text)
+        for left in plan.ready.left_out:
+            report(f"left out: {left}")
+    report(f"{len(plan.trials)} members in {plan.out}: {', '.join(trial.name for trial in plan.trials)}")
+    if plan.halving is not None and plan.stops:
+        stops = ", ".join(map(str, plan.stops))
+        report(f"halving: after steps {stops} one of {plan.halving.factor} goes on, by validation loss")
+
+
+def _trained(going: _Sweep) -> bool:
+    """All rungs, or the one rung there is. False where it was interrupted."""
+    stops: list[int | None] = [*going.plan.stops, None]
+    for rung, stop_at in enumerate(stops):
+        begun = [wave for wave in going.state.waves if wave.rung == rung]
+        if not begun:
+            begun = _new_waves(going, rung, stop_at)
+            going.state.waves.extend(begun)
+        for wave in begun:
+            if not wave.begun:
+                begun += _cut_again(going, wave)
+            if not wave.done and not _wave_trained(going, wave):
+                return False
+            if stop_at is None and not wave.scored:
+                _score(going, wave)
+            _take_off(going)
+        if stop_at is not None:
+            _drop(going, rung)
+    return True
+
+
+def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
+    names = [trial.name for trial in going.state.alive()]
+    told: dict[int, int] = {}
+
+    def fits(rest: Sequence[str]) -> int:
+        told[len(told)] = members_that_fit(going.on, [going.recipe(name) for name in rest])
+        return told[len(told) - 1]
+
+    parts = waves(names, fits) if names else []
+    if len(parts) > 1:
+        going.report(
+            f"{told[0]} of {len(names)} members fit into free memory beside the base, so they train in {len(parts)} "
+            f"waves of {', '.join(str(len(part)) for part in parts)}"
+        )
+    return [
+        Wave(
+            rung=rung,
+            stop_at=stop_at,
+            names=part,
+            why="all fit into memory" if len(parts) == 1 else f"{told[index]} fit into free memory beside the base",
+            begun=False,
+            done=False,
+            scored=False,
+        )
+        for index, part in enumerate(parts)
+    ]
+
+
+def _cut_again(going: _Sweep, wave: Wave) -> list[Wave]:
+    """Waves for the trials that a wave has no memory for any more, to be trained after all others."""
+    names = wave.names
+    fit = members_that_fit(going.on, [going.recipe(name) for name in names])
+    if fit >= len(names):
+        return []
+    rest = wave.model_copy(update={"names": names[fit:]})
+    wave.names, wave.why = names[:fit], f"{fit} still fitted into free memory beside the base"
+    going.state.waves.append(rest)
+    going.report(f"{fit} of {', '.join(names)} still fit into free memory; the others train in a wave of their own")
+    return [rest]
+
+
+def _wave_trained(going: _Sweep, wave: Wave) -> bool:
+    """Train a wave's trials together, to the end or to where its rung compares them."""
+    state, names = going.state, wave.names
+    first = not any(other.done for other in state.waves) and not going.resumed
+    for name in names:
+        state.trial(name).state = TrialState.TRAINING
+    wave.begun = True
+    going.save()
+    begun = going.resumed or wave.rung > 0
+    recipes = [going.recipe(name) for name in names]
+    progress = going.progress() if going.progress else None
+    try:
+        runs = train_together(
+            recipes, resume=begun, overwrite=going.overwrite and not begun, progress=progress,
+            report=going.report, stop_at=wave.stop_at, on=going.on,
+        )  # fmt: skip
+    except NonFiniteLossError as error:  # one alone; among several it leaves and the others go on
+        if len(names) > 1:
+            raise
+        alone = state.trial(names[0])
+        alone.state, alone.rung, alone.error = TrialState.DIVERGED, wave.rung, str(error)
+        going.report(f"{alone.name} diverged: {error}")
+    except RequestError:
+        if first and not any(Path(recipe.output_dir).exists() for recipe in recipes):
+            discard(going.plan.out)
+        raise
+    else:
+        if not _taken(going, wave, dict(zip(names, runs))):
+            going.save()
+            return False
+    take_pass_cost(going.plan.out, state, wave)
+    wave.done = True
+    going.save()
+    return True
+
+
+def _taken(going: _Sweep, wave: Wave, runs: dict[str, TrainedRun]) -> bool:
+    """Write down how trials ended. False where they were interrupted before that."""
+    interrupted = False
+    for name, run in runs.items():
+        trial = going.state.trial(name)
+        trial.result = result_of(going.plan.out, trial, run.result)
+        going.trained[name] = run.name
+        if trial.result.stopped in ENDED:
+            trial.state, trial.rung = TrialState(trial.result.stopped), wave.rung
+        elif wave.stop_at is not None and trial.result.steps >= wave.stop_at:
+            trial.rung = wave.rung
+        else:
+            interrupted = True
+    return not interrupted
+
+
+def _drop(going: _Sweep, rung: int) -> None:
+    """The points that go on: the best of `factor` by the mean validation loss of their trials at the rung."""
+    state, halving = going.state, going.plan.halving
+    assert halving is not None
+    if any(trial.left_at == rung for trial in state.trials):
+        return  # dropped before the sweep was resumed
+    losses: dict[str, list[float]] = {}
+    for trial in state.trials:
+        if trial.state is TrialState.LEFT:
+            continue
+        loss = trial.result.last_eval_loss if trial.result else None
+        if loss is None or trial.state is TrialState.DIVERGED:  # a point of which one seed diverged is no candidate
+            loss = inf
+        losses.setdefault(trial.point, []).append(loss)
+    ranked = sorted(losses, key=lambda point: sum(losses[point]) / len(losses[point]))
+    kept = ranked[: max(1, ceil(len(ranked) / halving.factor))]
+    gone = [trial for trial in state.alive() if trial.point not in kept]
+    for trial in gone:
+        trial.state, trial.left_at = TrialState.LEFT, rung
+    going.save()
+    on, off = (", ".join(trial.name for trial in trials) or "none" for trials in (state.alive(), gone))
+    going.report(f"rung {rung + 1}, step {going.plan.stops[rung]}: {on} go on; {off} leave")
+
+
+def _score(going: _Sweep, wave: Wave) -> None:
+    """Exact answers and loss of a wave's trials; those that diverged and jobs without rows to score on have none."""
+    todo = []
+    for name in wave.names:
+        trial, recipe = going.state.trial(name), going.recipe(name)
+        measured = recipe.evaluation.data or (trial.result and trial.result.last_eval_loss is not None)
+        if measured and trial.state in (TrialState.FINISHED, TrialState.EARLY_STOPPING):
+            todo.append(Finished(name, Path(recipe.output_dir), recipe, _on_base(going, name)))
+    if todo:
+        seed = min(trial.recipe.training.seed for trial in going.plan.trials)
+        for name, scored in evaluate_members(going.on.base, todo, seed, going.report).items():
+            take_scores(going.state.trial(name), scored, going.recipe(name).evaluation.data is None)
+    wave.scored = True
+    going.save()
+
+
+def _on_base(going: _Sweep, name: str) -> str:
+    """The name on the base of a trial's adapter: it is there since it was trained, or is read from its folder."""
+    if name not in going.trained:
+        base = going.on.base
+        saved = read_adapter(Path(going.recipe(name).output_dir) / ADAPTER)
+        going.trained[name] = f"member{len(going.trained)}"
+        load_adapter(going.on.adapters, going.trained[name], saved, BaseId(base.name, base.fingerprint), False)
+    return going.trained[name]
+
+
+def _take_off(going: _Sweep) -> None:
+    """Make room for the next wave."""
+    for adapter in going.trained.values():
+        going.on.adapters.remove(adapter)
+    going.trained.clear()
