@@ -6,6 +6,7 @@ Every property in `test_properties.py` is asked of every row. A new method is a 
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapters.toy import ToyConfig
 from topwork.adapters.config import AdapterConfig
 
 
@@ -71,6 +72,7 @@ ROWS: dict[str, Row] = {
         fresh=None,
         merges=False,
     ),
+    "a method of one's own": Row(ToyConfig()),
     "embedding lora": Row(lora(target_modules=["embed_tokens", "v_proj"])),
     "embedding lora, tied": Row(lora(target_modules=["embed_tokens"]), "gemma3_text", {"tie_word_embeddings": True}),
     "head lora": Row(lora(target_modules=["lm_head"], lora_dropout=0.2)),

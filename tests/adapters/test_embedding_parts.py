@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from reference.families import added, learning_batch, logits, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.formats.format import PREFIX
+from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters, plan_adapter
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError

@@ -10,7 +10,7 @@ from reference.families import added, chosen_labels, learning_batch, logits, ran
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
-from topwork.adapters.lora import Lora
+from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.whole import Whole
 from topwork.common.errors import AdapterError

@@ -14,13 +14,13 @@ from reference.measure import relative
 from reference.quantized_by_others import write_base
 from topwork.adapters.base_weight import dense_weight
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.dora import Dora
 from topwork.adapters.graft import Adapters, adapted_layers, plan_adapter
-from topwork.adapters.ia3 import Ia3
-from topwork.adapters.inits import LoftQ
+from topwork.adapters.methods.full import TiedHead
+from topwork.adapters.methods.ia3 import Ia3
+from topwork.adapters.methods.lora.dora import Dora
+from topwork.adapters.methods.lora.inits import LoftQ
 from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.peft_format import BaseId, write_adapter
-from topwork.adapters.whole import TiedHead
 from topwork.common.errors import AdapterError, ModelError
 from topwork.merging.merge import merge
 from topwork.models.base import Base, load_base

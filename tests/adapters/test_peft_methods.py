@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from reference.families import alone, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.formats.format import PREFIX
+from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
-from topwork.adapters.inits import FromWeight
+from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.models.base import load_base
 from topwork.models.config import ModelConfig

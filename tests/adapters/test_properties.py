@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.sheet import ROWS, Row
+from adapters.toy import WITH_TOY
 from reference.families import chosen_labels, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from reference.quantized_by_others import write_base
@@ -43,14 +44,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     def load(row: Row, dtype: str = "float32", nf4: bool = False) -> tuple[Base, Adapters]:
         if not (nf4 or not row.dense):
             base = tiny_base(row.family, DTYPES[dtype], **row.values)
-            return base, Adapters(base.module)
+            return base, Adapters(base.module, methods=WITH_TOY)
         name = f"{row.family} {row.values}"
         if name not in folders:
             folders[name] = write_base(tmp_path_factory.mktemp("base") / "base", row.family, **row.values)
         config = ModelConfig.model_validate({"model_name_or_path": str(folders[name]), "dtype": dtype, "device": "cpu"})
         base = load_base(config, lambda _: None, NF4)
         source = find_source(config, lambda _: None)
-        return base, Adapters(base.module, base.tokenizer, original_weight(source, base.module))
+        return base, Adapters(base.module, base.tokenizer, original_weight(source, base.module), WITH_TOY)
 
     return load
 
@@ -134,11 +135,11 @@ def test_written_and_read_it_is_the_same(name: str, nf4: bool, bases: Bases, tmp
     write_adapter(tmp_path / "first", adapters, "a", identity)
     expected = logits(base, batch_of(sequences(), "a"))
     other, others = bases(row, nf4=nf4)
-    assert load_adapter(others, "b", read_adapter(tmp_path / "first"), identity) is None
+    assert load_adapter(others, "b", read_adapter(tmp_path / "first", WITH_TOY), identity) is None
     assert relative(logits(other, batch_of(sequences(), "b")), expected) < 1e-6
     again, resumed = bases(row, nf4=nf4)  # as a run does that goes on: the recipe's own config, and what was saved
     resumed.add("a", row.config, seed=3)
-    resumed.load("a", read_adapter(tmp_path / "first").tensors)
+    resumed.load("a", read_adapter(tmp_path / "first", WITH_TOY).tensors)
     assert torch.equal(logits(again, batch_of(sequences(), "a")), expected)
     for key, parameter in adapters.parameters("a").items():
         assert torch.equal(resumed.parameters("a")[key], parameter), key
@@ -216,7 +217,7 @@ def test_fast_layers_give_the_plain_ones_gradients(name: str) -> None:
     for fast in (True, False):
         model = tiny_model(row.family, **row.values)
         base = as_base(model, None, "tiny", lambda _: None, fast=fast)  # type: ignore[arg-type]
-        adapters = Adapters(base.module)
+        adapters = Adapters(base.module, methods=WITH_TOY)
         adapters.add("a", row.config)
         randomise(adapters, "a")
         batch = by_sequence(learning_batch(sequences()), ["a", None, "a", "a"])
@@ -239,7 +240,7 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dense_twin(name: str, ba
     assert relative(found[0], found[1]) < 5e-6
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.dropout])
 def test_dropout_in_training_only(name: str, bases: Bases) -> None:
     base, adapters = bases(ROWS[name])
     parts, batch = sequences(), batch_of(sequences(), "a")
@@ -251,13 +252,13 @@ def test_dropout_in_training_only(name: str, bases: Bases) -> None:
     found = logits(base, batch.with_dropout_seeds(seeds))
     assert torch.equal(logits(base, batch.with_dropout_seeds(seeds)), found)
     assert not torch.equal(logits(base, batch.with_dropout_seeds([seed + 1 for seed in seeds])), found)
-    with pytest.raises(RuntimeError, match=r"nothing to draw from; give `batch\.drawn\(seeds\)`"):
+    with pytest.raises(RuntimeError, match=r"nothing to draw from; give `batch\.with_dropout_seeds\(seeds\)`"):
         logits(base, batch)
     adapters.train("a", False)
     assert torch.equal(logits(base, batch), logits(base, batch.with_dropout_seeds(seeds)))
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.lora_dropout])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.dropout])
 def test_what_drops_out_depends_on_the_row_alone(name: str, bases: Bases) -> None:
     """Neither on what stands beside it nor on whose rows those are: values and gradients."""
     base, adapters = trained(bases, ROWS[name])

@@ -14,7 +14,7 @@ from reference.measure import relative
 from reference.quantized_by_others import differing, write_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
-from topwork.adapters.lora import Lora
+from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.adapters.whole import Whole
 from topwork.merging.merge import dequantize, merge

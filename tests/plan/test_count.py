@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from topwork.adapters.config import OPTIONS_OF, AdapterConfig
+from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import AdapterError, ModelError
 from topwork.plan import count as count_part
@@ -52,7 +52,7 @@ def tiny(family: str) -> PreTrainedModel:
 
 def peft_count(family: str, config: AdapterConfig) -> tuple[int, int]:
     """(trainable, all) as PEFT counts them."""
-    fields = config.model_dump(include=OPTIONS_OF["lora"], exclude_none=True)
+    fields = config.model_dump(exclude={"method"}, exclude_none=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields)).get_nb_trainable_parameters()

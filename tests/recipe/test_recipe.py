@@ -5,12 +5,14 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from topwork.common.errors import RecipeError
+from topwork.adapters.config import CONFIGS, AdapterConfig, Ia3Config, LoraConfig
+from topwork.common.errors import AdapterError, RecipeError
 from topwork.recipe.recipe import (
     PEERS_NAMES,
     Recipe,
@@ -205,12 +207,79 @@ def test_files_are_found_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.M
     assert recipe.output_dir == "runs/run"
 
 
+OLD_ADAPTER: dict[str, Any] = {
+    "method": "lora", "r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "target_modules": "all-linear",
+    "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {},
+    "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "modules_to_save": None,
+    "trainable_token_indices": None, "init_lora_weights": True, "feedforward_modules": None, "num_virtual_tokens": 20,
+    "prompt_tuning_init": "random", "prompt_tuning_init_text": None,
+}  # fmt: skip
+"""As recipe.yaml had it when all methods' options were one section."""
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"r": 4, "rank_pattern": {"q_proj": 2}, "use_dora": True},
+        {"method": "ia3", "target_modules": ["q_proj"], "feedforward_modules": []},
+        {"method": "prefix", "num_virtual_tokens": 3},
+        {"method": "prompt", "prompt_tuning_init": "text", "prompt_tuning_init_text": "Tickets:"},
+        {"method": "bitfit", "layers_to_transform": 1},
+        {"method": "full", "exclude_modules": "lm_head"},
+    ],
+    ids=str,
+)
+def test_a_recipe_with_all_methods_options_is_the_same(own: dict[str, Any]) -> None:
+    values = yaml.safe_load(MINIMAL)
+    old, new = make_recipe({**values, "adapter": OLD_ADAPTER | own}), make_recipe({**values, "adapter": own})
+    assert old == new
+    assert old.model_dump(mode="json") == new.model_dump(mode="json")
+    assert make_recipe(yaml.safe_load(recipe_yaml(old))) == old
+    assert old.adapter == AdapterConfig(**own)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ("{method: ia3, r: 4}", "adapter: r says nothing to method ia3, which knows exclude_modules, feedforward_"),
+        ("{method: prompt, prompt_tuning: text, r: 4}", "adapter: r says nothing to method prompt, which knows num_"),
+        ("{use_dora: true, num_virtual_tokens: 3, prompt_tuning_init: text}", "init say nothing to method lora"),
+        ("{method: ia3, lora_alhpa: 4}", "unknown key 'adapter.lora_alhpa'; did you mean 'lora_alpha'?"),
+        ("{method: dora, r: 0}", "'adapter.r': input should be greater than or equal to 1, given 0"),
+        ("{method: prompt, prompt_tuning_init: text}", "adapter: prompt_tuning_init: text and prompt_tuning_init_text"),
+        ("{method: lroa}", "adapter: there is no method 'lroa'; there are lora, dora, ia3, prefix, prompt, bitfit, "),
+        ("{method: lroa}", "did you mean 'lora'"),
+        ("{method: [lora]}", "there is no method ['lora']"),
+    ],
+)
+def test_a_methods_options_are_its_own(written, adapter: str, told: str) -> None:  # type: ignore[no-untyped-def]
+    assert told in refusal(written(f"{MINIMAL}adapter: {adapter}\n"))
+
+
+def test_an_adapter_config_is_its_methods() -> None:
+    assert AdapterConfig(r=4) == LoraConfig(r=4) == AdapterConfig.model_validate({"r": 4})
+    assert isinstance(AdapterConfig(r=4), LoraConfig)
+    assert AdapterConfig(method="dora") == LoraConfig(use_dora=True)
+    assert AdapterConfig(method="ia3", lora_dropout=0) == Ia3Config()
+    with pytest.raises(AdapterError, match=r"there is no method 'ai3'; .*did you mean 'ia3'"):
+        AdapterConfig(method="ai3")
+
+
+def test_the_schema_tells_methods_apart() -> None:
+    schema = Recipe.model_json_schema()
+    kinds = {method: place.rpartition("/")[2] for method, place in
+             schema["properties"]["adapter"]["discriminator"]["mapping"].items()}  # fmt: skip
+    assert kinds == {method: kind.__name__ for method, kind in CONFIGS.items()}
+    for kind in set(kinds.values()):
+        described = schema["$defs"][kind]
+        assert described["additionalProperties"] is False
+        assert ("method" in described.get("required", [])) == (kind != "LoraConfig")
+
+
 def sections() -> list[type[BaseModel]]:
-    return [Recipe, *(field.annotation for field in Recipe.model_fields.values() if options_of(field.annotation))]  # type: ignore[misc]
-
-
-def options_of(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    kinds = [kind for field in Recipe.model_fields.values() for kind in (field.annotation, *get_args(field.annotation))]
+    return [Recipe, *(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))]
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)

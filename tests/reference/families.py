@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
-from topwork.adapters.lora import Lora
+from topwork.adapters.methods.lora.lora import Lora
 from topwork.common.seeds import hashed
 from topwork.models.base import Base, as_base
 from topwork.ops.batch import Batch, Labels, batch_of

@@ -22,7 +22,7 @@ from run import tiny
 from run.fixtures import Said
 from run.processes import Commands, signal_at
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.formats.format import PREFIX
+from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError, RequestError

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from reference.padded import padded, train
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.formats.format import PREFIX
+from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.models.base import Base, load_base

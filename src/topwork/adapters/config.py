@@ -1,46 +1,163 @@
-"""What a recipe may say about the adapter. The names are PEFT's, and so are their meanings."""
+"""What a recipe may say about the adapter: for each method a class of options. The names are PEFT's, and so are their
+meanings. Free of torch."""
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
+from topwork.common.errors import AdapterError, did_you_mean
 from topwork.common.options import Options
 
 OWN_TARGETS = "own"
 """The modules that a method is meant for, where a recipe names none."""
-OPTIONS_OF: dict[str, frozenset[str]] = {
-    name: frozenset(options.split())
-    for name, options in {
-        "lora": "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern "
-        "rank_pattern alpha_pattern use_rslora use_dora modules_to_save init_lora_weights trainable_token_indices",
-        "ia3": "target_modules feedforward_modules exclude_modules layers_to_transform layers_pattern modules_to_save",
-        "prefix": "num_virtual_tokens",
-        "prompt": "num_virtual_tokens prompt_tuning_init prompt_tuning_init_text",
-        "bitfit": "target_modules exclude_modules layers_to_transform layers_pattern",
-        "full": "exclude_modules",
-    }.items()
-}
-"""Method -> the options that say something to it."""
+
+
+def _with_method(schema: dict[str, Any], model: type["AdapterConfig"]) -> None:
+    """In the JSON schema, options without a `method` are LoRA's alone."""
+    if model is not LoraConfig:
+        schema.setdefault("required", []).append("method")
 
 
 class AdapterConfig(Options):
-    method: Literal["lora", "ia3", "prefix", "prompt", "bitfit", "full"] = "lora"
-    """The adapter method. (`dora` is short for `lora` with `use_dora`.)"""
+    """Any method's options, and what the rest of the house asks of them without knowing the method.
+
+    `AdapterConfig(method="ia3")` makes an Ia3Config, and without a method a LoraConfig. An option that belongs to
+    another method raises ValueError, unless it has its default.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_with_method)
+
+    method: str
+    """The adapter method."""
+
+    def __new__(cls, **options: Any) -> Self:
+        return super().__new__(_kind(options) if cls is AdapterConfig else cls)  # type: ignore[return-value]
+
+    if TYPE_CHECKING:  # which options there are depends on the method
+
+        def __init__(self, **options: Any) -> None: ...
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_method(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls is AdapterConfig and isinstance(values, dict):
+            return _kind(values).model_validate(values)  # type: ignore[return-value]
+        return validate(values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle(cls, values: Any) -> Any:
+        """Leaves out what belongs to other methods and has its default: older runs wrote out all methods' options."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields.keys()
+        others = {name: field for kind in CONFIGS.values() for name, field in kind.model_fields.items()}
+        idle = [name for name in sorted(values) if name in others and name not in known]
+        changed = [name for name in idle if values[name] != others[name].get_default(call_default_factory=True)]
+        if changed:
+            own = sorted(known - {"method"})
+            raise ValueError(
+                f"{', '.join(changed)} say{'s' if len(changed) == 1 else ''} nothing to method "
+                f"{cls.model_fields['method'].default}, which knows {', '.join(own)}; leave out what it does not know, "
+                f"or take another method{did_you_mean(changed[0], own, limit=1)}"
+            )
+        return {name: value for name, value in values.items() if name not in idle}
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the context its learned tokens take before every text."""
+        return 0
+
+    @property
+    def dropout(self) -> float:
+        """What share of its input's values drops out while it trains."""
+        return 0.0
+
+    @property
+    def runs_plain(self) -> bool:
+        """Whether its layers run as plain modules while it trains, fast ones too."""
+        return False
+
+    @property
+    def saved_modules(self) -> Sequence[str]:
+        """Names of the modules that are trained whole beside it."""
+        return ()
+
+    @property
+    def has_b(self) -> bool:
+        """Whether there are B matrices, for which LoRA+ has a learning rate of their own."""
+        return False
+
+    @property
+    def keeps_beginnings(self) -> bool:
+        """Whether it holds what its tensors began as, too, as many values as it trains."""
+        return False
+
+    @property
+    def needs_quantized(self) -> bool:
+        """Whether it begins from what quantizing the base lost."""
+        return False
+
+
+class Excluding(AdapterConfig):
+    """For methods that go into many modules."""
+
+    exclude_modules: str | list[str] | None = None
+    """Names, endings or a regular expression of modules left out of those that are chosen."""
+
+
+class Targeted(Excluding):
+    """For methods that go into the modules that a recipe names."""
+
+    own_targets: ClassVar[bool] = False
+    """Whether the method is meant for modules of its own, which `all-linear` then stands for."""
+
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear` (every linear layer but the output head), a list of module names or name endings, or a regular
+    expression that must match a module's whole path. `own` are those that IA3 or BitFit is meant for."""
+    layers_to_transform: int | list[int] | None = None
+    """Only these layers (counted from 0)."""
+    layers_pattern: str | list[str] | None = None
+    """The name of the list of layers, where it is not found by itself (`layers`, `h`, `blocks` …)."""
+
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules`, or the method's own where it has some and the recipe names none."""
+        return OWN_TARGETS if self.own_targets and self.target_modules == "all-linear" else self.target_modules
+
+
+class Saving(AdapterConfig):
+    """For methods beside which modules may be trained whole."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained whole beside the adapter and saved with it (`lm_head`, `embed_tokens`, a norm)."""
+
+    @property
+    def saved_modules(self) -> Sequence[str]:
+        return self.modules_to_save or ()
+
+
+class Virtual(AdapterConfig):
+    """For methods whose learned tokens stand before the text."""
+
+    num_virtual_tokens: int = Field(20, ge=1)
+    """How many learned tokens stand before the text."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
+
+
+class LoraConfig(Saving, Targeted):
+    method: Literal["lora", "dora"] = "lora"
+    """Low-rank updates of linear layers. (`dora` is short for `lora` with `use_dora`.)"""
     r: int = Field(16, ge=1)
     """The rank: A is [r, in], B is [out, r]."""
     lora_alpha: float = Field(32, gt=0)
     """The update is scaled by lora_alpha / r (with rsLoRA by lora_alpha / sqrt(r))."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
-    target_modules: str | list[str] = "all-linear"
-    """`all-linear` (every linear layer but the output head), a list of module names or name endings, or a regular
-    expression that must match a module's whole path. `own` are those that IA3 or BitFit is meant for."""
-    exclude_modules: str | list[str] | None = None
-    """Names, endings or a regular expression of modules left out of `target_modules`."""
-    layers_to_transform: int | list[int] | None = None
-    """Only these layers (counted from 0)."""
-    layers_pattern: str | list[str] | None = None
-    """The name of the list of layers, where it is not found by itself (`layers`, `h`, `blocks` …)."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Other ranks for some modules: {name ending or regular expression: r}."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -49,46 +166,22 @@ class AdapterConfig(Options):
     """Scale by lora_alpha / sqrt(r), which keeps the update's size the same for every rank."""
     use_dora: bool = False
     """DoRA: the length of each row of the weight is learned apart from its direction."""
-    modules_to_save: list[str] | None = None
-    """Modules trained whole beside the adapter and saved with it (`lm_head`, `embed_tokens`, a norm)."""
     trainable_token_indices: list[int] | None = None
     """Tokens whose embedding rows are trained (new special tokens, for one), and their rows in a tied head."""
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora", "loftq"] = True
     """How A and B begin. True: A Kaiming-uniform as in PEFT, B zero. `gaussian`: A normal with deviation 1/r. `pissa`
     and `olora`: the weight's largest singular directions or its first orthogonal ones, which the base then lacks.
     `loftq`: what quantizing the base lost."""
-    feedforward_modules: str | list[str] | None = None
-    """IA3: those of `target_modules` whose inputs are scaled, not their outputs. Left out: the MLP's last layers."""
-    num_virtual_tokens: int = Field(20, ge=1)
-    """Prefix and prompt tuning: how many learned tokens stand before the text."""
-    prompt_tuning_init: Literal["random", "text", "vocabulary"] = "random"
-    """Prompt tuning begins as noise, as the embeddings of `prompt_tuning_init_text`, or as those of random tokens."""
-    prompt_tuning_init_text: str | None = None
-    """What a prompt begins as with `prompt_tuning_init: text`; it is cut or repeated to `num_virtual_tokens`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _short_names(cls, values: Any) -> Any:
+    def _short_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("method") == "dora":
             return {**values, "method": "lora", "use_dora": True}
         return values
 
     @model_validator(mode="after")
-    def _fits_its_method(self) -> Self:
-        known = OPTIONS_OF[self.method]
-        idle = sorted(self.model_fields_set - known - {"method"})
-        changed = [
-            name
-            for name in idle
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
-        ]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)} say{'s' if len(changed) == 1 else ''} nothing to method {self.method}, which "
-                f"knows {', '.join(sorted(known))}; leave out what it does not know, or take another method"
-            )
-        if (self.prompt_tuning_init == "text") != (self.prompt_tuning_init_text is not None):
-            raise ValueError("prompt_tuning_init: text and prompt_tuning_init_text need each other; give both")
+    def _begins_in_one_way(self) -> Self:
         if self.use_dora and self.init_lora_weights in ("pissa", "olora", "loftq"):
             raise ValueError(
                 f"use_dora begins from the base's own weights, not from {self.init_lora_weights}; take one"
@@ -96,15 +189,90 @@ class AdapterConfig(Options):
         return self
 
     @property
-    def virtual_tokens(self) -> int:
-        """How many positions of the context its learned tokens take before every text."""
-        return self.num_virtual_tokens if self.method in ("prefix", "prompt") else 0
+    def dropout(self) -> float:
+        return self.lora_dropout
 
     @property
-    def targets(self) -> str | list[str]:
-        """`target_modules`, or the method's own where it has some and the recipe names none."""
-        return (
-            OWN_TARGETS
-            if self.method in ("ia3", "bitfit") and self.target_modules == "all-linear"
-            else self.target_modules
+    def runs_plain(self) -> bool:
+        return self.use_dora and self.lora_dropout > 0
+
+    @property
+    def has_b(self) -> bool:
+        return True
+
+    @property
+    def keeps_beginnings(self) -> bool:
+        return self.init_lora_weights in ("pissa", "olora")
+
+    @property
+    def needs_quantized(self) -> bool:
+        return self.init_lora_weights == "loftq"
+
+
+class Ia3Config(Saving, Targeted):
+    own_targets = True
+
+    method: Literal["ia3"] = "ia3"
+    """Learned vectors times keys, values and what the MLP's last layers are given."""
+    feedforward_modules: str | list[str] | None = None
+    """Those of `target_modules` whose inputs are scaled, not their outputs. Left out: the MLP's last layers."""
+
+
+class PrefixConfig(Virtual):
+    method: Literal["prefix"] = "prefix"
+    """Learned keys and values of all layers before the text."""
+
+
+class PromptConfig(Virtual):
+    method: Literal["prompt"] = "prompt"
+    """Learned embeddings before the text."""
+    prompt_tuning_init: Literal["random", "text", "vocabulary"] = "random"
+    """A prompt begins as noise, as the embeddings of `prompt_tuning_init_text`, or as those of random tokens."""
+    prompt_tuning_init_text: str | None = None
+    """What a prompt begins as with `prompt_tuning_init: text`; it is cut or repeated to `num_virtual_tokens`."""
+
+    @model_validator(mode="after")
+    def _text_for_text(self) -> Self:
+        if (self.prompt_tuning_init == "text") != (self.prompt_tuning_init_text is not None):
+            raise ValueError("prompt_tuning_init: text and prompt_tuning_init_text need each other; give both")
+        return self
+
+
+class BitFitConfig(Targeted):
+    own_targets = True
+
+    method: Literal["bitfit"] = "bitfit"
+    """Biases alone."""
+
+
+class FullConfig(Excluding):
+    method: Literal["full"] = "full"
+    """Full fine-tuning: a copy of every module."""
+
+
+Choice = LoraConfig | Ia3Config | PrefixConfig | PromptConfig | BitFitConfig | FullConfig
+"""A new method's options stand here too."""
+CONFIGS: dict[str, type[AdapterConfig]] = {
+    method: kind for kind in get_args(Choice) for method in get_args(kind.model_fields["method"].annotation)
+}
+"""Method -> its options, short names too."""
+
+
+def _kind(options: Mapping[str, Any]) -> type[AdapterConfig]:
+    method = options.get("method", "lora")
+    if not isinstance(method, str) or method not in CONFIGS:
+        raise AdapterError(
+            f"there is no method {method!r}; there are {', '.join(CONFIGS)}{did_you_mean(str(method), CONFIGS)}"
         )
+    return CONFIGS[method]
+
+
+def _named(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    _kind(values)  # AdapterError in words of our own
+    return {"method": "lora", **values}
+
+
+AnyAdapterConfig = Annotated[Choice, Field(discriminator="method"), BeforeValidator(_named)]
+"""A recipe's section `adapter`: the options of one method, told apart by `method`."""

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.inits import Original
-from topwork.adapters.methods import METHODS, Bare, Plan, Planned
+from topwork.adapters.files import Grafted
+from topwork.adapters.method import Bare, Method, Original, Plan
+from topwork.adapters.methods.table import METHODS
 from topwork.adapters.part import AdaptedLayer, Part
 from topwork.adapters.targets import find_saved
-from topwork.adapters.whole import Whole, parameters_of
+from topwork.adapters.whole import planned_copy
 from topwork.common.errors import AdapterError
 
 
@@ -24,12 +26,14 @@ class Adapters:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         original: Original | None = None,
+        methods: Mapping[str, Method[Any]] = METHODS,
     ) -> None:
         """The tokenizer is asked only for a prompt that begins as a text, and `original`, a quantized base's weights
-        from before by path, only for LoftQ."""
+        from before by path, only for LoftQ. `methods` are those that may be added, by name."""
         self.model = model
         self.tokenizer = tokenizer
         self.original = original
+        self.methods = methods
         self.configs: dict[str, AdapterConfig] = {}
 
     def add(self, name: str, config: AdapterConfig, seed: int = 0) -> list[str]:
@@ -44,7 +48,7 @@ class Adapters:
                 f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}, and what torch's "
                 "modules call their own (training, weight …)"
             )
-        plan = plan_adapter(self.model, config, self.tokenizer, self.original)
+        plan = plan_adapter(self.model, config, self.tokenizer, self.original, self.methods)
         _refuse_nested(plan, adapted_layers(self.model))
         self.configs[name] = config
         try:
@@ -83,6 +87,11 @@ class Adapters:
         """What the adapter's file holds, by the same names, sorted."""
         found = {_key(path, key): t for path, part in self.parts(name).items() for key, t in part.stored().items()}
         return dict(sorted(found.items()))
+
+    def grafted(self, name: str) -> Grafted[Any]:
+        """An adapter as its method's files look at it."""
+        modules, config = bare_modules(self.model), self.model.config
+        return Grafted(self.configs[name], self.parts(name), self.stored(name), modules, config)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set an adapter's tensors from what `stored` gave. Raises AdapterError naming what is missing, unknown or of
@@ -132,21 +141,22 @@ def plan_adapter(
     config: AdapterConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     original: Original | None = None,
+    methods: Mapping[str, Method[Any]] = METHODS,
 ) -> Plan:
     """Which parts `config` would graft, by path; nothing is made, so a skeleton without weights will do.
 
-    Raises AdapterError where it does not fit the base.
+    Raises AdapterError where it does not fit the base, or is of a method that is not among `methods`.
     """
+    if config.method not in methods:
+        raise AdapterError(
+            f"method {config.method} is not known here; {', '.join(methods)} are. One of your own is given with its "
+            f"record: methods=METHODS | {{{config.method!r}: …}}"
+        )
     bare = replace(bare_base(model, tokenizer), original=original)
-    plan = METHODS[config.method](bare, config)
-    saved = find_saved(bare.modules, config.modules_to_save or [])
+    plan = methods[config.method].plan(bare, config)
+    saved = find_saved(bare.modules, config.saved_modules)
     _refuse_overlap(list(plan), saved)
-
-    def whole(path: str) -> Planned:
-        module = bare.modules[path]
-        return Planned(lambda: Whole(module), sum(parameters_of(module).values()))
-
-    return plan | {path: whole(path) for path in saved}
+    return plan | {path: planned_copy(bare.modules[path]) for path in saved}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -1,8 +1,8 @@
 """What an adapter has at one module of the base, and the layer that holds the module once with all adapters' parts.
 
 A part is one adapter's learned tensors at one place, and what they do to the module's output there. A new method is a
-class of parts (`lora.py`, `whole.py` …) and a line in `methods.py`. While a batch runs, its segments say which rows go
-through which adapter's part.
+class of parts (`methods/ia3.py`, `methods/lora/` …) with a record (`method.py`). While a batch runs, its segments say
+which rows go through which adapter's part.
 """
 
 from collections.abc import Sequence

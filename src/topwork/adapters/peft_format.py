@@ -17,26 +17,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.formats.format import Format
-from topwork.adapters.formats.ia3 import IA3
-from topwork.adapters.formats.lora import LORA
-from topwork.adapters.formats.own import BITFIT, FULL
-from topwork.adapters.formats.virtual import PREFIX_TUNING, PROMPT_TUNING
 from topwork.adapters.graft import Adapters, bare_modules
+from topwork.adapters.method import Method
+from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
-
-FORMATS: dict[str, Format] = {
-    "lora": LORA,
-    "ia3": IA3,
-    "prefix": PREFIX_TUNING,
-    "prompt": PROMPT_TUNING,
-    "bitfit": BITFIT,
-    "full": FULL,
-}
-"""Method -> how its folders are written and read."""
-PEFT_TYPES: dict[str, Format] = {form.peft_type: form for form in FORMATS.values() if form.peft_type}
-"""`peft_type` -> the same, for folders that others wrote."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +43,20 @@ class SavedAdapter:
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
-    """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `formats/own.py`.)"""
+    """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `files.own_files`.)"""
     folder.mkdir(parents=True, exist_ok=True)
-    form = FORMATS[adapters.configs[name].method]
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in form.to_file(adapters.stored(name)).items()}
+    adapter = adapters.grafted(name)
+    files = adapters.methods[adapter.config.method].files
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.stored).items()}
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config = {**form.keys(adapters, name), "base_model_name_or_path": base.name}
+    config = {**files.keys(adapter), "base_model_name_or_path": base.name}
     write_json(folder / "adapter_config.json", config)
     write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
-    """Read a PEFT folder, whoever wrote it. Raises AdapterError naming what is missing or not supported."""
+def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> SavedAdapter:
+    """Read a PEFT folder of one of the `methods`, whoever wrote it. Raises AdapterError naming what is missing or not
+    supported."""
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder")
     raw = _json(folder / "adapter_config.json")
@@ -82,8 +69,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ) from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
     base = BaseId(raw.get("base_model_name_or_path"), own.get("base_fingerprint"))
-    form = _format(raw, folder)
-    return SavedAdapter(_config(form, raw, folder), form.from_file(tensors), base, folder)
+    method = _method(raw, folder, methods)
+    return SavedAdapter(_config(method, raw, folder), method.files.from_file(tensors), base, folder)
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -104,7 +91,7 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
 
 def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's PiSSA and OLoRA folders hold A and B alone, for a base that lacks what they began as; a fresh adapter here
-    has found that again from the base (`adapters/inits.py`): the second half of its A and B."""
+    has found that again from the base (`methods/lora/inits.py`): the second half of its A and B."""
     found = dict(tensors)
     for key, tensor in tensors.items():
         axis = 1 if key.endswith("lora_B.weight") else 0
@@ -150,21 +137,23 @@ def _is_hub_id(name: str | None) -> bool:
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))  # type: ignore[union-attr]
 
 
-def _format(raw: Mapping[str, Any], folder: Path) -> Format:
-    method, kind = raw.get("topwork_method"), raw.get("peft_type")
-    found = FORMATS.get(str(method)) if method is not None else PEFT_TYPES.get(str(kind))
+def _method(raw: Mapping[str, Any], folder: Path, methods: Mapping[str, Method[Any]]) -> Method[Any]:
+    """By `topwork_method`, or by PEFT's type in folders that others wrote."""
+    by_type = {method.files.peft_type: method for method in methods.values() if method.files.peft_type}
+    name, kind = raw.get("topwork_method"), raw.get("peft_type")
+    found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
-        told = f"of method {method!r}" if method is not None else f"of peft_type {kind}"
-        raise AdapterError(f"{folder} holds an adapter {told}; {', '.join(sorted(PEFT_TYPES))} can be read")
+        told = f"of method {name!r}" if name is not None else f"of peft_type {kind}"
+        raise AdapterError(f"{folder} holds an adapter {told}; {', '.join(sorted(by_type))} can be read")
     return found
 
 
-def _config(form: Format, raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
-    options = form.options(raw, str(folder))
+def _config(method: Method[Any], raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
+    options = method.files.options(raw, str(folder))
     try:
-        return AdapterConfig(**options)
+        return method.config(**options)
     except ValidationError as error:
-        kind = form.peft_type or raw["topwork_method"]
+        kind = method.files.peft_type or method.name
         raise AdapterError(f"{folder / 'adapter_config.json'} does not describe a {kind} adapter: {error}") from error
 
 

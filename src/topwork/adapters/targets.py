@@ -2,53 +2,46 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from topwork.adapters.config import AdapterConfig
-from topwork.adapters.embedding import EMBEDDINGS, embedding_shape
+from topwork.adapters.config import Targeted
 from topwork.common.errors import AdapterError
-from topwork.quantization.linear import QuantizedLinear
+from topwork.quantization.linear import PackedModule, QuantizedEmbedding, QuantizedLinear
 
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
+EMBEDDINGS = (nn.Embedding, QuantizedEmbedding)
 
 
-@dataclass(frozen=True)
-class Target:
-    """One module that gets an adapter: its path, its rank and its alpha."""
-
-    path: str
-    r: int
-    alpha: float
-
-
-def find_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[Target]:
-    """The modules (by path) that `config` names, in the model's order; `head` is the output head's path, which
+def find_targets(
+    modules: Mapping[str, nn.Module],
+    head: str | None,
+    config: Targeted,
+    fitting: tuple[type[nn.Module], ...] = LINEAR,
+) -> list[str]:
+    """Paths of the modules that `config` names, in the model's order; `head` is the output head's path, which
     all-linear leaves out.
 
-    Raises AdapterError where a name matches nothing, with the nearest names there are, and where a match is no linear
-    layer.
+    Raises AdapterError where a name matches nothing, with the nearest names there are, and where a match is not of the
+    kinds that are fitting.
     """
     kept = choose_modules(modules, head, config)
-    fitting = (*LINEAR, *EMBEDDINGS) if config.method == "lora" else LINEAR
     wrong = [path for path in kept if not isinstance(modules[path], fitting)]
     if wrong:
         raise AdapterError(
             f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
             f"linear layers: {', '.join(linear_names(modules))}. Train it whole with modules_to_save instead."
         )
-    _refuse_idle_patterns(kept, config)
-    return [Target(path, *_rank_and_alpha(path, config)) for path in kept]
+    return kept
 
 
-def choose_modules(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[str]:
+def choose_modules(modules: Mapping[str, nn.Module], head: str | None, config: Targeted) -> list[str]:
     """Paths of the modules of any kind that `target_modules` names and nothing leaves out; AdapterError for none."""
     chosen = _named(modules, config.target_modules, head)
     excluded = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
-    saved = config.modules_to_save or []
+    saved = config.saved_modules
     kept = [
         path for path in chosen
         if path not in excluded and not any(f".{name}." in f".{path}." for name in saved) and _in_layers(path, config)
@@ -68,7 +61,7 @@ def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[s
     """
     for name in names:
         if not any(path.endswith(name) for path in modules):
-            raise AdapterError(f"modules_to_save names {name!r}, which matches no module{_near(name, modules)}")
+            raise AdapterError(f"modules_to_save names {name!r}, which matches no module{near_names(name, modules)}")
     found = [path for path in modules if path.endswith(tuple(names))]
     mixing = [path for path in found if hasattr(modules[path], "layer_idx") or _has_layers(path, modules)]
     if mixing:
@@ -97,6 +90,12 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
+def embedding_shape(module: nn.Module) -> tuple[int, int]:
+    """(V, d) of an embedding, or of the head tied to it."""
+    rows, columns = module.shape if isinstance(module, PackedModule) else module.weight.shape  # type: ignore[misc]
+    return int(rows), int(columns)
+
+
 def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
     """The distinct last names of the linear layers."""
     return sorted({path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, LINEAR)})
@@ -108,7 +107,7 @@ def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str |
     found = matching(modules, names)
     if not found:
         wanted = [names] if isinstance(names, str) else names
-        hints = "".join(_near(name, modules) for name in wanted[:1])
+        hints = "".join(near_names(name, modules) for name in wanted[:1])
         raise AdapterError(
             f"target_modules {names!r} matches no module{hints}. Give all-linear, names such as "
             f"{', '.join(linear_names(modules))}, "
@@ -117,7 +116,8 @@ def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str |
     if isinstance(names, list):
         for name in names:
             if not any(_ends(path, name) for path in modules):
-                raise AdapterError(f"target_modules names {name!r}, which matches no module{_near(name, modules)}")
+                hint = near_names(name, modules)
+                raise AdapterError(f"target_modules names {name!r}, which matches no module{hint}")
     return found
 
 
@@ -136,7 +136,7 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _in_layers(path: str, config: AdapterConfig) -> bool:
+def _in_layers(path: str, config: Targeted) -> bool:
     wanted = config.layers_to_transform
     layers = [wanted] if isinstance(wanted, int) else wanted
     if not layers or (isinstance(config.target_modules, list) and path in config.target_modules):
@@ -150,25 +150,8 @@ def _in_layers(path: str, config: AdapterConfig) -> bool:
     return False
 
 
-def _rank_and_alpha(path: str, config: AdapterConfig) -> tuple[int, float]:
-    rank = next((r for key, r in config.rank_pattern.items() if _pattern_matches(key, path)), config.r)
-    alpha = next((a for key, a in config.alpha_pattern.items() if _pattern_matches(key, path)), config.lora_alpha)
-    return rank, alpha
-
-
-def _pattern_matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def _refuse_idle_patterns(paths: list[str], config: AdapterConfig) -> None:
-    """A pattern that matches nothing would be ignored silently, and the run would not be the one asked for."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(_pattern_matches(key, path) for path in paths):
-                raise AdapterError(f"{field} has {key!r}, which matches no target module{_near(key, paths)}")
-
-
-def _near(name: str, paths: Iterable[str]) -> str:
+def near_names(name: str, paths: Iterable[str]) -> str:
+    """'; did you mean …?' for the nearest endings of paths, or nothing where none is near."""
     endings = {".".join(path.split(".")[-n:]) for path in paths for n in (1, 2)}
     near = get_close_matches(name, sorted(endings), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

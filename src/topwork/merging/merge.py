@@ -17,11 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from topwork.adapters.embedding import TiedTokens
 from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.methods.full import TiedHead
+from topwork.adapters.methods.lora.embedding import TiedTokens
+from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.part import Part
-from topwork.adapters.virtual import VirtualTokens
-from topwork.adapters.whole import TiedHead, Whole
+from topwork.adapters.whole import Whole
 from topwork.common.errors import AdapterError, RunError
 from topwork.common.files import write_folder
 from topwork.models.base import Base

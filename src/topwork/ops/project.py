@@ -12,7 +12,7 @@ kept, or made once more where nobody else would keep it and the input is not wid
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/batch.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
 G A loses the same. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the
-plain-torch truth is `adapters/lora.py`'s `adapted`, which autograd differentiates.
+plain-torch truth is `adapters/methods/lora/lora.py`'s `adapted`, which autograd differentiates.
 """
 
 from collections.abc import Callable, Iterator, Sequence

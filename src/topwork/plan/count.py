@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.targets import LINEAR
 from topwork.adapters.whole import parameters_of
@@ -88,7 +88,7 @@ def count_table(
     for name in target_sets:
         targets = _targets_of(model, name)
         for r in ranks if targets else ():
-            count = count_adapter(model, AdapterConfig.model_validate({"r": r, "target_modules": targets}))
+            count = count_adapter(model, LoraConfig(r=r, target_modules=targets))
             rows.append(CountRow(name, targets if isinstance(targets, str) else tuple(targets), r, count))
     return rows
 

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import CONFIGS, AnyAdapterConfig, LoraConfig
 from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.options import Options
 from topwork.data.config import DataConfig
@@ -44,7 +44,7 @@ class Recipe(Options):
     """The frozen base."""
     quantization: QuantizationConfig = Field(default_factory=QuantizationConfig)
     """The base in fewer bits; left out, it is held in model.dtype."""
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    adapter: AnyAdapterConfig = Field(default_factory=LoraConfig)
     """What is trained."""
     data: DataConfig
     """What it is trained on."""
@@ -58,13 +58,13 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         """What needs no base to be told, so that it is told before one is loaded."""
-        ratio, method = self.training.loraplus_lr_ratio, self.adapter.method
-        if ratio is not None and method != "lora":
+        ratio, adapter = self.training.loraplus_lr_ratio, self.adapter
+        if ratio is not None and not adapter.has_b:
             raise ValueError(
-                f"training.loraplus_lr_ratio is {ratio}, and an adapter of method {method} has no B matrices for it; "
-                "leave it out, or take method lora"
+                f"training.loraplus_lr_ratio is {ratio}, and an adapter of method {adapter.method} has no B matrices "
+                "for it; leave it out, or take method lora"
             )
-        if self.adapter.init_lora_weights == "loftq" and not self.quantization.active:
+        if adapter.needs_quantized and not self.quantization.active:
             raise ValueError(
                 "adapter.init_lora_weights: loftq begins as what quantizing lost; set quantization.load_in_4bit: true, "
                 "or take another beginning"
@@ -196,12 +196,15 @@ def _found(value: str, folder: Path) -> str:
 
 
 def _explained(entry: Any) -> str:
-    where = ".".join(str(part) for part in entry["loc"])
+    keys = [str(part) for part in entry["loc"]]
+    if keys[:1] == ["adapter"] and keys[1:] and keys[1] in CONFIGS:
+        del keys[1]  # no key, but the method by whose options pydantic went
+    where = ".".join(keys)
     if entry["type"] == "value_error" and isinstance(entry["input"], dict):  # a section, or all of them
         told = str(entry["ctx"]["error"])
         return f"{where}: {told}" if where else told
-    *parents, last = (str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
+        *parents, last = keys
         return f"unknown key {where!r}{key_hint(parents, last)}"
     if entry["type"] == "missing":
         return f"{where!r} is needed and missing"
@@ -225,14 +228,13 @@ def key_hint(parents: Sequence[str], key: str) -> str:
 
 
 def options_at(path: Sequence[str]) -> dict[str, Any]:
-    """The fields of the section at `path`."""
-    model: type[BaseModel] = Recipe
+    """The fields of the section at `path`; where it is of one of several kinds, those of all."""
+    fields: dict[str, Any] = dict(Recipe.model_fields)
     for name in path:
-        inner = model.model_fields[name].annotation if name in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return {}
-        model = inner
-    return dict(model.model_fields)
+        inner = fields[name].annotation if name in fields else None
+        kinds = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = {key: field for kind in kinds for key, field in kind.model_fields.items()}
+    return fields
 
 
 def all_keys() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from topwork.adapters.config import OPTIONS_OF
+from topwork.adapters.config import CONFIGS
 from topwork.common.errors import RecipeError, RequestError, did_you_mean
 from topwork.common.options import Options
 from topwork.recipe.grid import SEED, Axis
@@ -211,8 +211,8 @@ def _section(own: Any, section: str, laid: dict[str, Any]) -> dict[str, Any]:
     """A section with options laid over it."""
     before = dict(own) if isinstance(own, dict) else {}
     if section == "adapter" and "method" in laid:
-        method = "lora" if laid["method"] == "dora" else laid["method"]
-        before = {key: value for key, value in before.items() if key in OPTIONS_OF.get(str(method), ())}
+        kind = CONFIGS.get(str(laid["method"]))
+        before = {key: value for key, value in before.items() if kind is not None and key in kind.model_fields}
     return {**before, **laid}
 
 

@@ -44,7 +44,7 @@ def keep_adapter(place: Place, config: TrainingConfig, outcome: Outcome) -> None
     if config.load_best_model_at_end and best is not None and best != outcome.state.step:
         saved = checkpoint_path(place.run_dir / CHECKPOINTS, best)
         verify_folder(saved)
-        place.adapters.load(place.name, read_adapter(saved / CHECKPOINT_ADAPTER).tensors)
+        place.adapters.load(place.name, read_adapter(saved / CHECKPOINT_ADAPTER, place.adapters.methods).tensors)
     write_folder(target, lambda path: write_adapter(path, place.adapters, place.name, place.base_id), replace=True)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from topwork.adapters.config import OWN_TARGETS, AdapterConfig
-from topwork.adapters.methods import METHODS
+from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.lora.method import LORAPLUS_RATIO
+from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import RequestError, TopworkError
 from topwork.plan.count import count_adapter, count_table
 from topwork.recipe.grid import Axis, Variant, axis_values
@@ -19,32 +20,6 @@ SCALES = (0.25, 1, 4, 16, 64, 256)
 SCALING_RANK = 16
 LEARNING_RATES = "1e-5..1e-2*7"
 TARGET_SETS = ("q,v", "q,k,v,o", "mlp", "all-linear")
-LORAPLUS_RATIO = 16
-
-RATES: dict[str, float] = {"ia3": 10, "prefix": 10, "prompt": 30, "full": 0.1}
-"""A method's learning rate, as a multiple of the recipe's, which is meant for LoRA: the papers of the methods with few
-parameters ask for much more, full fine-tuning for less."""
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter.method": "lora"},
-    "rslora": {"adapter.method": "lora", "adapter.use_rslora": True},
-    "dora": {"adapter.method": "lora", "adapter.use_dora": True},
-    "lora+": {"adapter.method": "lora", "training.loraplus_lr_ratio": LORAPLUS_RATIO},
-    "pissa": {"adapter.method": "lora", "adapter.init_lora_weights": "pissa"},
-    "olora": {"adapter.method": "lora", "adapter.init_lora_weights": "olora"},
-    "ia3": {"adapter.method": "ia3"},
-    "prefix": {"adapter.method": "prefix"},
-    "prompt": {"adapter.method": "prompt"},
-    "full": {"adapter.method": "full"},
-}
-"""What each of the methods sets beside a learning rate of its own."""
-PLAIN: dict[str, dict[str, Any]] = {
-    "lora": {
-        "adapter.use_rslora": False, "adapter.use_dora": False, "adapter.init_lora_weights": True,
-        "training.loraplus_lr_ratio": None,
-    },
-    "other": {"training.loraplus_lr_ratio": None},
-}  # fmt: skip
-"""What a recipe may have set and a method must begin without: LoRA in its plain form, and all others."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,8 @@ def experiment(name: str, request: SweepRequest, skeleton: PreTrainedModel) -> E
 
 
 def _rank(request: SweepRequest, _: PreTrainedModel) -> Experiment:
-    scale = _scale(request.base())
+    adapter = _lora(request)
+    scale = adapter.lora_alpha / adapter.r
     variants = [
         Variant(r, f"r-{r}", {"adapter.r": r, "adapter.lora_alpha": r * scale, "adapter.use_rslora": False})
         for r in RANKS
@@ -83,10 +59,10 @@ def _rank(request: SweepRequest, _: PreTrainedModel) -> Experiment:
 
 
 def _targets(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
-    base = request.base()
-    scale = _scale(base)
+    adapter = _lora(request)
+    scale = adapter.lora_alpha / adapter.r
     rows = {row.target_set: row for row in count_table(skeleton, (1,), TARGET_SETS)}
-    budget = rows["all-linear"].count.trainable * base.adapter.r
+    budget = rows["all-linear"].count.trainable * adapter.r
     variants, told = [], []
     for name, row in rows.items():
         r = max(1, round(budget / row.count.trainable))
@@ -135,14 +111,12 @@ def _learning_rate(_request: SweepRequest, _: PreTrainedModel) -> Experiment:
 
 def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
     base = request.base()
+    presets = {name: (method, preset) for method in METHODS for name, preset in METHODS[method].presets.items()}
     variants, left_out, told = [], [], []
-    for name, options in METHOD_OPTIONS.items():
-        method = options["adapter.method"]
-        rate = float(f"{base.training.learning_rate * RATES.get(method, 1.0):.6g}")
-        changes = PLAIN["lora" if method == "lora" else "other"] | options | {"training.learning_rate": rate}
-        if method == "ia3":
-            changes["adapter.target_modules"] = OWN_TARGETS
-        changes = {key: value for key, value in changes.items() if _known(key) or value}
+    for name, (method, preset) in presets.items():
+        rate = float(f"{base.training.learning_rate * preset.rate:.6g}")
+        plain = {"adapter.method": method, "training.learning_rate": rate, "training.loraplus_lr_ratio": None}
+        changes = plain | dict(preset.changes)
         try:
             recipe = request.base(changes, f" as {name}")
             trained = _trained(skeleton, recipe)
@@ -151,10 +125,11 @@ def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
             continue
         variants.append(Variant(name, f"method-{name}", changes))
         told.append(f"{name} {trained:,} at {rate:g}")
+    rates = {name: preset.rate for name, (_, preset) in presets.items() if preset.rate != 1}
     text = (
         "Methods: the same rows and steps for each, from the recipe's options where they apply to it. Trained "
         f"parameters and learning rate: {'; '.join(told)}. Learning rates are the recipe's for LoRA and its kin, "
-        f"{', '.join(f'{factor:g} times that for {method}' for method, factor in RATES.items())}; "
+        f"{', '.join(f'{rate:g} times that for {name}' for name, rate in rates.items())}; "
         f"lora+ lets B learn at {LORAPLUS_RATIO} times A's, rslora scales by lora_alpha / sqrt(r). It shows what "
         "each method pays for its parameters; a fair choice between two needs each one's own best learning rate."
     )
@@ -163,21 +138,20 @@ def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
 
 def _trained(skeleton: PreTrainedModel, recipe: Recipe) -> int:
     """What a method trains in this base. Raises AdapterError, RequestError where the base cannot take it."""
-    config: AdapterConfig = recipe.adapter
-    if config.method not in METHODS:
-        raise RequestError(f"method {config.method} is not here")
-    if recipe.quantization.active and config.method == "full":
+    if recipe.quantization.active and recipe.adapter.method == "full":
         raise RequestError("a quantized base has no weights that could be trained whole")
-    return count_adapter(skeleton, config).trainable
+    return count_adapter(skeleton, recipe.adapter).trainable
 
 
-def _known(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return name in Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-
-
-def _scale(recipe: Recipe) -> float:
-    return recipe.adapter.lora_alpha / recipe.adapter.r
+def _lora(request: SweepRequest) -> LoraConfig:
+    """The recipe's adapter, for presets that vary a LoRA. Raises RequestError where it is none."""
+    adapter = request.base().adapter
+    if not isinstance(adapter, LoraConfig):
+        raise RequestError(
+            f"this preset varies LoRA's options, and the recipe's adapter is of method {adapter.method}; take method "
+            "lora, or preset learning-rate or methods"
+        )
+    return adapter
 
 
 def _listed(values: Any) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from topwork.adapters.graft import Adapters, is_free
-from topwork.adapters.inits import PAIRS
 from topwork.adapters.peft_format import BaseId
 from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
@@ -219,8 +218,8 @@ def _planned_passes(runs: Sequence[_Run], base: Base, resume: bool, report: Repo
 
 
 def _memory(base: Base, recipes: Sequence[Recipe], free_bytes: int) -> Memory:
-    dropout = any(recipe.adapter.lora_dropout > 0 for recipe in recipes)
-    plain = any(recipe.adapter.lora_dropout > 0 and recipe.adapter.use_dora for recipe in recipes)  # as `adapted` alone
+    dropout = any(recipe.adapter.dropout > 0 for recipe in recipes)
+    plain = any(recipe.adapter.runs_plain for recipe in recipes)
     layers = len(decoder_layers(base.module))
     return Memory(base.module.config, base.device, free_bytes, layers, dropout, is_fast(base.module) and not plain)
 
@@ -228,7 +227,7 @@ def _memory(base: Base, recipes: Sequence[Recipe], free_bytes: int) -> Memory:
 def _needed_bytes(recipe: Recipe, counted: ParameterCount) -> int:
     """PiSSA and OLoRA also hold what they began with, in fp32."""
     sizes = [part.trainable for part in counted.by_module]
-    beginnings = 4 * sum(sizes) if recipe.adapter.init_lora_weights in PAIRS else 0
+    beginnings = 4 * sum(sizes) if recipe.adapter.keeps_beginnings else 0
     return member_bytes(recipe.training, sizes) + beginnings
 
 

@@ -85,7 +85,7 @@ class Trial:
 
     def resume(self, checkpoint: Path, at: int) -> None:
         """Take weights, optimizer and random state from a checkpoint, to go on from the loop's round `at`."""
-        self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER).tensors)
+        self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER, self.place.adapters.methods).tensors)
         state = load_checkpoint(checkpoint, self.optimizer, self.names)
         self.rows.restore(read_rows(checkpoint))
         if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from topwork.adapters.config import CONFIGS
 from topwork.common.errors import RequestError
 from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import PlannedTrial
@@ -102,13 +103,18 @@ def recipe_hash(recipe: Recipe) -> str:
     """What makes a trial what it is; files may have moved (their hashes stand in provenance.json)."""
     values = recipe.model_dump(mode="json")
     told = {
-        "adapter": values["adapter"],
+        "adapter": {**_every_option(), **values["adapter"]},  # as the first sweeps wrote it down
         "quantization": values["quantization"],
         "evaluation": {key: value for key, value in values["evaluation"].items() if key != "data"},
         "training": {key: value for key, value in values["training"].items() if key not in IDLE},
         "data": {key: value for key, value in values["data"].items() if key not in ("train", "eval", "chat_template")},
     }
     return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _every_option() -> dict[str, Any]:
+    """The adapter options of all methods, as they are where nobody names them."""
+    return {key: value for config in CONFIGS.values() for key, value in config().model_dump(mode="json").items()}
 
 
 def _fresh(plan: SweepPlan) -> SweepState:

@@ -7,13 +7,16 @@ l begins as ones, so a fresh adapter changes nothing.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.adapters.config import OWN_TARGETS, AdapterConfig
+from topwork.adapters.config import OWN_TARGETS, Ia3Config
+from topwork.adapters.files import Files, Grafted, has_conv1d, names_of, peft_keys, sorted_or_none
+from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.part import Addition, Part
-from topwork.adapters.targets import LINEAR, find_targets, matching
+from topwork.adapters.targets import LINEAR, features, find_targets, matching
 from topwork.common.errors import AdapterError
 from topwork.ops.project import Gain
 
@@ -47,14 +50,24 @@ class Ia3(Part):
         return weight * factor, scaled
 
 
-def ia3_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> dict[str, bool]:
+def ia3_plan(bare: Bare, config: Ia3Config) -> Plan:
+    """A vector at every target, for its outputs or its inputs."""
+
+    def at(path: str, scales_inputs: bool) -> Planned:
+        inputs, outputs = features(bare.modules[path])
+        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), inputs if scales_inputs else outputs)
+
+    return {path: at(path, last) for path, last in ia3_targets(bare.modules, bare.head, config).items()}
+
+
+def ia3_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ia3Config) -> dict[str, bool]:
     """Path -> whether its inputs are scaled, of the modules that `config` names or that IA3 is meant for.
 
     Raises AdapterError where a base has none that are known, or where `feedforward_modules` is no target.
     """
     if config.targets == OWN_TARGETS:
         config = config.model_copy(update={"target_modules": own_names(modules)})
-    paths = [target.path for target in find_targets(modules, head, config) if ".experts." not in target.path]
+    paths = [path for path in find_targets(modules, head, config) if ".experts." not in path]
     asked = config.feedforward_modules
     if asked is None:
         last = set(matching(paths, list(MLP_LAST)))
@@ -85,3 +98,39 @@ def own_names(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _there(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if matching(paths, [name])]
+
+
+READ = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+
+
+def _keys(adapter: Grafted[Ia3Config]) -> dict[str, Any]:
+    """Names are written out, excluded modules left out of them already."""
+    modules = adapter.modules
+    parts = {path: part for path, part in adapter.parts.items() if isinstance(part, Ia3)}
+    last = [path for path, part in parts.items() if part.scales_inputs]
+    targets, feedforward = names_of(parts, modules), names_of(last, modules)
+    endings = tuple(feedforward)  # as PEFT looks for them: any ending, and some of the targets by name
+    found = {path for path in parts if endings and path.endswith(endings)}
+    if found != set(last) or not set(feedforward) <= set(targets):
+        targets, feedforward = sorted(parts), sorted(last)
+    return {
+        **peft_keys("IA3"),
+        "target_modules": targets,
+        "feedforward_modules": feedforward,
+        "exclude_modules": None,
+        "modules_to_save": sorted_or_none(adapter.config.modules_to_save),
+        "fan_in_fan_out": has_conv1d(modules, parts),
+        "init_ia3_weights": True,
+    }
+
+
+def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:  # noqa: ARG001
+    return {key: raw[key] for key in READ if raw.get(key) is not None}
+
+
+IA3 = Method(
+    Ia3Config,
+    ia3_plan,
+    Files("IA3", _keys, _options),
+    {"ia3": Preset({"adapter.target_modules": OWN_TARGETS}, rate=10)},
+)

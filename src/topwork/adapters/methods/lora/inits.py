@@ -14,21 +14,17 @@ and it is stored as the LoRA of rank 2 r that it is: [A; A0] and [B, -B0], which
 PEFT's LoftQ leaves out the division by s, and so adds s times what quantizing lost; at lora_alpha = r they are equal.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.adapters.base_weight import dense_weight
-from topwork.adapters.lora import Lora
+from topwork.adapters.method import Original
+from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.common.errors import AdapterError
 from topwork.ops.bundles import LowRank
 from topwork.quantization.linear import QuantizedLinear
-
-Original = Callable[[str], Tensor]
-"""Path of a linear layer -> its weight [out, in] as it was before it was quantized."""
 
 
 def singular_pair(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

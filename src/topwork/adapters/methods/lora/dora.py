@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.adapters.base_weight import product, row_panels, weight_times
-from topwork.adapters.lora import Lora
+from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.part import Addition
 from topwork.ops.bundles import LowRank
 from topwork.ops.project import Gain

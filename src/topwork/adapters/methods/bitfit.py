@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from topwork.adapters.config import OWN_TARGETS, AdapterConfig
+from topwork.adapters.config import OWN_TARGETS, BitFitConfig
+from topwork.adapters.files import own_files
+from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.part import Part
 from topwork.adapters.targets import LINEAR, choose_modules
 from topwork.common.errors import AdapterError
@@ -28,7 +30,17 @@ class Bias(Part):
         return weight, self.bias.detach() if bias is None else self.bias.detach().to(bias)
 
 
-def bias_targets(modules: Mapping[str, nn.Module], head: str | None, config: AdapterConfig) -> list[str]:
+def bitfit_plan(bare: Bare, config: BitFitConfig) -> Plan:
+    """A copy of the bias of every target."""
+
+    def at(path: str) -> Planned:
+        module = bare.modules[path]
+        return Planned(lambda: Bias(module), module.get_parameter("bias").numel())
+
+    return {path: at(path) for path in bias_targets(bare.modules, bare.head, config)}
+
+
+def bias_targets(modules: Mapping[str, nn.Module], head: str | None, config: BitFitConfig) -> list[str]:
     """Paths of the modules with a bias that `config` names, or of all. AdapterError where there is none."""
     biased = [path for path, module in modules.items() if _has_bias(module)]
     if not biased:
@@ -52,3 +64,6 @@ def _has_bias(module: nn.Module) -> bool:
     """A linear layer or a norm, whose bias is added to the last dimension of its output."""
     adds = isinstance(module, (*LINEAR, nn.LayerNorm)) or type(module).__name__.endswith("Norm")
     return adds and isinstance(getattr(module, "bias", None), nn.Parameter) and torch.is_floating_point(module.bias)  # type: ignore[arg-type]
+
+
+BITFIT = Method(BitFitConfig, bitfit_plan, own_files(BitFitConfig))

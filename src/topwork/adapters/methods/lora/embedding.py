@@ -10,20 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import LoraConfig
 from topwork.adapters.part import Part, path_seed
+from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
-from topwork.quantization.linear import PackedModule, QuantizedEmbedding
+from topwork.quantization.linear import PackedModule
 
-EMBEDDINGS = (nn.Embedding, QuantizedEmbedding)
 EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 """What families call their input embedding."""
-
-
-def embedding_shape(module: nn.Module) -> tuple[int, int]:
-    """(V, d) of an embedding, or of the head tied to it."""
-    rows, columns = module.shape if isinstance(module, PackedModule) else module.weight.shape  # type: ignore[misc]
-    return int(rows), int(columns)
 
 
 class EmbeddingLora(Part):
@@ -137,7 +131,7 @@ def refuse_both(paths: Collection[str]) -> None:
         )
 
 
-def refuse_more_than_lora(paths: Sequence[str], config: AdapterConfig) -> None:
+def refuse_more_than_lora(paths: Sequence[str], config: LoraConfig) -> None:
     """Embeddings among the targets take LoRA in its plain form: rows are looked up, never multiplied, so their lengths
     are no magnitude to learn here; and what begins from a weight begins from a linear layer's."""
     init = config.init_lora_weights

@@ -2,19 +2,25 @@
 
 Prompt tuning learns their embeddings [P, d] (Lester et al., arXiv 2104.08691); prefix tuning learns the keys and values
 that every layer's attention sees of them, after rotation (Li and Liang, arXiv 2101.00190). `models/virtual.py` puts the
-rows into a batch. A fresh one is not the base: P more tokens are seen. Tensors and layouts are PEFT's.
+rows into a batch. A fresh one is not the base: P more tokens are seen.
+
+Tensors and layouts are PEFT's: one tensor `prompt_embeddings`, which PEFT names without a path (`Adapters.load` finds
+its place). How a prompt began from a text is not written: PEFT would look for a tokenizer by name to begin with it once
+more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.adapters.config import AdapterConfig
-from topwork.adapters.embedding import embedding_shape
+from topwork.adapters.config import PrefixConfig, PromptConfig
+from topwork.adapters.files import Files, Grafted, peft_keys
+from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.part import Part, path_seed
+from topwork.adapters.targets import embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
 
@@ -102,6 +108,23 @@ class Prefix(VirtualTokens):
         return Virtual(count, None, table.permute(1, 2, 0, 3, 4).unbind(0))
 
 
+def prompt_plan(bare: Bare, config: PromptConfig) -> Plan:
+    """Learned embeddings before the text; the embedding's layer holds them."""
+    path, count = virtual_place(bare.embedding), config.num_virtual_tokens
+    width = embedding_shape(bare.modules[path])[1]
+
+    def make() -> Prompt:
+        return Prompt(count, width, config.prompt_tuning_init, start_tokens(config, bare.tokenizer))
+
+    return {path: Planned(make, count * width)}
+
+
+def prefix_plan(bare: Bare, config: PrefixConfig) -> Plan:
+    """Learned keys and values of all layers before the text; the embedding's layer holds them too."""
+    path, count, shape = virtual_place(bare.embedding), config.num_virtual_tokens, cache_shape(bare.config)
+    return {path: Planned(lambda: Prefix(count, shape), count * shape.values)}
+
+
 def cache_shape(config: Any) -> CacheShape:
     """From a base's config. Raises AdapterError where its layers' keys and values are not all alike."""
     text = config.get_text_config()
@@ -123,7 +146,7 @@ def virtual_place(embedding: str | None) -> str:
     return embedding
 
 
-def start_tokens(config: AdapterConfig, tokenizer: Any) -> list[int]:
+def start_tokens(config: PromptConfig, tokenizer: Any) -> list[int]:
     """The tokens that a prompt begins as: the text's, cut or repeated to `num_virtual_tokens`, or none."""
     if config.prompt_tuning_init != "text":
         return []
@@ -133,3 +156,69 @@ def start_tokens(config: AdapterConfig, tokenizer: Any) -> list[int]:
     if not ids:
         raise AdapterError("prompt_tuning_init_text has no tokens; give a text, or prompt_tuning_init: random")
     return [ids[at % len(ids)] for at in range(config.num_virtual_tokens)]
+
+
+STARTS = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
+
+
+def _to_file(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.rpartition(".")[2]: tensor for key, tensor in stored.items()}
+
+
+def _shared(adapter: Grafted[Any], peft_type: str) -> dict[str, Any]:
+    config = adapter.base_config.get_text_config()
+    return {
+        **peft_keys(peft_type),
+        "modules_to_save": None,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": adapter.config.num_virtual_tokens,
+        "token_dim": next(iter(adapter.stored.values())).shape[1],
+    }
+
+
+def _prefix_keys(adapter: Grafted[PrefixConfig]) -> dict[str, Any]:
+    shape = next(part.shape for part in adapter.parts.values() if isinstance(part, Prefix))
+    width = shape.heads * shape.size
+    return {
+        **_shared(adapter, "PREFIX_TUNING"),
+        "num_attention_heads": shape.heads,  # of keys and values
+        "token_dim": width,
+        "encoder_hidden_size": width,
+        "init_weights": None,
+        "prefix_projection": False,
+    }
+
+
+def _prompt_keys(adapter: Grafted[PromptConfig]) -> dict[str, Any]:
+    return {
+        **_shared(adapter, "PROMPT_TUNING"),
+        "prompt_tuning_init": STARTS.get(adapter.config.prompt_tuning_init, "RANDOM"),
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    }
+
+
+def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    if raw.get("modules_to_save") or (raw.get("num_transformer_submodules") or 1) != 1:
+        raise AdapterError(
+            f"{folder} has modules_to_save or num_transformer_submodules beside its virtual tokens, which cannot be "
+            "read; a decoder's virtual tokens alone can"
+        )
+    return {"num_virtual_tokens": raw.get("num_virtual_tokens")}
+
+
+PREFIX = Method(
+    PrefixConfig,
+    prefix_plan,
+    Files("PREFIX_TUNING", _prefix_keys, _options, _to_file, dict),
+    {"prefix": Preset(rate=10)},
+)
+PROMPT = Method(
+    PromptConfig,
+    prompt_plan,
+    Files("PROMPT_TUNING", _prompt_keys, _options, _to_file, dict),
+    {"prompt": Preset(rate=30)},
+)
