@@ -83,8 +83,8 @@ def random_rows(base: "Base", tokens: int, seed: int, adapter: str) -> "Batch":
 
 
 def load(model: str, **quantization: Any) -> "Base":
-    from topwork.models.base import load_base
     from topwork.models.config import ModelConfig
+    from topwork.models.load import load_base
     from topwork.quantization.config import QuantizationConfig
 
     config = ModelConfig(model_name_or_path=model, dtype="bfloat16")

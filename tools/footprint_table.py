@@ -8,8 +8,8 @@ computed figures to those of loaded models.
 
 from pathlib import Path
 
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.plan.count import config_of, skeleton
 from topwork.plan.footprint import FootprintRow, footprint
 from topwork.quantization.config import QuantizationConfig

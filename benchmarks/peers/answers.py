@@ -16,7 +16,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.data.examples import load_data
 from topwork.evaluation.score import questions_of, score
-from topwork.models.base import load_base
+from topwork.models.load import load_base
 from topwork.recipe.recipe import load_recipe
 
 ARM = "arm"

@@ -19,8 +19,9 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.data.batches import step_indices
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.source import find_source
 
 

@@ -18,8 +18,9 @@ from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
 from topwork.data.template import ChatTemplate
 from topwork.evaluation.score import questions_of, score
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.recipe.recipe import make_recipe
 from topwork.run.folder import ADAPTER_NAME, open_run

@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from topwork.common.devices import peak_memory_bytes
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import mean
 
 from topwork.evaluation.perplexity import read_windows, window_losses
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes
 

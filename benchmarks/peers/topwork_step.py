@@ -9,8 +9,9 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.data.config import DataConfig
 from topwork.data.examples import Example, load_data
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import Batch
 from topwork.quantization.config import QuantizationConfig

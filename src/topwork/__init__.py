@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "train": "topwork.run.train",
-    "train_together": "topwork.run.together",
+    "train_together": "topwork.run.train",
+    "open_session": "topwork.run.session",
     "sweep": "topwork.run.sweep.run",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
@@ -25,7 +26,7 @@ _WHERE = {
     "report": "topwork.run.report",
     "Recipe": "topwork.recipe.recipe",
     "load_recipe": "topwork.recipe.recipe",
-    "load_base": "topwork.models.base",
+    "load_base": "topwork.models.load",
     "Adapters": "topwork.adapters.graft",
     "AdapterConfig": "topwork.adapters.config",
     "ModelConfig": "topwork.models.config",

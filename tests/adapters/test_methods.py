@@ -23,9 +23,10 @@ from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, ModelError
 from topwork.merging.merge import merge
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.source import Source, find_source
 from topwork.models.weights import original_weight
 from topwork.ops.batch import batch_of

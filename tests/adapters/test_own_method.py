@@ -25,9 +25,10 @@ def test_from_options_to_a_merged_model(tmp_path: Path) -> None:
     assert all(isinstance(part, Toy) and part.strength == 2 for part in adapters.parts("mine").values())
     before = logits(base, batch_of(sequences(), "mine"))
     optimizer = torch.optim.Adam(adapters.parameters("mine").values(), lr=0.05)
-    stream, losses = learning_batch(sequences(), "mine"), []
+    batch, losses = learning_batch(sequences(), "mine"), []
     for _ in range(5):
-        loss = -(stream.weights * base.log_probabilities(stream, -stream.weights)).sum()
+        weights = batch.labels.loss_weights
+        loss = -(weights * base.log_probabilities(batch, -weights)).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -18,8 +18,8 @@ from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.ops.batch import batch_of
 from topwork.training.config import TrainingConfig
 from training.test_peft_parity import STEPS, batches, compare

@@ -20,8 +20,9 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import dequantize, merge
-from topwork.models.base import Base, as_base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import as_base, load_base
 from topwork.models.source import find_source
 from topwork.models.weights import original_weight
 from topwork.ops import logprobs

@@ -18,9 +18,10 @@ from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.adapters.whole import Whole
 from topwork.merging.merge import dequantize, merge
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, products_left_out
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.ops.batch import Segment, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import PackedModule, QuantizedLinear, packed_modules

@@ -20,7 +20,8 @@ from topwork.adapters.graft import Adapters, plan_adapter
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import merge
-from topwork.models.base import Base, as_base
+from topwork.models.base import Base
+from topwork.models.load import as_base
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import batch_of
 

@@ -25,8 +25,9 @@ from reference.tiny_disk import printed_on_a_tiny_disk
 from run import tiny
 from run.fixtures import Said
 from topwork.common.errors import ModelError
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.source import ALIASES, embedded_file
 from topwork.models.writing import write_model
 from topwork.ops.batch import batch_of

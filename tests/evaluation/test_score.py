@@ -16,8 +16,9 @@ from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Message
 from topwork.data.examples import Data, load_data
 from topwork.evaluation.score import Question, mean_answer_loss, questions_of, score
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 
 
 @pytest.fixture

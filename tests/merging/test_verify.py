@@ -12,8 +12,9 @@ from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.common.errors import AdapterError, DataError
 from topwork.merging import verify as verify_part
 from topwork.merging.verify import compare, measure, merge_and_verify
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.ops.batch import batch_of
 
 

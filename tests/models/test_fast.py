@@ -22,8 +22,9 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.devices import CACHED_KERNELS
 from topwork.models import fast
-from topwork.models.base import Base, as_base
+from topwork.models.base import Base
 from topwork.models.fast import FastLayer
+from topwork.models.load import as_base
 from topwork.models.recognise import is_fast
 from topwork.ops.batch import Batch, Labels, Segment
 
@@ -330,7 +331,7 @@ def test_a_base_that_is_cast_later(dtype: torch.dtype) -> None:
 
 LOADED = """
 import os, sys
-from topwork.models.base import load_base
+from topwork.models.load import load_base
 from topwork.models.config import ModelConfig
 base = load_base(ModelConfig(model_name_or_path=sys.argv[1], device="cpu"), lambda _: None)
 print(type(base.module.model.layers[0]).__name__)

@@ -9,7 +9,7 @@ from reference.families import alone, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
-from topwork.models.base import as_base
+from topwork.models.load import as_base
 from topwork.models.probe import PROVEN
 from topwork.ops.batch import batch_of
 

@@ -23,8 +23,9 @@ from reference.quantized_by_others import (
     write_base,
 )
 from topwork.common.errors import ModelError, RecipeError
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.quantized import quantize_head
 from topwork.models.source import ALIASES, embedded_file, find_source
 from topwork.ops.batch import batch_of
@@ -385,7 +386,7 @@ import json, sys
 from topwork.common.devices import peak_memory_bytes
 import torch
 torch.set_num_threads(1)
-from topwork.models.base import load_base
+from topwork.models.load import load_base
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import quantize_head
 from topwork.quantization.config import QuantizationConfig

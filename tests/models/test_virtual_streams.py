@@ -187,7 +187,7 @@ def test_fast_layers_are_the_plain_ones(family: str) -> None:
 
 def plain_base(family: str) -> tuple[Base, Adapters]:
     from reference.families import tiny_model
-    from topwork.models.base import as_base
+    from topwork.models.load import as_base
 
     base = as_base(tiny_model(family), None, "plain", lambda _: None, fast=False)  # type: ignore[arg-type]
     configs = {

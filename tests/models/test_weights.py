@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from data.family_tokenizers import build_tokenizer
 from reference.families import tiny_model
 from topwork.common.errors import ModelError
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.source import Source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
 from topwork.plan.count import skeleton

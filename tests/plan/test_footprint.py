@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from run import tiny
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.plan.count import config_of, skeleton
 from topwork.plan.footprint import as_table, footprint
 from topwork.quantization.config import QuantizationConfig

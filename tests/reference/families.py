@@ -17,7 +17,8 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.common.seeds import hashed
-from topwork.models.base import Base, as_base
+from topwork.models.base import Base
+from topwork.models.load import as_base
 from topwork.ops.batch import Batch, Labels, batch_of
 
 VOCABULARY, WINDOW, CONTEXT = 99, 5, 64

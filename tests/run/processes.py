@@ -15,7 +15,7 @@ import json, os, sys
 import topwork.run.train, topwork.run.console, topwork.cli.app as app, torch
 from pathlib import Path
 from topwork.recipe.recipe import load_recipe
-from topwork.run.together import train_together
+from topwork.run.train import train_together
 torch.set_num_threads(1)
 for line in sys.stdin:
     asked = json.loads(line)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from run import tiny
 from topwork.common.errors import DataError, ModelError
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.ops.packed import pack_4bit
 from topwork.quantization.config import QuantizationConfig
 from topwork.run import analyze as analyze_part

@@ -26,8 +26,9 @@ from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError, RequestError
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import Batch, Labels, batch_of
 from topwork.quantization.config import QuantizationConfig

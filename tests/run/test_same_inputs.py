@@ -15,8 +15,8 @@ from run import tiny
 from topwork.common.errors import ModelError, RequestError
 from topwork.data.conversations import Message
 from topwork.data.template import ChatTemplate
-from topwork.models.base import load_base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.recipe.recipe import load_recipe
 from topwork.run.evaluate import evaluate
 from topwork.run.merge import merge

@@ -19,7 +19,7 @@ from topwork.run.outcome import TrainedRun
 from topwork.run.sweep.plan import SweepOptions, plan_sweep, waves
 from topwork.run.sweep.run import Swept, sweep
 from topwork.run.sweep.state import recipe_hash
-from topwork.run.together import train_together
+from topwork.run.train import train_together
 
 Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
@@ -141,7 +141,7 @@ def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
 
 
 def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, recipes: min(2, len(recipes)))
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(2, len(recipes)))
     heard: list[str] = []
     done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4", report=heard.append)
     assert any("2 of 3 members fit into free memory" in line and "2 waves of 2, 1" in line for line in heard)
@@ -152,7 +152,7 @@ def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.Mo
 
 def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([3, 3, 3, 2])  # two waves of three; the first still fits, the second has room for two
-    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, recipes: min(next(answers, 3), len(recipes)))
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(next(answers, 3), len(recipes)))
     heard: list[str] = []
     done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4,5,6,7", report=heard.append)
     assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3", "r-4"], ["r-5", "r-6"], ["r-7"]]
@@ -164,7 +164,7 @@ def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypat
 def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
     make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, _recipes: 1)
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, _recipes: 1)
     done = quietly(make_recipe(training=SHORT), "training.learning_rate=1e38,5e-3")
     assert [member["state"] for member in done.result["members"]] == ["diverged", "finished"]
 
@@ -237,7 +237,7 @@ def test_a_sweep_that_was_begun_before_goes_on(
         for wave in before["waves"]:
             del wave["begun"]
         (Path(f"{recipe.with_suffix('')}-sweep") / "sweep.json").write_text(json.dumps(before), "utf-8")
-    monkeypatch.setattr(sweep_module, "members_that_fit", lambda _on, _recipes: 1)  # a wave that was begun stays whole
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, _recipes: 1)  # a wave that was begun stays whole
     done = quietly(recipe, grid, resume=True)
     written = json.loads((done.folder / "sweep.json").read_text("utf-8"))
     assert written == done.result
@@ -259,7 +259,7 @@ def test_of_a_sweep_that_ended_before_the_report_is_made_anew(
     recipe, grid = make_recipe(training=training), "training.learning_rate=1e-2,1e-5,3e-3,1e38"
     halving = ("sweep.halving={factor: 2, rungs: 3}",)
     before = written_before("halving", recipe, grid, halving)
-    monkeypatch.setattr(sweep_module, "open_together", None)  # nothing is loaded
+    monkeypatch.setattr(sweep_module, "open_session", None)  # nothing is loaded
     done = quietly(recipe, grid, overrides=halving, resume=True)
     assert done.result == before
     assert "left at rung 1" in (done.folder / "sweep.md").read_text("utf-8")
@@ -273,7 +273,7 @@ def test_a_state_that_cannot_be_read_is_told_first(
     written_before("begun", recipe, grid)
     file = Path(f"{recipe.with_suffix('')}-sweep") / "sweep.json"
     text = file.read_text("utf-8")
-    monkeypatch.setattr(sweep_module, "open_together", None)  # before anything is loaded
+    monkeypatch.setattr(sweep_module, "open_session", None)  # before anything is loaded
     for content, told in (
         (text[:-9], "it is not whole JSON"),
         (text.replace('"state": "training"', '"state": "asleep"'), r"'members\[2\]\.state': input should be 'waiting'"),

@@ -23,9 +23,11 @@ from topwork.models.recognise import is_fast
 from topwork.ops.workspace import Workspace
 from topwork.plan.count import count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe
+from topwork.run.fit import trials_that_fit
 from topwork.run.folder import open_run
 from topwork.run.outcome import TrainedRun
-from topwork.run.together import members_that_fit, open_together, train_together
+from topwork.run.session import open_session
+from topwork.run.train import train_together
 from topwork.training.passes import activation_bytes_per_token, step_passes
 from topwork.training.progress import Silent
 from topwork.training.step import Means, mean_losses
@@ -288,7 +290,7 @@ def test_a_round_that_is_run_again_has_all_who_were_in_it(recipes: Recipes) -> N
 
 
 def test_kept_on_a_base_they_are_there_to_be_asked(recipes: Recipes) -> None:
-    on = open_together(recipes("wide"), lambda _: None)
+    on = open_session(recipes("wide"), lambda _: None)
     runs = quietly(recipes("wide"), recipes("other.rows"), on=on)
     assert [run.name for run in runs] == ["wide", "other_rows"] == list(on.adapters.configs)
     for run in runs:
@@ -303,7 +305,7 @@ def test_kept_on_a_base_they_are_there_to_be_asked(recipes: Recipes) -> None:
 
 
 def test_data_that_is_named_alike_is_loaded_once(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    import topwork.run.together
+    import topwork.run.train
 
     calls = []
 
@@ -311,7 +313,7 @@ def test_data_that_is_named_alike_is_loaded_once(recipes: Recipes, monkeypatch: 
         calls.append(given[3])
         return load_data(*given)
 
-    monkeypatch.setattr(topwork.run.together, "load_data", counted)
+    monkeypatch.setattr(topwork.run.train, "load_data", counted)
     short = {"max_steps": 1}
     quietly(
         recipes("wide", training=short), recipes("plus", training=short), recipes("narrow", training=short),
@@ -351,39 +353,39 @@ def test_a_run_that_was_not_begun_with_the_others_is_not_resumed_with_them(recip
 def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     recipes: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import topwork.run.together
+    import topwork.run.train
 
-    on = open_together(recipes("wide"), lambda _: None)
+    on = open_session(recipes("wide"), lambda _: None)
     three = [recipes(name) for name in ("wide", "plus", "other.rows")]
-    assert members_that_fit(on, three) == 3
+    assert trials_that_fit(on, three) == 3
     model = on.base.module
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
     two = sum(count_adapter(model, recipe.adapter).trainable for recipe in three[:2])
     each = 4 + 4 + 8  # weight, gradient, both of AdamW's moments
-    monkeypatch.setattr(topwork.run.together, "free_memory_bytes", lambda _: pass_bytes + each * two + 100)
-    assert members_that_fit(on, three) == 2
+    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: pass_bytes + each * two + 100)
+    assert trials_that_fit(on, three) == 2
     with pytest.raises(RequestError, match=r"3 adapters do not fit .* the first 2 do"):
         quietly(*three, on=on)
-    monkeypatch.setattr(topwork.run.together, "free_memory_bytes", lambda _: 0)
-    assert members_that_fit(on, three) == 1
+    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: 0)
+    assert trials_that_fit(on, three) == 1
     assert not on.adapters.configs
 
 
 def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    import topwork.run.together
+    import topwork.run.train
 
-    on = open_together(recipes("wide"), lambda _: None)
+    on = open_session(recipes("wide"), lambda _: None)
     model = on.base.module
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
     trained = 2 * count_adapter(model, recipes("wide").adapter).trainable
-    monkeypatch.setattr(topwork.run.together, "free_memory_bytes", lambda _: pass_bytes + 16 * trained + 100)
-    assert members_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
+    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: pass_bytes + 16 * trained + 100)
+    assert trials_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
     pissa = recipes("wide", adapter={"init_lora_weights": "pissa"})
-    assert members_that_fit(on, [recipes("wide"), pissa]) == 1
+    assert trials_that_fit(on, [recipes("wide"), pissa]) == 1
 
 
 def test_a_finished_run_gives_its_passes_memory_back(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    on, held, release = open_together(recipes("wide"), lambda _: None), [], Workspace.release
+    on, held, release = open_session(recipes("wide"), lambda _: None), [], Workspace.release
 
     def heard(memory: Workspace) -> None:
         held.append(len(memory._saved))

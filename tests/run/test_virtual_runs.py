@@ -45,7 +45,7 @@ def silent(_: str) -> None:
 
 def longest_of(rows: Path, base: Path) -> int:
     config = DataConfig.model_validate({"train": str(rows), "eval_fraction": 0.0, "max_length": 10 * tiny.CONTEXT})
-    return load_data(config, AutoTokenizer.from_pretrained(base), 10 * tiny.CONTEXT, 0, silent).longest
+    return load_data(config, AutoTokenizer.from_pretrained(base), 10 * tiny.CONTEXT, 0, silent).longest()
 
 
 def write_long_row(path: Path, base: Path, tokens: int) -> Path:

@@ -15,9 +15,10 @@ from reference.quantized_by_others import write_base
 from topwork.adapters import base_weight
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.ops import quantized_linear, workspace
 from topwork.ops.batch import Batch, Segment

@@ -16,8 +16,9 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, write_adapter
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.source import ALIASES, embedded_file, find_source
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import Batch, Labels, batch_of

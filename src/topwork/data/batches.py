@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topwork.common.errors import DataError
-from topwork.data.examples import Example
+from topwork.data.examples import Example, grouped
 from topwork.ops.batch import Batch, Labels, Segment
 
 Group = tuple[str | None, Sequence[Example]]
@@ -47,8 +47,9 @@ def pack(lengths: Sequence[int], budget: int, owners: Sequence[int] | None = Non
         length = lengths[index]
         if length > budget:
             raise DataError(
-                f"a sequence of {length:,} tokens does not fit into a pass of training.tokens_per_pass = {budget:,}; "
-                f"set tokens_per_pass to at least {length}, or a smaller data.max_length"
+                f"a sequence (or a group that stays together) of {length:,} tokens does not fit into a pass of "
+                f"training.tokens_per_pass = {budget:,}; set tokens_per_pass to at least {length}, or a smaller "
+                "data.max_length"
             )
         if owner_of[index] != before:
             other_room, own_room, before = sorted(other_room + own_room), [], owner_of[index]
@@ -60,6 +61,15 @@ def pack(lengths: Sequence[int], budget: int, owners: Sequence[int] | None = Non
         passes[number].append(index)
         insort(own_room, (left - length, number))
     return [sorted(indices) for indices in passes]
+
+
+def together(groups: Sequence[Group]) -> list[list[int]]:
+    """The examples of all groups, counted through: those that stay in one pass, in the order of the first of each."""
+    found, start = [], 0
+    for _, examples in groups:
+        found += [[start + number for number in own] for own in grouped(examples)]
+        start += len(examples)
+    return found
 
 
 def _taken(room: list[tuple[int, int]], length: int) -> tuple[int, int] | None:
@@ -85,21 +95,41 @@ def collate_segments(groups: Sequence[Group]) -> Batch:
         positions=_int64(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens=(0, *(int(bound) for bound in np.cumsum(lengths))),
         segments=_segments(groups),
-        labels=_labels(examples, tokens),
+        labels=_labels(groups, tokens),
     )
 
 
-def _labels(examples: Sequence[Example], tokens: Tensor) -> Labels:
+def _labels(groups: Sequence[Group], tokens: Tensor) -> Labels:
+    examples = [example for _, group in groups for example in group]
     weights = np.concatenate([example.weights for example in examples])
     learned = np.flatnonzero(weights)
     sequences = np.repeat(np.arange(len(examples)), [len(example.tokens) for example in examples])
+    names = sorted({name for example in examples for name in example.columns})
+    columns = {name: np.concatenate([_column(example, name) for example in examples])[learned] for name in names}
     return Labels(
         positions=_int64(learned - 1),
         targets=tokens[torch.from_numpy(learned)],
         loss_weights=torch.from_numpy(weights[learned].astype(np.float32)),
         sequences=_int64(sequences[learned]),
-        groups=tuple(range(len(examples))),
+        groups=_group_numbers(groups),
+        columns={name: torch.from_numpy(column.astype(np.float32)) for name, column in columns.items()},
     )
+
+
+def _column(example: Example, name: str) -> np.ndarray:
+    """A column of an example [T]; zeros where it has none, which is another adapter's, or an objective would miss."""
+    return example.columns.get(name, np.zeros(len(example.tokens), dtype=np.float32))
+
+
+def _group_numbers(groups: Sequence[Group]) -> tuple[int, ...]:
+    """Of each sequence the number of the group that it is in; an adapter's groups are its own."""
+    numbers: dict[tuple[int, object], int] = {}
+    found = []
+    for owner, (_, examples) in enumerate(groups):
+        for at, example in enumerate(examples):
+            key = (owner, ("alone", at) if example.group is None else example.group)
+            found.append(numbers.setdefault(key, len(numbers)))
+    return tuple(found)
 
 
 def _segments(groups: Sequence[Group]) -> tuple[Segment, ...]:

@@ -1,7 +1,7 @@
 """A recipe's data as examples: token ids and the weights with which they are learned, counted and reported."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,14 +17,27 @@ from topwork.data.template import ChatTemplate, Encoded
 class Example:
     """A sequence. weights[i] is the weight with which tokens[i] is learned from tokens[:i]; weights[0] is 0.
 
-    tokens  [T] int32
-    weights [T] float32
-    source  the row it comes from, for people
+    tokens   [T] int32
+    weights  [T] float32
+    source   the row it comes from, for people
+    columns  by name [T] float32: what else an objective reads of each learned token
+    group    those with the same one (a pair, the answers to one prompt) stay in one pass, side by side and in the order
+             in which the step has them; None where it belongs to nobody
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     source: str
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    group: str | int | None = None
+
+
+def grouped(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of examples, those of a group together, in the order of the first of each."""
+    found: dict[object, list[int]] = {}
+    for number, example in enumerate(examples):
+        found.setdefault(("alone", number) if example.group is None else example.group, []).append(number)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,11 @@ class Data:
     template: ChatTemplate
     summary: DataSummary
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(len(example.tokens) for example in (*self.train, *self.eval))
+    def longest(self, virtual: int = 0) -> int:
+        """Tokens of the longest sequence, or of the longest group that stays together; `virtual` tokens stand before
+        every sequence."""
+        rows = (*self.train, *self.eval)
+        return max(sum(len(rows[number].tokens) + virtual for number in own) for own in grouped(rows))
 
 
 @dataclass(frozen=True)

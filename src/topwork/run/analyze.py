@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import write_bytes, write_json
 from topwork.evaluation.perplexity import read_windows, window_losses
-from topwork.models.base import DTYPES, Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import DTYPES, load_base
 from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
 from topwork.plan.count import config_of, skeleton

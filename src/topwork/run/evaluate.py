@@ -18,8 +18,9 @@ from topwork.data.template import ChatTemplate
 from topwork.evaluation.config import EvaluationConfig
 from topwork.evaluation.grade import pick_grader
 from topwork.evaluation.score import Question, Scores, questions_of, score, score_together
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
 from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, open_run

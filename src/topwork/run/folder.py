@@ -25,7 +25,8 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
 from topwork.data.template import ChatTemplate
-from topwork.models.base import DTYPES, Base, load_base
+from topwork.models.base import Base
+from topwork.models.load import DTYPES, load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 

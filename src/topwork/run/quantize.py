@@ -7,8 +7,9 @@ from typing import Any
 
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import write_folder, write_json
-from topwork.models.base import Base, load_base
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
 from topwork.models.quantized import ORIGIN
 from topwork.models.writing import write_model
 from topwork.ops.packed import Packed, Packed4bit

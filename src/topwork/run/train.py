@@ -1,12 +1,50 @@
-"""`topwork train`: one recipe, trained as `run/together.py` trains several."""
+"""`topwork train`: recipes on one base, trained in the same passes, one or several. Where all parts meet."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from topwork.recipe.recipe import Recipe, load_recipe
-from topwork.run.outcome import TrainedRun
-from topwork.run.together import train_together
+from topwork.adapters.graft import Adapters, is_free
+from topwork.adapters.peft_format import BaseId
+from topwork.common.errors import RequestError
+from topwork.common.files import recover_folder, write_json, write_text
+from topwork.data.examples import Data, load_data
+from topwork.data.source import FixedRows
+from topwork.models.base import Base
+from topwork.models.checkpointing import checkpoint_layers
+from topwork.objectives.table import objective_of
+from topwork.plan.count import ParameterCount, count_adapter
+from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
+from topwork.run.begin import check_folder, check_shared, clear
+from topwork.run.fit import passes_that_fit, trials_that_fit
+from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.outcome import TrainedRun, figures, keep_adapter
+from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
+from topwork.run.session import Session, open_session
+from topwork.training.checkpoint import checkpoint_step, list_checkpoints
+from topwork.training.loop import Loop, Outcome
+from topwork.training.metrics import MetricsLog, open_sinks
+from topwork.training.passes import PassPlan
 from topwork.training.progress import Progress, Silent
+from topwork.training.start import Start, common_start
+from topwork.training.trial import CHECKPOINTS, Place, Trial
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One recipe with what belongs to it."""
+
+    recipe: Recipe
+    place: Place
+    data: Data
+    counted: ParameterCount
+
+    @property
+    def folder(self) -> Path:
+        return self.place.run_dir
 
 
 def train(
@@ -25,3 +63,175 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     one = progress or Silent()
     return train_together([recipe], resume, overwrite, lambda _: one, report)[0]
+
+
+def train_together(
+    recipes: Sequence[Recipe],
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], Progress] | None = None,
+    report: Report = print,
+    stop_at: int | None = None,
+    on: Session | None = None,
+) -> list[TrainedRun]:
+    """Train the adapters that recipes describe in the same passes over one base; each result is in its `output_dir`.
+
+    The recipes share `model`, `quantization`, `training.tokens_per_pass` and `training.activation_checkpointing`.
+
+    resume    go on from the newest round that all have a checkpoint of, or start where there is none; a part of the
+              recipes that were begun together may go on without the others
+    progress  gives the Progress of a trial by its name
+    stop_at   end the call after so many optimizer steps of each ("paused"): validated, with a checkpoint and an adapter
+              of that step; a later call with `resume` goes on, by the learning rates of the whole plan
+    on        a base that is loaded already; the adapters then stay on it by `TrainedRun.name`, for the caller to remove
+
+    Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
+    fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
+    """
+    recipes = list(recipes)
+    check_shared(recipes)
+    if stop_at is not None and stop_at < 1:
+        raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
+    for recipe in recipes:
+        check_folder(recipe, resume, overwrite)
+    held = on or open_session(recipes[0], report)
+    held.check(recipes[0])
+    names = _names(recipes, held.adapters)
+    try:
+        return _trained(held, recipes, names, resume, overwrite, progress or (lambda _: Silent()), report, stop_at)
+    except BaseException:
+        for name in names:
+            if name in held.adapters.configs:
+                held.adapters.remove(name)
+        raise
+
+
+def _trained(
+    on: Session, recipes: Sequence[Recipe], names: Sequence[str], resume: bool, overwrite: bool,
+    progress: Callable[[str], Progress], report: Report, stop_at: int | None,
+) -> list[TrainedRun]:  # fmt: skip
+    base = on.base
+    runs = _grafted(on, recipes, names, report)
+    asked = recipes[0].training.tokens_per_pass
+    if asked is None and resume:
+        asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
+    longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
+    plan = passes_that_fit(recipes, [run.counted for run in runs], longest, asked, base, report)
+    checkpoint_layers(base, plan.checkpointed_layers, names)
+    start = _start(runs, report) if resume else Start()
+    _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
+    with ExitStack() as logs:
+        trials = []
+        for index, run in enumerate(runs):
+            at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
+            metrics = logs.enter_context(_metrics(run, at, report))
+            trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
+        loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
+        if start.checkpoints:
+            loop.resume(start)
+            report(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+        outcomes = loop.run(stop_at)
+    return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+
+
+def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], report: Report) -> list[_Run]:
+    """Data loaded, each once, and a fresh adapter for each recipe. Raises RequestError where memory is too small."""
+    base, several = on.base, len(recipes) > 1
+    loaded = _load_data(recipes, base, report)
+    fit = trials_that_fit(on, recipes)
+    if fit < len(recipes):
+        raise RequestError(
+            f"{len(recipes)} adapters do not fit into memory together: the first {fit} do; train them in parts of "
+            f"{fit}, or lower training.tokens_per_pass or adapter.r"
+        )
+    runs = []
+    for recipe, name, data in zip(recipes, names, loaded):
+        on.adapters.add(name, recipe.adapter, recipe.training.seed)
+        counted = count_adapter(base.module, recipe.adapter)
+        called = f"{base.name}, {name}" if several else base.name
+        report(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
+        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
+        runs.append(_Run(recipe, place, data, counted))
+    return runs
+
+
+def _load_data(recipes: Sequence[Recipe], base: Base, report: Report) -> list[Data]:
+    """Data that several recipes name alike are loaded once; the seed counts where it holds rows out."""
+    known: dict[tuple[str, int | None, int], Data] = {}
+    found = []
+    for recipe in recipes:
+        config, seed = recipe.data, recipe.training.seed
+        room = base.context_length - recipe.adapter.virtual_tokens
+        key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
+        if key not in known:
+            known[key] = load_data(config, base.tokenizer, room, seed, report)
+        found.append(known[key])
+    return found
+
+
+def _start(runs: Sequence[_Run], report: Report) -> Start:
+    """Where all go on. Raises RequestError for one that was not begun with the others."""
+    for run in runs:
+        recover_folder(run.folder / ADAPTER)
+    new = [run.folder for run in runs if not (run.folder / RECIPE).exists()]
+    if new and any(list_checkpoints(run.folder / CHECKPOINTS) for run in runs):
+        raise RequestError(
+            f"{new[0]} was not begun with the others, which have checkpoints already; resume those without it, and "
+            "begin it in a call of its own"
+        )
+    return common_start([run.folder / CHECKPOINTS for run in runs], report)
+
+
+def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
+    """Each run's folder with its recipe, template and provenance; nothing is written where one is refused."""
+    folders = [run.folder.name for run in runs] if len(runs) > 1 else []
+    origins = [provenance(run.recipe, base, run.data, tokens, folders) for run in runs]
+    if resume:
+        for run, origin in zip(runs, origins):
+            refuse_other_inputs(run.folder, origin)
+    for run, origin in zip(runs, origins):
+        if overwrite:
+            clear(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / RECIPE, recipe_yaml(run.recipe))
+        if run.data.template.jinja:
+            write_text(run.folder / TEMPLATE, run.data.template.jinja)
+        record(run.folder, origin, base)
+
+
+def _metrics(run: _Run, at: int | None, report: Report) -> MetricsLog:
+    names = run.recipe.training.report_to
+    sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
+    return MetricsLog(run.folder, at, sinks, report)
+
+
+def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) -> Trial:
+    training = run.recipe.training
+    keep = max(2, training.save_total_limit) if several else training.save_total_limit
+    rows = FixedRows(run.data.train, training.batch_size, training.seed)
+    objective = objective_of(training.objective)
+    return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
+
+
+def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members: int) -> TrainedRun:
+    keep_adapter(run.place, run.recipe.training, outcome)
+    result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
+    result |= {
+        "base_weights_bytes": on.weight_bytes,
+        "base_held_as": on.held_as,
+        "checkpointed_layers": plan.checkpointed_layers,
+        "shared_with": members,
+    }
+    write_json(run.folder / RESULT, result)
+    return TrainedRun(run.folder, result, run.place.name)
+
+
+def _names(recipes: Sequence[Recipe], adapters: Adapters) -> list[str]:
+    """A name in the base for each recipe, from its folder's."""
+    names: list[str] = []
+    for recipe in recipes:
+        stem = Path(recipe.output_dir).resolve().name.replace(".", "_") or "run"
+        tries = [stem, *(f"{stem}-{number}" for number in range(2, 2 + len(recipes) + len(adapters.configs) + 1))]
+        taken = {*names, *adapters.configs}
+        names.append(next(name for name in tries if name not in taken and is_free(name)))
+    return names

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from topwork.common.errors import RecipeError
 from topwork.common.seeds import hashed
-from topwork.data.batches import Group, collate_segments, pack
+from topwork.data.batches import Group, collate_segments, pack, together
 from topwork.ops.batch import Batch
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.optimizers import state_bytes
@@ -37,14 +37,16 @@ def step_passes(
     drops out in them, however they are packed."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
-    def grouped(indices: Sequence[int]) -> list[Group]:
-        by_group = groupby(indices, lambda index: rows[index][0])  # rising, so that a group's stand together
+    def by_adapter(indices: Sequence[int]) -> list[Group]:
+        by_group = groupby(indices, lambda index: rows[index][0])  # rising, so that an adapter's stand together
         return [(groups[at][0], [rows[index][1] for index in own]) for at, own in by_group]
 
     extra = [virtual.get(str(name), 0) for name, _ in groups]
-    lengths, owners = [len(example.tokens) + extra[at] for at, example in rows], [at for at, _ in rows]
-    packed = pack(lengths, tokens_per_pass, owners)
-    batches = [collate_segments(grouped(indices)) for indices in packed]
+    lengths = [len(example.tokens) + extra[at] for at, example in rows]
+    kept = together(groups)
+    units = pack([sum(lengths[i] for i in own) for own in kept], tokens_per_pass, [rows[own[0]][0] for own in kept])
+    packed = [[index for unit in numbers for index in kept[unit]] for numbers in units]
+    batches = [collate_segments(by_adapter(indices)) for indices in packed]
     if seeds is not None:
         by_row = [hashed(seeds[str(name)], number) for name, examples in groups for number in range(len(examples))]
         batches = [batch.with_dropout_seeds([by_row[index] for index in own]) for batch, own in zip(batches, packed)]
@@ -98,10 +100,10 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
     return PassPlan(tokens, fitting)
 
 
-def members_that_fit(
+def trials_that_fit(
     needed_bytes: Sequence[int], asked_tokens: int | None, asked_layers: Checkpointing, memory: Memory
 ) -> int:
-    """How many of the first adapters, of which each needs so much (`member_bytes`), fit beside a pass; at least 1.
+    """How many of the first adapters, of which each needs so much (`trial_bytes`), fit beside a pass; at least 1.
 
     The pass is as asked for, else the smallest, and checkpoints as many layers as it may.
     """
@@ -113,7 +115,7 @@ def members_that_fit(
     return max(1, sum(total <= room for total in accumulate(needed_bytes)))
 
 
-def member_bytes(config: TrainingConfig, sizes: Sequence[int]) -> int:
+def trial_bytes(config: TrainingConfig, sizes: Sequence[int]) -> int:
     """What an adapter of trained tensors of so many values takes: fp32 weights, their gradients, optimizer state."""
     return 8 * sum(sizes) + state_bytes(config.optim, sizes)
 

@@ -169,9 +169,9 @@ def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> dict[str, int]:
         read = f"{recipe.data.model_dump_json()} {virtual}"
         if read not in known:
             data = load_data(recipe.data, tokenizer, length - virtual, recipe.training.seed, lambda _: None)
-            known[read] = len(data.train), len(data.eval), data.longest
+            known[read] = len(data.train), len(data.eval), data.longest(virtual)
         rows, held_out, longest = known[read]
-        check_longest(recipe.training.tokens_per_pass, longest + virtual)
+        check_longest(recipe.training.tokens_per_pass, longest)
         named = recipe.evaluation.data
         if named is None and not held_out and not jobs:
             raise RequestError(

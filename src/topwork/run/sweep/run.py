@@ -13,12 +13,14 @@ from topwork.reporting.sweep import write_sweep_report
 from topwork.reporting.sweep_points import diminishing_returns, points
 from topwork.reporting.sweep_state import SweepState, TrialState, Wave
 from topwork.run.evaluate import Finished, evaluate_members
+from topwork.run.fit import trials_that_fit
 from topwork.run.folder import ADAPTER
 from topwork.run.outcome import TrainedRun
+from topwork.run.session import Session, open_session
 from topwork.run.sweep.cost import cost, measure_alone, take_pass_cost
 from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep, waves
 from topwork.run.sweep.state import clear, discard, open_state, result_of, take_scores
-from topwork.run.together import Together, members_that_fit, open_together, train_together
+from topwork.run.train import train_together
 from topwork.training.progress import Progress
 
 ENDED = (TrialState.FINISHED, TrialState.EARLY_STOPPING, TrialState.DIVERGED)
@@ -49,7 +51,7 @@ class _Sweep:
     overwrite: bool
     progress: Callable[[], Callable[[str], Progress]] | None
     report: Report
-    on: Together
+    on: Session
     trained: dict[str, str] = field(default_factory=dict)
     """Trials whose adapters are on the base, and their names there."""
 
@@ -80,7 +82,7 @@ def sweep(
     resumed = resume and bool(state.waves)
     tell_plan(plan, report)
     if not _is_done(plan, state):
-        on = open_together(plan.trials[0].recipe, report)
+        on = open_session(plan.trials[0].recipe, report)
         if overwrite:
             clear(plan.out)
         if not _trained(_Sweep(plan, state, resumed, overwrite, progress, report, on)):
@@ -137,7 +139,7 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
     told: dict[int, int] = {}
 
     def fits(rest: Sequence[str]) -> int:
-        told[len(told)] = members_that_fit(going.on, [going.recipe(name) for name in rest])
+        told[len(told)] = trials_that_fit(going.on, [going.recipe(name) for name in rest])
         return told[len(told) - 1]
 
     parts = waves(names, fits) if names else []
@@ -163,7 +165,7 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
 def _cut_again(going: _Sweep, wave: Wave) -> list[Wave]:
     """Waves for the trials that a wave has no memory for any more, to be trained after all others."""
     names = wave.names
-    fit = members_that_fit(going.on, [going.recipe(name) for name in names])
+    fit = trials_that_fit(going.on, [going.recipe(name) for name in names])
     if fit >= len(names):
         return []
     rest = wave.model_copy(update={"names": names[fit:]})

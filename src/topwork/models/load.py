@@ -1,0 +1,138 @@
+"""Loading a base: found, read (packed on the way where asked for), frozen, made flat and fast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from topwork.common.devices import limit_kernel_caches
+from topwork.common.errors import ModelError
+from topwork.models.attention import use_flat_attention
+from topwork.models.base import Base
+from topwork.models.config import ModelConfig
+from topwork.models.fingerprint import Sampled, fingerprint
+from topwork.models.probe import PROVEN, probe
+from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
+from topwork.models.quiet import without_bars
+from topwork.models.recognise import make_fast
+from topwork.models.source import Source, find_source
+from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.ops.logprobs import LogitRule
+from topwork.quantization.config import QuantizationConfig
+
+DTYPES: dict[str, Any] = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto",
+}  # fmt: skip
+
+
+def load_base(
+    config: ModelConfig, report: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
+) -> Base:
+    """Find, read and freeze the base that `config` names, set to flat batches; an unproven family is probed.
+
+    With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
+    quantized already is taken as it is.
+    """
+    limit_kernel_caches()
+    source = find_source(config, report)
+    device = pick_device(config.device)
+    wanted = quantization or QuantizationConfig()
+    module, identity = _read(source, config, wanted)
+    if wanted.head != "16bit":
+        quantize_head(module, wanted.head)
+    if wanted.active and (told := left_dense(module)):
+        report(f"{source.name}: {told}")
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    return as_base(module.to(device), tokenizer, source.name, report, identity)  # type: ignore[arg-type]
+
+
+def as_base(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    report: Callable[[str], None] = print,
+    identity: str | None = None,
+    fast: bool = True,
+) -> Base:
+    """Freeze a loaded Hugging Face causal model, set it to flat batches and make its layers fast where they can be.
+    `identity` is its fingerprint, where it was taken already."""
+    module.requires_grad_(False).eval()
+    config = module.config.get_text_config()
+    whole = context_length(module.config)
+    length = _steady_length(config, whole)
+    if length < whole:
+        report(
+            f"{config.model_type}: its rotary positions (longrope) change for a whole pass with its longest sequence; "
+            f"sequences are kept to {length} tokens, below which they do not, instead of {whole}"
+        )
+    base = Base(module, tokenizer, name, identity or fingerprint(module), length, _logit_rule(config))
+    if config.model_type in PROVEN:
+        use_flat_attention(module)
+    else:
+        probe(base, use_flat_attention)
+        report(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
+    if fast:
+        make_fast(module, report)
+    return base
+
+
+def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tuple[PreTrainedModel, str]:
+    """The model, in host memory, and its fingerprint."""
+    remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    samples: dict[str, Sampled] = {}
+    info: Any
+    loaded: Any
+    try:
+        known = AutoConfig.from_pretrained(source.folder, revision=source.revision, **remote)
+        dtype = DTYPES[config.dtype]
+        if is_packed(known, source.name) or wanted.active:
+            dtype = (known.dtype or torch.float32) if dtype == "auto" else dtype
+            module, info, samples = read_packed(source, known, wanted, dtype, config.trust_remote_code)
+        else:
+            with without_bars():
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source.folder, revision=source.revision, dtype=dtype, use_safetensors=True,
+                    output_loading_info=True, ignore_mismatched_sizes=True, **remote,
+                )  # fmt: skip
+            module, info = loaded
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
+        ) from error
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise misfit(key, found, expected)
+    lacking = sorted(info["missing_keys"])
+    if lacking:  # transformers would go on with random values
+        raise ModelError(
+            f"{source.name} lacks {len(lacking)} weights that its config asks for (first {lacking[0]}); was the "
+            "download finished, and is it a causal language model?"
+        )
+    return module, written_here(source.folder) or fingerprint(module, samples)
+
+
+def _steady_length(config: PreTrainedConfig, whole: int) -> int:
+    """How long a sequence may be, of at most `whole`, before it changes the positions of its neighbours in a batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # one for each layer type, or one
+    return min([whole, *(r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope")])
+
+
+def _logit_rule(config: object) -> LogitRule:
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device: {name!r} is not to be had here ({error}); try auto or cpu") from error
+    return device
