@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from topwork.data.batches import step_indices, steps_per_epoch
-from topwork.data.examples import Example
+from topwork.data.examples import Example, grouped
 
 
 class RowSource(Protocol):
@@ -34,17 +34,20 @@ class RowSource(Protocol):
 
 
 class FixedRows:
-    """A data set, in an order that the seed and the epoch decide alone: there is no state."""
+    """A data set, in an order that the seed and the epoch decide alone: there is no state. Rows of a group come in one
+    step and in their order, and count as one of its `batch_size`."""
 
     def __init__(self, rows: Sequence[Example], batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.units = [[rows[number] for number in own] for own in grouped(rows)]
+        self.batch_size, self.seed = batch_size, seed
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.rows), self.batch_size)
+        return steps_per_epoch(len(self.units), self.batch_size)
 
     def examples(self, step: int) -> list[Example]:
-        return [self.rows[at] for at in step_indices(len(self.rows), self.batch_size, self.seed, step)]
+        chosen = step_indices(len(self.units), self.batch_size, self.seed, step)
+        return [row for at in chosen for row in self.units[at]]
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -51,8 +51,10 @@ class Series:
 
 
 def series(records: Sequence[Record], kind: str, key: str) -> Series:
-    """`key` of every record of `kind`; records without it, or where it is not finite, are passed over."""
-    pairs = [(int(record["step"]), number(record, key)) for record in records if record["kind"] == kind]
+    """`key` of every record of `kind` (`metrics.NAME`: an objective's own figure); records without it, or where it is
+    not finite, are passed over."""
+    path = key.split(".", 1)
+    pairs = [(int(record["step"]), number(record, *path)) for record in records if record["kind"] == kind]
     measured = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
     return Series([step for step, _ in measured], [value for _, value in measured])
 

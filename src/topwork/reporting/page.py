@@ -54,7 +54,7 @@ def write_report(run_dir: Path) -> ReportPaths:
     for key, title, smooth in _measured_charts(records):
         figure = small_chart(records, key, smooth=smooth)
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
-        pngs[f"{key}.png"] = png_bytes(figure)
+        pngs[f"{key.replace('/', '-')}.png"] = png_bytes(figure)
     html = render(run)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -115,7 +115,10 @@ def _with_start(run: RunFiles) -> list[Record]:
 
 
 def _measured_charts(records: list[Record]) -> list[tuple[str, str, bool]]:
-    return [chart for chart in SMALL_CHARTS if len(series(records, "train", chart[0]).steps) > 1]
+    """Of the figures that every run has and of the objective's own, those that were measured more than once."""
+    names = dict.fromkeys(name for record in records for name in section(record, "metrics"))
+    own = [(f"metrics.{name}", name.replace("_", " ").capitalize(), True) for name in names]
+    return [chart for chart in (*SMALL_CHARTS, *own) if len(series(records, "train", chart[0]).steps) > 1]
 
 
 def _loss_picture(records: list[Record]) -> Picture:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from topwork.training.metrics import metrics_text
+
 
 class TrainingBar:
     """One bar for the steps, with loss, tokens/s and time left; validations and notes stand above it."""
@@ -17,24 +19,25 @@ class TrainingBar:
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("loss {task.fields[loss]:.4f}{task.fields[metrics]}  {task.fields[speed]:,.0f} tokens/s"),
             TimeRemainingColumn(),
             console=console,
         )
         self._task: TaskID | None = None
 
     def started(self, step: int, steps: int) -> None:
-        self._task = self._bar.add_task("train", total=steps, completed=step, loss=float("nan"), speed=0.0)
+        self._task = self._bar.add_task("train", total=steps, completed=step, loss=float("nan"), speed=0.0, metrics="")
         self._bar.start()
 
     def stepped(self, step: int, record: dict[str, Any]) -> None:
         if self._task is not None:
             self._bar.update(
-                self._task, completed=step, loss=record["loss"], speed=record["tokens_per_second"], refresh=True
-            )
+                self._task, completed=step, loss=record["loss"], speed=record["tokens_per_second"],
+                metrics=metrics_text(record), refresh=True,
+            )  # fmt: skip
 
     def validated(self, step: int, record: dict[str, Any]) -> None:
-        self.console.print(f"step {step}: validation loss {record['loss']:.4f} (perplexity {record['perplexity']:.2f})")
+        self.console.print(_validation(step, record))
 
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", style="yellow")
@@ -59,12 +62,13 @@ class TrainingLines:
             spent = time.perf_counter() - self._began
             left = spent / (step - self._first) * (self._steps - step)
             _line(
-                f"step {step}/{self._steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+                f"step {step}/{self._steps}  loss {record['loss']:.4f}{metrics_text(record)}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s  "
                 f"{left:,.0f} s left"
             )
 
     def validated(self, step: int, record: dict[str, Any]) -> None:
-        _line(f"step {step}: validation loss {record['loss']:.4f} (perplexity {record['perplexity']:.2f})")
+        _line(_validation(step, record))
 
     def note(self, text: str) -> None:
         _line(f"note: {text}")
@@ -72,6 +76,11 @@ class TrainingLines:
     def ended(self, how: str) -> None: ...
 
     def finished(self) -> None: ...
+
+
+def _validation(step: int, record: dict[str, Any]) -> str:
+    told = f"step {step}: validation loss {record['loss']:.4f} (perplexity {record['perplexity']:.2f})"
+    return told + metrics_text(record)
 
 
 def training_progress() -> TrainingBar | TrainingLines:

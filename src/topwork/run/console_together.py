@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from topwork.training.metrics import metrics_text
 from topwork.training.progress import Progress
 
 LINES_A_MEMBER = 10
@@ -33,6 +34,7 @@ class Row:
     loss: float | None = None
     eval_loss: float | None = None
     speed: float = 0.0
+    metrics: str = ""
 
     def cells(self) -> list[str]:
         """For a table: name, step, loss, validation loss, the pass's tokens/s, time left, state."""
@@ -47,7 +49,7 @@ class Row:
         return spent / max(1, self.step - self.first) * (self.steps - self.step)
 
 
-class _Member:
+class _Told:
     """One member's Progress: keeps its row, and tells the whole that something has changed."""
 
     def __init__(self, row: Row, changed: Callable[[Row, str], None], note: Callable[[str], None]) -> None:
@@ -61,6 +63,7 @@ class _Member:
     def stepped(self, step: int, record: dict[str, Any]) -> None:
         row = self._row
         row.step, row.loss, row.speed = step, record["loss"], record["tokens_per_second"]
+        row.metrics = metrics_text(record)
         self._changed(row, "stepped")
 
     def validated(self, step: int, record: dict[str, Any]) -> None:
@@ -91,7 +94,7 @@ class TogetherTable:
     def __call__(self, name: str) -> Progress:
         row = Row(name)
         self.rows.append(row)
-        return _Member(row, self._changed, lambda text: self.console.print(f"note: {text}", style="yellow"))
+        return _Told(row, self._changed, lambda text: self.console.print(f"note: {text}", style="yellow"))
 
     def table(self) -> Table:
         """As it is now."""
@@ -115,13 +118,14 @@ class TogetherLines:
     """The same as plain lines: about ten a member, every validation, and how each ends."""
 
     def __call__(self, name: str) -> Progress:
-        return _Member(Row(name), self._changed, lambda text: _line(f"note: {text}"))
+        return _Told(Row(name), self._changed, lambda text: _line(f"note: {text}"))
 
     def _changed(self, row: Row, what: str) -> None:
         every = max(1, row.steps // LINES_A_MEMBER)
         if what == "stepped" and row.step % every == 0:
             _line(
-                f"{row.name}: step {row.step}/{row.steps}  loss {row.loss:.4f}  {row.speed:,.0f} tokens/s of the pass  "
+                f"{row.name}: step {row.step}/{row.steps}  loss {row.loss:.4f}{row.metrics}  "
+                f"{row.speed:,.0f} tokens/s of the pass  "
                 f"{row.left():,.0f} s left"
             )
         elif what == "validated":

@@ -207,12 +207,20 @@ def open_sinks(
 
 
 def _shown_numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """{kind/key: number} of a record's finite numbers."""
+    """{kind/key: number} of a record's finite numbers, the objective's own among them."""
     return {
         f"{record['kind']}/{key}": value
-        for key, value in record.items()
+        for key, value in {**record, **record.get("metrics", {})}.items()
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def metrics_text(record: Mapping[str, Any]) -> str:
+    """The objective's own figures for a line of progress, in front of which others stand; empty where it has none."""
+    return "".join(
+        f"  {name} {'–' if value is None else format(value, '.4g')}"
+        for name, value in record.get("metrics", {}).items()
+    )
 
 
 def _missing(extra: str, name: str) -> RequestError:

@@ -133,7 +133,9 @@ class Trial:
             best_step=state.step if better else state.best_step,
             evals_without_gain=0 if better or state.step == 0 else state.evals_without_gain + 1,
         )
-        record = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), **means.metrics}
+        record: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        if means.metrics:
+            record["metrics"] = dict(means.metrics)
         self.metrics.write("eval", state.step, record)
         self.progress.validated(state.step, record)
         since = overfitting_since(self.state.history)
@@ -206,10 +208,9 @@ class Trial:
         """The mean loss of some steps, what went through them, and the rest as the last of them had it."""
         results, seconds = [each.result for each in timed], sum(each.seconds for each in timed)
         tokens, passed = sum(result.tokens for result in results), sum(each.pass_tokens for each in timed)
-        per_epoch = self.rows.steps_per_epoch
+        per_epoch, metrics = self.rows.steps_per_epoch, _mean_metrics(results)
         return {
             "loss": sum(result.loss for result in results) / len(results),
-            **_mean_metrics(results),
             "grad_norm": results[-1].grad_norm,
             "learning_rate": rate,
             "tokens": tokens,
@@ -218,6 +219,7 @@ class Trial:
             "seconds": round(seconds, 4),
             **({"epoch": round(self.state.step / per_epoch, 4)} if per_epoch else {}),
             **({"pass_tokens": passed} if passed != tokens else {}),
+            **({"metrics": metrics} if metrics else {}),
         }
 
     def _note(self, text: str) -> None:
