@@ -1,11 +1,12 @@
 """A training step of this tree beside the same step of another commit, step by step in turns.
 
-    python benchmarks/against.py COMMIT [--pairs 24] --data-dir DATA [--rows gsm8k|banking77] [--tokens 2048]
-        [--quantized] [--ranks 16] [--model smollm2-135m]
+    python benchmarks/against.py COMMIT [--pairs 24] [--kinds lora,nf4,dora] [--out OUT] --data-dir DATA
+        [--rows gsm8k|banking77] [--tokens 2048] [--ranks 16] [--model smollm2-135m]
 
 For a change of a few per cent, which a machine that other work shares hides from runs one after the other: two
 processes, one in each tree, wait for each other, and the ratio is taken pair by pair. The work and its options are
-`profile_step.py`'s. Prints one line; keeps no record.
+`profile_step.py`'s. Peaks are those of the two processes. Prints a line for each kind of step, and writes OUT.json
+and OUT.md where asked to.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median, quantiles
-from typing import IO
+from typing import IO, Any
 
-from common import BENCHMARKS, threads
+from common import BENCHMARKS, peak_mib, surroundings, surroundings_text, threads, write_record
 
 PAUSE = 0.03
 """Seconds between steps, in which the threads of the process that has just worked go to sleep."""
@@ -29,35 +30,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
     parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", default="lora", help="comma-separated, of lora, nf4, dora")
+    parser.add_argument("--out", type=Path, help="the record's path without its ending; left out, it is only printed")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     given, options = parser.parse_known_args()
     if given.worker:
-        work(options)
+        work(given.worker, options)
         return
-    root = BENCHMARKS.parent
+    root, found = BENCHMARKS.parent, {}
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "tree"
         git(root, "worktree", "add", "--detach", str(other), given.commit)
         try:
-            ours, theirs = in_turns([root, other], given.pairs)
+            for kind in given.kinds.split(","):
+                found[kind] = compared(*in_turns([root, other], given.pairs, kind))
+                print(f"{kind}: {line(found[kind], given.commit)}", flush=True)
         finally:
             git(root, "worktree", "remove", "--force", str(other))
+    if given.out:
+        record = {"commit": given.commit, "options": options, "kinds": found, "surroundings": surroundings()}
+        write_record(given.out, record, text(record))
+
+
+def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+    """Step by step, ours over theirs."""
     low, middle, high = quantiles([own["seconds"] / before["seconds"] for own, before in zip(ours, theirs)], n=4)
-    loss = max(abs(own["loss"] - before["loss"]) / before["loss"] for own, before in zip(ours, theirs))
-    times = [f"{1e3 * median(step['seconds'] for step in steps):,.0f}" for steps in (ours, theirs)]
-    print(
-        f"{middle:.3f} of {given.commit}'s time (quartiles {low:.3f}–{high:.3f}, {given.pairs} pairs; {times[0]} and "
-        f"{times[1]} ms); losses differ by at most {loss:.1e} of themselves"
+    return {
+        "time": middle, "low": low, "high": high, "pairs": len(ours),
+        "seconds": median(step["seconds"] for step in ours), "seconds_before": median(s["seconds"] for s in theirs),
+        "loss": max(abs(own["loss"] - before["loss"]) / before["loss"] for own, before in zip(ours, theirs)),
+        "peak_mib": ours[-1]["peak_mib"], "peak_mib_before": theirs[-1]["peak_mib"],
+    }  # fmt: skip
+
+
+def line(found: dict[str, float], commit: str) -> str:
+    peaks = found["peak_mib"], found["peak_mib_before"]
+    return (
+        f"{found['time']:.3f} of {commit}'s time (quartiles {found['low']:.3f}–{found['high']:.3f}, "
+        f"{found['pairs']:.0f} pairs; {1e3 * found['seconds']:,.0f} and {1e3 * found['seconds_before']:,.0f} ms), "
+        f"peaks {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB ({peaks[0] / peaks[1]:.3f}); losses differ by at most "
+        f"{found['loss']:.1e} of themselves"
     )
+
+
+def text(record: dict[str, Any]) -> str:
+    """The record for people."""
+    commit = record["commit"]
+    lines = [f"- {kind}: {line(found, commit)}" for kind, found in record["kinds"].items()]
+    return "\n".join([f"# A step beside {commit}'s", "", *lines, "", surroundings_text(record["surroundings"])]) + "\n"
 
 
 def git(root: Path, *command: str) -> None:
     subprocess.run(["git", "-C", str(root), *command], check=True, capture_output=True)
 
 
-def in_turns(trees: list[Path], pairs: int) -> list[list[dict[str, float]]]:
+def in_turns(trees: list[Path], pairs: int, kind: str) -> list[list[dict[str, float]]]:
     """What each tree's process says of each of its steps; which goes first changes every time."""
-    workers = [begun(tree) for tree in trees]
+    workers = [begun(tree, kind) for tree in trees]
     steps: list[list[dict[str, float]]] = [[] for _ in trees]
     for pair in range(pairs):
         for at in (0, 1) if pair % 2 else (1, 0):
@@ -70,12 +99,12 @@ def in_turns(trees: list[Path], pairs: int) -> list[list[dict[str, float]]]:
     return steps
 
 
-def begun(tree: Path) -> "subprocess.Popen[str]":
+def begun(tree: Path, kind: str) -> "subprocess.Popen[str]":
     """This script over the tree's own package and benchmarks, warmed up."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree / "benchmarks")]), "OMP_NUM_THREADS": str(threads()),
     }  # fmt: skip
-    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--worker"]
+    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--worker", kind]
     worker = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     said(worker.stdout)
     return worker
@@ -89,20 +118,32 @@ def said(stream: IO[str] | None) -> dict[str, float]:
     raise SystemExit("a worker ended; what it said stands above")
 
 
-def work(options: list[str]) -> None:
+def work(kind: str, options: list[str]) -> None:
     """A step for every line that comes in."""
     from profile_step import WARM_UP, arguments, prepared
 
-    sys.argv[1:] = options
-    trained, stream = prepared(arguments())
+    sys.argv[1:] = [*options, "--quantized"] if kind == "nf4" else options
+    trained, batch = prepared(arguments())
+    if kind == "dora":
+        with_dora(trained)
     learners = [trained.learner(name) for name in trained.adapters.configs]
     for _ in range(WARM_UP):
-        trained.steps(learners, [stream])
+        trained.steps(learners, [batch])
     print("{}", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        results = trained.steps(learners, [stream])
-        print(json.dumps({"seconds": time.perf_counter() - start, "loss": results[-1].loss}), flush=True)
+        results = trained.steps(learners, [batch])
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "loss": results[-1].loss, "peak_mib": peak_mib()}), flush=True)
+
+
+def with_dora(trained: Any) -> None:
+    """DoRA of rank 16 in the places of all adapters."""
+    from topwork.adapters.config import AdapterConfig
+
+    for name in list(trained.adapters.configs):
+        trained.adapters.remove(name)
+        trained.adapters.add(name, AdapterConfig(r=16, lora_alpha=32, use_dora=True), seed=0)
 
 
 if __name__ == "__main__":
