@@ -33,18 +33,20 @@ $(VENV)/.tested: $(VENV)/.installed
 
 test: lint types imports unit
 
+## runs a stage's commands and says how long they took, whether they passed or not
+timed = @start=$$(date +%s); ($(1)); ended=$$?; echo "$@: $$(($$(date +%s) - start)) s"; exit $$ended
+
 lint: $(VENV)/.tested
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(call timed,$(BIN)/ruff format --check . && $(BIN)/ruff check .)
 
 types: $(VENV)/.tested
-	$(BIN)/mypy
+	$(call timed,$(BIN)/mypy)
 
 imports: $(VENV)/.tested
-	$(BIN)/lint-imports
+	$(call timed,$(BIN)/lint-imports)
 
 unit: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+	$(call timed,OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu" --durations=10)
 
 golden: $(VENV)/.tested
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py
