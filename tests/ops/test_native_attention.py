@@ -20,7 +20,8 @@ from topwork.ops.native import build, load
 pytestmark = needs_compiler
 
 TYPES = [torch.float32, torch.bfloat16]
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}
+"""In bf16 the probabilities, their gradients and the result are rounded, by 2^-8 at most, which few keys come near."""
 BOUNDS = [
     (0, 1),
     (0, 1, 2, 4, 7),  # fewer tokens than a tile has rows

@@ -1,6 +1,7 @@
 """How far two results are apart, and how far rounding may drive them."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,15 +10,23 @@ from transformers.pytorch_utils import Conv1D
 
 ROUNDING = 2.0**-24
 """By how much of itself fp32 moves a value at most as it rounds it: u."""
-LOGITS_APART, GRADIENTS_APART = 1e-5, 2e-5
-"""How far apart (`relative`, over whole tensors) two right passes in fp32 through a base of `families.py` may be.
 
-A product of n terms of mixed signs is off by u sqrt(n) of its size (`apart_by_rounding` says why). Two layers and a
-head are 13 products in a row of at most 96 terms, and backward three times as many; on two sides that makes
-u sqrt(2 * 13 * 96) = 3e-6 of logits and 5e-6 of gradients. Norms that are divided by small lengths, as gemma3's, make
-twice as much of it: what `apart_by_rounding` tries comes to 2e-6 (gpt2) .. 7e-6 (gemma3) of all logits. Three times the
-first figures it is, then. Whatever is wrong, or in 16 bits where it should not be, is a hundred times as far.
-"""
+
+def apart(products: int, terms: int) -> float:
+    """How far apart (`relative`, over whole tensors) two right results of `products` in a row may be in fp32.
+
+    A product of n terms of mixed signs is off by u sqrt(n) of its size (`apart_by_rounding` says why), so several of
+    them on two sides by u sqrt(2 products n). Three times that, for norms that are divided by small lengths: for the
+    bases of `families.py`, LOGITS_APART, it is 9e-6, and `apart_by_rounding` finds 2e-6 (gpt2) .. 7e-6 (gemma3).
+    Whatever is wrong, or in 16 bits where it should not be, is a hundred times as far.
+    """
+    return 3 * ROUNDING * math.sqrt(2 * products * terms)
+
+
+LOGITS_APART = apart(2 * 6 + 1, 96)
+"""Of a base of `families.py`, whose two layers are six products in a row each, and its head one."""
+GRADIENTS_APART = apart(3 * (2 * 6 + 1), 96)
+"""Backward it is two more for each."""
 
 
 def relative(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], least: float = 1e-300) -> float:
