@@ -24,7 +24,7 @@ from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, ModelError
 from topwork.merging.merge import merge
 from topwork.models.base import Base, load_base
-from topwork.models.checkpointing import checkpoint_layers, products_left_out
+from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 from topwork.models.weights import original_weight
@@ -180,15 +180,14 @@ def test_dora_drops_out_of_what_it_adds_alone(family: str) -> None:
 
 @pytest.mark.parametrize("config", [DORA, IA3], ids=["dora", "ia3"])
 def test_gradients_with_checkpointed_layers(config: AdapterConfig) -> None:
-    """A gain on a layer's last product needs its value again; nothing that it needs is left out."""
+    """A gain on a layer's last product needs its value again."""
     found = []
     for layers in (0, 2):
         base = tiny_base("llama")
         adapters = added(base, a=config)
-        checkpoint_layers(base, layers, ("a",))
+        checkpoint_layers(base, layers)
         found.append(slopes(base, adapters.parameters("a"), "a"))
     assert relative(list(found[1].values()), list(found[0].values())) < 1e-6
-    assert not any("o_proj" in path or "down_proj" in path for path in products_left_out(base) if config is DORA)
 
 
 @pytest.mark.parametrize(

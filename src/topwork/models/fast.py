@@ -197,7 +197,9 @@ class FastLayer(GradientCheckpointingLayer):
         linear = _bare(mlp.get_submodule("down_proj"))
         down = projection_of(linear)
         if down is not None:
-            return project(buffer, (down,), Gated(part.activation), self.wiring.after_mlp is not None)
+            norm_follows = self.wiring.after_mlp is not None  # else it goes into a sum, and no gradient needs its value
+            skip = current().recomputing and not norm_follows and not down.gains
+            return project(buffer, (down,), Gated(part.activation), norm_follows, skip)
         return linear(normed(buffer, Gated(part.activation)))
 
     def _projected(

@@ -38,7 +38,6 @@ class Member:
     columns: slice
     ranks: slice
     scaling: float
-    only_backward: bool
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Bundles:
     apart: bool
 
 
-Placed = tuple[slice, LowRank, bool]
-"""A term, its columns in the group's output, and whether its product is left out going forward."""
+Placed = tuple[slice, LowRank]
+"""A term and its columns in the group's output."""
 
 
 def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
@@ -92,7 +91,7 @@ def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
     masters: list[Tensor] = []
     for (start, stop, _), places in shared.items():
         first = len(masters)
-        masters += [master for _, term, _ in places for master in (term.a, term.b)]
+        masters += [master for _, term in places for master in (term.a, term.b)]
         bundle = Bundle(slice(start, stop), tuple(_members(places)), places[0][1].dropout, slice(first, len(masters)))
         made.append(bundle)
     ranges = sorted({(bundle.rows.start, bundle.rows.stop) for bundle in made})
@@ -101,33 +100,31 @@ def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
 
 def _members(places: Iterable[Placed]) -> Iterator[Member]:
     rank = 0
-    for columns, term, only_backward in places:
+    for columns, term in places:
         ranks = slice(rank, rank + term.a.shape[0])
         rank = ranks.stop
-        yield Member(columns, ranks, term.scaling, only_backward)
+        yield Member(columns, ranks, term.scaling)
 
 
-def add_terms(n: Tensor, bundles: Bundles, masters: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-    """Adds every term to out [T, outputs]; each bundle's S [rows, R], which the backward pass needs."""
+def inner_products(n: Tensor, bundles: Bundles, masters: Sequence[Tensor]) -> list[Tensor]:
+    """Each bundle's S [rows, R], which the backward pass needs."""
     inner, products = [], []
     for bundle in bundles.all:
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], bundle.rank))
         products.append(Product(rows, bundle.stacked(masters, n.dtype).t(), inner[-1]))
     grouped_products(products)
-    add_again(bundles, masters, inner, out)
     return inner
 
 
-def add_again(bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], out: Tensor) -> None:
+def add_terms(bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], out: Tensor) -> None:
     """Adds every term to out [T, outputs], from each bundle's S."""
     placed = []
     for bundle, s in zip(bundles.all, inner):
         for member, b in bundle.each(masters):
-            if not member.only_backward:
-                part = out[bundle.rows, member.columns]
-                product = Product(s[:, member.ranks], b.to(s.dtype).t(), part, member.scaling, 1)
-                placed.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
+            part = out[bundle.rows, member.columns]
+            product = Product(s[:, member.ranks], b.to(s.dtype).t(), part, member.scaling, 1)
+            placed.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
     _in_turns(placed, bundles.apart)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, Placed, add_again, add_terms, bundled, term_gradients
+from topwork.ops.bundles import LowRank, Placed, add_terms, bundled, inner_products, term_gradients
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
@@ -45,16 +45,12 @@ class Gain:
 @dataclass(frozen=True)
 class Projection:
     """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains, of
-    which no row has more than one.
-
-    `instead` stands for the product's value where no gradient needs it (a layer that is run again going backward).
-    """
+    which no row has more than one."""
 
     weight: Tensor | Packed
     bias: Tensor | None = None
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
-    instead: float | None = None
 
     @property
     def outputs(self) -> int:
@@ -158,13 +154,20 @@ def projection_of(module: nn.Module | None) -> Projection | None:
     return tell() if tell is not None else None
 
 
-def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True) -> Tensor:
+def project(
+    x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True, skip_forward: bool = False
+) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
     backward pass writes over them (or over others like them). What comes next either keeps them or is done with them at
-    once, as `keeps` says."""
+    once, as `keeps` says.
+
+    With `skip_forward` the products are left out and zeros returned, for a layer that runs again going backward and
+    whose output no gradient needs; gains need theirs. The backward pass is the same.
+    """
     bundles, masters = bundled(_placed_terms(group))
     scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps, *masters, *factors)
+    assert not (skip_forward and scales), "the gradient of a gain needs the product"
+    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps, skip_forward, *masters, *factors)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class _Scale:
 def _placed_terms(group: Sequence[Projection]) -> Iterator[Placed]:
     for projection, columns in _columns(group):
         for term in projection.terms:
-            yield columns, term, projection.instead is not None
+            yield columns, term
 
 
 def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
@@ -194,15 +197,19 @@ def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tenso
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, scales, keeps, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, bundles, scales, keeps, skip_forward, *learned):  # type: ignore[no-untyped-def]
         masters, factors = _split(learned, len(learned) - len(scales))
         with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
             keeps = keeps or (bool(scales) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            _base_products(n, group, out)
-            inner = add_terms(n, bundles, masters, out)
+            inner = inner_products(n, bundles, masters)
+            if skip_forward:
+                out.zero_()
+            else:
+                _base_products(n, group, out)
+                add_terms(bundles, masters, inner, out)
         _multiply_(out, scales, factors)
         ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
         ctx.counts = len(kept), len(inner), len(masters)
@@ -221,7 +228,7 @@ class _Project(torch.autograd.Function):
             if ctx.scales and out is None:
                 out = scratch_empty(dout, *dout.shape)
                 _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
-                add_again(ctx.bundles, masters, inner, out)
+                add_terms(ctx.bundles, masters, inner, out)
                 _multiply_(out, ctx.scales, factors)
             dout, dfactors = _gain_gradients(dout, out, ctx.scales, factors)
             dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
@@ -230,7 +237,7 @@ class _Project(torch.autograd.Function):
                 found = term_gradients(n, ctx.bundles, masters, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, None, *found, *dfactors
+        return dx, None, None, None, None, None, None, *found, *dfactors
 
 
 def _multiply_(out: Tensor, scales: Sequence[_Scale], factors: Sequence[Tensor]) -> None:
@@ -270,9 +277,7 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
     whole = _joined(group)
     for projection, columns in [(whole, slice(0, out.shape[1]))] if whole else _columns(group):
         part = out[:, columns]
-        if projection.instead is not None:
-            part.fill_(projection.instead)
-        elif isinstance(projection.weight, Packed):
+        if isinstance(projection.weight, Packed):
             write_output(n, projection.weight, projection.bias, part)
         elif projection.bias is None:
             torch.mm(n, projection.weight.t(), out=part)
@@ -306,7 +311,7 @@ def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
 def _joined(group: Sequence[Projection], biases: bool = True) -> Projection | None:
     """The group as one projection, where its dense weights stand behind one another in memory: one product instead of
     several that are each less than a core likes."""
-    if len(group) == 1 or any(p.instead is not None or isinstance(p.weight, Packed) for p in group):
+    if len(group) == 1 or any(isinstance(p.weight, Packed) for p in group):
         return None
     weights = [p.weight for p in group if isinstance(p.weight, Tensor)]
     first, at = weights[0], weights[0].data_ptr()

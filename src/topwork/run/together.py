@@ -143,7 +143,7 @@ def _trained(
     base = on.base
     runs = _grafted(on, recipes, names, report)
     plan = _planned_passes(runs, base, resume, report)
-    checkpoint_layers(base, plan.checkpointed_layers, names)
+    checkpoint_layers(base, plan.checkpointed_layers)
     start = _start(runs, report) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
     with ExitStack() as logs:
