@@ -195,8 +195,8 @@ def test_layers_with_one_mask_share_a_product() -> None:
     """Three A of an adapter that drops out the same for all see one dropped input."""
     dropout = Dropout(0.4, 7, torch.arange(T))
     group = [replace(p, terms=tuple(replace(t, dropout=dropout) for t in p.terms)) for p in a_group([5] * 3, [(0, T)])]
-    bundles, _ = bundled((slice(0, 5), term) for projection in group for term in projection.terms)
-    assert [len(bundle.members) for bundle in bundles.all] == [3]
+    bundles = bundled((term, slice(0, 5)) for projection in group for term in projection.terms)
+    assert [len(bundle.terms) for bundle in bundles] == [3]
 
 
 GAINS: dict[str, list[tuple[int, int]]] = {

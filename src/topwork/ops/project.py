@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, Placed, add_terms, bundled, inner_products, term_gradients
+from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
@@ -40,6 +40,10 @@ class Gain:
     stop: int
     factor: Tensor
     with_bias: bool = True
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -164,109 +168,94 @@ def project(
     With `skip_forward` the products are left out and zeros returned, for a layer that runs again going backward and
     whose output no gradient needs; gains need theirs. The backward pass is the same.
     """
-    bundles, masters = bundled(_placed_terms(group))
-    scales, factors = _scales(group)
-    assert not (skip_forward and scales), "the gradient of a gain needs the product"
-    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps, skip_forward, *masters, *factors)
+    bundles = bundled((term, columns) for projection, columns in _columns(group) for term in projection.terms)
+    gains = tuple(_placed_gains(group))
+    assert not (skip_forward and gains), "the gradient of a gain needs the product"
+    terms = [placed.term for bundle in bundles for placed in bundle.terms]
+    learned = [*(term.a for term in terms), *(term.b for term in terms), *(gain.factor for gain, _, _ in gains)]
+    return _Project.apply(x, prologue, tuple(group), bundles, gains, keeps, skip_forward, *learned)
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """A gain's place in the group's output, and the bias that it leaves alone."""
-
-    rows: slice
-    columns: slice
-    bias: Tensor | None
+_PlacedGain = tuple[Gain, slice, Tensor | None]
+"""A gain, its columns in the group's output, and the bias that it leaves alone."""
 
 
-def _placed_terms(group: Sequence[Projection]) -> Iterator[Placed]:
-    for projection, columns in _columns(group):
-        for term in projection.terms:
-            yield columns, term
-
-
-def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
-    """The gains' places and factors."""
-    scales, factors = [], []
+def _placed_gains(group: Sequence[Projection]) -> Iterator[_PlacedGain]:
     for projection, columns in _columns(group):
         for gain in projection.gains:
-            scales.append(_Scale(slice(gain.start, gain.stop), columns, None if gain.with_bias else projection.bias))
-            factors.append(gain.factor)
-    return tuple(scales), factors
+            yield gain, columns, None if gain.with_bias else projection.bias
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, scales, keeps, skip_forward, *learned):  # type: ignore[no-untyped-def]
-        masters, factors = _split(learned, len(learned) - len(scales))
+    def forward(ctx, x, prologue, group, bundles, gains, keeps, skip_forward, *learned):  # type: ignore[no-untyped-def]
         with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
-            keeps = keeps or (bool(scales) and n.shape[1] > shape[1])
+            keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            inner = inner_products(n, bundles, masters)
+            inner = inner_products(n, bundles)
             if skip_forward:
                 out.zero_()
             else:
                 _base_products(n, group, out)
-                add_terms(bundles, masters, inner, out)
-        _multiply_(out, scales, factors)
-        ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
-        ctx.counts = len(kept), len(inner), len(masters)
-        ctx.out = out.detach() if scales and keeps else None  # not among the saved: what follows may write into it
-        ctx.save_for_backward(x, *kept, *inner, *learned)
+                add_terms(bundles, inner, out)
+        _multiply_(out, gains)
+        ctx.prologue, ctx.group, ctx.bundles, ctx.gains = prologue, group, bundles, gains
+        ctx.counts = len(kept), len(inner)
+        ctx.out = out.detach() if gains and keeps else None  # not among the saved: what follows may write into it
+        ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
-        kept, inner, masters, factors = _split(rest, *ctx.counts)
+        kept, inner, _ = _split(rest, *ctx.counts)
         wants_x = ctx.needs_input_grad[0]
-        found: list[Tensor] = []
+        all_da: list[Tensor] = []
+        all_db: list[Tensor] = []
         with scratch_scope():
             out, ctx.out = ctx.out, None
-            if ctx.scales and out is None:
+            if ctx.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
                 _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
-                add_terms(ctx.bundles, masters, inner, out)
-                _multiply_(out, ctx.scales, factors)
-            dout, dfactors = _gain_gradients(dout, out, ctx.scales, factors)
+                add_terms(ctx.bundles, inner, out)
+                _multiply_(out, ctx.gains)
+            dout, dfactors = _gain_gradients(dout, out, ctx.gains)
             dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
             if inner:
                 n = ctx.prologue.again(x, tuple(kept))
-                found = term_gradients(n, ctx.bundles, masters, inner, dout, dn)
+                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, None, None, *found, *dfactors
+        return dx, None, None, None, None, None, None, *all_da, *all_db, *dfactors
 
 
-def _multiply_(out: Tensor, scales: Sequence[_Scale], factors: Sequence[Tensor]) -> None:
-    for scale, factor in zip(scales, factors):
-        multiply_(out[scale.rows, scale.columns], factor, scale.bias)
+def _multiply_(out: Tensor, gains: Sequence[_PlacedGain]) -> None:
+    for gain, columns, bias in gains:
+        multiply_(out[gain.rows, columns], gain.factor, bias)
 
 
-def _gain_gradients(
-    dout: Tensor, out: Tensor | None, scales: Sequence[_Scale], factors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _gain_gradients(dout: Tensor, out: Tensor | None, gains: Sequence[_PlacedGain]) -> tuple[Tensor, list[Tensor]]:
     """The gradient before the gains, and the factors'. It takes the output's place: whoever took that is done, and
     another buffer of this size would raise the peak in every layer."""
     if out is None:
         return dout, []
     found = []
-    for scale, factor in zip(scales, factors):
-        at = scale.rows, scale.columns
-        found.append(gain_gradients_(out[at], dout[at], factor, scale.bias))
-    for at in _without_gain(out, scales):
+    for gain, columns, bias in gains:
+        at = gain.rows, columns
+        found.append(gain_gradients_(out[at], dout[at], gain.factor, bias))
+    for at in _without_gain(out, gains):
         out[at].copy_(dout[at])
     return out, found
 
 
-def _without_gain(out: Tensor, scales: Sequence[_Scale]) -> Iterator[tuple[slice, slice]]:
+def _without_gain(out: Tensor, gains: Sequence[_PlacedGain]) -> Iterator[tuple[slice, slice]]:
     """The rest of `out`, as rows and columns."""
-    ends = sorted({0, out.shape[1], *(end for scale in scales for end in (scale.columns.start, scale.columns.stop))})
+    ends = sorted({0, out.shape[1], *(end for _, own, _ in gains for end in (own.start, own.stop))})
     for columns in map(slice, ends, ends[1:]):
         row = 0
-        inside = [scale.rows for scale in scales if scale.columns.start <= columns.start < scale.columns.stop]
+        inside = [gain.rows for gain, own, _ in gains if own.start <= columns.start < own.stop]
         for rows in sorted(inside, key=lambda rows: rows.start):
             yield slice(row, rows.start), columns
             row = rows.stop
