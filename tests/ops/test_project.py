@@ -141,6 +141,20 @@ def test_rows_of_a_wider_buffer(prologue: str) -> None:
     assert relative(project(whole[:, 3:-5], group, given), project(x, group, given)) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_joined_weights_are_one_product(bias: bool) -> None:
+    torch.manual_seed(0)
+    group, x = a_group([24, 8, 9], SEGMENTS["two adapters"], bias), an_input(AsIs()).requires_grad_()
+    whole = torch.cat([p.weight for p in group])  # type: ignore[misc]
+    joined = Projection(whole, torch.cat([p.bias for p in group]) if bias else None)  # type: ignore[misc]
+    dy, results = torch.randn(T, 41), []
+    for given in (joined, None):
+        y = project(x, group, joined=given)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, *masters(group)], dy)])
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_packed_weights_are_their_dense_twins(kind: str) -> None:
     torch.manual_seed(0)

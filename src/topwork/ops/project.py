@@ -159,21 +159,27 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 
 
 def project(
-    x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True, skip_forward: bool = False
+    x: Tensor,
+    group: Sequence[Projection],
+    prologue: Prologue = AsIs(),
+    keeps: bool = True,
+    skip_forward: bool = False,
+    joined: Projection | None = None,
 ) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
     backward pass writes over them (or over others like them). What comes next either keeps them or is done with them at
     once, as `keeps` says.
 
     With `skip_forward` the products are left out and zeros returned, for a layer that runs again going backward and
-    whose output no gradient needs; gains need theirs. The backward pass is the same.
+    whose output no gradient needs; gains need theirs. The backward pass is the same. `joined` is the weights and the
+    biases of the whole group, dense and behind one another, where somebody holds them so: one product for all.
     """
     bundles = bundled((term, columns) for projection, columns in _columns(group) for term in projection.terms)
     gains = tuple(_placed_gains(group))
     assert not (skip_forward and gains), "the gradient of a gain needs the product"
     terms = [placed.term for bundle in bundles for placed in bundle.terms]
     learned = [*(term.a for term in terms), *(term.b for term in terms), *(gain.factor for gain, _, _ in gains)]
-    return _Project.apply(x, prologue, tuple(group), bundles, gains, keeps, skip_forward, *learned)
+    return _Project.apply(x, prologue, tuple(group), bundles, gains, keeps, skip_forward, joined, *learned)
 
 
 _PlacedGain = tuple[Gain, slice, Tensor | None]
@@ -188,7 +194,7 @@ def _placed_gains(group: Sequence[Projection]) -> Iterator[_PlacedGain]:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, gains, keeps, skip_forward, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, bundles, gains, keeps, skip_forward, joined, *learned):  # type: ignore[no-untyped-def]
         with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
@@ -198,10 +204,10 @@ class _Project(torch.autograd.Function):
             if skip_forward:
                 out.zero_()
             else:
-                _base_products(n, group, out)
+                _base_products(n, group, joined, out)
                 add_terms(bundles, inner, out)
         _multiply_(out, gains)
-        ctx.prologue, ctx.group, ctx.bundles, ctx.gains = prologue, group, bundles, gains
+        ctx.prologue, ctx.group, ctx.joined, ctx.bundles, ctx.gains = prologue, group, joined, bundles, gains
         ctx.counts = len(kept), len(inner)
         ctx.out = out.detach() if gains and keeps else None  # not among the saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
@@ -218,17 +224,18 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if ctx.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
+                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, ctx.joined, out)
                 add_terms(ctx.bundles, inner, out)
                 _multiply_(out, ctx.gains)
             dout, dfactors = _gain_gradients(dout, out, ctx.gains)
-            dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
+            brief = not isinstance(ctx.prologue, AsIs)
+            dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x else None
             if inner:
                 n = ctx.prologue.again(x, tuple(kept))
                 all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, None, None, *all_da, *all_db, *dfactors
+        return dx, None, None, None, None, None, None, None, *all_da, *all_db, *dfactors
 
 
 def _multiply_(out: Tensor, gains: Sequence[_PlacedGain]) -> None:
@@ -262,9 +269,8 @@ def _without_gain(out: Tensor, gains: Sequence[_PlacedGain]) -> Iterator[tuple[s
         yield slice(row, len(out)), columns
 
 
-def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
-    whole = _joined(group)
-    for projection, columns in [(whole, slice(0, out.shape[1]))] if whole else _columns(group):
+def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | None, out: Tensor) -> None:
+    for projection, columns in _columns((joined,) if joined else group):
         part = out[:, columns]
         if isinstance(projection.weight, Packed):
             write_output(n, projection.weight, projection.bias, part)
@@ -274,12 +280,11 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _base_gradient(dout: Tensor, group: Sequence[Projection], brief: bool) -> Tensor:
+def _base_gradient(dout: Tensor, group: Sequence[Projection], joined: Projection | None, brief: bool) -> Tensor:
     """dout W of the whole group [T, in]; `brief` where nobody takes it further."""
-    whole = _joined(group, biases=False)
     shape = len(dout), group[0].weight.shape[1]
     dn = scratch_empty(dout, *shape) if brief else dout.new_empty(shape)
-    for number, (projection, columns) in enumerate([(whole, slice(0, dout.shape[1]))] if whole else _columns(group)):
+    for number, (projection, columns) in enumerate(_columns((joined,) if joined else group)):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
             input_gradient(part, projection.weight, dn, add=number > 0)
@@ -295,26 +300,6 @@ def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
     for projection in group:
         yield projection, slice(at, at + projection.outputs)
         at += projection.outputs
-
-
-def _joined(group: Sequence[Projection], biases: bool = True) -> Projection | None:
-    """The group as one projection, where its dense weights stand behind one another in memory: one product instead of
-    several that are each less than a core likes."""
-    if len(group) == 1 or any(isinstance(p.weight, Packed) for p in group):
-        return None
-    weights = [p.weight for p in group if isinstance(p.weight, Tensor)]
-    first, at = weights[0], weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != first.dtype or not weight.is_contiguous():
-            return None
-        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        at += weight.nbytes
-    own = [p.bias for p in group if p.bias is not None and biases]
-    if len(own) not in (0, len(group)):
-        return None
-    whole = first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
-    return Projection(whole, torch.cat(own) if own else None)
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
