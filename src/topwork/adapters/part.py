@@ -49,6 +49,12 @@ class Part(nn.Module):
         `adapted`."""
         return None
 
+    def hold(self) -> None:
+        """Until `release` no weight changes (`models/held.py`), and what depends on these alone may be kept."""
+
+    def release(self) -> None:
+        """Weights may change from now on."""
+
     def tensors(self) -> dict[str, nn.Parameter]:
         """The learned tensors by what PEFT writes behind the module's path (`lora_A.weight`)."""
         return dict(self.named_parameters())
