@@ -45,7 +45,7 @@ class Arm:
         """Checkpoint as this arm does."""
         from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 
-        checkpoint_layers(self.base, len(decoder_layers(self.base.module)) if self.name == "full" else 0, (self.name,))
+        checkpoint_layers(self.base, len(decoder_layers(self.base.module)) if self.name == "full" else 0)
 
     def step(self, tokens: int, seed: int) -> dict[str, float]:
         """One optimizer step, timed."""
@@ -94,7 +94,7 @@ def load(model: str, **quantization: Any) -> "Base":
 def both_arms(model: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Steps in turns, and what each arm keeps."""
     from topwork.adapters.graft import Adapters
-    from topwork.models.checkpointing import products_left_out
+    from topwork.models.fast import FastLayer
 
     base = load(model)
     adapters = Adapters(base.module)
@@ -104,8 +104,8 @@ def both_arms(model: str, tokens: int, rounds: int) -> dict[str, Any]:
         for arm in arms if turn % 2 else arms[::-1]:
             steps[arm.name].append(arm.step(tokens, seed=turn))
     kept = {arm.name: kept_by(arm, tokens) for arm in arms}
-    arms[1].switch()
-    return {"steps": steps, "kept": kept, "left_out": len(products_left_out(base))}
+    fast = [layer for layer in base.module.modules() if isinstance(layer, FastLayer)]
+    return {"steps": steps, "kept": kept, "left_out": sum(layer.wiring.after_mlp is None for layer in fast)}
 
 
 def kept_by(arm: Arm, tokens: int) -> dict[str, float]:

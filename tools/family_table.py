@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from reference.families import batch_differences, tiny_model  # noqa: E402
 from topwork.common.errors import ModelError  # noqa: E402
-from topwork.models.base import as_base  # noqa: E402
 from topwork.models.fast import FastLayer  # noqa: E402
+from topwork.models.load import as_base  # noqa: E402
 from topwork.models.probe import PROVEN  # noqa: E402
 
 FURTHER = (

@@ -1,5 +1,6 @@
 """Each method's own formula against autograd and dense algebra, and what is refused before anything is grafted."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, ModelError
 from topwork.merging.merge import merge
 from topwork.models.base import Base
-from topwork.models.checkpointing import checkpoint_layers, products_left_out
+from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
+from topwork.models.generate import Sampling, generate
+from topwork.models.held import held_for_inference
 from topwork.models.load import load_base
 from topwork.models.source import Source, find_source
 from topwork.models.weights import original_weight
@@ -118,16 +121,40 @@ def test_lengths_are_those_of_the_dense_sum(family: str, fused: bool) -> None:
                 check()
 
 
-def test_lengths_are_kept_while_nothing_learns() -> None:
+@torch.no_grad()
+def test_lengths_are_kept_while_they_are_held() -> None:
+    """And at no other time; what is loaded meanwhile is seen, and so is what changed after it."""
     base = tiny_base("llama")
     path, part = next(iter(added(base, a=DORA).parts("a").items()))
     assert isinstance(part, Dora)
     layer = adapted_layers(base.module)[path].base_layer
-    with torch.no_grad():
-        lengths = part.lengths(layer)
-        assert part.lengths(layer) is lengths
-        part.lora_B.add_(1)
+    assert part.lengths(layer) is not (lengths := part.lengths(layer))
+    with held_for_inference(base.module):
+        held = part.lengths(layer)
+        assert torch.equal(held, lengths)
+        assert part.lengths(layer) is held
+        part.take({key: tensor + 1 for key, tensor in part.stored().items()})
         assert not torch.equal(part.lengths(layer), lengths)
+    with contextlib.suppress(ZeroDivisionError), held_for_inference(base.module):
+        lengths = part.lengths(layer)
+        raise ZeroDivisionError
+    part.lora_B.add_(1)
+    assert not torch.equal(part.lengths(layer), lengths)
+
+
+def test_generation_computes_lengths_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    adapters = added(base, a=DORA)
+    computed: list[Dora] = []
+    plain = Dora._computed_lengths
+
+    def counted(part: Dora, base_layer: nn.Module) -> Tensor:
+        computed.append(part)
+        return plain(part, base_layer)
+
+    monkeypatch.setattr(Dora, "_computed_lengths", counted)
+    generate(base, [[5, 6, 7], [8, 9]], ["a", "a"], [], Sampling(max_new_tokens=4))
+    assert len(computed) == len(adapters.parts("a"))
 
 
 def test_lengths_begin_without_large_buffers() -> None:
@@ -181,15 +208,14 @@ def test_dora_drops_out_of_what_it_adds_alone(family: str) -> None:
 
 @pytest.mark.parametrize("config", [DORA, IA3], ids=["dora", "ia3"])
 def test_gradients_with_checkpointed_layers(config: AdapterConfig) -> None:
-    """A gain on a layer's last product needs its value again; nothing that it needs is left out."""
+    """A gain on a layer's last product needs its value again."""
     found = []
     for layers in (0, 2):
         base = tiny_base("llama")
         adapters = added(base, a=config)
-        checkpoint_layers(base, layers, ("a",))
+        checkpoint_layers(base, layers)
         found.append(slopes(base, adapters.parameters("a"), "a"))
     assert relative(list(found[1].values()), list(found[0].values())) < GRADIENTS_APART
-    assert not any("o_proj" in path or "down_proj" in path for path in products_left_out(base) if config is DORA)
 
 
 @pytest.mark.parametrize(

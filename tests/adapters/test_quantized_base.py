@@ -19,7 +19,7 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, wri
 from topwork.adapters.whole import Whole
 from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base
-from topwork.models.checkpointing import checkpoint_layers, products_left_out
+from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.ops.batch import Segment, batch_of
@@ -175,11 +175,9 @@ def test_gradients_with_checkpointed_layers(kind: str, method: str, held: Bases)
     for layers in (0, 2):
         base = held(kind)
         adapters = added(base, a=AdapterConfig(r=4, lora_alpha=8, **METHODS[method]))
-        checkpoint_layers(base, layers, ("a",))
+        checkpoint_layers(base, layers)
         adapters.train("a")
         found.append(gradients(base, adapters, "a"))
-    down = [f"model.layers.{layer}.mlp.down_proj.base_layer" for layer in (0, 1)] if method == "lora" else []
-    assert products_left_out(base) == down
     assert relative(list(found[1].values()), list(found[0].values())) < GRADIENTS_APART
 
 

@@ -1,6 +1,5 @@
 """Checkpointing changes what is kept and nothing else: losses and gradients stay the same to the bit."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,21 +16,23 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.part import AdaptedLayer
 from topwork.common.errors import ModelError
 from topwork.models.base import Base
-from topwork.models.checkpointing import checkpoint_layers, decoder_layers, products_left_out
+from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.models.generate import Sampling, generate
-from topwork.models.standins import unneeded_products
+from topwork.ops import project
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running
 from topwork.ops.logprobs import LogitRule
 from topwork.ops.packed import pack_4bit
+from topwork.ops.quantized_linear import write_output
 from topwork.quantization.linear import QuantizedLinear
 
 LEFT_OUT = {
     "llama": ["mlp.down_proj"], "qwen3": ["mlp.down_proj"], "phi3": ["mlp.down_proj"], "granite": ["mlp.down_proj"],
-    "gpt2": ["mlp.c_proj"], "opt": ["fc2"], "starcoder2": ["mlp.c_proj"], "phi": ["self_attn.dense", "mlp.fc2"],
     "gemma2": [], "gemma3_text": [], "olmo2": [], "mixtral": [], "qwen3_moe": [], "gpt_oss": [],
+    "gpt2": [], "opt": [], "starcoder2": [], "phi": [],
 }  # fmt: skip
-"""What no gradient depends on: nothing where a norm follows, nothing where the experts are no linear layers."""
+"""What is not computed again: a fast layer's last product, but for families where a norm follows or there are experts;
+plain layers repeat all."""
 
 OWN_DROPOUT = {"opt": {"dropout": 0.5}, "starcoder2": {"residual_dropout": 0.5}, "phi": {"resid_pdrop": 0.5}}
 """What these families would drop in a layer that is in training mode."""
@@ -84,12 +85,9 @@ def test_losses_and_gradients_are_the_same_to_the_bit(family: str) -> None:
     others = replace(batch, dropout_seeds=mixed_batch(seed=4).dropout_seeds)
     assert not torch.equal(results(base, adapters, others)[0], off[0])  # there is something to draw
     for count in (1, 2):
-        checkpoint_layers(base, count, ("a", "b"))
+        checkpoint_layers(base, count)
         assert_same(results(base, adapters, batch), off)
-        told = [re.split(r"\.\d\.", path.removesuffix(".base_layer"))[1] for path in products_left_out(base)]
-        assert told == LEFT_OUT[family] * count
-    checkpoint_layers(base, 0, ())
-    assert products_left_out(base) == []
+    checkpoint_layers(base, 0)
     assert_same(results(base, adapters, batch), off)
 
 
@@ -97,7 +95,7 @@ def test_in_sixteen_bits_too() -> None:
     base, adapters = adapted(dtype=torch.bfloat16)
     batch = mixed_batch(("a", "a", None, "a"))
     off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     assert_same(results(base, adapters, batch), off)
 
 
@@ -109,9 +107,8 @@ def test_whole_modules_that_learn(saved: list[str]) -> None:
     randomise(adapters, "a")
     batch = mixed_batch(("a", None, "a", "a"))
     off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     assert_same(results(base, adapters, batch), off)
-    assert len(products_left_out(base)) == 2
 
 
 def test_a_down_projection_that_is_learned_whole() -> None:
@@ -121,7 +118,7 @@ def test_a_down_projection_that_is_learned_whole() -> None:
     randomise(adapters, "a")
     batch = mixed_batch(("a", "a", None, "a"))
     off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     assert_same(results(base, adapters, batch), off)
 
 
@@ -159,69 +156,38 @@ def linear_weights(layer: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [("llama", "all-linear"), ("llama", ["q_proj", "v_proj"]), ("gpt2", "all-linear")], ids=str
+    ("family", "values", "left_out"),
+    [
+        *((family, {}, names) for family, names in LEFT_OUT.items()),
+        ("llama", {"target_modules": ["q_proj", "v_proj"]}, ["mlp.down_proj"]),
+    ],
+    ids=str,
 )
-def test_the_down_projection_is_never_computed_again(family: str, targets: str | list[str]) -> None:
+def test_what_is_not_computed_again(family: str, values: dict[str, Any], left_out: list[str]) -> None:
+    off, full = counted_products(family, values)
+    assert full == {name: products + (name not in left_out) for name, products in off.items()}
+
+
+@pytest.mark.parametrize(("targets", "again"), [(["q_proj"], False), (["q_proj", "down_proj"], True)], ids=str)
+def test_a_gain_on_the_last_product_needs_its_value(targets: list[str], again: bool) -> None:
+    off, full = counted_products("llama", {"use_dora": True, "target_modules": targets})
+    assert (full["mlp.down_proj"] > off["mlp.down_proj"]) is again
+
+
+def counted_products(family: str, values: dict[str, Any]) -> list[dict[str, int]]:
+    """Those of the second layer in a training pass, without and with checkpointing."""
     base = tiny_base(family)
     adapters = Adapters(base.module)
-    adapters.add("a", AdapterConfig(r=4, target_modules=targets))
+    adapters.add("a", AdapterConfig.model_validate({"r": 4, **values}))
     randomise(adapters, "a")
     layer = decoder_layers(base.module)[1]
     found = []
     for count in (0, 2):
-        checkpoint_layers(base, count, ("a",))
+        checkpoint_layers(base, count)
         with Products(linear_weights(layer)) as products:
             results(base, adapters, mixed_batch(("a",) * 4))
         found.append(products.counts)
-    off, full = found
-    down = next(name for name in off if name.endswith(("down_proj", "mlp.c_proj")))
-    assert off == dict.fromkeys(off, 2)  # forward, and the input's gradient
-    assert full == {name: 2 if name == down else 3 for name in off}
-
-
-def test_where_a_norm_follows_it_is_computed_again() -> None:
-    base, adapters = adapted("gemma2")
-    checkpoint_layers(base, 2, ("a",))
-    with Products(linear_weights(decoder_layers(base.module)[1])) as products:
-        results(base, adapters, mixed_batch(("a",) * 4))
-    assert products.counts == dict.fromkeys(products.counts, 3)
-
-
-class Opaque(nn.Module):
-    """A linear layer that is known by its `input_gradient` alone, as quantized ones are."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        self.register_buffer("packed", linear.weight.detach().clone())
-        self.products = 0
-
-    @property
-    def weight(self) -> Tensor:
-        return self.packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.products += 1
-        return x @ self.packed.t()
-
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.packed
-
-
-def test_a_linear_layer_of_another_kind() -> None:
-    base, adapters = adapted()
-    opaque = []
-    for module in list(base.module.modules()):
-        if isinstance(module, AdaptedLayer):
-            module.base_layer = Opaque(module.base_layer)  # type: ignore[arg-type]
-            opaque.append(module.base_layer)
-    batch = mixed_batch(("a",) * 4)
-    off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
-    for layer in opaque:
-        layer.products = 0
-    assert_same(results(base, adapters, batch), off)
-    assert sorted(layer.products for layer in opaque) == [1, 1] + [2] * 12
+    return found
 
 
 def packed(linear: nn.Linear) -> QuantizedLinear:
@@ -231,33 +197,23 @@ def packed(linear: nn.Linear) -> QuantizedLinear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_base_in_four_bits(dtype: torch.dtype) -> None:
+def test_a_base_in_four_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+
+    def counted(*given: Any) -> None:
+        products.append(1)
+        write_output(*given)
+
+    monkeypatch.setattr(project, "write_output", counted)
     base, adapters = adapted(dropout=0.1, dtype=dtype)
     for module in list(base.module.modules()):
         if isinstance(module, AdaptedLayer):
             module.base_layer = packed(module.base_layer)  # type: ignore[arg-type]
     batch = mixed_batch(("a", "a", None, "a"))
-    off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    off, once = results(base, adapters, batch), len(products)
+    checkpoint_layers(base, 2)
     assert_same(results(base, adapters, batch), off)
-    assert len(products_left_out(base)) == 2
-
-
-def broken(*_: Any) -> None:
-    raise RuntimeError("broken")
-
-
-def test_a_layer_that_fails_is_not_taken_for_one_that_needs_nothing() -> None:
-    """What goes wrong while trying is told, and the modules stand as before."""
-    base, _ = adapted()
-    layer = decoder_layers(base.module)[0]
-    handle = layer.register_forward_hook(broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        checkpoint_layers(base, 2, ("a",))
-    handle.remove()
-    with pytest.raises(RuntimeError, match="broken"):
-        unneeded_products(layer, broken, torch.randn(1, 2, 64))
-    assert not layer.training
+    assert len(products) - once == 2 * once - 2  # all but the last of each layer
 
 
 def test_going_backward_the_layers_see_their_own_stream() -> None:
@@ -265,7 +221,7 @@ def test_going_backward_the_layers_see_their_own_stream() -> None:
     base, adapters = adapted()
     batch, other = mixed_batch(("a",) * 4), batch_of(sequences([45]))
     off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     for parameter in adapters.parameters("a").values():
         parameter.grad = None
     gradient = -batch.labels.loss_weights
@@ -280,7 +236,7 @@ def test_gradients_asked_for_by_name() -> None:
     base, adapters = adapted()
     batch = mixed_batch(("a",) * 4)
     off = results(base, adapters, batch)
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     parameters = list(adapters.parameters("a").values())
     for parameter in parameters:
         parameter.grad = None
@@ -293,12 +249,12 @@ def test_an_adapter_that_came_later_is_not_forgotten() -> None:
     """It goes where a bare linear layer stood when checkpointing was switched on."""
     base = tiny_base()
     (adapters := Adapters(base.module)).add("a", AdapterConfig(r=4, target_modules=["q_proj"]))
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     adapters.add("b", AdapterConfig(r=4))
     randomise(adapters, "b")
     batch = mixed_batch(("b",) * 4)
     full = results(base, adapters, batch)
-    checkpoint_layers(base, 0, ())
+    checkpoint_layers(base, 0)
     assert_same(full, results(base, adapters, batch))
 
 
@@ -307,7 +263,7 @@ def test_switching_on_leaves_no_trace() -> None:
     base, adapters = adapted(dropout=0.2)
     names, state = [name for name, _ in base.module.named_modules()], torch.get_rng_state()
     adapters.train("a")
-    checkpoint_layers(base, 1, ("a",))
+    checkpoint_layers(base, 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in adapters.parameters("a").values())
     assert [name for name, _ in base.module.named_modules()] == names
@@ -336,7 +292,7 @@ def test_without_gradients_nothing_is_different() -> None:
         return hidden, generate(base, prompts, ["a"] * len(prompts), [], Sampling(max_new_tokens=4))
 
     hidden, made = outputs()
-    checkpoint_layers(base, 2, ("a",))
+    checkpoint_layers(base, 2)
     with counted_calls(decoder_layers(base.module)[0]) as calls:
         again, made_again = outputs()
     assert torch.equal(again, hidden)
@@ -348,12 +304,12 @@ def test_more_layers_than_there_are() -> None:
     base, _ = adapted()
     for count in (3, -1):
         with pytest.raises(ModelError, match=rf"activation_checkpointing is {count}, and tiny has 2 layers; give at"):
-            checkpoint_layers(base, count, ("a",))
+            checkpoint_layers(base, count)
 
 
 def test_a_family_whose_layers_cannot_be_checkpointed() -> None:
     module = tiny_model("gpt_neox_japanese")
     base = Base(module, None, "neox", "", CONTEXT, LogitRule())  # type: ignore[arg-type]
-    checkpoint_layers(base, 0, ())
+    checkpoint_layers(base, 0)
     with pytest.raises(ModelError, match="gpt_neox_japanese's layers can't be checkpointed"):
-        checkpoint_layers(base, 2, ())
+        checkpoint_layers(base, 2)

@@ -123,7 +123,7 @@ def stepped(
     base = replace(base, workspace=memory)
     other = other or (OTHER if family == "llama" else AdapterConfig(r=3))
     adapters = added(base, a=AdapterConfig.model_validate(options), b=other)
-    checkpoint_layers(base, layers, ("a", "b"))
+    checkpoint_layers(base, layers)
     learners = []
     for name in ("a", "b"):
         parameters = list(adapters.parameters(name).values())

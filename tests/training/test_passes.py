@@ -194,7 +194,7 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         adapters.add("a", AdapterConfig(r=4, lora_dropout=0.1))
         randomise(adapters, "a")
         adapters.train("a")
-        checkpoint_layers(base, count, ("a",))
+        checkpoint_layers(base, count)
         parameters = list(adapters.parameters("a").values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         results = []
@@ -219,7 +219,7 @@ def measured(family: str, dropout: float = 0.0, **values: Any) -> Callable[[int]
     batches = [learning_batch(sequences([length] * 2), "a") for length in (8, 24)]
 
     def kept(count: int) -> float:
-        checkpoint_layers(base, count, ("a",))
+        checkpoint_layers(base, count)
         return measured_bytes(base, batches[0], batches[1])
 
     kept.config = base.module.config  # type: ignore[attr-defined]

@@ -37,7 +37,6 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
 
 def _panels(layer: nn.Module) -> tuple[list[slice], Callable[[slice], Tensor]]:
     """Ranges of a weight's rows, and what gives them."""
-    layer = _itself(layer)
     if isinstance(layer, QuantizedLinear):
         packed = layer.packed
         (outputs, inputs), panel = packed.shape, lambda rows: packed.panel(rows, slice(0, packed.shape[1]))
@@ -55,15 +54,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
     """x [n, in] -> x W' [n, out], without the bias."""
-    layer = _itself(layer)
     if isinstance(layer, QuantizedLinear):
         return quantized_linear(x, layer.packed)
     return F.linear(x, _as_rows(layer))
-
-
-def _itself(layer: nn.Module) -> nn.Module:
-    """The layer, also where something stands in for it."""
-    return getattr(layer, "stands_for", layer)
 
 
 def _as_rows(layer: nn.Module) -> Tensor:

@@ -49,6 +49,12 @@ class Part(nn.Module):
         `adapted`."""
         return None
 
+    def hold(self) -> None:
+        """Until `release` no weight changes (`models/held.py`), and what depends on these alone may be kept."""
+
+    def release(self) -> None:
+        """Weights may change from now on."""
+
     def tensors(self) -> dict[str, nn.Parameter]:
         """The learned tensors by what PEFT writes behind the module's path (`lora_A.weight`)."""
         return dict(self.named_parameters())
@@ -131,17 +137,20 @@ class AdaptedLayer(nn.Module):
         return self._by_segment(batch, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
 
     def _by_head(self, y: Tensor, x: Tensor) -> Tensor:
-        """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first. In memory tokens lie further
-        apart than heads, which tells them where there are as many of both."""
+        """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first (`models/head_norms.py`)."""
         batch = current_batch()
         if not self._touched(batch.segments):
             return y
-        tokens = batch.segments[-1].stop
-        turned = x.shape[1] != tokens or (x.shape[2] == tokens and x.stride(1) < x.stride(2))
-        if turned:
+        heads_first: bool | None = getattr(self.base_layer, "heads_first", None)
+        if heads_first is None:
+            raise AdapterError(
+                f"an adapted {type(self.base_layer).__name__} is given heads, {list(x.shape)}, and is no norm inside "
+                "an attention whose layout was found when the base was made; leave it out with exclude_modules"
+            )
+        if heads_first:
             x, y = x.transpose(1, 2), y.transpose(1, 2)
         found = self._by_segment(batch, y.flatten(0, 1), x.flatten(0, 1))[None]
-        return found.transpose(1, 2) if turned else found
+        return found.transpose(1, 2) if heads_first else found
 
     def _touched(self, segments: Sequence[Segment]) -> bool:
         return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)

@@ -7,16 +7,17 @@ made of is asked in every pass, and what is more than frozen weights with LoRA t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, without_workspace
-from topwork.ops.project import Gated, Projection, RmsNorm, normed, project, projection_of
+from topwork.ops.project import AsIs, Gated, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 
@@ -109,6 +110,7 @@ class FastLayer(GradientCheckpointingLayer):
         self.attention_part, self.mlp_part = attention, mlp
         self.multiplier = float(getattr(plain, "residual_multiplier", 1.0))
         self.is_last = self.before_another = False
+        self._joined: dict[tuple[str, ...], JoinedWeights] = {}
         self.train(plain.training)
 
     @property
@@ -117,25 +119,32 @@ class FastLayer(GradientCheckpointingLayer):
         parts = ((self.attention_part, "attention", self.self_attn), (self.mlp_part, "MLP", self.mlp))
         return [f"{name} ({type(module).__name__})" for part, name, module in parts if part is None]
 
-    @torch.no_grad()
     def join_weights(self) -> None:
-        """Put the dense weights of each group behind one another in memory, where they are seen as one
-        (`ops/project.py`). They stay the parameters that they are."""
-        for group in self._dense_groups():
-            together = torch.cat(group).split([len(weight) for weight in group])
-            for weight, rows in zip(group, together):
-                weight.data = rows
+        """Make the dense weights of each group one tensor (`models/joined.py`), where they are not yet. To be called
+        whenever parameters were given other values; until then they are multiplied apart."""
+        for names, layers in self._dense_groups():
+            there = self._joined.get(names)
+            if there is None or not there.has([(layer.weight, layer.bias) for layer in layers]):
+                self._joined.pop(names, None)
+                if (joined := join(layers)) is not None:
+                    self._joined[names] = joined
 
     def joined(self) -> list[Tensor]:
-        """The weights that `join_weights` moves."""
-        return [weight for group in self._dense_groups() for weight in group]
+        """The parameters that are part of a joined tensor."""
+        layers = [layer for names, group in self._dense_groups() if names in self._joined for layer in group]
+        return [parameter for layer in layers for parameter in layer.parameters()]
 
-    def _dense_groups(self) -> Iterator[list[Tensor]]:
+    def _dense_groups(self) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
         parts = ((self.self_attn, self.attention_part), (self.mlp, self.mlp_part))
-        for parent, names in [(parent, part.inputs) for parent, part in parts if part is not None]:
-            group = [parent.get_submodule(name) for name in names]
-            if len(group) > 1 and all(type(linear) is nn.Linear for linear in group):
-                yield [linear.weight for linear in group]  # type: ignore[misc]
+        for parent, names in [(_own(parent), part.inputs) for parent, part in parts if part is not None]:
+            layers = [_own(parent.get_submodule(name)) for name in names]
+            if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
+                yield names, layers  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.join_weights()  # a cast or a move gave the parameters other values
+        return self
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any
@@ -178,10 +187,10 @@ class FastLayer(GradientCheckpointingLayer):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: nn.Module, part: AttentionPart
     ) -> Tensor:
         """The attention's output before its last projection [T, H * D]."""
-        modules, group = _group(attention, part.inputs)
-        buffer = self._products(x, self.wiring.before_attention, modules, group)
+        group = self._group(attention, part.inputs)
+        buffer = self._products(x, self.wiring.before_attention, group)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
-        context, how = current(), replace(part.how(attention), restores=_has_gains(group))
+        context, how = current(), replace(part.how(attention), restores=group.has_gains)
         prefixes = context.prefixes(attention.layer_idx) if context.virtual else ()  # type: ignore[arg-type]
         if context.cache is None:
             return self_attention(buffer, turns, current_batch().cu_seqlens, how, prefixes)
@@ -197,27 +206,40 @@ class FastLayer(GradientCheckpointingLayer):
         linear = _bare(mlp.get_submodule("down_proj"))
         down = projection_of(linear)
         if down is not None:
-            return project(buffer, (down,), Gated(part.activation), self.wiring.after_mlp is not None)
+            norm_follows = self.wiring.after_mlp is not None  # else it goes into a sum, and no gradient needs its value
+            skip = current().recomputing and not norm_follows and not down.gains
+            return project(buffer, (down,), Gated(part.activation), norm_follows, skip)
         return linear(normed(buffer, Gated(part.activation)))
 
     def _projected(
         self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str], keeps: bool = True
     ) -> Tensor:
         """Linear layers side by side after a norm."""
-        return self._products(x, before, *_group(parent, names), keeps)
+        return self._products(x, before, self._group(parent, names), keeps)
 
-    def _products(
-        self, x: Tensor, before: str | None, modules: Sequence[nn.Module], group: Sequence[Projection | None],
-        keeps: bool = True,
-    ) -> Tensor:  # fmt: skip
+    def _products(self, x: Tensor, before: str | None, group: "_Group", keeps: bool = True) -> Tensor:
         """Where one is more than a frozen weight with LoRA terms and gains, they run as modules."""
-        if None in group:
+        if group.projections is None:
             n = self._normed(x, before)
-            return torch.cat([module(n) for module in modules], -1)
+            return torch.cat([module(n) for module in group.modules], -1)
         norm = self._norm(before)
-        if norm is None:
-            return project(self._normed(x, before), group, keeps=keeps)  # type: ignore[arg-type]
-        return project(x, group, norm, keeps)  # type: ignore[arg-type]
+        given = self._normed(x, before) if norm is None else x
+        return project(given, group.projections, norm or AsIs(), keeps, joined=group.joined)
+
+    def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
+        """Linear layers by name, for the current batch."""
+        modules = [_bare(parent.get_submodule(name)) for name in names]
+        found = [projection_of(module) for module in modules]
+        projections = [projection for projection in found if projection is not None]
+        if len(projections) < len(modules):
+            return _Group(modules)
+        joined = self._joined.get(tuple(names))
+        if joined is None:
+            return _Group(modules, projections)
+        if not joined.has([(projection.weight, projection.bias) for projection in projections]):
+            del self._joined[tuple(names)]  # it would only take memory
+            return _Group(modules, projections)
+        return _Group(modules, projections, joined.whole)
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
         if name is None:
@@ -242,15 +264,30 @@ def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:
     return learned or any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _group(parent: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[Projection | None]]:
-    """Linear layers by name, and what they are for the current batch."""
-    modules = [_bare(parent.get_submodule(name)) for name in names]
-    return modules, [projection_of(module) for module in modules]
+class _Group(NamedTuple):
+    """Linear layers side by side: what they are for the current batch (None where one is more than a projection), and
+    all of them as one where their weights are joined."""
+
+    modules: list[nn.Module]
+    projections: list[Projection] | None = None
+    joined: Projection | None = None
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether it keeps its products for the gradient of a gain."""
+        return any(projection.gains for projection in self.projections or ())
 
 
-def _has_gains(group: Sequence[Projection | None]) -> bool:
-    """Whether the group keeps its products for the gradient of a gain."""
-    return None not in group and any(projection.gains for projection in group if projection is not None)
+def join_weights(model: nn.Module) -> None:
+    """Join again what was joined in a model's fast layers, after its parameters were given other values."""
+    for layer in model.modules():
+        if isinstance(layer, FastLayer):
+            layer.join_weights()
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The base's own module, whatever adapter stands around it."""
+    return getattr(module, "base_layer", module)
 
 
 def _bare(module: nn.Module) -> nn.Module:

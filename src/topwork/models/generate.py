@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from topwork.common.errors import RequestError
 from topwork.models.base import Base
+from topwork.models.held import held_for_inference
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule, attend
 from topwork.ops.batch import Batch, Segment
@@ -111,7 +112,10 @@ def generate(
     generator = torch.Generator(base.device).manual_seed(sampling.seed)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        _run_batch(base, batch, prompts, adapters, set(stop_ids), sampling, generator, results, on_finished, on_token)
+        with held_for_inference(base.module):
+            _run_batch(
+                base, batch, prompts, adapters, set(stop_ids), sampling, generator, results, on_finished, on_token
+            )
     return results
 
 

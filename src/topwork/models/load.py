@@ -13,6 +13,7 @@ from topwork.models.attention import use_flat_attention
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
+from topwork.models.head_norms import tell_head_norms
 from topwork.models.probe import PROVEN, probe
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
@@ -73,6 +74,7 @@ def as_base(
     else:
         probe(base, use_flat_attention)
         report(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
+    tell_head_norms(module)
     if fast:
         make_fast(module, report)
     return base

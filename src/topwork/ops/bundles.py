@@ -6,10 +6,10 @@ again going backward.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,124 +31,92 @@ class LowRank:
     dropout: Dropout | None = None
 
 
-@dataclass(frozen=True)
-class Member:
-    """A term's place: its columns in the group's output, and in its bundle's S."""
+class Placed(NamedTuple):
+    """A term, its columns in the group's output, and its ranks in its bundle's S."""
 
+    term: LowRank
     columns: slice
     ranks: slice
-    scaling: float
-    only_backward: bool
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Terms with the same rows and the same A-input. `masters` is where theirs lie: A and B in turns."""
+    """Terms with the same rows and the same A-input."""
 
     rows: slice
-    members: tuple[Member, ...]
+    terms: tuple[Placed, ...]
     dropout: Dropout | None
-    masters: slice
 
     @property
     def rank(self) -> int:
-        return int(self.members[-1].ranks.stop)
+        return int(self.terms[-1].ranks.stop)
 
     def input(self, n: Tensor) -> Tensor:
-        """What the members' A see of n [T, in]."""
+        """What the terms' A see of n [T, in]."""
         rows = n[self.rows]
         return rows if self.dropout is None else drop(rows, self.dropout, scratch_empty(rows, *rows.shape))
 
-    def stacked(self, masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The members' A under one another [R, in]."""
-        parts = [a.to(dtype) for a in masters[self.masters][::2]]
+    def stacked(self, dtype: torch.dtype) -> Tensor:
+        """The terms' A under one another [R, in]."""
+        parts = [placed.term.a.to(dtype) for placed in self.terms]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def each(self, masters: Sequence[Tensor]) -> Iterator[tuple[Member, Tensor]]:
-        """The members and their B."""
-        return zip(self.members, masters[self.masters][1::2])
 
-
-@dataclass(frozen=True)
-class Bundles:
-    """Those of a group; `apart`: where their rows differ, they do not overlap."""
-
-    all: tuple[Bundle, ...]
-    apart: bool
-
-
-Placed = tuple[slice, LowRank, bool]
-"""A term, its columns in the group's output, and whether its product is left out going forward."""
-
-
-def bundled(terms: Iterable[Placed]) -> tuple[Bundles, list[Tensor]]:
-    """The terms' bundles, and their A and B in turns."""
+def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
+    """The bundles of a group's terms, each with its columns in the group's output."""
     shared: dict[tuple[Any, ...], list[Placed]] = defaultdict(list)
-    for place in terms:
-        term = place[1]
+    for term, columns in terms:
         drops = term.dropout and (term.dropout.p, term.dropout.key)  # rows have the same seeds for all
-        shared[term.start, term.stop, drops].append(place)
-    made: list[Bundle] = []
-    masters: list[Tensor] = []
-    for (start, stop, _), places in shared.items():
-        first = len(masters)
-        masters += [master for _, term, _ in places for master in (term.a, term.b)]
-        bundle = Bundle(slice(start, stop), tuple(_members(places)), places[0][1].dropout, slice(first, len(masters)))
-        made.append(bundle)
-    ranges = sorted({(bundle.rows.start, bundle.rows.stop) for bundle in made})
-    return Bundles(tuple(made), all(one[1] <= other[0] for one, other in pairwise(ranges))), masters
+        there = shared[term.start, term.stop, drops]
+        rank = there[-1].ranks.stop if there else 0
+        there.append(Placed(term, columns, slice(rank, rank + term.a.shape[0])))
+    return tuple(
+        Bundle(slice(start, stop), tuple(there), there[0].term.dropout) for (start, stop, _), there in shared.items()
+    )
 
 
-def _members(places: Iterable[Placed]) -> Iterator[Member]:
-    rank = 0
-    for columns, term, only_backward in places:
-        ranks = slice(rank, rank + term.a.shape[0])
-        rank = ranks.stop
-        yield Member(columns, ranks, term.scaling, only_backward)
-
-
-def add_terms(n: Tensor, bundles: Bundles, masters: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-    """Adds every term to out [T, outputs]; each bundle's S [rows, R], which the backward pass needs."""
+def inner_products(n: Tensor, bundles: Sequence[Bundle]) -> list[Tensor]:
+    """Each bundle's S [rows, R], which the backward pass needs."""
     inner, products = [], []
-    for bundle in bundles.all:
+    for bundle in bundles:
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], bundle.rank))
-        products.append(Product(rows, bundle.stacked(masters, n.dtype).t(), inner[-1]))
+        products.append(Product(rows, bundle.stacked(n.dtype).t(), inner[-1]))
     grouped_products(products)
-    add_again(bundles, masters, inner, out)
     return inner
 
 
-def add_again(bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], out: Tensor) -> None:
+def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> None:
     """Adds every term to out [T, outputs], from each bundle's S."""
-    placed = []
-    for bundle, s in zip(bundles.all, inner):
-        for member, b in bundle.each(masters):
-            if not member.only_backward:
-                part = out[bundle.rows, member.columns]
-                product = Product(s[:, member.ranks], b.to(s.dtype).t(), part, member.scaling, 1)
-                placed.append(((bundle.rows.start, bundle.rows.stop, member.columns.start), product))
-    _in_turns(placed, bundles.apart)
+    added = []
+    for bundle, s in zip(bundles, inner):
+        for term, columns, ranks in bundle.terms:
+            product = Product(s[:, ranks], term.b.to(s.dtype).t(), out[bundle.rows, columns], term.scaling, 1)
+            added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
+    _in_turns(added)
 
 
 def term_gradients(
-    n: Tensor, bundles: Bundles, masters: Sequence[Tensor], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None
-) -> list[Tensor]:
-    """The masters' gradients; adds the terms' share to dn [T, in] where there is one."""
+    n: Tensor, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of every A and of every B, bundle by bundle; adds the terms' share to dn [T, in] where there is
+    one."""
     g = [torch.empty_like(s) for s in inner]
-    first, second, third, found = [], [], [], []
+    first, second, third = [], [], []
+    all_da, all_db = [], []
     shares: list[tuple[slice, Dropout, Tensor]] = []
-    for bundle, s, slopes in zip(bundles.all, inner, g):
-        da = masters[bundle.masters.start].new_empty(bundle.rank, n.shape[1])
+    for bundle, s, slopes in zip(bundles, inner, g):
+        da = bundle.terms[0].term.a.new_empty(bundle.rank, n.shape[1])
         second.append(Product(slopes.t(), bundle.input(n), da))
-        for member, b in bundle.each(masters):
-            own, db = dy[bundle.rows, member.columns], torch.empty_like(b)
-            first.append(Product(own, b.to(dy.dtype), slopes[:, member.ranks], member.scaling))
-            second.append(Product(own.t(), s[:, member.ranks], db, member.scaling))
-            found += [da[member.ranks], db]
+        for term, columns, ranks in bundle.terms:
+            own, db = dy[bundle.rows, columns], torch.empty_like(term.b)
+            first.append(Product(own, term.b.to(dy.dtype), slopes[:, ranks], term.scaling))
+            second.append(Product(own.t(), s[:, ranks], db, term.scaling))
+            all_da.append(da[ranks])
+            all_db.append(db)
         if dn is None:
             continue
-        a = bundle.stacked(masters, dy.dtype)
+        a = bundle.stacked(dy.dtype)
         if bundle.dropout is None:
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
@@ -157,18 +125,21 @@ def term_gradients(
             second.append(Product(slopes, a, shares[-1][2]))
     grouped_products(first)
     grouped_products(second)
-    _in_turns(third, bundles.apart)
+    _in_turns(third)
     if dn is not None:
         for rows, dropout, share in shares:
             drop(share, dropout, dn[rows], add=True)
-    return found
+    return all_da, all_db
 
 
-def _in_turns(placed: Sequence[tuple[tuple[int, ...], Product]], apart: bool) -> None:
-    """Products that add to places: those of one place one after the other, and all where places may overlap."""
+def _in_turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> None:
+    """Products that add to places, which begin with their rows start and stop: those of one place one after the other,
+    and all of them where rows that differ overlap."""
+    ranges = sorted({place[:2] for place, _ in added})
+    apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
     turns: dict[int, list[Product]] = defaultdict(list)
     met: Counter[tuple[int, ...]] = Counter()
-    for number, (place, product) in enumerate(placed):
+    for number, (place, product) in enumerate(added):
         turns[met[place] if apart else number].append(product)
         met[place] += 1
     for products in turns.values():

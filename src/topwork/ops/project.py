@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, Placed, add_again, add_terms, bundled, term_gradients
+from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
@@ -41,20 +41,20 @@ class Gain:
     factor: Tensor
     with_bias: bool = True
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class Projection:
     """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains, of
-    which no row has more than one.
-
-    `instead` stands for the product's value where no gradient needs it (a layer that is run again going backward).
-    """
+    which no row has more than one."""
 
     weight: Tensor | Packed
     bias: Tensor | None = None
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
-    instead: float | None = None
 
     @property
     def outputs(self) -> int:
@@ -158,121 +158,121 @@ def projection_of(module: nn.Module | None) -> Projection | None:
     return tell() if tell is not None else None
 
 
-def project(x: Tensor, group: Sequence[Projection], prologue: Prologue = AsIs(), keeps: bool = True) -> Tensor:
+def project(
+    x: Tensor,
+    group: Sequence[Projection],
+    prologue: Prologue = AsIs(),
+    keeps: bool = True,
+    skip_forward: bool = False,
+    joined: Projection | None = None,
+) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
     backward pass writes over them (or over others like them). What comes next either keeps them or is done with them at
-    once, as `keeps` says."""
-    bundles, masters = bundled(_placed_terms(group))
-    scales, factors = _scales(group)
-    return _Project.apply(x, prologue, tuple(group), bundles, scales, keeps, *masters, *factors)
+    once, as `keeps` says.
+
+    With `skip_forward` the products are left out and zeros returned, for a layer that runs again going backward and
+    whose output no gradient needs; gains need theirs. The backward pass is the same. `joined` is the weights and the
+    biases of the whole group, dense and behind one another, where somebody holds them so: one product for all.
+    """
+    bundles = bundled((term, columns) for projection, columns in _columns(group) for term in projection.terms)
+    gains = tuple(_placed_gains(group))
+    assert not (skip_forward and gains), "the gradient of a gain needs the product"
+    terms = [placed.term for bundle in bundles for placed in bundle.terms]
+    learned = [*(term.a for term in terms), *(term.b for term in terms), *(gain.factor for gain, _, _ in gains)]
+    return _Project.apply(x, prologue, tuple(group), bundles, gains, keeps, skip_forward, joined, *learned)
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """A gain's place in the group's output, and the bias that it leaves alone."""
-
-    rows: slice
-    columns: slice
-    bias: Tensor | None
+_PlacedGain = tuple[Gain, slice, Tensor | None]
+"""A gain, its columns in the group's output, and the bias that it leaves alone."""
 
 
-def _placed_terms(group: Sequence[Projection]) -> Iterator[Placed]:
-    for projection, columns in _columns(group):
-        for term in projection.terms:
-            yield columns, term, projection.instead is not None
-
-
-def _scales(group: Sequence[Projection]) -> tuple[tuple[_Scale, ...], list[Tensor]]:
-    """The gains' places and factors."""
-    scales, factors = [], []
+def _placed_gains(group: Sequence[Projection]) -> Iterator[_PlacedGain]:
     for projection, columns in _columns(group):
         for gain in projection.gains:
-            scales.append(_Scale(slice(gain.start, gain.stop), columns, None if gain.with_bias else projection.bias))
-            factors.append(gain.factor)
-    return tuple(scales), factors
+            yield gain, columns, None if gain.with_bias else projection.bias
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, scales, keeps, *learned):  # type: ignore[no-untyped-def]
-        masters, factors = _split(learned, len(learned) - len(scales))
+    def forward(ctx, x, prologue, group, bundles, gains, keeps, skip_forward, joined, *learned):  # type: ignore[no-untyped-def]
         with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
-            keeps = keeps or (bool(scales) and n.shape[1] > shape[1])
+            keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            _base_products(n, group, out)
-            inner = add_terms(n, bundles, masters, out)
-        _multiply_(out, scales, factors)
-        ctx.prologue, ctx.group, ctx.bundles, ctx.scales = prologue, group, bundles, scales
-        ctx.counts = len(kept), len(inner), len(masters)
-        ctx.out = out.detach() if scales and keeps else None  # not among the saved: what follows may write into it
-        ctx.save_for_backward(x, *kept, *inner, *learned)
+            inner = inner_products(n, bundles)
+            if skip_forward:
+                out.zero_()
+            else:
+                _base_products(n, group, joined, out)
+                add_terms(bundles, inner, out)
+        _multiply_(out, gains)
+        ctx.prologue, ctx.group, ctx.joined, ctx.bundles, ctx.gains = prologue, group, joined, bundles, gains
+        ctx.counts = len(kept), len(inner)
+        ctx.out = out.detach() if gains and keeps else None  # not among the saved: what follows may write into it
+        ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
-        kept, inner, masters, factors = _split(rest, *ctx.counts)
+        kept, inner, _ = _split(rest, *ctx.counts)
         wants_x = ctx.needs_input_grad[0]
-        found: list[Tensor] = []
+        all_da: list[Tensor] = []
+        all_db: list[Tensor] = []
         with scratch_scope():
             out, ctx.out = ctx.out, None
-            if ctx.scales and out is None:
+            if ctx.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, out)
-                add_again(ctx.bundles, masters, inner, out)
-                _multiply_(out, ctx.scales, factors)
-            dout, dfactors = _gain_gradients(dout, out, ctx.scales, factors)
-            dn = _base_gradient(dout, ctx.group, brief=not isinstance(ctx.prologue, AsIs)) if wants_x else None
+                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, ctx.joined, out)
+                add_terms(ctx.bundles, inner, out)
+                _multiply_(out, ctx.gains)
+            dout, dfactors = _gain_gradients(dout, out, ctx.gains)
+            brief = not isinstance(ctx.prologue, AsIs)
+            dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x else None
             if inner:
                 n = ctx.prologue.again(x, tuple(kept))
-                found = term_gradients(n, ctx.bundles, masters, inner, dout, dn)
+                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, None, *found, *dfactors
+        return dx, None, None, None, None, None, None, None, *all_da, *all_db, *dfactors
 
 
-def _multiply_(out: Tensor, scales: Sequence[_Scale], factors: Sequence[Tensor]) -> None:
-    for scale, factor in zip(scales, factors):
-        multiply_(out[scale.rows, scale.columns], factor, scale.bias)
+def _multiply_(out: Tensor, gains: Sequence[_PlacedGain]) -> None:
+    for gain, columns, bias in gains:
+        multiply_(out[gain.rows, columns], gain.factor, bias)
 
 
-def _gain_gradients(
-    dout: Tensor, out: Tensor | None, scales: Sequence[_Scale], factors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _gain_gradients(dout: Tensor, out: Tensor | None, gains: Sequence[_PlacedGain]) -> tuple[Tensor, list[Tensor]]:
     """The gradient before the gains, and the factors'. It takes the output's place: whoever took that is done, and
     another buffer of this size would raise the peak in every layer."""
     if out is None:
         return dout, []
     found = []
-    for scale, factor in zip(scales, factors):
-        at = scale.rows, scale.columns
-        found.append(gain_gradients_(out[at], dout[at], factor, scale.bias))
-    for at in _without_gain(out, scales):
+    for gain, columns, bias in gains:
+        at = gain.rows, columns
+        found.append(gain_gradients_(out[at], dout[at], gain.factor, bias))
+    for at in _without_gain(out, gains):
         out[at].copy_(dout[at])
     return out, found
 
 
-def _without_gain(out: Tensor, scales: Sequence[_Scale]) -> Iterator[tuple[slice, slice]]:
+def _without_gain(out: Tensor, gains: Sequence[_PlacedGain]) -> Iterator[tuple[slice, slice]]:
     """The rest of `out`, as rows and columns."""
-    ends = sorted({0, out.shape[1], *(end for scale in scales for end in (scale.columns.start, scale.columns.stop))})
+    ends = sorted({0, out.shape[1], *(end for _, own, _ in gains for end in (own.start, own.stop))})
     for columns in map(slice, ends, ends[1:]):
         row = 0
-        inside = [scale.rows for scale in scales if scale.columns.start <= columns.start < scale.columns.stop]
+        inside = [gain.rows for gain, own, _ in gains if own.start <= columns.start < own.stop]
         for rows in sorted(inside, key=lambda rows: rows.start):
             yield slice(row, rows.start), columns
             row = rows.stop
         yield slice(row, len(out)), columns
 
 
-def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
-    whole = _joined(group)
-    for projection, columns in [(whole, slice(0, out.shape[1]))] if whole else _columns(group):
+def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | None, out: Tensor) -> None:
+    for projection, columns in _columns((joined,) if joined else group):
         part = out[:, columns]
-        if projection.instead is not None:
-            part.fill_(projection.instead)
-        elif isinstance(projection.weight, Packed):
+        if isinstance(projection.weight, Packed):
             write_output(n, projection.weight, projection.bias, part)
         elif projection.bias is None:
             torch.mm(n, projection.weight.t(), out=part)
@@ -280,12 +280,11 @@ def _base_products(n: Tensor, group: Sequence[Projection], out: Tensor) -> None:
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _base_gradient(dout: Tensor, group: Sequence[Projection], brief: bool) -> Tensor:
+def _base_gradient(dout: Tensor, group: Sequence[Projection], joined: Projection | None, brief: bool) -> Tensor:
     """dout W of the whole group [T, in]; `brief` where nobody takes it further."""
-    whole = _joined(group, biases=False)
     shape = len(dout), group[0].weight.shape[1]
     dn = scratch_empty(dout, *shape) if brief else dout.new_empty(shape)
-    for number, (projection, columns) in enumerate([(whole, slice(0, dout.shape[1]))] if whole else _columns(group)):
+    for number, (projection, columns) in enumerate(_columns((joined,) if joined else group)):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
             input_gradient(part, projection.weight, dn, add=number > 0)
@@ -301,26 +300,6 @@ def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
     for projection in group:
         yield projection, slice(at, at + projection.outputs)
         at += projection.outputs
-
-
-def _joined(group: Sequence[Projection], biases: bool = True) -> Projection | None:
-    """The group as one projection, where its dense weights stand behind one another in memory: one product instead of
-    several that are each less than a core likes."""
-    if len(group) == 1 or any(p.instead is not None or isinstance(p.weight, Packed) for p in group):
-        return None
-    weights = [p.weight for p in group if isinstance(p.weight, Tensor)]
-    first, at = weights[0], weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != first.dtype or not weight.is_contiguous():
-            return None
-        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        at += weight.nbytes
-    own = [p.bias for p in group if p.bias is not None and biases]
-    if len(own) not in (0, len(group)):
-        return None
-    whole = first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
-    return Projection(whole, torch.cat(own) if own else None)
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

@@ -26,6 +26,7 @@ from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
 from topwork.data.template import ChatTemplate
 from topwork.models.base import Base
+from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
@@ -125,6 +126,7 @@ def _cast(base: Base, dtype: torch.dtype | str) -> None:
     for parameter in base.module.parameters():
         if isinstance(dtype, torch.dtype) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    join_weights(base.module)
 
 
 def _with_dtype(recipe: Recipe, dtype: str) -> Recipe:

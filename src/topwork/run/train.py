@@ -117,7 +117,7 @@ def _trained(
         asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
     longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
     plan = passes_that_fit(recipes, [run.counted for run in runs], longest, asked, base, report)
-    checkpoint_layers(base, plan.checkpointed_layers, names)
+    checkpoint_layers(base, plan.checkpointed_layers)
     start = _start(runs, report) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
     with ExitStack() as logs:

@@ -4,9 +4,9 @@
 
     n^2 = |W|^2 + 2 s sum(B * (W A')) + s^2 sum(B * (B (A A')))        row by row: no dense W + s B A
 
-m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed once a pass while training, for the work
-of r tokens, and kept while nothing learns. With dropout x is dropped in W x too, but only for what f adds, as in PEFT:
-y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
+m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed in every pass, for the work of r tokens,
+and kept only while it is held (`models/held.py`). With dropout x is dropped in W x too, but only for what f adds, as in
+PEFT: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
 """
 
 import torch
@@ -32,7 +32,8 @@ class Dora(Lora):
         super().__init__(in_features, out_features, r, scaling, dropout, gaussian)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(out_features))
         self.register_buffer("squares", torch.ones(out_features), persistent=False)
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self._holds = False
+        self._held: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
@@ -43,21 +44,18 @@ class Dora(Lora):
         self.lora_magnitude_vector.copy_(self.squares.sqrt())
 
     def lengths(self, base_layer: nn.Module) -> Tensor:
-        """n [out] in fp32, without a gradient.
+        """n [out] in fp32, without a gradient; computed once between `hold` and `release`."""
+        if not self._holds:
+            return self._computed_lengths(base_layer)
+        if self._held is None:
+            self._held = self._computed_lengths(base_layer)
+        return self._held
 
-        Kept only between passes that take no gradient and have no update before them: an update need not raise a
-        tensor's version (torch's fused AdamW does not).
-        """
-        a, b = self.lora_A, self.lora_B
-        state = (a._version, b._version, a.data_ptr(), b.data_ptr())
-        learns = torch.is_grad_enabled() or a.grad is not None or b.grad is not None
-        if learns or self._kept is None or self._kept[0] != state:
-            self._kept = None
-            found = self._computed_lengths(base_layer)
-            if learns:
-                return found
-            self._kept = state, found
-        return self._kept[1]
+    def hold(self) -> None:
+        self._holds, self._held = True, None
+
+    def release(self) -> None:
+        self._holds, self._held = False, None
 
     def factor(self, base_layer: nn.Module) -> Tensor:
         """f [out] in fp32, with m's gradient."""
@@ -81,6 +79,10 @@ class Dora(Lora):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def take(self, stored: dict[str, Tensor]) -> None:
+        super().take(stored)
+        self._held = None
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         whole = weight + self.delta().to(weight.device)
