@@ -1,5 +1,6 @@
 # make quickstart   train an adapter on support tickets, measure it, ask it
 # make test         formatter, linter, types, import order, all tests
+# make processors   the numeric tests again, as other processors would compute them (x86-64; about an hour and a half)
 # make sanitize     the C kernels under the address and undefined-behaviour sanitizers (gcc, Linux)
 # make golden       ten steps of every method written down anew (tests/golden), where a change is meant to change them
 # make install      a virtual environment with the package; make docs, make bench, make clean
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/support
 
-.PHONY: help quickstart install test lint types imports unit golden sanitize bench docs clean
+.PHONY: help quickstart install test lint types imports unit processors golden sanitize bench docs clean
 
 help:
 	@grep -E '^# ' Makefile | cut -c3-
@@ -33,18 +34,32 @@ $(VENV)/.tested: $(VENV)/.installed
 
 test: lint types imports unit
 
+## runs a stage's commands and says how long they took, whether they passed or not
+timed = @start=$$(date +%s); ($(1)); ended=$$?; echo "$@: $$(($$(date +%s) - start)) s"; exit $$ended
+
 lint: $(VENV)/.tested
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(call timed,$(BIN)/ruff format --check . && $(BIN)/ruff check .)
 
 types: $(VENV)/.tested
-	$(BIN)/mypy
+	$(call timed,$(BIN)/mypy)
 
 imports: $(VENV)/.tested
-	$(BIN)/lint-imports
+	$(call timed,$(BIN)/lint-imports)
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
 
 unit: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+	$(call timed,$(PYTEST) --durations=10)
+
+## which instructions our kernels, torch, MKL and oneDNN may use: each is read when a process begins
+PROCESSORS := TOPWORK_NO_NATIVE=1 TOPWORK_MARCH=x86-64-v3 TOPWORK_MARCH=x86-64-v2 ATEN_CPU_CAPABILITY=default \
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
+NUMERIC := $(addprefix tests/,ops models quantization adapters training merging evaluation run golden)
+
+processors: $(VENV)/.tested
+	@failed=; for setting in $(PROCESSORS); do \
+		echo "$$setting"; env "$$setting" $(PYTEST) $(NUMERIC) || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed under$$failed"; exit 1; }
 
 golden: $(VENV)/.tested
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py

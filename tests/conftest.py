@@ -1,4 +1,4 @@
-"""What all tests share: one thread, one seed, the models that may be absent, small random bases."""
+"""What all tests share: one thread, one seed, the models that may be absent, small bases that a seed makes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +35,22 @@ def stories260k() -> Path:
     if not STORIES.is_dir():
         pytest.skip("shared/models/stories260k stands beside a development checkout, and not beside this one")
     return STORIES
+
+
+@pytest.fixture(scope="session")
+def made_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stories260k is (five layers, a tied head, a tokenizer that puts a BOS in front), but a seed makes it."""
+    from data.family_tokenizers import sentencepiece_tokenizer
+    from run.tiny import write_model
+
+    folder = tmp_path_factory.mktemp("made") / "llama"
+    return write_model(folder, tokenizer=sentencepiece_tokenizer(), num_hidden_layers=5, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session", params=["made", "stories260k"])
+def small_llama(request: pytest.FixtureRequest) -> Path:
+    """A small llama's folder: one that every checkout can make, and one that has learned, where it is at hand."""
+    return request.getfixturevalue("made_llama" if request.param == "made" else "stories260k")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.toy import ToyConfig
+from reference.measure import LOGITS_APART
 from topwork.adapters.config import AdapterConfig
 
 
@@ -40,7 +41,7 @@ def lora(**values: Any) -> AdapterConfig:
 ROWS: dict[str, Row] = {
     "lora": Row(lora()),
     "lora with dropout": Row(lora(lora_dropout=0.3)),
-    "lora, head and norms saved": Row(lora(modules_to_save=["lm_head", "norm"]), fresh=1e-6),
+    "lora, head and norms saved": Row(lora(modules_to_save=["lm_head", "norm"]), fresh=LOGITS_APART),
     "rslora with patterns": Row(lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})),
     "dora": Row(lora(use_dora=True)),
     "dora with dropout": Row(lora(use_dora=True, lora_dropout=0.3)),
@@ -58,11 +59,13 @@ ROWS: dict[str, Row] = {
     ),
     "bitfit": Row(AdapterConfig(method="bitfit"), "gpt2"),
     "bitfit on qwen2": Row(AdapterConfig(method="bitfit"), "qwen2"),
-    "full": Row(AdapterConfig(method="full"), fresh=1e-6),
-    "full, tied": Row(AdapterConfig(method="full"), "qwen2", {"tie_word_embeddings": True}, fresh=1e-6),
-    "full with head norms": Row(AdapterConfig(method="full"), "qwen3", fresh=1e-6, fresh_bf16=2e-2),
-    "full with turned head norms": Row(AdapterConfig(method="full"), "gemma3_text", fresh=1e-6, fresh_bf16=2e-2),
-    "head norms saved": Row(lora(modules_to_save=["k_norm"]), "qwen3", fresh=1e-6, fresh_bf16=2e-2),
+    "full": Row(AdapterConfig(method="full"), fresh=LOGITS_APART),
+    "full, tied": Row(AdapterConfig(method="full"), "qwen2", {"tie_word_embeddings": True}, fresh=LOGITS_APART),
+    "full with head norms": Row(AdapterConfig(method="full"), "qwen3", fresh=LOGITS_APART, fresh_bf16=2e-2),
+    "full with turned head norms": Row(
+        AdapterConfig(method="full"), "gemma3_text", fresh=LOGITS_APART, fresh_bf16=2e-2
+    ),
+    "head norms saved": Row(lora(modules_to_save=["k_norm"]), "qwen3", fresh=LOGITS_APART, fresh_bf16=2e-2),
     "prefix": Row(AdapterConfig(method="prefix", num_virtual_tokens=3), fresh=None, merges=False),
     "prefix on qwen3": Row(AdapterConfig(method="prefix", num_virtual_tokens=2), "qwen3", fresh=None, merges=False),
     "prompt": Row(AdapterConfig(method="prompt", num_virtual_tokens=3), fresh=None, merges=False),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from reference.families import added, learning_batch, logits, randomise, sequences, tiny_base
-from reference.measure import relative
+from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from reference.quantized_by_others import write_base
 from topwork.adapters.base_weight import dense_weight
 from topwork.adapters.config import AdapterConfig
@@ -87,7 +87,7 @@ def test_the_file_of_a_full_fine_tuning_is_a_state_dict(tmp_path: Path) -> None:
     found = other.module.load_state_dict(load_file(tmp_path / "adapter_model.safetensors"), strict=False)
     assert not found.unexpected_keys
     assert not found.missing_keys
-    assert relative(logits(other, batch_of(sequences())), logits(base, batch_of(sequences(), "a"))) < 1e-6
+    assert relative(logits(other, batch_of(sequences())), logits(base, batch_of(sequences(), "a"))) < LOGITS_APART
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
@@ -188,7 +188,7 @@ def test_gradients_with_checkpointed_layers(config: AdapterConfig) -> None:
         adapters = added(base, a=config)
         checkpoint_layers(base, layers, ("a",))
         found.append(slopes(base, adapters.parameters("a"), "a"))
-    assert relative(list(found[1].values()), list(found[0].values())) < 1e-6
+    assert relative(list(found[1].values()), list(found[0].values())) < GRADIENTS_APART
     assert not any("o_proj" in path or "down_proj" in path for path in products_left_out(base) if config is DORA)
 
 

@@ -18,11 +18,8 @@ from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import Adapters
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
-from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.ops.batch import batch_of
-from topwork.training.config import TrainingConfig
-from training.test_peft_parity import STEPS, batches, compare
+from training.test_peft_parity import compare_twenty
 
 HERE = BaseId("owner/base", "sha256:one")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -182,8 +179,5 @@ TWENTY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", TWENTY)
-def test_twenty_steps_on_stories260k(name: str, stories260k: Path, tmp_path: Path) -> None:
-    base = load_base(ModelConfig(model_name_or_path=str(stories260k), dtype="float32"), lambda _: None)
-    lengths = [[9 + (5 * step + 7 * row) % 40 for row in range(5)] for step in range(STEPS)]
-    training = TrainingConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=0.5)
-    compare(base, str(stories260k), AdapterConfig(**TWENTY[name]), batches(512, lengths), tmp_path, training)
+def test_twenty_steps(name: str, small_llama: Path, tmp_path: Path) -> None:
+    compare_twenty(small_llama, AdapterConfig(**TWENTY[name]), tmp_path)

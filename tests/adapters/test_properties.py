@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters.sheet import ROWS, Row
 from adapters.toy import WITH_TOY
 from reference.families import chosen_labels, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
-from reference.measure import relative
+from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from reference.quantized_by_others import write_base
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
@@ -137,7 +137,7 @@ def test_written_and_read_it_is_the_same(name: str, nf4: bool, bases: Bases, tmp
     expected = logits(base, batch_of(sequences(), "a"))
     other, others = bases(row, nf4=nf4)
     assert load_adapter(others, "b", read_adapter(tmp_path / "first", WITH_TOY), identity) is None
-    assert relative(logits(other, batch_of(sequences(), "b")), expected) < 1e-6
+    assert relative(logits(other, batch_of(sequences(), "b")), expected) < LOGITS_APART
     again, resumed = bases(row, nf4=nf4)  # as a run does that goes on: the recipe's own config, and what was saved
     resumed.add("a", row.config, seed=3)
     resumed.load("a", read_adapter(tmp_path / "first", WITH_TOY).tensors)
@@ -182,13 +182,13 @@ def test_all_rows_in_one_stream_are_each_alone(kind: str, bases: Bases) -> None:
     together = logits(base, by_sequence(batch_of(parts), names)).split([len(part) for part in parts])
     bare = logits(base, batch_of(parts)).split([len(part) for part in parts])
     for part, name, found, without in zip(parts, names, together, bare, strict=True):
-        assert relative(found, logits(base, batch_of([part], name))) < 2e-6
+        assert relative(found, logits(base, batch_of([part], name))) < LOGITS_APART
         assert (relative(found, without) > 1e-3) == (name is not None)
         if name is not None:
             alone, own = bases(rows[name], nf4=nf4)
             own.add("a", rows[name].config, seed=list(rows).index(name))
             randomise(own, "a", list(rows).index(name))
-            assert relative(found, logits(alone, batch_of([part], "a"))) < 2e-6
+            assert relative(found, logits(alone, batch_of([part], "a"))) < LOGITS_APART
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -198,7 +198,7 @@ def test_packed_is_alone(name: str, bases: Bases) -> None:
     parts = sequences()
     together = logits(base, batch_of(parts, "a")).split([len(part) for part in parts])
     for part, found in zip(parts, together, strict=True):
-        assert relative(found, logits(base, batch_of([part], "a"))) < 2e-6
+        assert relative(found, logits(base, batch_of([part], "a"))) < LOGITS_APART
     adapters.add("b", ROWS[name].config, seed=5)
     batch = learning_batch(parts)
     mixed = gradients(base, adapters, by_sequence(batch, ["a", "a", None, "b"]))
@@ -208,7 +208,7 @@ def test_packed_is_alone(name: str, bases: Bases) -> None:
         labels=chosen_labels(batch, lower),
     )  # fmt: skip
     expected = gradients(base, adapters, own)
-    assert relative(list(mixed.values()), list(expected.values())) < 5e-6
+    assert relative(list(mixed.values()), list(expected.values())) < GRADIENTS_APART
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -224,7 +224,7 @@ def test_fast_layers_give_the_plain_ones_gradients(name: str) -> None:
         batch = by_sequence(learning_batch(sequences()), ["a", None, "a", "a"])
         results.append((logits(base, batch), gradients(base, adapters, batch)))
     (found, slopes), (expected, their_slopes) = results
-    assert relative(found, expected) < 2e-6
+    assert relative(found, expected) < LOGITS_APART
     for key, gradient in their_slopes.items():
         assert relative(slopes[key], gradient, least=1e-4) < 2e-5, key
         assert gradient.any() or "embed" in key, key
@@ -238,7 +238,7 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dense_twin(name: str, ba
         if twin:
             dequantize(base.module)
         found.append(list(gradients(base, adapters, learning_batch(sequences(), "a")).values()))
-    assert relative(found[0], found[1]) < 5e-6
+    assert relative(found[0], found[1]) < GRADIENTS_APART
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config.dropout])
@@ -248,7 +248,7 @@ def test_dropout_in_training_only(name: str, bases: Bases) -> None:
     before, seeds = logits(base, batch_of(parts)), range(len(parts))
     adapters.add("a", ROWS[name].config)
     adapters.train("a")
-    assert relative(logits(base, batch.with_dropout_seeds(seeds)), before) < 1e-6
+    assert relative(logits(base, batch.with_dropout_seeds(seeds)), before) < LOGITS_APART
     randomise(adapters, "a")
     found = logits(base, batch.with_dropout_seeds(seeds))
     assert torch.equal(logits(base, batch.with_dropout_seeds(seeds)), found)
@@ -272,8 +272,8 @@ def test_what_drops_out_depends_on_the_row_alone(name: str, bases: Bases) -> Non
     spans = list(pairwise(together.cu_seqlens))
     alone = learning_batch([parts[3], parts[1]], "a").with_dropout_seeds([8, 6])
     found, expected = logits(base, together), logits(base, alone)
-    assert relative(found[slice(*spans[1])], expected[len(parts[3]) :]) < 1e-6
-    assert relative(found[slice(*spans[3])], expected[: len(parts[3])]) < 1e-6
+    assert relative(found[slice(*spans[1])], expected[len(parts[3]) :]) < LOGITS_APART
+    assert relative(found[slice(*spans[3])], expected[: len(parts[3])]) < LOGITS_APART
     slopes = []
     for batch in (together, alone):
         batch = replace(batch, labels=replace(batch.labels, loss_weights=torch.ones_like(batch.labels.loss_weights)))
@@ -292,7 +292,7 @@ def test_what_drops_out_beside_virtual_tokens(bases: Bases) -> None:
     alone = batch_of([parts[1], parts[3]], "a").with_dropout_seeds([6, 8])
     spans = list(pairwise(together.cu_seqlens))
     found = logits(base, together)
-    assert relative(torch.cat([found[slice(*spans[at])] for at in (1, 3)]), logits(base, alone)) < 1e-6
+    assert relative(torch.cat([found[slice(*spans[at])] for at in (1, 3)]), logits(base, alone)) < LOGITS_APART
 
 
 def test_a_head_in_chunks_drops_what_it_drops_whole(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:

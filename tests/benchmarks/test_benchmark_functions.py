@@ -58,12 +58,12 @@ def test_floor_in_tokens_per_second(benchmark):
     assert report["attended_length"] == (100**2 + 300**2) / 400
 
 
-def test_floor_reads_a_models_shape(benchmark, stories260k):
+def test_floor_reads_a_models_shape(benchmark, made_llama):
     floor = benchmark("floor")
-    shape = floor.shape_of(str(stories260k))
+    shape = floor.shape_of(str(made_llama))
     weights = sum(inputs * outputs * count for inputs, outputs, count in shape.linear)
-    assert shape.attention == (5, 64)
-    assert weights == 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172)
+    assert shape.attention == (5, 32)
+    assert weights == 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
 
 
 def test_speed_is_weighted_by_what_a_step_has_of_each_shape(benchmark):

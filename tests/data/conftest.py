@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from family_tokenizers import build_tokenizer
+from made_files import write_made
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 
@@ -19,8 +20,20 @@ def real_data() -> Path:
     """The folder of real data sets, where the project stands beside one."""
     folder = SHARED / "data"
     if not folder.is_dir():
-        pytest.skip("the folder of real data sets is not beside the project")
+        pytest.skip("the real data sets are too large for the repository; made rows in their columns stand for them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the same names with two made rows in each file."""
+    return write_made(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session", params=["made", "real"])
+def data_sets(request: pytest.FixtureRequest) -> Path:
+    """Both, one after the other."""
+    return request.getfixturevalue(f"{request.param}_data")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A small tokenizer of any family: trained on a few lines, with the family's special tokens, and its chat template."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,4 +60,34 @@ def build_tokenizer(
         tokenizer_object=_trained(special, bos if adds_bos else None, words),
         chat_template=template if template is not None else (TEMPLATES / f"{family}.jinja").read_text("utf-8"),
         **{"bos_token": bos, "eos_token": eos, "pad_token": eos, **named},
+    )
+
+
+STORY = """Once upon a time there was a little girl named Lily. She loved to play outside in the park with her dog.
+One day they saw a cat in a tree. "Look!" said Lily. The dog sat down, and the cat was sad and wanted to go home."""
+
+
+def sentencepiece_tokenizer() -> Any:
+    """A small one of llama 2's kind: "▁" for a space, bytes for letters it never saw, a BOS, no chat template."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def plain(model: models.BPE) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        return tokenizer
+
+    learned = plain(models.BPE())
+    learned.train_from_iterator(STORY.split(), trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    merges = [(left, right) for left, right in json.loads(learned.to_str())["model"]["merges"]]
+    letters = sorted(token for token in learned.get_vocab() if len(token) == 1)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map("".join, merges), *letters]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    whole = plain(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    whole.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    whole.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

@@ -153,14 +153,11 @@ def test_unrolled_conversations_keep_their_rows(load: Any, write: Write) -> None
     assert (len(data.eval), len(data.eval_conversations)) == (2, 1)
 
 
-def test_real_tokenizer_of_another_kind(real_data: Path, write: Write) -> None:
-    """stories260K: SentencePiece-like, adds a BOS, has no chat template."""
+def test_a_tokenizer_of_another_kind(small_llama: Path, write: Write) -> None:
+    """SentencePiece-like, adds a BOS, has no chat template."""
     from transformers import AutoTokenizer
 
-    folder = real_data.parent / "models" / "stories260k"
-    if not folder.is_dir():
-        pytest.skip("the model stories260k is not beside the project")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(small_llama)
     rows = [
         {"prompt": "Once upon a time", "completion": "there was a cat.\n The end."},
         {"prompt": "a", "completion": "\n b"},

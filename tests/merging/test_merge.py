@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from reference.families import VOCABULARY, alone, randomise, sequences, tiny_base, tiny_model
+from reference.measure import furthest
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.peft_format import BaseId, write_adapter
@@ -87,7 +88,7 @@ def logits(base: Base, adapter: str | None) -> torch.Tensor:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert furthest(found, expected) <= 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -95,7 +96,7 @@ def test_merged_is_unmerged_and_its_folder_too(case: str, tokenizer: PreTrainedT
     base, adapters = trained(case)
     base = replace(base, tokenizer=tokenizer)
     bare, expected = logits(base, None), logits(base, "a")
-    assert float((bare - expected).abs().max()) > 1e-2 * float(expected.abs().max()), "the adapter changes nothing"
+    assert furthest(bare, expected) > 1e-2 * float(expected.abs().max()), "the adapter changes nothing"
     merge(base, adapters, "a")
     assert not adapted_layers(base.module)
     assert not adapters.configs
@@ -149,7 +150,7 @@ def test_in_bfloat16_the_sum_is_rounded_once(family: str) -> None:
     merge(base, adapters, "a")
     found = base.module.get_submodule(path).weight
     assert {parameter.dtype for parameter in base.module.parameters()} == {torch.bfloat16}
-    assert float((found.double() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+    assert furthest(found, exact) <= 2**-8 * float(exact.abs().max())
     assert torch.equal(found, exact.float().bfloat16())
 
 

@@ -1,4 +1,4 @@
-"""The check of a merge: its figures against the formulas, its passes, and a real model."""
+"""The check of a merge: its figures against the formulas, its passes, and a model from a folder."""
 
 from pathlib import Path
 
@@ -123,8 +123,8 @@ def test_an_unknown_adapter_is_an_error() -> None:
         merge_and_verify(base, adapters, "b", inputs())
 
 
-def test_stories260k(stories260k: Path) -> None:
-    config = ModelConfig(model_name_or_path=str(stories260k), dtype="float32", device="cpu")
+def test_of_a_model_with_a_tokenizer(small_llama: Path) -> None:
+    config = ModelConfig(model_name_or_path=str(small_llama), dtype="float32", device="cpu")
     base = load_base(config, lambda _: None)
     text = "Once upon a time there was a little girl named Lily. She loved to play outside in the park with her dog."
     tokens: Tensor = base.tokenizer(text, return_tensors="pt").input_ids[0]

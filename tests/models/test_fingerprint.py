@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from topwork.models.fingerprint import fingerprint
 
-STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
-
 
 class Tied(nn.Module):
     """Two names for one weight, or two weights of the same values."""
@@ -31,14 +29,12 @@ def test_the_same_in_every_float_type() -> None:
     assert len(fingerprint(Tied())) == 7 + 64
 
 
-def test_bf16_checkpoint_read_as_float32(tmp_path: Path) -> None:
-    if not STORIES.is_dir():
-        pytest.skip("shared/models/stories260k is not here")
-    half = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.bfloat16)
+def test_bf16_checkpoint_read_as_float32(small_llama: Path, tmp_path: Path) -> None:
+    half = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert whole.dtype == torch.float32
-    assert fingerprint(whole) == fingerprint(half) == fingerprint(AutoModelForCausalLM.from_pretrained(STORIES))
+    assert fingerprint(whole) == fingerprint(half) == fingerprint(AutoModelForCausalLM.from_pretrained(small_llama))
 
 
 def test_tied_weights_count_once() -> None:

@@ -24,8 +24,6 @@ if find_spec("gguf") is None:
 
 from tiny_gguf import TEMPLATE, TITLE, byte_level_vocabulary, sentencepiece_vocabulary, tiny_llama, write_gguf
 
-STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
-
 
 def silent(line: str) -> None:
     """A report that nobody reads."""
@@ -61,12 +59,10 @@ def test_weights_are_kept_in_bf16(converted: Path) -> None:
     assert json.loads((converted / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_trained_stories_model_and_its_sentencepiece_tokenizer(tmp_path: Path) -> None:
-    if not STORIES.is_dir():
-        pytest.skip("shared/models/stories260k is not here")
-    original = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    path = write_gguf(tmp_path / "stories.gguf", original, sentencepiece_vocabulary(tokenizer))
+def test_a_model_with_a_sentencepiece_tokenizer(small_llama: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(small_llama)
+    path = write_gguf(tmp_path / "small.gguf", original, sentencepiece_vocabulary(tokenizer))
     folder = convert_gguf(path, tmp_path, silent)
     assert_same_logits(folder, original)
     ours = AutoTokenizer.from_pretrained(folder)

@@ -15,7 +15,6 @@ from topwork.models.source import Source, cache_root, embedded_file, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 
 
 def find(name: str | Path, revision: str | None = None) -> Source:
@@ -162,21 +161,14 @@ def test_gguf_file_is_converted_into_the_cache(here: Path, monkeypatch: pytest.M
     assert find("tiny.gguf") == Source("tiny.gguf", str(here / "cache" / "tiny"), None)
 
 
-def test_tokenizer_gets_the_models_context(tmp_path: Path) -> None:
-    if not STORIES.is_dir():
-        pytest.skip("shared/models/stories260k is not here")
-    tokenizer = load_tokenizer(find(STORIES), trust_remote_code=False)
+def test_tokenizer_gets_the_models_context(small_llama: Path) -> None:
+    tokenizer = load_tokenizer(find(small_llama), trust_remote_code=False)
     assert tokenizer.model_max_length == 512
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
 
 
-def test_tokenizer_keeps_a_length_of_its_own(tmp_path: Path) -> None:
-    if not STORIES.is_dir():
-        pytest.skip("shared/models/stories260k is not here")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in STORIES.iterdir():
-        shutil.copyfile(file, folder / file.name)
+def test_tokenizer_keeps_a_length_of_its_own(small_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_llama, tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 100}))
     assert load_tokenizer(find(folder), trust_remote_code=False).model_max_length == 100

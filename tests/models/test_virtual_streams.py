@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reference.families import added, chosen_labels, learning_batch, logits, sequences, tiny_base
-from reference.measure import relative
+from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import ModelError
@@ -120,9 +120,9 @@ def test_packed_is_alone(family: str) -> None:
     batch = mixed()
     together, grads = gradients(base, adapters, [batch])
     alone, expected = gradients(base, adapters, apart(batch))
-    assert relative(together, alone) < 1e-6
+    assert relative(together, alone) < LOGITS_APART
     for name in adapters.configs:
-        assert relative(grads[name], expected[name]) < 2e-6, name
+        assert relative(grads[name], expected[name]) < GRADIENTS_APART, name
         assert all(grad.abs().max() > 0 for grad in grads[name]), name
     bare = batch_of([sequences(LENGTHS)[4]])
     before = logits(base, bare)
@@ -180,9 +180,9 @@ def test_fast_layers_are_the_plain_ones(family: str) -> None:
     batch = mixed()
     values, grads = gradients(fast, adapters, [batch])
     expected, wanted = gradients(plain, theirs, [batch])
-    assert relative(values, expected) < 1e-6
+    assert relative(values, expected) < LOGITS_APART
     for name in adapters.configs:
-        assert relative(grads[name], wanted[name]) < 5e-6, name
+        assert relative(grads[name], wanted[name]) < GRADIENTS_APART, name
 
 
 def plain_base(family: str) -> tuple[Base, Adapters]:
@@ -219,8 +219,8 @@ def test_over_four_bit_layers() -> None:
     batch = mixed()
     together, grads = gradients(base, adapters, [batch])
     alone, expected = gradients(base, adapters, apart(batch))
-    assert relative(together, alone) < 1e-6
-    assert relative(grads["prefix"] + grads["prompt"], expected["prefix"] + expected["prompt"]) < 2e-6
+    assert relative(together, alone) < LOGITS_APART
+    assert relative(grads["prefix"] + grads["prompt"], expected["prefix"] + expected["prompt"]) < GRADIENTS_APART
 
 
 def test_the_gradient_is_the_slope() -> None:
@@ -249,8 +249,8 @@ def test_logits_and_wanted_rows_are_the_callers() -> None:
     rows = torch.tensor([0, 12, 13, 20, 30, 58])
     with torch.no_grad():
         some = base.hidden_rows(batch, rows)
-        assert relative(some, base.hidden(batch)[rows]) < 1e-6
-        assert relative(base.logits(batch, rows), every[rows]) < 1e-6
+        assert relative(some, base.hidden(batch)[rows]) < LOGITS_APART
+        assert relative(base.logits(batch, rows), every[rows]) < LOGITS_APART
 
 
 def test_too_long_for_the_context() -> None:

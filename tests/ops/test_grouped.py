@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler
+from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler, usual_kernels
 from reference.measure import relative
 from topwork.ops import grouped
 from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
@@ -241,8 +241,7 @@ def test_what_does_not_fit_is_refused() -> None:
             grouped_products([Product(left, right, torch.randn(5, 3).t())])
 
 
-@pytest.mark.skipif("avx512bw" not in FEATURES or "CC" in os.environ, reason="needs AVX-512 and the usual compiler")
-@needs_compiler
+@usual_kernels
 def test_the_kernel_is_used_and_made_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
     library = load.library("grouped")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reference.attention import attention_by_sequence
-from reference.compiler import FEATURES, OlderBuild, needs_compiler
+from reference.compiler import FEATURES, OlderBuild, needs_compiler, usual_kernels
 from reference.measure import relative
 from topwork.ops import attention
 from topwork.ops.attention import attention_backward, attention_forward
@@ -20,7 +20,8 @@ from topwork.ops.native import build, load
 pytestmark = needs_compiler
 
 TYPES = [torch.float32, torch.bfloat16]
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}
+"""In bf16 the probabilities, their gradients and the result are rounded, by 2^-8 at most, which few keys come near."""
 BOUNDS = [
     (0, 1),
     (0, 1, 2, 4, 7),  # fewer tokens than a tile has rows
@@ -249,7 +250,7 @@ def test_wrong_shapes_are_refused() -> None:
         attention_backward(grad, query, key, value, out, out[..., 0], (0, 30), rule)
 
 
-@pytest.mark.skipif("avx512bw" not in FEATURES or "CC" in os.environ, reason="needs AVX-512 and the usual compiler")
+@usual_kernels
 def test_the_kernel_is_used_and_made_for_this_processor() -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
     library = load.library("attention")

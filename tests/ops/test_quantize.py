@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import library as registry
 
+from reference.compiler import needs_compiler
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.ops import quantize
@@ -447,13 +448,13 @@ def test_a_compiler_that_fails_is_told_and_a_kernel_switched_off_is_not(
     assert not recwarn.list
 
 
+@needs_compiler
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
 def test_older_processors_load_it_too(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second has conversions to 16 bits and no AVX-512."""
     if "avx2" not in build._processor().decode():
         pytest.skip("these are x86 processors")
-    flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in build.FLAGS)
-    monkeypatch.setattr(build, "FLAGS", flags)
+    monkeypatch.setenv(build.MARCH, march)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
     assert build.load("quantize4") is not None
 

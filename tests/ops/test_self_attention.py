@@ -6,7 +6,7 @@ from torch import Tensor
 
 from reference.attention import attention_by_sequence
 from reference.kept import kept_by
-from reference.measure import relative
+from reference.measure import apart, relative
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 
@@ -70,8 +70,8 @@ def test_values_and_gradients(norms: str, width: int, window: int | None, softca
     found.backward(grad)
     assert exact.grad is not None
     assert leaf.grad is not None
-    assert relative(found, expected) < 2e-6
-    assert relative(leaf.grad, exact.grad) < 2e-6
+    assert relative(found, expected) < apart(2, HEADS.width)
+    assert relative(leaf.grad, exact.grad) < apart(6, HEADS.width)
 
 
 @pytest.mark.parametrize("norms", ["none", "whole"])

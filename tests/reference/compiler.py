@@ -15,6 +15,10 @@ FEATURES = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").ex
 COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 NATIVE = COMPILER is not None and not os.environ.get(build.OFF)
 needs_compiler = pytest.mark.skipif(not NATIVE, reason="needs a C compiler, and native kernels not switched off")
+usual_kernels = pytest.mark.skipif(
+    not NATIVE or "avx512bw" not in FEATURES or "CC" in os.environ or build.MARCH in os.environ,
+    reason="needs AVX-512, and kernels as they are compiled for it by default",
+)
 
 OLDER = {"-mno-avx512bf16": 1, "-mno-avx512f": 0, "-mno-avx512f -mno-avx2 -mno-avx -mno-fma": 0}
 """What the compiler may not use -> the level that a kernel then says."""
@@ -24,6 +28,6 @@ OlderBuild = Callable[[str], tuple[ctypes.CDLL, int]]
 def build_older(name: str, without: str, folder: Path) -> tuple[ctypes.CDLL, int]:
     """A kernel compiled without some instructions, and its level."""
     source, target = Path(build.__file__).parent / f"{name}.c", folder / f"{name}.so"
-    flags = [*build.FLAGS, *without.split(), f"-I{source.parent}"]
+    flags = ["-march=native", *build.FLAGS, *without.split(), f"-I{source.parent}"]
     subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
     return load.declared(name, ctypes.CDLL(str(target))), OLDER[without]

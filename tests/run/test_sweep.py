@@ -392,7 +392,9 @@ def test_alone_is_measured_in_processes_of_their_own(make_recipe: Recipes) -> No
     done = quietly(make_recipe(training=SHORT), "training.seed=0,1", measure_alone=True)
     cost = done.result["cost"]
     assert cost["alone_seconds"] > 0
-    assert cost["time_ratio"] == pytest.approx(cost["pass_seconds"] / cost["alone_seconds"], rel=0.1)
+    together, alone, cut = cost["pass_seconds"], cost["alone_seconds"], 0.005  # both are rounded to hundredths
+    assert (together - cut) / (alone + cut) - 1e-4 <= cost["time_ratio"]
+    assert cost["time_ratio"] * max(alone - cut, 0.0) <= together + cut + 1e-4
     assert set(done.result["alone"]) == {"all"}  # one for all seeds
     text = (done.folder / "sweep.md").read_text("utf-8")
     assert "measured alone for" in text

@@ -16,11 +16,12 @@ TROUBLES = ("leaks", "is late", "is broken", "hums")
 
 
 def write_model(
-    folder: Path, seed_shift: float = 0.0, family: str = "smollm2", template: str | None = None, **values: Any
-) -> Path:
+    folder: Path, seed_shift: float = 0.0, family: str = "smollm2", template: str | None = None, tokenizer: Any = None,
+    **values: Any,
+) -> Path:  # fmt: skip
     """A random fp32 llama of two layers with a tokenizer of `family`, as a Hugging Face folder; no template where "" is
     given."""
-    tokenizer = build_tokenizer(family, template)
+    tokenizer = tokenizer or build_tokenizer(family, template)
     model = tiny_model(
         "llama", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=32, intermediate_size=48,
         head_dim=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference.compiler import NATIVE
 from reference.families import MIXED, added, learning_batch, sequences, tiny_base
 from reference.quantized_by_others import write_base
 from topwork.adapters import base_weight
@@ -144,10 +145,15 @@ def assert_same(*given: Any, **more: Any) -> Base:
     return base
 
 
+def keeps(options: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Weights that learn themselves run as plain modules: in fp32 only a C kernel of theirs keeps something there."""
+    return NATIVE or options != METHODS["full"] or dtype != torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 def test_a_step_is_what_it_is_without(options: dict[str, Any], dtype: torch.dtype) -> None:
-    assert assert_same(options, dtype).workspace._saved
+    assert assert_same(options, dtype).workspace._saved or not keeps(options, dtype)
 
 
 @pytest.mark.parametrize("method", ["lora", "dropout", "dora", "ia3", "prefix"])
@@ -182,7 +188,7 @@ def test_a_panel_is_brief() -> None:
 def test_a_checkpointed_layer_keeps_nothing_there(method: str, layers: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base = assert_same(METHODS[method], dtype, "llama", layers)
-        assert bool(base.workspace._saved) == (layers < LAYERS)
+        assert bool(base.workspace._saved) == (layers < LAYERS and keeps(METHODS[method], dtype))
 
 
 def test_nor_does_one_that_no_gradient_reaches() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reference.families import learning_batch, randomise, sequences, tiny_base
 from reference.logprobs import log_probabilities_whole
-from reference.measure import relative
+from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError
@@ -87,9 +87,9 @@ def test_one_pass_of_eight_is_any_other_split(sizes: list[int], name: str) -> No
     base, adapters = prepared(CONFIGS[name])
     whole, expected = stepped(base, adapters, passes([8]))
     split, found = stepped(base, adapters, passes(sizes))
-    assert relative(found, expected) < 1e-6
-    assert split.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+    assert relative(found, expected) < GRADIENTS_APART
+    assert split.loss == pytest.approx(whole.loss, rel=LOGITS_APART)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=GRADIENTS_APART)
     assert (split.tokens, split.learned_tokens) == (whole.tokens, whole.learned_tokens) == (88, 80)
 
 
@@ -121,18 +121,18 @@ def test_the_loss_is_the_weighted_mean_over_the_step() -> None:
                 weight + float(batch.labels.loss_weights.sum()),
             )
     result, _ = stepped(base, adapters, passes([3, 5]))
-    assert result.loss == pytest.approx(total / weight, rel=1e-6)
-    assert mean_losses(base, {"a": Sft()}, passes([8]))["a"].loss == pytest.approx(total / weight, rel=1e-6)
-    assert mean_losses(base, {"a": Sft()}, passes([2, 6]))["a"].loss == pytest.approx(total / weight, rel=1e-6)
+    assert result.loss == pytest.approx(total / weight, rel=LOGITS_APART)
+    assert mean_losses(base, {"a": Sft()}, passes([8]))["a"].loss == pytest.approx(total / weight, rel=LOGITS_APART)
+    assert mean_losses(base, {"a": Sft()}, passes([2, 6]))["a"].loss == pytest.approx(total / weight, rel=LOGITS_APART)
 
 
 def test_clipping_cuts_the_norm_and_nothing_else() -> None:
     base, adapters = prepared()
     free, gradients = stepped(base, adapters, passes([8]))
     norm = float(torch.cat([g.flatten() for g in gradients]).norm())
-    assert free.grad_norm == pytest.approx(norm, rel=1e-6)
+    assert free.grad_norm == pytest.approx(norm, rel=GRADIENTS_APART)
     cut, clipped = stepped(base, adapters, passes([8]), clip=norm / 3)
-    assert cut.grad_norm == pytest.approx(norm, rel=1e-6)
+    assert cut.grad_norm == pytest.approx(norm, rel=GRADIENTS_APART)
     assert relative(clipped, [g / 3 for g in gradients]) < 1e-4
     _, spared = stepped(base, adapters, passes([8]), clip=norm * 2)
     assert relative(spared, gradients) < 1e-7

@@ -17,12 +17,14 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
+FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
 HEADERS = ("simd.h", "tile.h")
 """What the kernels include."""
 OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
+MARCH = "TOPWORK_MARCH"
+"""Set in the environment to compile for another processor than this one, as gcc's -march names it: `x86-64-v3`."""
 
 
 def load(name: str) -> ctypes.CDLL | None:
@@ -53,7 +55,8 @@ def _built(name: str) -> Path:
     if compiler is None:
         raise OSError("no C compiler was found")
     sources = {file: (files("topwork.ops.native") / file).read_bytes() for file in (f"{name}.c", *HEADERS)}
-    made_of = [*sources.values(), compiler.encode(), " ".join(FLAGS).encode(), _processor()]
+    flags = (f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS)
+    made_of = [*sources.values(), compiler.encode(), " ".join(flags).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
     folder = Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "native"
     target = folder / f"{name}-{key[:16]}.so"
@@ -64,7 +67,7 @@ def _built(name: str) -> Path:
             for file, source in sources.items():
                 (Path(work) / file).write_bytes(source)
             subprocess.run(
-                [*compiler.split(), *FLAGS, str(written), "-o", str(built), "-lm"],
+                [*compiler.split(), *flags, str(written), "-o", str(built), "-lm"],
                 check=True, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
             built.replace(target)
