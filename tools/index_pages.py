@@ -82,7 +82,7 @@ def records() -> str:
     lines = [
         "# Records\n",
         "What the benchmarks printed, the losing figures too. Written by `python tools/index_pages.py` (`make docs`)\n"
-        "from the files. The commands (`python benchmarks/…`) leave out folders; a script's docstring tells the rest.\n",
+        "from the files. The commands (`python benchmarks/…`) leave out folders; its script tells the rest.\n",
         "| record | question | made by | when, commit, threads |",
         "| --- | --- | --- | --- |",
         *(_record(stem, stems) for stem in stems),
