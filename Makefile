@@ -77,6 +77,8 @@ sanitize: $(VENV)/.tested
 docs: $(VENV)/.tested
 	$(BIN)/python tools/family_table.py
 	$(BIN)/python tools/footprint_table.py
+	$(BIN)/python tools/options_page.py
+	$(BIN)/python tools/index_pages.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -11,7 +11,7 @@ class SftConfig(Options):
     """`sft`: the log-likelihood of the learned tokens."""
 
     name: Literal["sft"] = "sft"
-    """Which objective."""
+    """The log-likelihood of the learned tokens, each times its weight."""
 
 
 def _named(value: Any) -> Any:
