@@ -216,6 +216,37 @@ def test_layers_with_one_input_drop_the_same_of_it_and_others_do_not() -> None:
         assert len({keys[f"model.layers.1.{parent}.{name}"] for name in names}) == 1
 
 
+def test_evaluating_switches_dropout_off_and_back_to_what_it_was() -> None:
+    base = tiny_base("llama")
+    config = AdapterConfig(r=4, lora_dropout=0.5, modules_to_save=["norm"])
+    adapters = added(base, trains=config, rests=config, other=config)
+    silent = logits(base, batch_of(sequences(), "trains"))
+    for name in ("trains", "other"):
+        adapters.train(name)
+
+    def modes() -> dict[str, set[bool]]:
+        return {
+            name: {m.training for part in adapters.parts(name).values() for m in part.modules()}
+            for name in adapters.configs
+        }
+
+    before = modes()
+    assert before == {"trains": {True}, "rests": {False}, "other": {True}}
+    off = {"trains": {False}, "rests": {False}, "other": {True}}
+    with adapters.evaluating("trains", "rests"):
+        assert torch.equal(logits(base, batch_of(sequences(), "trains")), silent)
+        with adapters.evaluating("trains"):
+            assert modes() == off
+        assert modes() == off
+    assert modes() == before
+    with pytest.raises(KeyboardInterrupt), adapters.evaluating("trains"):
+        raise KeyboardInterrupt
+    assert modes() == before
+    with pytest.raises(AdapterError, match="no adapter 'nobody' here"), adapters.evaluating("trains", "nobody"):
+        pass
+    assert modes() == before
+
+
 def test_dropout_is_on_the_adapters_input_and_scaled() -> None:
     """The mean over many draws is the output without dropout (one layer: it is linear in its input)."""
     layer = AdaptedLayer(nn.Linear(6, 5), "layer")

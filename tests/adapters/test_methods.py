@@ -23,11 +23,12 @@ from topwork.adapters.methods.lora.inits import LoftQ
 from topwork.adapters.part import AdaptedLayer
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, ModelError
+from topwork.generation.engine import generate
+from topwork.generation.sampling import Sampling
 from topwork.merging.merge import merge
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
-from topwork.models.generate import Sampling, generate
 from topwork.models.held import held_for_inference
 from topwork.models.load import load_base
 from topwork.models.source import Source, find_source

@@ -163,7 +163,7 @@ def test_one_question(topwork: Command, trained: Path) -> None:
 
 
 def _sampling(tokens: int):  # type: ignore[no-untyped-def]
-    from topwork.models.generate import Sampling
+    from topwork.generation.sampling import Sampling
 
     return Sampling(max_new_tokens=tokens)
 

@@ -15,9 +15,10 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.part import AdaptedLayer
 from topwork.common.errors import ModelError
+from topwork.generation.engine import generate
+from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
-from topwork.models.generate import Sampling, generate
 from topwork.ops import project
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running

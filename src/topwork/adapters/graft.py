@@ -1,6 +1,7 @@
 """Putting named adapters into a base and taking them out again: one walk over the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +117,19 @@ class Adapters:
         """Dropout on or off in one adapter; the base itself always runs without."""
         for part in self.parts(name).values():
             part.train(mode)
+
+    @contextmanager
+    def evaluating(self, *names: str) -> Iterator[None]:
+        """Dropout off in these adapters until the block ends, then as it was: for running the model between the steps
+        of a training."""
+        before = [(part, part.training) for name in names for part in self.parts(name).values()]
+        try:
+            for name in names:
+                self.train(name, False)
+            yield
+        finally:
+            for part, mode in before:
+                part.train(mode)
 
     def _wrapped(self, path: str) -> AdaptedLayer:
         module = self.model.get_submodule(path)

@@ -121,7 +121,7 @@ def chat(
     force: Force = False,
 ) -> None:
     """Ask a run, once or in a conversation."""
-    from topwork.models.generate import Sampling
+    from topwork.generation.sampling import Sampling
     from topwork.run.folder import open_run
     from topwork.run.talk import ask_once, converse
 

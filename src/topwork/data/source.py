@@ -25,7 +25,8 @@ class RowSource(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs beside the step, as JSON holds it; it stands in every checkpoint."""
+        """What `restore` needs beside the step, as JSON holds it, in a value of its own: it is asked for after every
+        step, and stands in the checkpoint of that step, which may be written once the next rows have been asked for."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:

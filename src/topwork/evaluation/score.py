@@ -13,8 +13,9 @@ from topwork.data.conversations import Conversation
 from topwork.data.examples import Example
 from topwork.data.template import ChatTemplate, stop_ids
 from topwork.evaluation.grade import Grade, Grader, grade, summarise
+from topwork.generation.engine import generate
+from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
-from topwork.models.generate import Sampling, generate
 
 TOKENS_PER_PASS = 4096
 

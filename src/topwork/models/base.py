@@ -49,7 +49,7 @@ class Base:
 
     def pass_over(self, batch: Batch) -> PassContext:
         """A pass over a batch as it runs, with its adapters' virtual tokens in it; whoever keeps keys and values
-        between passes (`models/generate.py`) needs to know it.
+        between passes (`generation/engine.py`) needs to know it.
 
         Raises ModelError where a sequence and its virtual tokens are longer than the context.
         """

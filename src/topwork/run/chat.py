@@ -6,7 +6,8 @@ from pathlib import Path
 
 from topwork.data.conversations import Message
 from topwork.data.template import stop_ids
-from topwork.models.generate import Sampling, generate
+from topwork.generation.engine import generate
+from topwork.generation.sampling import Sampling
 from topwork.run.folder import ADAPTER_NAME, OpenRun, open_run
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from topwork.common.errors import RequestError
-from topwork.models.generate import Sampling
+from topwork.generation.sampling import Sampling
 from topwork.run.chat import Chat, side_by_side
 from topwork.run.folder import OpenRun
 

@@ -131,13 +131,10 @@ class Loop:
         due = [trial for trial in trials if trial.held_out]
         if not due:
             return
+        passes = self._passes([(trial.name, trial.held_out) for trial in due])
+        with self.adapters.evaluating(*(trial.name for trial in due)):
+            losses = mean_losses(self.base, {m.name: m.learner.objective for m in due}, passes)
         for trial in due:
-            self.adapters.train(trial.name, False)
-        groups = [(trial.name, trial.held_out) for trial in due]
-        passes = self._passes(groups)
-        losses = mean_losses(self.base, {m.name: m.learner.objective for m in due}, passes)
-        for trial in due:
-            self.adapters.train(trial.name)
             means, step = losses[trial.name], trial.state.step
             if math.isfinite(means.loss):
                 trial.validated(means)

@@ -81,13 +81,15 @@ class Trial:
         self.checkpoints = place.run_dir / CHECKPOINTS
         self.state = TrainState(step=0)
         self._step_rows: Sequence[Example] = ()
+        self._rows_state = rows.state()  # as it is at state.step: the source may have been asked for a step that failed
         self._unlogged: list[Timed] = []
 
     def resume(self, checkpoint: Path, at: int) -> None:
         """Take weights, optimizer and random state from a checkpoint, to go on from the loop's round `at`."""
         self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER, self.place.adapters.methods).tensors)
         state = load_checkpoint(checkpoint, self.optimizer, self.names)
-        self.rows.restore(read_rows(checkpoint))
+        self._rows_state = read_rows(checkpoint)
+        self.rows.restore(self._rows_state)
         if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again
             state = replace(state, ended=None, ended_at=None)
         self.state = state
@@ -112,6 +114,7 @@ class Trial:
             loss_sum=self.state.loss_sum + timed.result.loss,
             loss_count=self.state.loss_count + 1,
         )
+        self._rows_state = self.rows.state()
         step = self.state.step
         self._unlogged.append(timed)
         if step % self.config.logging_steps == 0 or step in (1, self.steps):
@@ -178,7 +181,7 @@ class Trial:
             self.state,
             self.keep,
             self.state.best_step if self.config.load_best_model_at_end else None,
-            self.rows.state(),
+            self._rows_state,
         )
 
     def keep_last(self) -> None:

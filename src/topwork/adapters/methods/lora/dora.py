@@ -44,7 +44,10 @@ class Dora(Lora):
         self.lora_magnitude_vector.copy_(self.squares.sqrt())
 
     def lengths(self, base_layer: nn.Module) -> Tensor:
-        """n [out] in fp32, without a gradient; computed once between `hold` and `release`."""
+        """n [out] in fp32, without a gradient; computed once between `hold` and `release`, which a pass that takes
+        gradients is too: an update will follow."""
+        if torch.is_grad_enabled():
+            self.release()
         if not self._holds:
             return self._computed_lengths(base_layer)
         if self._held is None:

@@ -12,9 +12,10 @@ from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
-from topwork.models import generate as module
+from topwork.generation import cache, engine
+from topwork.generation.engine import generate
+from topwork.generation.sampling import Sampling, choose
 from topwork.models.base import Base
-from topwork.models.generate import Sampling, generate
 from topwork.ops.batch import batch_of
 
 NEW = 20
@@ -79,9 +80,9 @@ def test_the_batch_size_and_the_passes_change_nothing(monkeypatch: pytest.Monkey
     together = greedy(base, given, names)
     for size in (1, 2, 3):
         assert greedy(base, given, names, batch_size=size) == together
-    monkeypatch.setattr(module, "PROMPT_TOKENS_PER_PASS", 10)
+    monkeypatch.setattr(engine, "PROMPT_TOKENS_PER_PASS", 10)
     assert greedy(base, given, names) == together
-    monkeypatch.setattr(module, "CACHE_GROWTH", 1)
+    monkeypatch.setattr(cache, "CACHE_GROWTH", 1)
     assert greedy(base, given, names) == together
 
 
@@ -103,13 +104,13 @@ def test_finished_sequences_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     whole = greedy(base, prompts())
     stop = {whole[0][5]}
     widths: list[int] = []
-    plain = module._one_token
+    plain = engine._one_token
 
     def counted(base: Base, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
         widths.append(len(tokens))
         return plain(base, tokens, *others)
 
-    monkeypatch.setattr(module, "_one_token", counted)
+    monkeypatch.setattr(engine, "_one_token", counted)
     finished: list[int] = []
     found = generate(base, prompts(), [None] * 5, stop, Sampling(max_new_tokens=NEW), on_finished=finished.append)
     ended = Counter(len(row) for row in found)
@@ -146,7 +147,7 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0]).expand(40000, 5)
 
     def shares(sampling: Sampling) -> torch.Tensor:
-        tokens = module._choose(logits, sampling, torch.Generator().manual_seed(0))
+        tokens = choose(logits, sampling, torch.Generator().manual_seed(0))
         return torch.bincount(tokens, minlength=5) / len(tokens)
 
     expected = torch.softmax(logits[0] / 0.7, -1)
@@ -177,7 +178,7 @@ def test_the_context_is_never_passed() -> None:
 def test_the_cache_grows_beyond_its_first_size() -> None:
     base = tiny_base("llama", max_position_embeddings=256)
     model = tiny_model("llama", max_position_embeddings=256)
-    count = 2 * module.CACHE_GROWTH + 3
+    count = 2 * cache.CACHE_GROWTH + 3
     found = generate(base, [[3, 4]], [None], NEVER, Sampling(max_new_tokens=count))
     assert found == [by_transformers(model, [3, 4], count)]
     assert len(found[0]) == count
