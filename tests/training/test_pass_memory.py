@@ -266,7 +266,7 @@ def test_what_is_brief_ends_with_its_function_and_what_passes_with_the_next() ->
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.22])
 @pytest.mark.parametrize("width", [3, 1 << 16])
-def test_a_residual_stream_is_overwritten_in_a_pass_alone(width: int, multiplier: float) -> None:
+def test_a_residual_stream_is_overwritten_where_it_is_said(width: int, multiplier: float) -> None:
     """Two branches: the values and gradients are autograd's own either way."""
     x, dz = torch.randn(1, 5, width), torch.randn(1, 5, width)
     weights = [torch.randn(width).bfloat16() for _ in range(2)]
@@ -279,11 +279,10 @@ def test_a_residual_stream_is_overwritten_in_a_pass_alone(width: int, multiplier
     for memory in (Workspace(), None):
         leaf = x.clone().requires_grad_()
         with training_pass(memory):
-            begun = leaf * 1
-            same, branch = residual_branch(begun, torch.bfloat16)
-            between, other = residual_branch(same, torch.bfloat16, branch * weights[0], multiplier)
-            end = residual_sum(between, other * weights[1], multiplier)
-            in_place = memory is not None
+            begun, in_place = leaf * 1, memory is not None
+            same, branch = residual_branch(begun, torch.bfloat16, in_place=in_place)
+            between, other = residual_branch(same, torch.bfloat16, branch * weights[0], multiplier, in_place)
+            end = residual_sum(between, other * weights[1], multiplier, in_place)
             assert (end.data_ptr() == between.data_ptr() == begun.data_ptr()) == in_place
             arrived = dz.clone()
             end.backward(arrived)
@@ -300,7 +299,7 @@ def test_a_branch_that_nobody_takes_and_a_stream_that_ends() -> None:
         for taken in (0, 1):
             leaf = torch.randn(1, 5, 3).requires_grad_()
             with training_pass(memory):
-                outputs = residual_branch(leaf * 1, torch.bfloat16)
+                outputs = residual_branch(leaf * 1, torch.bfloat16, in_place=memory is not None)
                 outputs[taken].sum().backward()
             assert torch.equal(leaf.grad, torch.ones(1, 5, 3))  # type: ignore[arg-type]
 
@@ -310,7 +309,7 @@ def test_a_stream_that_is_a_view_is_left_alone() -> None:
     leaf = torch.randn(5, 3).requires_grad_()
     with training_pass(Workspace()):
         begun = leaf * 1
-        total, branch = residual_branch(begun[None], torch.bfloat16, torch.ones(5, 3).bfloat16())
+        total, branch = residual_branch(begun[None], torch.bfloat16, torch.ones(5, 3).bfloat16(), in_place=True)
         assert torch.equal(begun, leaf)
         assert torch.equal(branch, (leaf + 1).bfloat16())
         total.sum().backward()

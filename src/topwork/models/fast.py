@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
-from topwork.ops.context import current, current_batch, without_workspace
+from topwork.ops.context import current, current_batch, has_workspace, without_workspace
 from topwork.ops.project import AsIs, Gated, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
@@ -162,7 +162,9 @@ class FastLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         dtype, batch = self._dtype(), current_batch()
         part, attention = self.attention_part, _bare(self.self_attn)
-        x, given = residual_branch(hidden_states.to(torch.promote_types(dtype, torch.float32)), dtype)
+        x = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
+        x, given = residual_branch(x, dtype, in_place=in_place)
         if part is not None and part.fits(attention):
             y = self._heads(given, position_embeddings, attention, part)
         else:
@@ -173,9 +175,10 @@ class FastLayer(GradientCheckpointingLayer):
         with replace(current(), batch=batch).active():
             if part is not None:
                 y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)
-            x, given = residual_branch(x, dtype, self._normed(y, self.wiring.after_attention), self.multiplier)
+            y = self._normed(y, self.wiring.after_attention)
+            x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
             y = self._normed(self._mlp(given), self.wiring.after_mlp)
-            x = residual_sum(x, y, self.multiplier)
+            x = residual_sum(x, y, self.multiplier, in_place)
         return x if self.is_last or self.before_another else x.to(dtype)
 
     def _dtype(self) -> torch.dtype:

@@ -4,42 +4,43 @@
     branch = round(x')               what the next branch begins with
     dx = dx' + dbranch               dy = round(multiplier * dx)
 
-One pass over the memory each way, where plain torch (the truth) makes copies of both types in between. In a training
-pass whose types differ the sum takes x's place, and its gradient that of dx'; the caller answers for it that nobody
-needs those any more. With one type there is nothing to round, and all of it is torch's own sum.
+One pass over the memory each way, where plain torch (the truth) makes copies of both types in between. With `in_place`
+the sum takes x's place (a view's excepted), and its gradient that of dx'; the caller answers for it that nobody needs
+those any more. With one type there is nothing to round, and all of it is torch's own sum.
 """
 
 import torch
 from torch import Tensor
 
-from topwork.ops.context import handoff_empty, has_workspace, saved_empty
+from topwork.ops.context import handoff_empty, saved_empty
 from topwork.ops.native import load as native
 from topwork.ops.rows import rows_at_once
 
 
-def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
+def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0, in_place: bool = False) -> Tensor:
     """x [1, T, d] and y [T, d], of x's type or a narrower one, to x's type and shape."""
     if y.dtype == x.dtype:
         return torch.add(x, y, alpha=multiplier)
-    return _Residual.apply(x, y, multiplier, None)[0]
+    return _Residual.apply(x, y, multiplier, None, in_place)[0]
 
 
 def residual_branch(
-    x: Tensor, dtype: torch.dtype, y: Tensor | None = None, multiplier: float = 1.0
+    x: Tensor, dtype: torch.dtype, y: Tensor | None = None, multiplier: float = 1.0, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x or, given y, the sum, and that [T, d] in `dtype`, which a pass keeps."""
     if dtype == x.dtype:
         total = x if y is None else residual_sum(x, y, multiplier)
         return total, total[0]
-    return _Residual.apply(x, y, multiplier, dtype)
+    return _Residual.apply(x, y, multiplier, dtype, in_place)
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, multiplier, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, y, multiplier, dtype, in_place):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
-        in_place = has_workspace(x) and not x._is_view()  # which torch would refuse, with two outputs
+        ctx.in_place = in_place
+        in_place = in_place and not x._is_view()  # which torch would refuse, with two outputs
         total = x if in_place or y is None else torch.empty_like(x)
         if in_place:
             ctx.mark_dirty(x)  # also without y: or the next sum would meet a view
@@ -50,14 +51,14 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal, dbranch):  # type: ignore[no-untyped-def]
         if dtotal is None and dbranch is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if dtotal is None:
             dtotal, dbranch = dbranch.float()[None], None
         wants_y = ctx.narrow is not None and ctx.needs_input_grad[1]
         dy = handoff_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wants_y else None
-        dx = dtotal if dbranch is None or has_workspace(dtotal) else torch.empty_like(dtotal)
+        dx = dtotal if dbranch is None or ctx.in_place else torch.empty_like(dtotal)
         add_and_round(dtotal, dbranch, 1.0, dx, dy, ctx.multiplier)
-        return dx, dy, None, None
+        return dx, dy, None, None, None
 
 
 def add_and_round(

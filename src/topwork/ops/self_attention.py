@@ -51,7 +51,10 @@ class Heads:
 class SelfAttention:
     """What a layer does between its first and its last projection. Norms, rotary positions and sinks are optional.
 
-    `restores` rotates the buffer back at the end of the backward pass, where what made it looks at it again (gains).
+    `restores` rotates the buffer back at the end of the backward pass, where what made it looks at it again (gains):
+    `ops/project.py` keeps its output for them and does not save it, since autograd would refuse one that was rotated in
+    place. Rotated copies would leave the buffer alone, for another pass over queries and keys each way and other bits
+    of DoRA's gradients.
     """
 
     heads: Heads
