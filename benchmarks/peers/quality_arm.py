@@ -54,10 +54,10 @@ def adapter(job: dict[str, Any]) -> tuple[Base, str, ChatTemplate, list[float], 
         "training": {**job["training"], "tokens_per_pass": TOKENS_PER_PASS},
         "output_dir": job["work"],
     }
-    run = train(make_recipe(values), overwrite=True, report=quiet)
+    run = train(make_recipe(values), overwrite=True, log=quiet)
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    opened = open_run(run.folder, report=quiet)
+    opened = open_run(run.folder, log=quiet)
     curves = [[record[key] for record in steps] for key in ("loss", "grad_norm")]
     return opened.base, ADAPTER_NAME, opened.template, curves[0], curves[1]
 

@@ -42,7 +42,7 @@ def recipe(job: Job, run: Path, mode: str) -> Recipe:
 def main(path: str, mode: str = "lora") -> None:
     job = Job.read(path)
     with tempfile.TemporaryDirectory() as work:
-        done = topwork.train(recipe(job, Path(work) / "run", mode), report=lambda _: None)
+        done = topwork.train(recipe(job, Path(work) / "run", mode), log=lambda _: None)
         lines = (done.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         passes = json.loads((done.folder / "provenance.json").read_text(encoding="utf-8"))["tokens_per_pass"]
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]

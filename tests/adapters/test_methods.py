@@ -270,8 +270,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
         if not folder.exists():
             write_base(folder, family)
         config = ModelConfig.model_validate({"model_name_or_path": str(folder), "dtype": "float32", "device": "cpu"})
-        report: Callable[[str], None] = lambda _: None  # noqa: E731
-        return load_base(config, report, QuantizationConfig(load_in_4bit=True)), find_source(config, report)
+        log: Callable[[str], None] = lambda _: None  # noqa: E731
+        return load_base(config, log, QuantizationConfig(load_in_4bit=True)), find_source(config, log)
 
     return load
 

@@ -243,11 +243,11 @@ def test_counting(topwork: Command, trained: Path, tiny_llama: Path, make_recipe
 
 
 def test_the_same_from_python(make_recipe: Callable[..., Path], tmp_path: Path, trained: Path) -> None:
-    run = package.train(str(make_recipe(training={"max_steps": 2})), report=lambda _: None)
-    scores = package.evaluate(run.folder, max_rows=2, report=lambda _: None)
+    run = package.train(str(make_recipe(training={"max_steps": 2})), log=lambda _: None)
+    scores = package.evaluate(run.folder, max_rows=2, log=lambda _: None)
     assert math.isfinite(scores["after"]["loss"])
     assert isinstance(package.answer(run.folder, "Hi", sampling=_sampling(2)), str)
-    merged = package.merge(run.folder, tmp_path / "merged", report=lambda _: None)
+    merged = package.merge(run.folder, tmp_path / "merged", log=lambda _: None)
     assert merged["sequences"] == 40
     copied = shutil.copytree(trained, tmp_path / "copied")
     assert package.report(copied).html.is_file()

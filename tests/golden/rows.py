@@ -86,7 +86,7 @@ def run_row(row: Row, base: Path, place: Path) -> list[dict[str, Any]]:
         })
         for number, adapter in enumerate(row.adapters)
     ]  # fmt: skip
-    runs = topwork.train_together(recipes, report=lambda _: None)
+    runs = topwork.train_together(recipes, log=lambda _: None)
     return [told(run.folder) for run in runs]
 
 

@@ -55,7 +55,7 @@ def test_hub_id_with_revision(here: Path) -> None:
 def test_an_alias_takes_the_embedded_copy_and_a_hub_id_never(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def convert(path: Path, cache: Path, report: object) -> Path:
+    def convert(path: Path, cache: Path, log: object) -> Path:
         asked.append(cache)
         return path
 

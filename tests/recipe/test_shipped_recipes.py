@@ -37,10 +37,10 @@ def test_an_example_trains_and_is_scored(path: Path, tiny_llama: Path, tmp_path:
         "data.too_long": "truncate",  # its tokenizer has a token per byte
         "output_dir": tmp_path / "run",
     }
-    run = train(path, [f"{key}={value}" for key, value in changes.items()], report=lambda _: None)
+    run = train(path, [f"{key}={value}" for key, value in changes.items()], log=lambda _: None)
     assert run.result["steps"] == 2
     assert run.result["last_loss"] < run.result["first_loss"] * 1.5
-    scores = evaluate(run.folder, max_rows=3, report=lambda _: None)
+    scores = evaluate(run.folder, max_rows=3, log=lambda _: None)
     assert scores["rows"] == 3
     assert {"before", "after"} <= scores.keys()
 

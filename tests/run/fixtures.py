@@ -40,7 +40,7 @@ def trained(tiny_llama: Path, tickets: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("trained")
     training = {"learning_rate": 0.02, "max_steps": 6, "eval_steps": 3}
     values = tiny.recipe_values(tiny_llama, tickets, folder / "run", training=training)
-    return train(tiny.write_recipe(folder / "recipe.yaml", values), report=lambda _: None).folder
+    return train(tiny.write_recipe(folder / "recipe.yaml", values), log=lambda _: None).folder
 
 
 @pytest.fixture

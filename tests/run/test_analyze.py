@@ -37,7 +37,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def analysis(tiny_llama: Path, text: Path, out: Path) -> Analysis:
-    return analyze(str(tiny_llama), text, windows=2, out=out, report=lambda _: None)
+    return analyze(str(tiny_llama), text, windows=2, out=out, log=lambda _: None)
 
 
 def test_every_format_over_every_linear_layer_but_the_head(analysis: Analysis) -> None:
@@ -121,7 +121,7 @@ def test_the_table(analysis: Analysis) -> None:
 
 
 def test_without_a_text_there_is_no_perplexity_and_it_says_so(tiny_llama: Path) -> None:
-    found = analyze(str(tiny_llama), report=lambda _: None)
+    found = analyze(str(tiny_llama), log=lambda _: None)
     assert found.scores is None
     assert found.as_json()["perplexity"] is None
     assert "--text" in found.as_text()
@@ -132,7 +132,7 @@ def test_a_conv1d_family(tmp_path: Path) -> None:
     from reference.families import tiny_model
 
     tiny_model("gpt2").save_pretrained(tmp_path)
-    found = analyze(str(tmp_path), report=lambda _: None)
+    found = analyze(str(tmp_path), log=lambda _: None)
     assert found.layers == 8
     assert found.formats[0].by_kind.keys() == {"c_attn", "c_proj", "c_fc"}
 
@@ -167,7 +167,7 @@ def test_texts_that_cannot_be_scored(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        analyze(str(tiny_llama), path, windows, report=lambda _: None)
+        analyze(str(tiny_llama), path, windows, log=lambda _: None)
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match="quantized already"):
-        analyze(str(folder), report=lambda _: None)
+        analyze(str(folder), log=lambda _: None)
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model.model.layers[1].self_attn.v_proj.weight.data[3, 4] = float("nan")
     model.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj: .*NaN"):
-        analyze(str(folder), report=lambda _: None)
+        analyze(str(folder), log=lambda _: None)
 
 
 def test_without_matplotlib_there_is_json_and_a_word_about_it(

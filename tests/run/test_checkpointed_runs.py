@@ -18,7 +18,7 @@ Recipes = Callable[..., Path]
 
 def told(recipe: Path, overrides: tuple[str, ...] = (), **options: Any) -> tuple[TrainedRun, str]:
     lines: list[str] = []
-    return train(recipe, overrides, report=lines.append, **options), "\n".join(lines)
+    return train(recipe, overrides, log=lines.append, **options), "\n".join(lines)
 
 
 def test_the_same_adapter_whatever_is_kept(make_recipe: Recipes) -> None:

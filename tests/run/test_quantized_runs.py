@@ -65,7 +65,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_folder(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It, as `topwork quantize` writes it."""
     config = ModelConfig(model_name_or_path=str(wide), dtype="float32", device="cpu")
-    return Path(quantize(config, tmp_path_factory.mktemp("packed") / "out", report=silent).folder)
+    return Path(quantize(config, tmp_path_factory.mktemp("packed") / "out", log=silent).folder)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def run_of(wide: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) 
             changes = {"adapter": ALONE, "training": SHORT} | changes
             values = tiny.recipe_values(base, tickets, folder / "run", **changes) | {"quantization": quantization}
             values["model"]["dtype"] = dtype
-            made[name] = train(tiny.write_recipe(folder / "recipe.yaml", values), report=silent).folder
+            made[name] = train(tiny.write_recipe(folder / "recipe.yaml", values), log=silent).folder
         return made[name]
 
     return folder_of
@@ -137,7 +137,7 @@ def test_the_loss_falls_and_nothing_but_the_adapter_moves(
         return bases[-1]
 
     monkeypatch.setattr(together, "load_base", kept)
-    run = train(recipe(base=folder, quantization=quantization), report=silent)
+    run = train(recipe(base=folder, quantization=quantization), log=silent)
     assert run.result["eval_loss_after"] < run.result["eval_loss_before"] - 0.2
     (base,) = bases
     trained = [name for name, parameter in base.module.named_parameters() if parameter.requires_grad]
@@ -159,7 +159,7 @@ def test_loftq_begins_as_what_quantizing_lost(recipe: Callable[..., Path], wide:
         **ALONE, "r": r, "lora_alpha": r * scaling, "init_lora_weights": "loftq", "target_modules": ["q_proj"],
     }  # fmt: skip
     still = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1, "warmup_steps": 0}
-    run = train(recipe(quantization=NF4, adapter=adapter, training=still), report=silent)
+    run = train(recipe(quantization=NF4, adapter=adapter, training=still), log=silent)
     found = load_file(run.folder / "adapter" / "adapter_model.safetensors")
     dense, quantized = read(wide).module, read(wide, **NF4).module
     for path, layer in packed_modules(quantized).items():
@@ -185,7 +185,7 @@ def test_the_figures_of_a_run(run_of: Callable[..., Path]) -> None:
 
 def test_two_runs_give_the_same_bytes(recipe: Callable[..., Path]) -> None:
     training = {**LEARNING, "max_steps": 5}
-    first, second = (train(recipe(name, quantization=NF4, training=training), report=silent) for name in ("a", "b"))
+    first, second = (train(recipe(name, quantization=NF4, training=training), log=silent) for name in ("a", "b"))
     assert tiny.folder_bytes(first.folder / "adapter") == tiny.folder_bytes(second.folder / "adapter")
 
 
@@ -208,10 +208,10 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
 @pytest.mark.parametrize("other", [{}, INT8, {**NF4, "block_size": 128}, {**NF4, "head": "int8"}])
 def test_resumed_with_another_quantization_it_is_refused(other: dict[str, Any], recipe: Callable[..., Path]) -> None:
     training = {**LEARNING, "max_steps": 4, "save_steps": 2}
-    run = train(recipe(quantization=NF4, training=training), report=silent)
+    run = train(recipe(quantization=NF4, training=training), log=silent)
     before = tiny.folder_bytes(run.folder)
     with pytest.raises(RequestError, match=r"begun with another recipe \(quantization\."):
-        train(recipe(quantization=other, training=training), resume=True, report=silent)
+        train(recipe(quantization=other, training=training), resume=True, log=silent)
     assert tiny.folder_bytes(run.folder) == before
 
 
@@ -220,10 +220,10 @@ def test_resumed_on_a_base_that_was_packed_meanwhile(
 ) -> None:
     """The same base by its fingerprint, but other numbers."""
     training = {**LEARNING, "max_steps": 4, "save_steps": 2}
-    run = train(recipe(training=training), report=silent)
+    run = train(recipe(training=training), log=silent)
     before = tiny.folder_bytes(run.folder)
     with pytest.raises(RequestError, match=r"another base|in other bits"):
-        train(recipe(base=packed_folder, training=training), resume=True, report=silent)
+        train(recipe(base=packed_folder, training=training), resume=True, log=silent)
     assert tiny.folder_bytes(run.folder) == before
 
 
@@ -242,7 +242,7 @@ def test_peft_reads_the_adapter_onto_bitsandbytes_base(kind: str, run_of: Callab
     options = {"nf4": PEFTS, "int8": INT8}[kind]
     run = run_of({"nf4": NF4, "int8": INT8}[kind])
     theirs = peft_model(wide, run / "adapter", **options)
-    opened = open_run(run, report=silent)
+    opened = open_run(run, log=silent)
     found, expected = our_logits(opened.base, ADAPTER_NAME), plain_logits(theirs)
     assert relative(found, our_logits(opened.base, None)) > 1e-2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -376,9 +376,9 @@ def test_merged_onto_the_dequantized_weights_it_answers_as_the_run_does(
 ) -> None:
     run = run_of(quantization)
     told: list[str] = []
-    verified = merge(run, tmp_path / "out", report=told.append)
+    verified = merge(run, tmp_path / "out", log=told.append)
     assert any("dequantized" in line for line in told)
-    opened = open_run(run, report=silent)
+    opened = open_run(run, log=silent)
     assert_plain(tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = our_logits(opened.base, ADAPTER_NAME)
@@ -400,8 +400,8 @@ def assert_plain(folder: Path) -> None:
 
 def test_merged_onto_the_16_bit_base(run_of: Callable[..., Path], wide: Path, tmp_path: Path) -> None:
     run = run_of(NF4)
-    merge(run, tmp_path / "out", base="16bit", report=silent)
-    merge(run, tmp_path / "own", base="dequantized", report=silent)
+    merge(run, tmp_path / "out", base="16bit", log=silent)
+    merge(run, tmp_path / "own", base="dequantized", log=silent)
     assert_plain(tmp_path / "out")
     tensors = read_adapter(run / "adapter").tensors
     original = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
@@ -429,9 +429,9 @@ def test_a_run_on_a_packed_checkpoint_is_merged(
     run_of: Callable[..., Path], packed_folder: Path, tmp_path: Path
 ) -> None:
     run = run_of({}, packed_folder)
-    merge(run, tmp_path / "out", report=silent)
+    merge(run, tmp_path / "out", log=silent)
     assert_plain(tmp_path / "out")
-    expected = our_logits(open_run(run, report=silent).base, ADAPTER_NAME)
+    expected = our_logits(open_run(run, log=silent).base, ADAPTER_NAME)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
 
@@ -439,31 +439,31 @@ def test_a_run_on_a_packed_checkpoint_is_merged(
 @pytest.mark.parametrize("head", ["int8", "nf4"])
 def test_a_quantized_tied_head_is_tied_again(head: str, run_of: Callable[..., Path], tmp_path: Path) -> None:
     run = run_of({**NF4, "head": head})
-    merge(run, tmp_path / "out", report=silent)
+    merge(run, tmp_path / "out", log=silent)
     assert_plain(tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert merged.config.tie_word_embeddings
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    expected = our_logits(open_run(run, report=silent).base, ADAPTER_NAME)
+    expected = our_logits(open_run(run, log=silent).base, ADAPTER_NAME)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
 
 
 def test_an_adapted_quantized_head_is_untied(run_of: Callable[..., Path], tmp_path: Path) -> None:
     adapter = {**ALONE, "target_modules": ["v_proj", "lm_head"]}
     run = run_of({**NF4, "head": "int8"}, adapter=adapter)
-    merge(run, tmp_path / "out", report=silent)
+    merge(run, tmp_path / "out", log=silent)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert not merged.config.tie_word_embeddings
-    expected = our_logits(open_run(run, report=silent).base, ADAPTER_NAME)
+    expected = our_logits(open_run(run, log=silent).base, ADAPTER_NAME)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
 
 
 def test_a_conv1d_base_is_merged(run_of: Callable[..., Path], tmp_path: Path) -> None:
     base = write_base(tmp_path / "gpt2", "gpt2", n_inner=128, n_positions=tiny.CONTEXT)
     run = run_of(NF4, base)
-    merge(run, tmp_path / "out", report=silent)
+    merge(run, tmp_path / "out", log=silent)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = our_logits(open_run(run, report=silent).base, ADAPTER_NAME)
+    expected = our_logits(open_run(run, log=silent).base, ADAPTER_NAME)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
 
 
@@ -473,14 +473,14 @@ def test_merged_in_another_type_the_weights_are_those_of_training(
 ) -> None:
     """Packed anew from another type, they would have other codes; rotary tables stay in fp32."""
     run = run_of(NF4, dtype=trained)
-    opened = open_run(run, asked, report=silent)
+    opened = open_run(run, asked, log=silent)
     known = packed_modules(read(Path(opened.recipe.model.model_name_or_path), trained, **NF4).module)
     for path, module in packed_modules(opened.base.module).items():
         assert differing(module.packed, known[path.removesuffix(".base_layer")].packed) == []
     assert opened.base.module.dtype == getattr(torch, asked)
     assert opened.base.module.model.rotary_emb.inv_freq.dtype == torch.float32
-    merge(run, tmp_path / "out", dtype=asked, report=silent)
+    merge(run, tmp_path / "out", dtype=asked, log=silent)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert merged.dtype == getattr(torch, asked)
-    expected = our_logits(open_run(run, report=silent).base, ADAPTER_NAME)
+    expected = our_logits(open_run(run, log=silent).base, ADAPTER_NAME)
     assert relative(plain_logits(merged), expected) < 3e-2

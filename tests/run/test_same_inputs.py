@@ -34,7 +34,7 @@ def stopped(make_recipe: MakeRecipe, tmp_path: Path) -> tuple[Path, Path]:
     """(recipe, run folder) of a short run, with rows and base of its own."""
     rows = tiny.write_rows(tmp_path / "own.jsonl", tiny.rows(20))
     recipe = make_recipe(data={"train": str(rows)}, training={"max_steps": 4, "eval_steps": 2})
-    return recipe, train(recipe, report=quiet).folder
+    return recipe, train(recipe, log=quiet).folder
 
 
 def test_other_rows_under_the_same_name_are_not_gone_on_with(stopped: tuple[Path, Path], tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_other_rows_under_the_same_name_are_not_gone_on_with(stopped: tuple[Path
     kept = (folder / "provenance.json").read_bytes()
     tiny.write_rows(tmp_path / "own.jsonl", tiny.rows(20, first=1))
     with pytest.raises(RequestError, match="other training rows"):
-        train(recipe, resume=True, report=quiet)
+        train(recipe, resume=True, log=quiet)
     assert (folder / "provenance.json").read_bytes() == kept
 
 
@@ -51,17 +51,17 @@ def test_another_base_under_the_same_name_is_not_gone_on_with(
 ) -> None:
     base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     recipe = make_recipe(model={"model_name_or_path": str(base)}, training={"max_steps": 2, "eval_steps": 1})
-    train(recipe, report=quiet)
+    train(recipe, log=quiet)
     weights = {name: tensor + 0.25 for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RequestError, match="another base"):
-        train(recipe, resume=True, report=quiet)
+        train(recipe, resume=True, log=quiet)
 
 
 def test_a_resume_adds_to_the_provenance_and_changes_nothing_else_of_it(stopped: tuple[Path, Path]) -> None:
     recipe, folder = stopped
     before = json.loads((folder / "provenance.json").read_text("utf-8"))
-    train(recipe, resume=True, report=quiet)
+    train(recipe, resume=True, log=quiet)
     after = json.loads((folder / "provenance.json").read_text("utf-8"))
     assert len(after.pop("resumed")) == 1
     assert after == before
@@ -77,10 +77,10 @@ def test_a_run_opens_from_another_directory(
     values["data"]["train"] = "own.jsonl"
     recipe = tiny.write_recipe(tmp_path / "beside.yaml", values)
     monkeypatch.chdir(tmp_path)
-    train(Path("beside.yaml"), report=quiet)
+    train(Path("beside.yaml"), log=quiet)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert evaluate("../run-by-name", max_rows=1, report=quiet)["rows"] == 1
+    assert evaluate("../run-by-name", max_rows=1, log=quiet)["rows"] == 1
     assert recipe.exists()
 
 
@@ -112,16 +112,16 @@ def test_plain_text_is_scored_by_its_loss(make_recipe: MakeRecipe, tmp_path: Pat
         "\n\n".join(f"The {product} stands on shelf {n}." for n, product in enumerate(tiny.PRODUCTS * 4)), "utf-8"
     )
     recipe = make_recipe(data={"train": str(text), "eval_fraction": 0.2}, training={"max_steps": 4, "eval_steps": 2})
-    scores = evaluate(train(recipe, report=quiet).folder, report=quiet)
+    scores = evaluate(train(recipe, log=quiet).folder, log=quiet)
     assert scores["grader"] == "loss alone"
     assert scores["after"]["loss"] < scores["before"]["loss"]
 
 
 def test_a_trial_does_not_take_the_whole_evaluations_place(stopped: tuple[Path, Path]) -> None:
     folder = stopped[1]
-    evaluate(folder, report=quiet)
+    evaluate(folder, log=quiet)
     whole = (folder / "evaluation.json").read_bytes()
-    evaluate(folder, max_rows=1, report=quiet)
+    evaluate(folder, max_rows=1, log=quiet)
     assert (folder / "evaluation.json").read_bytes() == whole
     assert json.loads((folder / "evaluation-trial.json").read_text("utf-8"))["rows"] == 1
 
@@ -131,7 +131,7 @@ def test_a_merge_never_replaces_a_run(stopped: tuple[Path, Path], place: str) ->
     folder = stopped[1]
     before = tiny.folder_bytes(folder)
     with pytest.raises(RequestError, match="own folder, lies in it or holds it"):
-        merge(folder, folder / place, overwrite=True, report=quiet)
+        merge(folder, folder / place, overwrite=True, log=quiet)
     assert tiny.folder_bytes(folder) == before
 
 
@@ -140,7 +140,7 @@ def test_overwrite_replaces_earlier_merges_alone(stopped: tuple[Path, Path], tmp
     precious.mkdir()
     (precious / "thesis.tex").write_text("years", "utf-8")
     with pytest.raises(RequestError, match="Topwork has not written"):
-        merge(stopped[1], precious, overwrite=True, report=quiet)
+        merge(stopped[1], precious, overwrite=True, log=quiet)
     assert (precious / "thesis.tex").read_text("utf-8") == "years"
 
 
@@ -149,8 +149,8 @@ def test_a_merged_folder_stops_where_its_template_ends_a_turn(make_recipe: MakeR
     base = tiny.write_model(tmp_path / "llama3", family="llama3")
     tokenizer = build_tokenizer("llama3")
     recipe = make_recipe(model={"model_name_or_path": str(base)}, training={"max_steps": 2, "eval_steps": 1})
-    folder = train(recipe, report=quiet).folder
-    merge(folder, tmp_path / "out", report=quiet)
+    folder = train(recipe, log=quiet).folder
+    merge(folder, tmp_path / "out", log=quiet)
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in ([ends] if isinstance(ends, int) else ends)
 

@@ -37,9 +37,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quietly(recipe: Path, *grid: str, overrides: tuple[str, ...] = (), **options: Any) -> Swept:
     chosen = {name: options.pop(name) for name in ("preset", "seeds", "halving", "measure_alone") if name in options}
-    return sweep(
-        recipe, overrides, SweepOptions(grid, **chosen), report=options.pop("report", lambda _: None), **options
-    )
+    return sweep(recipe, overrides, SweepOptions(grid, **chosen), log=options.pop("report", lambda _: None), **options)
 
 
 def by_name(swept: Swept) -> dict[str, dict[str, Any]]:
@@ -82,7 +80,7 @@ def test_scores_together_are_those_of_each_alone(swept: Swept) -> None:
     from topwork.run.evaluate import evaluate
 
     member = by_name(swept)["r-4_learning_rate-0.005"]
-    alone = evaluate(swept.folder / member["folder"], report=lambda _: None)
+    alone = evaluate(swept.folder / member["folder"], log=lambda _: None)
     assert member["scores"]["loss"] == pytest.approx(alone["after"]["loss"], rel=1e-5)
     assert member["before"]["loss"] == pytest.approx(alone["before"]["loss"], rel=1e-5)
     assert member["scores"]["exact_match"] == alone["after"]["exact_match"]
@@ -143,7 +141,7 @@ def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
 def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(2, len(recipes)))
     heard: list[str] = []
-    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4", report=heard.append)
+    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4", log=heard.append)
     assert any("2 of 3 members fit into free memory" in line and "2 waves of 2, 1" in line for line in heard)
     assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3"], ["r-4"]]
     assert all(member["scores"] is not None for member in done.result["members"])
@@ -154,7 +152,7 @@ def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypat
     answers = iter([3, 3, 3, 2])  # two waves of three; the first still fits, the second has room for two
     monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(next(answers, 3), len(recipes)))
     heard: list[str] = []
-    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4,5,6,7", report=heard.append)
+    done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4,5,6,7", log=heard.append)
     assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3", "r-4"], ["r-5", "r-6"], ["r-7"]]
     assert any("2 of r-5, r-6, r-7 still fit into free memory" in line for line in heard)
     assert [by_name(done)[name]["result"]["shared_with"] for name in ("r-2", "r-5", "r-7")] == [3, 2, 1]

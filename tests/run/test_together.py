@@ -70,7 +70,7 @@ def recipes(tiny_llama: Path, tickets: Path, tmp_path: Path) -> Recipes:
 
 
 def quietly(*recipes: Recipe, **options: Any) -> list[TrainedRun]:
-    return train_together(recipes, report=lambda _: None, **options)
+    return train_together(recipes, log=lambda _: None, **options)
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def test_in_one_pass_as_alone(recipes: Recipes) -> None:
         same = ("stopped", "steps", "planned_steps", "tokens", "learned_tokens", "best_step", "parameters", "data")
         assert [run.result[key] for key in same] == [alone.result[key] for key in same]
         assert (run.result["shared_with"], alone.result["shared_with"]) == (len(MEMBERS), 1)
-        assert open_run(run.folder, report=lambda _: None).result == run.result
+        assert open_run(run.folder, log=lambda _: None).result == run.result
     assert [run.result["steps"] for run in together] == [12, 7, 12, 12]
     assert len({run.result["last_loss"] for run in together}) == 4
     shared = records(together[0].folder, "train")[0]

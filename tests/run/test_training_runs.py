@@ -28,7 +28,7 @@ LONG = {"learning_rate": 0.01, "max_steps": 40, "lr_scheduler_type": "constant"}
 
 
 def quietly(recipe: Path, overrides: tuple[str, ...] = (), **options: Any) -> TrainedRun:
-    return train(recipe, overrides, report=lambda _: None, **options)
+    return train(recipe, overrides, log=lambda _: None, **options)
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:

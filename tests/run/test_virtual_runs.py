@@ -63,9 +63,9 @@ def write_long_row(path: Path, base: Path, tokens: int) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_and_is_scored(method: str, virtual_recipe: Recipes) -> None:
-    run = train(virtual_recipe(method, evaluation={"max_rows": None}), report=silent)
+    run = train(virtual_recipe(method, evaluation={"max_rows": None}), log=silent)
     assert run.result["eval_loss_after"] < run.result["eval_loss_before"] - 0.005
-    found = evaluate(run.folder, report=silent)
+    found = evaluate(run.folder, log=silent)
     assert found["after"]["loss"] == pytest.approx(run.result["eval_loss_after"], rel=1e-4)
 
 
@@ -76,32 +76,32 @@ def test_a_pass_has_room_for_the_longest_row_and_its_learned_tokens(
     longest = longest_of(tickets, tiny_llama) + VIRTUAL
     one_less = virtual_recipe(method, training={"tokens_per_pass": longest - 1, "max_steps": 1})
     with pytest.raises(RecipeError, match=f"the longest sequence has {longest} tokens"):
-        train(one_less, report=silent)
+        train(one_less, log=silent)
     with pytest.raises(RecipeError, match=f"the longest sequence has {longest} tokens"):
         plan_sweep(one_less, (), SweepOptions(("training.learning_rate=0.1,0.01",)))
     assert not list(tmp_path.glob("run*/"))
-    assert train(virtual_recipe(method, training={"tokens_per_pass": longest, "max_steps": 1}), report=silent)
+    assert train(virtual_recipe(method, training={"tokens_per_pass": longest, "max_steps": 1}), log=silent)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_context_has_room_for_a_row_and_its_learned_tokens(
     method: str, virtual_recipe: Recipes, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    run = train(virtual_recipe(method, training={"max_steps": 1}), report=silent)
+    run = train(virtual_recipe(method, training={"max_steps": 1}), log=silent)
     room = tiny.CONTEXT - VIRTUAL
     options: dict[str, Any] = {"data": {"max_length": tiny.CONTEXT}, "training": {"tokens_per_pass": tiny.CONTEXT}}
     for tokens in (room, room + 1):
         rows = write_long_row(tmp_path / f"{tokens}.jsonl", tiny_llama, tokens)
         if tokens == room:
-            assert json.dumps(evaluate(run.folder, data=str(rows), report=silent))
-            assert train(virtual_recipe(method, "fits", rows, **options), report=silent)
+            assert json.dumps(evaluate(run.folder, data=str(rows), log=silent))
+            assert train(virtual_recipe(method, "fits", rows, **options), log=silent)
             continue
         told = f"longest has {tokens}"
         with pytest.raises(DataError, match=told):
-            evaluate(run.folder, data=str(rows), report=silent)
+            evaluate(run.folder, data=str(rows), log=silent)
         recipe = virtual_recipe(method, "long", rows, **options)
         with pytest.raises(DataError, match=told):
-            train(recipe, report=silent)
+            train(recipe, log=silent)
         with pytest.raises((DataError, RequestError), match=told):
             plan_sweep(recipe, (), SweepOptions(("training.learning_rate=0.1,0.01",)))
         assert not list(tmp_path.glob("long*/"))

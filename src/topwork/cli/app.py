@@ -125,7 +125,7 @@ def chat(
     from topwork.run.folder import open_run
     from topwork.run.talk import ask_once, converse
 
-    opened = open_run(run, force=force, report=lambda text: print(text, file=sys.stderr))
+    opened = open_run(run, force=force, log=lambda text: print(text, file=sys.stderr))
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if prompt is None:
         converse(opened, sampling, system, not base)
@@ -265,7 +265,7 @@ def _evaluate_model(
         raise RequestError("--model needs --data: rows with known answers")
     config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
     return evaluate_model(
-        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, report=teller(as_json)
+        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=teller(as_json)
     )
 
 

@@ -109,11 +109,11 @@ class _Part:
 
 
 def load_data(
-    config: DataConfig, tokenizer: object, context_length: int, seed: int, report: Callable[[str], None]
+    config: DataConfig, tokenizer: object, context_length: int, seed: int, log: Callable[[str], None]
 ) -> Data:
     """Everything that a recipe's `data` names, read, encoded, cut to length, split and counted.
 
-    `report` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
+    `log` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
     out in silence.
     """
     template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
@@ -132,7 +132,7 @@ def load_data(
     across = _duplicates(train, evaluation)
     summary = DataSummary(sentence, train_counts, eval_counts, config.eval is None, across)
     for line in summary.lines():
-        report(line)
+        log(line)
     return Data(tuple(train), tuple(evaluation), tuple(train_kept), tuple(kept), template, summary)
 
 

@@ -41,7 +41,7 @@ GPT2_RULE = {"", "default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion",
 
 SAMPLES = 4096
 SAMPLE_BYTES = 4096
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Header:
     """By what Llama 3 divides each rotary frequency; empty where the file has no such tensor."""
 
 
-def convert_gguf(path: Path, cache: Path, report: Report) -> Path:
+def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
     """The Hugging Face folder (bf16 safetensors, tokenizer, chat template) of a `.gguf` file, made at the first call.
 
     It is written aside and renamed, so a killed conversion leaves nothing that looks whole; a lock keeps two processes
@@ -75,7 +75,7 @@ def convert_gguf(path: Path, cache: Path, report: Report) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         try:
-            _convert(path, partial, report)
+            _convert(path, partial, log)
             os.replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -158,7 +158,7 @@ def _scaled_rotary(path: Path, how: str) -> str:
     )
 
 
-def _convert(path: Path, partial: Path, report: Report) -> None:
+def _convert(path: Path, partial: Path, log: Log) -> None:
     header = read_header(path)
     needed_gib = (2 * header.value_count + 64 * 2**20) / 2**30
     free_gib = shutil.disk_usage(partial).free / 2**30
@@ -167,9 +167,9 @@ def _convert(path: Path, partial: Path, report: Report) -> None:
             f"converting {path.name} needs {needed_gib:.1f} GiB in {partial.parent}, {free_gib:.1f} GiB are free; "
             "make room, or set TOPWORK_CACHE to a folder on a larger disk"
         )
-    report(f"converting {path.name} to bf16 safetensors, once (kept in {partial.parent})")
+    log(f"converting {path.name} to bf16 safetensors, once (kept in {partial.parent})")
     with _alone(path, partial) as place, _quiet_transformers():
-        tokenizer = _load_tokenizer(place, header, report)
+        tokenizer = _load_tokenizer(place, header, log)
         model = _load_model(place, path)
         _restore_llama3_rotary(model.config, header.rotary_factors, path)
         tokenizer.save_pretrained(partial)
@@ -212,7 +212,7 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _load_tokenizer(place: Path, header: Header, report: Report) -> "PreTrainedTokenizerBase":
+def _load_tokenizer(place: Path, header: Header, log: Log) -> "PreTrainedTokenizerBase":
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -224,7 +224,7 @@ def _load_tokenizer(place: Path, header: Header, report: Report) -> "PreTrainedT
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     elif header.pre_tokenizer not in GPT2_RULE and _has_gpt2_rule(backend):
-        report(
+        log(
             f"warning: transformers does not know this file's pre-tokenizer {header.pre_tokenizer!r} and reads it as "
             "GPT-2's; some texts may be cut into other tokens than the model has learned"
         )

@@ -29,7 +29,7 @@ DTYPES: dict[str, Any] = {
 
 
 def load_base(
-    config: ModelConfig, report: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
+    config: ModelConfig, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
 ) -> Base:
     """Find, read and freeze the base that `config` names, set to flat batches; an unproven family is probed.
 
@@ -37,23 +37,23 @@ def load_base(
     quantized already is taken as it is.
     """
     limit_kernel_caches()
-    source = find_source(config, report)
+    source = find_source(config, log)
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()
     module, identity = _read(source, config, wanted)
     if wanted.head != "16bit":
         quantize_head(module, wanted.head)
     if wanted.active and (told := left_dense(module)):
-        report(f"{source.name}: {told}")
+        log(f"{source.name}: {told}")
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    return as_base(module.to(device), tokenizer, source.name, report, identity)  # type: ignore[arg-type]
+    return as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
 
 
 def as_base(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     identity: str | None = None,
     fast: bool = True,
 ) -> Base:
@@ -64,7 +64,7 @@ def as_base(
     whole = context_length(module.config)
     length = _steady_length(config, whole)
     if length < whole:
-        report(
+        log(
             f"{config.model_type}: its rotary positions (longrope) change for a whole pass with its longest sequence; "
             f"sequences are kept to {length} tokens, below which they do not, instead of {whole}"
         )
@@ -73,10 +73,10 @@ def as_base(
         use_flat_attention(module)
     else:
         probe(base, use_flat_attention)
-        report(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
+        log(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
     tell_head_norms(module)
     if fast:
-        make_fast(module, report)
+        make_fast(module, log)
     return base
 
 

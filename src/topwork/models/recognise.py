@@ -47,12 +47,12 @@ CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 Parts = tuple[dict[str, Norm], AttentionPart | None, MlpPart | None]
 
 
-def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> None:
+def make_fast(model: PreTrainedModel, log: Callable[[str], None] = print) -> None:
     """Put fast layers in the places of those that can be; says which parts stay plain."""
     places = _places(model)
     family = model.config.get_text_config().model_type
     if not places:
-        report(f"{family}: none of its layers is built as llama's are, so it runs on plain modules, slower")
+        log(f"{family}: none of its layers is built as llama's are, so it runs on plain modules, slower")
         return
     tried: dict[Hashable, Parts | None] = {}
     for (layers, at), seen in zip(places, _seen(model, [layers[at] for layers, at in places])):
@@ -68,7 +68,7 @@ def make_fast(model: PreTrainedModel, report: Callable[[str], None] = print) -> 
     told = Counter(part for layers, at in places for part in _plain_parts(layers[at]))
     if told:
         parts_told = ", ".join(f"{part} in {count} of {len(places)} layers" for part, count in sorted(told.items()))
-        report(f"{family}: runs on plain modules, slower: {parts_told}")
+        log(f"{family}: runs on plain modules, slower: {parts_told}")
 
 
 def is_fast(model: nn.Module) -> bool:

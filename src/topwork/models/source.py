@@ -27,7 +27,7 @@ EMBEDDED = {
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Source:
     revision: str | None
 
 
-def find_source(config: ModelConfig, report: Report) -> Source:
+def find_source(config: ModelConfig, log: Log) -> Source:
     """Where the model of a recipe is; a `.gguf` file is converted on the way (once). Raises ModelError."""
     given = config.model_name_or_path.strip()
     path = Path(given).expanduser()
     if given in ALIASES:
-        return _alias_source(ALIASES[given], config.revision, report)
+        return _alias_source(ALIASES[given], config.revision, log)
     if given and path.exists():
         if config.revision is not None:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
-        folder = _check_folder(path) if path.is_dir() else _check_file(path, report)
+        folder = _check_folder(path) if path.is_dir() else _check_file(path, log)
         return Source(name=given, folder=str(folder), revision=None)
     if HUB_ID.fullmatch(given) and path.suffix.lower() != ".gguf" and not _near_paths(path):
         return Source(name=given, folder=given, revision=config.revision)
@@ -73,13 +73,13 @@ def embedded_file(hub_id: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _alias_source(hub_id: str, revision: str | None, report: Report) -> Source:
+def _alias_source(hub_id: str, revision: str | None, log: Log) -> Source:
     """The copy that an installed package holds, always; the Hub where there is none. A Hub id always means the Hub, so
     that what a recipe names does not change with what happens to be cached."""
     embedded = embedded_file(hub_id) if revision is None else None
     if embedded is None:
         return Source(name=hub_id, folder=hub_id, revision=revision)
-    return Source(name=hub_id, folder=str(convert_gguf(embedded, cache_root(), report)), revision=None)
+    return Source(name=hub_id, folder=str(convert_gguf(embedded, cache_root(), log)), revision=None)
 
 
 def _check_folder(folder: Path) -> Path:
@@ -132,9 +132,9 @@ def _no_safetensors(folder: Path, ggufs: list[str]) -> str:
     return f"{folder} has a config.json and no weights, expected *.safetensors beside it; was the download finished?"
 
 
-def _check_file(path: Path, report: Report) -> Path:
+def _check_file(path: Path, log: Log) -> Path:
     if path.suffix.lower() == ".gguf":
-        return convert_gguf(path, cache_root(), report)
+        return convert_gguf(path, cache_root(), log)
     if path.suffix.lower() in PICKLED:
         raise ModelError(
             f"{path} is pickled, which runs code when it is read; weights are read from safetensors or GGUF"

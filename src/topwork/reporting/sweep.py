@@ -41,8 +41,8 @@ class _Chart:
     draw: "Callable[..., Figure]"
 
 
-def write_sweep_report(folder: Path, report: Callable[[str], None] = print) -> SweepReport:
-    """Write the report of a sweep's folder. Without matplotlib there are no pictures, and `report` is told so.
+def write_sweep_report(folder: Path, log: Callable[[str], None] = print) -> SweepReport:
+    """Write the report of a sweep's folder. Without matplotlib there are no pictures, and `log` is told so.
 
     Raises RequestError where the folder holds no sweep.
     """
@@ -55,7 +55,7 @@ def write_sweep_report(folder: Path, report: Callable[[str], None] = print) -> S
             light, dark = (data_uri(chart.draw, theme) for theme in (LIGHT, DARK))
             pictures.append(Picture(chart.title, chart.description, light, dark))
     except RequestError as error:
-        report(f"the report has no pictures: {error}")
+        log(f"the report has no pictures: {error}")
         charts, pictures = [], []
     page = page_of(sweep)
     written = SweepReport(*(folder / name for name in REPORTS))

@@ -43,7 +43,7 @@ NOTES = (
     "too. e2m1 is the textbook's 4-bit float, fp4\nbitsandbytes' (whose smallest codes nearly are zero)."
 )
 
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def analyze(
     text: Path | None = None,
     windows: int = WINDOWS,
     out: Path | None = None,
-    report: Report = print,
+    log: Log = print,
 ) -> Analysis:
     """Measure every format on a model's linear layers, and those of blocks of 64 on a text where one is given.
 
@@ -148,15 +148,15 @@ def analyze(
     if out is not None:
         check_place(out, "OUT")
     config = model if isinstance(model, ModelConfig) else ModelConfig(model_name_or_path=model)
-    source = find_source(config, report)
+    source = find_source(config, log)
     bare = _unquantized_skeleton(source, config)
-    scores = _score(config, text, windows, report) if text is not None else None
-    formats = _measure_all(source, bare, config, report)
+    scores = _score(config, text, windows, log) if text is not None else None
+    formats = _measure_all(source, bare, config, log)
     shapes = [weight_shape(layer) for layer in quantizable(bare).values()]
     parameters = sum(rows * columns for rows, columns in shapes)
     analysis = Analysis(source.name, config.dtype, len(shapes), parameters, formats, footprint(bare), scores)
     if out is not None:
-        _write(analysis, out, report)
+        _write(analysis, out, log)
     return analysis
 
 
@@ -170,7 +170,7 @@ def _unquantized_skeleton(source: Source, config: ModelConfig) -> PreTrainedMode
     return skeleton(known, config.trust_remote_code)
 
 
-def _measure_all(source: Source, bare: PreTrainedModel, config: ModelConfig, report: Report) -> list[FormatErrors]:
+def _measure_all(source: Source, bare: PreTrainedModel, config: ModelConfig, log: Log) -> list[FormatErrors]:
     dtype: Any = DTYPES[config.dtype]
     formats = sweep()
     kinds: dict[str, dict[Format, Sums]] = {}
@@ -186,7 +186,7 @@ def _measure_all(source: Source, bare: PreTrainedModel, config: ModelConfig, rep
             except ValueError as error:
                 raise ModelError(f"{path}: {error}") from error
         if (done + 1) * 10 // total > done * 10 // total:
-            report(f"{done + 1} of {total} layers measured")
+            log(f"{done + 1} of {total} layers measured")
     shapes = [weight_shape(layer) for layer in quantizable(bare).values()]
     return [_in_all(form, {kind: sums[form] for kind, sums in sorted(kinds.items())}, shapes) for form in formats]
 
@@ -204,16 +204,16 @@ def _in_all(form: Format, by_kind: Mapping[str, Sums], shapes: Sequence[tuple[in
     )
 
 
-def _score(config: ModelConfig, text: Path, windows: int, report: Report) -> TextScores:
-    base = load_base(config, report)
+def _score(config: ModelConfig, text: Path, windows: int, log: Log) -> TextScores:
+    base = load_base(config, log)
     read = read_windows(base, text, windows)
     if len(read) < windows:
-        report(f"{text} fills {len(read)} windows of {len(read[0])} tokens, fewer than the {windows} asked for")
+        log(f"{text} fills {len(read)} windows of {len(read[0])} tokens, fewer than the {windows} asked for")
     losses = {"base": window_losses(base, read)}
     for form in SCORED:
         with _through(base, form):
             losses[form.name] = window_losses(base, read)
-        report(f"{form.name}: {mean(losses[form.name]):.4f} nats per token (base {mean(losses['base']):.4f})")
+        log(f"{form.name}: {mean(losses[form.name]):.4f} nats per token (base {mean(losses['base']):.4f})")
     return TextScores(str(text), len(read[0]), losses)
 
 
@@ -241,13 +241,13 @@ def _replaced(path: str, layer: nn.Module, form: Format) -> Any:
     return values.t() if turned else values
 
 
-def _write(analysis: Analysis, out: Path, report: Report) -> None:
+def _write(analysis: Analysis, out: Path, log: Log) -> None:
     write_json(out / "analysis.json", analysis.as_json())
     perplexities = analysis.scores.perplexities if analysis.scores else None
     try:
         figure = quantization_chart(analysis.formats, perplexities, analysis.model)
     except RequestError as error:
-        report(f"{out / 'analysis.json'} is written and no analysis.png: {error}")
+        log(f"{out / 'analysis.json'} is written and no analysis.png: {error}")
         return
     write_bytes(out / "analysis.png", png_bytes(figure))
 

@@ -16,7 +16,7 @@ def answer(
     system: str | None = None,
 ) -> str:  # fmt: skip
     """One answer to one message, with the run's adapter or without it."""
-    opened = run if isinstance(run, OpenRun) else open_run(Path(run), report=lambda _: None)
+    opened = run if isinstance(run, OpenRun) else open_run(Path(run), log=lambda _: None)
     return Chat(opened, adapter, sampling, system).say(text)
 
 

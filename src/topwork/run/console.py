@@ -89,11 +89,11 @@ def training_progress() -> TrainingBar | TrainingLines:
 
 
 class Counter:
-    """`on_finished` for scoring: a bar on a terminal, a line per quarter to `report` elsewhere."""
+    """`on_finished` for scoring: a bar on a terminal, a line per quarter to `log` elsewhere."""
 
-    def __init__(self, what: str, total: int, report: Callable[[str], None]) -> None:
+    def __init__(self, what: str, total: int, log: Callable[[str], None]) -> None:
         self.what, self.total, self.done, self._told = what, total, 0, 0
-        self._report = report
+        self._log = log
         self._bar = Progress(TextColumn(what), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                              TimeRemainingColumn()) if sys.stdout.isatty() else None  # fmt: skip
         self._task = self._bar.add_task(what, total=total) if self._bar else None
@@ -113,7 +113,7 @@ class Counter:
             self._bar.update(self._task, completed=self.done, refresh=True)
         elif self.done * 4 // self.total > self._told:
             self._told = self.done * 4 // self.total
-            self._report(f"{self.what}: {self.done}/{self.total}")
+            self._log(f"{self.what}: {self.done}/{self.total}")
 
 
 def _line(text: str) -> None:

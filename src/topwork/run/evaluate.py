@@ -40,18 +40,18 @@ def evaluate(
     max_rows: int | None = None,
     before: bool = True,
     force: bool = False,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score a run's adapter beside its base, and write RUN/evaluation.json; a trial with `max_rows` or without the
     base goes to RUN/evaluation-trial.json, so that it does not take the whole one's place."""
-    opened = open_run(Path(run), force=force, report=report)
+    opened = open_run(Path(run), force=force, log=log)
     recipe = opened.recipe
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
     room = _room(opened.base, arms)
     named, seed = data or config.data, recipe.training.seed
-    rows = _rows(recipe.data, named, opened.base, room, opened.template, seed, config, report)
-    result = _score_arms(opened.base, arms, rows, opened.template, config, report)
+    rows = _rows(recipe.data, named, opened.base, room, opened.template, seed, config, log)
+    result = _score_arms(opened.base, arms, rows, opened.template, config, log)
     result["data"] = data or config.data or "held out of training"
     write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
     return result
@@ -64,20 +64,20 @@ def evaluate_model(
     adapter: Path | None = None,
     force: bool = False,
     seed: int = 0,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score any base on any rows, and any PEFT folder on top of it; writes nothing."""
-    base = load_base(model, report)
+    base = load_base(model, log)
     template = ChatTemplate(base.tokenizer, data.chat_template, data.fold_system)
     arms: dict[str, str | None] = {"before": None}
     if adapter is not None:
         saved = read_adapter(adapter)
         warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
         if warning:
-            report(f"warning: {warning}")
+            log(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME
-    rows = _rows(data, config.data, base, _room(base, arms), template, seed, config, report)
-    return _score_arms(base, arms, rows, template, config, report)
+    rows = _rows(data, config.data, base, _room(base, arms), template, seed, config, log)
+    return _score_arms(base, arms, rows, template, config, log)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Finished:
 
 
 def evaluate_members(
-    base: Base, members: Sequence[Finished], seed: int = 0, report: Callable[[str], None] = print
+    base: Base, members: Sequence[Finished], seed: int = 0, log: Callable[[str], None] = print
 ) -> dict[str, dict[str, Any]]:
     """Score runs whose adapters are on one loaded base, answers of several in one call, and write each one's
     RUN/evaluation.json; the result is by the members' names.
@@ -104,12 +104,12 @@ def evaluate_members(
         groups.setdefault(_asked(member.recipe), []).append(member)
     found: dict[str, dict[str, Any]] = {}
     for alike in groups.values():
-        found |= _score_group(base, alike, seed, report)
+        found |= _score_group(base, alike, seed, log)
     return found
 
 
 def _score_group(
-    base: Base, members: Sequence[Finished], seed: int, report: Callable[[str], None]
+    base: Base, members: Sequence[Finished], seed: int, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Members that are asked the same rows, and the bare base."""
     arms: dict[str, str | None] = {"before": None, **{member.name: member.adapter for member in members}}
@@ -118,10 +118,10 @@ def _score_group(
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     named = config.data or recipe.data.eval
     seed = seed if named else recipe.training.seed
-    rows = _rows(recipe.data, named, base, _room(base, arms), template, seed, config, report)
+    rows = _rows(recipe.data, named, base, _room(base, arms), template, seed, config, log)
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader
-    with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), report) as counter:
+    with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), log) as counter:
         scored = score_together(
             base, list(arms.values()), rows.questions, rows.examples, template, grader, config.max_new_tokens,
             config.batch_size, counter,
@@ -152,7 +152,7 @@ def _room(base: Base, arms: Mapping[str, str | None]) -> int:
 
 def _rows(
     data: DataConfig, named: str | None, base: Base, room: int, template: ChatTemplate, seed: int,
-    config: EvaluationConfig, report: Callable[[str], None],
+    config: EvaluationConfig, log: Callable[[str], None],
 ) -> Rows:  # fmt: skip
     """The rows to ask: the ones named, or those that training held out; `room` is the tokens that one may have."""
     if named is None:
@@ -162,7 +162,7 @@ def _rows(
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
         loaded = load_data(data.reading(named), base.tokenizer, room, seed, lambda _: None)
-        report(f"{named}: {loaded.summary.recognised}")
+        log(f"{named}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
     if not conversations:  # plain text: nothing to ask, a loss to measure
         return Rows([], examples[: config.max_rows])
@@ -180,13 +180,13 @@ def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> l
 
 def _score_arms(
     base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig,
-    report: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader
     scores: dict[str, Scores] = {}
     for arm, adapter in arms.items():
-        with Counter(f"answers {arm}", len(rows.questions), report) as counter:
+        with Counter(f"answers {arm}", len(rows.questions), log) as counter:
             scores[arm] = score(
                 base, adapter, rows.questions, rows.examples, template, grader, config.max_new_tokens,
                 config.batch_size, counter,

@@ -23,7 +23,7 @@ def trials_that_fit(on: Session, recipes: Sequence[Recipe]) -> int:
 
 def passes_that_fit(
     recipes: Sequence[Recipe], counted: Sequence[ParameterCount], longest: int, asked: int | None, base: Base,
-    report: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> PassPlan:  # fmt: skip
     """Tokens per pass, as asked or from free memory, and the layers that are checkpointed; `longest` has to fit."""
     checkpointing = recipes[0].training.activation_checkpointing
@@ -32,13 +32,13 @@ def passes_that_fit(
     memory = _memory(base, recipes, free_memory_bytes(base.device) - others)
     plan = plan_passes(asked, checkpointing, longest, memory)
     if asked is None:
-        report(
+        log(
             f"tokens per pass: {plan.tokens_per_pass:,}, from free memory; set training.tokens_per_pass to repeat a "
             "run to the bit"
         )
     if plan.checkpointed_layers:
         why = ", from free memory" if checkpointing == "auto" else ""
-        report(f"activation checkpointing: {plan.checkpointed_layers} of {memory.checkpointable_layers} layers{why}")
+        log(f"activation checkpointing: {plan.checkpointed_layers} of {memory.checkpointable_layers} layers{why}")
     return plan
 
 

@@ -92,7 +92,7 @@ def open_run(
     folder: Path,
     dtype: str | None = None,
     force: bool = False,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     quantized: bool = True,
 ) -> OpenRun:
     """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter.
@@ -106,16 +106,16 @@ def open_run(
         recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
     asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
     if recipe.quantization.active:  # packed from the very values that training packed, and only then cast
-        base = load_base(recipe.model, report, recipe.quantization)
+        base = load_base(recipe.model, log, recipe.quantization)
         _cast(base, DTYPES[asked.model.dtype])
     else:
-        base = load_base(asked.model, report)
+        base = load_base(asked.model, log)
     recipe = asked
     adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
     if warning:
-        report(f"warning: {warning}")
+        log(f"warning: {warning}")
     stored = folder / TEMPLATE
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))

@@ -27,7 +27,7 @@ def merge(
     base: str | None = None,
     overwrite: bool = False,
     force: bool = False,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fold a run's adapter into its base and write `out`; returns what the check measured.
 
@@ -42,17 +42,17 @@ def merge(
     out = Path(out)
     read_recipe(Path(run))
     check_out(out, Path(run), "the run's own folder", overwrite)
-    opened = open_run(Path(run), dtype, force, report, quantized=base != "16bit")
+    opened = open_run(Path(run), dtype, force, log, quantized=base != "16bit")
     if packed_modules(opened.base.module):
         _refuse_packed(opened, base)
-        report(
+        log(
             "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
             "(--base 16bit takes those from before)"
         )
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))
     verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
     if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
-        report(
+        log(
             f"warning: in float32 the merged model differs by {verified['largest_relative_difference']:.1e} of the "
             f"largest logit, more than the {LARGEST_FP32_DIFFERENCE:.0e} that rounding explains for an ordinary update"
         )

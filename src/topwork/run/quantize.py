@@ -67,7 +67,7 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool = True,
     overwrite: bool = False,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Quantized:
     """Read a 16- or 32-bit base into `kind` and write it to the folder `out`, whole or not at all.
 
@@ -78,13 +78,13 @@ def quantize(
     wanted = quantization_of(kind, block_size, double_quant)
     source = Path(model.model_name_or_path).expanduser()
     check_out(out, source if source.exists() else None, "the model's own folder", overwrite)
-    base = load_base(model.model_copy(update={"device": "cpu"}), report, wanted)  # packed and written by the host
-    _tell_of_split_rows(base, report)
+    base = load_base(model.model_copy(update={"device": "cpu"}), log, wanted)  # packed and written by the host
+    _tell_of_split_rows(base, log)
     write_folder(out, lambda folder: _write(base, wanted, folder), overwrite)
     return measured(base, kind, out)
 
 
-def _tell_of_split_rows(base: Base, report: Callable[[str], None]) -> None:
+def _tell_of_split_rows(base: Base, log: Callable[[str], None]) -> None:
     """bitsandbytes 0.50's CPU back end takes it that each row begins with a block of its own."""
     split = [
         (path, layer.shape[1], layer.packed.block_size)
@@ -93,7 +93,7 @@ def _tell_of_split_rows(base: Base, report: Callable[[str], None]) -> None:
     ]
     if split:
         path, inputs, size = split[0]
-        report(
+        log(
             f"note: {len(split)} layers have rows that are no multiple of the block (first {path}: {inputs} inputs, "
             f"blocks of {size}). bitsandbytes as of 0.50 reads such layers wrongly on the CPU; on CUDA, and here, they "
             "are right. A block size that divides the rows avoids it"

@@ -17,7 +17,7 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_kinds, weight_bytes
 from topwork.recipe.recipe import Recipe
 
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Session:
             )
 
 
-def open_session(recipe: Recipe, report: Report = print) -> Session:
+def open_session(recipe: Recipe, log: Log = print) -> Session:
     """Load the base that a recipe names, for `train_together(on=...)` and whatever asks it."""
-    base = load_base(recipe.model, report, recipe.quantization)
+    base = load_base(recipe.model, log, recipe.quantization)
     weights, held_as = weight_bytes(base.module), _held_as(base)
-    report(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
+    log(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
     adapters = Adapters(base.module, base.tokenizer, _original(recipe.model, base))
     return Session(base, adapters, recipe.model, recipe.quantization, weights, held_as)
 

@@ -30,7 +30,7 @@ from topwork.training.progress import Progress, Silent
 from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> TrainedRun:
     """Train the adapter that a recipe describes; the result is in `output_dir`.
 
@@ -62,7 +62,7 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     one = progress or Silent()
-    return train_together([recipe], resume, overwrite, lambda _: one, report)[0]
+    return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
 
 
 def train_together(
@@ -70,7 +70,7 @@ def train_together(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[str], Progress] | None = None,
-    report: Report = print,
+    log: Log = print,
     stop_at: int | None = None,
     on: Session | None = None,
 ) -> list[TrainedRun]:
@@ -94,11 +94,11 @@ def train_together(
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
     for recipe in recipes:
         check_folder(recipe, resume, overwrite)
-    held = on or open_session(recipes[0], report)
+    held = on or open_session(recipes[0], log)
     held.check(recipes[0])
     names = _names(recipes, held.adapters)
     try:
-        return _trained(held, recipes, names, resume, overwrite, progress or (lambda _: Silent()), report, stop_at)
+        return _trained(held, recipes, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
     except BaseException:
         for name in names:
             if name in held.adapters.configs:
@@ -108,36 +108,36 @@ def train_together(
 
 def _trained(
     on: Session, recipes: Sequence[Recipe], names: Sequence[str], resume: bool, overwrite: bool,
-    progress: Callable[[str], Progress], report: Report, stop_at: int | None,
+    progress: Callable[[str], Progress], log: Log, stop_at: int | None,
 ) -> list[TrainedRun]:  # fmt: skip
     base = on.base
-    runs = _grafted(on, recipes, names, report)
+    runs = _grafted(on, recipes, names, log)
     asked = recipes[0].training.tokens_per_pass
     if asked is None and resume:
         asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
     longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
-    plan = passes_that_fit(recipes, [run.counted for run in runs], longest, asked, base, report)
+    plan = passes_that_fit(recipes, [run.counted for run in runs], longest, asked, base, log)
     checkpoint_layers(base, plan.checkpointed_layers)
-    start = _start(runs, report) if resume else Start()
+    start = _start(runs, log) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
     with ExitStack() as logs:
         trials = []
         for index, run in enumerate(runs):
             at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
-            metrics = logs.enter_context(_metrics(run, at, report))
+            metrics = logs.enter_context(_metrics(run, at, log))
             trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
         loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
         if start.checkpoints:
             loop.resume(start)
-            report(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+            log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
         outcomes = loop.run(stop_at)
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
-def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], report: Report) -> list[_Run]:
+def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], log: Log) -> list[_Run]:
     """Data loaded, each once, and a fresh adapter for each recipe. Raises RequestError where memory is too small."""
     base, several = on.base, len(recipes) > 1
-    loaded = _load_data(recipes, base, report)
+    loaded = _load_data(recipes, base, log)
     fit = trials_that_fit(on, recipes)
     if fit < len(recipes):
         raise RequestError(
@@ -149,13 +149,13 @@ def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], repor
         on.adapters.add(name, recipe.adapter, recipe.training.seed)
         counted = count_adapter(base.module, recipe.adapter)
         called = f"{base.name}, {name}" if several else base.name
-        report(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
+        log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
         runs.append(_Run(recipe, place, data, counted))
     return runs
 
 
-def _load_data(recipes: Sequence[Recipe], base: Base, report: Report) -> list[Data]:
+def _load_data(recipes: Sequence[Recipe], base: Base, log: Log) -> list[Data]:
     """Data that several recipes name alike are loaded once; the seed counts where it holds rows out."""
     known: dict[tuple[str, int | None, int], Data] = {}
     found = []
@@ -164,12 +164,12 @@ def _load_data(recipes: Sequence[Recipe], base: Base, report: Report) -> list[Da
         room = base.context_length - recipe.adapter.virtual_tokens
         key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
         if key not in known:
-            known[key] = load_data(config, base.tokenizer, room, seed, report)
+            known[key] = load_data(config, base.tokenizer, room, seed, log)
         found.append(known[key])
     return found
 
 
-def _start(runs: Sequence[_Run], report: Report) -> Start:
+def _start(runs: Sequence[_Run], log: Log) -> Start:
     """Where all go on. Raises RequestError for one that was not begun with the others."""
     for run in runs:
         recover_folder(run.folder / ADAPTER)
@@ -179,7 +179,7 @@ def _start(runs: Sequence[_Run], report: Report) -> Start:
             f"{new[0]} was not begun with the others, which have checkpoints already; resume those without it, and "
             "begin it in a call of its own"
         )
-    return common_start([run.folder / CHECKPOINTS for run in runs], report)
+    return common_start([run.folder / CHECKPOINTS for run in runs], log)
 
 
 def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
@@ -199,10 +199,10 @@ def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: boo
         record(run.folder, origin, base)
 
 
-def _metrics(run: _Run, at: int | None, report: Report) -> MetricsLog:
+def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
     names = run.recipe.training.report_to
     sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
-    return MetricsLog(run.folder, at, sinks, report)
+    return MetricsLog(run.folder, at, sinks, log)
 
 
 def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) -> Trial:

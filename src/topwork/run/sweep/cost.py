@@ -77,18 +77,16 @@ def _take_measured(found: Cost, sweep: SweepState, seconds: float) -> None:
     found.alone_steps = ALONE_STEPS
 
 
-def measure_alone(
-    folder: Path, sweep: SweepState, recipes: Mapping[str, Recipe], report: Callable[[str], None]
-) -> None:
+def measure_alone(folder: Path, sweep: SweepState, recipes: Mapping[str, Recipe], log: Callable[[str], None]) -> None:
     """Train a trial of each point alone for a few steps, in a process of its own, and write down speed and memory."""
     for trial in sweep.trials:
         if trial.point in sweep.alone:
             continue
-        report(f"{trial.point} alone, for {ALONE_STEPS} steps")
+        log(f"{trial.point} alone, for {ALONE_STEPS} steps")
         recipe = recipes[trial.name]
         found = _alone(recipe, read_json(Path(recipe.output_dir) / PROVENANCE).get("tokens_per_pass"))
         if found is None:
-            report(f"{trial.point} alone came to no speed, so no ratio is told")
+            log(f"{trial.point} alone came to no speed, so no ratio is told")
         sweep.alone[trial.point] = found
         sweep.save(folder)
 

@@ -24,7 +24,7 @@ from topwork.run.train import train_together
 from topwork.training.progress import Progress
 
 ENDED = (TrialState.FINISHED, TrialState.EARLY_STOPPING, TrialState.DIVERGED)
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Sweep:
     resumed: bool
     overwrite: bool
     progress: Callable[[], Callable[[str], Progress]] | None
-    report: Report
+    log: Log
     on: Session
     trained: dict[str, str] = field(default_factory=dict)
     """Trials whose adapters are on the base, and their names there."""
@@ -69,7 +69,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[], Callable[[str], Progress]] | None = None,
-    report: Report = print,
+    log: Log = print,
 ) -> Swept:
     """Train all trials of a sweep over one base, score them on the same rows and write OUT/sweep.{json,md,html}.
 
@@ -80,18 +80,18 @@ def sweep(
     plan = plan_sweep(Path(recipe), overrides, options)
     state = open_state(plan, resume, overwrite)
     resumed = resume and bool(state.waves)
-    tell_plan(plan, report)
+    tell_plan(plan, log)
     if not _is_done(plan, state):
-        on = open_session(plan.trials[0].recipe, report)
+        on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
-        if not _trained(_Sweep(plan, state, resumed, overwrite, progress, report, on)):
+        if not _trained(_Sweep(plan, state, resumed, overwrite, progress, log, on)):
             return Swept(plan.out, state, "interrupted")
     if options.measure_alone:
-        measure_alone(plan.out, state, {trial.name: trial.recipe for trial in plan.trials}, report)
+        measure_alone(plan.out, state, {trial.name: trial.recipe for trial in plan.trials}, log)
     state.points, state.diminishing_returns, state.cost = points(state), diminishing_returns(state), cost(state)
     state.save(plan.out)
-    write_sweep_report(plan.out, report)
+    write_sweep_report(plan.out, log)
     return Swept(plan.out, state, "finished")
 
 
@@ -101,16 +101,16 @@ def _is_done(plan: SweepPlan, state: SweepState) -> bool:
     return bool(last) and all(wave.done and wave.scored for wave in last)
 
 
-def tell_plan(plan: SweepPlan, report: Report) -> None:
+def tell_plan(plan: SweepPlan, log: Log) -> None:
     """What will be trained."""
     if plan.ready is not None:
-        report(plan.ready.text)
+        log(plan.ready.text)
         for left in plan.ready.left_out:
-            report(f"left out: {left}")
-    report(f"{len(plan.trials)} members in {plan.out}: {', '.join(trial.name for trial in plan.trials)}")
+            log(f"left out: {left}")
+    log(f"{len(plan.trials)} members in {plan.out}: {', '.join(trial.name for trial in plan.trials)}")
     if plan.halving is not None and plan.stops:
         stops = ", ".join(map(str, plan.stops))
-        report(f"halving: after steps {stops} one of {plan.halving.factor} goes on, by validation loss")
+        log(f"halving: after steps {stops} one of {plan.halving.factor} goes on, by validation loss")
 
 
 def _trained(going: _Sweep) -> bool:
@@ -144,7 +144,7 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
 
     parts = waves(names, fits) if names else []
     if len(parts) > 1:
-        going.report(
+        going.log(
             f"{told[0]} of {len(names)} members fit into free memory beside the base, so they train in {len(parts)} "
             f"waves of {', '.join(str(len(part)) for part in parts)}"
         )
@@ -171,7 +171,7 @@ def _cut_again(going: _Sweep, wave: Wave) -> list[Wave]:
     rest = wave.model_copy(update={"names": names[fit:]})
     wave.names, wave.why = names[:fit], f"{fit} still fitted into free memory beside the base"
     going.state.waves.append(rest)
-    going.report(f"{fit} of {', '.join(names)} still fit into free memory; the others train in a wave of their own")
+    going.log(f"{fit} of {', '.join(names)} still fit into free memory; the others train in a wave of their own")
     return [rest]
 
 
@@ -189,14 +189,14 @@ def _wave_trained(going: _Sweep, wave: Wave) -> bool:
     try:
         runs = train_together(
             recipes, resume=begun, overwrite=going.overwrite and not begun, progress=progress,
-            report=going.report, stop_at=wave.stop_at, on=going.on,
+            log=going.log, stop_at=wave.stop_at, on=going.on,
         )  # fmt: skip
     except NonFiniteLossError as error:  # one alone; among several it leaves and the others go on
         if len(names) > 1:
             raise
         alone = state.trial(names[0])
         alone.state, alone.rung, alone.error = TrialState.DIVERGED, wave.rung, str(error)
-        going.report(f"{alone.name} diverged: {error}")
+        going.log(f"{alone.name} diverged: {error}")
     except RequestError:
         if first and not any(Path(recipe.output_dir).exists() for recipe in recipes):
             discard(going.plan.out)
@@ -248,7 +248,7 @@ def _drop(going: _Sweep, rung: int) -> None:
         trial.state, trial.left_at = TrialState.LEFT, rung
     going.save()
     on, off = (", ".join(trial.name for trial in trials) or "none" for trials in (state.alive(), gone))
-    going.report(f"rung {rung + 1}, step {going.plan.stops[rung]}: {on} go on; {off} leave")
+    going.log(f"rung {rung + 1}, step {going.plan.stops[rung]}: {on} go on; {off} leave")
 
 
 def _score(going: _Sweep, wave: Wave) -> None:
@@ -261,7 +261,7 @@ def _score(going: _Sweep, wave: Wave) -> None:
             todo.append(Finished(name, Path(recipe.output_dir), recipe, _on_base(going, name)))
     if todo:
         seed = min(trial.recipe.training.seed for trial in going.plan.trials)
-        for name, scored in evaluate_members(going.on.base, todo, seed, going.report).items():
+        for name, scored in evaluate_members(going.on.base, todo, seed, going.log).items():
             take_scores(going.state.trial(name), scored, going.recipe(name).evaluation.data is None)
     wave.scored = True
     going.save()
