@@ -71,7 +71,7 @@ def test_our_folder_in_peft_and_theirs_here(tied: bool, case: str, family: str, 
     model.save_pretrained(tmp_path / "theirs")
     load_adapter(adapters, "b", read_adapter(tmp_path / "theirs"), BaseId("x"))
     assert torch.equal(logits(base, batch_of(sequences(), "b")), found)
-    for ours, back in zip(adapters.stored("a").values(), adapters.stored("b").values(), strict=True):
+    for ours, back in zip(adapters.state("a").values(), adapters.state("b").values(), strict=True):
         assert torch.equal(ours, back)
 
 

@@ -11,8 +11,8 @@ from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.part import AdaptedLayer
-from topwork.adapters.whole import Whole
+from topwork.adapters.module import AdaptedLayer
+from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import AdapterError
 from topwork.ops import logprobs
 from topwork.ops.batch import Batch, Segment, batch_of
@@ -325,7 +325,7 @@ def test_a_saved_module_is_a_copy_of_its_own() -> None:
     adapters = added(base, a=AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     head = base.module.lm_head
     assert isinstance(head, AdaptedLayer)
-    assert isinstance(head.part("a"), Whole)
+    assert isinstance(head.part("a"), ModuleCopy)
     assert base.module.model.embed_tokens.weight is head.base_layer.weight
     assert not torch.equal(adapters.parameters("a")["lm_head.weight"], head.base_layer.weight)
 

@@ -20,7 +20,7 @@ from topwork.adapters.methods.full import TiedHead
 from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.inits import LoftQ
-from topwork.adapters.part import AdaptedLayer
+from topwork.adapters.module import AdaptedLayer
 from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError, ModelError
 from topwork.generation.engine import generate
@@ -72,7 +72,7 @@ def test_a_tied_pair_is_counted_and_written_once(tmp_path: Path) -> None:
     adapters = added(base, a=FULL)
     assert sum(parameter.numel() for parameter in adapters.parameters("a").values()) == size
     assert isinstance(adapters.parts("a")["lm_head"], TiedHead)
-    assert "lm_head.weight" not in adapters.stored("a")
+    assert "lm_head.weight" not in adapters.state("a")
     write_adapter(tmp_path, adapters, "a", BaseId("tiny"))
     before = logits(base, batch_of(sequences(), "a"))
     merge(base, adapters, "a")
@@ -134,7 +134,7 @@ def test_lengths_are_kept_while_they_are_held() -> None:
         held = part.lengths(layer)
         assert torch.equal(held, lengths)
         assert part.lengths(layer) is held
-        part.take({key: tensor + 1 for key, tensor in part.stored().items()})
+        part.load_state({key: tensor + 1 for key, tensor in part.state().items()})
         assert not torch.equal(part.lengths(layer), lengths)
     with contextlib.suppress(ZeroDivisionError), held_for_inference(base.module):
         lengths = part.lengths(layer)
@@ -162,7 +162,7 @@ def test_lengths_begin_without_large_buffers() -> None:
     """Freed between adapters that stay, they would leave holes: 0.27 GiB of SmolLM2's heap before."""
     layer, part = nn.Linear(576, 1536, bias=False).bfloat16(), Dora(576, 1536, r=4, scaling=2.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        part.begin(layer, seed=0, path="x")
+        part.reset_parameters(layer, seed=0, path="x")
     taken = [event.self_cpu_memory_usage for event in profiler.events()]
     assert 0 < max(taken) < 1 << 20
     assert torch.allclose(part.lora_magnitude_vector, layer.weight.float().norm(dim=1), rtol=1e-6)
@@ -176,7 +176,7 @@ def test_the_lengths_have_no_gradient() -> None:
     layer = adapted_layers(base.module)["model.layers.1.mlp.down_proj"].base_layer
     assert isinstance(part, Dora)
     x, dy = torch.randn(7, 96), torch.randn(7, 64)
-    y = part.adapted(layer(x), x, layer)
+    y = part.forward(layer(x), x, layer)
     slope, slope_b = torch.autograd.grad(y, [part.lora_magnitude_vector, part.lora_B], dy)
     whole = (dense_weight(layer) + part.delta()).detach()
     direct = (dy * part.factor(layer)).t() @ x @ part.lora_A.t() * part.scaling

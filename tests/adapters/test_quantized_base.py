@@ -15,8 +15,8 @@ from reference.quantized_by_others import differing, write_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
-from topwork.adapters.whole import Whole
 from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
@@ -189,7 +189,9 @@ def test_a_saved_packed_module_trains_a_dense_copy(kind: str, held: Bases) -> No
     adapters.add(
         "a", AdapterConfig(target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head", "layers.0.mlp.up_proj"])
     )
-    layers = {path: layer for path, layer in adapted_layers(base.module).items() if isinstance(layer.part("a"), Whole)}
+    layers = {
+        path: layer for path, layer in adapted_layers(base.module).items() if isinstance(layer.part("a"), ModuleCopy)
+    }
     assert len(layers) == 4
     for path, layer in layers.items():
         copy = layer.adapters["a"].module

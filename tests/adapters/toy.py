@@ -10,7 +10,7 @@ from topwork.adapters.config import Targeted
 from topwork.adapters.files import own_files
 from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.methods.table import METHODS
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 from topwork.adapters.targets import features, find_targets
 
 
@@ -21,7 +21,7 @@ class ToyConfig(Targeted):
     """g is multiplied by so much."""
 
 
-class Toy(Part):
+class Toy(AdapterModule):
     """The learned vector [out] at one linear layer."""
 
     def __init__(self, outputs: int, strength: float) -> None:
@@ -29,10 +29,10 @@ class Toy(Part):
         self.toy_g = nn.Parameter(torch.zeros(outputs))
         self.strength = strength
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         return y + y * (self.strength * self.toy_g).to(y.dtype)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = 1 + self.strength * self.toy_g.detach().to(weight.device)
         return weight * factor[:, None], None if bias is None else (bias * factor).to(bias.dtype)
 

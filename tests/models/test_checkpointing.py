@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference.families import CONTEXT, learning_batch, randomise, sequences, tiny_base, tiny_model
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.adapters.part import AdaptedLayer
+from topwork.adapters.module import AdaptedLayer
 from topwork.common.errors import ModelError
 from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling

@@ -176,7 +176,7 @@ def test_fast_layers_are_the_plain_ones(family: str) -> None:
     fast, adapters = adapted(family)
     plain, theirs = plain_base(family)
     for name in adapters.configs:
-        theirs.load(name, adapters.stored(name))
+        theirs.load(name, adapters.state(name))
     batch = mixed()
     values, grads = gradients(fast, adapters, [batch])
     expected, wanted = gradients(plain, theirs, [batch])

@@ -14,11 +14,11 @@ from reference.measure import relative
 from topwork.ops.bundles import LowRank, bundled
 from topwork.ops.dropout import Dropout, stays
 from topwork.ops.packed import Packed, pack_4bit, pack_int8
-from topwork.ops.project import AsIs, Gain, Gated, Projection, Prologue, RmsNorm, project, projection_of
+from topwork.ops.project import Gain, Gated, Identity, Projection, Prologue, RmsNorm, project, projection_of
 
 T, IN = 23, 40
 PROLOGUES: dict[str, Prologue] = {
-    "as is": AsIs(),
+    "as is": Identity(),
     "norm": RmsNorm(1 + 0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-5),
     "norm with offset": RmsNorm(0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-6, True),
     "silu": Gated("silu"),
@@ -144,7 +144,7 @@ def test_rows_of_a_wider_buffer(prologue: str) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_joined_weights_are_one_product(bias: bool) -> None:
     torch.manual_seed(0)
-    group, x = a_group([24, 8, 9], SEGMENTS["two adapters"], bias), an_input(AsIs()).requires_grad_()
+    group, x = a_group([24, 8, 9], SEGMENTS["two adapters"], bias), an_input(Identity()).requires_grad_()
     whole = torch.cat([p.weight for p in group])  # type: ignore[misc]
     joined = Projection(whole, torch.cat([p.bias for p in group]) if bias else None)  # type: ignore[misc]
     dy, results = torch.randn(T, 41), []
@@ -242,7 +242,7 @@ def test_gains(bias: bool, ranges: str, with_bias: bool, dtype: torch.dtype) -> 
         replace(p, weight=p.weight.to(dtype), bias=None if p.bias is None else p.bias.to(dtype))  # type: ignore[union-attr]
         for p in group
     ]
-    found, expected = both(an_input(AsIs()).to(dtype), group, AsIs())
+    found, expected = both(an_input(Identity()).to(dtype), group, Identity())
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other, 1e-30) < (5e-6 if dtype == torch.float32 else 2e-2)
 
@@ -279,7 +279,7 @@ def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias:
 
     torch.manual_seed(0)
     group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias)
-    given, dy = an_input(AsIs()).requires_grad_(), torch.randn(T, 41)
+    given, dy = an_input(Identity()).requires_grad_(), torch.randn(T, 41)
     learned = [given, *masters(group)]
     expected = torch.autograd.grad(project(given, group), learned, dy, allow_unused=True)
     found = torch.autograd.grad(Negated.apply(project(given, group)), learned, -dy, allow_unused=True)
@@ -291,7 +291,7 @@ def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias:
 def test_outputs_that_only_gains_need(prologue: str, outputs: list[int]) -> None:
     """Made again going backward where the input (40 values) is not wider, to the bit; what came of them may be gone."""
     torch.manual_seed(0)
-    given, norm = an_input(AsIs()), PROLOGUES[prologue]
+    given, norm = an_input(Identity()), PROLOGUES[prologue]
     group = with_gains(a_group(outputs, SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias=False)
     results, kept = [], []
     for keeps in (True, False):
@@ -312,7 +312,7 @@ def test_gains_gone_through_twice(keeps: bool) -> None:
     """The first backward pass has written over what was kept."""
     torch.manual_seed(0)
     group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"]), GAINS["some rows"], with_bias=True)
-    x = an_input(AsIs()).requires_grad_()
+    x = an_input(Identity()).requires_grad_()
     learned = [x, *masters(group)]
     y = project(x, group, keeps=keeps)
     dy = torch.randn_like(y)
@@ -323,17 +323,17 @@ def test_gains_gone_through_twice(keeps: bool) -> None:
 def test_ranges_that_overlap_add_up() -> None:
     """Terms of one projection whose rows are the same, or partly so."""
     torch.manual_seed(0)
-    found, expected = both(an_input(AsIs()), a_group([30], [(0, T), (0, T), (5, 14), (9, 20)]), AsIs())
+    found, expected = both(an_input(Identity()), a_group([30], [(0, T), (0, T), (5, 14), (9, 20)]), Identity())
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other, 1e-30) < 3e-6
 
 
 def test_a_gradient_that_was_expanded() -> None:
     torch.manual_seed(0)
-    group, x = a_group([12, 7], SEGMENTS["two adapters"]), an_input(AsIs()).requires_grad_()
+    group, x = a_group([12, 7], SEGMENTS["two adapters"]), an_input(Identity()).requires_grad_()
     learned = [x, *masters(group)]
     found = torch.autograd.grad(project(x, group).sum(), learned)
-    expected = torch.autograd.grad(truth(x.double(), group, AsIs()).sum(), learned)
+    expected = torch.autograd.grad(truth(x.double(), group, Identity()).sum(), learned)
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other, 1e-30) < 3e-6
 
@@ -349,7 +349,7 @@ def test_the_prologues_result_is_not_kept() -> None:
 def test_a_product_left_out_still_has_its_gradient() -> None:
     torch.manual_seed(0)
     group = a_group([6, 5, 4], [(0, T)])
-    x = an_input(AsIs()).requires_grad_()
+    x = an_input(Identity()).requires_grad_()
     dy = torch.randn(T, 15)
     whole = torch.autograd.grad(project(x, group), [x, *masters(group)], dy)
     y = project(x, group, skip_forward=True)

@@ -37,7 +37,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quietly(recipe: Path, *grid: str, overrides: tuple[str, ...] = (), **options: Any) -> Swept:
     chosen = {name: options.pop(name) for name in ("preset", "seeds", "halving", "measure_alone") if name in options}
-    return sweep(recipe, overrides, SweepOptions(grid, **chosen), log=options.pop("report", lambda _: None), **options)
+    return sweep(recipe, overrides, SweepOptions(grid, **chosen), log=options.pop("log", lambda _: None), **options)
 
 
 def by_name(swept: Swept) -> dict[str, dict[str, Any]]:

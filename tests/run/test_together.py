@@ -295,7 +295,7 @@ def test_kept_on_a_base_they_are_there_to_be_asked(recipes: Recipes) -> None:
     assert [run.name for run in runs] == ["wide", "other_rows"] == list(on.adapters.configs)
     for run in runs:
         kept = load_file(run.folder / "adapter" / "adapter_model.safetensors")
-        for name, tensor in on.adapters.stored(run.name).items():
+        for name, tensor in on.adapters.state(run.name).items():
             assert torch.equal(kept[f"base_model.model.{name}"], tensor)
     more = quietly(recipes("wide", "again"), on=on)
     assert more[0].name == "wide-2"

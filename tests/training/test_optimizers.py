@@ -13,7 +13,7 @@ from topwork.training import optimizers
 from topwork.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from topwork.training.config import TrainingConfig
 from topwork.training.optimizers import AdamW8bit, PagedAdamW8bit, make_optimizer, state_bytes
-from topwork.training.pages import FileHome
+from topwork.training.pages import FileStore
 
 SHAPES = [(64, 64), (3, 5), (4095,), (4096,), (16, 576), (4097,), (70, 71), (1,), (300, 100), (16, 16)]
 """On both sides of 4,096 values; multiples of a block of 256 and others."""
@@ -263,7 +263,7 @@ except RunError as error:
 
 
 def test_what_was_visited_stays_in_the_file(tmp_path: Path) -> None:
-    home = FileHome(tmp_path)
+    home = FileStore(tmp_path)
     state = home.reserve(100_000, torch.float32)
     windows = [[state[:25_000], state[75_000:]], [state[25_000:50_000]], [state[50_000:75_000]]]
     for number, parts in enumerate(home.visit(windows)):

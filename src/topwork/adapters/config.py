@@ -138,7 +138,7 @@ class Saving(AdapterConfig):
         return self.modules_to_save or ()
 
 
-class Virtual(AdapterConfig):
+class VirtualConfig(AdapterConfig):
     """For methods whose learned tokens stand before the text."""
 
     num_virtual_tokens: int = Field(20, ge=1)
@@ -218,12 +218,12 @@ class Ia3Config(Saving, Targeted):
     """Those of `target_modules` whose inputs are scaled, not their outputs. Left out: the MLP's last layers."""
 
 
-class PrefixConfig(Virtual):
+class PrefixConfig(VirtualConfig):
     method: Literal["prefix"] = "prefix"
     """Learned keys and values of all layers before the text."""
 
 
-class PromptConfig(Virtual):
+class PromptConfig(VirtualConfig):
     method: Literal["prompt"] = "prompt"
     """Learned embeddings before the text."""
     prompt_tuning_init: Literal["random", "text", "vocabulary"] = "random"

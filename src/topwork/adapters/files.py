@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 from topwork.adapters.targets import matching
 
 PREFIX = "base_model.model."
@@ -31,12 +31,12 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Grafted(Generic[Config]):
-    """An adapter as it stands in a base: its parts by path, what its file holds of them (`Adapters.stored`), the base's
+    """An adapter as it stands in a base: its parts by path, what its file holds of them (`Adapters.state`), the base's
     own modules by path and its Hugging Face config."""
 
     config: Config
-    parts: Mapping[str, Part]
-    stored: Mapping[str, Tensor]
+    parts: Mapping[str, AdapterModule]
+    state: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
     base_config: Any
 
@@ -49,7 +49,7 @@ class Files(Generic[Config]):
     keys       what its `adapter_config.json` says beside what all of them say
     options    those keys -> the method's options; raises AdapterError, for a folder told by name, where they ask for
                what is not known here
-    to_file    what `Adapters.stored` gives -> the file's tensors, and `from_file` the other way
+    to_file    what `Adapters.state` gives -> the file's tensors, and `from_file` the other way
     """
 
     peft_type: str | None

@@ -13,9 +13,9 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.method import Bare, Method, Original, Plan
 from topwork.adapters.methods.table import METHODS
-from topwork.adapters.part import AdaptedLayer, Part
+from topwork.adapters.module import AdaptedLayer, AdapterModule
+from topwork.adapters.module_copy import planned_copy
 from topwork.adapters.targets import find_saved
-from topwork.adapters.whole import planned_copy
 from topwork.common.errors import AdapterError
 
 
@@ -56,7 +56,7 @@ class Adapters:
             for path, planned in plan.items():
                 part = planned.make()
                 layer = self._wrapped(path)
-                part.begin(layer.base_layer, seed, path)
+                part.reset_parameters(layer.base_layer, seed, path)
                 layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
         except BaseException:
             self.remove(name)
@@ -73,7 +73,7 @@ class Adapters:
                 _replace(self.model, path, layer.base_layer)
         del self.configs[name]
 
-    def parts(self, name: str) -> dict[str, Part]:
+    def parts(self, name: str) -> dict[str, AdapterModule]:
         """An adapter's parts by the paths of their modules."""
         self._known(name)
         layers = adapted_layers(self.model)
@@ -84,20 +84,20 @@ class Adapters:
         found = {_key(path, key): p for path, part in self.parts(name).items() for key, p in part.tensors().items()}
         return dict(sorted(found.items()))
 
-    def stored(self, name: str) -> dict[str, Tensor]:
+    def state(self, name: str) -> dict[str, Tensor]:
         """What the adapter's file holds, by the same names, sorted."""
-        found = {_key(path, key): t for path, part in self.parts(name).items() for key, t in part.stored().items()}
+        found = {_key(path, key): t for path, part in self.parts(name).items() for key, t in part.state().items()}
         return dict(sorted(found.items()))
 
     def grafted(self, name: str) -> Grafted[Any]:
         """An adapter as its method's files look at it."""
         modules, config = bare_modules(self.model), self.model.config
-        return Grafted(self.configs[name], self.parts(name), self.stored(name), modules, config)
+        return Grafted(self.configs[name], self.parts(name), self.state(name), modules, config)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set an adapter's tensors from what `stored` gave. Raises AdapterError naming what is missing, unknown or of
+        """Set an adapter's tensors from what `state` gave. Raises AdapterError naming what is missing, unknown or of
         another shape; nothing is set then."""
-        own = self.stored(name)
+        own = self.state(name)
         tensors = _placed(tensors, own)
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         wrong = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
@@ -111,7 +111,7 @@ class Adapters:
             raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
         with torch.no_grad():
             for path, part in self.parts(name).items():
-                part.take({key: tensors[_key(path, key)] for key in part.stored()})
+                part.load_state({key: tensors[_key(path, key)] for key in part.state()})
 
     def train(self, name: str, mode: bool = True) -> None:
         """Dropout on or off in one adapter; the base itself always runs without."""

@@ -12,7 +12,7 @@ from typing import Any, Generic
 from torch import Tensor, nn
 
 from topwork.adapters.files import Config, Files
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 
 Original = Callable[[str], Tensor]
 """Path of a linear layer -> its weight [out, in] as it was before it was quantized."""
@@ -22,7 +22,7 @@ Original = Callable[[str], Tensor]
 class Planned:
     """A part that is yet to be made, and how many parameters it trains."""
 
-    make: Callable[[], Part]
+    make: Callable[[], AdapterModule]
     trained: int
 
 

@@ -47,7 +47,7 @@ def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> 
     folder.mkdir(parents=True, exist_ok=True)
     adapter = adapters.grafted(name)
     files = adapters.methods[adapter.config.method].files
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.stored).items()}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {**files.keys(adapter), "base_model_name_or_path": base.name}
     write_json(folder / "adapter_config.json", config)
@@ -82,7 +82,7 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     adapters.add(name, saved.config)
     try:
         tensors = _without_base_copies(saved.tensors, adapters, name)
-        adapters.load(name, _with_beginnings(tensors, adapters.stored(name)))
+        adapters.load(name, _with_beginnings(tensors, adapters.state(name)))
     except AdapterError:
         adapters.remove(name)
         raise

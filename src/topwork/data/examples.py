@@ -100,7 +100,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _FileRows:
     """The rows of one file on their way, and those that were bad."""
 
     conversations: list[Conversation]
@@ -136,7 +136,7 @@ def load_data(
     return Data(tuple(train), tuple(evaluation), tuple(train_kept), tuple(kept), template, summary)
 
 
-def _read(config: DataConfig, name: str, max_rows: int | None) -> tuple[_Part, str]:
+def _read(config: DataConfig, name: str, max_rows: int | None) -> tuple[_FileRows, str]:
     rows = read_rows(name, max_rows)
     try:
         format = recognise(rows, config)
@@ -148,21 +148,21 @@ def _read(config: DataConfig, name: str, max_rows: int | None) -> tuple[_Part, s
             "set it to refuse, truncate or drop"
         )
     conversations, bad = read_conversations(rows, format, config)
-    return _Part(conversations, len(rows), len(bad)), format.sentence
+    return _FileRows(conversations, len(rows), len(bad)), format.sentence
 
 
-def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
+def _hold_out(part: _FileRows, fraction: float, seed: int) -> tuple[_FileRows, _FileRows]:
     """The rows in their order, less a share drawn by seed; at least one is held out and one is kept."""
     count = len(part.conversations)
     held = min(max(1, round(count * fraction)), count - 1) if fraction > 0 else 0
     chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist()) if held > 0 else set()
     kept = [conversation for index, conversation in enumerate(part.conversations) if index not in chosen]
     out = [conversation for index, conversation in enumerate(part.conversations) if index in chosen]
-    return _Part(kept, part.rows - len(out), part.bad), _Part(out, len(out), 0)
+    return _FileRows(kept, part.rows - len(out), part.bad), _FileRows(out, len(out), 0)
 
 
 def _examples(
-    part: _Part, config: DataConfig, template: ChatTemplate, max_length: int
+    part: _FileRows, config: DataConfig, template: ChatTemplate, max_length: int
 ) -> tuple[list[Example], Counts, list[Conversation]]:
     """The examples, what was counted on the way, and the conversations of which an example is left."""
     encoded, bad = template.encode_all(part.conversations, config.train_on)

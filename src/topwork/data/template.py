@@ -39,7 +39,7 @@ class _Turn:
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _Rendered:
     """A conversation or a document of which everything is learned.
 
     Where messages have weights of their own: `upto` are the conversation's beginnings through each message.
@@ -84,7 +84,7 @@ class ChatTemplate:
 
         Raises DataError where the template cannot do at all what the recipe asks.
         """
-        plans: list[Sequence[_Turn | _Whole]] = []
+        plans: list[Sequence[_Turn | _Rendered]] = []
         bad: list[BadRow] = []
         for conversation in conversations:
             try:
@@ -98,9 +98,9 @@ class ChatTemplate:
 
     # What is rendered
 
-    def _plan(self, conversation: Conversation, train_on: TrainOn) -> Sequence[_Turn | _Whole]:
+    def _plan(self, conversation: Conversation, train_on: TrainOn) -> Sequence[_Turn | _Rendered]:
         if conversation.kind == "text":
-            return (_Whole(conversation.text or "", document=True),)
+            return (_Rendered(conversation.text or "", document=True),)
         messages, tools = conversation.messages, conversation.tools
         if train_on == "all":
             return (self._whole(messages, tools),)
@@ -135,16 +135,16 @@ class ChatTemplate:
         weight = 1.0 if answer.weight is None else answer.weight
         return _Turn(prompt, prompt + self.renderer.cut(whole[len(prompt) :]), weight)
 
-    def _whole(self, messages: Sequence[Message], tools: Tools) -> _Whole:
+    def _whole(self, messages: Sequence[Message], tools: Tools) -> _Rendered:
         text = self._rendered(messages, tools, False)
         self._check_complete(messages[:-1], tools, text)
         weights = tuple(1.0 if message.weight is None else message.weight for message in messages)
         if not any(weights):
             raise RowProblem("nothing to learn: every message has the weight 0")
         if all(weight == 1.0 for weight in weights):
-            return _Whole(text)
+            return _Rendered(text)
         upto = [self._rendered(messages[: number + 1], tools, False) for number in range(len(messages) - 1)]
-        return _Whole(text, (*upto, text), weights)
+        return _Rendered(text, (*upto, text), weights)
 
     def _rendered(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
         """Raises DataError where the template rejects a system message, RowProblem where it rejects these messages."""
@@ -181,10 +181,10 @@ class ChatTemplate:
 
     # What is learned
 
-    def _encoded(self, plan: Sequence[_Turn | _Whole], ids: dict[str, list[int]]) -> list[Encoded]:
+    def _encoded(self, plan: Sequence[_Turn | _Rendered], ids: dict[str, list[int]]) -> list[Encoded]:
         sequences: list[Encoded] = []
         for part in plan:
-            if isinstance(part, _Whole):
+            if isinstance(part, _Rendered):
                 sequences.append(self._everything(part, ids))
                 continue
             prompt, answer = ids[part.prompt], self._answer(part, ids)
@@ -205,7 +205,7 @@ class ChatTemplate:
             answer = self.renderer.ids_after(turn.through[len(turn.prompt) :])
         return answer if self.renderer.ends_turn(turn.through) else [*answer, self._eos()]
 
-    def _everything(self, whole: _Whole, ids: dict[str, list[int]]) -> Encoded:
+    def _everything(self, whole: _Rendered, ids: dict[str, list[int]]) -> Encoded:
         tokens = list(ids[whole.text])
         weights, start = [1.0] * len(tokens), 0
         for text, weight in zip(whole.upto, whole.weights):
@@ -235,7 +235,7 @@ def stop_ids(template: ChatTemplate) -> set[int]:
     return set(template.renderer.end_ids)
 
 
-def _texts(part: _Turn | _Whole) -> Iterable[str]:
+def _texts(part: _Turn | _Rendered) -> Iterable[str]:
     return (part.prompt, part.through) if isinstance(part, _Turn) else (part.text, *part.upto)
 
 

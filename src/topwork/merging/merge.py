@@ -21,8 +21,8 @@ from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.adapters.methods.full import TiedHead
 from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
-from topwork.adapters.part import Part
-from topwork.adapters.whole import Whole
+from topwork.adapters.module import AdapterModule
+from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import AdapterError, RunError
 from topwork.common.files import write_folder
 from topwork.models.base import Base
@@ -46,7 +46,7 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
     tied = any(isinstance(part, TiedHead | TiedTokens) for part in adapters.parts(name).values())
     for path, part in adapters.parts(name).items():
         own = base.module.get_submodule(path).base_layer
-        if isinstance(part, Whole | TiedHead):
+        if isinstance(part, ModuleCopy | TiedHead):
             replaced[path] = part.replacement(own)  # type: ignore[arg-type]
         else:
             _fold(base.module, path, own, part)  # type: ignore[arg-type]
@@ -84,8 +84,8 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
     for path, part in adapters.parts(name).items():
         layer = base.module.get_submodule(path)
         if isinstance(part, VirtualTokens):
-            part.folded(layer.weight, None)  # type: ignore[arg-type]  # AdapterError
-        if isinstance(layer.base_layer, PackedModule) or isinstance(part, Whole | TiedHead):
+            part.merged(layer.weight, None)  # type: ignore[arg-type]  # AdapterError
+        if isinstance(layer.base_layer, PackedModule) or isinstance(part, ModuleCopy | TiedHead):
             continue
         if layer.weight.dtype not in MERGEABLE:
             raise AdapterError(
@@ -107,11 +107,11 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: Part) -> None:
+def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: AdapterModule) -> None:
     weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
     turned = isinstance(own, Conv1D)  # gpt2's, which holds its weight as [in, out]
     exact = torch.promote_types(weight.dtype, torch.float32)
-    whole, whole_bias = part.folded((weight.t() if turned else weight).to(exact), bias)
+    whole, whole_bias = part.merged((weight.t() if turned else weight).to(exact), bias)
     merged = (whole.t() if turned else whole).to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise RunError(

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
-from topwork.ops.project import AsIs, Gated, Projection, RmsNorm, normed, project, projection_of
+from topwork.ops.project import Gated, Identity, Projection, RmsNorm, normed, project, projection_of
 from topwork.ops.residual import residual_branch, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 
@@ -227,7 +227,7 @@ class FastLayer(GradientCheckpointingLayer):
             return torch.cat([module(n) for module in group.modules], -1)
         norm = self._norm(before)
         given = self._normed(x, before) if norm is None else x
-        return project(given, group.projections, norm or AsIs(), keeps, joined=group.joined)
+        return project(given, group.projections, norm or Identity(), keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
         """Linear layers by name, for the current batch."""

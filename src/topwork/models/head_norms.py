@@ -1,7 +1,7 @@
 """How a base's norms of heads are given their input: found once, in a short pass.
 
 Most families norm heads as [1, T, H, D]; some turn them first, to [1, H, T, D], which no shape tells where there are as
-many heads as tokens. Adapters on such a norm (`adapters/part.py`) have to know which rows are tokens.
+many heads as tokens. Adapters on such a norm (`adapters/module.py`) have to know which rows are tokens.
 """
 
 import torch

@@ -9,7 +9,7 @@ from torch import nn
 
 @runtime_checkable
 class Holding(Protocol):
-    """A module that can keep what it computes of its own and the base's weights (`adapters/part.py`)."""
+    """A module that can keep what it computes of its own and the base's weights (`adapters/module.py`)."""
 
     def hold(self) -> None:
         """From the next time on keep it."""

@@ -29,7 +29,7 @@ class Ready:
         return self if device is None else Ready(self.packed.to(torch.device(device)))
 
 
-class _Files:
+class _OpenFiles:
     """The one safetensors file that is open."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _Files:
 class _Promise:
     """A tensor on disk; `[...]` fetches it."""
 
-    files: _Files
+    files: _OpenFiles
     path: str
     key: str
 
@@ -69,7 +69,7 @@ class _Promise:
 class PackedPromise:
     """A packed weight on disk: its tensors by part, each with its file."""
 
-    files: _Files
+    files: _OpenFiles
     layer: str
     parts: dict[str, tuple[str, str]]
 
@@ -93,7 +93,7 @@ def weight_files(folder: str, revision: str | None = None) -> list[str]:
 
 def promised(paths: Sequence[str]) -> dict[str, Any]:
     """Every weight of some safetensors files by its key; a packed one under its codes' key alone."""
-    files = _Files()
+    files = _OpenFiles()
     at: dict[str, str] = {}
     for path in paths:
         try:

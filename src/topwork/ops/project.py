@@ -12,7 +12,7 @@ kept, or made once more where nobody else would keep it and the input is not wid
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/batch.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
 G A loses the same. LoRA costs six small products (two forward, four backward), 6 r (in + out) FLOPs a token; the
-plain-torch truth is `adapters/methods/lora/lora.py`'s `adapted`, which autograd differentiates.
+plain-torch truth is `adapters/methods/lora/lora.py`'s `forward`, which autograd differentiates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +66,7 @@ class Prologue(Protocol):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
-    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """The same n, to the bit."""
         ...
 
@@ -76,13 +76,13 @@ class Prologue(Protocol):
 
 
 @dataclass(frozen=True)
-class AsIs:
+class Identity:
     """n = x."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return x, ()
 
-    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
         return x
 
     def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
@@ -101,7 +101,7 @@ class RmsNorm:
         n, rstd = rms_norm(x, self.weight, self.eps, self.unit_offset)
         return n, (rstd,)
 
-    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         return rms_normalized(x, self.weight, kept[0], self.unit_offset)
 
     def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
@@ -115,9 +115,9 @@ class Gated:
     kind: str
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.again(x, ()), ()
+        return self.recompute(x, ()), ()
 
-    def again(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
         gate, up = x.chunk(2, -1)
         return gated(gate, up, self.kind)
 
@@ -161,7 +161,7 @@ def projection_of(module: nn.Module | None) -> Projection | None:
 def project(
     x: Tensor,
     group: Sequence[Projection],
-    prologue: Prologue = AsIs(),
+    prologue: Prologue = Identity(),
     keeps: bool = True,
     skip_forward: bool = False,
     joined: Projection | None = None,
@@ -224,14 +224,14 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if ctx.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                _base_products(ctx.prologue.again(x, tuple(kept)), ctx.group, ctx.joined, out)
+                _base_products(ctx.prologue.recompute(x, tuple(kept)), ctx.group, ctx.joined, out)
                 add_terms(ctx.bundles, inner, out)
                 _multiply_(out, ctx.gains)
             dout, dfactors = _gain_gradients(dout, out, ctx.gains)
-            brief = not isinstance(ctx.prologue, AsIs)
+            brief = not isinstance(ctx.prologue, Identity)
             dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x else None
             if inner:
-                n = ctx.prologue.again(x, tuple(kept))
+                n = ctx.prologue.recompute(x, tuple(kept))
                 all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None

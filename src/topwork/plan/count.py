@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
+from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
-from topwork.adapters.whole import parameters_of
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.models.source import ALIASES, HUB_ID
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from topwork.models.weights import quantizable, weight_shape
-from topwork.quantization.error import Format
+from topwork.quantization.error import Packing
 
 QUANTIZED = {
-    "int8": Format("int8", None),
-    "NF4": Format("nf4", 64),
-    "NF4 + DQ": Format("nf4", 64, double_quant=True),
+    "int8": Packing("int8", None),
+    "NF4": Packing("nf4", 64),
+    "NF4 + DQ": Packing("nf4", 64, double_quant=True),
 }
 """The types that a base can be held in, as a recipe's defaults hold them."""
 

@@ -36,7 +36,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Format:
+class Packing:
     """A data type, the values that share a constant (None: a row of them), and how the constants are held."""
 
     quant_type: str
@@ -110,7 +110,7 @@ class FormatErrors:
     normal_snr_db       the same format's ratio on normally distributed weights
     """
 
-    format: Format
+    format: Packing
     bits_per_parameter: float
     held_bytes: int
     whole: Errors
@@ -118,18 +118,18 @@ class FormatErrors:
     normal_snr_db: float | None
 
 
-def sweep(block_sizes: Sequence[int] = BLOCK_SIZES) -> list[Format]:
+def sweep(block_sizes: Sequence[int] = BLOCK_SIZES) -> list[Packing]:
     """Every data type, block size, and way to hold constants; then the textbook's float, and int8 by row."""
-    wise = [Format(name, size, double) for name in SWEPT for double in (False, True) for size in block_sizes]
-    return [*wise, Format("e2m1", 64), Format("int8", None)]
+    wise = [Packing(name, size, double) for name in SWEPT for double in (False, True) for size in block_sizes]
+    return [*wise, Packing("e2m1", 64), Packing("int8", None)]
 
 
-def dequantized(weight: Tensor, format: Format) -> Tensor:
+def dequantized(weight: Tensor, format: Packing) -> Tensor:
     """The weight [out, in] after a way there and back, in its own type."""
     return _there_and_back(weight.float(), format)(0, len(weight)).to(weight.dtype)
 
 
-def measure(weight: Tensor, format: Format) -> Sums:
+def measure(weight: Tensor, format: Packing) -> Sums:
     """The errors of one weight [out, in]. Raises ValueError for one that cannot be quantized (NaN, infinity)."""
     rows = _there_and_back(weight, format)
     sums, step = Sums(), max(1, AT_ONCE // weight.shape[1])
@@ -153,7 +153,7 @@ def _compare(weight: Tensor, values: Tensor) -> Sums:
     )  # fmt: skip
 
 
-def _there_and_back(weight: Tensor, format: Format) -> Rows:
+def _there_and_back(weight: Tensor, format: Packing) -> Rows:
     weight = weight.float()
     columns = slice(0, weight.shape[1])
     if format.block_size is None:

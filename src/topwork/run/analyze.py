@@ -22,15 +22,15 @@ from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
 from topwork.plan.count import config_of, skeleton
 from topwork.plan.footprint import FootprintRow, as_table, footprint
-from topwork.quantization.error import Format, FormatErrors, Sums, dequantized, measure, normal_weights, sweep
+from topwork.quantization.error import FormatErrors, Packing, Sums, dequantized, measure, normal_weights, sweep
 from topwork.reporting.curves import png_bytes
 from topwork.reporting.quantization import quantization_chart
 from topwork.run.folder import check_place
 
 WINDOWS = 32
 SCORED = (
-    Format("nf4", 64), Format("nf4", 64, double_quant=True), Format("fp4", 64), Format("e2m1", 64), Format("int4", 64),
-    Format("int8", 64), Format("int8", None),
+    Packing("nf4", 64), Packing("nf4", 64, double_quant=True), Packing("fp4", 64), Packing("e2m1", 64),
+    Packing("int4", 64), Packing("int8", 64), Packing("int8", None),
 )  # fmt: skip
 """Formats whose perplexity is measured, and that are shown by kind of layer."""
 COLUMNS = (
@@ -173,7 +173,7 @@ def _unquantized_skeleton(source: Source, config: ModelConfig) -> PreTrainedMode
 def _measure_all(source: Source, bare: PreTrainedModel, config: ModelConfig, log: Log) -> list[FormatErrors]:
     dtype: Any = DTYPES[config.dtype]
     formats = sweep()
-    kinds: dict[str, dict[Format, Sums]] = {}
+    kinds: dict[str, dict[Packing, Sums]] = {}
     total = len(quantizable(bare))
     if not total:
         raise ModelError(f"{source.name} has no linear layer that could be quantized")
@@ -191,7 +191,7 @@ def _measure_all(source: Source, bare: PreTrainedModel, config: ModelConfig, log
     return [_in_all(form, {kind: sums[form] for kind, sums in sorted(kinds.items())}, shapes) for form in formats]
 
 
-def _in_all(form: Format, by_kind: Mapping[str, Sums], shapes: Sequence[tuple[int, int]]) -> FormatErrors:
+def _in_all(form: Packing, by_kind: Mapping[str, Sums], shapes: Sequence[tuple[int, int]]) -> FormatErrors:
     whole = sum(by_kind.values(), Sums())
     held = sum(form.code_bytes(shape) + form.constant_bytes(shape) for shape in shapes)
     return FormatErrors(
@@ -218,7 +218,7 @@ def _score(config: ModelConfig, text: Path, windows: int, log: Log) -> TextScore
 
 
 @contextmanager
-def _through(base: Base, form: Format) -> Iterator[None]:
+def _through(base: Base, form: Packing) -> Iterator[None]:
     """Every quantizable weight as it comes back from a format; the originals again when the block ends."""
     layers: dict[str, Any] = quantizable(base.module)
     originals = {path: layer.weight.data for path, layer in layers.items()}
@@ -231,7 +231,7 @@ def _through(base: Base, form: Format) -> Iterator[None]:
             layer.weight.data = originals[path]
 
 
-def _replaced(path: str, layer: nn.Module, form: Format) -> Any:
+def _replaced(path: str, layer: nn.Module, form: Packing) -> Any:
     weight: Any = layer.weight.data
     turned = isinstance(layer, Conv1D)
     try:

@@ -22,7 +22,7 @@ STYLES = {"diverged": "red", "finished": "green", "early stopping": "green", "tr
 
 
 @dataclass
-class Row:
+class TrialLine:
     """What is known of a member."""
 
     name: str
@@ -52,7 +52,7 @@ class Row:
 class _Told:
     """One member's Progress: keeps its row, and tells the whole that something has changed."""
 
-    def __init__(self, row: Row, changed: Callable[[Row, str], None], note: Callable[[str], None]) -> None:
+    def __init__(self, row: TrialLine, changed: Callable[[TrialLine, str], None], note: Callable[[str], None]) -> None:
         self._row, self._changed, self._note = row, changed, note
 
     def started(self, step: int, steps: int) -> None:
@@ -88,11 +88,11 @@ class TogetherTable:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.rows: list[Row] = []
+        self.rows: list[TrialLine] = []
         self._live: Live | None = None
 
     def __call__(self, name: str) -> Progress:
-        row = Row(name)
+        row = TrialLine(name)
         self.rows.append(row)
         return _Told(row, self._changed, lambda text: self.console.print(f"note: {text}", style="yellow"))
 
@@ -105,7 +105,7 @@ class TogetherTable:
             table.add_row(*row.cells(), style=STYLES.get(row.state))
         return table
 
-    def _changed(self, row: Row, what: str) -> None:  # noqa: ARG002
+    def _changed(self, row: TrialLine, what: str) -> None:  # noqa: ARG002
         if self._live is None and what == "started":
             self._live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4)
             self._live.start()
@@ -118,9 +118,9 @@ class TogetherLines:
     """The same as plain lines: about ten a member, every validation, and how each ends."""
 
     def __call__(self, name: str) -> Progress:
-        return _Told(Row(name), self._changed, lambda text: _line(f"note: {text}"))
+        return _Told(TrialLine(name), self._changed, lambda text: _line(f"note: {text}"))
 
-    def _changed(self, row: Row, what: str) -> None:
+    def _changed(self, row: TrialLine, what: str) -> None:
         every = max(1, row.steps // LINES_A_MEMBER)
         if what == "stepped" and row.step % every == 0:
             _line(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise, rounding_table
 from topwork.training.config import TrainingConfig
-from topwork.training.pages import DeviceHome, FileHome, Home, PinnedHome
+from topwork.training.pages import DeviceStore, FileStore, PinnedStore, StateStore
 
 BLOCK = 256
 MIN_8BIT_SIZE = 4096
@@ -45,7 +45,7 @@ class _Flat:
     """The state of one group's parameters that are kept alike: one flat tensor a field, each parameter's part starting
     at a multiple of BLOCK."""
 
-    def __init__(self, parameters: Sequence[Tensor], group: dict[str, Any], eight_bit: bool, home: Home) -> None:
+    def __init__(self, parameters: Sequence[Tensor], group: dict[str, Any], eight_bit: bool, home: StateStore) -> None:
         self.parameters, self.group, self.eight_bit = parameters, group, eight_bit
         self.starts, total = [], 0
         for parameter in parameters:
@@ -98,7 +98,7 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         self._flats: list[_Flat] = []
-        self._home: Home | None = None
+        self._home: StateStore | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -121,8 +121,8 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state.update({parameter: flat.state_of(index) for index, parameter in enumerate(alike)})
             self._flats.append(flat)
 
-    def _make_home(self, device: torch.device) -> Home:
-        return DeviceHome(device)
+    def _make_home(self, device: torch.device) -> StateStore:
+        return DeviceStore(device)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -227,8 +227,8 @@ class PagedAdamW8bit(AdamW8bit):
         self._folder = folder
         super().__init__(params, lr, betas, eps, weight_decay)
 
-    def _make_home(self, device: torch.device) -> Home:
-        return PinnedHome(device) if device.type == "cuda" else FileHome(self._folder)
+    def _make_home(self, device: torch.device) -> StateStore:
+        return PinnedStore(device) if device.type == "cuda" else FileStore(self._folder)
 
 
 def parameter_groups(config: TrainingConfig, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:

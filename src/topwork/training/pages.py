@@ -21,7 +21,7 @@ Window = Sequence[Tensor]
 """Slices of reserved tensors that are lent together."""
 
 
-class Home(Protocol):
+class StateStore(Protocol):
     def reserve(self, shape: int, dtype: torch.dtype) -> Tensor:
         """Zeros [shape] that stay where they are for the home's life. Raises RunError where there is no room."""
 
@@ -29,7 +29,7 @@ class Home(Protocol):
         """Each window in turn, on the device; what is written into it before the next is asked for, is kept."""
 
 
-class DeviceHome:
+class DeviceStore:
     """State that stays on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class DeviceHome:
             yield list(window)
 
 
-class FileHome:
+class FileStore:
     """State in memory-mapped, unnamed files: nothing is left behind, however the process ends.
 
     What is not visited needs no memory of the process's own: the kernel keeps it as cached pages of the file, which it
@@ -94,7 +94,7 @@ class FileHome:
         )
 
 
-class PinnedHome:
+class PinnedStore:
     """State in page-locked host memory. Two windows' worth of CUDA memory hold what is worked on and what comes next.
 
     Copies run on a stream of their own: window i + 1 comes and window i - 1 goes while window i is updated. Between

@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from topwork.adapters.config import OWN_TARGETS, BitFitConfig
 from topwork.adapters.files import own_files
 from topwork.adapters.method import Bare, Method, Plan, Planned
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 from topwork.adapters.targets import LINEAR, choose_modules
 from topwork.common.errors import AdapterError
 
 
-class Bias(Part):
+class Bias(AdapterModule):
     """The bias [out] of a linear layer or a norm."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.bias = nn.Parameter(base_layer.get_parameter("bias").detach().float().clone())
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         return y + (self.bias - base_layer.get_parameter("bias").float()).to(y.dtype)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, self.bias.detach() if bias is None else self.bias.detach().to(bias)
 
 

@@ -1,5 +1,5 @@
-"""Full fine-tuning: every module is trained as a copy of its own (`whole.py`); a head that is tied to the embedding
-shares its copy, and is not repeated in the file."""
+"""Full fine-tuning: every module is trained as a copy of its own (`module_copy.py`); a head that is tied to the
+embedding shares its copy, and is not repeated in the file."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from topwork.adapters.config import FullConfig
 from topwork.adapters.files import own_files
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
+from topwork.adapters.module_copy import ModuleCopy, planned_copy
 from topwork.adapters.targets import matching
-from topwork.adapters.whole import Whole, planned_copy
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
 
 
-class TiedHead(Part):
+class TiedHead(AdapterModule):
     """A head whose weight is the embedding's: it runs with the embedding's copy and has nothing of its own but a bias.
 
     The copy is held in a tuple, so that it is the embedding's part alone that has it as a parameter.
     """
 
-    def __init__(self, base_layer: nn.Module, embedding: Whole) -> None:
+    def __init__(self, base_layer: nn.Module, embedding: ModuleCopy) -> None:
         super().__init__()
         self.embedding = (embedding,)
         self.outputs = embedding.module.get_parameter("weight").shape[0]
         bias = getattr(base_layer, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         weight = self.embedding[0].module.get_parameter("weight").to(y.dtype)
         return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(y.dtype))
 
@@ -52,7 +52,7 @@ def full_plan(bare: Bare, config: FullConfig) -> Plan:
     if bare.head in plan and bare.embedding in plan and bare.head != bare.embedding:
         head, embedding = bare.modules[bare.head], bare.modules[bare.embedding]
         if head.get_parameter("weight") is embedding.get_parameter("weight"):
-            copied = cache(lambda: Whole(embedding))
+            copied = cache(lambda: ModuleCopy(embedding))
             bias = getattr(head, "bias", None)
             plan[bare.embedding] = replace(plan[bare.embedding], make=copied)
             plan[bare.head] = Planned(lambda: TiedHead(head, copied()), 0 if bias is None else bias.numel())

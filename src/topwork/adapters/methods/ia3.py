@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork.adapters.config import OWN_TARGETS, Ia3Config
 from topwork.adapters.files import Files, Grafted, has_conv1d, names_of, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
-from topwork.adapters.part import Addition, Part
+from topwork.adapters.module import AdapterModule, FusedTerms
 from topwork.adapters.targets import LINEAR, features, find_targets, matching
 from topwork.common.errors import AdapterError
 from topwork.ops.project import Gain
@@ -26,7 +26,7 @@ MLP_LAST = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out", "w2")
 """Names of an MLP's last projection."""
 
 
-class Ia3(Part):
+class Ia3(AdapterModule):
     """The learned vector at one linear layer: [out, 1], or [1, in] where it scales the inputs."""
 
     def __init__(self, in_features: int, out_features: int, scales_inputs: bool) -> None:
@@ -34,17 +34,17 @@ class Ia3(Part):
         self.scales_inputs = scales_inputs
         self.ia3_l = nn.Parameter(torch.ones((1, in_features) if scales_inputs else (out_features, 1)))
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """The vector is multiplied in fp32 and the product rounded once, as in PEFT."""
         if not self.scales_inputs:
             return (y * self.ia3_l.flatten()).to(y.dtype)
         scaled: Tensor = base_layer((x * self.ia3_l).to(x.dtype))
         return scaled
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
-        return None if self.scales_inputs else Addition(gains=(Gain(start, stop, self.ia3_l.flatten()),))
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:  # noqa: ARG002
+        return None if self.scales_inputs else FusedTerms(gains=(Gain(start, stop, self.ia3_l.flatten()),))
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.float().to(weight.device)
         scaled = bias if bias is None or self.scales_inputs else (bias * factor.flatten()).to(bias.dtype)
         return weight * factor, scaled

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from topwork.adapters.config import PrefixConfig, PromptConfig
 from topwork.adapters.files import Files, Grafted, peft_keys
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
-from topwork.adapters.part import Part, path_seed
+from topwork.adapters.module import AdapterModule, path_seed
 from topwork.adapters.targets import embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
@@ -43,7 +43,7 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.size
 
 
-class VirtualTokens(Part):
+class VirtualTokens(AdapterModule):
     """Stands at the input embedding, which it leaves as it is: what it learns goes in front."""
 
     def __init__(self, count: int, width: int) -> None:
@@ -54,10 +54,10 @@ class VirtualTokens(Part):
         """The learned tokens, as a pass takes them."""
         raise NotImplementedError
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         return y
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         raise AdapterError(
             "prefix and prompt tuning cannot be merged: their learned tokens stand in front of the text, and no weight "
             "of the base can hold them; use the adapter's folder with its base"
@@ -72,7 +72,7 @@ class Prompt(VirtualTokens):
         self.start, self.tokens = start, tuple(tokens)
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
         generator = torch.Generator().manual_seed(path_seed(seed, path))
         shape, vocabulary = self.prompt_embeddings.shape, embedding_shape(base_layer)[0]
         if self.start == "text":
@@ -98,7 +98,7 @@ class Prefix(VirtualTokens):
         self.shape = shape
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         generator = torch.Generator().manual_seed(path_seed(seed, path))
         self.prompt_embeddings.copy_(PREFIX_DEVIATION * torch.randn(self.prompt_embeddings.shape, generator=generator))
 
@@ -174,7 +174,7 @@ def _shared(adapter: Grafted[Any], peft_type: str) -> dict[str, Any]:
         "num_layers": config.num_hidden_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": adapter.config.num_virtual_tokens,
-        "token_dim": next(iter(adapter.stored.values())).shape[1],
+        "token_dim": next(iter(adapter.state.values())).shape[1],
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from topwork.adapters.base_weight import product, row_panels, weight_times
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.part import Addition
+from topwork.adapters.module import FusedTerms
 from topwork.ops.bundles import LowRank
 from topwork.ops.project import Gain
 from topwork.ops.rows import rows_at_once
@@ -36,8 +36,8 @@ class Dora(Lora):
         self._held: Tensor | None = None
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
-        super().begin(base_layer, seed, path)
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
+        super().reset_parameters(base_layer, seed, path)
         for rows, panel in row_panels(base_layer):  # few rows at a time: the heap does not fill large holes again
             parts = [part.float().square().sum(1) for part in panel.split(rows_at_once(panel))]
             self.squares[rows] = torch.cat(parts)
@@ -64,7 +64,7 @@ class Dora(Lora):
         """f [out] in fp32, with m's gradient."""
         return self.lora_magnitude_vector / self.lengths(base_layer)
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         distance = (self.factor(base_layer) - 1).to(y.dtype)
         inner = F.linear(x, a)
@@ -74,20 +74,20 @@ class Dora(Lora):
             return updated + (updated if bias is None else updated - bias) * distance
         return updated + torch.addmm(product(base_layer, x), inner, b.t(), alpha=self.scaling) * distance
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:
         if self.dropout and self.training:
             return None
         term = LowRank(start, stop, self.lora_A, self.lora_B, self.scaling)
-        return Addition((term,), (Gain(start, stop, self.factor(base_layer), with_bias=False),))
+        return FusedTerms((term,), (Gain(start, stop, self.factor(base_layer), with_bias=False),))
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
 
-    def take(self, stored: dict[str, Tensor]) -> None:
-        super().take(stored)
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
         self._held = None
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         whole = weight + self.delta().to(weight.device)
         return whole * (self.lora_magnitude_vector.to(weight.device) / whole.norm(dim=1))[:, None], bias
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.adapters.config import LoraConfig
-from topwork.adapters.part import Part, path_seed
+from topwork.adapters.module import AdapterModule, path_seed
 from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import PackedModule
@@ -20,7 +20,7 @@ EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 """What families call their input embedding."""
 
 
-class EmbeddingLora(Part):
+class EmbeddingLora(AdapterModule):
     """y + s (A[:, ids]' B') at one embedding."""
 
     def __init__(self, vocabulary: int, width: int, r: int, scaling: float) -> None:
@@ -30,24 +30,24 @@ class EmbeddingLora(Part):
         self.scaling = scaling
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         """Zero A, draw B."""
         generator = torch.Generator().manual_seed(path_seed(seed, path))
         self.lora_embedding_A.zero_()
         self.lora_embedding_B.copy_(torch.randn(self.lora_embedding_B.shape, generator=generator))
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n] token ids, y [n, d]. As in the base, the padding token's column learns nothing."""
         a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
         chosen = F.embedding(x, a.t(), getattr(base_layer, "padding_idx", None))
         return y + _scaled(self.scaling * (chosen @ b.t()), base_layer)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         delta = self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()
         return weight + delta.to(weight.device), bias
 
 
-class TrainedTokens(Part):
+class TrainedTokens(AdapterModule):
     """Rows of the embedding that take the place of the base's for some tokens: they begin as the base's are."""
 
     tokens: Tensor
@@ -58,7 +58,7 @@ class TrainedTokens(Part):
         self.delta = nn.Parameter(torch.zeros(len(tokens), width))
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         self.delta.copy_(self.base_rows(base_layer))
 
     def base_rows(self, base_layer: nn.Module) -> Tensor:
@@ -67,7 +67,7 @@ class TrainedTokens(Part):
         rows = base_layer.packed.rows(tokens) if isinstance(base_layer, PackedModule) else base_layer.weight[tokens]  # type: ignore[index]
         return rows.float()
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         ordered, order = self.tokens.sort()
         at = torch.searchsorted(ordered, x).clamp_max(len(ordered) - 1)
         rows = F.embedding(order[at], self.delta.to(y.dtype))
@@ -76,12 +76,12 @@ class TrainedTokens(Part):
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"token_adapter.trainable_tokens_delta": self.delta}
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         tokens = self.tokens.to(weight.device)
         return weight.index_copy(0, tokens, self.delta.detach().to(weight)), bias
 
 
-class TiedTokens(Part):
+class TiedTokens(AdapterModule):
     """The same rows in the head that is tied to the embedding; it has no tensors of its own.
 
     It adds x (rows - the base's rows)' to those tokens' logits, which is nothing at all while they are the same.
@@ -96,13 +96,13 @@ class TiedTokens(Part):
         """The part at the embedding."""
         return self._embedding[0]
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n, d], y [n, V]."""
         rows = (self.embedding.delta - self.embedding.base_rows(base_layer)).to(x.dtype)
         return y.index_add(1, self.embedding.tokens, (x @ rows.t()).to(y.dtype))
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.embedding.folded(weight, bias)
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.embedding.merged(weight, bias)
 
 
 def check_tokens(tokens: Sequence[int], modules: Mapping[str, nn.Module], embedding: str | None) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from topwork.adapters.base_weight import dense_weight
 from topwork.adapters.method import Original
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.part import Addition
+from topwork.adapters.module import FusedTerms
 from topwork.common.errors import AdapterError
 from topwork.ops.bundles import LowRank
 from topwork.quantization.linear import QuantizedLinear
@@ -59,7 +59,7 @@ class FromWeight(Lora):
         self.register_buffer("first_B", torch.zeros(out_features, r), persistent=False)
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         a, b = self.pair(dense_weight(base_layer), self.lora_A.shape[0], self.scaling)
         for own, first, value in ((self.lora_A, self.first_A, a), (self.lora_B, self.first_B, b)):
             own.copy_(value)
@@ -70,27 +70,27 @@ class FromWeight(Lora):
         a = torch.cat([self.lora_A, self.lora_A - self.first_A])
         return a, torch.cat([self.lora_B - self.first_B, self.first_B], 1)
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         a, b = self.difference()
         return torch.addmm(y, F.linear(x, a.to(x.dtype)), b.to(x.dtype).t(), alpha=self.scaling)
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition:  # noqa: ARG002
-        return Addition((LowRank(start, stop, *self.difference(), self.scaling),))
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms:  # noqa: ARG002
+        return FusedTerms((LowRank(start, stop, *self.difference(), self.scaling),))
 
     @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """[A; A0] and [B, -B0]."""
         return {
             "lora_A.weight": torch.cat([self.lora_A, self.first_A]),
             "lora_B.weight": torch.cat([self.lora_B, -self.first_B], 1),
         }
 
-    def take(self, stored: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:
         r = self.lora_A.shape[0]
-        self.lora_A.copy_(stored["lora_A.weight"][:r])
-        self.first_A.copy_(stored["lora_A.weight"][r:])
-        self.lora_B.copy_(stored["lora_B.weight"][:, :r])
-        self.first_B.copy_(-stored["lora_B.weight"][:, r:])
+        self.lora_A.copy_(state["lora_A.weight"][:r])
+        self.first_A.copy_(state["lora_A.weight"][r:])
+        self.lora_B.copy_(state["lora_B.weight"][:, :r])
+        self.first_B.copy_(-state["lora_B.weight"][:, r:])
 
     def delta(self) -> Tensor:
         a, b = self.difference()
@@ -108,8 +108,8 @@ class LoftQ(Lora):
         self.original = original
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
-        super().begin(base_layer, seed, path)
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
+        super().reset_parameters(base_layer, seed, path)
         if not isinstance(base_layer, QuantizedLinear):
             return
         weight = self.original(path).to(base_layer.weight.device, torch.float32)

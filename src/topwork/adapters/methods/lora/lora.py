@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.adapters.part import Addition, Part, path_seed
+from topwork.adapters.module import AdapterModule, FusedTerms, path_seed
 from topwork.ops.bundles import LowRank
 
 
-class Lora(Part):
+class Lora(AdapterModule):
     """A and B at one linear layer."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Lora(Part):
         self.gaussian = gaussian
 
     @torch.no_grad()
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         """Draw A, zero B."""
         generator = torch.Generator().manual_seed(path_seed(seed, path))
         a = torch.empty(self.lora_A.shape)
@@ -39,13 +39,13 @@ class Lora(Part):
         self.lora_A.copy_(a)
         self.lora_B.zero_()
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         """y + s B A x for x [n, in] and y [n, out]; A and B are multiplied in x's type."""
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return torch.addmm(y, F.linear(x, a), b.t(), alpha=self.scaling)
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
-        return Addition((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling),))
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:  # noqa: ARG002
+        return FusedTerms((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling),))
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
@@ -54,5 +54,5 @@ class Lora(Part):
         """s B A [out, in] in fp32."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().to(weight.device), bias

@@ -28,7 +28,7 @@ from topwork.adapters.methods.lora.embedding import (
 )  # fmt: skip
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 from topwork.adapters.targets import EMBEDDINGS, LINEAR, embedding_shape, features, find_targets, matching, near_names
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
@@ -90,7 +90,7 @@ def _ranked(paths: Sequence[str], config: LoraConfig) -> list[Target]:
     ]
 
 
-def _part(bare: Bare, config: LoraConfig, target: Target) -> Part:
+def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
     inputs, outputs = features(bare.modules[target.path])
     scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
     if isinstance(bare.modules[target.path], EMBEDDINGS):

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from topwork.adapters.method import Planned
-from topwork.adapters.part import Part
+from topwork.adapters.module import AdapterModule
 from topwork.quantization.linear import PackedModule, packed_modules
 
 
-class Whole(Part):
+class ModuleCopy(AdapterModule):
     """A copy of the module in fp32, run in the base's type in the module's place."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.module = fp32_copy(base_layer).requires_grad_(True)
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         weights = {name: parameter.to(y.dtype) for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, (x,))
 
@@ -36,7 +36,7 @@ class Whole(Part):
 
 def planned_copy(module: nn.Module) -> Planned:
     """A copy of the module that is yet to be made."""
-    return Planned(lambda: Whole(module), sum(parameters_of(module).values()))
+    return Planned(lambda: ModuleCopy(module), sum(parameters_of(module).values()))
 
 
 def fp32_copy(module: nn.Module) -> nn.Module:

@@ -21,14 +21,14 @@ from topwork.ops.project import Gain, Projection, projection_of
 
 
 @dataclass(frozen=True)
-class Addition:
+class FusedTerms:
     """A part as `ops/project.py` takes it: low-rank terms and a gain on the outputs, for some rows of the batch."""
 
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
 
 
-class Part(nn.Module):
+class AdapterModule(nn.Module):
     """One adapter's tensors at one module, in fp32: the masters that the optimizer steps.
 
     dropout     share of the input's values that its low-rank terms do not see while training
@@ -36,17 +36,17 @@ class Part(nn.Module):
 
     dropout = 0.0
 
-    def begin(self, base_layer: nn.Module, seed: int, path: str) -> None:
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
         """Set the first weights; they depend on the module, the seed and its path alone."""
 
-    def adapted(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """The plain-torch truth: y [n, out], what the base's module gives for x [n, ...], as this adapter has it. In
         training, `dropout` has gone over the x that it is given (not over the base's)."""
         raise NotImplementedError
 
-    def addition(self, start: int, stop: int, base_layer: nn.Module) -> Addition | None:  # noqa: ARG002
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:  # noqa: ARG002
         """The same for rows start:stop of a projection, but for dropout; None where it is no such thing, and runs by
-        `adapted`."""
+        `forward`."""
         return None
 
     def hold(self) -> None:
@@ -59,16 +59,16 @@ class Part(nn.Module):
         """The learned tensors by what PEFT writes behind the module's path (`lora_A.weight`)."""
         return dict(self.named_parameters())
 
-    def stored(self) -> dict[str, Tensor]:
-        """What the adapter's file holds of it. That `take` reads again."""
+    def state(self) -> dict[str, Tensor]:
+        """What the adapter's file holds of it. That `load_state` reads again."""
         return {key: parameter.detach() for key, parameter in self.tensors().items()}
 
-    def take(self, stored: dict[str, Tensor]) -> None:
-        """Set the tensors from what `stored` gave; shapes have been checked."""
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Set the tensors from what `state` gave; shapes have been checked."""
         for key, parameter in self.tensors().items():
-            parameter.copy_(stored[key])
+            parameter.copy_(state[key])
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         """The module's weight [out, in] (an embedding's [V, d]) and bias in fp32 with this part in them.
 
         Raises AdapterError where the method cannot be merged.
@@ -95,7 +95,7 @@ class AdaptedLayer(nn.Module):
         """The base layer's."""
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def part(self, name: str | None) -> Part | None:
+    def part(self, name: str | None) -> AdapterModule | None:
         """What the named adapter has here."""
         return self.adapters[name] if name is not None and name in self.adapters else None  # type: ignore[return-value]
 
@@ -113,7 +113,7 @@ class AdaptedLayer(nn.Module):
         for segment in batch.segments:
             if (part := self.part(segment.adapter)) is None:
                 continue
-            addition = part.addition(segment.start, segment.stop, self.base_layer)
+            addition = part.fused_terms(segment.start, segment.stop, self.base_layer)
             if addition is None:
                 return None
             dropout = self._dropout(part, batch, segment)
@@ -121,7 +121,7 @@ class AdaptedLayer(nn.Module):
             gains += addition.gains
         return replace(base, terms=tuple(terms), gains=tuple(gains))
 
-    def _dropout(self, part: Part, batch: Batch, segment: Segment) -> Dropout | None:
+    def _dropout(self, part: AdapterModule, batch: Batch, segment: Segment) -> Dropout | None:
         if not (part.training and part.dropout):
             return None
         return batch.dropout(part.dropout, self.input_key, slice(segment.start, segment.stop))
@@ -168,7 +168,7 @@ class AdaptedLayer(nn.Module):
         for at, segment in enumerate(segments):
             if (part := self.part(segment.adapter)) is not None:
                 given, dropout = x[segment.start : segment.stop], self._dropout(part, batch, segment)
-                rows[at] = part.adapted(
+                rows[at] = part.forward(
                     rows[at], given if dropout is None else dropped(given, dropout), self.base_layer
                 )
         return torch.cat(rows) if len(rows) > 1 else rows[0]
