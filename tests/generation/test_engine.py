@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from generation.cases import CALLS, NAMES, NEW, called, mixed_base
-from reference.families import added, sequences, tiny_base
+from reference.families import added, logits, sequences, tiny_base
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.methods.lora.dora import Dora
 from topwork.common.errors import RequestError
 from topwork.generation import engine as module
 from topwork.generation.engine import Engine, Event, Request, generate
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
+from topwork.ops.batch import batch_of
 
 BEFORE = json.loads(Path(__file__).with_name("before.json").read_text())
 
@@ -192,6 +195,39 @@ def test_an_adapter_that_drops_out_is_refused_until_it_evaluates() -> None:
         engine.step()
     with adapters.evaluating("a"):
         assert tokens_of(drained(engine)[id]) == expected
+
+
+def test_what_weights_alone_decide_is_held_from_beginning_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA's row lengths: once a batch, however it ends, and anew in the next."""
+    base = tiny_base("llama")
+    adapters = added(base, a=AdapterConfig(r=4, use_dora=True))
+    count = 0
+    plain = Dora._computed_lengths
+
+    def counted(part: Dora, base_layer: nn.Module) -> Tensor:
+        nonlocal count
+        count += 1
+        return plain(part, base_layer)
+
+    monkeypatch.setattr(Dora, "_computed_lengths", counted)
+    engine, request, parts = Engine(base), Request([3, 4, 5], "a", sampling=greedy(6)), len(adapters.parts("a"))
+    id = engine.submit(request)
+    before = tokens_of(drained(engine)[id])
+    assert count == parts
+    id = engine.submit(request)
+    engine.step()
+    engine.cancel(id)
+    assert count == 2 * parts
+    for passes in (3, 4):  # nothing is held where nothing runs
+        logits(base, batch_of(sequences(), "a"))
+        assert count == passes * parts
+    with torch.no_grad():
+        for parameter in adapters.parameters("a").values():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    again = engine.submit(request)
+    changed = tokens_of(drained(engine)[again])
+    assert count == 5 * parts
+    assert changed != before
 
 
 def test_no_gradient_is_taken() -> None:
