@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft asks the Hub for a base's config as it saves
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
+"""A llama of 260 thousand parameters that learned to tell stories, too large for the repository."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,14 +31,6 @@ def _same_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def stories260k() -> Path:
-    """A real 260 thousand parameter llama, too large for the repository."""
-    if not STORIES.is_dir():
-        pytest.skip("shared/models/stories260k stands beside a development checkout, and not beside this one")
-    return STORIES
-
-
-@pytest.fixture(scope="session")
 def made_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stories260k is (five layers, a tied head, a tokenizer that puts a BOS in front), but a seed makes it."""
     from data.family_tokenizers import sentencepiece_tokenizer
@@ -47,10 +40,10 @@ def made_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(folder, tokenizer=sentencepiece_tokenizer(), num_hidden_layers=5, tie_word_embeddings=True)
 
 
-@pytest.fixture(scope="session", params=["made", "stories260k"])
-def small_llama(request: pytest.FixtureRequest) -> Path:
-    """A small llama's folder: one that every checkout can make, and one that has learned, where it is at hand."""
-    return request.getfixturevalue("made_llama" if request.param == "made" else "stories260k")
+@pytest.fixture(scope="session", params=["made", *(["stories260k"] if STORIES.is_dir() else [])])
+def small_llama(request: pytest.FixtureRequest, made_llama: Path) -> Path:
+    """A small llama's folder: one that every checkout makes, and a real one where it stands beside a checkout."""
+    return made_llama if request.param == "made" else STORIES
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 from family_tokenizers import build_tokenizer
 from made_files import write_made
 
-SHARED = Path(__file__).parents[2].parent / "shared"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+"""Real data sets, too large for the repository."""
 
 
 @pytest.fixture(scope="session")
@@ -16,24 +17,15 @@ def make_tokenizer() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder of real data sets, where the project stands beside one."""
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip("the real data sets are too large for the repository; made rows in their columns stand for them")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the same names with two made rows in each file."""
+    """A folder of files named as those of well-known data sets, with two made rows in their columns."""
     return write_made(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="session", params=["made", "real"])
-def data_sets(request: pytest.FixtureRequest) -> Path:
-    """Both, one after the other."""
-    return request.getfixturevalue(f"{request.param}_data")
+@pytest.fixture(scope="session", params=["made", *(["real"] if DATA.is_dir() else [])])
+def data_sets(request: pytest.FixtureRequest, made_data: Path) -> Path:
+    """The made files, and the real ones where they stand beside a checkout."""
+    return made_data if request.param == "made" else DATA
 
 
 @pytest.fixture

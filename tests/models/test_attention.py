@@ -13,7 +13,7 @@ from reference.measure import relative
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT, flat_attention_forward, use_flat_attention
 from topwork.ops.batch import batch_of
-from topwork.ops.context import running
+from topwork.ops.context import current_batch, running
 
 BATCH = batch_of([torch.zeros(length, dtype=torch.int64) for length in (4, 1, 6)])
 
@@ -86,8 +86,6 @@ def test_outside_a_stream_it_says_how_to_call() -> None:
 
 
 def test_streams_may_be_nested_and_end_with_their_block() -> None:
-    from topwork.ops.batch import current_batch
-
     other = batch_of([torch.zeros(2, dtype=torch.int64)])
     with running(BATCH):
         with running(other):

@@ -238,14 +238,18 @@ def peft_model(base: Path, adapter: Path, **options: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_peft_reads_the_adapter_onto_bitsandbytes_base(kind: str, run_of: Callable[..., Path], wide: Path) -> None:
+def test_peft_reads_the_adapter_onto_bitsandbytes_base(
+    kind: str, run_of: Callable[..., Path], wide: Path, tmp_path: Path
+) -> None:
     options = {"nf4": PEFTS, "int8": INT8}[kind]
     run = run_of({"nf4": NF4, "int8": INT8}[kind])
     theirs = peft_model(wide, run / "adapter", **options)
     opened = open_run(run, log=silent)
     found, expected = our_logits(opened.base, ADAPTER_NAME), plain_logits(theirs)
     assert relative(found, our_logits(opened.base, None)) > 1e-2
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    merge(run, tmp_path / "out", log=silent)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert furthest(found, expected) <= apart_by_rounding(merged, plain_logits)
 
 
 def learned(sequences: list[Tensor], prompts: list[int], adapter: str) -> Batch:

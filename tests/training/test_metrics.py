@@ -135,14 +135,15 @@ def test_missing_package_names_the_extra(
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard_files_hold_the_finite_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     with MetricsLog(tmp_path, sinks=open_sinks(["tensorboard"], tmp_path, {"r": 16}), warn=pytest.fail) as log:
         log.write("train", 1, {"loss": 0.5, "tokens": 7, "grad_norm": NAN, "done": True, "text": "x"})
         log.write("eval", 2, {"loss": 0.25})
@@ -150,7 +151,7 @@ def test_tensorboard_files_hold_the_finite_numbers(tmp_path: Path) -> None:
 
 
 def test_tensorboard_after_a_resume_shows_each_step_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     for resume_step, steps in ((None, (1, 2, 3)), (1, (2, 3, 4))):
         sinks = open_sinks(["tensorboard"], tmp_path, {}, resume_step)
         with MetricsLog(tmp_path, resume_step, sinks, warn=pytest.fail) as log:
@@ -217,7 +218,7 @@ def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatc
 
 
 def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     sinks = open_sinks(["wandb"], tmp_path, {"r": 16}, warn=pytest.fail)
     with MetricsLog(tmp_path, sinks=sinks, warn=pytest.fail) as log:

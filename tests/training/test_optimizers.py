@@ -130,6 +130,7 @@ def test_paged_is_unpaged(tmp_path: Path, dtype: torch.dtype) -> None:
     assert_same(content(paged, ours), content(unpaged, theirs))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [8192, 1 << 24])
 def test_paged_is_unpaged_on_a_gpu(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
