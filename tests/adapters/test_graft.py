@@ -367,7 +367,7 @@ def test_what_fails_halfway_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
         if len(begun) == 5:
             raise MemoryError
 
-    monkeypatch.setattr(Lora, "begin", failing)
+    monkeypatch.setattr(Lora, "reset_parameters", failing)
     adapters = Adapters(base.module)
     with pytest.raises(MemoryError):
         adapters.add("a", CONFIG)

@@ -323,7 +323,7 @@ from topwork.run.quantize import quantize
 place = Path(sys.argv[1])
 try:
     base = ModelConfig(model_name_or_path="{base}", dtype="float32", device="cpu")
-    quantize(base, place / "out", report=lambda _: None)
+    quantize(base, place / "out", log=lambda _: None)
 except RunError as error:
     left = [str(error), *place.iterdir()]
     print("refused" if "disk is full" in str(error) and len(left) == 1 else left)

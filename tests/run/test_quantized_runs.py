@@ -33,7 +33,7 @@ from topwork.objectives.sft import Sft
 from topwork.ops.batch import Batch, Labels, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
-from topwork.run import together
+from topwork.run import session
 from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.merge import _inputs, merge
 from topwork.run.quantize import quantize
@@ -136,7 +136,7 @@ def test_the_loss_falls_and_nothing_but_the_adapter_moves(
         bases.append(load_base(*arguments))
         return bases[-1]
 
-    monkeypatch.setattr(together, "load_base", kept)
+    monkeypatch.setattr(session, "load_base", kept)
     run = train(recipe(base=folder, quantization=quantization), log=silent)
     assert run.result["eval_loss_after"] < run.result["eval_loss_before"] - 0.2
     (base,) = bases
