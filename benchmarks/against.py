@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from common import BENCHMARKS, peak_mib, surroundings, surroundings_text, threads, write_record
 
+PEAK_STEPS = 4
 PAUSE = 0.03
 """Seconds between steps, in which the threads of the process that has just worked go to sleep."""
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("commit")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--kinds", default="lora", help="comma-separated, of lora, nf4, dora")
+    parser.add_argument("--processes", type=int, default=3, help="fresh ones for each kind's peak")
     parser.add_argument("--out", type=Path, help="the record's path without its ending; left out, it is only printed")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given, options = parser.parse_known_args()
@@ -44,6 +46,7 @@ def main() -> None:
         try:
             for kind in given.kinds.split(","):
                 found[kind] = compared(*in_turns([root, other], given.pairs, kind))
+                found[kind] |= peaks([root, other], given.processes, kind)
                 print(f"{kind}: {line(found[kind], given.commit)}", flush=True)
         finally:
             git(root, "worktree", "remove", "--force", str(other))
@@ -52,24 +55,37 @@ def main() -> None:
         write_record(given.out, record, text(record))
 
 
-def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, Any]:
     """Step by step, ours over theirs."""
     low, middle, high = quantiles([own["seconds"] / before["seconds"] for own, before in zip(ours, theirs)], n=4)
     return {
         "time": middle, "low": low, "high": high, "pairs": len(ours),
         "seconds": median(step["seconds"] for step in ours), "seconds_before": median(s["seconds"] for s in theirs),
         "loss": max(abs(own["loss"] - before["loss"]) / before["loss"] for own, before in zip(ours, theirs)),
-        "peak_mib": ours[-1]["peak_mib"], "peak_mib_before": theirs[-1]["peak_mib"],
     }  # fmt: skip
 
 
-def line(found: dict[str, float], commit: str) -> str:
-    peaks = found["peak_mib"], found["peak_mib_before"]
+def peaks(trees: list[Path], processes: int, kind: str) -> dict[str, Any]:
+    """The largest resident sizes of fresh processes that take a few steps, in turns; a heap's holes move them by some
+    fifty MiB from one to the next."""
+    found: list[list[float]] = [[] for _ in trees]
+    for _ in range(processes):
+        for at, tree in enumerate(trees):
+            worker = begun(tree, kind)
+            output, _ = worker.communicate("\n" * PEAK_STEPS)
+            found[at].append(json.loads(output.splitlines()[-1])["peak_mib"])
+    return {"peaks_mib": found[0], "peaks_mib_before": found[1]}
+
+
+def line(found: dict[str, Any], commit: str) -> str:
+    peaks = [found[name] for name in ("peaks_mib", "peaks_mib_before")]
+    told = " and ".join(f"{median(own):,.0f} ({min(own):,.0f}–{max(own):,.0f})" for own in peaks)
+    ratio = median(peaks[0]) / median(peaks[1])
     return (
         f"{found['time']:.3f} of {commit}'s time (quartiles {found['low']:.3f}–{found['high']:.3f}, "
         f"{found['pairs']:.0f} pairs; {1e3 * found['seconds']:,.0f} and {1e3 * found['seconds_before']:,.0f} ms), "
-        f"peaks {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB ({peaks[0] / peaks[1]:.3f}); losses differ by at most "
-        f"{found['loss']:.1e} of themselves"
+        f"peaks of {len(peaks[0])} processes {told} MiB, {ratio:.3f}; losses differ by at most {found['loss']:.1e} of "
+        "themselves"
     )
 
 
