@@ -238,3 +238,29 @@ def test_no_gradient_is_taken() -> None:
     with torch.enable_grad():
         drained(engine)
     assert all(parameter.grad is None for parameter in adapters.parameters("a").values())
+
+
+def test_a_step_that_fails_loses_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    engine = Engine(base, batch_size=1)
+    lost, second = (engine.submit(Request(prompt, sampling=greedy(4))) for prompt in prompts(5, 8))
+    failures = iter([RuntimeError("not a number"), None, RuntimeError("not a number")])
+    choose = engine._sampler.choose
+
+    def failing(*given: Any) -> torch.Tensor:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        return choose(*given)
+
+    monkeypatch.setattr(engine._sampler, "choose", failing)
+    with pytest.raises(RuntimeError, match="not a number"):
+        engine.step()
+    with pytest.raises(RequestError, match=f"request {lost} cannot be cancelled: it has ended already"):
+        engine.cancel(lost)
+    engine.step()
+    with pytest.raises(RuntimeError, match="not a number"):
+        engine.step()
+    assert not engine.busy
+    third = engine.submit(Request(prompts(5, 8)[1], sampling=greedy(4)))
+    assert third > second
+    assert tokens_of(drained(engine)[third]) == alone(base, Request(prompts(5, 8)[1], sampling=greedy(4)))

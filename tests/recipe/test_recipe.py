@@ -168,6 +168,15 @@ def test_an_override_reaches_a_section_that_was_left_empty(written) -> None:  # 
     assert load_recipe(written(MINIMAL + "adapter:\n"), ["adapter.r=3"]).adapter.r == 3
 
 
+def test_an_override_reaches_a_section_that_is_given_by_its_name(written) -> None:  # type: ignore[no-untyped-def]
+    """As a run's own recipe has its objective."""
+    recipe = load_recipe(written(MINIMAL + "training:\n  objective: sft\n"), ["training.objective.name=sft"])
+    assert recipe.training.objective.name == "sft"
+    told = refusal(written(MINIMAL + "training:\n  objective: sft\n"), "training.objective.beta=0.1")
+    assert "beta" in told
+    assert "a value, not a section" not in told
+
+
 @pytest.mark.parametrize(
     ("given", "sequences"),
     [

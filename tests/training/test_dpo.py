@@ -6,7 +6,7 @@ back. The formula is held against the same one over transformers' own forward.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -23,6 +23,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.peft_format import BaseId
+from topwork.common.errors import DataError
 from topwork.data.batches import collate
 from topwork.data.examples import Example
 from topwork.data.source import FixedRows
@@ -141,8 +142,13 @@ def test_a_column_is_filled_for_those_who_read_it_and_costs_the_others_nothing()
     with torch.no_grad():
         expected = base.log_probabilities(collate(pairs(), None))
     assert relative(labels.column("reference")[own], expected) < 1e-6
-    assert not labels.column("reference")[other].any()
+    assert labels.column("reference")[other].isnan().all()  # who reads what nobody gave it is told by its loss
     assert with_columns(base, {"a": Sft(), "b": Sft()}, batch) is batch
+    own_column = [replace(row, columns={"reference": np.full(len(row.tokens), 7, np.float32)}) for row in pairs(5)]
+    [batch] = step_passes([("a", pairs()), ("b", own_column)], 1000, base.device)
+    labels = with_columns(base, {"a": Dpo(), "b": Sft()}, batch).labels
+    assert relative(labels.column("reference")[own], expected) < 1e-6
+    assert (labels.column("reference")[other] == 7).all()
     with pytest.raises(KeyError, match="no column 'advantages'; they have \\['reference'\\]"):
         labels.column("advantages")
 
@@ -151,6 +157,29 @@ def test_a_segment_of_nobody_is_refused() -> None:
     base, _, learner = prepared()
     with pytest.raises(ValueError, match="a segment of the bare base is in a pass of a"):
         train_step(base, [learner], [collate(pairs(), None)])
+
+
+def test_rows_that_do_not_fit_are_refused_by_name() -> None:
+    first, second = pairs()[:2]
+    some = [replace(first, columns={"advantages": first.weights}), second]
+    with pytest.raises(DataError, match=r"1 of 2 rows for a have no column 'advantages' \(first 0 rejected\)"):
+        collate(some, "a")
+    with pytest.raises(DataError, match=r"0 chosen: 15 tokens, and 14 advantages"):
+        replace(first, columns={"advantages": first.weights[1:]})
+    with pytest.raises(DataError, match=r"0 chosen: its first token has weight 1.0"):
+        replace(first, weights=np.ones_like(first.weights))
+    with pytest.raises(DataError, match="0 chosen: 0 tokens"):
+        replace(first, tokens=first.tokens[:0], weights=first.weights[:0])
+
+
+def test_a_column_of_another_length_is_refused() -> None:
+    base, _, _ = prepared()
+
+    class Short(Dpo):
+        columns: ClassVar[Mapping[str, Fill]] = {"reference": lambda *_: torch.zeros(1)}
+
+    with pytest.raises(ValueError, match=r"column reference was filled with \[1\], not with \[\d+\]|not \[\d+\]"):
+        with_columns(base, {"a": Short()}, collate(pairs(), "a"))
 
 
 def test_it_learns_and_its_figures_reach_the_files_and_the_page(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from topwork.common.errors import RequestError
-from topwork.training.metrics import MetricsLog, open_sinks, strict_record
+from topwork.training.metrics import MetricsLog, _shown_numbers, metrics_text, open_sinks, strict_record
 
 NAN, INF = float("nan"), float("inf")
 
@@ -224,3 +224,16 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with MetricsLog(tmp_path, sinks=sinks, warn=pytest.fail) as log:
         log.write("train", 1, {"loss": 0.5})
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_an_objectives_own_figures_stand_beside_the_runs(tmp_path: Path) -> None:
+    """Under names of their own, so that one called loss hides nothing; and in a line of progress."""
+    record = {"kind": "train", "step": 3, "loss": 0.5, "metrics": {"loss": 0.25, "accuracy": 1.0, "kl": None}}
+    assert _shown_numbers(record) == {"train/loss": 0.5, "train/metrics/loss": 0.25, "train/metrics/accuracy": 1.0}
+    assert metrics_text(record) == "  loss 0.25  accuracy 1  kl –"
+    assert metrics_text({"loss": 0.5}) == ""
+    sink = Recorder()
+    with MetricsLog(tmp_path, sinks=[sink]) as log:
+        log.write("train", 3, {"metrics": {"margin": NAN, "accuracy": 0.5}})
+    assert lines(tmp_path)[0]["metrics"] == {"margin": None, "accuracy": 0.5}
+    assert lines(tmp_path)[0]["nonfinite"] == ["metrics.margin"]

@@ -1,6 +1,7 @@
 """Pass sizes and checkpointed layers follow from free memory; training depends on neither."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from reference.kept import kept_bytes_per_token as measured_bytes
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RecipeError
-from topwork.data.batches import Group
+from topwork.data.batches import AdapterRows
 from topwork.data.examples import Example
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.objectives.sft import Sft
@@ -91,11 +92,15 @@ def test_what_was_asked_for_is_done() -> None:
         plan((10**6, 0), tokens=299)
 
 
-def test_virtual_tokens_take_room_in_a_pass() -> None:
-    def row(length: int) -> Example:
-        return Example(np.ones(length, np.int32), np.ones(length, np.float32), "row")
+def row(length: int, token: int = 1, group: int | None = None) -> Example:
+    """All of it learned but the first token."""
+    weights = np.ones(length, np.float32)
+    weights[0] = 0
+    return Example(np.full(length, token, np.int32), weights, "row", group=group)
 
-    groups: list[Group] = [("lora", [row(40), row(40)]), ("prompt", [row(40), row(40)])]
+
+def test_virtual_tokens_take_room_in_a_pass() -> None:
+    groups: list[AdapterRows] = [("lora", [row(40), row(40)]), ("prompt", [row(40), row(40)])]
 
     def lengths(virtual: dict[str, int]) -> list[list[tuple[str | None, int]]]:
         passes = step_passes(groups, 160, torch.device("cpu"), virtual)
@@ -110,11 +115,11 @@ def test_what_a_row_draws_from_is_its_own() -> None:
     """Its adapter's seed and its number: another packing, order of adapters or company changes nothing."""
 
     def rows(*lengths: int) -> list[Example]:
-        return [Example(np.full(length, length, np.int32), np.ones(length, np.float32), "row") for length in lengths]
+        return [row(length, token=length) for length in lengths]
 
-    groups: list[Group] = [("a", rows(20, 30, 40)), ("b", rows(21, 20))]
+    groups: list[AdapterRows] = [("a", rows(20, 30, 40)), ("b", rows(21, 20))]
 
-    def drawn(groups: Sequence[Group], budget: int, **seeds: int) -> dict[tuple[str | None, int], list[int]]:
+    def drawn(groups: Sequence[AdapterRows], budget: int, **seeds: int) -> dict[tuple[str | None, int], list[int]]:
         found = {}
         for batch in step_passes(groups, budget, torch.device("cpu"), seeds=seeds):
             for start, stop in pairwise(batch.cu_seqlens):
@@ -129,6 +134,9 @@ def test_what_a_row_draws_from_is_its_own() -> None:
     assert drawn(groups, 41, a=5, b=6) == drawn(groups[::-1], 75, a=5, b=6) == expected
     alone = drawn(groups[1:], 1000, b=6)
     assert alone == {key: draws for key, draws in expected.items() if key[0] == "b"}
+    pairs = [row(length, length, group=number % 3) for number, length in enumerate((20, 30, 40, 22, 31, 41))]
+    packed = drawn([("a", pairs)], 90, a=5)  # packing puts every pair together
+    assert packed == drawn([("a", [replace(row, group=None) for row in pairs])], 1000, a=5)
     other = drawn(groups, 1000, a=5, b=7)
     assert [key for key in expected if other[key] == expected[key]] == [("a", 20), ("a", 30), ("a", 40)]
     assert all(batch.dropout_seeds is None for batch in step_passes(groups, 1000, torch.device("cpu")))

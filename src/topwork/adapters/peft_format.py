@@ -144,7 +144,11 @@ def _method(raw: Mapping[str, Any], folder: Path, methods: Mapping[str, Method[A
     found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
         told = f"of method {name!r}" if name is not None else f"of peft_type {kind}"
-        raise AdapterError(f"{folder} holds an adapter {told}; {', '.join(sorted(by_type))} can be read")
+        own = [name for name, method in methods.items() if not method.files.peft_type]
+        raise AdapterError(
+            f"{folder} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
+            f"{', '.join(sorted(own))}. For a method of one's own give its record: methods=METHODS | {{…}}"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from topwork.common.errors import DataError
 from topwork.data.examples import Example, grouped
 from topwork.ops.batch import Batch, Labels, Segment
 
-Group = tuple[str | None, Sequence[Example]]
+AdapterRows = tuple[str | None, Sequence[Example]]
 
 
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def pack(lengths: Sequence[int], budget: int, owners: Sequence[int] | None = Non
     return [sorted(indices) for indices in passes]
 
 
-def together(groups: Sequence[Group]) -> list[list[int]]:
+def together(groups: Sequence[AdapterRows]) -> list[list[int]]:
     """The examples of all groups, counted through: those that stay in one pass, in the order of the first of each."""
     found, start = [], 0
     for _, examples in groups:
@@ -83,7 +83,7 @@ def collate(examples: Sequence[Example], adapter: str | None = "default") -> Bat
     return collate_segments([(adapter, examples)])
 
 
-def collate_segments(groups: Sequence[Group]) -> Batch:
+def collate_segments(groups: Sequence[AdapterRows]) -> Batch:
     """One pass: each group's examples are a segment of its adapter (None: the bare base). On the CPU."""
     examples = [example for _, group in groups for example in group]
     if not examples:
@@ -99,13 +99,12 @@ def collate_segments(groups: Sequence[Group]) -> Batch:
     )
 
 
-def _labels(groups: Sequence[Group], tokens: Tensor) -> Labels:
+def _labels(groups: Sequence[AdapterRows], tokens: Tensor) -> Labels:
     examples = [example for _, group in groups for example in group]
     weights = np.concatenate([example.weights for example in examples])
     learned = np.flatnonzero(weights)
     sequences = np.repeat(np.arange(len(examples)), [len(example.tokens) for example in examples])
-    names = sorted({name for example in examples for name in example.columns})
-    columns = {name: np.concatenate([_column(example, name) for example in examples])[learned] for name in names}
+    columns = {name: np.concatenate(parts)[learned] for name, parts in _columns(groups).items()}
     return Labels(
         positions=_int64(learned - 1),
         targets=tokens[torch.from_numpy(learned)],
@@ -116,12 +115,25 @@ def _labels(groups: Sequence[Group], tokens: Tensor) -> Labels:
     )
 
 
-def _column(example: Example, name: str) -> np.ndarray:
-    """A column of an example [T]; zeros where it has none, which is another adapter's, or an objective would miss."""
-    return example.columns.get(name, np.zeros(len(example.tokens), dtype=np.float32))
+def _columns(groups: Sequence[AdapterRows]) -> dict[str, list[np.ndarray]]:
+    """Each column in the rows of all adapters, and not a number in those of an adapter whose rows do not have it.
+
+    Raises DataError where only some of an adapter's rows do.
+    """
+    names = sorted({name for _, examples in groups for example in examples for name in example.columns})
+    for adapter, examples in groups:
+        for name in names:
+            without = [example.source for example in examples if name not in example.columns]
+            if 0 < len(without) < len(examples):
+                raise DataError(
+                    f"{len(without)} of {len(examples)} rows for {adapter} have no column {name!r} (first "
+                    f"{without[0]}); give it to all of them, or to none"
+                )
+    rows = [example for _, examples in groups for example in examples]
+    return {name: [row.columns.get(name, np.full(len(row.tokens), np.nan)) for row in rows] for name in names}
 
 
-def _group_numbers(groups: Sequence[Group]) -> tuple[int, ...]:
+def _group_numbers(groups: Sequence[AdapterRows]) -> tuple[int, ...]:
     """Of each sequence the number of the group that it is in; an adapter's groups are its own."""
     numbers: dict[tuple[int, object], int] = {}
     found = []
@@ -132,7 +144,7 @@ def _group_numbers(groups: Sequence[Group]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _segments(groups: Sequence[Group]) -> tuple[Segment, ...]:
+def _segments(groups: Sequence[AdapterRows]) -> tuple[Segment, ...]:
     segments: list[Segment] = []
     start = 0
     for adapter, group in groups:

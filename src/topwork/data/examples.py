@@ -31,6 +31,17 @@ class Example:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     group: str | int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises DataError where lengths differ, there are no tokens, or the first is to be learned from nothing."""
+        lengths = {"weights": len(self.weights), **{name: len(column) for name, column in self.columns.items()}}
+        wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(self.tokens)]
+        if wrong or not len(self.tokens):
+            raise DataError(f"{self.source}: {len(self.tokens)} tokens, and {', '.join(wrong) or 'nothing else'}")
+        if self.weights[0]:
+            raise DataError(
+                f"{self.source}: its first token has weight {self.weights[0]}, and nothing to learn it from"
+            )
+
 
 def grouped(examples: Sequence[Example]) -> list[list[int]]:
     """The numbers of examples, those of a group together, in the order of the first of each."""

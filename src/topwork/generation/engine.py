@@ -114,10 +114,19 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Event]:
         """A token for every request that runs, or, where none does, the prompts that come next are read and get their
-        first. Tells what came of it, in the order of the batch, after what was cancelled since the last step."""
-        came = self._tokens() if self._running or self._waiting else []
+        first. Tells what came of it, in the order of the batch, after what was cancelled since the last step. Where it
+        raises, what ran is lost, and what waits may still run."""
+        try:
+            came = self._tokens() if self._running or self._waiting else []
+        except BaseException:
+            self.close()
+            raise
         events, self._cancelled = [*self._cancelled, *came], []
         return events
+
+    def close(self) -> None:
+        """Forget what runs, and let go of what is held for it; what waits may still run."""
+        self._end()
 
     def _tokens(self) -> list[Event]:
         running = self._running
@@ -186,16 +195,19 @@ def generate(
     order = sorted(range(len(requests)), key=lambda index: likeness(requests[index]))
     index_of = {engine.submit(requests[index]): index for index in order}
     results: list[list[int]] = [[] for _ in prompts]
-    while engine.busy:
-        events = engine.step()
-        for event in events:
-            if event.token is not None:
-                results[index_of[event.id]].append(event.token)
-                if on_token is not None:
-                    on_token(index_of[event.id], event.token)
-        ended = sum(event.ended is not None for event in events)
-        if on_finished is not None and ended:
-            on_finished(ended)
+    try:
+        while engine.busy:
+            events = engine.step()
+            for event in events:
+                if event.token is not None:
+                    results[index_of[event.id]].append(event.token)
+                    if on_token is not None:
+                        on_token(index_of[event.id], event.token)
+            ended = sum(event.ended is not None for event in events)
+            if on_finished is not None and ended:
+                on_finished(ended)
+    finally:  # a callback may have raised
+        engine.close()
     return results
 
 

@@ -19,15 +19,24 @@ def reference(base: Base, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def with_columns(base: Base, objectives: Mapping[str, Objective], batch: Batch) -> Batch:
-    """The batch with the columns that the objectives of its adapters, by name, want filled; zero for the others.
+    """The batch with the columns that the objectives of its adapters, by name, want filled: in these adapters' rows,
+    whatever was there. In the others' a column stays as the rows brought it, and is not a number where they did not.
 
-    Of each part its own rows run, in a pass of their own: inside the gradient's pass they would be kept for it.
+    Of each part its own rows run, in a pass of their own: inside the gradient's pass they would be kept for it. Raises
+    ValueError where what fills a column does not give one number a label.
     """
     for name in sorted({name for objective in objectives.values() for name in objective.columns}):
-        values = torch.zeros(len(batch.labels), device=batch.tokens.device)
+        given = batch.labels.columns.get(name)
+        values = torch.full((len(batch.labels),), torch.nan, device=batch.tokens.device)
+        values = values if given is None else given.clone()
         for rows, part in batch.parts():
             objective = objectives.get(part.segments[0].adapter or "")
             if objective is not None and name in objective.columns:
-                values[rows] = objective.columns[name](base, part)
+                found = objective.columns[name](base, part)
+                if found.shape != (len(part.labels),):
+                    raise ValueError(
+                        f"column {name} was filled with {[*found.shape]}, not [{len(part.labels)}] numbers"
+                    )
+                values[rows] = found
         batch = replace(batch, labels=batch.labels.with_column(name, values))
     return batch

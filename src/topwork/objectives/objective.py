@@ -11,7 +11,7 @@ from topwork.models.base import Base
 from topwork.ops.batch import Batch, Labels
 
 Fill = Callable[[Base, Batch], Tensor]
-"""Makes a column [N] of a batch's labels before the step, without a gradient."""
+"""Makes a column [N] of a batch's labels before the step, without a gradient; dropout is on where it is in the step."""
 
 
 @dataclass(frozen=True)

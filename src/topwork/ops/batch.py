@@ -175,6 +175,7 @@ class Batch:
             tuple(inside),
             (Segment(0, segment.stop - segment.start, segment.adapter),),
             self.labels.part(rows, segment, slice(first, first + len(inside) - 1)),
+            dropout_seeds=None if self.dropout_seeds is None else self.dropout_seeds[at],
         )
 
 

@@ -139,9 +139,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: expected a.b=value, for example training.learning_rate=1e-4")
     at: Any = values
     *parents, last = key.strip().split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
         if at.get(parent) is None:  # absent, or a section left empty
             at[parent] = {}
+        elif isinstance(at[parent], str) and "name" in options_at(parents[:depth]):
+            at[parent] = {"name": at[parent]}  # a section that may be given by its name alone
         at = at[parent]
         if not isinstance(at, dict):
             raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")

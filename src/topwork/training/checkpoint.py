@@ -112,7 +112,12 @@ def save_checkpoint(
     Raises RunError on a full disk; the earlier checkpoints then stand.
     """
     tensors = _optimizer_tensors(optimizer, parameter_names)
-    described = {"format": _FORMAT, "optimizer": type(optimizer).__name__, "state": state.to_json(), "rows": dict(rows)}
+    described = {
+        "format": _FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "state": state.to_json(),
+        "rows": _as_json(rows),
+    }
     described["parameters"] = _shapes(optimizer, parameter_names)
 
     def write(path: Path) -> None:
@@ -177,10 +182,25 @@ def _described(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
 
 
-def read_rows(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint's row source; empty for one that was written before there were any. Raises
+def read_rows(path: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint's row source; None for one that was written before there were any. Raises
     CheckpointError."""
-    return dict(_described(path).get("rows", {}))
+    rows = _described(path).get("rows")
+    if rows is not None and not isinstance(rows, dict):
+        raise CheckpointError(f"{path} cannot be read: its rows are a {type(rows).__name__}; resume from another")
+    return rows
+
+
+def _as_json(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises CheckpointError for a row source's state that JSON does not hold."""
+    try:
+        value: dict[str, Any] = json.loads(json.dumps(dict(rows), allow_nan=False))
+        return value
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the row source's state cannot be saved ({error}); `state()` is to give what JSON holds: texts, finite "
+            "numbers, lists and maps"
+        ) from error
 
 
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]) -> TrainState:

@@ -10,7 +10,7 @@ import torch
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import NonFiniteLossError, RunError
-from topwork.data.batches import Group
+from topwork.data.batches import AdapterRows
 from topwork.models.base import Base
 from topwork.ops.batch import Batch
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
@@ -122,7 +122,7 @@ class Loop:
             else:
                 trial.stepped(Timed(result, seconds, tokens))
 
-    def _passes(self, groups: Sequence[Group], seeds: Mapping[str, int] | None = None) -> list[Batch]:
+    def _passes(self, groups: Sequence[AdapterRows], seeds: Mapping[str, int] | None = None) -> list[Batch]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
         return step_passes(groups, self.tokens_per_pass, self.base.device, virtual, seeds)
 

@@ -208,9 +208,10 @@ def open_sinks(
 
 def _shown_numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """{kind/key: number} of a record's finite numbers, the objective's own among them."""
+    named = {**record, **{f"metrics/{name}": value for name, value in record.get("metrics", {}).items()}}
     return {
         f"{record['kind']}/{key}": value
-        for key, value in {**record, **record.get("metrics", {})}.items()
+        for key, value in named.items()
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
     }
 

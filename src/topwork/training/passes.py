@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from topwork.common.errors import RecipeError
 from topwork.common.seeds import hashed
-from topwork.data.batches import Group, collate_segments, pack, together
+from topwork.data.batches import AdapterRows, collate_segments, pack, together
 from topwork.ops.batch import Batch
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.optimizers import state_bytes
@@ -26,7 +26,7 @@ SMALLEST_PASS = 256
 
 
 def step_passes(
-    groups: Sequence[Group],
+    groups: Sequence[AdapterRows],
     tokens_per_pass: int,
     device: torch.device,
     virtual: Mapping[str, int] = MappingProxyType({}),
@@ -37,7 +37,7 @@ def step_passes(
     drops out in them, however they are packed."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
-    def by_adapter(indices: Sequence[int]) -> list[Group]:
+    def by_adapter(indices: Sequence[int]) -> list[AdapterRows]:
         by_group = groupby(indices, lambda index: rows[index][0])  # rising, so that an adapter's stand together
         return [(groups[at][0], [rows[index][1] for index in own]) for at, own in by_group]
 

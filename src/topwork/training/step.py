@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from topwork.common.errors import NonFiniteLossError
+from topwork.common.errors import NonFiniteLossError, RunError
 from topwork.models.base import Base
 from topwork.objectives.columns import with_columns
 from topwork.objectives.objective import Objective
@@ -64,7 +64,7 @@ class _Sum:
         self.total = self.total + loss.total.detach().double()
         self.count += loss.count
         for name, value in loss.metrics.items():
-            self.metrics[name] = self.metrics[name] + value
+            self.metrics[name] = self.metrics[name] + (value.detach() if isinstance(value, Tensor) else value)
         self.tokens += len(part)
         self.learned += len(part.labels)
         return loss.total
@@ -121,13 +121,19 @@ def _updated(learner: Learner, known: _Sum) -> StepResult | NonFiniteLossError:
 
 @torch.no_grad()
 def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Sequence[Batch]) -> dict[str, Means]:
-    """Each adapter's mean of its objective over held-out passes, without a gradient."""
+    """Each adapter's mean of its objective over held-out passes, without a gradient. Raises RunError for an adapter
+    whose rows count nothing."""
     sums = {name: _Sum(objective) for name, objective in objectives.items()}
     for given in passes:
         batch = with_columns(base, objectives, given)
         logprobs = base.log_probabilities(batch)
         for rows, part in batch.parts():
             _owner(sums, part).add(logprobs[rows], part)
+    idle = [name for name, known in sums.items() if not known.count]
+    if idle:
+        raise RunError(
+            f"nothing counts in the held-out rows of {', '.join(idle)}; give rows that its objective measures"
+        )
     return {name: known.means() for name, known in sums.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
-from topwork.common.errors import NonFiniteLossError, RecipeError
+from topwork.common.errors import CheckpointError, NonFiniteLossError, RecipeError, RunError
 from topwork.common.seeds import hashed
 from topwork.data.examples import Example
 from topwork.data.source import RowSource
@@ -88,7 +88,13 @@ class Trial:
         """Take weights, optimizer and random state from a checkpoint, to go on from the loop's round `at`."""
         self.place.adapters.load(self.name, read_adapter(checkpoint / ADAPTER, self.place.adapters.methods).tensors)
         state = load_checkpoint(checkpoint, self.optimizer, self.names)
-        self._rows_state = read_rows(checkpoint)
+        rows = read_rows(checkpoint)
+        if rows is None and self._rows_state:
+            raise CheckpointError(
+                f"{checkpoint} holds no state of a row source, and this one has some; resume with the rows that it was "
+                "made with, or begin anew"
+            )
+        self._rows_state = rows or {}
         self.rows.restore(self._rows_state)
         if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again
             state = replace(state, ended=None, ended_at=None)
@@ -98,6 +104,10 @@ class Trial:
         """The rows of its next optimizer step, for which its learning rate is set."""
         set_learning_rate(self.optimizer, learning_rate(self.config, self.state.step, self.steps))
         self._step_rows = self.rows.examples(self.state.step)
+        if not self._step_rows:
+            raise RunError(
+                f"{self.name}: its row source gave no rows for step {self.state.step + 1}; give at least one"
+            )
         return self._step_rows
 
     def dropout_seed(self) -> int:
