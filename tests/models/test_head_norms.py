@@ -1,12 +1,13 @@
 """Adapters on norms of heads: rows are tokens, whichever way a family turns them."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from reference.families import added, sequences, tiny_base, tiny_model
+from reference.families import added, batch_differences, learning_batch, logits, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.common.errors import AdapterError
@@ -49,7 +50,7 @@ def test_it_is_known_once(family: str, turned: bool) -> None:
 def test_a_base_without_them_runs_no_pass() -> None:
     model, calls = tiny_model("llama"), []
     model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
-    tell_head_norms(model)
+    tell_head_norms(model, linear=False)
     assert not calls
 
 
@@ -59,3 +60,22 @@ def test_heads_of_a_model_that_is_no_base() -> None:
     norm = model.get_submodule("model.layers.0.self_attn.q_norm")
     with running(batch_of(sequences([3]), "a")), pytest.raises(AdapterError, match=r"is given heads.*exclude_modules"):
         norm(torch.randn(1, 3, 4, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "lora_dropout": 0.2}], ids=["lora", "dora"])
+def test_a_linear_layer_that_is_given_heads(options: dict[str, Any]) -> None:
+    """DeepSeek 3 unfolds what it keeps of keys and values as a single head: rows are tokens all the same."""
+    base = tiny_base("deepseek_v3")
+    assert any(module.heads_first for module in base.module.modules() if hasattr(module, "heads_first"))
+    config = AdapterConfig.model_validate({"r": 4, **options})
+    adapters = added(base, a=config, b=config)
+    for name in ("a", "b"):
+        adapters.train(name)
+    batch = learning_batch(sequences())
+    cut = batch.cu_seqlens
+    mixed = replace(batch, segments=(Segment(0, cut[2], "a"), Segment(cut[2], cut[4], "b")))
+    found = logits(base, mixed)
+    for name, rows in (("a", slice(0, cut[2])), ("b", slice(cut[2], cut[4]))):
+        own = logits(base, replace(batch, segments=(Segment(0, cut[4], name),)))
+        assert relative(found[rows], own[rows]) < 1e-6
+    assert batch_differences("deepseek_v3")["adapter gradients"] < 5e-6

@@ -137,19 +137,26 @@ class AdaptedLayer(nn.Module):
         return self._by_segment(batch, y.flatten(0, len(lead) - 1), x.flatten(0, len(lead) - 1)).view_as(y)
 
     def _by_head(self, y: Tensor, x: Tensor) -> Tensor:
-        """A norm of heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first (`models/head_norms.py`)."""
+        """A module that is given heads: x [1, T, H, D], or [1, H, T, D] where a family turns it first
+        (`models/head_norms.py`). Each head of a token is a row, and draws what the token does."""
         batch = current_batch()
         if not self._touched(batch.segments):
             return y
         heads_first: bool | None = getattr(self.base_layer, "heads_first", None)
         if heads_first is None:
             raise AdapterError(
-                f"an adapted {type(self.base_layer).__name__} is given heads, {list(x.shape)}, and is no norm inside "
+                f"an adapted {type(self.base_layer).__name__} is given heads, {list(x.shape)}, and is no module of "
                 "an attention whose layout was found when the base was made; leave it out with exclude_modules"
             )
         if heads_first:
             x, y = x.transpose(1, 2), y.transpose(1, 2)
-        found = self._by_segment(batch, y.flatten(0, 1), x.flatten(0, 1))[None]
+        heads, seeds = x.shape[2], batch.dropout_seeds
+        by_row = replace(
+            batch,
+            segments=tuple(Segment(heads * s.start, heads * s.stop, s.adapter) for s in batch.segments),
+            dropout_seeds=None if seeds is None else seeds.repeat_interleave(heads),
+        )
+        found = self._by_segment(by_row, y.flatten(0, 2), x.flatten(0, 2)).view(y.shape)
         return found.transpose(1, 2) if heads_first else found
 
     def _touched(self, segments: Sequence[Segment]) -> bool:

@@ -1,7 +1,8 @@
-"""How a base's norms of heads are given their input: found once, in a short pass.
+"""How modules of a base that work head by head (norms, and some families' linear layers) are given their input: found
+once, in a short pass.
 
 Most families norm heads as [1, T, H, D]; some turn them first, to [1, H, T, D], which no shape tells where there are as
-many heads as tokens. Adapters on such a norm (`adapters/module.py`) have to know which rows are tokens.
+many heads as tokens. Adapters on such a module (`adapters/module.py`) have to know which rows are tokens.
 """
 
 import torch
@@ -14,10 +15,11 @@ from topwork.ops.context import running
 from topwork.quantization.linear import PackedModule
 
 
-def tell_head_norms(model: PreTrainedModel) -> None:
+def tell_head_norms(model: PreTrainedModel, linear: bool) -> None:
     """Set `heads_first` on every module of the base that is given [1, T, H, D] (False) or [1, H, T, D] (True). To be
-    called while its layers are plain, and set to flat batches."""
-    norms = [module for path, module in model.named_modules() if _could_be_one(path, module)]
+    called while its layers are plain, and set to flat batches. `linear` layers are asked too where nobody knows how the
+    family is made (DeepSeek 3 gives some of its heads)."""
+    norms = [module for path, module in model.named_modules() if _could_be_one(path, module, linear)]
     if not norms:
         return
     config = model.config.get_text_config()
@@ -38,8 +40,9 @@ def tell_head_norms(model: PreTrainedModel) -> None:
             handle.remove()
 
 
-def _could_be_one(path: str, module: nn.Module) -> bool:
-    """A module with a weight inside an attention, and no linear layer."""
+def _could_be_one(path: str, module: nn.Module, linear: bool) -> bool:
+    """A module with a weight inside an attention; a linear layer where these are asked for."""
     weight, parent = getattr(module, "weight", None), path.rpartition(".")[0]
     known = isinstance(module, nn.Linear | Conv1D | PackedModule)
-    return ("attn" in parent or "attention" in parent) and isinstance(weight, nn.Parameter) and not known
+    inside = "attn" in parent or "attention" in parent
+    return inside and isinstance(weight, nn.Parameter) and (linear or not known)

@@ -74,7 +74,7 @@ def as_base(
     else:
         probe(base, use_flat_attention)
         log(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
-    tell_head_norms(module)
+    tell_head_norms(module, linear=config.model_type not in PROVEN)
     if fast:
         make_fast(module, log)
     return base
