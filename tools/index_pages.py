@@ -18,6 +18,7 @@ RECORDS = ROOT / "benchmarks" / "results"
 INDEX = "README.md"
 
 COMMANDS = {
+    "against_f60e869": "against.py f60e869 --pairs 14 --kinds lora,nf4,dora",
     "attention": "attention.py",
     "banking77": "banking77.py score",
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",
