@@ -51,7 +51,9 @@ def main() -> None:
         finally:
             git(root, "worktree", "remove", "--force", str(other))
     if given.out:
-        record = {"commit": given.commit, "options": options, "kinds": found, "surroundings": surroundings()}
+        at = options.index("--data-dir") if "--data-dir" in options else len(options)  # a place, and no option
+        told = [*options[:at], *options[at + 2 :]]
+        record = {"commit": given.commit, "options": told, "kinds": found, "surroundings": surroundings()}
         write_record(given.out, record, text(record))
 
 
