@@ -161,6 +161,11 @@ def _dequantize_4bit_cpu(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     library = native.library("quantize4")
+    if library is None and triton.INTERPRETED:
+        return _dequantize_4bit_cuda(
+            codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size, in_features,
+            row, row_stop, column, column_stop, dtype,
+        )  # fmt: skip
     last = (row_stop - 1) * in_features + column_stop - 1
     if library is None or not _plain_4bit(codes, absmax, nested_absmax, nested_code, last // block_size, dtype):
         return dequantize_4bit_reference(
@@ -182,6 +187,8 @@ def _dequantize_int8_cpu(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
     library = native.library("quantize4")
+    if library is None and triton.INTERPRETED:
+        return _dequantize_int8_cuda(codes, absmax, row, row_stop, column, column_stop, dtype)
     if library is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)

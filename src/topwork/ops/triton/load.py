@@ -1,5 +1,10 @@
-"""The modules of Triton kernels, imported when the first CUDA tensor arrives."""
+"""The modules of Triton kernels, imported when the first CUDA tensor arrives.
 
+With TRITON_INTERPRET=1, which is read when triton is imported, they take CPU tensors too, slowly: with
+TOPWORK_NO_NATIVE=1 beside it whatever runs on a CPU runs as it would on a GPU.
+"""
+
+import os
 import warnings
 from functools import cache
 from importlib import import_module
@@ -9,11 +14,12 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels(name: str, near: Tensor) -> ModuleType | None:
     """`module`, where `near` is a 16- or 32-bit float on a CUDA device; else None."""
-    return module(name) if near.is_cuda and near.dtype in FLOATS else None
+    return module(name) if near.dtype in FLOATS and (near.is_cuda or INTERPRETED) else None
 
 
 @cache
