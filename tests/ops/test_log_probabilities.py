@@ -13,7 +13,7 @@ from topwork.models.base import Base
 from topwork.models.quantized import quantize_head
 from topwork.ops import logprobs
 from topwork.ops.batch import Batch
-from topwork.ops.logprobs import Head, LogitRule, chunk_rows, dense_head, log_probabilities
+from topwork.ops.logprobs import Head, LogitRule, chunk_rows, dense_head, log_probabilities, times_or_nan
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
 RULES = {
@@ -256,3 +256,11 @@ def test_lengths_that_differ_are_refused() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     with pytest.raises(ValueError, match="37 hidden states for 36 targets"):
         log_probabilities(hidden, dense_head(weight), targets[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_way_of_a_gpu_scales_in_fp32_and_poisons_a_gradient_that_was_not_announced(dtype: torch.dtype) -> None:
+    grads, factor = torch.randn(5, 7).to(dtype), torch.tensor(1.0039)
+    found = times_or_nan(grads, factor, torch.tensor(False))
+    assert torch.equal(found, (grads.float() * factor).to(dtype))
+    assert times_or_nan(grads, factor, torch.tensor(True)).isnan().all()

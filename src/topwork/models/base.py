@@ -1,6 +1,6 @@
 """The frozen base: one loaded model, run over flat batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,7 +70,8 @@ class Base:
         """Hidden states [T, d] after the last norm."""
         context = self.pass_over(batch)
         if context.given_rows is not None and context.batch is not None and context.batch.output_positions is None:
-            context = replace(context, batch=replace(context.batch, output_positions=context.given_rows))
+            given = [slice(segment.start, segment.stop) for segment in batch.segments]
+            context = replace(context, batch=context.batch.looked_at(context.given_rows, given))
         return self.run(context)
 
     def run(self, context: PassContext) -> Tensor:
@@ -81,15 +82,16 @@ class Base:
             out = self.module.base_model(**self._given(context), position_ids=positions, use_cache=False)
         return context.back(out.last_hidden_state[0].to(self.module.dtype))
 
-    def hidden_rows(self, batch: Batch, rows: Tensor) -> Tensor:
+    def hidden_rows(self, batch: Batch, rows: Tensor, by_segment: Sequence[slice] | None = None) -> Tensor:
         """Hidden states [n, d] of some rows [n] of the batch, which rise; the last layer computes only these where it
-        can (what is before its attention, for all)."""
-        found = self.hidden(replace(batch, output_positions=rows))
-        return found if len(found) == len(rows) else found[rows]
+        can (what is before its attention, for all). `by_segment`: which of them are each segment's, if it is known."""
+        found = self.hidden(batch.looked_at(rows, by_segment))
+        return found if len(found) == len(rows) else found.index_select(0, rows)
 
     def log_probabilities(self, batch: Batch, gradient: Tensor | None = None) -> Tensor:
         """fp32 log-probabilities [N] of the batch's targets, with `gradient` as in `ops.logprobs`."""
-        rows = self.hidden_rows(batch, batch.labels.positions)
+        by_segment = batch.by_label()
+        rows = self.hidden_rows(batch, batch.labels.positions, by_segment)
         if (head := _head_alone(self.head)) is not None:
             return log_probabilities(rows, head, batch.labels.targets, self.logit_rule, gradient)
         vocabulary = self.module.config.get_text_config().vocab_size
@@ -100,7 +102,7 @@ class Base:
                 batch.labels.targets[at],
                 self.logit_rule,
             )
-            for adapter, at in _rows_by_segment(batch, batch.labels.positions)
+            for adapter, at in _by_adapter(batch, by_segment)
         ]
         return torch.cat(parts) if parts else rows.float().sum(-1)
 
@@ -112,7 +114,7 @@ class Base:
         """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
         parts = [
             self.logit_rule(self._head_of(batch, adapter, rows[at])(hidden[rows[at]], 0))
-            for adapter, at in _rows_by_segment(batch, rows)
+            for adapter, at in _by_adapter(batch, batch.by_segment(rows))
         ]
         return torch.cat(parts)
 
@@ -149,7 +151,6 @@ def _head_alone(head: nn.Module) -> Head | None:
     return None
 
 
-def _rows_by_segment(batch: Batch, rows: Tensor) -> list[tuple[str | None, slice]]:
-    """For each segment its adapter and the part of `rows` (which rise) in it, where there is one."""
-    parts = zip(batch.segments, batch.by_segment(rows))
-    return [(segment.adapter, part) for segment, part in parts if part.stop > part.start]
+def _by_adapter(batch: Batch, by_segment: Sequence[slice]) -> list[tuple[str | None, slice]]:
+    """For each segment that has some rows its adapter and these."""
+    return [(segment.adapter, part) for segment, part in zip(batch.segments, by_segment) if part.stop > part.start]

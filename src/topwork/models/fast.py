@@ -171,7 +171,8 @@ class FastLayer(GradientCheckpointingLayer):
             part, n = None, self._normed(given, self.wiring.before_attention)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
         if self.is_last and batch.output_positions is not None:
-            x, y, batch = x[:, batch.output_positions], y[batch.output_positions], batch.narrowed()
+            rows = batch.output_positions  # each once, so that the gradient needs no sorting of them
+            x, y, batch = x.index_select(1, rows), y.index_select(0, rows), batch.narrowed()
         with replace(current(), batch=batch).active():
             if part is not None:
                 y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)

@@ -14,6 +14,7 @@ from torch import nn
 
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.context import PassContext, Virtual, current
+from topwork.ops.host import sent
 
 
 def virtual_tokens(embedding: nn.Module, adapter: str | None) -> Virtual | None:
@@ -37,27 +38,31 @@ def _context(batch: Batch) -> PassContext:
 
 
 def expanded(batch: Batch, virtual: Mapping[str, Virtual]) -> PassContext:
-    """A pass over `batch` with rows in front of every sequence (that has tokens) of the adapters named."""
+    """A pass over `batch` with rows in front of every sequence (that has tokens) of the adapters named. What goes where
+    is worked out on the host."""
     ahead = _rows_ahead(batch, virtual)
-    shifts = list(accumulate(ahead))
-    device, count = batch.tokens.device, len(batch)
-    lengths = torch.tensor([stop - start for start, stop in pairwise(batch.cu_seqlens)], device=device)
-    at = torch.tensor([ahead, shifts], device=device).repeat_interleave(lengths, 1)
-    rows = torch.arange(count, device=device) + at[1]
-    tokens = batch.tokens.new_zeros(count + shifts[-1])
-    positions = torch.zeros_like(tokens)
-    tokens[rows], positions[rows] = batch.tokens, batch.positions + at[0]
+    shifts, device = list(accumulate(ahead)), batch.tokens.device
     bounds = tuple(bound + shift for bound, shift in zip(batch.cu_seqlens, [0, *shifts]))
     moved = dict(zip(batch.cu_seqlens, bounds))
     segments = tuple(Segment(moved[s.start], moved[s.stop], s.adapter) for s in batch.segments)
+    lengths = torch.tensor([stop - start for start, stop in pairwise(batch.cu_seqlens)])
+    rows_there = torch.arange(len(batch)) + torch.tensor(shifts).repeat_interleave(lengths)
+    before = torch.tensor(ahead).repeat_interleave(lengths)
+    rows = sent(rows_there, device)
     placed = _placed(segments, bounds, ahead, virtual, device)
+
+    tokens = batch.tokens.new_zeros(bounds[-1]).index_copy(0, rows, batch.tokens)
+    positions = torch.zeros_like(tokens).index_copy(0, rows, batch.positions + sent(before, device))
     for each in placed:
         assert each.rows is not None
-        positions[each.rows] = torch.arange(each.count, device=device).repeat(len(each.rows) // each.count)
-    seeds, wanted = batch.dropout_seeds, batch.output_positions
+        copies = torch.arange(each.count, device=device).repeat(len(each.rows) // each.count)
+        positions = positions.index_copy(0, each.rows, copies)
+    labels, seeds, wanted = batch.labels, batch.dropout_seeds, batch.output_positions
+    on_host = replace(labels.on_host, positions=rows_there[labels.on_host.positions])
     longer = Batch(
-        tokens, positions, bounds, segments, replace(batch.labels, positions=rows[batch.labels.positions]),
-        None if wanted is None else rows[wanted],
+        tokens, positions, bounds, segments,
+        replace(labels, positions=rows[labels.positions], host=None if labels.host is None else on_host),
+        None if wanted is None else rows[wanted], batch.output_segments,
         None if seeds is None else torch.zeros_like(tokens).index_copy(0, rows, seeds),
     )  # fmt: skip
     return replace(_context(longer), virtual=placed, given_rows=rows)
@@ -89,6 +94,6 @@ def _placed(
     found = []
     for name, tokens in virtual.items():
         if firsts := starts[name]:
-            rows = torch.tensor(firsts, device=device)[:, None] + torch.arange(tokens.count, device=device)
-            found.append(replace(tokens, rows=rows.flatten()))
+            rows = torch.tensor(firsts)[:, None] + torch.arange(tokens.count)
+            found.append(replace(tokens, rows=sent(rows.flatten(), device)))
     return tuple(found)

@@ -57,7 +57,7 @@ class LinearObjective:
 
     def count(self, labels: Labels) -> float:
         """What the loss is a mean over."""
-        return float(labels.loss_weights.sum())
+        return float(labels.on_host.loss_weights.sum())
 
     def __call__(self, logprobs: Tensor, labels: Labels) -> Loss:
         return Loss(-(self.weights(labels) * logprobs).sum(), self.count(labels))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.dropout import Dropout, token_seeds
+from topwork.ops.host import sent
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Labels:
     groups        for each of the S sequences the number of its group (a pair, the answers to one prompt), which stand
                   together in the order in which they were given
     columns       by name [N] float32: what else an objective reads (a reference's log-probabilities, advantages)
+    host          the same as they were before they went to another device
     """
 
     positions: Tensor = field(default_factory=lambda: _none(torch.int64))
@@ -47,14 +49,23 @@ class Labels:
     sequences: Tensor = field(default_factory=lambda: _none(torch.int64))
     groups: tuple[int, ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    host: "Labels | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def on_host(self) -> "Labels":
+        """The same where reading them does not wait for a GPU."""
+        return self.host or self.to(torch.device("cpu"))
+
     def to(self, device: torch.device) -> "Labels":
         """The same on `device`."""
-        columns = {name: column.to(device) for name, column in self.columns.items()}
-        return replace(self, **_tensors_on(self, device), columns=columns)
+        if self.positions.device == device:
+            return self
+        columns = {name: sent(column, device) for name, column in self.columns.items()}
+        host = self if self.positions.is_cpu else self.host
+        return replace(self, **_tensors_on(self, device), columns=columns, host=None if device.type == "cpu" else host)
 
     def with_column(self, name: str, values: Tensor) -> "Labels":
         """The same with a column [N] more. Raises ValueError for another length."""
@@ -81,6 +92,7 @@ class Labels:
             self.sequences[rows] - sequences.start if len(self.sequences) else self.sequences,
             self.groups[sequences],
             {name: column[rows] for name, column in self.columns.items()},
+            None if self.host is None else self.host.part(rows, first, sequences),
         )
 
 
@@ -95,6 +107,7 @@ class Batch:
     labels            what is learned
     output_positions  [n] int64, rising: the hidden states that will be looked at, None for all; a last layer may stop
                       there
+    output_segments   which of these are each segment's
     dropout_seeds     [T] int64: what dropout draws from (`ops/dropout.py`), where an adapter may drop out; else None
     """
 
@@ -104,6 +117,7 @@ class Batch:
     segments: tuple[Segment, ...]
     labels: Labels = Labels()
     output_positions: Tensor | None = None
+    output_segments: tuple[slice, ...] = ()
     dropout_seeds: Tensor | None = None
 
     def __len__(self) -> int:
@@ -125,6 +139,10 @@ class Batch:
         by_token = torch.tensor(seeds, device=self.tokens.device).repeat_interleave(lengths)
         return replace(self, dropout_seeds=token_seeds(by_token, self.positions))
 
+    def looked_at(self, rows: Tensor, by_segment: Sequence[slice] | None = None) -> "Batch":
+        """The same batch of which some rows [n] are looked at, which rise; `by_segment` where it is known."""
+        return replace(self, output_positions=rows, output_segments=tuple(by_segment or self.by_segment(rows)))
+
     def of_rows(self, rows: int) -> "Batch":
         """The batch as a tensor of so many rows has it: all tokens, or what a last layer has left of them."""
         return self if self.output_positions is None or rows == len(self) else self.narrowed()
@@ -133,9 +151,9 @@ class Batch:
         """Only the output rows, for what comes after attention: their segments and seeds, no longer their sequences."""
         assert self.output_positions is not None
         seeds = None if self.dropout_seeds is None else self.dropout_seeds[self.output_positions]
-        parts = zip(self.by_segment(self.output_positions), self.segments)
+        parts = zip(self.output_segments, self.segments, strict=True)
         segments = tuple(Segment(part.start, part.stop, segment.adapter) for part, segment in parts)
-        return replace(self, segments=segments, output_positions=None, dropout_seeds=seeds)
+        return replace(self, segments=segments, output_positions=None, output_segments=(), dropout_seeds=seeds)
 
     def dropout(self, p: float, key: int, rows: slice) -> Dropout:
         """What drops a share of these rows' values on their way into a layer of this key."""
@@ -148,11 +166,11 @@ class Batch:
         return Dropout(p, key, self.dropout_seeds[rows])
 
     def by_segment(self, rows: Tensor) -> list[slice]:
-        """The part of some rows [n], which rise, that lies in each segment."""
+        """The part of some rows [n], which rise, that lies in each segment. Waits for rows that are on a GPU."""
         if len(self.segments) == 1:
             return [slice(0, len(rows))]
-        stops = torch.tensor([segment.stop for segment in self.segments], device=rows.device)
-        ends = torch.searchsorted(rows, stops).tolist()
+        stops = torch.tensor([segment.stop for segment in self.segments])
+        ends = torch.searchsorted(rows.cpu(), stops).tolist()
         return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
     def parts(self) -> list[tuple[slice, "Batch"]]:
@@ -163,7 +181,7 @@ class Batch:
 
     def by_label(self) -> list[slice]:
         """The labels of each segment."""
-        return self.by_segment(self.labels.positions)
+        return self.by_segment(self.labels.on_host.positions)
 
     def _part(self, segment: Segment, rows: slice) -> "Batch":
         at = slice(segment.start, segment.stop)
@@ -192,4 +210,4 @@ def batch_of(sequences: Sequence[Tensor], adapter: str | None = None) -> Batch:
 def _tensors_on(held: "Batch | Labels", device: torch.device) -> dict[str, Any]:
     """Its tensors on another device, by field."""
     values = {at.name: getattr(held, at.name) for at in fields(held)}
-    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return {name: sent(value, device) for name, value in values.items() if isinstance(value, Tensor)}

@@ -108,7 +108,9 @@ class PassContext:
     def back(self, hidden: Tensor) -> Tensor:
         """Hidden states as the batch that was given has them, from all rows or, [n, d], from those asked for."""
         assert self.batch is not None
-        return hidden if self.given_rows is None or len(hidden) != len(self.batch) else hidden[self.given_rows]
+        if self.given_rows is None or len(hidden) != len(self.batch):
+            return hidden
+        return hidden.index_select(0, self.given_rows)
 
 
 _NOTHING = PassContext()

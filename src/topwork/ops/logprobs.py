@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.context import scratch_empty, scratch_scope
+from topwork.ops.gain import multiply_
 from topwork.ops.native import load as native
 from topwork.ops.triton import load as triton
 
@@ -87,7 +88,8 @@ def log_probabilities(
 
     gradient [N]: the loss's derivative by each log-probability, up to one factor common to all. With it, and a head
     that tells its `input_gradient`, the backward pass costs nothing more; a backward pass that then arrives with
-    another gradient raises RuntimeError. Else each chunk's logits are made again going backward.
+    another gradient raises RuntimeError (on a GPU, which is not waited for, it gives NaN). Else each chunk's logits are
+    made again going backward.
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"{hidden.shape[0]} hidden states for {targets.shape[0]} targets")
@@ -137,12 +139,24 @@ class _InForward(torch.autograd.Function):
     def backward(ctx, arrived):  # type: ignore[no-untyped-def]
         grads, promised = ctx.saved_tensors
         ratio = torch.dot(arrived, promised) / torch.dot(promised, promised).clamp_min(1e-30)
-        factor, largest = torch.stack([ratio, arrived.abs().max()]).tolist()
-        finite = largest - largest == 0  # else the caller learns that its loss is not finite
-        if finite and not torch.allclose(arrived, factor * promised, rtol=1e-4, atol=1e-6 * largest):
+        largest = arrived.abs().max()
+        apart = (arrived - ratio * promised).abs() > 1e-4 * (ratio * promised).abs() + 1e-6 * largest
+        broken = apart.any() & largest.isfinite()  # not finite: the caller learns that its loss is not
+        if not grads.is_cpu:  # to ask would be to wait
+            return times_or_nan(grads, ratio, broken), None, None, None, None
+        if broken:
             raise RuntimeError("the loss is not the plain sum that it announced; pass gradient=None")
         # times a plain number: as a tensor of the gradients' 16 bits it would be rounded first
+        factor = float(ratio)
         return (grads if factor == 1 else grads * factor), None, None, None, None
+
+
+def times_or_nan(grads: Tensor, factor: Tensor, broken: Tensor) -> Tensor:
+    """grads [N, d] times a scalar in fp32, rounded once; NaN where `broken`, a bool scalar, is true. Nothing is waited
+    for."""
+    scaled = grads.clone()
+    multiply_(scaled, torch.where(broken, torch.nan, factor).expand(grads.shape[1]).contiguous())
+    return scaled
 
 
 def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:

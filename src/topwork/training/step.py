@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from topwork.objectives.columns import with_columns
 from topwork.objectives.objective import Objective
 from topwork.ops.batch import Batch
 from topwork.ops.context import training_pass
+from topwork.ops.host import read
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ class _Sum:
         self.learned += len(part.labels)
         return loss.total
 
-    def means(self) -> Means:
-        """Of all that was counted in; what counts nothing is zero."""
-        count = self.count or 1.0
-        return Means(float(self.total) / count, {name: float(value) / count for name, value in self.metrics.items()})
+    @property
+    def sums(self) -> list[Tensor | float]:
+        """The loss and the other figures, where they are."""
+        return [self.total, *self.metrics.values()]
+
+    def means(self, sums: Sequence[float]) -> Means:
+        """Of all that was counted in, whose `sums` were read; what counts nothing is zero."""
+        loss, *others = (value / (self.count or 1.0) for value in sums)
+        return Means(loss, dict(zip(self.metrics, others, strict=True)))
 
 
 def train_step(
@@ -95,28 +102,38 @@ def train_step(
                 logprobs.register_hook(_finite)
             totals = [known.add(logprobs[rows], part) for known, rows, part in parts]
             torch.stack(totals).sum().backward()
-    return [_updated(learner, sums[learner.name]) for learner in learners]
+    return _updated(learners, [sums[learner.name] for learner in learners])
 
 
-def _updated(learner: Learner, known: _Sum) -> StepResult | NonFiniteLossError:
-    """The step of one adapter, from gradients that are sums.
+def _updated(learners: Sequence[Learner], sums: Sequence[_Sum]) -> list[StepResult | NonFiniteLossError]:
+    """The step of each adapter, from gradients that are sums.
 
     The one place where gradients meet their count: those of several devices would be added up here, before anything
-    else is done with them.
+    else is done with them. It is also the one where the host waits for a GPU.
     """
+    gradients = [_mean_gradients(learner, known) for learner, known in zip(learners, sums)]
+    there = [[nn.utils.get_total_norm(own), *known.sums] for own, known in zip(gradients, sums)]
+    numbers = iter(read([value for own in there for value in own]))
+    results: list[StepResult | NonFiniteLossError] = []
+    for learner, own, known in zip(learners, gradients, sums):
+        norm, total, *figures = islice(numbers, 1 + len(known.sums))
+        means, finite = known.means([total, *figures]), math.isfinite(total) and math.isfinite(norm)
+        if finite and known.count:
+            if learner.max_grad_norm and norm > learner.max_grad_norm:
+                torch._foreach_mul_(own, learner.max_grad_norm / (norm + 1e-6))
+            learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        done = StepResult(means.loss, norm, known.tokens, known.learned, means.metrics)
+        failed = NonFiniteLossError(f"the loss is {means.loss} and the gradient's norm {norm}")
+        results.append(done if finite else failed)
+    return results
+
+
+def _mean_gradients(learner: Learner, known: _Sum) -> list[Tensor]:
     gradients = [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
     if known.count:
         torch._foreach_div_(gradients, known.count)
-    total, norm = float(known.total), float(nn.utils.get_total_norm(gradients))
-    means, finite = known.means(), math.isfinite(total) and math.isfinite(norm)
-    if finite and known.count:
-        if learner.max_grad_norm and norm > learner.max_grad_norm:
-            torch._foreach_mul_(gradients, learner.max_grad_norm / (norm + 1e-6))
-        learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    if not finite:
-        return NonFiniteLossError(f"the loss is {means.loss} and the gradient's norm {norm}")
-    return StepResult(means.loss, norm, known.tokens, known.learned, means.metrics)
+    return gradients
 
 
 @torch.no_grad()
@@ -134,7 +151,8 @@ def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Sequenc
         raise RunError(
             f"nothing counts in the held-out rows of {', '.join(idle)}; give rows that its objective measures"
         )
-    return {name: known.means() for name, known in sums.items()}
+    numbers = iter(read([value for known in sums.values() for value in known.sums]))
+    return {name: known.means(list(islice(numbers, len(known.sums)))) for name, known in sums.items()}
 
 
 def _owner(sums: Mapping[str, _Sum], part: Batch) -> _Sum:
