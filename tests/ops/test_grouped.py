@@ -225,13 +225,23 @@ def test_other_types_run_on_plain_torch(dtype: torch.dtype) -> None:
         assert relative(into, expected) < (2e-3 if dtype == torch.float16 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_in_fp32_are_rounded_to_what_they_are_multiplied_with(dtype: torch.dtype, backend: str) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(9, 17).to(dtype), torch.randn(17, 6)
+    found, expected = torch.empty(9, 6, dtype=dtype), torch.empty(9, 6, dtype=dtype)
+    grouped_products([Product(left, right, found)])
+    grouped_products([Product(left, right.to(dtype), expected)])
+    assert torch.equal(found, expected)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     left, right, out = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
     for wrong in [(left, right, out.t()), (left, left, out), (left, right, out[0]), (left[:, :3], right, out)]:
         with pytest.raises(ValueError, match="are expected"):
             grouped_products([Product(*wrong)])
-    with pytest.raises(ValueError, match="one type is expected"):
-        grouped_products([Product(left.bfloat16(), right, out)])
+    with pytest.raises(ValueError, match="its type or fp32 is expected"):
+        grouped_products([Product(left, right.bfloat16(), out)])
     with pytest.raises(ValueError, match="one device is expected"):
         grouped_products([Product(left, right, out.to("meta"))])
     with pytest.raises(ValueError, match="beta is 2"):

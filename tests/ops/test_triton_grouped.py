@@ -11,7 +11,7 @@ from topwork.ops.grouped import Product, grouped_products
 from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_grouped_cases.py")
-COUNT = 512
+COUNT = 6 * 4 * (4 * 8 + 2)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -31,28 +31,46 @@ def ptx(monkeypatch, tmp_path, **options: object) -> str:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen: dict[str, object] = {
-        "TYPE": tl.bfloat16, "DOT_TYPE": tl.bfloat16, "OUT_TYPE": tl.bfloat16, "LEFT_TURNED": False,
-        "RIGHT_TURNED": True, "OUT_TURNED": False, "ADD": True, "ALIGNED": True, "SEARCH": 5, "ROWS": 64,
-        "COLUMNS": 64, "STEPS": 64,
+        "TYPE": tl.bfloat16, "RIGHT_TYPE": tl.bfloat16, "DOT_TYPE": tl.bfloat16, "OUT_TYPE": tl.bfloat16,
+        "LEFT_TURNED": False, "RIGHT_TURNED": True, "OUT_TURNED": False, "ADD": True, "CUT": False, "ALIGNED": True,
+        "SEARCH": 5, "ROWS": 64, "COLUMNS": 64, "STEPS": 64,
     }  # fmt: skip
     chosen |= options
-    kinds = {"table": "*i64", "factors": "*fp32", "count": "i32"}
+    kinds = {"table": "*i64", "count": "i32"}
     types = {key: kinds.get(key, "constexpr") for key in _grouped_products.arg_names}
     source = ASTSource(_grouped_products, types, constexprs=chosen, attrs={(0,): [["tt.divisibility", 16]]})
     return str(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"])
 
 
-@pytest.mark.parametrize("turned", [(False, True, False), (False, False, False), (True, False, True)], ids=str)
-def test_the_compiled_kernel_uses_tensor_cores(triton, monkeypatch, tmp_path, turned: tuple[bool, bool, bool]) -> None:
+TURNS = [(False, True, False), (False, False, False), (True, False, True), (True, False, False)]
+
+
+@pytest.mark.parametrize("masters", [False, True], ids=["one type", "fp32 masters"])
+@pytest.mark.parametrize("turned", TURNS, ids=str)
+def test_the_compiled_kernel_uses_tensor_cores_and_moves_16_bytes_at_a_time(
+    triton, monkeypatch, tmp_path, turned: tuple[bool, bool, bool], masters: bool
+) -> None:
+    """Through shared memory, several steps ahead. A hint that the compiler loses costs a load for every value."""
+    from triton import language as tl
+
     left, right, out = turned
-    made = ptx(monkeypatch, tmp_path, LEFT_TURNED=left, RIGHT_TURNED=right, OUT_TURNED=out)
-    assert re.search(r"w?g?mma\S*\.f32\.bf16", made)
+    of = {"RIGHT_TYPE": tl.float32} if masters else {}
+    for cut in (False, True):
+        also = {"CUT": True, "ADD": False, "OUT_TYPE": tl.float32} if cut else {}
+        made = ptx(
+            monkeypatch, tmp_path, LEFT_TURNED=left, RIGHT_TURNED=right, OUT_TURNED=out and not cut, **of, **also
+        )
+        assert re.search(r"wgmma\S*\.f32\.bf16", made)
+        assert "cp.async.cg.shared.global" in made
+        assert "st.global.v4.b32" in made
+        assert not re.search(r"(ld|st)\.global\.b(8|16|32)\b", made)
+        assert ".local" not in made
 
 
 def test_fp32_is_not_multiplied_as_tf32(triton, monkeypatch, tmp_path) -> None:
     from triton import language as tl
 
-    made = ptx(monkeypatch, tmp_path, TYPE=tl.float32, DOT_TYPE=tl.float32, OUT_TYPE=tl.float32, STEPS=32)
+    made = ptx(monkeypatch, tmp_path, TYPE=tl.float32, RIGHT_TYPE=tl.float32, DOT_TYPE=tl.float32, OUT_TYPE=tl.float32)
     assert "tf32" not in made
     assert "fma.rn.f32" in made
 

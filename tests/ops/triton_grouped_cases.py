@@ -20,13 +20,22 @@ from topwork.ops.triton import grouped
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(1, 1, 1), (5, 7, 3), (70, 16, 130), (70, 130, 16), (16, 90, 65), (90, 16, 65), (0, 4, 4), (4, 4, 0)]
 """m, n, k: the six products of low-rank terms in small, and the odd ones."""
+LONG = [(16, 40, 2049), (5, 7, 4100)]
+"""More rows than a piece has."""
+TYPES = [
+    *((x, x, x) for x in TOLERANCE),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32, torch.float32),
+]
+"""Of left, right and out."""
 
 
 def cases(device: torch.device, interpreted: bool) -> Iterator[tuple[str, float]]:
     """(name, distance from the truth in tolerances): all shapes in one call, for each type, layout and way to write."""
     torch.manual_seed(0)
     layouts = list(product((False, True), (False, True)))
-    for dtype, out_dtype in [*((x, x) for x in TOLERANCE), (torch.bfloat16, torch.float32)]:
+    for dtype, right_dtype, out_dtype in TYPES:
         for (left_turned, right_turned), beta, gap in product(layouts, (0, 1), (0, 3)):
 
             def matrix(rows: int, columns: int, turned: bool, dtype: torch.dtype, gap: int) -> torch.Tensor:
@@ -35,19 +44,20 @@ def cases(device: torch.device, interpreted: bool) -> Iterator[tuple[str, float]
                 return x.t() if turned else x
 
             products, expected = [], []
-            for m, n, k in SHAPES:
-                left, right = matrix(m, k, left_turned, dtype, gap), matrix(k, n, right_turned, dtype, gap)
+            shapes = [*SHAPES, *LONG] if left_turned and not right_turned else SHAPES
+            for m, n, k in shapes:
+                left, right = matrix(m, k, left_turned, dtype, gap), matrix(k, n, right_turned, right_dtype, gap)
                 out = matrix(m, n, False, out_dtype, gap)
-                value = 0.5 * left.double() @ right.double()
+                value = 0.5 * left.double() @ right.to(dtype).double()
                 expected.append(value + out.double() if beta else value)
                 products.append(Product(left, right, out, 0.5, beta))
             grouped.grouped_products(products)
             # the interpreter cuts fp32 off to bf16 where the GPU rounds to the nearest
             tolerance = TOLERANCE[out_dtype] * (2 if interpreted and out_dtype == torch.bfloat16 else 1)
-            for given, value, shape in zip(products, expected, SHAPES):
+            for given, value, shape in zip(products, expected, shapes):
                 far = relative(given.out, value, 1e-30) / tolerance if value.numel() else 0.0
                 turns = f"{left_turned:d}{right_turned:d}"
-                yield f"{shape} {dtype} into {out_dtype} turned {turns} beta {beta} gap {gap}", far
+                yield f"{shape} {dtype} by {right_dtype} into {out_dtype} turned {turns} beta {beta} gap {gap}", far
 
 
 if __name__ == "__main__":

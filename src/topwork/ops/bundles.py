@@ -56,9 +56,10 @@ class Bundle:
         rows = n[self.rows]
         return rows if self.dropout is None else drop(rows, self.dropout, scratch_empty(rows, *rows.shape))
 
-    def stacked(self, dtype: torch.dtype) -> Tensor:
-        """The terms' A under one another [R, in]."""
-        parts = [placed.term.a.to(dtype) for placed in self.terms]
+    @property
+    def stacked(self) -> Tensor:
+        """The terms' A under one another [R, in], in fp32."""
+        parts = [placed.term.a for placed in self.terms]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -81,7 +82,7 @@ def inner_products(n: Tensor, bundles: Sequence[Bundle]) -> list[Tensor]:
     for bundle in bundles:
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], bundle.rank))
-        products.append(Product(rows, bundle.stacked(n.dtype).t(), inner[-1]))
+        products.append(Product(rows, bundle.stacked.t(), inner[-1]))
     grouped_products(products)
     return inner
 
@@ -91,7 +92,7 @@ def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -
     added = []
     for bundle, s in zip(bundles, inner):
         for term, columns, ranks in bundle.terms:
-            product = Product(s[:, ranks], term.b.to(s.dtype).t(), out[bundle.rows, columns], term.scaling, 1)
+            product = Product(s[:, ranks], term.b.t(), out[bundle.rows, columns], term.scaling, 1)
             added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
     _in_turns(added)
 
@@ -110,13 +111,13 @@ def term_gradients(
         second.append(Product(slopes.t(), bundle.input(n), da))
         for term, columns, ranks in bundle.terms:
             own, db = dy[bundle.rows, columns], torch.empty_like(term.b)
-            first.append(Product(own, term.b.to(dy.dtype), slopes[:, ranks], term.scaling))
+            first.append(Product(own, term.b, slopes[:, ranks], term.scaling))
             second.append(Product(own.t(), s[:, ranks], db, term.scaling))
             all_da.append(da[ranks])
             all_db.append(db)
         if dn is None:
             continue
-        a = bundle.stacked(dy.dtype)
+        a = bundle.stacked
         if bundle.dropout is None:
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))

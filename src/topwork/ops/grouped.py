@@ -23,7 +23,7 @@ class Product(NamedTuple):
     """out [m, n] = alpha left [m, k] right [k, n], and with beta = 1 what out held before.
 
     Views are welcome: `out` needs contiguous rows, left and right are copied if neither axis is contiguous. left and
-    right have one type, out any.
+    right have one type, but for fp32 beside 16 bits on the right, which is rounded to these; out has any.
     """
 
     left: Tensor
@@ -45,19 +45,23 @@ def grouped_products(products: Sequence[Product]) -> None:
     for product in products:
         _check(product)
     if _native_runs(products) and (library := native.library("grouped")) is not None:
-        _native(library, products)
+        _native(library, [_of_one_type(product) for product in products])
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.grouped_products(products)
     else:
         for product in products:
-            _by_torch(product)
+            _by_torch(_of_one_type(product))
 
 
 def grouped_products_reference(products: Sequence[Product]) -> None:
     """The same in plain torch: in fp32, rounded once."""
-    for left, right, out, alpha, beta in products:
+    for left, right, out, alpha, beta in map(_of_one_type, products):
         value = torch.mm(left.float(), right.float()).mul_(alpha)
         out.copy_(value.add_(out) if beta else value)
+
+
+def _of_one_type(product: Product) -> Product:
+    return product._replace(right=product.right.to(product.left.dtype))
 
 
 def _by_torch(product: Product) -> None:
@@ -78,8 +82,10 @@ def _check(product: Product) -> None:
     shape, other, into = left.shape, right.shape, out.shape
     if len(shape) != 2 or len(other) != 2 or into != (shape[0], other[1]) or shape[1] != other[0]:
         raise ValueError(f"shapes {[*shape]}, {[*other]} into {[*into]}, where [m, k], [k, n] into [m, n] are expected")
-    if left.dtype != right.dtype:
-        raise ValueError(f"left is {left.dtype}, right is {right.dtype}, where one type is expected; convert one")
+    if right.dtype not in (left.dtype, torch.float32):
+        raise ValueError(
+            f"left is {left.dtype}, right is {right.dtype}, where its type or fp32 is expected; convert it"
+        )
     if not left.device == right.device == out.device:
         places = [str(x.device) for x in (left, right, out)]
         raise ValueError(f"left, right and out are on {places}, where one device is expected")
