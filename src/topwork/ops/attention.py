@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.context import saved_empty
+from topwork.ops.host import sent
 from topwork.ops.native import load as native
 
 NATIVE_SIZES = range(16, 257, 16)
@@ -236,5 +237,5 @@ def _varlen_window(rule: AttentionRule) -> dict[str, int]:
 @lru_cache(maxsize=64)
 def _ends(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
     """The bounds on the device, and the longest sequence. Kept, because every layer of a pass asks for the same."""
-    ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+    ends = sent(torch.tensor(bounds, dtype=torch.int32), device)
     return ends, max(stop - start for start, stop in zip(bounds, bounds[1:]))

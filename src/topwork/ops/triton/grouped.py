@@ -5,10 +5,10 @@ have the same types and the same contiguous axes, so that these are known when i
 of LoRA do, and others take a launch for each kind. fp32 is multiplied as fp32, not as TF32; fp32 beside 16 bits (an
 adapter's masters) is rounded to these as it is read.
 
-A product of which neither operand is turned to the axis that is summed sums over the rows of a batch (the gradients of
-A and B): over so many that each of a few tiles would work long while most of the GPU had nothing to do. It is cut into
-pieces of `PIECE` rows, whose fp32 sums a second launch adds up in their order. Where it is cut depends on nothing but
-the number of its rows.
+A product of which neither operand is contiguous along the axis that is summed sums over the rows of a batch (the
+gradients of A and B): over so many that each of a few tiles would work long while most of the GPU had nothing to do. It
+is cut into pieces of `PIECE` rows, whose fp32 sums a second launch adds up in their order. Where it is cut depends on
+nothing but the number of its rows.
 """
 # mypy: allow-untyped-defs
 # Triton reads a kernel's annotations itself: only `tl.constexpr` may stand there.
@@ -16,7 +16,6 @@ the number of its rows.
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,9 @@ from topwork.ops.host import sent
 
 LINE = tl.constexpr(12)
 """Numbers of a product in the table: first tile; tiles across; addresses of left, right and out; the distance of each
-one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; pieces."""
-PIECE = tl.constexpr(2048)
+one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; pieces. Where pieces
+are added, left is where they are, and the distances are those of out's rows and columns and nothing."""
+PIECE = tl.constexpr(1024)
 """Rows of a batch that one program sums."""
 ADDED = 1024
 """Values of a product whose pieces one program adds."""
@@ -126,8 +126,7 @@ def _grouped_products(
 
 @triton.jit
 def _pieces_added(
-    table, count, OUT_TYPE: tl.constexpr, OUT_TURNED: tl.constexpr, ADD: tl.constexpr, SEARCH: tl.constexpr,
-    VALUES: tl.constexpr,
+    table, count, OUT_TYPE: tl.constexpr, ADD: tl.constexpr, SEARCH: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """out [m, n] = alpha times the sum over fp32 [pieces, m, n] at `left`, and with ADD what it held."""
     tile = tl.program_id(0).to(tl.int64)
@@ -138,11 +137,10 @@ def _pieces_added(
     inside = at < size
     parts = tl.load(line + 2).to(tl.pointer_type(tl.float32)) + at
     sums = tl.zeros([VALUES], tl.float32)
-    for piece in range(0, tl.load(line + 11)):
+    for piece in range(tl.load(line + 11)):
         sums += tl.load(parts + piece * size, mask=inside, other=0.0)
     sums *= alpha
-    row, column, outer = at // n, at % n, tl.load(line + 7)
-    place = column * outer + row if OUT_TURNED else row * outer + column
+    place = (at // n) * tl.load(line + 5) + (at % n) * tl.load(line + 6)
     out = tl.load(line + 4).to(tl.pointer_type(OUT_TYPE)) + place
     if ADD:
         sums += tl.load(out, mask=inside, other=0.0).to(tl.float32)
@@ -159,109 +157,138 @@ class Kind(NamedTuple):
     right_turned: bool
     out_turned: bool
     beta: int
-    cut: bool
+
+    @property
+    def cut(self) -> bool:
+        return self.left_turned and not self.right_turned
+
+
+class Place(NamedTuple):
+    """A matrix in memory: its address, whether it is turned, and the distance from row to row or, turned, column to
+    column."""
+
+    at: int
+    turned: bool
+    outer: int
+
+    def other_way(self) -> "Place":
+        return Place(self.at, not self.turned, self.outer)
+
+
+class Job(NamedTuple):
+    """A product as numbers."""
+
+    left: Place
+    right: Place
+    out: Place
+    m: int
+    n: int
+    k: int
+    alpha: float
 
 
 def grouped_products(products: Sequence[Product]) -> None:
     """Every product's `out`; checked by the caller. Views without a contiguous axis are copied, as out is."""
-    kinds: dict[Kind, list[Product]] = defaultdict(list)
+    kinds: dict[Kind, list[Job]] = defaultdict(list)
+    held: list[Tensor] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for product in products:
-        left, right, out, alpha, beta = product
-        if not out.numel():
+        (m, k), n = product.left.shape, product.right.shape[1]
+        if not (m and n):
             continue
-        left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
-        if out.stride(1) != 1:
+        if (out := product.out).stride(1) != 1:
             copied.append((out, out.contiguous()))
             out = copied[-1][1]
-        if _turned(left) and not _turned(right) and left.shape[0] > right.shape[1] and left.dtype == right.dtype:
-            left, right, out = right.t(), left.t(), out.t()  # the longer side across, whose tiles are wider
-        turned = _turned(left), _turned(right), _turned(out)
-        cut = turned[:2] == (True, False) and left.shape[1] > PIECE.value
-        kinds[Kind(left.dtype, right.dtype, out.dtype, *turned, beta, cut)].append(
-            Product(left, right, out, alpha, beta)
-        )
+        left, right = _place(product.left, held), _place(product.right, held)
+        job = Job(left, right, Place(out.data_ptr(), False, out.stride(0)), m, n, k, product.alpha)
+        types = product.left.dtype, product.right.dtype
+        if left.turned and not right.turned and m > n and types[0] == types[1]:
+            job = _turned(job)
+        cut = job.left.turned and not job.right.turned
+        turned = job.left.turned, job.right.turned, job.out.turned and not cut
+        kinds[Kind(*types, out.dtype, *turned, product.beta)].append(job)
     for kind, alike in kinds.items():
-        _launch(kind, alike)
+        _launch(kind, alike, products[0].out)
     for target, result in copied:
         target.copy_(result)
 
 
-def tile_of(products: Sequence[Product]) -> tuple[int, int, int]:
+def _place(x: Tensor, held: list[Tensor]) -> Place:
+    """Where x is, or a copy that has a contiguous axis, and is held."""
+    row, column = x.stride()
+    if column == 1:
+        return Place(x.data_ptr(), False, row)
+    if row == 1:
+        return Place(x.data_ptr(), True, column)
+    held.append(x.contiguous())
+    return _place(held[-1], held)
+
+
+def _turned(job: Job) -> Job:
+    """The same product with its longer side across, whose tiles are wider."""
+    left, right, out, m, n, k, alpha = job
+    return Job(right.other_way(), left.other_way(), out.other_way(), n, m, k, alpha)
+
+
+def tile_of(jobs: Sequence[Job]) -> tuple[int, int, int]:
     """Rows, columns and steps of a launch's tiles: of the largest product, within what registers hold."""
-    tall, wide = (max(product.out.shape[axis] for product in products) for axis in (0, 1))
-    deep = max(product.left.shape[1] for product in products)
-    rows, columns = (min(64, max(16, triton.next_power_of_2(x))) for x in (tall, wide))
-    return rows, columns, min(64, max(16, triton.next_power_of_2(deep)))
+    largest = (max(job[at] for job in jobs) for at in (3, 4, 5))
+    rows, columns, steps = (min(64, max(16, 1 << (x - 1).bit_length())) for x in largest)
+    return rows, columns, steps
 
 
-def _launch(kind: Kind, products: Sequence[Product]) -> None:
-    rows, columns, steps = tile_of(products)
-    pieces = [triton.cdiv(product.left.shape[1], PIECE.value) if kind.cut else 1 for product in products]
-    held, parts = _parts(products, pieces) if kind.cut else (None, [])
-    lines, added = [], []
+def _launch(kind: Kind, jobs: Sequence[Job], near: Tensor) -> None:
+    rows, columns, steps = tile_of(jobs)
+    lines: list[tuple[int, ...]] = []
+    added: list[tuple[int, ...]] = []
     tiles = adds = 0
-    for number, (left, right, out, alpha, _) in enumerate(products):
-        (m, k), n = left.shape, right.shape[1]
-        across, size = triton.cdiv(n, columns), (m << 32) | n
-        outers = [_outer(x) for x in (left, right, out)]
-        addresses = [x.data_ptr() for x in (left, right, out)]
-        rest = [size, k, _bits(alpha), pieces[number]]
+    pieces, parts_at = 1, 0
+    if kind.cut:
+        sizes = [job.m * job.n * -(-job.k // PIECE.value) for job in jobs]
+        parts = near.new_empty(sum(sizes), dtype=torch.float32)
+        parts_at = parts.data_ptr()
+    for job in jobs:
+        left, right, out, m, n, k, alpha = job
+        at, outer = out.at, out.outer
         if kind.cut:
-            added.append([adds, 0, parts[number], 0, addresses[2], 0, 0, outers[2], *rest])
-            adds += triton.cdiv(m * n, ADDED)
-            addresses[2], outers[2] = parts[number], n
-        lines.append([tiles, across, *addresses, *outers, *rest])
-        tiles += triton.cdiv(m, rows) * across * pieces[number]
-    first = products[0].out
-    table = sent(torch.tensor(lines + added, dtype=torch.int64), first.device)
-    count, out_type = len(products), TYPES[first.dtype]
-    search = count.bit_length()
-    with torch.cuda.device_of(first):
-        _grouped_products[(tiles,)](
-            table, count,
-            TYPE=TYPES[kind.left], RIGHT_TYPE=TYPES[kind.right],
-            DOT_TYPE=tl.float32 if INTERPRETED else TYPES[kind.left], OUT_TYPE=tl.float32 if kind.cut else out_type,
-            LEFT_TURNED=kind.left_turned, RIGHT_TURNED=kind.right_turned, OUT_TURNED=kind.out_turned and not kind.cut,
-            ADD=bool(kind.beta) and not kind.cut, CUT=kind.cut, ALIGNED=_aligned(lines, kind), SEARCH=search,
-            ROWS=rows, COLUMNS=columns, STEPS=steps, num_warps=4,
-        )  # fmt: skip
+            pieces = -(-k // PIECE.value)
+            strides = (1, outer) if out.turned else (outer, 1)
+            added.append((adds, 0, parts_at, 0, at, *strides, 0, (m << 32) | n, k, _bits(alpha), pieces))
+            adds += -(-m * n // ADDED)
+            at, outer = parts_at, n
+            parts_at += 4 * m * n * pieces
+        across = -(-n // columns)
+        outers = left.outer, right.outer, outer
+        lines.append((tiles, across, left.at, right.at, at, *outers, (m << 32) | n, k, _bits(alpha), pieces))
+        tiles += -(-m // rows) * across * pieces
+    table = sent(torch.tensor(lines + added, dtype=torch.int64), near.device)
+    count, left_type, out_type = len(jobs), TYPES[kind.left], TYPES[kind.out]
+    with torch.cuda.device_of(near):
+        if tiles:
+            _grouped_products[(tiles,)](
+                table, count, TYPE=left_type, RIGHT_TYPE=TYPES[kind.right],
+                DOT_TYPE=tl.float32 if INTERPRETED else left_type, OUT_TYPE=tl.float32 if kind.cut else out_type,
+                LEFT_TURNED=kind.left_turned, RIGHT_TURNED=kind.right_turned, OUT_TURNED=kind.out_turned,
+                ADD=bool(kind.beta) and not kind.cut, CUT=kind.cut, ALIGNED=_aligned(kind, jobs),
+                SEARCH=count.bit_length(), ROWS=rows, COLUMNS=columns, STEPS=steps, num_warps=4,
+            )  # fmt: skip
         if kind.cut:
             _pieces_added[(adds,)](
-                table[count:], count, OUT_TYPE=out_type, OUT_TURNED=kind.out_turned, ADD=bool(kind.beta),
-                SEARCH=search, VALUES=ADDED, num_warps=4,
+                table[count:], count, OUT_TYPE=out_type, ADD=bool(kind.beta), SEARCH=count.bit_length(), VALUES=ADDED,
+                num_warps=4,
             )  # fmt: skip
-    del held  # it had to last until here
-
-
-def _turned(x: Tensor) -> bool:
-    return x.stride(1) != 1
-
-
-def _outer(x: Tensor) -> int:
-    """From one row to the next or, where it is turned, from one column."""
-    return x.stride(1) if _turned(x) else x.stride(0)
-
-
-def _parts(products: Sequence[Product], pieces: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Memory for the pieces' sums, and the address of each product's."""
-    ends = list(accumulate(count * product.out.numel() for product, count in zip(products, pieces)))
-    held = products[0].out.new_empty(ends[-1], dtype=torch.float32)
-    return held, [held.data_ptr() + 4 * start for start in (0, *ends[:-1])]
 
 
 def _bits(alpha: float) -> int:
     """Of the fp32 number."""
-    return int(struct.unpack("<i", struct.pack("<f", alpha))[0])
+    return int.from_bytes(struct.pack("<f", alpha), "little", signed=True)
 
 
-def _aligned(lines: Sequence[Sequence[int]], kind: Kind) -> bool:
-    """Whether rows begin at multiples of 16 bytes and end at multiples of eight values."""
-    ends = set()
-    for _, _, left, right, out, *outers, size, k, _, _ in lines:
-        m, n = size >> 32, size & 0x7FFFFFFF
-        ends |= {m if kind.left_turned else k, k if kind.right_turned else n}
-        ends.add(m if kind.out_turned and not kind.cut else n)
-        if any(at % 16 for at in (left, right, out)) or any(outer % 8 for outer in outers):
+def _aligned(kind: Kind, jobs: Sequence[Job]) -> bool:
+    """Whether rows begin at multiples of 16 bytes, and end at multiples of eight values."""
+    ends = (3 if kind.left_turned else 5, 5 if kind.right_turned else 4, 3 if kind.out_turned else 4)
+    for job in jobs:
+        (left, _, a), (right, _, b), (out, _, c) = job[:3]
+        if (left | right | out) % 16 or (a | b | c) % 8 or (job[ends[0]] | job[ends[1]] | job[ends[2]]) % 8:
             return False
-    return all(end % 8 == 0 for end in ends)
+    return True
