@@ -46,6 +46,10 @@ class Heads:
         q, k, v = buffer.unflatten(-1, (-1, self.size)).split(sizes, 1)
         return q, k, v
 
+    def turned(self, buffer: Tensor) -> Tensor:
+        """[T, width] -> view [T, H + H_kv, D] of queries and keys, which rotary positions turn at once."""
+        return buffer.unflatten(-1, (-1, self.size))[:, : self.queries + self.keys]
+
 
 @dataclass(frozen=True)
 class SelfAttention:
@@ -106,12 +110,12 @@ class _SelfAttention(torch.autograd.Function):
         into = how.heads.parts(dbuffer)
         attention_backward(grad.view_as(out), q, k, v, out, lse, ctx.bounds, how.rule, how.sinks, into)
         dtables = [_taken(into, rows, table) for rows, table in zip(ctx.rows, tables)]
-        _rotate(into[:2], rotary, inverse=True)
+        _rotate((how.heads.turned(dbuffer),), rotary, inverse=True)
         if how.norms is not None:
             for dx, x, norm, rstd in zip(into, how.heads.parts(buffer), how.norms, rstds):
                 dx.copy_(_norm_backward(dx, x, norm, rstd))
         elif how.restores:
-            _rotate((q, k), rotary, inverse=True)
+            _rotate((how.heads.turned(buffer),), rotary, inverse=True)
         return dbuffer, None, None, None, None, *dtables
 
 
@@ -120,12 +124,12 @@ def _prepared(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """(q, k, v) normalised and rotated (in the buffer itself where there are no norms), and the norms' rstd."""
     q, k, v = how.heads.parts(buffer)
-    rstds: tuple[Tensor, ...] = ()
-    if how.norms is not None:
-        (q, q_rstd), (k, k_rstd) = (_normed(x, norm) for x, norm in zip((q, k), how.norms))
-        rstds = (q_rstd, k_rstd)
+    if how.norms is None:
+        _rotate((how.heads.turned(buffer),), rotary)
+        return (q, k, v), ()
+    (q, q_rstd), (k, k_rstd) = (_normed(x, norm) for x, norm in zip((q, k), how.norms))
     _rotate((q, k), rotary)
-    return (q, k, v), rstds
+    return (q, k, v), (q_rstd, k_rstd)
 
 
 def _put(parts: tuple[Tensor, Tensor, Tensor], prefixes: Sequence[Prefix]) -> None:

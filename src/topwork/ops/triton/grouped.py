@@ -232,7 +232,7 @@ def _turned(job: Job) -> Job:
 
 def tile_of(jobs: Sequence[Job]) -> tuple[int, int, int]:
     """Rows, columns and steps of a launch's tiles: of the largest product, within what registers hold."""
-    largest = (max(job[at] for job in jobs) for at in (3, 4, 5))
+    largest = max(job.m for job in jobs), max(job.n for job in jobs), max(job.k for job in jobs)
     rows, columns, steps = (min(64, max(16, 1 << (x - 1).bit_length())) for x in largest)
     return rows, columns, steps
 
@@ -286,9 +286,8 @@ def _bits(alpha: float) -> int:
 
 def _aligned(kind: Kind, jobs: Sequence[Job]) -> bool:
     """Whether rows begin at multiples of 16 bytes, and end at multiples of eight values."""
-    ends = (3 if kind.left_turned else 5, 5 if kind.right_turned else 4, 3 if kind.out_turned else 4)
-    for job in jobs:
-        (left, _, a), (right, _, b), (out, _, c) = job[:3]
-        if (left | right | out) % 16 or (a | b | c) % 8 or (job[ends[0]] | job[ends[1]] | job[ends[2]]) % 8:
+    for (left, _, a), (right, _, b), (out, _, c), m, n, k, _ in jobs:
+        ends = (m if kind.left_turned else k) | (k if kind.right_turned else n) | (m if kind.out_turned else n)
+        if (left | right | out) % 16 or (a | b | c | ends) % 8:
             return False
     return True

@@ -1,0 +1,48 @@
+"""What a step costs a GPU's host: launches, and waits. Counted on a card that only writes down what it is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reference.fake_card import build
+
+STEPS = Path(__file__).with_name("card_steps.py")
+LAUNCHES = {
+    "lora": 85, "six loras": 105, "lora with dropout": 97, "dora": 322, "ia3": 75, "prefix": 51, "prompt": 34,
+}  # fmt: skip
+"""The most that a layer may launch, forward and backward."""
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    pytest.importorskip("triton", reason="triton is not installed (it has wheels for Linux)")
+    library = build(tmp_path_factory.mktemp("card"))
+    if library is None:
+        pytest.skip("no C++ compiler, with which the device is made")
+    done = subprocess.run([sys.executable, str(STEPS), str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_the_host_waits_once_a_step(counted, kind: str) -> None:
+    """For the losses and norms of all adapters, at its end. Whatever else asks a tensor of the card for its value
+    raises; a copy that does not say `non_blocking` would show here too."""
+    assert counted[kind]["waits"] == {"_to_copy to the host": 1}
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_launches_of_a_layer(counted, kind: str) -> None:
+    layer = counted[kind]["layer"]
+    assert layer["_flash_attention_forward"] == layer["_flash_attention_backward"] == 1
+    assert sum(layer.values()) <= LAUNCHES[kind], layer
+
+
+def test_six_adapters_launch_what_one_does(counted) -> None:
+    """But for gathering each adapter's A."""
+    one, six = (dict(counted[kind]["layer"]) for kind in ("lora", "six loras"))
+    assert six.pop("cat") == 6 * one.pop("cat")
+    assert six == one
