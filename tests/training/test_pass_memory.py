@@ -163,7 +163,7 @@ def test_over_a_packed_base(
 ) -> None:
     """Some weights are several panels, each overwritten as soon as it was multiplied."""
     monkeypatch.setitem(quantized_linear.PANEL_BYTES, "cpu", 1 << 12)
-    monkeypatch.setattr(base_weight, "PANEL_VALUES", 1 << 11)
+    monkeypatch.setitem(base_weight.PANEL_VALUES, "cpu", 1 << 11)
     packed = write_base(tmp_path / "base", "llama", num_hidden_layers=LAYERS), QuantizationConfig(**options)
     for dtype in ("float32", "bfloat16"):
         for layers in (0, 2):

@@ -10,8 +10,9 @@ from topwork.ops.context import scratch_scope
 from topwork.ops.quantized_linear import quantized_linear
 from topwork.quantization.linear import QuantizedLinear
 
-PANEL_VALUES = 1 << 20
-"""How much of a weight is looked at at a time."""
+PANEL_VALUES = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""How much of a weight is looked at at a time: what a cache holds, on a GPU no more than is held anyway while packed
+weights are multiplied."""
 
 
 def row_panels(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
@@ -32,7 +33,7 @@ def weight_times(layer: nn.Module, right: Tensor) -> Tensor:
             dense = panel(rows)
             # the longer side on the right, where libraries like it
             parts.append(torch.mm(right.t().to(dense.dtype), dense.t()))
-    return torch.cat(parts, 1).t()
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).t()
 
 
 def _panels(layer: nn.Module) -> tuple[list[slice], Callable[[slice], Tensor]]:
@@ -40,10 +41,12 @@ def _panels(layer: nn.Module) -> tuple[list[slice], Callable[[slice], Tensor]]:
     if isinstance(layer, QuantizedLinear):
         packed = layer.packed
         (outputs, inputs), panel = packed.shape, lambda rows: packed.panel(rows, slice(0, packed.shape[1]))
+        device = packed.codes.device.type
     else:
         weight = _as_rows(layer)
         (outputs, inputs), panel = weight.shape, weight.__getitem__
-    step = max(1, PANEL_VALUES // inputs)
+        device = weight.device.type
+    step = max(1, PANEL_VALUES.get(device, PANEL_VALUES["cpu"]) // inputs)
     return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)], panel
 
 

@@ -2,11 +2,9 @@
 
     y = f * (W x + s B A x) + bias        f = m / n,  n = |W + s B A| row by row, without a gradient (section 4.3)
 
-    n^2 = |W|^2 + 2 s sum(B * (W A')) + s^2 sum(B * (B (A A')))        row by row: no dense W + s B A
-
-m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed in every pass, for the work of r tokens,
-and kept only while it is held (`models/held.py`). With dropout x is dropped in W x too, but only for what f adds, as in
-PEFT: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
+m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed in every pass, for the work of r tokens
+(`ops/row_lengths.py`: no dense W + s B A), and kept only while it is held (`models/held.py`). With dropout x is dropped
+in W x too, but only for what f adds, as in PEFT: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
 """
 
 import torch
@@ -18,6 +16,7 @@ from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import FusedTerms
 from topwork.ops.bundles import LowRank
 from topwork.ops.project import Gain
+from topwork.ops.row_lengths import row_lengths
 from topwork.ops.rows import rows_at_once
 
 
@@ -95,7 +94,4 @@ class Dora(Lora):
     def _computed_lengths(self, base_layer: nn.Module) -> Tensor:
         """In a 16-bit base W A' is a product in 16 bits: it is as exact as the layer's own, and n far more."""
         a, b = self.lora_A.float(), self.lora_B.float()
-        across = (b * weight_times(base_layer, a.t()).float()).sum(1)
-        own = (b * (b @ (a @ a.t()))).sum(1)
-        squared = self.squares + 2 * self.scaling * across + self.scaling**2 * own
-        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return row_lengths(self.squares, b, weight_times(base_layer, a.t()), a @ a.t(), self.scaling)
