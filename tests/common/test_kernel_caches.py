@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from topwork.common.devices import CACHED_KERNELS, limit_kernel_caches
+from topwork.common.devices import ALLOCATOR, CACHED_KERNELS, let_gpu_memory_grow, limit_kernel_caches
 
 NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MANY_LENGTHS = """
@@ -42,3 +42,19 @@ def test_a_thousand_lengths_do_not_grow_the_process() -> None:
         [sys.executable, "-c", MANY_LENGTHS], env=environment, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 60
+
+
+def test_memory_of_a_gpu_grows_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    let_gpu_memory_grow()
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        let_gpu_memory_grow()
+        assert os.environ.pop(name) == "max_split_size_mb:64"
+        assert not any(name in os.environ for name in ALLOCATOR)
+    monkeypatch.setattr(sys, "platform", "win32")
+    let_gpu_memory_grow()
+    assert not any(name in os.environ for name in ALLOCATOR)

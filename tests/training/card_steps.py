@@ -21,7 +21,9 @@ from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
 from topwork.objectives.sft import Sft
 from topwork.ops import attention
+from topwork.ops.packed import pack_4bit
 from topwork.ops.triton import load as triton
+from topwork.quantization.linear import QuantizedLinear
 from topwork.training.passes import step_passes
 from topwork.training.step import Learner, train_step
 
@@ -29,20 +31,23 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (1, {"r": 8}),
     "six loras": (6, {"r": 8}),
+    "qlora": (1, {"r": 8}),
     "lora with dropout": (1, {"r": 8, "lora_dropout": 0.1}),
     "dora": (1, {"r": 8, "use_dora": True}),
     "ia3": (1, {"method": "ia3"}),
     "prefix": (1, {"method": "prefix", "num_virtual_tokens": 2}),
     "prompt": (1, {"method": "prompt", "num_virtual_tokens": 2}),
 }
-"""How many adapters, and what each is."""
+"""How many adapters, and what each is; a name that begins with a q has a base in 4 bits."""
 
 
-def step_log(card: FakeCard, layers: int, adapters_count: int, options: dict[str, Any]) -> Log:
+def step_log(card: FakeCard, layers: int, packed: bool, adapters_count: int, options: dict[str, Any]) -> Log:
     """The second step of some adapters, which share its one pass: batches as they are made and sent, forward,
     backward, update."""
     card.log = Log()
     base = tiny_base("llama", torch.bfloat16, num_hidden_layers=layers, **SIZES)
+    if packed:
+        pack(base.module)
     names = [f"adapter{number}" for number in range(adapters_count)]
     with card.launches_written_down():
         base.module.to(card.device)
@@ -63,14 +68,22 @@ def step_log(card: FakeCard, layers: int, adapters_count: int, options: dict[str
     return card.log
 
 
+def pack(model: torch.nn.Module) -> None:
+    """Its layers' linear modules in NF4 with double quantization."""
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and path != "lm_head":
+            layer = QuantizedLinear(module.in_features, module.out_features)
+            model.set_submodule(path, layer.hold(pack_4bit(module.weight, "nf4", 64, True)))
+
+
 def example(length: int) -> Example:
     """A row of which all but the first token is learned."""
     return Example(np.arange(length, dtype=np.int32), np.minimum(np.arange(length), 1).astype(np.float32), "a row")
 
 
-def told(card: FakeCard, adapters_count: int, options: dict[str, Any]) -> dict[str, Any]:
+def told(card: FakeCard, packed: bool, adapters_count: int, options: dict[str, Any]) -> dict[str, Any]:
     """Of a step of two layers what it waits for, and the launches that a third layer adds."""
-    two, three = (step_log(card, layers, adapters_count, options) for layers in (2, 3))
+    two, three = (step_log(card, layers, packed, adapters_count, options) for layers in (2, 3))
     a_layer = Counter(three.launches)
     a_layer.subtract(two.launches)
     return {"waits": two.waits, "layer": {name: count for name, count in a_layer.items() if count}, "step": two.total}
@@ -81,4 +94,4 @@ if __name__ == "__main__":
     card = FakeCard(register(Path(sys.argv[1])))
     triton.kernels = lambda name, near: triton.module(name) if near.device.type == "card" else None
     attention._varlen_runs = lambda *_: True
-    json.dump({name: told(card, *kind) for name, kind in KINDS.items()}, sys.stdout)
+    json.dump({name: told(card, name[0] == "q", *kind) for name, kind in KINDS.items()}, sys.stdout)

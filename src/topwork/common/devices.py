@@ -66,3 +66,18 @@ def limit_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(CACHED_KERNELS))
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What torch reads of its allocator for a GPU, now and before 2.9."""
+
+
+def let_gpu_memory_grow() -> None:
+    """Ask torch to map a GPU's memory piece by piece into segments that grow.
+
+    Flat batches have a new length in every pass, and blocks cut for one of them do not fit the next: torch's usual
+    segments are left full of holes, until it gives all of them back and waits for the GPU while it does so. Heeded if
+    it is called before the process takes the first of that memory; what the environment says goes before.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"

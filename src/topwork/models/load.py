@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from topwork.common.devices import limit_kernel_caches
+from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
 from topwork.models.attention import use_flat_attention
 from topwork.models.base import Base
@@ -37,6 +37,7 @@ def load_base(
     quantized already is taken as it is.
     """
     limit_kernel_caches()
+    let_gpu_memory_grow()
     source = find_source(config, log)
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()
