@@ -1,4 +1,4 @@
-"""Random groups of projections with all that adapters learn at them, and the formula of `ops/project.py` for autograd."""
+"""Random groups of projections with all that adapters learn at them, and the same formula for autograd."""
 
 import math
 from collections.abc import Sequence
