@@ -1,4 +1,4 @@
-"""Which methods are parts of a fast layer's projections, and that they are the plain layer's whether or not they are."""
+"""Which methods are parts of a fast layer's projections, and that they are the plain layer's either way."""
 
 import copy
 from dataclasses import replace
