@@ -9,11 +9,11 @@ CASES = Path(__file__).with_name("triton_step_cases.py")
 GAINS = {"multiply_", "gain_sums_"}
 CALLED: dict[str, set[str]] = {
     "lora with dropout": {"drop"},
-    "dora": GAINS,
+    "dora": {"row_lengths", *GAINS},
     "ia3": GAINS,
     "bitfit": {"add_", "column_sums"},
     "prefix": set(),
-    "together": {"drop", "add_", "column_sums", *GAINS},
+    "together": {"drop", "add_", "column_sums", "row_lengths", *GAINS},
 }
 """Which kernels a method asks for, beside the base's own."""
 LOSS = {"float32": 5e-7, "bfloat16": 2e-3}

@@ -27,7 +27,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.module import AdaptedLayer
 from topwork.models.base import Base
 from topwork.objectives.sft import Sft
-from topwork.ops import dropout, gain, gated, norm, residual, rotary
+from topwork.ops import dropout, gain, gated, norm, residual, rotary, row_lengths
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.triton import load
 from topwork.training.step import Learner, StepResult, train_step
@@ -48,9 +48,10 @@ CASES: dict[str, tuple[str, ...]] = {
 """Who shares a pass."""
 KERNELS = {
     "gain": ("multiply_", "add_", "gain_sums_", "column_sums"), "layer": ("drop",), "residual": ("add_and_round",),
+    "row_lengths": ("row_lengths",),
 }  # fmt: skip
 """Which are counted."""
-TRUTHS = (dropout, gain, gated, norm, residual, rotary)
+TRUTHS = (dropout, gain, gated, norm, residual, rotary, row_lengths)
 
 
 class Kept(torch.optim.SGD):

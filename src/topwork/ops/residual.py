@@ -4,7 +4,7 @@
     branch = round(x')               what the next branch begins with
     dx = dx' + dbranch               dy = round(multiplier * dx)
 
-One pass over the memory each way, where plain torch (the truth) makes copies of both types in between. With `in_place`
+One pass over the memory each way (C, Triton), where plain torch (the truth) makes copies of both types. With `in_place`
 the sum takes x's place (a view's excepted), and its gradient that of dx'; the caller answers for it that nobody needs
 those any more. With one type there is nothing to round, and all of it is torch's own sum.
 """

@@ -6,6 +6,7 @@ The base's products see inputs with their gains, low-rank terms see them without
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -107,9 +108,8 @@ class Vectors:
         """The rest of `out`, as rows and columns."""
         ends = sorted({0, out.shape[1], *(end for _, own, _ in self.gains for end in (own.start, own.stop))})
         for columns in map(slice, ends, ends[1:]):
-            row = 0
-            inside = [gain.rows for gain, own, _ in self.gains if own.start <= columns.start < own.stop]
-            for rows in sorted(inside, key=lambda rows: rows.start):
-                yield slice(row, rows.start), columns
-                row = rows.stop
-            yield slice(row, len(out)), columns
+            inside = [gain for gain, own, _ in self.gains if own.start <= columns.start < own.stop]
+            rows = sorted((gain.start, gain.stop) for gain in inside)
+            for (_, before), (after, _) in pairwise([(0, 0), *rows, (len(out), len(out))]):
+                if before < after:
+                    yield slice(before, after), columns
