@@ -28,11 +28,13 @@ def triton() -> ModuleType:
 
 
 @pytest.fixture
-def interpreted() -> Callable[[Path], list[str]]:
-    """Runs a file of cases in Triton's interpreter, which must be chosen before triton is imported."""
+def interpreted() -> Callable[..., list[str]]:
+    """Runs a file of cases in Triton's interpreter, which must be chosen before triton is imported; `settings` are of
+    its environment."""
 
-    def run(cases: Path) -> list[str]:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    def run(cases: Path, **settings: str) -> list[str]:
+        own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **own, **settings}
         done = subprocess.run([sys.executable, str(cases)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops import gain
-from topwork.ops.gain import gain_gradients_, multiply_
+from topwork.ops.gain import add_, column_sums, gain_gradients_, input_gain_gradients_, multiply_
 from topwork.ops.native import load
 
 SHAPES = [(0, 5), (1, 1), (7, 33), (64, 16), (130, 576), (200, 1030)]
@@ -135,6 +135,40 @@ def test_16_bits_run_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     gain_gradients_(z, dy, factor, offset)
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gain_of_inputs_is_the_formula(layer_backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """A factor of zero has a gradient: its input is known."""
+    z, dy, factor, _ = drawn(*shape, dtype, bias=False)
+    factor[0] = 0
+    slopes, before = dy.clone(), z.clone()
+    found = input_gain_gradients_(z, slopes, factor)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), (dy.double() * z.double()).sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(slopes, (dy.float() * factor).to(dtype))
+    assert torch.equal(z, before)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_shift_is_the_formula(layer_backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    z, dy, amount, _ = drawn(*shape, dtype, bias=False)
+    exact = z.double() + amount.double()
+    add_(z, amount)
+    assert torch.allclose(z.double(), exact, rtol=rounding(dtype), atol=1e-6)
+    for slopes in (dy, dy[:1].expand(shape) if shape[0] else dy, dy.t().contiguous().t()):
+        found = column_sums(slopes)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.double(), slopes.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_a_sum_over_many_rows_goes_on_growing(layer_backend) -> None:
+    """In 16 bits it would stop at 256 ones."""
+    ones = torch.ones(5000, 3, dtype=torch.bfloat16)
+    assert torch.equal(column_sums(ones), torch.full((3,), 5000.0))
+    assert torch.equal(input_gain_gradients_(ones, ones.clone(), torch.ones(3)), torch.full((3,), 5000.0))
+
+
 def test_other_shapes_are_refused(layer_backend) -> None:
     z, dy, factor, _ = drawn(5, 4, torch.float32, bias=False)
     for given in ((z, factor[:3]), (z, factor.half()), (z[0], factor), (z, factor[None]), (z, factor, factor[:3])):
@@ -144,3 +178,7 @@ def test_other_shapes_are_refused(layer_backend) -> None:
         gain_gradients_(z, dy[:3], factor)
     with pytest.raises(ValueError, match="expected"):
         gain_gradients_(z, dy[:, :3], factor)
+    with pytest.raises(ValueError, match="expected"):
+        input_gain_gradients_(z, dy, factor[:3])
+    with pytest.raises(ValueError, match="expected"):
+        add_(z, factor[:3])

@@ -1,6 +1,5 @@
 """A group of linear layers with a prologue and LoRA terms: the hand-written backward pass against autograd in fp64."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,95 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.groups import IN, PROLOGUES, SEGMENTS, T, a_group, an_input, both, masters, truth
 from reference.kept import kept_by
 from reference.measure import relative
-from topwork.ops.bundles import LowRank, bundled
+from topwork.ops.bundles import bundled
 from topwork.ops.dropout import Dropout, stays
-from topwork.ops.packed import Packed, pack_4bit, pack_int8
-from topwork.ops.project import Gain, Gated, Identity, Projection, Prologue, RmsNorm, project, projection_of
+from topwork.ops.packed import pack_4bit, pack_int8
+from topwork.ops.project import Identity, Projection, RmsNorm, project, projection_of
 
-T, IN = 23, 40
-PROLOGUES: dict[str, Prologue] = {
-    "as is": Identity(),
-    "norm": RmsNorm(1 + 0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-5),
-    "norm with offset": RmsNorm(0.3 * torch.randn(IN, generator=torch.Generator().manual_seed(0)), 1e-6, True),
-    "silu": Gated("silu"),
-    "gelu": Gated("gelu_tanh"),
-}
-SEGMENTS: dict[str, list[tuple[int, int]]] = {
-    "one adapter": [(0, T)],
-    "two adapters": [(0, 9), (9, T)],
-    "beside the bare base": [(4, 11), (17, T)],
-    "an empty one": [(0, 5), (5, 5), (5, T)],
-    "none": [],
-}
 OUTPUTS = {"one": [17], "three": [24, 8, 9]}
-
-
-def a_group(outputs: Sequence[int], segments: Sequence[tuple[int, int]], bias: bool = False) -> list[Projection]:
-    """Random projections; ranks and scalings differ from term to term, and not every projection has every term."""
-    group = []
-    for number, out in enumerate(outputs):
-        terms = []
-        for at, (start, stop) in enumerate(segments):
-            if number == 1 and at == 1:
-                continue
-            r = 3 + number + 2 * at
-            a, b = torch.randn(r, IN) / math.sqrt(IN), torch.randn(out, r)
-            terms.append(LowRank(start, stop, a.requires_grad_(), b.requires_grad_(), 0.5 + at + number))
-        group.append(Projection(torch.randn(out, IN), torch.randn(out) if bias else None, tuple(terms)))
-    return group
-
-
-def masters(group: Sequence[Projection]) -> list[Tensor]:
-    terms = [tensor for projection in group for term in projection.terms for tensor in (term.a, term.b)]
-    return terms + [gain.factor for projection in group for gain in projection.gains]
-
-
-def truth(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
-    """The same formula, one layer at a time, for autograd."""
-    if isinstance(prologue, RmsNorm):
-        weight = prologue.weight.double() + (1 if prologue.unit_offset else 0)
-        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + prologue.eps) * weight
-    elif isinstance(prologue, Gated):
-        gate, up = x.chunk(2, -1)
-        n = (F.silu(gate) if prologue.kind == "silu" else F.gelu(gate, approximate="tanh")) * up
-    else:
-        n = x
-    parts = []
-    for projection in group:
-        weight = projection.weight.dense() if isinstance(projection.weight, Packed) else projection.weight
-        y = F.linear(n, weight.double(), None if projection.bias is None else projection.bias.double())
-        for term in projection.terms:
-            rows = torch.arange(len(x))
-            inside = ((rows >= term.start) & (rows < term.stop))[:, None]
-            y = y + inside * (term.scaling * n @ term.a.double().t() @ term.b.double().t())
-        for gain in projection.gains:
-            rows = torch.arange(len(x))
-            inside = ((rows >= gain.start) & (rows < gain.stop))[:, None]
-            left_alone = 0 if gain.with_bias or projection.bias is None else projection.bias.double()
-            y = torch.where(inside, (y - left_alone) * gain.factor.double() + left_alone, y)
-        parts.append(y)
-    return torch.cat(parts, -1)
-
-
-def an_input(prologue: Prologue, rows: int = T) -> Tensor:
-    return torch.randn(rows, 2 * IN if isinstance(prologue, Gated) else IN)
-
-
-def both(x: Tensor, group: Sequence[Projection], prologue: Prologue) -> tuple[list[Tensor], list[Tensor]]:
-    """(output, dx, dA, dB, ...) of `project`, and of the truth in fp64."""
-    found = []
-    for run, given in ((project, x), (truth, x.double())):
-        given = given.detach().clone().requires_grad_()
-        y = run(given, group, prologue)
-        value = y.detach().clone()  # the backward pass of gains writes over it
-        torch.manual_seed(1)
-        dy = torch.randn(y.shape).to(y.dtype)
-        learned = masters(group)
-        grads = torch.autograd.grad(y, [given, *learned], dy.to(x.dtype).to(y.dtype), allow_unused=True)
-        found.append([value, *(torch.zeros(1) if g is None else g for g in grads)])
-    return found[0], found[1]
 
 
 @pytest.mark.parametrize("prologue", list(PROLOGUES))
@@ -211,113 +130,6 @@ def test_layers_with_one_mask_share_a_product() -> None:
     group = [replace(p, terms=tuple(replace(t, dropout=dropout) for t in p.terms)) for p in a_group([5] * 3, [(0, T)])]
     bundles = bundled((term, slice(0, 5)) for projection in group for term in projection.terms)
     assert [len(bundle.terms) for bundle in bundles] == [3]
-
-
-GAINS: dict[str, list[tuple[int, int]]] = {
-    "all rows": [(0, T)],
-    "some rows": [(4, 11), (17, T)],
-    "no rows": [(3, 3)],
-}
-
-
-def with_gains(group: Sequence[Projection], ranges: Sequence[tuple[int, int]], with_bias: bool) -> list[Projection]:
-    """A gain for each range on every projection but the second."""
-    gained = []
-    for at, projection in enumerate(group):
-        factors = [(0.5 + torch.rand(projection.outputs)).requires_grad_() for _ in ranges if at != 1]
-        gains = tuple(Gain(*rows, factor, with_bias) for rows, factor in zip(ranges, factors))
-        gained.append(replace(projection, gains=gains))
-    return gained
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("with_bias", [True, False], ids=["with the bias", "without the bias"])
-@pytest.mark.parametrize("ranges", list(GAINS))
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_gains(bias: bool, ranges: str, with_bias: bool, dtype: torch.dtype) -> None:
-    """Outputs times a vector that learns, on top of terms: values, and the gradients of input, terms and factors."""
-    torch.manual_seed(0)
-    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"], bias), GAINS[ranges], with_bias)
-    group = [
-        replace(p, weight=p.weight.to(dtype), bias=None if p.bias is None else p.bias.to(dtype))  # type: ignore[union-attr]
-        for p in group
-    ]
-    found, expected = both(an_input(Identity()).to(dtype), group, Identity())
-    for one, other in zip(found, expected, strict=True):
-        assert relative(one, other, 1e-30) < (5e-6 if dtype == torch.float32 else 2e-2)
-
-
-@pytest.mark.parametrize("factor", [0.0, 1e-4, 0.02, 3.0])
-def test_a_gain_far_from_one_in_bfloat16(factor: float) -> None:
-    """Its distance from one would be rounded, and all of a small factor with it."""
-    torch.manual_seed(0)
-    weight, x, dy = torch.randn(8, 12).bfloat16(), torch.randn(T, 12).bfloat16(), torch.randn(T, 8).bfloat16()
-    gain = torch.full((8,), factor, requires_grad=True)
-    y = project(x, [Projection(weight, gains=(Gain(0, T, gain),))])
-    plain = F.linear(x, weight).float()
-    assert relative(y, plain * factor, 1e-30) < 4e-3 * (factor > 0) + 1e-9
-    (found,) = torch.autograd.grad(y, gain, dy)
-    expected = (plain * dy.float()).sum(0) if factor else torch.zeros(8)
-    assert relative(found, expected, 1e-30) < 1e-2
-
-
-@pytest.mark.parametrize("with_bias", [True, False], ids=["with the bias", "without the bias"])
-def test_gains_when_what_follows_changes_the_output_in_place_and_back(with_bias: bool) -> None:
-    """As the rotation of queries and keys does: forward in place, and undone before this backward pass."""
-
-    class Negated(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, y):
-            ctx.mark_dirty(y)
-            ctx.y = y
-            return y.neg_()
-
-        @staticmethod
-        def backward(ctx, dy):
-            ctx.y.data.neg_()
-            return -dy
-
-    torch.manual_seed(0)
-    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias)
-    given, dy = an_input(Identity()).requires_grad_(), torch.randn(T, 41)
-    learned = [given, *masters(group)]
-    expected = torch.autograd.grad(project(given, group), learned, dy, allow_unused=True)
-    found = torch.autograd.grad(Negated.apply(project(given, group)), learned, -dy, allow_unused=True)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("outputs", [[24, 8, 9], [16, 8, 9]], ids=["made again", "kept"])
-@pytest.mark.parametrize("prologue", ["as is", "norm"])
-def test_outputs_that_only_gains_need(prologue: str, outputs: list[int]) -> None:
-    """Made again going backward where the input (40 values) is not wider, to the bit; what came of them may be gone."""
-    torch.manual_seed(0)
-    given, norm = an_input(Identity()), PROLOGUES[prologue]
-    group = with_gains(a_group(outputs, SEGMENTS["two adapters"], True), GAINS["some rows"], with_bias=False)
-    results, kept = [], []
-    for keeps in (True, False):
-        x = given.clone().requires_grad_()
-        y = project(x, group, norm, keeps)
-        context = y.grad_fn
-        kept.append(context.out is not None)  # type: ignore[union-attr]
-        value = y.detach().clone()
-        if not keeps and not kept[-1]:
-            y.detach().fill_(torch.nan)
-        results.append([value, *torch.autograd.grad(y, [x, *masters(group)], torch.ones_like(y), allow_unused=True)])
-    assert kept == [True, sum(outputs) < IN]
-    assert all(one is other or torch.equal(one, other) for one, other in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-def test_gains_gone_through_twice(keeps: bool) -> None:
-    """The first backward pass has written over what was kept."""
-    torch.manual_seed(0)
-    group = with_gains(a_group([24, 8, 9], SEGMENTS["two adapters"]), GAINS["some rows"], with_bias=True)
-    x = an_input(Identity()).requires_grad_()
-    learned = [x, *masters(group)]
-    y = project(x, group, keeps=keeps)
-    dy = torch.randn_like(y)
-    first, second = (torch.autograd.grad(y, learned, dy, allow_unused=True, retain_graph=True) for _ in range(2))
-    assert all(one is other or torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_ranges_that_overlap_add_up() -> None:

@@ -4,18 +4,19 @@ import inspect
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from topwork.ops import gated, norm, rotary
+from topwork.ops import dropout, gain, gated, norm, residual, rotary
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.native import load as native
 from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_layer_cases.py")
-FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "drop": 36, "loss": 45}
+FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "drop": 36, "sum": 90, "vector": 72, "loss": 45}
 """How many cases each has."""
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -33,13 +34,23 @@ OPTIONS = {
     "_gated": {"KIND": "silu", "COLUMNS": 1024},
     "_gated_backward": {"KIND": "silu", "COLUMNS": 1024},
     "_drop": {"ADD": True, "COLUMNS": 1024},
+    "_add_and_round": {"ADDS": True, "ROUNDS": True, "VALUES": 2048},
+    "_multiply": {"LEAVES": True, "ROWS": 8, "COLUMNS": 256},
+    "_add": {"ROWS": 8, "COLUMNS": 256},
+    "_gain_sums": {"LEAVES": True, "ROWS": 8, "COLUMNS": 256},
     "_logprob_slope": {"COLUMNS": 8192},
 }
-FP32, LONG = ("rstd", "cos", "sin", "gradient", "logps"), ("targets", "draws")
+SUMS: dict[str, dict[str, object]] = {
+    "_column_sums": {"ROWS": 8, "COLUMNS": 256},
+    "_total": {"DIVIDES": True, "ROWS": 64, "COLUMNS": 32},
+}
+"""Which give a number a column."""
+FP32 = ("rstd", "cos", "sin", "gradient", "logps", "factor", "amount", "sums", "out", "total")
+LONG = ("targets", "draws")
 NUMBERS = {
     "x_outer", "x_inner", "dy_outer", "dy_inner", "inner", "rows", "d", "by_token", "by_head",
     "heads", "blocks", "cos_row", "sin_row", "half", "gate_row", "up_row", "dh_row", "dgate_row", "dup_row", "f",
-    "chunks", "row_stride", "vocabulary", "x_row", "y_row",
+    "chunks", "row_stride", "vocabulary", "x_row", "y_row", "z_row", "dy_row", "dz_row", "n", "block", "count",
 }  # fmt: skip
 
 
@@ -48,18 +59,21 @@ def ptx(name: str, **options: object) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from topwork.ops.triton import layer, logprobs
+    from topwork.ops.triton import gain, layer, logprobs, residual
 
-    kernel, chosen = getattr(layer, name, None) or getattr(logprobs, name), OPTIONS[name] | options
+    kernel = next(getattr(module, name) for module in (layer, residual, gain, logprobs) if hasattr(module, name))
+    chosen = {**OPTIONS, **SUMS}[name] | options
     types = {key: "constexpr" if key in chosen else "*bf16" for key in kernel.arg_names}
     types |= {key: "*fp32" for key in FP32 if key in types} | {key: "*i64" for key in LONG if key in types}
-    types |= {key: "i32" for key in NUMBERS if key in types} | {key: "fp32" for key in ("eps", "scale") if key in types}
+    types |= {"x": "*fp32"} if name == "_add_and_round" else {}
+    types |= {key: "i32" for key in NUMBERS if key in types}
+    types |= {key: "fp32" for key in ("eps", "scale", "multiplier", "by") if key in types}
     types |= {key: "i64" for key in ("key", "least") if key in types}
     sixteens = {
         (at,): [["tt.divisibility", 16]] for at, key in enumerate(kernel.arg_names) if types[key][0] in "*i"
     }  # fmt: skip
     values = 1
-    for key in ("ROWS", "WIDTH", "HEADS", "HALF", "COLUMNS"):
+    for key in ("ROWS", "WIDTH", "HEADS", "HALF", "COLUMNS", "VALUES"):
         values *= chosen.get(key, 1)
     source = ASTSource(kernel, types, constexprs=chosen, attrs=sixteens)
     return compile(source, target=GPUTarget("cuda", 90, 32), options=layer.launch(values)).asm["ptx"]
@@ -86,7 +100,15 @@ def test_every_kind_of_gated_unit_compiles(triton_cache, name: str, kind: str) -
     assert "st.global.v4.b32" in ptx(name, KIND=kind)
 
 
-@pytest.mark.parametrize("name", ["_rms_norm", "_rotate"])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_rows_read_memory_in_large_pieces(triton_cache, name: str) -> None:
+    made = ptx(name)
+    assert "ld.global.v4.b32" in made
+    assert not re.search(r"\.global\.(v2\.)?b(8|16)\b", made)
+    assert "atom" not in made
+
+
+@pytest.mark.parametrize("name", ["_rms_norm", "_rotate", "_add_and_round", "_multiply", "_gain_sums"])
 def test_what_equals_the_truth_is_not_fused(triton_cache, name: str) -> None:
     """A product and a sum are rounded each for itself, as in plain torch."""
     assert "fma.rn.f32" not in ptx(name)
@@ -139,16 +161,30 @@ class Recorder:
         return called
 
 
-def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
-    from topwork.ops.triton import layer, logprobs
+@pytest.fixture
+def recorded(triton, monkeypatch) -> Callable[[], dict[str, dict[str, object]]]:
+    """What each kernel was given so far; no kernel runs."""
+    from topwork.ops.triton import gain, layer, logprobs, residual
 
-    recorders = {"layer": Recorder(layer), "logprobs": Recorder(logprobs)}
+    recorders = {module.__name__.rpartition(".")[2]: Recorder(module) for module in (gain, layer, logprobs, residual)}
     monkeypatch.setattr(load, "kernels", lambda name, _: recorders[name])
+    monkeypatch.setattr(native, "library", lambda _: None)
+    return lambda: {name: values for recorder in recorders.values() for name, values in recorder.given.items()}
+
+
+def assert_given(found: dict[str, dict[str, object]], expected: dict[str, dict[str, object]]) -> None:
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert {key: id(value) for key, value in found[name].items()} == {
+            key: id(value) for key, value in values.items()
+        }
+
+
+def test_the_kernels_are_given_what_they_take(recorded) -> None:
     x, weight, cos, sin = (torch.randn(shape) for shape in [(6, 4, 8), 8, (6, 8), (6, 8)])
     dy, rstd = torch.randn(6, 4, 8), torch.ones(24)
     dh, gate, up = (torch.randn(6, 8) for _ in range(3))
     dgate, dup, targets, gradient = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6), torch.ones(6)
-    monkeypatch.setattr(native, "library", lambda _: None)
     assert norm.rms_norm(x, weight, 1e-5, True) == "rms_norm"
     assert norm.rms_normalized(x, weight, rstd, True) == "rms_normalized"
     assert norm.rms_norm_backward(dy, x, weight, rstd, True) == "rms_norm_backward"
@@ -166,12 +202,46 @@ def test_the_kernels_are_given_what_they_take(triton, monkeypatch) -> None:
         "gated_backward": {"dh": dh, "gate": gate, "up": up, "kind": "gelu", "dgate": dgate, "dup": dup},
         "logprob_slope_": {"logits": gate, "targets": targets, "gradient": gradient, "scale": 0.5},
     }
-    given = recorders["layer"].given | recorders["logprobs"].given
-    assert set(given) == set(expected)
-    for name, values in expected.items():
-        assert {key: id(value) for key, value in given[name].items()} == {
-            key: id(value) for key, value in values.items()
-        }
+    assert_given(recorded(), expected)
+
+
+def test_so_are_those_of_what_adapters_learn_and_of_the_sum(recorded) -> None:
+    z, dy = torch.randn(6, 8), torch.randn(6, 8)
+    x, total, narrow, rounded = torch.randn(1, 6, 8), torch.empty(1, 6, 8), dy.bfloat16(), z.half()
+    factor, beside, times, by = torch.ones(8), torch.ones(8), 0.5, 0.25
+    drops = dropout.Dropout(0.5, 12345, torch.arange(6))
+    gain.multiply_(z, factor, beside)
+    gain.add_(z, factor)
+    assert gain.column_sums(dy) == "column_sums"
+    residual.add_and_round(x, narrow, times, total, rounded, by)
+    dropout.drop(dy, drops, z, add=True)
+    expected = {
+        "multiply_": {"z": z, "factor": factor, "left_alone": beside},
+        "add_": {"z": z, "amount": factor},
+        "column_sums": {"dy": dy},
+        "add_and_round": {
+            "x": x, "y": narrow, "multiplier": times, "total": total, "rounded": rounded, "by": by
+        },
+    }  # fmt: skip
+    found = recorded()
+    drop = found.pop("drop")
+    assert (drop["x"], drop["out"], drop["draws"], drop["add"]) == (dy, z, drops.seeds, True)
+    assert (drop["key"], drop["least"], drop["scale"]) == (drops.key, drops.least, drops.scale)
+    assert_given(found, expected)
+    sums = {"factor": factor, "dy": dy}
+    assert gain.gain_gradients_(z, dy, factor, beside) == "gain_sums_"
+    assert_given({"gain_sums_": recorded()["gain_sums_"]},
+                 {"gain_sums_": sums | {"y": z, "left_alone": beside, "dz": z, "divides": True}})  # fmt: skip
+    assert gain.input_gain_gradients_(z, dy, factor) == "gain_sums_"
+    assert_given({"gain_sums_": recorded()["gain_sums_"]},
+                 {"gain_sums_": sums | {"y": z, "left_alone": None, "dz": dy, "divides": False}})  # fmt: skip
+
+
+@pytest.mark.parametrize("y", [torch.randn(6, 16)[:, :8].bfloat16()[:, ::2], torch.randn(6, 4).double()])
+def test_what_a_sum_cannot_be_given_goes_to_the_truth(recorded, y) -> None:
+    x, rounded = torch.randn(1, 6, 4), torch.empty(6, 8, dtype=torch.bfloat16)[:, ::2]
+    residual.add_and_round(x, y, 1.0, x, rounded)
+    assert recorded() == {}
 
 
 @pytest.mark.gpu
@@ -194,7 +264,9 @@ def test_on_a_gpu_every_function_goes_to_its_kernel(triton, monkeypatch, dtype: 
     made = {"device": "cuda", "dtype": dtype}
     x, weight, table = torch.randn(6, 4, 64, **made), torch.randn(64, **made), torch.rand(6, 64, device="cuda")
     gate, targets, ones = torch.randn(6, 64, **made), torch.arange(6, device="cuda"), torch.ones(6, device="cuda")
-    for module in (norm, rotary, gated):
+    stream, factor = torch.randn(1, 6, 64, device="cuda"), torch.ones(64, device="cuda")
+    drops = dropout.Dropout(0.5, 12345, targets)
+    for module in (norm, rotary, gated, gain, residual, dropout):
         for name in [name for name in vars(module) if "_reference" in name]:
             monkeypatch.setattr(module, name, None)
     torch.cuda.set_sync_debug_mode("error")
@@ -206,6 +278,13 @@ def test_on_a_gpu_every_function_goes_to_its_kernel(triton, monkeypatch, dtype: 
         gated.gated(gate, gate, "silu")
         gated.gated_backward(gate, gate, gate, "silu")
         logprob_slope_(gate, targets, ones)
+        gain.multiply_(gate, factor, weight)
+        gain.gain_gradients_(gate, gate.clone(), factor, weight)
+        gain.input_gain_gradients_(gate, gate.clone(), factor)
+        gain.add_(gate, factor)
+        gain.column_sums(gate)
+        residual.add_and_round(stream, gate, 0.5, stream, gate.clone())
+        dropout.drop(gate, drops, gate.clone())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -222,3 +301,23 @@ def test_on_a_gpu_offsets_pass_two_to_the_thirty_first(triton) -> None:
     torch.testing.assert_close(found[-1:], expected)
     torch.testing.assert_close(logits[-1:], slope)
     torch.testing.assert_close(found[0], -torch.tensor(128256.0, device="cuda").log())
+
+
+@pytest.mark.gpu
+@GPU
+def test_on_a_gpu_a_stream_passes_two_to_the_thirty_first(triton) -> None:
+    """The last row of a sum, of a gain and of a shift whose values lie beyond it."""
+    tokens, d = 2**18 + 1, 8192
+    x = torch.zeros(1, tokens, d, device="cuda")
+    y = torch.zeros(tokens, d, device="cuda", dtype=torch.bfloat16)
+    y[-1].normal_()
+    last = y[-1].float()
+    residual.add_and_round(x, y, 0.5, x, None)
+    torch.testing.assert_close(x[0, -1], 0.5 * last)
+    assert not x[0, :-1].any()
+    del x
+    factor = torch.full((d,), 3.0, device="cuda")
+    gain.multiply_(y, factor)
+    gain.add_(y, factor)
+    torch.testing.assert_close(y[-1], ((last * 3).bfloat16() + 3).bfloat16())
+    torch.testing.assert_close(gain.column_sums(y), y.sum(0, dtype=torch.float32), rtol=1e-5, atol=1e-3)

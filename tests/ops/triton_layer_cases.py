@@ -1,4 +1,5 @@
-"""The Triton kernels of a layer and of the loss beside their truths: compiled on a GPU, interpreted on the CPU.
+"""The Triton kernels of a layer, of the vectors that adapters learn, of the residual sum and of the loss beside their
+truths: compiled on a GPU, interpreted on the CPU.
 
 `python triton_layer_cases.py`, with TRITON_INTERPRET=1, prints one line for each case: its name, and "as the truth" or
 how far from it. The interpreter has to be asked for before triton is imported anywhere, hence a process of its own.
@@ -16,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from reference.measure import relative
 from topwork.common.seeds import hashed
+from topwork.ops import gain as gain_op
 from topwork.ops import gated as gated_op
 from topwork.ops import norm as norm_op
 from topwork.ops import rotary as rotary_op
 from topwork.ops.dropout import Dropout, drop_reference
 from topwork.ops.logprobs import logprob_slope_reference
-from topwork.ops.triton import layer, logprobs
+from topwork.ops.residual import add_and_round_reference
+from topwork.ops.triton import gain, layer, logprobs, residual
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative, in norms; twice for the interpreter, which cuts fp32 off to bf16 where the GPU rounds to the nearest."""
@@ -127,6 +130,57 @@ def drops(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
             yield f"drop {shape} {share}", found, expected
 
 
+def sums(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """A stream within a larger buffer, nothing beside which may be written."""
+    for shape in [(1, 1), (5, 3), (7, 576), (3, 2050), (0, 8)]:
+        for adds, rounds, in_place in [(1, 1, 1), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)]:
+            count, y = shape[0] * shape[1], make(*shape) if adds else None
+            begun, elsewhere = torch.randn(count + 8, device=make.device), torch.ones(count + 8, device=make.device)
+            branch, results = make(count + 8), []
+            for run in (residual.add_and_round, add_and_round_reference):
+                buffers = [begun.clone(), elsewhere.clone(), branch.clone()]
+                x, other = (buffer[4:-4].view(1, *shape) for buffer in buffers[:2])
+                rounded = buffers[2][4:-4].view(shape) if rounds else None
+                run(x, y, 0.3, x if in_place else other, rounded, 0.7)
+                results.append(buffers)
+            yield f"sum {shape} adds={adds} rounds={rounds} in_place={in_place}", results[0], results[1]
+
+
+def vectors(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """Columns of a wider buffer, nothing beside which may be written; sums by many blocks of a tile and by few longer
+    ones."""
+    before = gain.BLOCKS
+    for shape, most in [((1, 1), 256), ((3, 7), 256), ((37, 64), 256), ((130, 300), 256), ((130, 300), 2), ((0, 5), 9)]:
+        for leaves in (False, True):
+            gain.BLOCKS = most
+            factor, beside = 0.5 + torch.rand(2 * shape[1], device=make.device)[::2], make(shape[1]) if leaves else None
+            whole, dy = make(shape[0], shape[1] + 16), make.parts(*shape, columns=2)[0]
+            z, results = whole[:, 8:-8], []
+            for triton in (True, False):
+                buffers = [whole.clone() for _ in range(4)]
+                multiplied, added, output, gradient = (buffer[:, 8:-8] for buffer in buffers)
+                gradient.copy_(dy)
+                if triton:
+                    gain.multiply_(multiplied, factor, beside)
+                    gain.add_(added, factor)
+                    found = [gain.gain_sums_(output, dy, factor, beside, output, False), gain.column_sums(dy)]
+                    found.append(gain.gain_sums_(z, gradient, factor, beside, gradient, False))
+                else:
+                    gain_op.multiply_reference_(multiplied, factor, beside)
+                    gain_op.add_reference_(added, factor)
+                    found = [gain_op.gain_sums_reference_(output, dy, factor, beside, output)]
+                    found.append(gain_op.column_sums_reference(dy))
+                    found.append(gain_op.gain_sums_reference_(z, gradient, factor, beside, gradient))
+                results.append([*found, *buffers])
+            yield f"vectors {shape} leaves={leaves} blocks={most}", results[0], results[1]
+            factor[0] = 0
+            divided = gain.gain_sums_(z, dy, factor, beside, torch.empty_like(dy), True)
+            sums = gain_op.gain_sums_reference_(z, dy, factor, beside, torch.empty_like(dy))
+            expected = torch.where(factor == 0, 0, sums / factor)
+            yield f"divided {shape} leaves={leaves} blocks={most}", [divided], [expected]
+    gain.BLOCKS = before
+
+
 def losses(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
     def case(name: str, logits: Tensor, targets: Tensor, scale: float = 1.0) -> tuple[str, list[Tensor], list[Tensor]]:
         gradient = torch.randn(len(targets), device=make.device)
@@ -152,7 +206,8 @@ def losses(make: Maker) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
 
 
 FAMILIES: dict[str, Callable[[Maker], Iterator[tuple[str, list[Tensor], list[Tensor]]]]] = {
-    "norm": norms, "rotate": rotations, "gated": gates, "drop": drops, "loss": losses,
+    "norm": norms, "rotate": rotations, "gated": gates, "drop": drops, "sum": sums, "vector": vectors,
+    "loss": losses,
 }  # fmt: skip
 
 

@@ -17,15 +17,19 @@ from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
 from topwork.ops.context import current_batch
 from topwork.ops.dropout import Dropout, dropped
-from topwork.ops.project import Gain, Projection, projection_of
+from topwork.ops.project import Projection, projection_of
+from topwork.ops.vectors import Gain, Shift
 
 
 @dataclass(frozen=True)
 class FusedTerms:
-    """A part as `ops/project.py` takes it: low-rank terms and a gain on the outputs, for some rows of the batch."""
+    """A part as `ops/project.py` takes it: low-rank terms, a gain on the outputs, what is added to them, and a gain on
+    the inputs, for some rows of the batch."""
 
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
+    shifts: tuple[Shift, ...] = ()
+    input_gains: tuple[Gain, ...] = ()
 
 
 class AdapterModule(nn.Module):
@@ -109,7 +113,7 @@ class AdaptedLayer(nn.Module):
         if base is None:
             return None
         terms: list[LowRank] = []
-        gains: list[Gain] = []
+        vectors: list[FusedTerms] = []
         for segment in batch.segments:
             if (part := self.part(segment.adapter)) is None:
                 continue
@@ -118,8 +122,14 @@ class AdaptedLayer(nn.Module):
                 return None
             dropout = self._dropout(part, batch, segment)
             terms += addition.terms if dropout is None else (replace(t, dropout=dropout) for t in addition.terms)
-            gains += addition.gains
-        return replace(base, terms=tuple(terms), gains=tuple(gains))
+            vectors.append(addition)
+        return replace(
+            base,
+            terms=tuple(terms),
+            gains=tuple(gain for fused in vectors for gain in fused.gains),
+            shifts=tuple(shift for fused in vectors for shift in fused.shifts),
+            input_gains=tuple(gain for fused in vectors for gain in fused.input_gains),
+        )
 
     def _dropout(self, part: AdapterModule, batch: Batch, segment: Segment) -> Dropout | None:
         if not (part.training and part.dropout):

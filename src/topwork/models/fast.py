@@ -2,7 +2,8 @@
 `ops/residual.py`).
 
 Which layers get one is decided in `models/recognise.py`. Adapters may come and go at any time: what a linear layer is
-made of is asked in every pass, and what is more than frozen weights with LoRA terms runs on plain modules.
+made of is asked in every pass, and what is more than frozen weights with low-rank terms and vectors runs on plain
+modules.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,7 @@ class FastLayer(GradientCheckpointingLayer):
         return self._products(x, before, self._group(parent, names), keeps)
 
     def _products(self, x: Tensor, before: str | None, group: "_Group", keeps: bool = True) -> Tensor:
-        """Where one is more than a frozen weight with LoRA terms and gains, they run as modules."""
+        """Where one is more than a projection, they run as modules."""
         if group.projections is None:
             n = self._normed(x, before)
             return torch.cat([module(n) for module in group.modules], -1)
@@ -235,7 +236,8 @@ class FastLayer(GradientCheckpointingLayer):
         modules = [_bare(parent.get_submodule(name)) for name in names]
         found = [projection_of(module) for module in modules]
         projections = [projection for projection in found if projection is not None]
-        if len(projections) < len(modules):
+        others = len(modules) > 1 and any(projection.input_gains for projection in projections)  # see it without
+        if len(projections) < len(modules) or others:
             return _Group(modules)
         joined = self._joined.get(tuple(names))
         if joined is None:
@@ -269,8 +271,8 @@ def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:
 
 
 class _Group(NamedTuple):
-    """Linear layers side by side: what they are for the current batch (None where one is more than a projection), and
-    all of them as one where their weights are joined."""
+    """Linear layers side by side: what they are for the current batch (None where one is more than a projection, or
+    multiplies an input that others have too), and all of them as one where their weights are joined."""
 
     modules: list[nn.Module]
     projections: list[Projection] | None = None

@@ -1,4 +1,5 @@
-"""A group of linear layers with one input, behind a cheap prologue, with LoRA terms: forward and backward by hand.
+"""A group of linear layers with one input, behind a cheap prologue, with what adapters learn: forward and backward by
+hand.
 
     n = prologue(x)                                    computed again going backward, never kept
     S = n A'                                           one product for all A of the group, kept (r values a token)
@@ -6,8 +7,9 @@
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
-A gain multiplies outputs by a vector that learns (`ops/gain.py`); what it passes back is dy above. It needs y again:
-kept, or made once more where nobody else would keep it and the input is not wider than it.
+Vectors that learn multiply outputs, are added to them, or multiply inputs (`ops/vectors.py`): what those of outputs
+pass back is dy above, and W's n and dn are those of inputs. A gain on outputs needs y again: kept, or made once more
+where nobody else would keep it and the input is not wider than it.
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/batch.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
@@ -24,37 +26,24 @@ from torch import Tensor, nn
 
 from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
-from topwork.ops.gain import gain_gradients_, multiply_
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
-
-
-@dataclass(frozen=True)
-class Gain:
-    """The outputs of rows start:stop times `factor` [out] in fp32, which learns; the bias too, or only what is added to
-    it."""
-
-    start: int
-    stop: int
-    factor: Tensor
-    with_bias: bool = True
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
+from topwork.ops.vectors import Gain, PlacedGain, PlacedShift, Shift, Vectors
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer: frozen weight [out, in], bias [out], what adapters add to its product, and then its gains, of
-    which no row has more than one."""
+    """One linear layer: frozen weight [out, in], bias [out], what adapters multiply its inputs by, add to its product,
+    and multiply that by. No row has more than one gain on either side."""
 
     weight: Tensor | Packed
     bias: Tensor | None = None
     terms: tuple[LowRank, ...] = ()
     gains: tuple[Gain, ...] = ()
+    shifts: tuple[Shift, ...] = ()
+    input_gains: tuple[Gain, ...] = ()
 
     @property
     def outputs(self) -> int:
@@ -149,8 +138,8 @@ def normed(x: Tensor, norm: Prologue) -> Tensor:
 
 
 def projection_of(module: nn.Module | None) -> Projection | None:
-    """What a module adds up to as a frozen linear layer with LoRA terms for the current batch; None where it is more
-    than that. Modules other than nn.Linear tell by a method `projection()`."""
+    """What a module adds up to as a frozen linear layer with adapters' parts for the current batch; None where it is
+    more than that. Modules other than nn.Linear tell by a method `projection()`."""
     if type(module) is nn.Linear:
         learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
         return None if learns else Projection(module.weight, module.bias)
@@ -168,48 +157,50 @@ def project(
 ) -> Tensor:
     """x [T, k] -> [T, sum of the group's outputs], the group's products side by side. Where there are gains, the
     backward pass writes over them (or over others like them). What comes next either keeps them or is done with them at
-    once, as `keeps` says.
+    once, as `keeps` says. Gains on inputs are for a projection that stands alone: the group has one input.
 
     With `skip_forward` the products are left out and zeros returned, for a layer that runs again going backward and
     whose output no gradient needs; gains need theirs. The backward pass is the same. `joined` is the weights and the
     biases of the whole group, dense and behind one another, where somebody holds them so: one product for all.
     """
     bundles = bundled((term, columns) for projection, columns in _columns(group) for term in projection.terms)
-    gains = tuple(_placed_gains(group))
-    assert not (skip_forward and gains), "the gradient of a gain needs the product"
+    vectors = _vectors(group)
+    assert not (skip_forward and vectors.gains), "the gradient of a gain needs the product"
+    assert len(group) == 1 or not vectors.inputs, "a group has one input, and a gain on it is one projection's"
     terms = [placed.term for bundle in bundles for placed in bundle.terms]
-    learned = [*(term.a for term in terms), *(term.b for term in terms), *(gain.factor for gain, _, _ in gains)]
-    return _Project.apply(x, prologue, tuple(group), bundles, gains, keeps, skip_forward, joined, *learned)
+    learned = [*(term.a for term in terms), *(term.b for term in terms), *vectors.learned]
+    return _Project.apply(x, prologue, tuple(group), bundles, vectors, keeps, skip_forward, joined, *learned)
 
 
-_PlacedGain = tuple[Gain, slice, Tensor | None]
-"""A gain, its columns in the group's output, and the bias that it leaves alone."""
-
-
-def _placed_gains(group: Sequence[Projection]) -> Iterator[_PlacedGain]:
-    for projection, columns in _columns(group):
-        for gain in projection.gains:
-            yield gain, columns, None if gain.with_bias else projection.bias
+def _vectors(group: Sequence[Projection]) -> Vectors:
+    placed = list(_columns(group))
+    return Vectors(
+        tuple(gain for projection, _ in placed for gain in projection.input_gains),
+        tuple(PlacedShift(shift, columns) for projection, columns in placed for shift in projection.shifts),
+        tuple(
+            PlacedGain(gain, columns, None if gain.with_bias else projection.bias)
+            for projection, columns in placed
+            for gain in projection.gains
+        ),
+    )
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, gains, keeps, skip_forward, joined, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, prologue, group, bundles, vectors, keeps, skip_forward, joined, *learned):  # type: ignore[no-untyped-def]
+        ctx.prologue, ctx.group, ctx.joined, ctx.bundles, ctx.vectors = prologue, group, joined, bundles, vectors
         with scratch_scope():
             n, kept = prologue.forward(x)
             shape = n.shape[0], sum(projection.outputs for projection in group)
-            keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
+            keeps = keeps or (bool(vectors.gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
             inner = inner_products(n, bundles)
             if skip_forward:
                 out.zero_()
             else:
-                _base_products(n, group, joined, out)
-                add_terms(bundles, inner, out)
-        _multiply_(out, gains)
-        ctx.prologue, ctx.group, ctx.joined, ctx.bundles, ctx.gains = prologue, group, joined, bundles, gains
+                _write(ctx, vectors.scaled(n, x), inner, out)
         ctx.counts = len(kept), len(inner)
-        ctx.out = out.detach() if gains and keeps else None  # not among the saved: what follows may write into it
+        ctx.out = out.detach() if vectors.gains and keeps else None  # not saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
         return out
 
@@ -217,56 +208,32 @@ class _Project(torch.autograd.Function):
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
         kept, inner, _ = _split(rest, *ctx.counts)
-        wants_x = ctx.needs_input_grad[0]
+        wants_x, vectors = ctx.needs_input_grad[0], ctx.vectors
         all_da: list[Tensor] = []
         all_db: list[Tensor] = []
+        of_inputs: list[Tensor] = []
         with scratch_scope():
             out, ctx.out = ctx.out, None
-            if ctx.gains and out is None:
+            if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                _base_products(ctx.prologue.recompute(x, tuple(kept)), ctx.group, ctx.joined, out)
-                add_terms(ctx.bundles, inner, out)
-                _multiply_(out, ctx.gains)
-            dout, dfactors = _gain_gradients(dout, out, ctx.gains)
+                _write(ctx, vectors.scaled(ctx.prologue.recompute(x, tuple(kept)), x), inner, out)
+            dout, of_outputs = vectors.output_gradients_(dout, out)
             brief = not isinstance(ctx.prologue, Identity)
-            dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x else None
-            if inner:
+            dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x or vectors.inputs else None
+            if inner or vectors.inputs:
                 n = ctx.prologue.recompute(x, tuple(kept))
-                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn)
+                of_inputs = vectors.input_gradients_(n, dn)
+                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn if wants_x else None)
                 del n
             dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
-        return dx, None, None, None, None, None, None, None, *all_da, *all_db, *dfactors
+        return dx, None, None, None, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
-def _multiply_(out: Tensor, gains: Sequence[_PlacedGain]) -> None:
-    for gain, columns, bias in gains:
-        multiply_(out[gain.rows, columns], gain.factor, bias)
-
-
-def _gain_gradients(dout: Tensor, out: Tensor | None, gains: Sequence[_PlacedGain]) -> tuple[Tensor, list[Tensor]]:
-    """The gradient before the gains, and the factors'. It takes the output's place: whoever took that is done, and
-    another buffer of this size would raise the peak in every layer."""
-    if out is None:
-        return dout, []
-    found = []
-    for gain, columns, bias in gains:
-        at = gain.rows, columns
-        found.append(gain_gradients_(out[at], dout[at], gain.factor, bias))
-    for at in _without_gain(out, gains):
-        out[at].copy_(dout[at])
-    return out, found
-
-
-def _without_gain(out: Tensor, gains: Sequence[_PlacedGain]) -> Iterator[tuple[slice, slice]]:
-    """The rest of `out`, as rows and columns."""
-    ends = sorted({0, out.shape[1], *(end for _, own, _ in gains for end in (own.start, own.stop))})
-    for columns in map(slice, ends, ends[1:]):
-        row = 0
-        inside = [gain.rows for gain, own, _ in gains if own.start <= columns.start < own.stop]
-        for rows in sorted(inside, key=lambda rows: rows.start):
-            yield slice(row, rows.start), columns
-            row = rows.stop
-        yield slice(row, len(out)), columns
+def _write(ctx: Any, n: Tensor, inner: Sequence[Tensor], out: Tensor) -> None:
+    """The outputs of a `_Project`, from n as the base sees it and each bundle's S."""
+    _base_products(n, ctx.group, ctx.joined, out)
+    add_terms(ctx.bundles, inner, out)
+    ctx.vectors.change_(out)
 
 
 def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | None, out: Tensor) -> None:

@@ -4,7 +4,7 @@
     branch = round(x')               what the next branch begins with
     dx = dx' + dbranch               dy = round(multiplier * dx)
 
-One pass over the memory each way, where plain torch (the truth) makes copies of both types in between. With `in_place`
+One pass over the memory each way (C, Triton), where plain torch (the truth) makes copies of both types. With `in_place`
 the sum takes x's place (a view's excepted), and its gradient that of dx'; the caller answers for it that nobody needs
 those any more. With one type there is nothing to round, and all of it is torch's own sum.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from topwork.ops.context import handoff_empty, saved_empty
 from topwork.ops.native import load as native
 from topwork.ops.rows import rows_at_once
+from topwork.ops.triton import load as triton
 
 
 def residual_sum(x: Tensor, y: Tensor, multiplier: float = 1.0, in_place: bool = False) -> Tensor:
@@ -71,14 +72,16 @@ def add_and_round(
         raise ValueError(
             f"shapes {[[*tensor.shape] for tensor in tensors]}, where x [1, T, d] and others alike are expected"
         )
-    wide = x.dtype == total.dtype == torch.float32
-    narrow = all(tensor.dtype == torch.bfloat16 for tensor in (y, rounded) if tensor is not None)
-    plain = wide and narrow and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
-    if plain and (library := native.library("layer")) is not None:
+    bare = x.dtype == total.dtype == torch.float32
+    bare &= all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
+    types = {tensor.dtype for tensor in (y, rounded) if tensor is not None}
+    if bare and x.is_cpu and types <= {torch.bfloat16} and (library := native.library("layer")) is not None:
         library.topwork_add_and_round(
             *(None if tensor is None else tensor.data_ptr() for tensor in (x, y, total, rounded)), multiplier, by,
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
+    elif bare and types <= set(triton.FLOATS) and (kernels := triton.kernels("residual", x)) is not None:
+        kernels.add_and_round(x, y, multiplier, total, rounded, by)
     else:
         add_and_round_reference(x, y, multiplier, total, rounded, by)
 

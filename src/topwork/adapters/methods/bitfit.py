@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from topwork.adapters.config import OWN_TARGETS, BitFitConfig
 from topwork.adapters.files import own_files
 from topwork.adapters.method import Bare, Method, Plan, Planned
-from topwork.adapters.module import AdapterModule
+from topwork.adapters.module import AdapterModule, FusedTerms
 from topwork.adapters.targets import LINEAR, choose_modules
 from topwork.common.errors import AdapterError
+from topwork.ops.vectors import Shift
 
 
 class Bias(AdapterModule):
@@ -24,7 +25,15 @@ class Bias(AdapterModule):
         self.bias = nn.Parameter(base_layer.get_parameter("bias").detach().float().clone())
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
-        return y + (self.bias - base_layer.get_parameter("bias").float()).to(y.dtype)
+        """The distance is added in fp32 and the sum rounded once."""
+        return (y + self.distance(base_layer)).to(y.dtype)
+
+    def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:
+        return FusedTerms(shifts=(Shift(start, stop, self.distance(base_layer)),))
+
+    def distance(self, base_layer: nn.Module) -> Tensor:
+        """What is added [out] in fp32."""
+        return self.bias - base_layer.get_parameter("bias").float()
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, self.bias.detach() if bias is None else self.bias.detach().to(bias)

@@ -18,7 +18,7 @@ from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.module import AdapterModule, FusedTerms
 from topwork.adapters.targets import LINEAR, features, find_targets, matching
 from topwork.common.errors import AdapterError
-from topwork.ops.project import Gain
+from topwork.ops.vectors import Gain
 
 KEYS_VALUES = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv")
 """Names of projections to keys and values; a fused one is scaled whole, queries too."""
@@ -42,7 +42,8 @@ class Ia3(AdapterModule):
         return scaled
 
     def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:  # noqa: ARG002
-        return None if self.scales_inputs else FusedTerms(gains=(Gain(start, stop, self.ia3_l.flatten()),))
+        gain = Gain(start, stop, self.ia3_l.flatten())
+        return FusedTerms(input_gains=(gain,)) if self.scales_inputs else FusedTerms(gains=(gain,))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.float().to(weight.device)

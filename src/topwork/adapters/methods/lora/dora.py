@@ -15,9 +15,9 @@ from topwork.adapters.base_weight import product, row_panels, weight_times
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import FusedTerms
 from topwork.ops.bundles import LowRank
-from topwork.ops.project import Gain
 from topwork.ops.row_lengths import row_lengths
 from topwork.ops.rows import rows_at_once
+from topwork.ops.vectors import Gain
 
 
 class Dora(Lora):
