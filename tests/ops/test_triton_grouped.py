@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from topwork.ops import grouped
-from topwork.ops.grouped import Product, grouped_products
+from topwork.ops.grouped import Product, grouped_products, staged
 from topwork.ops.triton import load
 
 CASES = Path(__file__).with_name("triton_grouped_cases.py")
@@ -77,15 +77,33 @@ def test_fp32_is_not_multiplied_as_tf32(triton, monkeypatch, tmp_path) -> None:
 
 def test_products_on_a_gpu_go_to_the_kernel(triton, monkeypatch) -> None:
     class Recorder:
-        def grouped_products(self, products: list[Product]) -> None:
-            self.given = products
+        def __init__(self) -> None:
+            self.told: list[object] = []
+
+        def staged(self, stages: list[list[Product]]) -> list[object]:
+            self.told.append(stages)
+            return [lambda: self.told.append("called") for _ in stages]
 
     recorder = Recorder()
     monkeypatch.setattr(grouped, "_native_runs", lambda _: False)
     monkeypatch.setattr(load, "kernels", lambda name, _: recorder if name == "grouped" else None)
     products = [Product(torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5))]
     grouped_products(products)
-    assert recorder.given is products
+    assert recorder.told == [[products], "called"]
+    for stage in staged([products, products]):
+        stage()
+    assert recorder.told[2:] == [[products, products], "called", "called"]
+    expanded = Product(torch.randn(1, 1).expand(3, 4), torch.randn(4, 5), torch.empty(3, 5))
+    assert len(staged([products, [expanded]])) == 2  # what has no contiguous axis is copied when it is there
+    assert len(recorder.told) == 5
+
+
+def test_a_stage_reads_what_the_one_before_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right, last = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5, 2)
+    middle, out = torch.empty(3, 5), torch.ones(3, 2)
+    for stage in staged([[Product(left, right, middle)], [], [Product(middle, last, out, 1.0, 1)]]):
+        stage()
+    torch.testing.assert_close(out, left @ right @ last + 1)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ from reference.fake_card import build
 
 STEPS = Path(__file__).with_name("card_steps.py")
 LAUNCHES = {
-    "lora": 79, "six loras": 99, "lora with dropout": 91, "dora": 147, "ia3": 40, "prefix": 45, "prompt": 28,
+    "lora": 67, "six loras": 67, "qlora": 87, "lora with dropout": 79, "dora": 135, "ia3": 40, "prefix": 45,
+    "prompt": 28,
 }  # fmt: skip
 """The most that a layer may launch, forward and backward."""
 
@@ -42,7 +43,4 @@ def test_launches_of_a_layer(counted, kind: str) -> None:
 
 
 def test_six_adapters_launch_what_one_does(counted) -> None:
-    """But for gathering each adapter's A."""
-    one, six = (dict(counted[kind]["layer"]) for kind in ("lora", "six loras"))
-    assert six.pop("cat") == 6 * one.pop("cat")
-    assert six == one
+    assert counted["six loras"]["layer"] == counted["lora"]["layer"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topwork.ops.context import saved_empty, scratch_empty
 from topwork.ops.dropout import Dropout, drop
-from topwork.ops.grouped import Product, grouped_products
+from topwork.ops.grouped import Product, Stage, staged
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ class Bundle:
         rows = n[self.rows]
         return rows if self.dropout is None else drop(rows, self.dropout, scratch_empty(rows, *rows.shape))
 
-    @property
-    def stacked(self) -> Tensor:
-        """The terms' A under one another [R, in], in fp32."""
-        parts = [placed.term.a for placed in self.terms]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+def stacked(bundles: Sequence[Bundle]) -> list[Tensor]:
+    """Of each bundle its terms' A under one another [R, in], in fp32; gathered for all bundles at once."""
+    apart = [bundle for bundle in bundles if len(bundle.terms) > 1]
+    parts = [placed.term.a for bundle in apart for placed in bundle.terms]
+    gathered = iter(torch.cat(parts).split([bundle.rank for bundle in apart]) if parts else ())
+    return [next(gathered) if len(bundle.terms) > 1 else bundle.terms[0].term.a for bundle in bundles]
 
 
 def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
@@ -76,25 +78,29 @@ def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
     )
 
 
-def inner_products(n: Tensor, bundles: Sequence[Bundle]) -> list[Tensor]:
-    """Each bundle's S [rows, R], which the backward pass needs."""
+def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor) -> tuple[list[Tensor], list[Stage]]:
+    """Each bundle's S [rows, R], which the backward pass needs, and what is still to be called: first what makes them,
+    then, once the base's products are there, what adds every term to out [T, outputs]."""
     inner, products = [], []
-    for bundle in bundles:
+    for bundle, a in zip(bundles, stacked(bundles)):
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], bundle.rank))
-        products.append(Product(rows, bundle.stacked.t(), inner[-1]))
-    grouped_products(products)
-    return inner
+        products.append(Product(rows, a.t(), inner[-1]))
+    return inner, staged([products, *_added(bundles, inner, out)])
 
 
-def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> None:
-    """Adds every term to out [T, outputs], from each bundle's S."""
+def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[Stage]:
+    """The latter alone, from each bundle's S."""
+    return staged(_added(bundles, inner, out))
+
+
+def _added(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[list[Product]]:
     added = []
     for bundle, s in zip(bundles, inner):
         for term, columns, ranks in bundle.terms:
             product = Product(s[:, ranks], term.b.t(), out[bundle.rows, columns], term.scaling, 1)
             added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
-    _in_turns(added)
+    return _turns(added)
 
 
 def term_gradients(
@@ -106,7 +112,7 @@ def term_gradients(
     first, second, third = [], [], []
     all_da, all_db = [], []
     shares: list[tuple[slice, Dropout, Tensor]] = []
-    for bundle, s, slopes in zip(bundles, inner, g):
+    for bundle, s, slopes, a in zip(bundles, inner, g, stacked(bundles)):
         da = bundle.terms[0].term.a.new_empty(bundle.rank, n.shape[1])
         second.append(Product(slopes.t(), bundle.input(n), da))
         for term, columns, ranks in bundle.terms:
@@ -117,25 +123,23 @@ def term_gradients(
             all_db.append(db)
         if dn is None:
             continue
-        a = bundle.stacked
         if bundle.dropout is None:
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
         else:
             shares.append((bundle.rows, bundle.dropout, scratch_empty(dn, len(s), dn.shape[1])))
             second.append(Product(slopes, a, shares[-1][2]))
-    grouped_products(first)
-    grouped_products(second)
-    _in_turns(third)
+    for stage in staged([first, second, *_turns(third)]):
+        stage()
     if dn is not None:
         for rows, dropout, share in shares:
             drop(share, dropout, dn[rows], add=True)
     return all_da, all_db
 
 
-def _in_turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> None:
-    """Products that add to places, which begin with their rows start and stop: those of one place one after the other,
-    and all of them where rows that differ overlap."""
+def _turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> list[list[Product]]:
+    """Products that add to places, which begin with their rows start and stop, as stages: those of one place one after
+    the other, and all of them where rows that differ overlap."""
     ranges = sorted({place[:2] for place, _ in added})
     apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
     turns: dict[int, list[Product]] = defaultdict(list)
@@ -143,5 +147,4 @@ def _in_turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> None:
     for number, (place, product) in enumerate(added):
         turns[met[place] if apart else number].append(product)
         met[place] += 1
-    for products in turns.values():
-        grouped_products(products)
+    return list(turns.values())

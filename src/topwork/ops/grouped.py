@@ -9,7 +9,8 @@ their shapes: torch.mm starts each for itself, and oneDNN compiles a kernel for 
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,23 @@ class Product(NamedTuple):
     beta: int = 0
 
 
+Stage = Callable[[], None]
+
+
+def staged(stages: Sequence[Sequence[Product]]) -> list[Stage]:
+    """`grouped_products` of each stage, to be called one after the other, once: later ones may read what earlier ones
+    wrote. A GPU is told of all of them in one copy."""
+    products = [product for stage in stages for product in stage]
+    plain = all(1 in x.stride() for product in products for x in product[:2])  # the others are copied when it is time
+    kernels = triton.kernels("grouped", products[0].left) if products and plain else None
+    if kernels is None or (_native_runs(products) and native.library("grouped") is not None):
+        return [partial(grouped_products, stage) for stage in stages]
+    for product in products:
+        _check(product)
+    found: list[Stage] = kernels.staged(stages)
+    return found
+
+
 def grouped_products(products: Sequence[Product]) -> None:
     """Writes every product's `out`. No output may overlap another or an operand.
 
@@ -47,7 +65,7 @@ def grouped_products(products: Sequence[Product]) -> None:
     if _native_runs(products) and (library := native.library("grouped")) is not None:
         _native(library, [_of_one_type(product) for product in products])
     elif kernels := triton.kernels("grouped", products[0].left):
-        kernels.grouped_products(products)
+        kernels.staged([products])[0]()
     else:
         for product in products:
             _by_torch(_of_one_type(product))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
 from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import gated, gated_backward
+from topwork.ops.grouped import Stage
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
@@ -194,11 +195,12 @@ class _Project(torch.autograd.Function):
             shape = n.shape[0], sum(projection.outputs for projection in group)
             keeps = keeps or (bool(vectors.gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            inner = inner_products(n, bundles)
+            inner, (multiply, *add) = inner_products(n, bundles, out)
+            multiply()
             if skip_forward:
                 out.zero_()
             else:
-                _write(ctx, vectors.scaled(n, x), inner, out)
+                _write(ctx, vectors.scaled(n, x), add, out)
         ctx.counts = len(kept), len(inner)
         ctx.out = out.detach() if vectors.gains and keeps else None  # not saved: what follows may write into it
         ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
@@ -216,7 +218,8 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                _write(ctx, vectors.scaled(ctx.prologue.recompute(x, tuple(kept)), x), inner, out)
+                n = vectors.scaled(ctx.prologue.recompute(x, tuple(kept)), x)
+                _write(ctx, n, add_terms(ctx.bundles, inner, out), out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             brief = not isinstance(ctx.prologue, Identity)
             dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x or vectors.inputs else None
@@ -229,10 +232,11 @@ class _Project(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
-def _write(ctx: Any, n: Tensor, inner: Sequence[Tensor], out: Tensor) -> None:
-    """The outputs of a `_Project`, from n as the base sees it and each bundle's S."""
+def _write(ctx: Any, n: Tensor, add: Sequence[Stage], out: Tensor) -> None:
+    """The outputs of a `_Project`, from n as the base sees it and what adds the terms."""
     _base_products(n, ctx.group, ctx.joined, out)
-    add_terms(ctx.bundles, inner, out)
+    for stage in add:
+        stage()
     ctx.vectors.change_(out)
 
 

@@ -15,7 +15,8 @@ nothing but the number of its rows.
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -147,6 +148,20 @@ def _pieces_added(
     tl.store(out, sums.to(OUT_TYPE), mask=inside)
 
 
+Line = tuple[int, ...]
+Launch = Callable[[Tensor], None]
+
+
+class Planned(NamedTuple):
+    """A stage: its launches from the tables; what has to last until they are made, since these know addresses alone;
+    and what is to be copied to where it belongs."""
+
+    launches: list[Launch]
+    products: Sequence[Product]
+    held: list[Tensor]
+    copied: list[tuple[Tensor, Tensor]]
+
+
 class Kind(NamedTuple):
     """What the products of a launch have in common; turned is what is contiguous along its columns."""
 
@@ -187,8 +202,18 @@ class Job(NamedTuple):
     alpha: float
 
 
-def grouped_products(products: Sequence[Product]) -> None:
-    """Every product's `out`; checked by the caller. Views without a contiguous axis are copied, as out is."""
+def staged(stages: Sequence[Sequence[Product]]) -> list[Callable[[], None]]:
+    """What launches each stage, to be called in their order; checked by the caller. Every launch's table goes over in
+    one copy, now. Views without a contiguous axis are copied now too, `out` when its stage is over."""
+    lines: list[Line] = []
+    planned = [_planned(stage, lines) for stage in stages]
+    devices = [product.out.device for stage in stages for product in stage]
+    tables = sent(torch.tensor(lines, dtype=torch.int64), devices[0]) if lines else None
+    return [partial(_run, stage, tables) for stage in planned]
+
+
+def _planned(products: Sequence[Product], lines: list[Line]) -> Planned:
+    """A stage; its tables are put behind the others."""
     kinds: dict[Kind, list[Job]] = defaultdict(list)
     held: list[Tensor] = []
     copied: list[tuple[Tensor, Tensor]] = []
@@ -207,9 +232,16 @@ def grouped_products(products: Sequence[Product]) -> None:
         cut = job.left.turned and not job.right.turned
         turned = job.left.turned, job.right.turned, job.out.turned and not cut
         kinds[Kind(*types, out.dtype, *turned, product.beta)].append(job)
-    for kind, alike in kinds.items():
-        _launch(kind, alike, products[0].out)
-    for target, result in copied:
+    launches = [_launch(kind, alike, lines, products[0].out, held) for kind, alike in kinds.items()]
+    return Planned(launches, products, held, copied)
+
+
+def _run(stage: Planned, tables: Tensor | None) -> None:
+    if tables is not None:
+        with torch.cuda.device_of(tables):
+            for launch in stage.launches:
+                launch(tables)
+    for target, result in stage.copied:
         target.copy_(result)
 
 
@@ -237,16 +269,16 @@ def tile_of(jobs: Sequence[Job]) -> tuple[int, int, int]:
     return rows, columns, steps
 
 
-def _launch(kind: Kind, jobs: Sequence[Job], near: Tensor) -> None:
+def _launch(kind: Kind, jobs: Sequence[Job], lines: list[Line], near: Tensor, held: list[Tensor]) -> Launch:
+    """A launch from the tables that hold its lines, which are put there; with pieces two."""
     rows, columns, steps = tile_of(jobs)
-    lines: list[tuple[int, ...]] = []
-    added: list[tuple[int, ...]] = []
-    tiles = adds = 0
+    added: list[Line] = []
+    first, tiles, adds = len(lines), 0, 0
     pieces, parts_at = 1, 0
     if kind.cut:
         sizes = [job.m * job.n * -(-job.k // PIECE.value) for job in jobs]
-        parts = near.new_empty(sum(sizes), dtype=torch.float32)
-        parts_at = parts.data_ptr()
+        held.append(near.new_empty(sum(sizes), dtype=torch.float32))
+        parts_at = held[-1].data_ptr()
     for job in jobs:
         left, right, out, m, n, k, alpha = job
         at, outer = out.at, out.outer
@@ -261,22 +293,26 @@ def _launch(kind: Kind, jobs: Sequence[Job], near: Tensor) -> None:
         outers = left.outer, right.outer, outer
         lines.append((tiles, across, left.at, right.at, at, *outers, (m << 32) | n, k, _bits(alpha), pieces))
         tiles += -(-m // rows) * across * pieces
-    table = sent(torch.tensor(lines + added, dtype=torch.int64), near.device)
+    lines += added
     count, left_type, out_type = len(jobs), TYPES[kind.left], TYPES[kind.out]
-    with torch.cuda.device_of(near):
+    search, aligned = count.bit_length(), _aligned(kind, jobs)
+
+    def launch(tables: Tensor) -> None:
         if tiles:
             _grouped_products[(tiles,)](
-                table, count, TYPE=left_type, RIGHT_TYPE=TYPES[kind.right],
+                tables[first:], count, TYPE=left_type, RIGHT_TYPE=TYPES[kind.right],
                 DOT_TYPE=tl.float32 if INTERPRETED else left_type, OUT_TYPE=tl.float32 if kind.cut else out_type,
                 LEFT_TURNED=kind.left_turned, RIGHT_TURNED=kind.right_turned, OUT_TURNED=kind.out_turned,
-                ADD=bool(kind.beta) and not kind.cut, CUT=kind.cut, ALIGNED=_aligned(kind, jobs),
-                SEARCH=count.bit_length(), ROWS=rows, COLUMNS=columns, STEPS=steps, num_warps=4,
+                ADD=bool(kind.beta) and not kind.cut, CUT=kind.cut, ALIGNED=aligned, SEARCH=search, ROWS=rows,
+                COLUMNS=columns, STEPS=steps, num_warps=4,
             )  # fmt: skip
         if kind.cut:
             _pieces_added[(adds,)](
-                table[count:], count, OUT_TYPE=out_type, ADD=bool(kind.beta), SEARCH=count.bit_length(), VALUES=ADDED,
+                tables[first + count :], count, OUT_TYPE=out_type, ADD=bool(kind.beta), SEARCH=search, VALUES=ADDED,
                 num_warps=4,
             )  # fmt: skip
+
+    return launch
 
 
 def _bits(alpha: float) -> int:
