@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import cdiv
+
 GROUP = tl.constexpr(32)
 """Values a group holds: the smallest block bitsandbytes knows."""
 GROUPS = 64
@@ -88,13 +90,13 @@ def unpack_4bit(
     if columns == in_features:  # whole rows are one long one, whatever its length
         rows, columns = 1, rows * columns
     aligned = start % 32 == 0 and (rows == 1 or in_features % 32 == 0)
-    groups_a_row = triton.cdiv(columns + (0 if aligned else 31), 32)
+    groups_a_row = cdiv(columns + (0 if aligned else 31), 32)
     groups = rows * groups_a_row
     if columns == 0 or groups == 0:
         return
     nested = nested_absmax is not None and nested_code is not None
     with torch.cuda.device_of(codes):
-        _unpack_4bit[(triton.cdiv(groups, GROUPS),)](
+        _unpack_4bit[(cdiv(groups, GROUPS),)](
             codes, absmax, nested_absmax if nested else absmax, nested_code if nested else absmax, offset, code, out,
             codes.numel(), start, in_features, columns, groups_a_row, groups,
             BLOCK=block_size, NESTED=nested, GROUPS=GROUPS, **LAUNCH,
@@ -106,7 +108,7 @@ def unpack_int8(codes: Tensor, absmax: Tensor, row: int, column: int, out: Tenso
     rows, columns = out.shape
     if out.numel() == 0:
         return
-    chunks = triton.cdiv(columns, INT8_COLUMNS)
+    chunks = cdiv(columns, INT8_COLUMNS)
     with torch.cuda.device_of(codes):
         _unpack_int8[(rows * chunks,)](
             codes, absmax, out, row, column, codes.shape[1], columns, chunks,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import cdiv, power_of_2
+
 TILE = 2048
 """Values to a program at a time. Never fewer than its threads: then no value is read by one after another wrote it."""
 WIDEST = 256
@@ -117,10 +119,10 @@ def multiply_(z: Tensor, factor: Tensor, left_alone: Tensor | None) -> None:
     """z [T, n], its rows contiguous, becomes y."""
     factor, beside = factor.contiguous(), factor if left_alone is None else left_alone.contiguous()
     (rows, n), (held, width) = z.shape, tile_of(z.shape[1])
-    chunks = triton.cdiv(n, width)
+    chunks = cdiv(n, width)
     if z.numel():
         with torch.cuda.device_of(z):
-            _multiply[(triton.cdiv(rows, held) * chunks,)](
+            _multiply[(cdiv(rows, held) * chunks,)](
                 z, z.stride(0), factor, beside, rows, n, chunks, LEAVES=left_alone is not None, ROWS=held,
                 COLUMNS=width, **LAUNCH,
             )  # fmt: skip
@@ -129,10 +131,10 @@ def multiply_(z: Tensor, factor: Tensor, left_alone: Tensor | None) -> None:
 def add_(z: Tensor, amount: Tensor) -> None:
     """z [T, n], its rows contiguous, gets `amount` on top."""
     (rows, n), (held, width) = z.shape, tile_of(z.shape[1])
-    chunks = triton.cdiv(n, width)
+    chunks = cdiv(n, width)
     if z.numel():
         with torch.cuda.device_of(z):
-            _add[(triton.cdiv(rows, held) * chunks,)](
+            _add[(cdiv(rows, held) * chunks,)](
                 z, z.stride(0), amount.contiguous(), rows, n, chunks, ROWS=held, COLUMNS=width, **LAUNCH
             )
 
@@ -143,8 +145,8 @@ def gain_sums_(y: Tensor, dy: Tensor, factor: Tensor, left_alone: Tensor | None,
     if not y.numel():
         return torch.zeros_like(factor)
     (rows, n), (held, width) = y.shape, tile_of(y.shape[1])
-    chunks, block = triton.cdiv(n, width), block_of(rows, held)
-    sums = factor.new_empty(triton.cdiv(rows, block), n)
+    chunks, block = cdiv(n, width), block_of(rows, held)
+    sums = factor.new_empty(cdiv(rows, block), n)
     with torch.cuda.device_of(y):
         _gain_sums[(len(sums) * chunks,)](
             y, y.stride(0), dy, dy.stride(0), dz, dz.stride(0), factor, beside, sums, rows, n, chunks, block,
@@ -158,8 +160,8 @@ def column_sums(dy: Tensor) -> Tensor:
     if not dy.numel():
         return torch.zeros(dy.shape[1], device=dy.device)
     (rows, n), (held, width) = dy.shape, tile_of(dy.shape[1])
-    chunks, block = triton.cdiv(n, width), block_of(rows, held)
-    sums = torch.empty(triton.cdiv(rows, block), n, device=dy.device)
+    chunks, block = cdiv(n, width), block_of(rows, held)
+    sums = torch.empty(cdiv(rows, block), n, device=dy.device)
     with torch.cuda.device_of(dy):
         _column_sums[(len(sums) * chunks,)](
             dy, dy.stride(0), sums, rows, n, chunks, block, ROWS=held, COLUMNS=width, **LAUNCH
@@ -169,18 +171,18 @@ def column_sums(dy: Tensor) -> Tensor:
 
 def tile_of(n: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    width = min(WIDEST, triton.next_power_of_2(n))
+    width = min(WIDEST, power_of_2(n))
     return TILE // width, width
 
 
 def block_of(rows: int, held: int) -> int:
     """Rows of a block: whole tiles, and at the most `BLOCKS` blocks."""
-    return triton.cdiv(rows, held * BLOCKS) * held
+    return cdiv(rows, held * BLOCKS) * held
 
 
 def _added_up(sums: Tensor, factor: Tensor | None) -> Tensor:
     out = torch.empty(sums.shape[1], device=sums.device)
-    _total[(triton.cdiv(len(out), TOTAL_COLUMNS),)](
+    _total[(cdiv(len(out), TOTAL_COLUMNS),)](
         sums, sums if factor is None else factor, out, len(sums), len(out), DIVIDES=factor is not None,
         ROWS=TOTAL_ROWS, COLUMNS=TOTAL_COLUMNS, **LAUNCH,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from topwork.ops.grouped import Product
 from topwork.ops.host import sent
+from topwork.ops.triton.sizes import cdiv, power_of_2
 
 LINE = tl.constexpr(12)
 """Numbers of a product in the table: first tile; tiles across; addresses of left, right and out; the distance of each
@@ -265,7 +266,7 @@ def _turned(job: Job) -> Job:
 def tile_of(jobs: Sequence[Job]) -> tuple[int, int, int]:
     """Rows, columns and steps of a launch's tiles: of the largest product, within what registers hold."""
     largest = max(job.m for job in jobs), max(job.n for job in jobs), max(job.k for job in jobs)
-    rows, columns, steps = (min(64, max(16, 1 << (x - 1).bit_length())) for x in largest)
+    rows, columns, steps = (min(64, max(16, power_of_2(x))) for x in largest)
     return rows, columns, steps
 
 
@@ -276,23 +277,23 @@ def _launch(kind: Kind, jobs: Sequence[Job], lines: list[Line], near: Tensor, he
     first, tiles, adds = len(lines), 0, 0
     pieces, parts_at = 1, 0
     if kind.cut:
-        sizes = [job.m * job.n * -(-job.k // PIECE.value) for job in jobs]
+        sizes = [job.m * job.n * cdiv(job.k, PIECE.value) for job in jobs]
         held.append(near.new_empty(sum(sizes), dtype=torch.float32))
         parts_at = held[-1].data_ptr()
     for job in jobs:
         left, right, out, m, n, k, alpha = job
         at, outer = out.at, out.outer
         if kind.cut:
-            pieces = -(-k // PIECE.value)
+            pieces = cdiv(k, PIECE.value)
             strides = (1, outer) if out.turned else (outer, 1)
             added.append((adds, 0, parts_at, 0, at, *strides, 0, (m << 32) | n, k, _bits(alpha), pieces))
-            adds += -(-m * n // ADDED)
+            adds += cdiv(m * n, ADDED)
             at, outer = parts_at, n
             parts_at += 4 * m * n * pieces
-        across = -(-n // columns)
+        across = cdiv(n, columns)
         outers = left.outer, right.outer, outer
         lines.append((tiles, across, left.at, right.at, at, *outers, (m << 32) | n, k, _bits(alpha), pieces))
-        tiles += -(-m // rows) * across * pieces
+        tiles += cdiv(m, rows) * across * pieces
     lines += added
     count, left_type, out_type = len(jobs), TYPES[kind.left], TYPES[kind.out]
     search, aligned = count.bit_length(), _aligned(kind, jobs)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import cdiv, power_of_2
+
 TILE = 2048
 """Values to a program, where a row is not longer."""
 GATED = 1024
@@ -193,7 +195,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_
     rows = dx.numel() // d
     if rows:
         with torch.cuda.device_of(x):
-            _rms_norm_backward[(triton.cdiv(rows, held),)](
+            _rms_norm_backward[(cdiv(rows, held),)](
                 dy, *dy_at, x, *x_at, inner, weight.contiguous(), rstd.contiguous(), dx, rows, d,
                 UNIT_OFFSET=unit_offset, ROWS=held, WIDTH=width, **launch(held * width),
             )  # fmt: skip
@@ -206,9 +208,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     if tokens * heads * half == 0:
         return
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
-    width = triton.next_power_of_2(half)
-    held = min(triton.next_power_of_2(heads), max(1, TILE // width))
-    blocks = triton.cdiv(heads, held)
+    width = power_of_2(half)
+    held = min(power_of_2(heads), max(1, TILE // width))
+    blocks = cdiv(heads, held)
     with torch.cuda.device_of(x):
         _rotate[(tokens * blocks,)](
             x, x.stride(0), x.stride(1), heads, blocks, cos, cos.stride(0), sin, sin.stride(0), half,
@@ -220,7 +222,7 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """h [T, f], contiguous."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _by_row(gate), _by_row(up)
-    chunks = triton.cdiv(h.shape[1], GATED)
+    chunks = cdiv(h.shape[1], GATED)
     if h.numel():
         with torch.cuda.device_of(h):
             _gated[(h.shape[0] * chunks,)](
@@ -233,7 +235,7 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tensor, dup: Tensor) -> None:
     """Fills dgate and dup [T, f], of any row stride."""
     dh, gate, up = _by_row(dh), _by_row(gate), _by_row(up)
-    chunks = triton.cdiv(dh.shape[1], GATED)
+    chunks = cdiv(dh.shape[1], GATED)
     if dh.numel():
         with torch.cuda.device_of(dh):
             _gated_backward[(dh.shape[0] * chunks,)](
@@ -244,7 +246,7 @@ def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tenso
 
 def drop(x: Tensor, draws: Tensor, key: int, least: int, scale: float, out: Tensor, add: bool) -> None:
     """Fills `out` [rows, d], of any row stride, or adds to it."""
-    x, chunks = _by_row(x), triton.cdiv(x.shape[1], GATED)
+    x, chunks = _by_row(x), cdiv(x.shape[1], GATED)
     if x.numel():
         with torch.cuda.device_of(x):
             _drop[(x.shape[0] * chunks,)](
@@ -260,7 +262,7 @@ def _norm(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, known: bool, unit
     x, outer, between, inner = _rows(x)
     if rows:
         with torch.cuda.device_of(x):
-            _rms_norm[(triton.cdiv(rows, held),)](
+            _rms_norm[(cdiv(rows, held),)](
                 x, outer, between, inner, weight.contiguous(), rstd, y, rows, d, eps,
                 KNOWN=known, UNIT_OFFSET=unit_offset, ROWS=held, WIDTH=width, **launch(held * width),
             )  # fmt: skip
@@ -269,7 +271,7 @@ def _norm(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, known: bool, unit
 
 def _tile(d: int) -> tuple[int, int]:
     """Rows to a program, and what a row takes."""
-    width = triton.next_power_of_2(d)
+    width = power_of_2(d)
     return max(1, TILE // width), width
 
 

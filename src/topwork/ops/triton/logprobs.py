@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import power_of_2
+
 COLUMNS = 8192
 """Logits a program holds at once: 16 to a thread."""
 
@@ -51,7 +53,7 @@ def logprob_slope_(logits: Tensor, targets: Tensor, gradient: Tensor, scale: flo
     """fp32 log-probabilities [n] of logits [n, V] with contiguous rows, which become the slope."""
     rows, vocabulary = logits.shape
     logps = torch.empty(rows, device=logits.device)
-    columns = min(COLUMNS, triton.next_power_of_2(vocabulary))
+    columns = min(COLUMNS, power_of_2(vocabulary))
     if rows:
         with torch.cuda.device_of(logits):
             _logprob_slope[(rows,)](

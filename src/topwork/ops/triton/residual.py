@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import cdiv
+
 VALUES = 2048
 """To a program."""
 
@@ -35,7 +37,7 @@ def add_and_round(
     """Fills `total` and `rounded`; all are contiguous, and those that are not given stand for x unread."""
     if x.numel() and not (y is None and rounded is None):
         with torch.cuda.device_of(x):
-            _add_and_round[(triton.cdiv(x.numel(), VALUES),)](
+            _add_and_round[(cdiv(x.numel(), VALUES),)](
                 x, x if y is None else y, total, x if rounded is None else rounded, x.numel(), multiplier, by,
                 ADDS=y is not None, ROUNDS=rounded is not None, VALUES=VALUES, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip

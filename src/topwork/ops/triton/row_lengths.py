@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topwork.ops.triton.sizes import cdiv, power_of_2
+
 ROWS = 32
 """To a program."""
 WIDEST = 64
@@ -47,8 +49,8 @@ def row_lengths(squares: Tensor, b: Tensor, across: Tensor, gram: Tensor, scalin
     lengths = torch.empty_like(squares)
     if outputs:
         with torch.cuda.device_of(b):
-            _row_lengths[(triton.cdiv(outputs, ROWS),)](
+            _row_lengths[(cdiv(outputs, ROWS),)](
                 squares, b, across, *across.stride(), gram, lengths, outputs, scaling,
-                R=r, ROWS=ROWS, COLUMNS=min(WIDEST, max(16, triton.next_power_of_2(r))), num_warps=4,
+                R=r, ROWS=ROWS, COLUMNS=min(WIDEST, max(16, power_of_2(r))), num_warps=4,
             )  # fmt: skip
     return lengths
