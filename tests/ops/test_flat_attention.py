@@ -8,8 +8,8 @@ from torch import Tensor
 
 from reference.attention import attention_by_sequence
 from reference.measure import relative
-from topwork.ops import attention, attention_reference
-from topwork.ops.attention import attention_forward, flat_attention
+from topwork.ops import attention_reference
+from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule, attend
 
 RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
@@ -160,48 +160,3 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
         attention_by_sequence(q, k, v, (0, len(q)), **asdict(rule), sinks=sinks)[-1] for q, k, v in sequences
     ])  # fmt: skip
     assert relative(out, truth) < 2e-6
-
-
-def test_layers_on_a_gpu_share_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes alone, on the meta device: the one call of PyTorch's kernels, and bounds that are uploaded once a pass."""
-    monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
-    attention._ends.cache_clear()
-    for window in (None, 5):
-        query, key, value = (x.to("meta").requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16))
-        out = flat_attention(query, key, value, RAGGED, AttentionRule(0.125, window))
-        assert type(out.grad_fn).__name__ == "_FlatAttentionBackward"
-        assert out.shape == query.shape
-        for x, slope in zip((query, key, value), torch.autograd.grad(out.sum(), (query, key, value))):
-            assert (slope.shape, slope.dtype) == (x.shape, x.dtype)
-    assert attention._ends.cache_info().misses == 1
-    assert attention._ends.cache_info().hits == 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("window", [None, 5])
-def test_the_variable_length_kernel_on_a_gpu(window: int | None) -> None:
-    """bf16 on the card, grouped heads and ragged rows, against float64 on the host."""
-    inputs = [x.cuda().requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16)]
-    truths = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    rule = AttentionRule(0.125, window)
-    out = flat_attention(inputs[0], inputs[1], inputs[2], RAGGED, rule)
-    truth = attention_by_sequence(*truths, RAGGED, **asdict(rule), sinks=None)
-    assert relative(out.cpu(), truth) < 2e-2
-    slope = torch.randn(truth.shape, dtype=torch.float64)
-    found, expected = gradients(out, inputs, slope.cuda()), gradients(truth, truths, slope)
-    for ours, theirs in zip(found, expected):
-        assert relative(ours.cpu(), theirs) < 3e-2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_only_the_first_layer_of_a_pass_waits_for_the_gpu() -> None:
-    query, key, value = (x.cuda().requires_grad_() for x in batch(RAGGED, size=64, dtype=torch.bfloat16))
-    rule, slope = AttentionRule(0.125), torch.ones_like(query)
-    attention_forward(query, key, value, RAGGED, rule)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.autograd.grad(flat_attention(query, key, value, RAGGED, rule), (query, key, value), slope)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

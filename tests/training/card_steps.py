@@ -20,7 +20,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
 from topwork.objectives.sft import Sft
-from topwork.ops import attention
+from topwork.ops import attention, varlen
 from topwork.ops.packed import pack_4bit
 from topwork.ops.triton import load as triton
 from topwork.quantization.linear import QuantizedLinear
@@ -93,5 +93,8 @@ if __name__ == "__main__":
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     card = FakeCard(register(Path(sys.argv[1])))
     triton.kernels = lambda name, near: triton.module(name) if near.device.type == "card" else None
-    attention._varlen_runs = lambda *_: True
-    json.dump({name: told(card, name[0] == "q", *kind) for name, kind in KINDS.items()}, sys.stdout)
+    by_torch, ours = varlen.KERNELS[1:]
+    attention.chosen = lambda _: by_torch
+    found = {name: told(card, name[0] == "q", *kind) for name, kind in KINDS.items()}
+    attention.chosen = lambda _: ours
+    json.dump(found | {"lora with our attention": told(card, False, *KINDS["lora"])}, sys.stdout)

@@ -44,3 +44,16 @@ def test_launches_of_a_layer(counted, kind: str) -> None:
 
 def test_six_adapters_launch_what_one_does(counted) -> None:
     assert counted["six loras"]["layer"] == counted["lora"]["layer"]
+
+
+def test_our_attention_is_three_launches_and_writes_gradients_in_place(counted) -> None:
+    """Where PyTorch's makes three tensors that are then copied. (One is here, since on this card all memory stands at
+    zero, and so each gradient seems to overwrite its queries.)"""
+    by_torch, ours = dict(counted["lora"]["layer"]), dict(counted["lora with our attention"]["layer"])
+    kernels = ("triton:attend", "triton:attend_backward_queries", "triton:attend_backward_keys")
+    assert [ours.pop(name) for name in kernels] == [1, 1, 1]
+    for name in ("_flash_attention_forward", "_flash_attention_backward"):
+        del by_torch[name]
+    by_torch["copy_"] -= 2
+    assert ours == {name: count for name, count in by_torch.items() if count}
+    assert counted["lora with our attention"]["waits"] == {"_to_copy to the host": 1}

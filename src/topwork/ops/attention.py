@@ -1,9 +1,10 @@
 """Causal attention over a flat batch: each sequence attends to itself alone.
 
-On CPUs a C kernel (native/attention.c) runs forward and backward in bf16 and fp32, on GPUs PyTorch's variable-length
-FlashAttention in 16 bits; soft-capping, sinks and everything else go to plain torch (attention_reference.py), which is
-also the truth. `flat_attention` is the differentiable entry; `attention_forward` and `attention_backward` are the same
-without autograd, for callers that write their own backward.
+On CPUs a C kernel (native/attention.c) runs forward and backward in bf16 and fp32, on GPUs the best of those that are
+there: flash-attn, PyTorch's own FlashAttention, ours in Triton (varlen.py). What none of them knows goes to plain torch
+(attention_reference.py), which is also the truth: on a CPU soft-capping and sinks, on a GPU heads beyond 256 values.
+`attention_kernel` tells which it is. `flat_attention` is the differentiable entry; `attention_forward` and
+`attention_backward` are the same without autograd, for callers that write their own backward.
 """
 
 import ctypes
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.context import saved_empty
-from topwork.ops.host import sent
 from topwork.ops.native import load as native
+from topwork.ops.varlen import Inputs, chosen
 
 NATIVE_SIZES = range(16, 257, 16)
 """The head sizes of the C kernel."""
@@ -50,8 +51,9 @@ def attention_forward(
     _check(query, key, value, bounds)
     if library := _native(query, key, value, rule, sinks):
         return _native_forward(library, query, key, value, bounds, rule)
-    if _varlen_runs(query, rule, sinks):
-        return _varlen_forward(query, key, value, bounds, rule)
+    inputs = Inputs(query, key, value, bounds, rule, sinks)
+    if kernel := chosen(inputs):
+        return kernel.forward(inputs)
     return forward_reference(query, key, value, bounds, rule, sinks), None
 
 
@@ -66,18 +68,26 @@ def attention_backward(
     """
     _check(query, key, value, bounds)
     _check_backward(grad, query, key, value, out, into)
-    if lse is not None and into is None and _varlen_runs(query, rule, sinks):
-        return *_varlen_backward(grad, query, key, value, out, lse, bounds, rule), None
     targets = into or _empty(query, key, value)
-    sink_grad = None
+    inputs, sink_grad = Inputs(query, key, value, bounds, rule, sinks), None
     if lse is not None and (library := _native(query, key, value, rule, sinks)):
         _native_backward(library, grad, (query, key, value), out, lse, bounds, rule, targets)
-    elif lse is not None and _varlen_runs(query, rule, sinks):
-        for target, result in zip(targets, _varlen_backward(grad, query, key, value, out, lse, bounds, rule)):
-            target.copy_(result)
+    elif lse is not None and (kernel := chosen(inputs)):
+        sink_grad = kernel.backward(inputs, grad, out, lse, targets)
     else:
         sink_grad = backward_reference(grad, query, key, value, out, bounds, rule, sinks, targets)
     return *targets, sink_grad
+
+
+def attention_kernel(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule, sinks: Tensor | None = None
+) -> str:
+    """What `attention_forward` would run on: "C", "flash-attn", "torch", "triton" or "plain torch". On a GPU the
+    environment variable TOPWORK_ATTENTION names one of the middle three to be taken; ValueError where it cannot."""
+    if _native(query, key, value, rule, sinks):
+        return "C"
+    kernel = chosen(Inputs(query, key, value, bounds, rule, sinks))
+    return kernel.name if kernel else "plain torch"
 
 
 class _FlatAttention(torch.autograd.Function):
@@ -190,52 +200,3 @@ def _spans(bounds: tuple[int, ...]) -> "tuple[array[int], int]":
     spans = [(start, stop - start) for start, stop in zip(bounds, bounds[1:]) if stop > start]
     spans.sort(key=lambda span: -span[1])
     return array("q", [x for span in spans for x in span]), len(spans)
-
-
-def _varlen_runs(query: Tensor, rule: AttentionRule, sinks: Tensor | None) -> bool:
-    """PyTorch's variable-length kernel wants 16 bits, Ampere or newer, and a head of at most 256 in eights."""
-    width = query.shape[-1]
-    return (
-        query.is_cuda
-        and rule.softcap is None
-        and sinks is None
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and width <= 256
-        and width % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def _varlen_forward(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """FlashAttention as torch.nn.attention.varlen calls it."""
-    ends, longest = _ends(bounds, query.device)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, longest, longest, 0.0, rule.window is None, False, scale=rule.scale,
-        **_varlen_window(rule),
-    )  # fmt: skip
-    return out, lse
-
-
-def _varlen_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: tuple[int, ...],
-    rule: AttentionRule,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ends, longest = _ends(bounds, query.device)
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, of which there is none
-    return torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), query, key, value, out, lse, ends, ends, longest, longest, 0.0, rule.window is None, state,
-        torch.empty(0, device=query.device), scale=rule.scale, **_varlen_window(rule),
-    )  # fmt: skip
-
-
-def _varlen_window(rule: AttentionRule) -> dict[str, int]:
-    return {"window_size_left": -1 if rule.window is None else rule.window - 1, "window_size_right": 0}
-
-
-@lru_cache(maxsize=64)
-def _ends(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """The bounds on the device, and the longest sequence. Kept, because every layer of a pass asks for the same."""
-    ends = sent(torch.tensor(bounds, dtype=torch.int32), device)
-    return ends, max(stop - start for start, stop in zip(bounds, bounds[1:]))
