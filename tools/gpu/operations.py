@@ -1,0 +1,308 @@
+"""A layer's and the loss's operations at an 8B model's sizes: inputs, the operation as the step calls it, its truth, and
+what it moves and computes at least."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from reference.measure import apart
+from torch import Tensor
+
+from topwork.common.seeds import hashed
+from topwork.ops import attention, gain, gated, norm, residual, rotary
+from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
+from topwork.ops.dropout import Dropout, drop, drop_reference
+from topwork.ops.logprobs import chunk_rows, logprob_slope_, logprob_slope_reference
+from topwork.ops.packed import Packed4bit, PackedInt8, pack_4bit, pack_int8
+from topwork.ops.quantize import dequantize_4bit_reference, dequantize_int8_reference
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""How far from its truth a result may be, relative, in norms (`tests/ops/triton_layer_cases.py`)."""
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a Llama 3 of 8B, and of a pass."""
+
+    tokens: int
+    hidden: int = 4096
+    inner: int = 14336
+    heads: int = 32
+    key_heads: int = 8
+    head: int = 128
+    vocabulary: int = 128256
+    sequence: int = 4096
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    make       fresh inputs
+    ours       what the step calls; it may write to its inputs, and returns all that it wrote
+    truth      the same in plain torch, by the same rules
+    moved      bytes that it reads and writes at least
+    flops      floating-point operations, where they are what it costs
+    tolerance  of its results, relative
+    """
+
+    name: str
+    make: Callable[[], Tensors]
+    ours: Callable[..., Sequence[Tensor]]
+    truth: Callable[..., Sequence[Tensor]]
+    moved: float
+    tolerance: float
+    flops: float = 0.0
+
+
+def operations(size: Sizes, dtype: torch.dtype, device: torch.device) -> list[Operation]:
+    """All of them. In fp32 attention has no kernel on a card, so it is left out."""
+    make, wide = Maker(device, dtype), dtype == torch.float32
+    found = [*norms(size, make), *rotations(size, make), *gates(size, make), *drops(size, make), *gains(size, make)]
+    found += losses(size, make) + packed(size, make)
+    return found if wide else found + sums(size, make) + attentions(size, make)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Random tensors of one type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def wide(self, *shape: int) -> Tensor:
+        """The same in fp32."""
+        return torch.randn(shape, device=self.device)
+
+    @property
+    def bytes(self) -> int:
+        """Of a value."""
+        return self.dtype.itemsize
+
+    @property
+    def tolerance(self) -> float:
+        """Of results that are rounded once."""
+        return TOLERANCE[self.dtype]
+
+
+def norms(size: Sizes, make: Maker) -> list[Operation]:
+    t, d = size.tokens, size.hidden
+
+    def inputs() -> Tensors:
+        x, weight = make(t, d), make(d)
+        return make(t, d), x, weight, norm.rms_norm_reference(x, weight, 1e-5, False)[1]
+
+    return [
+        Operation(
+            "rms norm", inputs, lambda dy, x, w, rstd: norm.rms_norm(x, w, 1e-5),
+            lambda dy, x, w, rstd: norm.rms_norm_reference(x, w, 1e-5, False), 2 * t * d * make.bytes, make.tolerance,
+        ),
+        Operation(
+            "rms norm, backward", inputs, lambda dy, x, w, rstd: [norm.rms_norm_backward(dy, x, w, rstd)],
+            lambda dy, x, w, rstd: [norm.rms_norm_backward_reference(dy, x, w, rstd, False)],
+            3 * t * d * make.bytes, make.tolerance,
+        ),
+    ]  # fmt: skip
+
+
+def rotations(size: Sizes, make: Maker) -> list[Operation]:
+    t, heads = size.tokens, size.heads + size.key_heads
+
+    def inputs() -> Tensors:
+        buffer = make(t, heads + size.key_heads, size.head)
+        cos, sin = (torch.rand(t, size.head, device=make.device).to(make.dtype) for _ in range(2))
+        return buffer, cos, sin
+
+    def by(rotate: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., list[Tensor]]:
+        def call(buffer: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+            rotate(buffer[:, :heads], cos, sin)
+            return [buffer]
+
+        return call
+
+    moved = 2 * t * (heads + 1) * size.head * make.bytes
+    return [
+        Operation("rotary", inputs, by(rotary.rotate_), by(rotary.rotate_reference_), moved, make.tolerance),
+    ]
+
+
+def gates(size: Sizes, make: Maker) -> list[Operation]:
+    t, f = size.tokens, size.inner
+
+    def halves(buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return buffer[:, :f], buffer[:, f:]
+
+    def back(dh: Tensor, buffer: Tensor) -> list[Tensor]:
+        gate, up = halves(buffer)
+        return list(gated.gated_backward(dh, gate, up, "silu", (gate, up)))
+
+    return [
+        Operation(
+            "gated product", lambda: (make(t, 2 * f),), lambda x: [gated.gated(*halves(x), "silu")],
+            lambda x: [gated.gated_reference(*halves(x), "silu")], 3 * t * f * make.bytes, make.tolerance,
+        ),
+        Operation(
+            "gated product, backward", lambda: (make(t, f), make(t, 2 * f)), back,
+            lambda dh, x: gated.gated_backward_reference(dh, *halves(x), "silu"), 5 * t * f * make.bytes, make.tolerance,
+        ),
+    ]  # fmt: skip
+
+
+def drops(size: Sizes, make: Maker) -> list[Operation]:
+    t, d = size.tokens, size.hidden
+
+    def inputs() -> Tensors:
+        return make(t, d), make(t, d), torch.randint(0, 2**32, (t,), device=make.device)
+
+    def by(add: bool, dropped: Callable[..., object]) -> Callable[..., list[Tensor]]:
+        def call(x: Tensor, out: Tensor, seeds: Tensor) -> list[Tensor]:
+            dropped(x, Dropout(0.1, hashed("a layer"), seeds), out, add)
+            return [out]
+
+        return call
+
+    return [
+        Operation(
+            f"dropout{', added' if add else ''}", inputs, by(add, drop), by(add, drop_reference),
+            (3 if add else 2) * t * d * make.bytes, make.tolerance,
+        )
+        for add in (False, True)
+    ]  # fmt: skip
+
+
+def gains(size: Sizes, make: Maker) -> list[Operation]:
+    t, d = size.tokens, size.hidden
+
+    def multiply(z: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+        gain.multiply_(z, factor)
+        return [z]
+
+    def multiply_truth(z: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+        gain.multiply_reference_(z, factor, None)
+        return [z]
+
+    def back(y: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+        return [gain.gain_gradients_(y, dy, factor), y]
+
+    def back_truth(y: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+        return [gain.gain_sums_reference_(y, dy, factor, None) / factor, y]
+
+    def inputs() -> Tensors:
+        return make(t, d), make(t, d), 1 + torch.rand(d, device=make.device)
+
+    wide = max(make.tolerance, apart(1, t))
+    return [
+        Operation("gain", inputs, multiply, multiply_truth, 2 * t * d * make.bytes, make.tolerance),
+        Operation("gain, backward", inputs, back, back_truth, 3 * t * d * make.bytes, wide),
+    ]
+
+
+def sums(size: Sizes, make: Maker) -> list[Operation]:
+    t, d = size.tokens, size.hidden
+
+    def by(add: Callable[..., None]) -> Callable[..., list[Tensor]]:
+        def call(x: Tensor, y: Tensor, rounded: Tensor) -> list[Tensor]:
+            add(x, y, 1.0, x, rounded)
+            return [x, rounded]
+
+        return call
+
+    return [
+        Operation(
+            "residual sum", lambda: (make.wide(1, t, d), make(t, d), make(t, d)), by(residual.add_and_round),
+            by(residual.add_and_round_reference), t * d * (8 + 2 * make.bytes), make.tolerance,
+        )
+    ]  # fmt: skip
+
+
+def losses(size: Sizes, make: Maker) -> list[Operation]:
+    rows = min(size.tokens, chunk_rows(size.vocabulary, make.device, make.bytes))
+
+    def inputs() -> Tensors:
+        targets = torch.randint(0, size.vocabulary, (rows,), device=make.device)
+        return make(rows, size.vocabulary), targets, torch.ones(rows, device=make.device)
+
+    def slope(logits: Tensor, targets: Tensor, gradient: Tensor) -> list[Tensor]:
+        return [logprob_slope_(logits, targets, gradient), logits]
+
+    tolerance = max(make.tolerance, apart(1, size.vocabulary))
+    return [
+        Operation("loss and its slope", inputs, slope, logprob_slope_reference, 2 * rows * size.vocabulary * make.bytes,
+                  tolerance)
+    ]  # fmt: skip
+
+
+def packed(size: Sizes, make: Maker) -> list[Operation]:
+    rows, columns = size.inner, size.hidden
+    whole = (0, rows, 0, columns)
+
+    def nf4() -> Tensors:
+        held = pack_4bit(make(rows, columns), "nf4", 64, True)
+        assert held.nested_absmax is not None
+        assert held.nested_code is not None
+        return held.codes, held.absmax, held.nested_absmax, held.nested_code, torch.tensor(held.offset)
+
+    def unpack(*held: Tensor) -> list[Tensor]:
+        codes, absmax, nested, code, offset = held
+        weight = Packed4bit(codes, absmax, (rows, columns), make.dtype, "nf4", 64, nested, code, float(offset))
+        return [weight.panel(slice(0, rows), slice(0, columns))]
+
+    def unpack_truth(*held: Tensor) -> list[Tensor]:
+        codes, absmax, nested, code, offset = held
+        return [
+            dequantize_4bit_reference(
+                codes, absmax, nested, code, float(offset), "nf4", 64, columns, *whole, make.dtype
+            )
+        ]
+
+    def int8() -> Tensors:
+        held = pack_int8(make(rows, columns))
+        return held.codes, held.absmax
+
+    def unpack8(codes: Tensor, absmax: Tensor) -> list[Tensor]:
+        return [PackedInt8(codes, absmax, (rows, columns), make.dtype).panel(slice(0, rows), slice(0, columns))]
+
+    values = rows * columns
+    return [
+        Operation("unpacking NF4", nf4, unpack, unpack_truth, values * (0.5 + 1 / 64 + make.bytes), 0.0),
+        Operation(
+            "unpacking int8", int8, unpack8,
+            lambda codes, absmax: [dequantize_int8_reference(codes, absmax, *whole, make.dtype)],
+            values * (1 + make.bytes), 0.0,
+        ),
+    ]  # fmt: skip
+
+
+def attentions(size: Sizes, make: Maker) -> list[Operation]:
+    t, step = size.tokens, min(size.sequence, size.tokens)
+    bounds, rule = tuple(range(0, t + 1, step)), AttentionRule(size.head**-0.5)
+
+    def inputs() -> Tensors:
+        buffer = make(t, size.heads + 2 * size.key_heads, size.head)
+        return (*buffer.split((size.heads, size.key_heads, size.key_heads), 1), make(t, size.heads, size.head))
+
+    def back(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        out, lse = attention.attention_forward(q, k, v, bounds, rule)
+        return list(attention.attention_backward(grad, q, k, v, out, lse, bounds, rule)[:3])
+
+    def back_truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(x) for x in (q, k, v)]
+        out = forward_reference(q, k, v, bounds, rule, None)
+        backward_reference(grad, q, k, v, out, bounds, rule, None, tuple(found))
+        return found
+
+    width, products = size.heads * size.head, 2 * t * step * size.heads * size.head
+    moved = t * (2 * width + 2 * size.key_heads * size.head) * make.bytes
+    return [
+        Operation(
+            "attention", inputs, lambda q, k, v, grad: [attention.attention_forward(q, k, v, bounds, rule)[0]],
+            lambda q, k, v, grad: [forward_reference(q, k, v, bounds, rule, None)], moved, 2 * make.tolerance, products,
+        ),
+        Operation(
+            "attention, forward and backward", inputs, back, back_truth, 3 * moved, 2 * make.tolerance, 3 * products,
+        ),
+    ]  # fmt: skip
