@@ -36,7 +36,7 @@ class Arm:
 
         from topwork.adapters.config import AdapterConfig
 
-        adapters.add(name, AdapterConfig(r=16, lora_alpha=32, **options), seed=0)
+        adapters.add(name, AdapterConfig(**{"r": 16, "lora_alpha": 32, **options}), seed=0)
         adapters.train(name)
         self.base, self.name = base, name
         self.parameters = list(adapters.parameters(name).values())

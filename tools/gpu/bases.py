@@ -21,7 +21,7 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedLinear
 
 TINY: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
     "num_key_value_heads": 1, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 NF4 = QuantizationConfig(load_in_4bit=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gpu.bases import chat_lengths, rows_of, shaped
 from gpu.profile import profiled
 from gpu.result import Result, main
-from gpu.training import NAME, WARM_UP, Ours, Peer, beside, speed
+from gpu.training import NAME, Ours, Peer, beside, speed
 from transformers import PretrainedConfig
 
 from topwork.data.examples import Example
@@ -19,7 +19,7 @@ LOSSES_APART = 2e-2
 @dataclass(frozen=True)
 class Size:
     """Tokens of a pass and of a full sequence; rows of a step over chats, and how many of them PEFT has at once; how
-    many steps are counted, alone and beside PEFT."""
+    many steps are counted, alone and beside PEFT, and how many go before."""
 
     tokens_per_pass: int = 16384
     sequence: int = 4096
@@ -27,9 +27,10 @@ class Size:
     rows_at_once: int = 8
     steps: int = 5
     rounds: int = 6
+    warm_up: int = 2
 
 
-TINY = Size(12, 6, 2, 1, 1, 1)
+TINY = Size(12, 6, 2, 1, 1, 1, 1)
 
 
 def part(result: Result) -> None:
@@ -51,9 +52,9 @@ def lora(result: Result, config: PretrainedConfig, full: Sequence[Example], size
         peer = Peer(result.card, config, ours.adapters.state(NAME))
         chats = [
             rows_of(chat_lengths(size.rows, turn, result.tiny), config.vocab_size, turn)
-            for turn in range(WARM_UP + size.rounds)
+            for turn in range(size.warm_up + size.rounds)
         ]
-        found = beside(ours, peer, chats, size.tokens_per_pass, size.rows_at_once)
+        found = beside(ours, peer, chats, size.tokens_per_pass, size.rows_at_once, size.warm_up)
         result.put("chats", found | {"peer_peak": peer.peak(chats[0], size.rows_at_once)})
         result.tell(
             f"chats: {found['tokens_per_second']['ours']:,.0f} tokens/s, {found['times_as_fast']['median']:.2f} times "
@@ -64,7 +65,7 @@ def lora(result: Result, config: PretrainedConfig, full: Sequence[Example], size
 
 def measured(result: Result, name: str, ours: Ours, full: Sequence[Example], size: Size) -> None:
     """Speed of full sequences, one step under the profiler, and its memory."""
-    found = speed(ours, full, size.tokens_per_pass, size.steps)
+    found = speed(ours, full, size.tokens_per_pass, size.steps, size.warm_up)
     result.put(name, found)
     told = ", ".join(f"{share:.1%} by {count}" for count, share in found["share_of_datasheet"].items())
     result.tell(f"{name}: {found['tokens_per_second']:,.0f} tokens/s, of the datasheet's speed {told}")

@@ -279,7 +279,7 @@ def packed(size: Sizes, make: Maker) -> list[Operation]:
 
 def attentions(size: Sizes, make: Maker) -> list[Operation]:
     t, step = size.tokens, min(size.sequence, size.tokens)
-    bounds, rule = tuple(range(0, t + 1, step)), AttentionRule(size.head**-0.5)
+    bounds, rule = (*range(0, t, step), t), AttentionRule(size.head**-0.5)
 
     def inputs() -> Tensors:
         buffer = make(t, size.heads + 2 * size.key_heads, size.head)

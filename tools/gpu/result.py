@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,10 @@ from topwork.common.files import write_json
 
 NOT_HELD = 3
 """The exit status of a part that ran through and found something wrong."""
+SECONDS = "GPU_CHECK_SECONDS"
+"""The variable that tells a part how long it may take before it is killed."""
+RESERVE = 5.0
+"""Seconds that a part keeps for its end."""
 
 
 class Result:
@@ -28,6 +34,7 @@ class Result:
 
     def __init__(self, path: Path, card: Card, tiny: bool) -> None:
         self.path, self.card, self.tiny = path, card, tiny
+        self._end = time.monotonic() + float(os.environ.get(SECONDS, "inf")) - RESERVE
         self.values: dict[str, Any] = {"measured": card.measured, "checks": [], "failed": {}, "told": []}
         self.write()
 
@@ -50,6 +57,17 @@ class Result:
         print(line, flush=True)
         self.values["told"].append(line)
         self.write()
+
+    def left(self) -> float:
+        """Seconds until the part has to end."""
+        return self._end - time.monotonic()
+
+    def in_time(self, name: str, seconds: float) -> bool:
+        """Whether there is time for what takes about so long; else it is told that it was not reached."""
+        if self.left() < seconds:
+            self.tell(f"not reached: {name}")
+            return False
+        return True
 
     def check(self, name: str, found: float, limit: float) -> None:
         """`found` may not be above `limit`; NaN is."""

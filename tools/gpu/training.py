@@ -24,8 +24,6 @@ R, ALPHA = 16, 32
 NAME = "lora"
 DATASHEET = 989.5e12
 """Dense bf16 of an H100 or H200, floating-point operations a second: what shares of it are counted against."""
-WARM_UP = 2
-
 
 class Ours:
     """A base with LoRA r16 on all linear layers, and its optimizer."""
@@ -55,10 +53,9 @@ class Ours:
         return found | {"seconds": seconds}
 
     def memory(self, passes: Sequence[Batch]) -> dict[str, Any]:
-        """Bytes by part, of a step whose passes are alike; what a step needs beyond weights, adapter and what a pass
+        """Bytes by part, once steps were made, of one whose passes are alike; what a step needs beyond weights, adapter and what a pass
         keeps are its temporaries. Of what was foreseen see `gpu.memory`."""
         card, batch = self.card, max(passes, key=len)
-        self.step(passes)
         card.free()
         still = card.allocated() - self.before
         with training_pass(self.base.workspace):
@@ -91,9 +88,6 @@ class Peer:
         model.set_attn_implementation(self.attention)
         named = {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}
         self.model = with_adapter(model, R, ALPHA, named, config.dtype).train()
-        self.model.requires_grad_(False)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
         self.optimizer = torch.optim.AdamW(trained_parameters(self.model), lr=2e-4, fused=True)
 
     def step(self, rows: Sequence[Example], rows_at_once: int) -> dict[str, float]:
@@ -115,9 +109,10 @@ class Peer:
 
 
 def beside(
-    ours: Ours, peer: Peer, steps: Sequence[Sequence[Example]], tokens_per_pass: int, rows_at_once: int
-) -> dict[str, Any]:
-    """Steps over the same rows in turns, the first WARM_UP uncounted: what each took, and how far losses are apart."""
+    ours: Ours, peer: Peer, steps: Sequence[Sequence[Example]], tokens_per_pass: int, rows_at_once: int,
+    warm_up: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps over the same rows in turns, the first `warm_up` uncounted: what each took, and how far losses are apart."""
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for turn, rows in enumerate(steps):
         for side in ("ours", "peer") if turn % 2 else ("peer", "ours"):
@@ -126,7 +121,7 @@ def beside(
             else:
                 found[side].append(peer.step(rows, rows_at_once))
     tokens = [sum(len(row.tokens) for row in rows) for rows in steps]
-    counted = range(WARM_UP, len(steps))
+    counted = range(warm_up, len(steps))
     ratios = [found["peer"][at]["seconds"] / found["ours"][at]["seconds"] for at in counted]
     return {
         "tokens": tokens, "attention_of_peer": peer.attention, "steps": found,
@@ -151,11 +146,11 @@ def furthest_apart(found: dict[str, list[dict[str, float]]], figure: str) -> flo
     return max(abs(one[figure] / other[figure] - 1) for one, other in zip(found["ours"], found["peer"]))
 
 
-def speed(ours: Ours, rows: Sequence[Example], tokens_per_pass: int, count: int) -> dict[str, Any]:
+def speed(ours: Ours, rows: Sequence[Example], tokens_per_pass: int, count: int, warm_up: int) -> dict[str, Any]:
     """Steps over the same rows again and again: tokens a second, and shares of the datasheet's speed."""
     passes = ours.passes(rows, tokens_per_pass)
-    steps = [ours.step(passes) for _ in range(WARM_UP + count)]
-    seconds = [step["seconds"] for step in steps[WARM_UP:]]
+    steps = [ours.step(passes) for _ in range(warm_up + count)]
+    seconds = [step["seconds"] for step in steps[warm_up:]]
     flops = needed_flops(ours.config, rows)
     tokens = sum(len(row.tokens) for row in rows)
     return {
