@@ -8,12 +8,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 most=$((64 * 1024 * 1024))
 python=${PYTHON:-python3}
-wheels=(pydantic==2.14.3 pydantic_core==2.50.4 annotated_types==0.8.0 typing_inspection==0.4.5 bitsandbytes==0.50.2)
+# the others' versions stand in constraints.txt
+wheels=(pydantic pydantic_core annotated_types==0.8.0 typing_inspection==0.4.5 typing_extensions==4.16.0 bitsandbytes)
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
     manylinux1_x86_64)
 rm -rf .whl
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-    "${platforms[@]/#/--platform=}" -d .whl "${wheels[@]}"
+    "${platforms[@]/#/--platform=}" --constraint constraints.txt -d .whl "${wheels[@]}"
 sum() { awk '{bytes += $1} END {printf "%d", bytes}'; }
 checkout=$(git ls-files -z --cached --others --exclude-standard | xargs -0 -n 1 du -b | sum)
 carried=$(du -b .whl/*.whl | sum)

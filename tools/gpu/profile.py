@@ -27,7 +27,7 @@ def profiled(card: Card, call: Callable[[], Any], top: int = 10) -> dict[str, An
     with profile(activities=activities) as profiler:
         seconds = card.timed(call)
     events = profiler.events() or []
-    on_card = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_card = card_events(events)
     spans = [(event.time_range.start, event.time_range.end) for event in on_card]
     spent: Counter[str] = Counter()
     times: Counter[str] = Counter()
@@ -64,5 +64,11 @@ def kernel_names(card: Card, call: Callable[[], Any]) -> list[str]:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         call()
         torch.cuda.synchronize(card.device)
-    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
-    return [event.name[:80] for event in sorted(events, key=lambda event: event.time_range.start)]
+    events = sorted(card_events(profiler.events() or []), key=lambda event: event.time_range.start)
+    return [event.name[:80] for event in events]
+
+
+def card_events(events: Sequence[Any]) -> list[Any]:
+    """Kernels, copies and fills; ranges that have a name (an optimizer's step) span them and are none."""
+    on_card = [event for event in events if event.device_type == DeviceType.CUDA]
+    return [event for event in on_card if not getattr(event, "is_user_annotation", False)]
