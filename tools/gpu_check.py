@@ -1,8 +1,8 @@
 """Runs the parts of `tools/gpu_check.sh` one after the other, and keeps the summary.
 
-Each part is a process of its own with a limit of its own, so that one that hangs or crashes costs only itself; what a part
-leaves unused goes to the next. Everything is written as it comes. Exit status 0: every part ran, and all that had to hold
-held. This process stays free of torch.
+Each part is a process of its own with a limit of its own, so that one that hangs or crashes costs only itself; what a
+part leaves unused goes to the next. Everything is written as it comes. Exit status 0: every part ran, and all that had
+to hold held. This process stays free of torch.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -114,10 +115,8 @@ def run_part(part: Part, command: Sequence[str], log: Path, tiny: bool) -> None:
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a process and what it started, also where it has ended itself."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

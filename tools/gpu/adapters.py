@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from checkpointing import Arm
+from many_adapters import RANKS, in_turns
+
 from gpu.bases import chat_lengths, random_base, random_model, rows_of, shaped
 from gpu.card import Card
 from gpu.result import Result, main
-from many_adapters import RANKS, in_turns
-
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
 from topwork.generation.engine import generate
@@ -40,7 +41,7 @@ class Size:
     new: int = 48
 
 
-TINY = Size((2, 4), (1,), 24, 1, (1, 2), 4, 2)
+TINY = Size((2, 4), (1,), 24, 1, (2,), 3, 2)
 
 
 class Members:
@@ -116,12 +117,14 @@ def generation(result: Result, base: Base, size: Size) -> None:
         for which in ("bare", "adapters"):
             given = [None if which == "bare" else names[at % len(names)] for at in range(width)]
 
-            def run(new: int, prompts: Any = prompts, given: Any = given) -> list[list[int]]:
-                return generate(base, prompts, given, (), Sampling(max_new_tokens=new))
+            def run(new: int, prompts: Any = prompts, given: Any = given, into: Any = None) -> None:
+                tokens = generate(base, prompts, given, (), Sampling(max_new_tokens=new))
+                if into is not None:
+                    into.extend(tokens)
 
             run(2)
             found: list[list[int]] = []
-            seconds = result.card.timed(lambda: found.extend(run(size.new)))
+            seconds = result.card.timed(partial(run, size.new, into=found))
             wrong = sum(len(tokens) != size.new for tokens in found)
             result.add("generation", told(f"ours, {which}", width, size.new, seconds))
             result.check(f"generation, {width} sequences, {which}: of another length", wrong, 0)
@@ -144,7 +147,7 @@ def by_transformers(result: Result, size: Size) -> None:
             )  # fmt: skip
 
         run(2)
-        seconds = result.card.timed(lambda run=run: run(size.new))  # type: ignore[misc]
+        seconds = result.card.timed(partial(run, size.new))
         result.add("generation", told("transformers, bare", width, size.new, seconds))
 
 

@@ -25,8 +25,9 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 1, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 NF4 = QuantizationConfig(load_in_4bit=True)
-MEDIAN, SPREAD, SHORTEST, LONGEST = 300, 0.8, 32, 2048
-"""Chats' tokens are spread as exp(normal(log MEDIAN, SPREAD)), cut to the bounds: most are short, some very long."""
+MEDIAN, SPREAD, SHORTEST, LONGEST = 300, 0.8, 32, 1024
+"""Chats' tokens are spread as exp(normal(log MEDIAN, SPREAD)), cut to the bounds: most are short, some very long.
+1,024 is where TRL cuts rows unless it is told otherwise."""
 
 
 def shaped(name: str, tiny: bool, dtype: torch.dtype = torch.bfloat16) -> PretrainedConfig:
@@ -68,13 +69,18 @@ def random_model(config: PretrainedConfig, device: torch.device, seed: int = 0, 
 
 def random_base(config: PretrainedConfig, device: torch.device, seed: int = 0, nf4: bool = False) -> Base:
     """The same as a frozen base, without a tokenizer."""
-    return as_base(random_model(config, device, seed, nf4), None, "random", print, identity="random")  # type: ignore[arg-type]
+    return based(random_model(config, device, seed, nf4))
+
+
+def based(model: PreTrainedModel) -> Base:
+    """A model where it is to stay as a frozen base, without a tokenizer."""
+    return as_base(model, None, "random", print, identity="random")  # type: ignore[arg-type]
 
 
 def chat_lengths(count: int, seed: int, tiny: bool) -> list[int]:
     """Tokens of so many chats."""
     drawn_lengths = np.random.default_rng(seed).lognormal(np.log(MEDIAN), SPREAD, count).clip(SHORTEST, LONGEST)
-    return [min(8, max(3, int(length) // 64)) if tiny else int(length) for length in drawn_lengths]
+    return [min(5, max(3, int(length) // 64)) if tiny else int(length) for length in drawn_lengths]
 
 
 def rows_of(lengths: Sequence[int], vocabulary: int, seed: int, learned: float = 0.5) -> list[Example]:

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from grouped import Layer, one_by_one
+from torch import Tensor
+
 from gpu.card import Card
 from gpu.marked import ROOT, all_cases, marked_files, run_marked, try_cases
 from gpu.operations import Operation, Sizes, operations
 from gpu.profile import kernel_names
 from gpu.result import Result, main
-from grouped import Layer, one_by_one
 from reference.measure import apart, relative
-from torch import Tensor
-
 from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
 
 TINY = Sizes(5, 32, 48, 2, 1, 16, 64, 4)
@@ -82,15 +82,14 @@ def tried(result: Result, name: str, operation: Operation) -> None:
     """One operation: how far from its truth, and how fast."""
     card, inputs = result.card, operation.make()
     expected = [tensor.clone() for tensor in operation.truth(*(tensor.clone() for tensor in inputs))]
-    copies = [tensor.clone() for tensor in inputs]
-    kernels = kernel_names(card, lambda: operation.ours(*copies))
+    kernels = kernel_names(card, partial(operation.ours, *(tensor.clone() for tensor in inputs)))
     found = operation.ours(*inputs)
     far = max(relative(one, other, 1e-30) for one, other in zip(found, expected, strict=True))
     allowed = operation.tolerance * (1 if card.measured else 2)  # the interpreter cuts off where a card rounds
     if not operation.tolerance and not card.measured:
         allowed = 8e-3
     result.check(name, far, allowed)
-    del expected, found, copies
+    del expected, found
     seconds = card.seconds(rotated(card, operation.ours, operation.make, inputs))
     result.add("operations", {
         "name": name, "apart": far, "tolerance": allowed, "microseconds": 1e6 * seconds, "kernels": kernels,
@@ -100,7 +99,10 @@ def tried(result: Result, name: str, operation: Operation) -> None:
 
 def rates(result: Result, moved: float, flops: float, seconds: float) -> dict[str, float]:
     """Of the ceilings, and the share of whichever is nearer: what is left of it is the kernel's own doing."""
-    best = result.values.get("ceilings") or {"copy_bytes_per_second": float("nan"), "product_flops_per_second": float("nan")}
+    best = result.values.get("ceilings") or {
+        "copy_bytes_per_second": float("nan"),
+        "product_flops_per_second": float("nan"),
+    }
     by_memory, by_products = (
         moved / seconds / best["copy_bytes_per_second"], flops / seconds / best["product_flops_per_second"],
     )  # fmt: skip
@@ -145,8 +147,8 @@ def grouped_stages(result: Result, name: str, layer: Layer, tokens: int, members
         far, tolerance = grouped_apart(products)
         result.check(f"{name}, {stage}", far, tolerance * (1 if card.measured else 2))
         seconds = {
-            "ours": card.seconds([lambda: grouped_products(products)]),
-            "cublas": card.seconds([lambda: one_by_one(products)]),
+            "ours": card.seconds([partial(grouped_products, products)]),
+            "cublas": card.seconds([partial(one_by_one, products)]),
         }
         moved = sum(x.numel() * x.element_size() for p in products for x in p[:3])
         flops = sum(2.0 * p.out.numel() * p.left.shape[1] for p in products)

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
 
 from gpu.bases import chat_lengths, rows_of, shaped
 from gpu.profile import profiled
 from gpu.result import Result, main
 from gpu.training import NAME, Ours, Peer, beside, speed
-from transformers import PretrainedConfig
-
 from topwork.data.examples import Example
 
 SHAPE = "llama-3.1-8b"
@@ -30,7 +32,7 @@ class Size:
     warm_up: int = 2
 
 
-TINY = Size(12, 6, 2, 1, 1, 1, 1)
+TINY = Size(8, 4, 2, 1, 1, 1, 1)
 
 
 def part(result: Result) -> None:
@@ -48,19 +50,40 @@ def lora(result: Result, config: PretrainedConfig, full: Sequence[Example], size
     ours = Ours(result.card, config)
     measured(result, "lora", ours, full, size)
     with result.section("chats, beside PEFT"):
-        ours.begin_anew()
-        peer = Peer(result.card, config, ours.adapters.state(NAME))
         chats = [
             rows_of(chat_lengths(size.rows, turn, result.tiny), config.vocab_size, turn)
             for turn in range(size.warm_up + size.rounds)
         ]
-        found = beside(ours, peer, chats, size.tokens_per_pass, size.rows_at_once, size.warm_up)
-        result.put("chats", found | {"peer_peak": peer.peak(chats[0], size.rows_at_once)})
+        found = beside_peft(result, ours, chats, size)
+        result.put("chats", found)
         result.tell(
             f"chats: {found['tokens_per_second']['ours']:,.0f} tokens/s, {found['times_as_fast']['median']:.2f} times "
             f"PEFT's ({found['padding']:.0%} of whose tokens are padding)"
         )
         result.check("chats: ours and PEFT's losses apart", found["losses_apart"], LOSSES_APART)
+
+
+def beside_peft(result: Result, ours: Ours, chats: Sequence[Sequence[Example]], size: Size) -> dict[str, Any]:
+    """PEFT gets as many rows at once as it has memory for."""
+    rows_at_once = size.rows_at_once
+    while rows_at_once > 1:
+        try:
+            return both(result, ours, chats, size, rows_at_once)
+        except torch.cuda.OutOfMemoryError:
+            result.tell(f"chats: for {rows_at_once} rows at once PEFT lacks memory")
+        result.card.free()
+        rows_at_once //= 2
+    return both(result, ours, chats, size, 1)
+
+
+def both(
+    result: Result, ours: Ours, chats: Sequence[Sequence[Example]], size: Size, rows_at_once: int
+) -> dict[str, Any]:
+    """Steps of both from fresh adapters, and PEFT's peak."""
+    ours.begin_anew()
+    peer = Peer(result.card, ours.config, ours.adapters.state(NAME))
+    found = beside(ours, peer, chats, size.tokens_per_pass, rows_at_once, size.warm_up)
+    return found | {"rows_at_once": rows_at_once, "peer_peak": peer.peak(chats[0], rows_at_once)}
 
 
 def measured(result: Result, name: str, ours: Ours, full: Sequence[Example], size: Size) -> None:

@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from gpu.result import Result
 
 from common import run_process
+from gpu.result import Result
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "ops"

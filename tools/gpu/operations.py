@@ -1,13 +1,13 @@
-"""A layer's and the loss's operations at an 8B model's sizes: inputs, the operation as the step calls it, its truth, and
-what it moves and computes at least."""
+"""A layer's and the loss's operations at an 8B model's sizes: inputs, the operation as the step calls it, its truth,
+and what it moves and computes at least."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from reference.measure import apart
 from torch import Tensor
 
+from reference.measure import apart
 from topwork.common.seeds import hashed
 from topwork.ops import attention, gain, gated, norm, residual, rotary
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
@@ -98,8 +98,8 @@ def norms(size: Sizes, make: Maker) -> list[Operation]:
 
     return [
         Operation(
-            "rms norm", inputs, lambda dy, x, w, rstd: norm.rms_norm(x, w, 1e-5),
-            lambda dy, x, w, rstd: norm.rms_norm_reference(x, w, 1e-5, False), 2 * t * d * make.bytes, make.tolerance,
+            "rms norm", inputs, lambda _, x, w, *__: norm.rms_norm(x, w, 1e-5),
+            lambda _, x, w, *__: norm.rms_norm_reference(x, w, 1e-5, False), 2 * t * d * make.bytes, make.tolerance,
         ),
         Operation(
             "rms norm, backward", inputs, lambda dy, x, w, rstd: [norm.rms_norm_backward(dy, x, w, rstd)],
@@ -147,7 +147,8 @@ def gates(size: Sizes, make: Maker) -> list[Operation]:
         ),
         Operation(
             "gated product, backward", lambda: (make(t, f), make(t, 2 * f)), back,
-            lambda dh, x: gated.gated_backward_reference(dh, *halves(x), "silu"), 5 * t * f * make.bytes, make.tolerance,
+            lambda dh, x: gated.gated_backward_reference(dh, *halves(x), "silu"),
+            5 * t * f * make.bytes, make.tolerance,
         ),
     ]  # fmt: skip
 
@@ -177,11 +178,11 @@ def drops(size: Sizes, make: Maker) -> list[Operation]:
 def gains(size: Sizes, make: Maker) -> list[Operation]:
     t, d = size.tokens, size.hidden
 
-    def multiply(z: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+    def multiply(z: Tensor, _: Tensor, factor: Tensor) -> list[Tensor]:
         gain.multiply_(z, factor)
         return [z]
 
-    def multiply_truth(z: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+    def multiply_truth(z: Tensor, _: Tensor, factor: Tensor) -> list[Tensor]:
         gain.multiply_reference_(z, factor, None)
         return [z]
 
@@ -299,8 +300,8 @@ def attentions(size: Sizes, make: Maker) -> list[Operation]:
     moved = t * (2 * width + 2 * size.key_heads * size.head) * make.bytes
     return [
         Operation(
-            "attention", inputs, lambda q, k, v, grad: [attention.attention_forward(q, k, v, bounds, rule)[0]],
-            lambda q, k, v, grad: [forward_reference(q, k, v, bounds, rule, None)], moved, 2 * make.tolerance, products,
+            "attention", inputs, lambda q, k, v, _: [attention.attention_forward(q, k, v, bounds, rule)[0]],
+            lambda q, k, v, _: [forward_reference(q, k, v, bounds, rule, None)], moved, 2 * make.tolerance, products,
         ),
         Operation(
             "attention, forward and backward", inputs, back, back_truth, 3 * moved, 2 * make.tolerance, 3 * products,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu.card import Card
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from gpu.card import Card
 
 KINDS = {
     "stream_waits": r"^cudaStreamSynchronize",
@@ -36,13 +37,14 @@ def profiled(card: Card, call: Callable[[], Any], top: int = 10) -> dict[str, An
         times[event.name] += 1
     called = Counter(event.name for event in events if event.device_type == DeviceType.CPU)
     whole = (max(end for _, end in spans) - min(start for start, _ in spans)) if spans else 0
+    all_spent = sum(spent.values())
     return {
         "seconds": seconds,
         **{kind: sum(count for name, count in called.items() if re.match(rule, name)) for kind, rule in KINDS.items()},
         "kernels": sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_card),
         "busy_seconds": covered(spans) / 1e6, "idle_share": 1 - covered(spans) / whole if whole else 0.0,
         "top": [
-            {"name": name[:120], "milliseconds": micros / 1e3, "times": times[name], "share": micros / sum(spent.values())}
+            {"name": name[:120], "milliseconds": micros / 1e3, "times": times[name], "share": micros / all_spent}
             for name, micros in spent.most_common(top)
         ],
     }  # fmt: skip

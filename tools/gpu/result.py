@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.card import Card
 
+from gpu.card import Card
 from topwork.common.files import write_json
 
 NOT_HELD = 3

@@ -55,11 +55,16 @@ def as_markdown(record: dict[str, Any], out: Path) -> str:
     if record["tiny"]:
         parts.append("**Tiny shapes on a CPU, to try the script: no figure below is a measurement.**")
     parts.append(table(["part", "state", "seconds", "checks held"], list(states(record["parts"], found))))
-    for heading, block in (
-        ("Wrong", wrong(record["parts"], found)), ("Goals", goals({} if record["tiny"] else found)), ("Steps", steps(found)),
-        ("Memory", memory(found)), ("The slowest operations by their ceilings", slowest(found)),
-        ("Grouped products beside cuBLAS", grouped(found)), ("Generation", generation(found)),
-    ):  # fmt: skip
+    blocks = {
+        "Wrong": wrong(record["parts"], found),
+        "Goals": goals({} if record["tiny"] else found),
+        "Steps": steps(found),
+        "Memory": memory(found),
+        "The slowest operations by their ceilings": slowest(found),
+        "Grouped products beside cuBLAS": grouped(found),
+        "Generation": generation(found),
+    }
+    for heading, block in blocks.items():
         if block:
             parts += [f"## {heading}", block]
     return "\n\n".join(parts) + "\n"
@@ -97,7 +102,9 @@ def wrong(parts: list[dict[str, Any]], found: Found) -> str:
             for check in own.get("checks", []) if not check["held"]
         ][:10]  # fmt: skip
         lines += [f"- {part['name']}: {name}: {error}" for name, error in own.get("failed", {}).items()][:10]
-        lines += [f"- {part['name']}: {line}" for line in own.get("told", []) if "left out" in line or "not here" in line]
+        lines += [
+            f"- {part['name']}: {line}" for line in own.get("told", []) if "left out" in line or "not here" in line
+        ]
         if part["state"].startswith(("failed", "timed")):
             lines += [f"- {part['name']} ended so:", "", "```", *part["end"], "```"]
     return "\n".join(lines)
@@ -144,7 +151,8 @@ def steps(found: Found) -> str:
                     "device waits", "copies", "% idle"], rows)] if rows else []  # fmt: skip
     top = found.get("llama8b", {}).get("lora_profile", {}).get("top", [])
     lines += [table(["LoRA's most expensive kernels", "ms", "times", "%"], [
-        [row["name"].replace("|", " ")[:70], f"{row['milliseconds']:.1f}", str(row["times"]), f"{100 * row['share']:.1f}"]
+        [row["name"].replace("|", " ")[:70], f"{row['milliseconds']:.1f}", str(row["times"]),
+         f"{100 * row['share']:.1f}"]
         for row in top
     ])] if top else []  # fmt: skip
     beside = [(part, found.get(part, {}).get("chats")) for part in ("smollm2", "llama8b")]

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from checkpointing import Arm
 from floor import floor_flops, shape_of_config
-from gpu.bases import learned_lengths, random_base, random_model
-from gpu.card import Card
 from peers.peft_loop import collate, train_step, trained_parameters, with_adapter
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from gpu.bases import learned_lengths, random_base, random_model
+from gpu.card import Card
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
 from topwork.ops.batch import Batch
@@ -24,6 +24,7 @@ R, ALPHA = 16, 32
 NAME = "lora"
 DATASHEET = 989.5e12
 """Dense bf16 of an H100 or H200, floating-point operations a second: what shares of it are counted against."""
+
 
 class Ours:
     """A base with LoRA r16 on all linear layers, and its optimizer."""
@@ -53,8 +54,8 @@ class Ours:
         return found | {"seconds": seconds}
 
     def memory(self, passes: Sequence[Batch]) -> dict[str, Any]:
-        """Bytes by part, once steps were made, of one whose passes are alike; what a step needs beyond weights, adapter and what a pass
-        keeps are its temporaries. Of what was foreseen see `gpu.memory`."""
+        """Bytes by part, of a step like those made before, while nothing else is on the card. What it needs beyond
+        weights, adapter and what its largest pass keeps are its temporaries. For what was foreseen see `gpu.memory`."""
         card, batch = self.card, max(passes, key=len)
         card.free()
         still = card.allocated() - self.before
@@ -72,8 +73,8 @@ class Ours:
         sizes = [parameter.numel() for parameter in self.arm.parameters]
         return {
             "tokens": len(batch), "weights": self.weight_bytes, "adapter_and_optimizer": adapter, "kept": kept,
-            "temporaries": peak - self.weight_bytes - adapter - kept, "peak": peak, "peak_reserved": card.peak_reserved(),
-            "adapter_values": sum(sizes), "adapter_foreseen": trial_bytes(TrainingConfig(), sizes),
+            "temporaries": peak - self.weight_bytes - adapter - kept, "peak": peak,
+            "peak_reserved": card.peak_reserved(), "adapter_foreseen": trial_bytes(TrainingConfig(), sizes),
         }  # fmt: skip
 
 
@@ -82,7 +83,6 @@ class Peer:
 
     def __init__(self, card: Card, config: PretrainedConfig, adapter: dict[str, torch.Tensor]) -> None:
         self.card = card
-        self.before = card.allocated()
         model = random_model(config, card.device)
         self.attention = "flash_attention_2" if card.measured and is_flash_attn_2_available() else "sdpa"
         model.set_attn_implementation(self.attention)
@@ -100,19 +100,21 @@ class Peer:
         return {"seconds": seconds, "loss": found[0], "grad_norm": found[1]}
 
     def peak(self, rows: Sequence[Example], rows_at_once: int) -> int:
-        """The most bytes that a step takes with all that is the peer's."""
-        self.step(rows, rows_at_once)
+        """The most bytes that a step takes, once others were made, with all that is the peer's."""
         self.card.free()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        own = sum(tensor.nbytes for tensor in (*self.model.parameters(), *filter(torch.is_tensor, states)))
+        others = self.card.allocated() - own
         self.card.forget_peak()
         self.step(rows, rows_at_once)
-        return self.card.peak() - self.before
+        return self.card.peak() - others if self.card.measured else 0
 
 
 def beside(
     ours: Ours, peer: Peer, steps: Sequence[Sequence[Example]], tokens_per_pass: int, rows_at_once: int,
     warm_up: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Steps over the same rows in turns, the first `warm_up` uncounted: what each took, and how far losses are apart."""
+    """Steps over the same rows in turns, the first `warm_up` uncounted: what each took, how far losses are apart."""
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for turn, rows in enumerate(steps):
         for side in ("ours", "peer") if turn % 2 else ("peer", "ours"):
@@ -125,7 +127,7 @@ def beside(
     ratios = [found["peer"][at]["seconds"] / found["ours"][at]["seconds"] for at in counted]
     return {
         "tokens": tokens, "attention_of_peer": peer.attention, "steps": found,
-        "padding": 1 - sum(tokens) / sum(map(lambda rows: padded(rows, rows_at_once), steps)),
+        "padding": 1 - sum(tokens) / sum(padded(rows, rows_at_once) for rows in steps),
         "tokens_per_second": {
             side: median(tokens[at] / own[at]["seconds"] for at in counted) for side, own in found.items()
         },
