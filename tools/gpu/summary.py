@@ -5,7 +5,6 @@ Free of torch, and content with whatever is there: a part may have ended at any 
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,8 @@ from common import surroundings, surroundings_text, table
 
 PACKAGES = ("triton", "flash_attn", "pydantic")
 """Beside those that every record names."""
-SLOWEST = 12
+SLOWEST, TOLD = 12, 15
+"""Operations in the table, and lines of a part."""
 MIB = 2**20
 Found = dict[str, dict[str, Any]]
 
@@ -33,10 +33,11 @@ def machine() -> dict[str, Any]:
 
 def card() -> str:
     """Name, driver and memory; "none" without one."""
-    if shutil.which("nvidia-smi") is None:
-        return "none"
     asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
     return done.stdout.strip() or "none"
 
 
@@ -57,6 +58,7 @@ def as_markdown(record: dict[str, Any], out: Path) -> str:
     parts.append(table(["part", "state", "seconds", "checks held"], list(states(record["parts"], found))))
     blocks = {
         "Wrong": wrong(record["parts"], found),
+        "Told": "\n".join(f"- {name}: {line}" for name, own in found.items() for line in own.get("told", [])[:TOLD]),
         "Goals": goals({} if record["tiny"] else found),
         "Steps": steps(found),
         "Memory": memory(found),
@@ -102,9 +104,6 @@ def wrong(parts: list[dict[str, Any]], found: Found) -> str:
             for check in own.get("checks", []) if not check["held"]
         ][:10]  # fmt: skip
         lines += [f"- {part['name']}: {name}: {error}" for name, error in own.get("failed", {}).items()][:10]
-        lines += [
-            f"- {part['name']}: {line}" for line in own.get("told", []) if "left out" in line or "not here" in line
-        ]
         if part["state"].startswith(("failed", "timed")):
             lines += [f"- {part['name']} ended so:", "", "```", *part["end"], "```"]
     return "\n".join(lines)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from checkpointing import Arm
 from floor import floor_flops, shape_of_config
-from peers.peft_loop import collate, train_step, trained_parameters, with_adapter
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
@@ -82,21 +81,23 @@ class Peer:
     """The same model in transformers with the same adapter in PEFT: padded batches, its fastest attention."""
 
     def __init__(self, card: Card, config: PretrainedConfig, adapter: dict[str, torch.Tensor]) -> None:
-        self.card = card
+        from peers import peft_loop  # only here: without PEFT all but the comparison goes on
+
+        self.card, self.loop = card, peft_loop
         model = random_model(config, card.device)
         self.attention = "flash_attention_2" if card.measured and is_flash_attn_2_available() else "sdpa"
         model.set_attn_implementation(self.attention)
         named = {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}
-        self.model = with_adapter(model, R, ALPHA, named, config.dtype).train()
-        self.optimizer = torch.optim.AdamW(trained_parameters(self.model), lr=2e-4, fused=True)
+        self.model = peft_loop.with_adapter(model, R, ALPHA, named, config.dtype).train()
+        self.optimizer = torch.optim.AdamW(peft_loop.trained_parameters(self.model), lr=2e-4, fused=True)
 
     def step(self, rows: Sequence[Example], rows_at_once: int) -> dict[str, float]:
         """One optimizer step over so many rows at a time, timed as ours is."""
         pairs = [(row.tokens.tolist(), len(row.tokens) - int(row.weights.sum())) for row in rows]
         cut = [pairs[at : at + rows_at_once] for at in range(0, len(pairs), rows_at_once)]
-        batches = [{key: x.to(self.card.device) for key, x in collate(part, 0).items()} for part in cut]
+        batches = [{key: x.to(self.card.device) for key, x in self.loop.collate(part, 0).items()} for part in cut]
         found: list[float] = []
-        seconds = self.card.timed(lambda: found.extend(train_step(self.model, self.optimizer, batches, 1.0)))
+        seconds = self.card.timed(lambda: found.extend(self.loop.train_step(self.model, self.optimizer, batches, 1.0)))
         return {"seconds": seconds, "loss": found[0], "grad_norm": found[1]}
 
     def peak(self, rows: Sequence[Example], rows_at_once: int) -> int:
