@@ -15,6 +15,7 @@ from topwork.ops.dropout import Dropout, drop, drop_reference
 from topwork.ops.logprobs import chunk_rows, logprob_slope_, logprob_slope_reference
 from topwork.ops.packed import Packed4bit, PackedInt8, pack_4bit, pack_int8
 from topwork.ops.quantize import dequantize_4bit_reference, dequantize_int8_reference
+from topwork.ops.row_lengths import row_lengths, row_lengths_reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """How far from its truth a result may be, relative, in norms (`tests/ops/triton_layer_cases.py`)."""
@@ -60,7 +61,7 @@ def operations(size: Sizes, dtype: torch.dtype, device: torch.device) -> list[Op
     """All of them. In fp32 attention has no kernel on a card, so it is left out."""
     make, wide = Maker(device, dtype), dtype == torch.float32
     found = [*norms(size, make), *rotations(size, make), *gates(size, make), *drops(size, make), *gains(size, make)]
-    found += losses(size, make) + packed(size, make)
+    found += losses(size, make) + packed(size, make) + lengths(size, make)
     return found if wide else found + sums(size, make) + attentions(size, make)
 
 
@@ -178,28 +179,55 @@ def drops(size: Sizes, make: Maker) -> list[Operation]:
 def gains(size: Sizes, make: Maker) -> list[Operation]:
     t, d = size.tokens, size.hidden
 
-    def multiply(z: Tensor, _: Tensor, factor: Tensor) -> list[Tensor]:
-        gain.multiply_(z, factor)
-        return [z]
-
-    def multiply_truth(z: Tensor, _: Tensor, factor: Tensor) -> list[Tensor]:
-        gain.multiply_reference_(z, factor, None)
-        return [z]
-
-    def back(y: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
-        return [gain.gain_gradients_(y, dy, factor), y]
-
-    def back_truth(y: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
-        return [gain.gain_sums_reference_(y, dy, factor, None) / factor, y]
-
     def inputs() -> Tensors:
         return make(t, d), make(t, d), 1 + torch.rand(d, device=make.device)
 
-    wide = max(make.tolerance, apart(1, t))
+    def written(call: Callable[..., object]) -> Callable[..., list[Tensor]]:
+        def run(z: Tensor, _: Tensor, factor: Tensor) -> list[Tensor]:
+            call(z, factor)
+            return [z]
+
+        return run
+
+    def output_truth(y: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
+        return [gain.gain_sums_reference_(y, dy, factor, None, y) / factor, y]
+
+    one = 2 * t * d * make.bytes
+    summed = max(make.tolerance, apart(1, t))
     return [
-        Operation("gain", inputs, multiply, multiply_truth, 2 * t * d * make.bytes, make.tolerance),
-        Operation("gain, backward", inputs, back, back_truth, 3 * t * d * make.bytes, wide),
-    ]
+        Operation(
+            "gain", inputs, written(gain.multiply_), written(lambda z, f: gain.multiply_reference_(z, f, None)), one,
+            make.tolerance,
+        ),
+        Operation(
+            "gain, backward", inputs, lambda y, dy, f: [gain.gain_gradients_(y, dy, f), y], output_truth, 1.5 * one,
+            summed,
+        ),
+        Operation(
+            "gain of inputs, backward", inputs, lambda z, dy, f: [gain.input_gain_gradients_(z, dy, f), dy],
+            lambda z, dy, f: [gain.gain_sums_reference_(z, dy, f, None, dy), dy], 1.5 * one, summed,
+        ),
+        Operation("shift", inputs, written(gain.add_), written(gain.add_reference_), one, make.tolerance),
+        Operation(
+            "shift, backward", inputs, lambda _, dy, __: [gain.column_sums(dy)],
+            lambda _, dy, __: [gain.column_sums_reference(dy)], one / 2, summed,
+        ),
+    ]  # fmt: skip
+
+
+def lengths(size: Sizes, make: Maker) -> list[Operation]:
+    out, r = size.inner, 16
+
+    def inputs() -> Tensors:
+        a, b = make.wide(r, size.hidden) / size.hidden**0.5, make.wide(out, r) / r**0.5
+        return 1 + make.wide(out).square(), b, make(out, r), a @ a.t()
+
+    return [
+        Operation(
+            "row lengths", inputs, lambda *x: [row_lengths(*x, 0.5)], lambda *x: [row_lengths_reference(*x, 0.5)],
+            out * (r * (4 + make.bytes) + 8), 1e-6,
+        )
+    ]  # fmt: skip
 
 
 def sums(size: Sizes, make: Maker) -> list[Operation]:
