@@ -113,6 +113,17 @@ def test_a_figure_that_is_no_number_does_not_hold(scripts, tmp_path: Path) -> No
     assert written["failed"] == {"one that fails": "ValueError: no room"}
 
 
+def test_what_there_is_no_time_for_is_not_begun(scripts, monkeypatch, tmp_path: Path) -> None:
+    import torch
+
+    module = import_module("gpu.result")
+    monkeypatch.setenv(module.SECONDS, "20")
+    result = module.Result(tmp_path / "part.json", import_module("gpu.card").Card(torch.device("cpu")), tiny=True)
+    assert result.in_time("a short one", 5)
+    assert not result.in_time("a long one", 16)
+    assert json.loads((tmp_path / "part.json").read_text("utf-8"))["told"] == ["not reached: a long one"]
+
+
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.ops.test_a" name="one"/>
 <testcase classname="tests.ops.test_a" name="two"><failure message="assert 1 == 2&#10;more">…</failure></testcase>

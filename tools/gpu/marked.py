@@ -13,7 +13,7 @@ import tempfile
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -80,14 +80,21 @@ def all_cases(result: Result) -> None:
 
     runs = case_runs()
     with ThreadPoolExecutor(workers()) as pool:
-        for run, found in pool.map(tried, [run for run in runs if run.endswith(":loss")] if result.tiny else runs):
-            result.add("cases", {"run": run, **found})
-            if "error" in found:
-                result.values["failed"][f"cases {run}"] = found["error"]
-            else:
-                result.check(f"cases {run}: wrong of {found['cases']}", len(found["wrong"]), 0)
-            for name, far in found.get("wrong", [])[:5]:
-                result.tell(f"WRONG: {run}, {name}: {far:.3g} tolerances from the truth")
+        chosen = [run for run in runs if run.endswith(":loss")] if result.tiny else runs
+        for done in as_completed([pool.submit(tried, run) for run in chosen]):
+            judge(result, *done.result())
+
+
+def judge(result: Result, run: str, found: dict[str, Any]) -> None:
+    """What became of a set of cases."""
+    result.add("cases", {"run": run, **found})
+    if "error" in found:
+        result.values["failed"][f"cases {run}"] = found["error"]
+        result.write()
+        return
+    result.check(f"cases {run}: wrong of {found['cases']}", len(found["wrong"]), 0)
+    for name, far in found["wrong"][:5]:
+        result.tell(f"WRONG: {run}, {name}: {far:.3g} tolerances from the truth")
 
 
 def workers() -> int:

@@ -34,6 +34,7 @@ class Result:
 
     def __init__(self, path: Path, card: Card, tiny: bool) -> None:
         self.path, self.card, self.tiny = path, card, tiny
+        self._depth = 0
         self._end = time.monotonic() + float(os.environ.get(SECONDS, "inf")) - RESERVE
         self.values: dict[str, Any] = {"measured": card.measured, "checks": [], "failed": {}, "told": []}
         self.write()
@@ -79,8 +80,10 @@ class Result:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """What fails in it is told, and the part goes on with the next."""
+        """What fails in it is told, and the part goes on with the next. After one that stands in no other the card is
+        cleared."""
         print(f"-- {name}", flush=True)
+        self._depth += 1
         try:
             yield
         except Exception as error:
@@ -89,7 +92,9 @@ class Result:
             self.values["failed"][name] = f"{type(error).__name__}: {error}"[:500]
             self.write()
         finally:
-            self.card.free()
+            self._depth -= 1
+            if not self._depth:
+                self.card.free()
 
     @property
     def held(self) -> bool:
