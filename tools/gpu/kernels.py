@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gpu.card import Card
 from gpu.marked import ROOT, all_cases, marked_files, run_marked, try_cases
-from gpu.operations import Operation, Sizes, operations
+from gpu.operation import Operation, Sizes
+from gpu.operations import operations
 from gpu.profile import kernel_names
 from gpu.result import Result, main
 from reference.measure import apart, relative

@@ -1,93 +1,32 @@
 """A layer's and the loss's operations at an 8B model's sizes: inputs, the operation as the step calls it, its truth,
 and what it moves and computes at least."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gpu.operation import Maker, Operation, Sizes, Tensors
 from reference.measure import apart
 from topwork.common.seeds import hashed
-from topwork.ops import attention, gain, gated, norm, residual, rotary
+from topwork.ops import gain, gated, norm, residual, rotary
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.dropout import Dropout, drop, drop_reference
 from topwork.ops.logprobs import chunk_rows, logprob_slope_, logprob_slope_reference
 from topwork.ops.packed import Packed4bit, PackedInt8, pack_4bit, pack_int8
 from topwork.ops.quantize import dequantize_4bit_reference, dequantize_int8_reference
 from topwork.ops.row_lengths import row_lengths, row_lengths_reference
-
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
-"""How far from its truth a result may be, relative, in norms (`tests/ops/triton_layer_cases.py`)."""
-Tensors = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a Llama 3 of 8B, and of a pass."""
-
-    tokens: int
-    hidden: int = 4096
-    inner: int = 14336
-    heads: int = 32
-    key_heads: int = 8
-    head: int = 128
-    vocabulary: int = 128256
-    sequence: int = 4096
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation.
-
-    make       fresh inputs
-    ours       what the step calls; it may write to its inputs, and returns all that it wrote
-    truth      the same in plain torch, by the same rules
-    moved      bytes that it reads and writes at least
-    flops      floating-point operations, where they are what it costs
-    tolerance  of its results, relative
-    """
-
-    name: str
-    make: Callable[[], Tensors]
-    ours: Callable[..., Sequence[Tensor]]
-    truth: Callable[..., Sequence[Tensor]]
-    moved: float
-    tolerance: float
-    flops: float = 0.0
+from topwork.ops.varlen import KERNELS, Inputs, Kernel
 
 
 def operations(size: Sizes, dtype: torch.dtype, device: torch.device) -> list[Operation]:
-    """All of them. In fp32 attention has no kernel on a card, so it is left out."""
-    make, wide = Maker(device, dtype), dtype == torch.float32
+    """All of them; the residual sum is one of two types, so not in fp32."""
+    make = Maker(device, dtype)
     found = [*norms(size, make), *rotations(size, make), *gates(size, make), *drops(size, make), *gains(size, make)]
     found += losses(size, make) + packed(size, make) + lengths(size, make)
-    return found if wide else found + sums(size, make) + attentions(size, make)
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Random tensors of one type."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device).to(self.dtype)
-
-    def wide(self, *shape: int) -> Tensor:
-        """The same in fp32."""
-        return torch.randn(shape, device=self.device)
-
-    @property
-    def bytes(self) -> int:
-        """Of a value."""
-        return self.dtype.itemsize
-
-    @property
-    def tolerance(self) -> float:
-        """Of results that are rounded once."""
-        return TOLERANCE[self.dtype]
+    found += attentions(size, make)
+    return found if dtype == torch.float32 else found + sums(size, make)
 
 
 def norms(size: Sizes, make: Maker) -> list[Operation]:
@@ -307,6 +246,7 @@ def packed(size: Sizes, make: Maker) -> list[Operation]:
 
 
 def attentions(size: Sizes, make: Maker) -> list[Operation]:
+    """By every kernel that can, not only the one that is chosen (the first)."""
     t, step = size.tokens, min(size.sequence, size.tokens)
     bounds, rule = (*range(0, t, step), t), AttentionRule(size.head**-0.5)
 
@@ -314,9 +254,16 @@ def attentions(size: Sizes, make: Maker) -> list[Operation]:
         buffer = make(t, size.heads + 2 * size.key_heads, size.head)
         return (*buffer.split((size.heads, size.key_heads, size.key_heads), 1), make(t, size.heads, size.head))
 
-    def back(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-        out, lse = attention.attention_forward(q, k, v, bounds, rule)
-        return list(attention.attention_backward(grad, q, k, v, out, lse, bounds, rule)[:3])
+    def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> list[Tensor]:
+        return [kernel.forward(Inputs(q, k, v, bounds, rule, None))[0]]
+
+    def back(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        given, into = (
+            Inputs(q, k, v, bounds, rule, None),
+            (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+        )
+        kernel.backward(given, grad, *kernel.forward(given), into)
+        return list(into)
 
     def back_truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for x in (q, k, v)]
@@ -326,12 +273,20 @@ def attentions(size: Sizes, make: Maker) -> list[Operation]:
 
     width, products = size.heads * size.head, 2 * t * step * size.heads * size.head
     moved = t * (2 * width + 2 * size.key_heads * size.head) * make.bytes
+    # plain torch rounds scores and slopes to 16 bits too, and in fp32 may go through a kernel that rounds products
+    tolerance = max(3 * make.tolerance, 1e-3)
+    tried = Inputs(*inputs()[:3], bounds, rule, None)
     return [
-        Operation(
-            "attention", inputs, lambda q, k, v, _: [attention.attention_forward(q, k, v, bounds, rule)[0]],
-            lambda q, k, v, _: [forward_reference(q, k, v, bounds, rule, None)], moved, 2 * make.tolerance, products,
-        ),
-        Operation(
-            "attention, forward and backward", inputs, back, back_truth, 3 * moved, 2 * make.tolerance, 3 * products,
-        ),
+        operation
+        for kernel in KERNELS if kernel.lacks(tried) is None
+        for operation in (
+            Operation(
+                f"attention by {kernel.name}", inputs, partial(forward, kernel),
+                lambda q, k, v, _: [forward_reference(q, k, v, bounds, rule, None)], moved, tolerance, products,
+            ),
+            Operation(
+                f"attention by {kernel.name}, forward and backward", inputs, partial(back, kernel), back_truth,
+                3 * moved, tolerance, 3 * products,
+            ),
+        )
     ]  # fmt: skip
