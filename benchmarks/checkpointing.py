@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class Arm:
 
         from topwork.adapters.config import AdapterConfig
 
-        adapters.add(name, AdapterConfig(r=16, lora_alpha=32, **options), seed=0)
+        adapters.add(name, AdapterConfig(**{"r": 16, "lora_alpha": 32, **options}), seed=0)
         adapters.train(name)
         self.base, self.name = base, name
         self.parameters = list(adapters.parameters(name).values())
@@ -48,15 +49,19 @@ class Arm:
         checkpoint_layers(self.base, len(decoder_layers(self.base.module)) if self.name == "full" else 0)
 
     def step(self, tokens: int, seed: int) -> dict[str, float]:
-        """One optimizer step, timed."""
+        """One optimizer step over random rows, checkpointed as this arm is, timed."""
+        batch = random_rows(self.base, tokens, seed, self.name)
+        self.switch()
+        return self.train([batch])
+
+    def train(self, passes: "Sequence[Batch]") -> dict[str, float]:
+        """One optimizer step over these passes, timed."""
         from topwork.objectives.sft import Sft
         from topwork.training.step import Learner, train_step
 
-        batch = random_rows(self.base, tokens, seed, self.name)
-        self.switch()
         start = time.perf_counter()
         learner = Learner(self.name, Sft(), self.parameters, self.optimizer, 1.0)
-        [result] = train_step(self.base, [learner], [batch])
+        [result] = train_step(self.base, [learner], passes)
         if isinstance(result, Exception):
             raise result
         return {"seconds": time.perf_counter() - start, "loss": result.loss, "grad_norm": result.grad_norm}

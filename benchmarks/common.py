@@ -191,7 +191,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=BENCHMARKS, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=BENCHMARKS, capture_output=True, text=True).stdout.strip()
+        except OSError:  # it is not installed
+            return ""
 
     # results of earlier measurements are no part of what is measured
     changed = git("status", "--porcelain", "--", ":/src", ":/benchmarks/*.py", ":/benchmarks/peers")

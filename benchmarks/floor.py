@@ -24,7 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ROWS = 2048
 TURNS = 5
@@ -91,12 +94,19 @@ def floor_report(measured: Sequence[dict[str, Any]], lengths: Lengths, r: int) -
 
 
 def shape_of(folder: str) -> Shape:
+    """The shape of a folder's model, or of a shipped shape's."""
+    from topwork.plan.count import config_of
+
+    return shape_of_config(config_of(folder))
+
+
+def shape_of_config(given: "PretrainedConfig") -> Shape:
     """A model's shape from its config, without weights."""
     from topwork.adapters.graft import bare_base
     from topwork.adapters.targets import LINEAR, features
-    from topwork.plan.count import config_of, skeleton
+    from topwork.plan.count import skeleton
 
-    model = skeleton(config_of(folder))
+    model = skeleton(given)
     config, bare = model.config.get_text_config(), bare_base(model)
     counts: dict[tuple[int, int], int] = {}
     for path, module in bare.modules.items():

@@ -34,15 +34,15 @@ RANKS = (16, 2, 64, 8, 32, 4)
 
 
 class Layer:
-    """Tensors of one group of projections, and its members' matrices."""
+    """Tensors of one group of projections, and its members' matrices in fp32, as masters are."""
 
     def __init__(self, width: int, outputs: Sequence[int], tokens: int, members: int) -> None:
         self.n, self.dn = drawn(tokens, width), drawn(tokens, width)
         self.y, self.dy = (drawn(tokens, sum(outputs)) for _ in range(2))
         self.outputs = outputs
         ranks = [RANKS[member % len(RANKS)] for member in range(members)]
-        self.a = [drawn(len(outputs) * r, width) for r in ranks]
-        self.b = [[drawn(out, r) for out in outputs] for r in ranks]
+        self.a = [drawn(len(outputs) * r, width).float() for r in ranks]
+        self.b = [[drawn(out, r).float() for out in outputs] for r in ranks]
 
     def stages(self, bounds: Sequence[int]) -> list[list[Product]]:
         """S; Y; G; dA and dB; dX: the products of each stage do not depend on one another."""
@@ -68,8 +68,9 @@ def drawn(*shape: int) -> Tensor:
 
 
 def one_by_one(products: Sequence[Product]) -> None:
-    """As plain torch has it: a product each; gradients in bf16, then in fp32."""
-    for left, right, out, alpha, beta in products:
+    """As plain torch has it: masters rounded to bf16, a product each; gradients in bf16, then in fp32."""
+    for left, given, out, alpha, beta in products:
+        right = given.to(left.dtype)
         if out.dtype == left.dtype:
             torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
         else:

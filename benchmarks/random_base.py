@@ -84,8 +84,8 @@ def shards_of(model: nn.Module) -> Iterator[list[str]]:
 
 
 def drawn(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor's first values: biases zero, other vectors (norms) one, matrices random."""
-    tensor = torch.empty(like.shape, dtype=torch.bfloat16)
+    """A tensor's first values, on the generator's device: biases zero, other vectors (norms) one, matrices random."""
+    tensor = torch.empty(like.shape, dtype=torch.bfloat16, device=generator.device)
     if like.dim() == 1:
         return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
     return tensor.normal_(0.0, STD, generator=generator)

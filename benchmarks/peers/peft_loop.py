@@ -13,13 +13,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import Chat, Job, measurement, read_chats
 
@@ -56,14 +62,41 @@ def adapted(job: Job, mode: str = "lora", dtype: torch.dtype = torch.bfloat16) -
     )
     held = {"quantization_config": nf4} if mode == "qlora" else {}
     model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, **held)
-    config = LoraConfig(r=job.r, lora_alpha=job.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config, autocast_adapter_dtype=mode == "fp32_adapters")
+    initial = load_file(os.path.join(job.initial, "adapter_model.safetensors"))
+    return with_adapter(model, job.r, job.lora_alpha, initial, torch.float32 if mode == "fp32_adapters" else dtype)
+
+
+def with_adapter(
+    model: PreTrainedModel, r: int, lora_alpha: int, initial: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PeftModel:
+    """A model with LoRA on all linear layers, its adapter in `dtype` and with these first weights, by PEFT's names."""
+    config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     for parameter in trained_parameters(model):  # on a 4-bit base they would be in fp32, and every input cast to it
-        parameter.data = parameter.data.to(torch.float32 if mode == "fp32_adapters" else dtype)
-    missed = set_peft_model_state_dict(model, load_file(os.path.join(job.initial, "adapter_model.safetensors")))
+        parameter.data = parameter.data.to(dtype)
+    missed = set_peft_model_state_dict(model, dict(initial))
     if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
         raise SystemExit("the initial adapter does not fit")
     return model
+
+
+def train_step(
+    model: PeftModel, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]], max_grad_norm: float
+) -> tuple[float, float]:
+    """One optimizer step: the mean loss, and the gradient's norm before it is cut. Of several batches the mean goes
+    over the learned tokens of all."""
+    trained, losses = trained_parameters(model), []
+    counted = {}
+    if len(batches) > 1:
+        counted["num_items_in_batch"] = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    for batch in batches:
+        loss = model(**batch, **counted).loss
+        loss.backward()
+        losses.append(loss.detach())
+    norm = clip_grad_norm_(trained, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(torch.stack(losses).sum()), float(norm)
 
 
 def trained_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
@@ -83,13 +116,9 @@ def main(path: str, mode: str = "lora") -> None:
     for step in range(job.steps):
         batch = collate(rows[step * job.batch : (step + 1) * job.batch], padding)
         start = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        norm = clip_grad_norm_(trained, job.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        norms.append(float(norm))
+        loss, norm = train_step(model, optimizer, [batch], job.max_grad_norm)
+        losses.append(loss)
+        norms.append(norm)
         seconds.append(time.perf_counter() - start)
         tokens.append(int(batch["attention_mask"].sum()))
         schedule.step()

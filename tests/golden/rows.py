@@ -69,12 +69,12 @@ ROWS: dict[str, Row] = {
 """Name -> row. The 16-bit rows go through the kernels that only 16 bits have."""
 
 
-def run_row(row: Row, base: Path, place: Path) -> list[dict[str, Any]]:
+def run_row(row: Row, base: Path, place: Path, device: str = "cpu") -> list[dict[str, Any]]:
     """Train a row's adapters; of each the losses of its steps and the SHA-256 of its file."""
     data = write_rows(place / "rows.jsonl", rows(24))
     recipes = [
         make_recipe({
-            "model": {"model_name_or_path": str(base), "dtype": row.dtype, "device": "cpu"},
+            "model": {"model_name_or_path": str(base), "dtype": row.dtype, "device": device},
             "quantization": row.quantization,
             "adapter": adapter if "method" in adapter else {"r": 4, "lora_alpha": 8, **adapter},
             "data": {"train": str(data), "eval_fraction": 0.0},

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from golden.record import GOLDEN, surroundings
 from golden.rows import ROWS, bases, run_row
@@ -28,6 +29,15 @@ def test_losses_and_bytes_are_those_recorded(name: str, base_of, tmp_path: Path)
         assert ours["losses"][-1] < ours["losses"][0]
     if surroundings() == RECORD["made_with"]:
         assert found == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ROWS)
+def test_on_a_gpu_losses_are_those_recorded(name: str, base_of, tmp_path: Path) -> None:
+    row, expected = ROWS[name], RECORD["rows"][name]
+    for ours, golden in zip(run_row(row, base_of(row), tmp_path, "cuda"), expected, strict=True):
+        assert ours["losses"] == pytest.approx(golden["losses"], rel=TOLERANCE[row.dtype], abs=0)
 
 
 def test_every_row_is_recorded() -> None:
