@@ -52,3 +52,8 @@ def tiny_base() -> Callable[..., object]:
     from reference.families import tiny_base
 
     return tiny_base
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -19,6 +19,7 @@ HOPPER = 227 * 1024
 """Bytes of shared memory that a block can have."""
 
 
+@pytest.mark.slow
 def test_in_the_interpreter_the_kernels_are_the_truth(triton, interpreted) -> None:
     lines = interpreted(CASES)
     assert len(lines) == COUNT

@@ -18,6 +18,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@pytest.mark.slow
 def test_in_the_interpreter_the_kernels_are_the_truth(triton, interpreted) -> None:
     lines = interpreted(CASES)
     assert len(lines) == (6 + 2 + 2) * (4 + 1)

@@ -21,6 +21,7 @@ FAMILIES = {"norm": 140, "rotate": 100, "gated": 36, "drop": 36, "sum": 90, "vec
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@pytest.mark.slow
 def test_in_the_interpreter_the_kernels_are_the_truth(triton, interpreted) -> None:
     lines = interpreted(CASES)
     assert len(lines) == sum(FAMILIES.values())

@@ -9,6 +9,8 @@ import pytest
 
 from reference.fake_card import build
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("card")]
+
 STEPS = Path(__file__).with_name("card_steps.py")
 LAUNCHES = {
     "lora": 66, "six loras": 66, "qlora": 86, "lora with dropout": 78, "dora": 134, "ia3": 39, "prefix": 44,
