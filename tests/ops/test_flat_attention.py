@@ -160,3 +160,18 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
         attention_by_sequence(q, k, v, (0, len(q)), **asdict(rule), sinks=sinks)[-1] for q, k, v in sequences
     ])  # fmt: skip
     assert relative(out, truth) < 2e-6
+
+
+def test_attend_leaves_cudnn_out_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would plan anew for every number of keys."""
+    asked, run = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: Tensor, **options: object) -> Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return run(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for device in ("meta", "cpu"):
+        query, key = torch.zeros(2, 4, 1, 8, device=device), torch.zeros(2, 2, 5, 8, device=device)
+        attend(query, key, key, torch.ones(2, 1, 1, 5, dtype=torch.bool, device=device), AttentionRule(1.0), None)
+    assert asked == [False, True]

@@ -12,12 +12,14 @@ products over blocks of query rows with the softmax computed again: it knows win
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SCORES_PER_BLOCK = 1 << 22
 """Scores held at once while going backward; 16 MiB in fp32, which stays in cache on most CPUs."""
@@ -75,7 +77,10 @@ def attend(
     """Attention with an explicit mask, without gradients: query [S, H, L, D], key and value [S, H_kv, K, D], mask
     (True where seen) broadcastable to [S, 1, L, K]. Returns [S, H, L, D]."""
     if rule.softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale, enable_gqa=True)
+        # cuDNN, first of torch's kernels on Hopper, plans anew for tens of milliseconds wherever K is new: in each step
+        chosen = nullcontext() if query.is_cpu else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        with chosen:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale, enable_gqa=True)
     grouped, keys = _by_key_head(query, key), key.unsqueeze(2)
     scores = _capped(torch.matmul(grouped, keys.transpose(-1, -2)).float() * rule.scale, rule.softcap)
     shares, _ = _shares(scores.masked_fill(~mask.unsqueeze(2), -torch.inf), _sinks_by_key_head(sinks, key.shape[1]))
