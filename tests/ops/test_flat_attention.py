@@ -10,7 +10,7 @@ from reference.attention import attention_by_sequence
 from reference.measure import relative
 from topwork.ops import attention_reference
 from topwork.ops.attention import flat_attention
-from topwork.ops.attention_reference import AttentionRule, attend
+from topwork.ops.attention_reference import AttentionRule, attend, attend_by_rows
 
 RAGGED = (0, 7, 8, 27, 31, 50, 68, 69)
 """Sequences of 7, 1, 19, 4, 19, 18 and 1 tokens: groups with and without padded tails, and one alone."""
@@ -160,3 +160,27 @@ def test_one_new_token_over_kept_keys(name: str) -> None:
         attention_by_sequence(q, k, v, (0, len(q)), **asdict(rule), sinks=sinks)[-1] for q, k, v in sequences
     ])  # fmt: skip
     assert relative(out, truth) < 2e-6
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_attend_by_rows_is_attend(key_heads: int) -> None:
+    query, key, value = (torch.randn(3, heads, length, 8) for heads, length in ((4, 2), (key_heads, 7), (key_heads, 7)))
+    mask = torch.rand(3, 1, 2, 7) < 0.7
+    mask[..., 0] = True
+    expected = attend(query, key, value, mask, AttentionRule(0.3), None)
+    assert relative(attend_by_rows(query, key, value, mask, 0.3), expected) < 1e-6
+
+
+def test_attend_leaves_cudnn_out_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would plan anew for every number of keys."""
+    asked, run = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: Tensor, **options: object) -> Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return run(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for device in ("meta", "cpu"):
+        query, key = torch.zeros(2, 4, 1, 8, device=device), torch.zeros(2, 2, 5, 8, device=device)
+        attend(query, key, key, torch.ones(2, 1, 1, 5, dtype=torch.bool, device=device), AttentionRule(1.0), None)
+    assert asked == [False, True]

@@ -56,7 +56,8 @@ NUMBERS = {
 
 
 def ptx(name: str, **options: object) -> str:
-    """A kernel of bf16 values for compute capability 9.0, pointers and numbers multiples of 16. No GPU is needed."""
+    """A kernel of bf16 values for compute capability 9.0, pointers and numbers multiples of 16, but for those that no
+    kernel is compiled for. No GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -71,8 +72,10 @@ def ptx(name: str, **options: object) -> str:
     types |= {key: "fp32" for key in ("eps", "scale", "multiplier", "by") if key in types}
     types |= {key: "i64" for key in ("key", "least") if key in types}
     sixteens = {
-        (at,): [["tt.divisibility", 16]] for at, key in enumerate(kernel.arg_names) if types[key][0] in "*i"
-    }  # fmt: skip
+        (at,): [["tt.divisibility", 16]]
+        for at, key in enumerate(kernel.arg_names)
+        if types[key][0] in "*i" and not kernel.params[at].do_not_specialize
+    }
     values = 1
     for key in ("ROWS", "WIDTH", "HEADS", "HALF", "COLUMNS", "VALUES"):
         values *= chosen.get(key, 1)

@@ -1,4 +1,4 @@
-"""What steps launch on a card and wait for, as JSON: `python card_steps.py DEVICE_LIBRARY`.
+"""What steps and generation launch on a card and wait for, as JSON: `python card_steps.py DEVICE_LIBRARY`.
 
 On a fake card (`reference/fake_card`), which is why it is a process of its own.
 """
@@ -19,13 +19,17 @@ from reference.families import tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
+from topwork.generation.engine import Engine, Request
+from topwork.models.base import Base
+from topwork.models.checkpointing import checkpoint_layers
 from topwork.objectives.sft import Sft
 from topwork.ops import attention, varlen
 from topwork.ops.packed import pack_4bit
 from topwork.ops.triton import load as triton
 from topwork.quantization.linear import QuantizedLinear
+from topwork.training.optimizers import AdamW8bit
 from topwork.training.passes import step_passes
-from topwork.training.step import Learner, train_step
+from topwork.training.step import Learner, mean_losses, train_step
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -37,35 +41,71 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "ia3": (1, {"method": "ia3"}),
     "prefix": (1, {"method": "prefix", "num_virtual_tokens": 2}),
     "prompt": (1, {"method": "prompt", "num_virtual_tokens": 2}),
+    "checkpointed lora": (1, {"r": 8}),
+    "checkpointed prefix": (1, {"method": "prefix", "num_virtual_tokens": 2}),
+    "saved head": (2, {"r": 8, "modules_to_save": ["lm_head"]}),
+    "head": (1, {"r": 8, "target_modules": ["q_proj", "lm_head"]}),
+    "trained tokens": (1, {"r": 8, "trainable_token_indices": [3, 5]}),
+    "full": (1, {"method": "full"}),
+    "8-bit optimizer": (1, {"r": 64}),
 }
-"""How many adapters, and what each is; a name that begins with a q has a base in 4 bits."""
+"""How many adapters, and what each is; names say what else: qlora has a base in 4 bits."""
 
 
-def step_log(card: FakeCard, layers: int, packed: bool, adapters_count: int, options: dict[str, Any]) -> Log:
-    """The second step of some adapters, which share its one pass: batches as they are made and sent, forward,
-    backward, update."""
+def grafted(card: FakeCard, kind: str, layers: int) -> tuple[Base, Adapters]:
+    """A base with a kind's adapters, on the card."""
     card.log = Log()
+    count, options = KINDS[kind]
     base = tiny_base("llama", torch.bfloat16, num_hidden_layers=layers, **SIZES)
-    if packed:
+    if kind == "qlora":
         pack(base.module)
-    names = [f"adapter{number}" for number in range(adapters_count)]
+    adapters = Adapters(base.module)
+    for number in range(count):
+        adapters.add(f"adapter{number}", AdapterConfig(**options))
+    base.module.to(card.device)
+    if kind.startswith("checkpointed"):
+        checkpoint_layers(base, layers)
+    return base, adapters
+
+
+def step_logs(card: FakeCard, kind: str, layers: int) -> tuple[Log, Log]:
+    """The second step of some adapters, which share its one pass: batches as they are made and sent, forward,
+    backward, update. Then a validation."""
     with card.launches_written_down():
-        base.module.to(card.device)
-        adapters = Adapters(base.module)
-        learners = []
+        base, adapters = grafted(card, kind, layers)
+        names, learners = list(adapters.configs), []
         for name in names:
-            adapters.add(name, AdapterConfig(**options))
             adapters.train(name)
             parameters = list(adapters.parameters(name).values())
-            learners.append(Learner(name, Sft(), parameters, torch.optim.AdamW(parameters, fused=True), 1.0))
+            eight_bit = kind == "8-bit optimizer"
+            optimizer = AdamW8bit(parameters) if eight_bit else torch.optim.AdamW(parameters, fused=True)
+            learners.append(Learner(name, Sft(), parameters, optimizer, 1.0))
         groups = [(name, [example(length) for length in (4, 5, 6)]) for name in names]
         virtual = {name: base.virtual_tokens(name) for name in names}
         for _ in range(2):
             card.log = Log()
             passes = step_passes(groups, 512, card.device, virtual, dict.fromkeys(names, 1))
             train_step(base, learners, passes)
-    assert len(passes) == 1
-    return card.log
+        assert len(passes) == 1
+        step, card.log = card.log, Log()
+        with adapters.evaluating(*names):
+            mean_losses(base, dict.fromkeys(names, Sft()), step_passes(groups, 512, card.device, virtual))
+    return step, card.log
+
+
+def token_logs(card: FakeCard, kind: str) -> list[Log]:
+    """Prompts of two adapters (or one) and of the bare base that are read, and two tokens more of each."""
+    logs = []
+    with card.launches_written_down():
+        base, adapters = grafted(card, kind, 2)
+        engine = Engine(base)
+        for name in (*adapters.configs, None):
+            engine.submit(Request([3, 4, 5], name))
+        for _ in range(3):
+            card.log = Log()
+            engine.step()
+            logs.append(card.log)
+    return logs
 
 
 def pack(model: torch.nn.Module) -> None:
@@ -81,12 +121,16 @@ def example(length: int) -> Example:
     return Example(np.arange(length, dtype=np.int32), np.minimum(np.arange(length), 1).astype(np.float32), "a row")
 
 
-def told(card: FakeCard, packed: bool, adapters_count: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a step of two layers what it waits for, and the launches that a third layer adds."""
-    two, three = (step_log(card, layers, packed, adapters_count, options) for layers in (2, 3))
+def told(card: FakeCard, kind: str) -> dict[str, Any]:
+    """Of a step of two layers, of a validation and of generation what each waits for; the launches that a third layer
+    adds to the step."""
+    (two, validation), (three, _) = (step_logs(card, kind, layers) for layers in (2, 3))
     a_layer = Counter(three.launches)
     a_layer.subtract(two.launches)
-    return {"waits": two.waits, "layer": {name: count for name, count in a_layer.items() if count}, "step": two.total}
+    return {
+        "waits": two.waits, "layer": {name: count for name, count in a_layer.items() if count}, "step": two.total,
+        "validation": validation.waits, "tokens": [log.waits for log in token_logs(card, kind)],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -95,6 +139,6 @@ if __name__ == "__main__":
     triton.kernels = lambda name, near: triton.module(name) if near.device.type == "card" else None
     by_torch, ours = varlen.KERNELS[1:]
     attention.chosen = lambda _: by_torch
-    found = {name: told(card, name[0] == "q", *kind) for name, kind in KINDS.items()}
+    found = {kind: told(card, kind) for kind in KINDS}
     attention.chosen = lambda _: ours
-    json.dump(found | {"lora with our attention": told(card, False, *KINDS["lora"])}, sys.stdout)
+    json.dump(found | {"lora with our attention": told(card, "lora")}, sys.stdout)

@@ -77,7 +77,8 @@ def let_gpu_memory_grow() -> None:
 
     Flat batches have a new length in every pass, and blocks cut for one of them do not fit the next: torch's usual
     segments are left full of holes, until it gives all of them back and waits for the GPU while it does so. Heeded if
-    it is called before the process takes the first of that memory; what the environment says goes before.
+    it is called before CUDA begins in the process (its first tensor, or a look at free memory); what the environment
+    says goes before.
     """
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"

@@ -7,16 +7,19 @@ from torch import Tensor, nn
 
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule, attend
+from topwork.ops.host import sent
 
 CACHE_GROWTH = 64
 """Cache slots are added in steps of so many tokens."""
 
 
 class KeyValueCache:
-    """Keys and values of B running sequences, per attention module: [B, H_kv, capacity, D]."""
+    """Keys and values of B running sequences, per attention module: [B, H_kv, capacity, D]; `lengths` [B] of each are
+    held."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths = torch.tensor(lengths, device=device)
+        self.lengths = sent(torch.tensor(lengths), device)
+        self._on_host = list(lengths)  # to ask a GPU for the longest would be to wait, in every layer
         self.reading: tuple[tuple[int, ...], int] | None = None  # (bounds, first row) while prompts are read
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._capacity = _rounded(max(lengths) + 1)
@@ -34,7 +37,7 @@ class KeyValueCache:
             return flat_attention(q, k, v, bounds, rule, sinks)
         rows = torch.arange(len(self.lengths), device=q.device)
         keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
-        longest = int(self.lengths.max()) + 1
+        longest = max(self._on_host) + 1
         at = torch.arange(longest, device=q.device)[None]
         seen = at <= self.lengths[:, None]
         if rule.window is not None:
@@ -42,17 +45,23 @@ class KeyValueCache:
         out = attend(q[:, :, None], keys[:, :, :longest], values[:, :, :longest], seen[:, None, None], rule, sinks)
         return out[:, :, 0]
 
-    def keep(self, rows: Tensor) -> None:
+    def advance(self) -> None:
+        """Every sequence is a token longer."""
+        self.lengths = self.lengths + 1
+        self._on_host = [length + 1 for length in self._on_host]
+
+    def keep(self, rows: Sequence[int]) -> None:
         """Only these sequences go on."""
-        self.lengths = self.lengths[rows]
-        self._kept = {module: (keys[rows], values[rows]) for module, (keys, values) in self._kept.items()}
+        at = sent(torch.tensor(rows), self.lengths.device)
+        self.lengths, self._on_host = self.lengths[at], [self._on_host[row] for row in rows]
+        self._kept = {module: (keys[at], values[at]) for module, (keys, values) in self._kept.items()}
 
     def _room(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if module not in self._kept:
             sizes = [(len(self.lengths), x.shape[1], self._capacity, x.shape[2]) for x in (k, v)]
             self._kept[module] = k.new_zeros(sizes[0]), v.new_zeros(sizes[1])
         keys, values = self._kept[module]
-        needed = int(self.lengths.max()) + 1
+        needed = max(self._on_host) + 1
         if needed > keys.shape[2]:
             grown = _rounded(needed) - keys.shape[2]
             keys, values = (nn.functional.pad(x, (0, 0, 0, grown)) for x in (keys, values))

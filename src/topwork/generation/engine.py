@@ -20,6 +20,7 @@ from topwork.models.base import Base
 from topwork.models.held import held_for_inference
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.context import PassContext
+from topwork.ops.host import sent
 
 PROMPT_TOKENS_PER_PASS = 4096
 
@@ -135,7 +136,7 @@ class Engine:
         else:
             logits = _one_token(self.base, running.last, _adapters(running.sequences), running.cache)
         running.last = self._sampler.choose(logits, [each.request.sampling for each in running.sequences])
-        came = [_event(each, token) for each, token in zip(running.sequences, running.last.tolist())]
+        came = [_event(each, token) for each, token in zip(running.sequences, running.last.cpu().tolist())]
         self._keep([row for row, event in enumerate(came) if event.ended is None])
         return came
 
@@ -160,8 +161,8 @@ class Engine:
         if not rows:
             self._end()
             return
-        at = torch.tensor(rows, device=self.base.device)
-        running.cache.keep(at)
+        running.cache.keep(rows)
+        at = sent(torch.tensor(rows), self.base.device)
         running.last, running.sequences = running.last[at], [running.sequences[row] for row in rows]
 
     def _end(self) -> None:
@@ -257,11 +258,11 @@ def _read_prompts(
             total += len(prompts[last])
             last += 1
         lengths = [len(prompt) for prompt in prompts[first:last]]
-        tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=base.device)
-        positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])
-        context = base.pass_over(_batch(tokens, positions, lengths, adapters[first:last]))
+        tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        context = base.pass_over(_batch(tokens, positions, lengths, adapters[first:last]).to(base.device))
         assert context.batch is not None
-        ends = torch.tensor(context.batch.cu_seqlens[1:], device=base.device) - 1
+        ends = torch.tensor(context.batch.cu_seqlens[1:]) - 1
         cache.reading = (context.batch.cu_seqlens, first)
         hidden = base.run(replace(context, cache=cache, given_rows=None))
         logits.append(base.logits_of(context.batch, hidden, ends))
@@ -273,8 +274,8 @@ def _read_prompts(
 def _one_token(base: Base, tokens: Tensor, adapters: list[str | None], cache: KeyValueCache) -> Tensor:
     batch = _batch(tokens, cache.lengths, [1] * len(tokens), adapters)
     hidden = base.run(PassContext(batch, cache=cache))
-    logits = base.logits_of(batch, hidden, torch.arange(len(tokens), device=base.device))
-    cache.lengths = cache.lengths + 1
+    logits = base.logits_of(batch, hidden, torch.arange(len(tokens)))
+    cache.advance()
     return logits
 
 

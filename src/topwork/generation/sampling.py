@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topwork.ops.host import sent
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,8 +37,8 @@ class Sampler:
             alike.setdefault(sampling, []).append(row)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         for sampling, rows in alike.items():
-            own = logits if len(alike) == 1 else logits[rows]
-            tokens[rows] = choose(own, sampling, self._generator(sampling.seed))
+            at = slice(None) if len(alike) == 1 else sent(torch.tensor(rows), logits.device)
+            tokens[at] = choose(logits[at], sampling, self._generator(sampling.seed))
         return tokens
 
     def keep(self, seeds: Collection[int]) -> None:

@@ -11,6 +11,7 @@ from topwork.common.errors import ModelError
 from topwork.models.virtual import virtual_tokens, with_virtual_tokens
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.context import PassContext, running
+from topwork.ops.host import sent
 from topwork.ops.logprobs import Head, LogitRule, dense_head, log_probabilities
 from topwork.ops.workspace import Workspace
 from topwork.quantization.linear import QuantizedLinear
@@ -107,13 +108,14 @@ class Base:
         return torch.cat(parts) if parts else rows.float().sum(-1)
 
     def logits(self, batch: Batch, rows: Tensor) -> Tensor:
-        """fp32 logits [n, V] of some rows [n] of the batch, which rise."""
+        """fp32 logits [n, V] of some rows [n] of the batch, which rise; told on the host they cost no wait."""
         return self.logits_of(batch, self.hidden(batch), rows)
 
     def logits_of(self, batch: Batch, hidden: Tensor, rows: Tensor) -> Tensor:
-        """fp32 logits [n, V] from hidden states [T, d] that are already at hand."""
+        """The same from hidden states [T, d] that are already at hand."""
+        there = sent(rows, hidden.device)
         parts = [
-            self.logit_rule(self._head_of(batch, adapter, rows[at])(hidden[rows[at]], 0))
+            self.logit_rule(self._head_of(batch, adapter, there[at])(hidden[there[at]], 0))
             for adapter, at in _by_adapter(batch, batch.by_segment(rows))
         ]
         return torch.cat(parts)

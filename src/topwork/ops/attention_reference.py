@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SCORES_PER_BLOCK = 1 << 22
 """Scores held at once while going backward; 16 MiB in fp32, which stays in cache on most CPUs."""
@@ -75,11 +76,24 @@ def attend(
     """Attention with an explicit mask, without gradients: query [S, H, L, D], key and value [S, H_kv, K, D], mask
     (True where seen) broadcastable to [S, 1, L, K]. Returns [S, H, L, D]."""
     if rule.softcap is None and sinks is None:
+        if not query.is_cpu:
+            return attend_by_rows(query, key, value, mask, rule.scale)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale, enable_gqa=True)
     grouped, keys = _by_key_head(query, key), key.unsqueeze(2)
     scores = _capped(torch.matmul(grouped, keys.transpose(-1, -2)).float() * rule.scale, rule.softcap)
     shares, _ = _shares(scores.masked_fill(~mask.unsqueeze(2), -torch.inf), _sinks_by_key_head(sinks, key.shape[1]))
     return torch.matmul(shares.to(query.dtype), value.unsqueeze(2)).flatten(1, 2)
+
+
+def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`attend` by torch's kernels for a GPU. Query heads of one key head are its rows: a kernel that takes a mask may
+    know no fewer heads of keys, which would then be copied in fp32. cuDNN's, the first on Hopper, is left out: it plans
+    anew, for tens of milliseconds, wherever K is another, which it is with every token."""
+    rows = _by_key_head(query, key)
+    seen = mask.unsqueeze(2).expand(-1, -1, *rows.shape[2:4], -1).flatten(2, 3)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = F.scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=seen, scale=scale)
+    return out.unflatten(2, rows.shape[2:4]).flatten(1, 2)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, sinks: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ class Labels:
     @property
     def on_host(self) -> "Labels":
         """The same where reading them does not wait for a GPU."""
-        return self.host or self.to(torch.device("cpu"))
+        return self.to(torch.device("cpu")) if self.host is None else self.host
 
     def to(self, device: torch.device) -> "Labels":
         """The same on `device`."""

@@ -145,7 +145,7 @@ def _taken(gradients: Sequence[Tensor], rows: Tensor, table: Tensor) -> Tensor:
     count = table.shape[1]
     taken = torch.stack([dx[rows].float().unflatten(0, (-1, count)).sum(0) for dx in gradients[1:]])
     for dx in gradients[1:]:
-        dx[rows] = 0
+        dx.index_fill_(0, rows, 0)  # not dx[rows] = 0: the number would be sent to a GPU, and waited for
     return taken.to(table)
 
 

@@ -58,6 +58,7 @@ def register(library: Path) -> torch.device:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "manual_seed_all": lambda _: None,
+        "get_amp_supported_dtype": lambda: [torch.bfloat16],
     }
     torch._register_device_module("card", types.SimpleNamespace(**there, _is_in_bad_fork=lambda: False))
     return torch.device("card", 0)
@@ -108,6 +109,8 @@ class FakeCard(TorchDispatchMode):
         on_card = [isinstance(x, FakeTensor) for x in tensors]
         if name == "_local_scalar_dense":
             self.log.waits["a value"] += 1
+        elif name == "index_put_" and tensors[-1].dim() == 0 and tensors[1].dtype != torch.bool:  # x[rows] = 0
+            self.log.waits["a number to the card"] += 1  # on CUDA it comes from the host
         elif to_card and tensors and not all(on_card):  # from the host
             self.log.launches["copy to the card"] += 1
             if not kwargs.get("non_blocking"):

@@ -1,4 +1,5 @@
 // A device that does nothing, so that autograd goes backward over fake tensors on it: one device, one queue, no waiting.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -27,6 +28,7 @@ struct Guard final : impl::DeviceGuardImplInterface {
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 
 impl::DeviceGuardImplRegistrar registrar(CARD, new Guard);

@@ -4,7 +4,8 @@ truth: `ops/gain.py`.
 All of these wait for memory alone. A program holds a tile of 2,048 values, 16 to a thread in pieces of 16 bytes, and
 reads what belongs to its columns once. Sums over rows are made twice: each program goes down a block of rows, and a
 second launch adds the blocks up, in an order that depends on the shape alone; there are as many blocks as fill a large
-GPU and no more. Arithmetic is fp32 and rounds where the truth does. Offsets are 64 bits wide from the row on.
+GPU and no more. Arithmetic is fp32 and rounds where the truth does. Offsets are 64 bits wide from the row on. How many
+rows there are is not compiled in (`triton/layer.py`).
 """
 # mypy: allow-untyped-defs
 # Triton reads a kernel's annotations itself: only `tl.constexpr` may stand there.
@@ -35,7 +36,7 @@ def _place(chunks, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row, column, column < n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply(
     z, z_row, factor, left_alone, rows, n, chunks, LEAVES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -49,7 +50,7 @@ def _multiply(
     tl.store(at, value.to(z.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add(z, z_row, amount, rows, n, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, inside = _place(chunks, n, ROWS, COLUMNS)
     keep = (row < rows)[:, None] & inside[None, :]
@@ -59,7 +60,7 @@ def _add(z, z_row, amount, rows, n, chunks, ROWS: tl.constexpr, COLUMNS: tl.cons
     tl.store(at, value.to(z.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "block"])
 def _gain_sums(
     y, y_row, dy, dy_row, dz, dz_row, factor, left_alone, sums, rows, n, chunks, block,
     LEAVES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -85,7 +86,7 @@ def _gain_sums(
     tl.store(sums + number * n + column, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "block"])
 def _column_sums(dy, dy_row, sums, rows, n, chunks, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     number = (tl.program_id(0) // chunks).to(tl.int64)
     column = (tl.program_id(0) % chunks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -98,7 +99,7 @@ def _column_sums(dy, dy_row, sums, rows, n, chunks, block, ROWS: tl.constexpr, C
     tl.store(sums + number * n + column, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _total(sums, factor, out, blocks, n, DIVIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The blocks' sum; with DIVIDES over the factor, and zero where that is zero."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

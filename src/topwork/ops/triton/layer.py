@@ -4,7 +4,8 @@ Formulas, symbols and the truth stand in the files of `ops/` with their names, w
 All of these wait for memory alone, so each value is read and written once: a program holds whole rows of a norm in
 registers (several of them where they are short), all heads of a token that fit, or a stretch of a gated unit. A thread
 has 16 values at the most, in pieces of 16 bytes. Arithmetic is fp32 and rounds where the truth does: no product is
-fused with a sum. Offsets are 64 bits wide from the row on.
+fused with a sum. Offsets are 64 bits wide from the row on. Of what differs from pass to pass or from layer to layer
+nothing is compiled in: else each kernel would be compiled again when the first multiple of 16 comes.
 """
 # mypy: allow-untyped-defs
 # Triton reads a kernel's annotations itself: only `tl.constexpr` may stand there.
@@ -36,7 +37,7 @@ def _factor(weight, column, inside, UNIT_OFFSET: tl.constexpr):
     return factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x, x_outer, x_inner, inner, weight, rstd, y, rows, d, eps,
     KNOWN: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -60,7 +61,7 @@ def _rms_norm(
     tl.store(y + row[:, None] * d + column, value.to(y.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_backward(
     dy, dy_outer, dy_inner, x, x_outer, x_inner, inner, weight, rstd, dx, rows, d,
     UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -159,7 +160,7 @@ def _mixed(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def _drop(x, x_row, y, y_row, draws, key, least, scale, d, chunks, ADD: tl.constexpr, COLUMNS: tl.constexpr):
     """Draws, key and least are uint32 in 64 bits."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
