@@ -76,6 +76,17 @@ def test_fp32_is_not_multiplied_as_tf32(triton, monkeypatch, tmp_path) -> None:
     assert "fma.rn.f32" in made
 
 
+def test_pieces_hold_all_rows_and_are_few(triton) -> None:
+    from topwork.ops.triton.grouped import PIECE, PIECES, pieces_of
+
+    for k in (0, 1, 1024, 1025, 8192, 8193, 100_000):
+        count, length = pieces_of(k)
+        assert count * length >= k > (count - 1) * length or (k, count) == (0, 0)
+        assert count <= PIECES
+        assert length >= PIECE
+        assert length % 64 == 0
+
+
 def test_products_on_a_gpu_go_to_the_kernel(triton, monkeypatch) -> None:
     class Recorder:
         def __init__(self) -> None:

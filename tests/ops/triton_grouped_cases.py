@@ -20,8 +20,8 @@ from topwork.ops.triton import grouped
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(1, 1, 1), (5, 7, 3), (70, 16, 130), (70, 130, 16), (16, 90, 65), (90, 16, 65), (0, 4, 4), (4, 4, 0)]
 """m, n, k: the six products of low-rank terms in small, and the odd ones."""
-LONG = [(16, 40, 2049), (5, 7, 4100)]
-"""More rows than a piece has."""
+LONG = [(16, 40, 2049), (5, 7, 9300)]
+"""More rows than a piece has, and than the most pieces of the least length have."""
 TYPES = [
     *((x, x, x) for x in TOLERANCE),
     (torch.bfloat16, torch.bfloat16, torch.float32),

@@ -1,5 +1,6 @@
 """Six adapters in one pass beside the same six alone, and generation at several widths beside transformers' own."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from many_adapters import RANKS, in_turns
 
 from gpu.bases import chat_lengths, random_base, random_model, rows_of, shaped
 from gpu.card import Card
+from gpu.profile import waits
 from gpu.result import Result, main
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
@@ -128,6 +130,10 @@ def generation(result: Result, base: Base, size: Size) -> None:
             wrong = sum(len(tokens) != size.new for tokens in found)
             result.add("generation", told(f"ours, {which}", width, size.new, seconds))
             result.check(f"generation, {width} sequences, {which}: of another length", wrong, 0)
+            found_at = waits(result.card, partial(run, size.new))
+            result.check(
+                f"generation, {width} sequences, {which}: waits ({told_once(found_at)})", len(found_at), size.new
+            )
 
 
 @torch.no_grad()
@@ -149,6 +155,11 @@ def by_transformers(result: Result, size: Size) -> None:
         run(2)
         seconds = result.card.timed(partial(run, size.new))
         result.add("generation", told("transformers, bare", width, size.new, seconds))
+
+
+def told_once(places: Sequence[str]) -> str:
+    """Each place with how often."""
+    return ", ".join(f"{place} {count} times" for place, count in Counter(places).items())
 
 
 def told(who: str, width: int, new: int, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from gpu.bases import chat_lengths, rows_of, shaped
-from gpu.profile import profiled
+from gpu.profile import profiled, waits
 from gpu.result import Result, main
 from gpu.training import NAME, Ours, Peer, beside, speed
 from topwork.data.examples import Example
@@ -96,6 +96,10 @@ def measured(result: Result, name: str, ours: Ours, full: Sequence[Example], siz
     passes = ours.passes(full, size.tokens_per_pass)
     with result.section(f"{name}: one step under the profiler"):
         result.put(f"{name}_profile", profiled(result.card, lambda: ours.step(passes)))
+    with result.section(f"{name}: waits"):
+        found_at = waits(result.card, lambda: ours.arm.train(passes))
+        result.put(f"{name}_waits", found_at)
+        result.check(f"{name}: waits of a step ({', '.join(found_at)})", len(found_at), 1)
     with result.section(f"{name}: memory"):
         result.put(f"{name}_memory", ours.memory(passes))
 

@@ -2,8 +2,10 @@
 the card had nothing to do."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,20 @@ def profiled(card: Card, call: Callable[[], Any], top: int = 10) -> dict[str, An
             for name, micros in spent.most_common(top)
         ],
     }  # fmt: skip
+
+
+def waits(card: Card, call: Callable[[], Any]) -> list[str]:
+    """Where in the code a call waits for the card, as torch tells it; nothing on a CPU."""
+    if not card.measured:
+        return []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchronizing" in str(w.message)]
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

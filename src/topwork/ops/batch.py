@@ -40,7 +40,7 @@ class Labels:
     groups        for each of the S sequences the number of its group (a pair, the answers to one prompt), which stand
                   together in the order in which they were given
     columns       by name [N] float32: what else an objective reads (a reference's log-probabilities, advantages)
-    host          the same as they were before they went to another device
+    host          the same as they were before they went to another device (without the columns that came after that)
     """
 
     positions: Tensor = field(default_factory=lambda: _none(torch.int64))

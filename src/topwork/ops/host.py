@@ -21,6 +21,6 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 
 def read(values: Sequence[Tensor | float]) -> list[float]:
     """Numbers on the host, for which it waits once; those that are there already are as they were."""
-    away = [value.detach().double() for value in values if isinstance(value, Tensor) and not value.is_cpu]
+    away = [value.detach().double().reshape(()) for value in values if isinstance(value, Tensor) and not value.is_cpu]
     came = iter(torch.stack(away).cpu().tolist() if away else ())
     return [next(came) if isinstance(value, Tensor) and not value.is_cpu else float(value) for value in values]

@@ -7,8 +7,8 @@ adapter's masters) is rounded to these as it is read.
 
 A product of which neither operand is contiguous along the axis that is summed sums over the rows of a batch (the
 gradients of A and B): over so many that each of a few tiles would work long while most of the GPU had nothing to do. It
-is cut into pieces of `PIECE` rows, whose fp32 sums a second launch adds up in their order. Where it is cut depends on
-nothing but the number of its rows.
+is cut into pieces, whose fp32 sums a second launch adds up in their order. Where it is cut depends on nothing but the
+number of its rows.
 """
 # mypy: allow-untyped-defs
 # Triton reads a kernel's annotations itself: only `tl.constexpr` may stand there.
@@ -30,10 +30,11 @@ from topwork.ops.triton.sizes import cdiv, power_of_2
 
 LINE = tl.constexpr(12)
 """Numbers of a product in the table: first tile; tiles across; addresses of left, right and out; the distance of each
-one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; pieces. Where pieces
-are added, left is where they are, and the distances are those of out's rows and columns and nothing."""
-PIECE = tl.constexpr(1024)
-"""Rows of a batch that one program sums."""
+one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; packed again how many
+rows a piece has and how many pieces there are. Where pieces are added, left is where they are, and the distances are
+those of out's rows and columns and nothing."""
+PIECE, PIECES = 1024, 8
+"""Rows of a batch that one program sums, at the least; pieces of a product, at the most: they take memory."""
 ADDED = 1024
 """Values of a product whose pieces one program adds."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -83,7 +84,7 @@ def _tile_at(address, outer, rows, columns, height, width, TYPE: tl.constexpr, T
     return at, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _grouped_products(
     table, count,
     TYPE: tl.constexpr, RIGHT_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
@@ -99,10 +100,10 @@ def _grouped_products(
     first, stop = 0, tl.load(line + 9).to(tl.int32)
     left, right, out = tl.load(line + 2), tl.load(line + 3), tl.load(line + 4)
     if CUT:
-        pieces = tl.load(line + 11)
+        pieces, length = tl.load(line + 11) & 0x7FFFFFFF, (tl.load(line + 11) >> 32).to(tl.int32) // 64 * 64
         out += (tile % pieces) * m * n * 4
-        first = (tile % pieces).to(tl.int32) * PIECE
-        stop = tl.minimum(stop, first + PIECE)
+        first = (tile % pieces).to(tl.int32) * length
+        stop = tl.minimum(stop, first + length)
         tile = tile // pieces
     across = tl.load(line + 1)
     rows = ((tile // across) * ROWS).to(tl.int32) + tl.arange(0, ROWS)
@@ -126,7 +127,7 @@ def _grouped_products(
     tl.store(at, sums.to(OUT_TYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _pieces_added(
     table, count, OUT_TYPE: tl.constexpr, ADD: tl.constexpr, SEARCH: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +140,7 @@ def _pieces_added(
     inside = at < size
     parts = tl.load(line + 2).to(tl.pointer_type(tl.float32)) + at
     sums = tl.zeros([VALUES], tl.float32)
-    for piece in range(tl.load(line + 11)):
+    for piece in range(tl.load(line + 11) & 0x7FFFFFFF):
         sums += tl.load(parts + piece * size, mask=inside, other=0.0)
     sums *= alpha
     place = (at // n) * tl.load(line + 5) + (at % n) * tl.load(line + 6)
@@ -275,24 +276,28 @@ def _launch(kind: Kind, jobs: Sequence[Job], lines: list[Line], near: Tensor, he
     rows, columns, steps = tile_of(jobs)
     added: list[Line] = []
     first, tiles, adds = len(lines), 0, 0
-    pieces, parts_at = 1, 0
+    pieces, length, parts_at = 1, 0, 0
     if kind.cut:
-        sizes = [job.m * job.n * cdiv(job.k, PIECE.value) for job in jobs]
+        sizes = [job.m * job.n * pieces_of(job.k)[0] for job in jobs]
         held.append(near.new_empty(sum(sizes), dtype=torch.float32))
         parts_at = held[-1].data_ptr()
     for job in jobs:
         left, right, out, m, n, k, alpha = job
         at, outer = out.at, out.outer
         if kind.cut:
-            pieces = cdiv(k, PIECE.value)
+            pieces, length = pieces_of(k)
             strides = (1, outer) if out.turned else (outer, 1)
-            added.append((adds, 0, parts_at, 0, at, *strides, 0, (m << 32) | n, k, _bits(alpha), pieces))
+            added.append(
+                (adds, 0, parts_at, 0, at, *strides, 0, (m << 32) | n, k, _bits(alpha), (length << 32) | pieces)
+            )
             adds += cdiv(m * n, ADDED)
             at, outer = parts_at, n
             parts_at += 4 * m * n * pieces
         across = cdiv(n, columns)
         outers = left.outer, right.outer, outer
-        lines.append((tiles, across, left.at, right.at, at, *outers, (m << 32) | n, k, _bits(alpha), pieces))
+        lines.append(
+            (tiles, across, left.at, right.at, at, *outers, (m << 32) | n, k, _bits(alpha), (length << 32) | pieces)
+        )
         tiles += cdiv(m, rows) * across * pieces
     lines += added
     count, left_type, out_type = len(jobs), TYPES[kind.left], TYPES[kind.out]
@@ -314,6 +319,12 @@ def _launch(kind: Kind, jobs: Sequence[Job], lines: list[Line], near: Tensor, he
             )  # fmt: skip
 
     return launch
+
+
+def pieces_of(k: int) -> tuple[int, int]:
+    """How many pieces a sum over k rows has, and the rows of one."""
+    length = max(PIECE, cdiv(cdiv(k, PIECES), 64) * 64)
+    return cdiv(k, length), length
 
 
 def _bits(alpha: float) -> int:
