@@ -30,9 +30,9 @@ from topwork.ops.triton.sizes import cdiv, power_of_2
 
 LINE = tl.constexpr(12)
 """Numbers of a product in the table: first tile; tiles across; addresses of left, right and out; the distance of each
-one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; packed again how many
-rows a piece has and how many pieces there are. Where pieces are added, left is where they are, and the distances are
-those of out's rows and columns and nothing."""
+one's rows or, where it is turned, columns, in values; m and n packed by two; k; the bits of alpha; packed again how
+many rows a piece has and how many pieces there are. Where pieces are added, left is where they are, and the distances
+are those of out's rows and columns and nothing."""
 PIECE, PIECES = 1024, 8
 """Rows of a batch that one program sums, at the least; pieces of a product, at the most: they take memory."""
 ADDED = 1024
