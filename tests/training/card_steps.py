@@ -1,4 +1,5 @@
-"""What steps and generation launch on a card and wait for, as JSON: `python card_steps.py DEVICE_LIBRARY`.
+"""What steps and generation launch on a card and wait for, as JSON, of the kinds that are named also the launches of a
+layer: `python card_steps.py DEVICE_LIBRARY KIND ...`.
 
 On a fake card (`reference/fake_card`), which is why it is a process of its own.
 """
@@ -122,15 +123,17 @@ def example(length: int) -> Example:
 
 
 def told(card: FakeCard, kind: str) -> dict[str, Any]:
-    """Of a step of two layers, of a validation and of generation what each waits for; the launches that a third layer
-    adds to the step."""
-    (two, validation), (three, _) = (step_logs(card, kind, layers) for layers in (2, 3))
-    a_layer = Counter(three.launches)
-    a_layer.subtract(two.launches)
-    return {
-        "waits": two.waits, "layer": {name: count for name, count in a_layer.items() if count}, "step": two.total,
-        "validation": validation.waits, "tokens": [log.waits for log in token_logs(card, kind)],
-    }  # fmt: skip
+    """Of a step of two layers, of a validation and of generation what each waits for."""
+    step, validation = step_logs(card, kind, 2)
+    tokens = [log.waits for log in token_logs(card, kind)]
+    return {"launches": step.launches, "waits": {"step": step.waits, "validation": validation.waits, "tokens": tokens}}
+
+
+def a_layer(card: FakeCard, kind: str, launches: Counter[str]) -> dict[str, int]:
+    """The launches that a third layer adds to a step of two."""
+    added = Counter(step_logs(card, kind, 3)[0].launches)
+    added.subtract(launches)
+    return {name: count for name, count in added.items() if count}
 
 
 if __name__ == "__main__":
@@ -140,5 +143,9 @@ if __name__ == "__main__":
     by_torch, ours = varlen.KERNELS[1:]
     attention.chosen = lambda _: by_torch
     found = {kind: told(card, kind) for kind in KINDS}
+    layers = {kind: a_layer(card, kind, found[kind]["launches"]) for kind in sys.argv[2:]}
     attention.chosen = lambda _: ours
-    json.dump(found | {"lora with our attention": told(card, "lora")}, sys.stdout)
+    own = told(card, "lora")
+    layers["our attention"] = a_layer(card, "lora", own["launches"])
+    waits = {kind: each["waits"] for kind, each in (found | {"our attention": own}).items()}
+    json.dump({"waits": waits, "layers": layers}, sys.stdout)

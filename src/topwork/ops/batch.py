@@ -81,7 +81,9 @@ class Labels:
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """values [N] summed over each of the S sequences, [S]."""
-        return values.new_zeros(len(self.groups)).index_add(0, self.sequences, values)
+        lengths = torch.bincount(self.on_host.sequences, minlength=len(self.groups))
+        # not index_add, which on a GPU adds in any order; `unsafe` leaves out a look at the lengths, which would wait
+        return torch.segment_reduce(values, "sum", lengths=sent(lengths, values.device), unsafe=True)
 
     def part(self, rows: slice, first: Segment, sequences: slice) -> "Labels":
         """Those of some rows, in the segment `first` whose sequences these are, counted from its beginning."""
