@@ -28,7 +28,7 @@ def ptx(monkeypatch, tmp_path, **options: object) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from topwork.ops.triton.grouped import _grouped_products
+    from topwork.ops.triton.grouped_kernels import multiply_grouped
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen: dict[str, object] = {
@@ -38,8 +38,8 @@ def ptx(monkeypatch, tmp_path, **options: object) -> str:
     }  # fmt: skip
     chosen |= options
     kinds = {"table": "*i64", "count": "i32"}
-    types = {key: kinds.get(key, "constexpr") for key in _grouped_products.arg_names}
-    source = ASTSource(_grouped_products, types, constexprs=chosen, attrs={(0,): [["tt.divisibility", 16]]})
+    types = {key: kinds.get(key, "constexpr") for key in multiply_grouped.arg_names}
+    source = ASTSource(multiply_grouped, types, constexprs=chosen, attrs={(0,): [["tt.divisibility", 16]]})
     return str(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"])
 
 
