@@ -12,7 +12,6 @@ Learning rate, betas and the like are the recipe's and the schedule's, and are n
 
 import json
 import math
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +33,7 @@ from topwork.common.files import (
     write_folder,
     write_json,
 )
+from topwork.training.random_states import python_state, random_states, restore_random
 
 ADAPTER = "adapter"
 _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
@@ -124,7 +124,7 @@ def save_checkpoint(
         (path / ADAPTER).mkdir()
         write_adapter(path / ADAPTER)
         save_file(tensors, path / _OPTIMIZER)
-        save_file(_random_states(), path / _RANDOM)
+        save_file(random_states(), path / _RANDOM)
         write_json(path / _STATE, described)
 
     clear_leftovers(folder)
@@ -219,12 +219,11 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_name
             )
         _check_fit(path, described, optimizer, parameter_names)
         state = TrainState.from_json(described["state"])
-        python_state = _python_state(states)
+        python = python_state(states)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
     _restore_optimizer(optimizer, parameter_names, tensors)
-    _restore_random(states)
-    random.setstate(python_state)
+    restore_random(states, python)
     return state
 
 
@@ -310,26 +309,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], t
             if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
                 place = torch.empty_like(value, device=device)
             optimizer.state[parameter][key] = place.copy_(value)
-
-
-def _random_states() -> dict[str, Tensor]:
-    python_state = bytearray(json.dumps(random.getstate()).encode())
-    states = {"torch.cpu": torch.get_rng_state(), "python": torch.frombuffer(python_state, dtype=torch.uint8)}
-    if torch.cuda.is_available():
-        states |= {f"torch.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _python_state(states: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    version, numbers, gauss = json.loads(bytes(states["python"].tolist()))
-    return version, tuple(numbers), gauss
-
-
-def _restore_random(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["torch.cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"torch.cuda.{index}" in states:
-            torch.cuda.set_rng_state(states[f"torch.cuda.{index}"], index)
 
 
 def _prune(folder: Path, newest: int, keep: int, protect: int | None) -> None:
