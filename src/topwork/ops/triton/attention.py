@@ -15,8 +15,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from topwork.ops.attention_reference import AttentionRule
@@ -28,9 +26,7 @@ from topwork.ops.triton.attention_kernels import (
     attend_backward_sinks,
 )
 from topwork.ops.triton.sizes import power_of_2
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""The interpreter multiplies the bits of bf16 as whole numbers: it is given fp32."""
+from topwork.ops.triton.types import dot_type
 
 
 class Tiles(NamedTuple):
@@ -149,13 +145,12 @@ def tiles_of(query: Tensor, value: Tensor) -> Tiles:
 
 def _options(query: Tensor, value: Tensor, rule: AttentionRule, unit: int) -> dict[str, object]:
     """What all kernels are compiled for: nothing of a batch, whose sequences would change each other's last bits."""
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     size, size_v = query.shape[2], value.shape[2]
     return {
         "SIZE": size, "SIZE_V": size_v, "WIDTH": max(16, power_of_2(size)),
         "WIDTH_V": max(16, power_of_2(size_v)), "CAPPED": rule.softcap is not None,
         "WINDOW": rule.window is not None, "UNIT": unit,
-        "DOT": tl.float32 if INTERPRETED else types[query.dtype],
+        "DOT": dot_type(query.dtype),
     }  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,15 +26,12 @@ from topwork.ops.grouped import Product
 from topwork.ops.host import sent
 from topwork.ops.triton.grouped_kernels import add_pieces, multiply_grouped
 from topwork.ops.triton.sizes import cdiv, power_of_2
+from topwork.ops.triton.types import TYPES, dot_type
 
 PIECE, PIECES = 1024, 8
 """Rows of a batch that one program sums, at the least; pieces of a product, at the most: they take memory."""
 ADDED = 1024
 """Values of a product whose pieces one program adds."""
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""The interpreter multiplies the bits of bf16 as whole numbers: it is given fp32."""
 
 Line = tuple[int, ...]
 Launch = Callable[[Tensor], None]
@@ -194,7 +190,7 @@ def _launch(kind: Kind, jobs: Sequence[Job], lines: list[Line], near: Tensor, he
         if tiles:
             multiply_grouped[(tiles,)](
                 tables[first:], count, TYPE=left_type, RIGHT_TYPE=TYPES[kind.right],
-                DOT_TYPE=tl.float32 if INTERPRETED else left_type, OUT_TYPE=tl.float32 if kind.cut else out_type,
+                DOT_TYPE=dot_type(kind.left), OUT_TYPE=tl.float32 if kind.cut else out_type,
                 LEFT_TURNED=kind.left_turned, RIGHT_TURNED=kind.right_turned, OUT_TURNED=kind.out_turned,
                 ADD=bool(kind.beta) and not kind.cut, CUT=kind.cut, ALIGNED=aligned, SEARCH=search, ROWS=rows,
                 COLUMNS=columns, STEPS=steps, num_warps=4,

@@ -1,5 +1,5 @@
-"""Whole numbers of the host's side of a launch. Triton's own are made to be called in kernels too, and take five
-microseconds each."""
+"""Whole numbers of the host's side of a launch. Triton's own are made to be called in kernels too, and were most of
+what a launch cost the host."""
 
 
 def cdiv(values: int, by: int) -> int:
