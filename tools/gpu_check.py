@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gpu import NOT_HELD, SECONDS
 from gpu.summary import as_markdown, machine
 
 from topwork.common.files import write_json, write_text
@@ -29,8 +30,6 @@ DEADLINE = 450
 TINY_LIMITS = MappingProxyType(dict.fromkeys(LIMITS, 240))
 INTERPRETED = MappingProxyType({"TRITON_INTERPRET": "1", "TOPWORK_NO_NATIVE": "1", "CUDA_VISIBLE_DEVICES": ""})
 """All kernels in Triton's interpreter, on a CPU."""
-NOT_HELD, SECONDS = 3, "GPU_CHECK_SECONDS"
-"""As `gpu.result` has them, which needs torch."""
 SHOWN_LINES = 15
 
 

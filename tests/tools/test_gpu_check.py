@@ -1,10 +1,12 @@
 """tools/gpu_check.sh: a part that hangs or crashes costs only itself; all of it runs through on a CPU."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -178,3 +180,30 @@ def test_all_of_it_runs_through_on_a_cpu(scripts, tmp_path: Path) -> None:
     assert {"llama8b, lora_memory", "llama8b, qlora_memory", "smollm2, chats_memory"} <= found["memory"].keys()
     assert "Tiny shapes on a CPU" in done.stdout
     assert done.stdout.count("not measured") == 5  # the goals
+
+
+def test_where_a_card_is_waited_for_is_told(scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of it in a mode of its own, which is left again."""
+    import torch
+
+    found = import_module("gpu.profile")
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    card = import_module("gpu.card").Card(torch.device("cuda"))
+
+    def step() -> None:
+        assert modes == ["warn"]
+        for text in ("called a synchronizing CUDA operation", "something else"):
+            warnings.warn(text, stacklevel=1)
+        raise KeyError
+
+    def broken() -> None:
+        with contextlib.suppress(KeyError):
+            step()
+
+    assert [place.partition(":")[0] for place in found.waits(card, broken)] == ["test_gpu_check.py"]
+    assert modes == ["warn", "default"]
+    modes.clear()
+    with pytest.raises(KeyError):
+        found.waits(card, step)
+    assert modes == ["warn", "default"]

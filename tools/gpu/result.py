@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 
+from gpu import NOT_HELD, SECONDS
 from gpu.card import Card
 from topwork.common.files import write_json
 
-NOT_HELD = 3
-"""The exit status of a part that ran through and found something wrong."""
-SECONDS = "GPU_CHECK_SECONDS"
-"""The variable that tells a part how long it may take before it is killed."""
 RESERVE = 5.0
 """Seconds that a part keeps for its end."""
 
