@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from reference.compiler import FEATURES, OLDER, OlderBuild, build_older
 from topwork.ops.native import load
@@ -17,8 +19,8 @@ from topwork.ops.native import load
 def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test that takes this runs on the C kernels, where there are any, and on plain torch."""
     if request.param == "truth":
-        monkeypatch.setattr(load, "library", lambda _: None)
-    elif load.library("layer") is None:
+        monkeypatch.setattr(load, "compiled", lambda _: None)
+    elif load.compiled("layer") is None:
         pytest.skip("no C compiler")
 
 
@@ -38,6 +40,18 @@ def interpreted() -> Callable[..., list[str]]:
         done = subprocess.run([sys.executable, str(cases)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def wrong_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[tuple[str, float]]]]:
+    """Runs a file of cases (or a family of it) compiled on a GPU: how many there are, and those that are wrong."""
+
+    def run(cases: Path, *family: str) -> tuple[int, list[tuple[str, float]]]:
+        monkeypatch.syspath_prepend(str(cases.parent))
+        found = list(import_module(cases.stem).cases(*family, torch.device("cuda"), interpreted=False))
+        return len(found), [(name, far) for name, far in found if not far <= 1]
 
     return run
 
