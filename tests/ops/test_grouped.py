@@ -85,7 +85,7 @@ def assert_right(products: Sequence[Product], run: Run = grouped_products) -> No
 @pytest.fixture(params=["native", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(load, "library", lambda _: None)
+        monkeypatch.setattr(load, "compiled", lambda _: None)
     elif not NATIVE:
         pytest.skip("no C compiler")
     return str(request.param)
@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @usual_kernels
 def test_the_kernel_is_used_and_made_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
-    library = load.library("grouped")
+    library = load.compiled("grouped")
     assert library is not None
     assert library.topwork_grouped_level() == (2 if "avx512_bf16" in FEATURES else 1)
     monkeypatch.setattr(grouped, "_by_torch", None)
@@ -266,7 +266,7 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
     library, level = older_build("grouped")
     assert library.topwork_grouped_level() == level
-    monkeypatch.setattr(load, "library", lambda _: library)
+    monkeypatch.setattr(load, "compiled", lambda _: library)
     rng = random.Random(5)
     torch.manual_seed(5)
     for _ in range(12):

@@ -41,7 +41,7 @@ def assert_true(logits: Tensor, targets: Tensor, gradient: Tensor, scale: float 
 
 @pytest.fixture
 def native_needed() -> None:
-    if load.library("logprobs") is None:
+    if load.compiled("logprobs") is None:
         pytest.skip("no C compiler, so there is no kernel to compare with the truth")
 
 
@@ -177,7 +177,7 @@ def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "library", lambda _: None)
+    monkeypatch.setattr(load, "compiled", lambda _: None)
     assert_true(*inputs(3, 50, torch.bfloat16))
 
 
@@ -190,8 +190,8 @@ def test_narrower_vectors(march: str, dtype: torch.dtype, tmp_path: Path, monkey
         pytest.skip("these are x86 processors' vectors")
     monkeypatch.setenv(build.MARCH, march)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
-    library = load.library.__wrapped__("logprobs")
-    monkeypatch.setattr(load, "library", lambda _: library)
+    library = load.compiled.__wrapped__("logprobs")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
     for vocabulary in (1, 7, 33, 2049):
         assert_true(*inputs(3, vocabulary, dtype))
 

@@ -253,7 +253,7 @@ def test_wrong_shapes_are_refused() -> None:
 @usual_kernels
 def test_the_kernel_is_used_and_made_for_this_processor() -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
-    library = load.library("attention")
+    library = load.compiled("attention")
     assert library is not None
     assert library.topwork_attention_level() == (2 if "avx512_bf16" in FEATURES else 1)
     _, query, key, value = case(30, 4, 2, 32, torch.bfloat16)
@@ -264,7 +264,7 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
     """The same source with fewer instructions: bf16 without its own product, narrower vectors."""
     library, level = older_build("attention")
     assert library.topwork_attention_level() == level
-    monkeypatch.setattr(load, "library", lambda _: library)
+    monkeypatch.setattr(load, "compiled", lambda _: library)
     for dtype in TYPES:
         for bounds, window in (((0, 97, 98, 130), None), ((0, 530), 70)):
             given = case(bounds[-1], 4, 2, 48, dtype)

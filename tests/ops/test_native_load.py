@@ -57,9 +57,9 @@ def test_every_file_is_declared() -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_loaded_once_and_told_its_types(name: str) -> None:
-    library = load.library(name)
+    library = load.compiled(name)
     assert library is not None
-    assert load.library(name) is library
+    assert load.compiled(name) is library
     for function, (arguments, result) in SIGNATURES[name].items():
         assert getattr(library, function).argtypes == arguments
         assert getattr(library, function).restype == result
@@ -68,7 +68,7 @@ def test_loaded_once_and_told_its_types(name: str) -> None:
 @needs_compiler
 def test_kernels_are_for_floats_on_the_cpu() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert load.kernels("layer", torch.empty(1, dtype=dtype)) is load.library("layer")
+        assert load.kernels("layer", torch.empty(1, dtype=dtype)) is load.compiled("layer")
     for dtype in (torch.float16, torch.float64, torch.int32):
         assert load.kernels("layer", torch.empty(1, dtype=dtype)) is None
     assert load.kernels("layer", torch.empty(1, device="meta")) is None

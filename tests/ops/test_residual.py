@@ -34,7 +34,7 @@ def test_it_is_the_formula_rounded_once(
 
 @PARTS
 def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
-    if load.library("layer") is None:
+    if load.compiled("layer") is None:
         pytest.skip("no C compiler")
     for shape in SHAPES:
         x, y = torch.randn(1, *shape), torch.randn(shape).bfloat16()
@@ -48,7 +48,7 @@ def test_the_kernel_is_the_truth_to_the_bit(adds: bool, rounds: bool) -> None:
 
 def test_bf16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would give the same, so only this tells that it is there."""
-    if load.library("layer") is None:
+    if load.compiled("layer") is None:
         pytest.skip("no C compiler")
 
     def refused(*given: object) -> None:

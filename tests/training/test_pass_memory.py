@@ -171,7 +171,7 @@ def test_over_a_packed_base(
 
 
 def test_a_panel_is_brief() -> None:
-    if load.library("quantize4") is None:
+    if load.compiled("quantize4") is None:
         pytest.skip("no C compiler")
     memory = Workspace()
     for packed in (pack_4bit(torch.randn(64, 64), "nf4", 64, True), pack_int8(torch.randn(64, 64))):

@@ -43,7 +43,7 @@ def staged(stages: Sequence[Sequence[Product]]) -> list[Stage]:
     products = [product for stage in stages for product in stage]
     plain = all(1 in x.stride() for product in products for x in product[:2])  # the others are copied when it is time
     kernels = triton.kernels("grouped", products[0].left) if products and plain else None
-    if kernels is None or (_native_runs(products) and native.library("grouped") is not None):
+    if kernels is None or (_native_runs(products) and native.compiled("grouped") is not None):
         return [partial(grouped_products, stage) for stage in stages]
     for product in products:
         _check(product)
@@ -62,7 +62,7 @@ def grouped_products(products: Sequence[Product]) -> None:
         return
     for product in products:
         _check(product)
-    if _native_runs(products) and (library := native.library("grouped")) is not None:
+    if _native_runs(products) and (library := native.compiled("grouped")) is not None:
         _native(library, [_of_one_type(product) for product in products])
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.staged([products])[0]()

@@ -66,7 +66,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 
 
 def _quantize_part(values: Tensor, bounds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    library = native.library("quantize4") if values.is_cpu else None
+    library = native.compiled("quantize4") if values.is_cpu else None
     if library is None:
         return quantize_4bit_reference(values, bounds, order, block_size)
     values = values.contiguous()
@@ -160,7 +160,7 @@ def _dequantize_4bit_cpu(
     quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    library = native.library("quantize4")
+    library = native.compiled("quantize4")
     if library is None and triton.INTERPRETED:
         return _dequantize_4bit_cuda(
             codes, absmax, nested_absmax, nested_code, offset, quant_type, block_size, in_features,
@@ -186,7 +186,7 @@ def _dequantize_4bit_cpu(
 def _dequantize_int8_cpu(
     codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
 ) -> Tensor:
-    library = native.library("quantize4")
+    library = native.compiled("quantize4")
     if library is None and triton.INTERPRETED:
         return _dequantize_int8_cuda(codes, absmax, row, row_stop, column, column_stop, dtype)
     if library is None or not _plain_int8(codes, absmax, dtype):

@@ -75,7 +75,7 @@ def add_and_round(
     bare = x.dtype == total.dtype == torch.float32
     bare &= all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
     types = {tensor.dtype for tensor in (y, rounded) if tensor is not None}
-    if bare and x.is_cpu and types <= {torch.bfloat16} and (library := native.library("layer")) is not None:
+    if bare and x.is_cpu and types <= {torch.bfloat16} and (library := native.compiled("layer")) is not None:
         library.topwork_add_and_round(
             *(None if tensor is None else tensor.data_ptr() for tensor in (x, y, total, rounded)), multiplier, by,
             x.numel(), torch.get_num_threads(),

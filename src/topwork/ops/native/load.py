@@ -63,12 +63,12 @@ SIGNATURES = {
 
 
 def kernels(name: str, near: Tensor) -> ctypes.CDLL | None:
-    """`library`, where `near` is a float that kernels know on the CPU; else None."""
-    return library(name) if near.is_cpu and near.dtype in KINDS else None
+    """`compiled`, where `near` is a float that kernels know on the CPU; else None."""
+    return compiled(name) if near.is_cpu and near.dtype in KINDS else None
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
+def compiled(name: str) -> ctypes.CDLL | None:
     """`ops/native/NAME.c`, compiled and loaded; None, and a warning, where that cannot be."""
     loaded = build.load(name)
     return None if loaded is None else declared(name, loaded)
