@@ -11,12 +11,29 @@ from topwork.ops.host import sent
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest."""
+    """How the next token is chosen. Temperature 0 takes the likeliest.
+
+    top_k        only so many of the likeliest (0: all)
+    min_p        only those at least so likely beside the likeliest
+    seed         what is drawn is a function of it and of the token's place in the answer
+    repetition_penalty, presence_penalty, frequency_penalty: as in transformers (prompt too) and as OpenAI's (answer)
+    bias         (token, what is added to its logit)
+    min_new_tokens  before so many no stop token is taken
+    logprobs     how many of the likeliest are told with each token; 0 tells the token's own, None nothing
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
 
 
 class Sampler:
