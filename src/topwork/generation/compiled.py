@@ -24,8 +24,8 @@ AfterHead = Callable[[Tensor, Tensor], None]
 
 @dataclass
 class CompiledAdapter:
-    """`parts`: a `Part` for each of the plan's places. `rank`: the largest. `embeds`: whether rows of its embedding have
-    to be made one by one. `after_head`: what it adds to the logits that no product does."""
+    """`parts`: a `Part` for each of the plan's places. `rank`: the largest. `embeds_by_row`: whether rows of its embedding
+    have to be made one by one. `after_head`: what it adds to the logits that no product does."""
 
     parts: "ctypes.Array[c.Part]"
     rank: int = 0
@@ -46,8 +46,8 @@ class _Cannot(Exception):
 
 @torch.no_grad()
 def compiled(plan: Plan, layers: Mapping[str, AdaptedLayer], name: str) -> CompiledAdapter | None:
-    """The adapter `name` of a base with a plan; None where it has a part that only the modules can run. `layers` are the
-    base's adapted layers."""
+    """The adapter `name` of a base with a plan; None where it has a part that only the modules can run. `layers`: all
+    that are adapted."""
     found = CompiledAdapter((c.Part * plan.count)())
     try:
         for layer in layers.values():
@@ -61,8 +61,6 @@ def compiled(plan: Plan, layers: Mapping[str, AdaptedLayer], name: str) -> Compi
 def _place(plan: Plan, layer: AdaptedLayer, part: AdapterModule, found: CompiledAdapter) -> None:
     place, module = plan.places.get(layer.base_layer), layer.base_layer
     if place is None:
-        if not isinstance(module, nn.Embedding) and not isinstance(part, VirtualTokens | TrainedTokens):
-            raise _Cannot
         if not isinstance(part, EmbeddingLora | ModuleCopy | TrainedTokens | VirtualTokens):
             raise _Cannot
         found.embeds_by_row |= isinstance(part, EmbeddingLora)  # its product is torch's
@@ -107,7 +105,10 @@ def _fuse(plan: Plan, layer: AdaptedLayer, part: AdapterModule, into: c.Part, fo
 def _stands_alone(plan: Plan, module: nn.Module) -> bool:
     """Whether no other layer is given the same input."""
     place = plan.places[module]
-    groups = [plan.head, *(group for layer in plan.layers for group in (layer.qkv, layer.out, layer.gate_up, layer.down))]
+    groups = [
+        plan.head,
+        *(group for layer in plan.layers for group in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+    ]
     return any(group.place == place and len(group.weights) == 1 for group in groups)
 
 

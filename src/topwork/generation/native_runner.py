@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from topwork.models.base import Base
 from topwork.models.program import Buffers, LayerPlan, Plan, head_steps, layer_steps, plan_of, scaled
 from topwork.models.virtual import virtual_tokens
 from topwork.ops import decode as c
-from topwork.ops.batch import Batch, Segment
+from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running
-from topwork.ops.paged import write_blocks
+from topwork.ops.paged import block_pool, write_blocks
 
 MOST_ROWS = 512
 """Of a pass: enough that products are bound by arithmetic, few enough that what a layer makes stays in the cache."""
@@ -31,7 +32,31 @@ Blocks = Callable[[nn.Module, int, int, torch.dtype, torch.device], tuple[Tensor
 def native_runner(base: Base, blocks: Blocks, frozen: Container[str] = ()) -> "NativeRunner | None":
     """A runner for this base; None where it has no plan. `frozen`: adapters whose weights never change."""
     plan = plan_of(base)
-    return None if plan is None else NativeRunner(base, plan, blocks, frozen)
+    if plan is None or not _is_right(base, plan):
+        return None
+    return NativeRunner(base, plan, blocks, frozen)
+
+
+TRIED = 8
+"""Tokens of the pass that a plan is tried with."""
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""How far its logits may be from the model's own, relative to these: rounding makes 1e-6 and 0.03 of it."""
+
+
+@torch.no_grad()
+def _is_right(base: Base, plan: Plan) -> bool:
+    """Whether a short pass by the plan gives what the model gives; found out once."""
+    if plan.tried is None:
+        pools: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def blocks(module: nn.Module, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
+            return pools.setdefault(module, block_pool(1, heads, size, dtype, device))
+
+        text = [token % plan.head.outputs for token in range(3, 3 + TRIED)]
+        found = NativeRunner(base, plan, blocks, rows=TRIED).run([Rows(text, 0, [0], None, True)])
+        expected = base.logits(batch_of([torch.tensor(text)]), torch.tensor([TRIED - 1]))
+        plan.tried = bool((found - expected).norm() <= CLOSE[plan.dtype] * expected.norm())
+    return plan.tried
 
 
 @dataclass(frozen=True)
@@ -51,10 +76,10 @@ class _Laid:
 class NativeRunner:
     """A base's plan with buffers, and its adapters compiled."""
 
-    most_rows = MOST_ROWS
-
-    def __init__(self, base: Base, plan: Plan, blocks: Blocks, frozen: Container[str] = ()) -> None:
-        self.base, self.plan, self.frozen = base, plan, frozen
+    def __init__(
+        self, base: Base, plan: Plan, blocks: Blocks, frozen: Container[str] = (), rows: int = MOST_ROWS
+    ) -> None:
+        self.base, self.plan, self.frozen, self.most_rows = base, plan, frozen, rows
         self._blocks = blocks
         self._embedding = base.module.get_input_embeddings()
         self._compiled: dict[str, CompiledAdapter | None] = {}
@@ -82,14 +107,21 @@ class NativeRunner:
     def run(self, rows: Sequence[Rows]) -> Tensor:
         """Writes keys and values to the pool; fp32 logits [n, V] of the rows that are wanted."""
         laid, at = [], 0
+        for name in {each.adapter for each in rows} - {None}:  # which may take other buffers
+            assert name is not None
+            if self._adapter(name) is None:
+                raise ValueError(f"adapter {name!r} cannot be run here; ask can_run")
         for each in rows:
             skipped = self._write_prefix(each)
             laid.append(_Laid(each, at, each.tokens[skipped:], each.first + skipped))
             at = laid[-1].stop
-        self._reach(max(each.first + len(each.tokens) for each in laid))
-        self._embed(laid, at)
-        segments = self._segments([(each.rows.adapter, each.start, each.stop) for each in laid])
-        c.run_steps(self._steps, self._pass(at, segments, laid), self.plan.dtype)
+        if at > self.most_rows:  # C would write beyond the buffers
+            raise ValueError(f"a pass of {at} rows, where {self.most_rows} at most are expected")
+        if at:
+            self._reach(max(each.first + len(each.tokens) for each in laid))
+            self._embed(laid, at)
+            segments = self._segments([(each.rows.adapter, each.start, each.stop) for each in laid])
+            c.run_steps(self._steps, self._pass(at, segments, laid), self.plan.dtype)
         return self._logits(laid)
 
     def _pass(self, rows: int, segments: "_Segments", laid: Sequence[_Laid] = ()) -> c.Pass:
@@ -159,7 +191,7 @@ class NativeRunner:
         count = prefix_rows(rows.tokens, VIRTUAL)
         at = slice(rows.first, rows.first + count)
         for layer in self.plan.layers:
-            keys, values = virtual.keys_values[layer.attention.layer_idx]  # type: ignore[index]
+            keys, values = virtual.keys_values[layer.number]
             write_blocks(self._of(layer), keys[at], values[at], rows.blocks, rows.first)
         return count
 
@@ -197,7 +229,7 @@ class NativeRunner:
         rank = -(-rank // 16) * 16
         self._buffers = Buffers(plan, self.most_rows, rank)
         self._steps = c.array_of(layer_steps(plan, self._buffers, self._of))
-        self._reach(1, anew=True)
+        self._reached = 0
         size = max(layer.heads.size for layer in plan.layers)
         each = c.scratch_floats(self.most_rows, plan.inputs, rank, size)
         self._scratch = torch.zeros(torch.get_num_threads(), each)
@@ -205,15 +237,15 @@ class NativeRunner:
     def _of(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         return self._blocks(layer.attention, layer.heads.keys, layer.heads.size, self.plan.dtype, self.base.device)
 
-    def _reach(self, positions: int, anew: bool = False) -> None:
-        """Tables of angles for so many positions."""
-        plan = self.plan
-        if not plan.angles.upto(positions) and not anew:
+    def _reach(self, positions: int) -> None:
+        """Tables of angles for so many positions. They are the plan's, and other runners may ask for longer ones."""
+        if positions <= self._reached:
             return
-        turning = iter([layer.kind for layer in plan.layers])
+        self._reached, self._tables = self.plan.angles.upto(positions)
+        turning = iter([layer.kind for layer in self.plan.layers])
         for step in self._steps:
             if step.op == c.HEADS and (kind := next(turning)) is not None:
-                cos, sin = plan.angles.tables[kind]
+                cos, sin = self._tables[kind]
                 step.cos, step.sin, step.turned = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
 
 

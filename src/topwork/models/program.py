@@ -59,6 +59,7 @@ class PlacedNorm:
 class LayerPlan:
     """A decoder layer. `kind` is which table of angles it turns by, None for none."""
 
+    number: int
     attention: nn.Module
     heads: Heads
     rule: AttentionRule
@@ -79,7 +80,7 @@ class LayerPlan:
     kind: int | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Plan:
     """A base's steps as they are before there are buffers.
 
@@ -97,6 +98,8 @@ class Plan:
     angles: "Angles"
     kept: c.Kept
     stamps: tuple[int, ...] = field(repr=False)
+    tried: bool | None = None
+    """Whether a pass by it gave what the model gives; None before anyone looked."""
 
     @property
     def count(self) -> int:
@@ -110,21 +113,24 @@ class Plan:
         return max(weight.k for group in groups for linears in group for weight in linears.weights)
 
 
+Table = tuple[Tensor, Tensor]
+"""cos and sin [positions, R] in fp32."""
+
+
 class Angles:
-    """cos and sin [positions, R] in fp32 of each kind of layer, for as many positions as were asked for."""
+    """The tables of each kind of layer, for as many positions as were asked for."""
 
-    def __init__(self, make: Callable[[int], list[tuple[Tensor, Tensor] | None]]) -> None:
+    def __init__(self, make: Callable[[int], list[Table]]) -> None:
         self._make = make
-        self.positions = 0
-        self.tables: list[tuple[Tensor, Tensor] | None] = []
+        self._positions = 0
+        self._tables: list[Table] = []
 
-    def upto(self, positions: int) -> bool:
-        """Make sure there are so many; whether tables are new."""
-        if positions <= self.positions:
-            return False
-        self.positions = -(-positions // TABLE_POSITIONS) * TABLE_POSITIONS
-        self.tables = self._make(self.positions)
-        return True
+    def upto(self, positions: int) -> tuple[int, list[Table]]:
+        """Tables for so many positions at least, and for how many they are. They are replaced, never written again."""
+        if positions > self._positions:
+            self._positions = -(-positions // TABLE_POSITIONS) * TABLE_POSITIONS
+            self._tables = self._make(self._positions)
+        return self._positions, self._tables
 
 
 _PLANS: "WeakKeyDictionary[nn.Module, Plan | None]" = WeakKeyDictionary()
@@ -174,7 +180,7 @@ class _Planner:
         if any(layer.plain_parts for layer in layers) or _rope_kinds(base.module.config) & BY_LENGTH:
             raise _Cannot
         seen = _called(base, layers, torch.arange(8))
-        tables: list[tuple[Tensor, Tensor]] = []
+        tables: list[Table] = []
         kinds: list[int | None] = []
         for given in seen:
             if given[1] is None:
@@ -184,7 +190,7 @@ class _Planner:
             kinds.append(same[0] if same else len(tables))
             tables += [] if same else [given[1]]
         members = [kinds.index(kind) for kind in range(len(tables))]
-        plans = tuple(self._layer(layer, kind) for layer, kind in zip(layers, kinds))
+        plans = tuple(self._layer(number, layer, kind) for number, (layer, kind) in enumerate(zip(layers, kinds)))
         last = self._norm(getattr(model, "norm", None), None)
         head = self._linears([own(base.head)])
         if last is None:
@@ -197,26 +203,27 @@ class _Planner:
     def _scale(self, first: Tensor) -> float:
         """What stands between the embedding and the first layer."""
         config, width = self.base.module.config.get_text_config(), first.shape[-1]
-        embedded = own(self.base.module.get_input_embeddings())(torch.arange(3, 11) % config.vocab_size)
+        embedding = own(self.base.module.get_input_embeddings())
+        embedded: Tensor = embedding(torch.arange(3, 11) % config.vocab_size)
         for scale in (1.0, math.sqrt(width), getattr(config, "embedding_multiplier", None)):
             if scale is not None and torch.equal(scaled(embedded, scale).float(), first[0].float()):
                 return float(scale)
         raise _Cannot
 
-    def _layer(self, layer: FastLayer, kind: int | None) -> LayerPlan:
+    def _layer(self, number: int, layer: FastLayer, kind: int | None) -> LayerPlan:
         part, mlp_part, wiring = layer.attention_part, layer.mlp_part, layer.wiring
         attention, mlp = own(layer.self_attn), own(layer.mlp)
         if part is None or mlp_part is None:
             raise _Cannot
         norms = [self._norm(getattr(attention, name), norm) for name, norm in part.norms.items()] or [None, None]
-        sizes = {own(getattr(attention, name)).weight.numel() for name in part.norms}  # type: ignore[arg-type]
+        sizes = {own(getattr(attention, name)).get_parameter("weight").numel() for name in part.norms}
         named = {
             name: self._norm(getattr(layer, at), layer.norms.get(at)) if at else None
             for name, at in vars(wiring).items()
         }
         sinks = getattr(attention, part.sinks) if part.sinks else None
         return LayerPlan(
-            attention, part.heads, part.rule,
+            number, attention, part.heads, part.rule,
             self._linears([own(attention.get_submodule(name)) for name in part.inputs]),
             self._linears([own(attention.get_submodule("o_proj"))]),
             self._linears([own(mlp.get_submodule(name)) for name in mlp_part.inputs]),
@@ -273,7 +280,9 @@ def _rope_kinds(config: Any) -> set[str]:
     return found
 
 
-def _called(base: Base, layers: Sequence[FastLayer], positions: Tensor) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+def _called(
+    base: Base, layers: Sequence[FastLayer], positions: Tensor
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
     """What each layer is given, hidden states and angles [T, R], in a pass in which layers do nothing."""
     seen: list[tuple[Tensor, tuple[Tensor, Tensor] | None]] = []
 
@@ -291,18 +300,16 @@ def _called(base: Base, layers: Sequence[FastLayer], positions: Tensor) -> list[
     return seen
 
 
-def _angles(
-    base: Base, layers: Sequence[FastLayer], members: Sequence[int], count: int
-) -> list[tuple[Tensor, Tensor] | None]:
+def _angles(base: Base, layers: Sequence[FastLayer], members: Sequence[int], count: int) -> list[Table]:
     seen = _called(base, layers, torch.arange(count))
-    found = [seen[member][1] for member in members]
-    return [None if turns is None else (turns[0].float().contiguous(), turns[1].float().contiguous()) for turns in found]
+    turns = [seen[member][1] for member in members]
+    return [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in filter(None, turns)]
 
 
 @contextmanager
 def _in_place_of(layers: Sequence[FastLayer], forward: Callable[..., Tensor]) -> Iterator[None]:
     for layer in layers:
-        layer.forward = forward  # type: ignore[method-assign,assignment]
+        layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -362,7 +369,9 @@ def _layer_steps(
         made.eps, made.unit_offset = layer.query_norm.eps, layer.query_norm.unit_offset
     steps.append(made)
     steps.append(
-        c.Step(op=c.ATTEND, in_=qkv.data_ptr(), in_by=heads.width, out=seen.data_ptr(), out_by=seen.shape[1], attend=attend)
+        c.Step(
+            op=c.ATTEND, in_=qkv.data_ptr(), in_by=heads.width, out=seen.data_ptr(), out_by=seen.shape[1], attend=attend
+        )
     )
     steps += _products(plan, buffers, layer.out, seen, y)
     steps += _norm_steps(y, layer.after_attention)

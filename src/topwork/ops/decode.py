@@ -1,7 +1,7 @@
 """A pass of generation over a whole model in one call of C (native/decode.c), whose structures stand here once more.
 
-A `Program` is a list of steps over buffers that it owns; a pass tells it which rows are whose. The truth of all of it is
-the model's own modules (`generation/module_runner.py`).
+A model is a list of steps over buffers (`models/program.py`); a pass tells which rows are whose. The truth of all of it
+is the model's own modules (`generation/module_runner.py`).
 """
 
 import ctypes
@@ -118,7 +118,12 @@ def weight_of(weight: Tensor | Packed, bias: Tensor | None, dtype: torch.dtype, 
         if not plain or weight.dtype not in (dtype, torch.float32):
             return None
         return Weight(
-            format=2, at=kept.at(weight.codes), absmax=kept.at(weight.absmax.contiguous()), bias=kept.fp32(bias), n=n, k=k
+            format=2,
+            at=kept.at(weight.codes),
+            absmax=kept.at(weight.absmax.contiguous()),
+            bias=kept.fp32(bias),
+            n=n,
+            k=k,
         )
     if not isinstance(weight, Packed4bit) or weight.dtype not in (dtype, torch.float32):  # would be rounded twice
         return None
