@@ -24,8 +24,8 @@ AfterHead = Callable[[Tensor, Tensor], None]
 
 @dataclass
 class CompiledAdapter:
-    """`parts`: a `Part` for each of the plan's places. `rank`: the largest. `embeds_by_row`: whether rows of its embedding
-    have to be made one by one. `after_head`: what it adds to the logits that no product does."""
+    """`parts`: a `Part` for each of the plan's places. `rank`: the largest. `embeds_by_row`: whether rows of its
+    embedding have to be made one by one. `after_head`: what it adds to the logits that no product does."""
 
     parts: "ctypes.Array[c.Part]"
     rank: int = 0
