@@ -39,8 +39,9 @@ def native_runner(base: Base, blocks: Blocks, frozen: Container[str] = ()) -> "N
 
 TRIED = 8
 """Tokens of the pass that a plan is tried with."""
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""How far its logits may be from the model's own, relative to these: rounding makes 1e-6 and 0.03 of it."""
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""How far its logits may be from the model's own, relative to these: rounding makes 1e-6 and mostly 0.02 of it, but up
+to 0.15 in modules that have a few large hidden values to round."""
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def _is_right(base: Base, plan: Plan) -> bool:
         def blocks(module: nn.Module, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
             return pools.setdefault(module, block_pool(1, heads, size, dtype, device))
 
-        text = [token % plan.head.outputs for token in range(3, 3 + TRIED)]
+        text = [977 * number % plan.head.outputs for number in range(1, 1 + TRIED)]
         found = NativeRunner(base, plan, blocks, rows=TRIED).run([Rows(text, 0, [0], None, True)])
         expected = base.logits(batch_of([torch.tensor(text)]), torch.tensor([TRIED - 1]))
         plan.tried = bool((found - expected).norm() <= CLOSE[plan.dtype] * expected.norm())
