@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, bounded, with no path of this machine."""
+"""Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, bounded, without paths of this machine."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ class ApiError(RequestError):
 
 
 def quoted(value: object, most: int = QUOTED) -> str:
-    """What a request said, for an error: its beginning alone where it is long, and nothing that breaks a line or a log."""
+    """What a request said, for an error: its beginning alone where it is long, nothing that breaks a line."""
     text = value if isinstance(value, str) else repr(value)
     shown = text[:most].encode("unicode_escape", "backslashreplace").decode("ascii")[: 2 * most]
     return f"'{shown}{'…' if len(text) > most else ''}'"
