@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, bounded, without paths of this machine."""
+"""Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, short, with no path."""
 
 from typing import Any
 

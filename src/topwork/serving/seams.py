@@ -90,6 +90,10 @@ class Gate(Protocol):
         """It has ended, however it did."""
         ...
 
+    def headers(self, caller: Caller) -> Mapping[str, str]:
+        """What its answers' heads say of its limits (x-ratelimit-…)."""
+        ...
+
 
 class Router(Protocol):
     """Names that stand for several adapters."""
@@ -137,6 +141,9 @@ class OpenGate:
 
     def leave(self, call: Call) -> None:
         pass
+
+    def headers(self, caller: Caller) -> Mapping[str, str]:  # noqa: ARG002
+        return {}
 
 
 class NoRoutes:
