@@ -6,13 +6,26 @@ engine: {batch_size: 32}
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from ipaddress import ip_address
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, field_validator, model_validator
 
 from topwork.common.options import Options
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What arms, routes and tenants may be called: it goes into headers, labels and lines of a log."""
+
+
+def _digest(value: str) -> str:
+    if len(value) != 64 or not all(letter in "0123456789abcdef" for letter in value.lower()):
+        raise ValueError("expected a SHA-256, 64 hexadecimal digits; `topwork serve-key NAME` makes a key and its hash")
+    return value.lower()
+
+
+Digest = Annotated[str, AfterValidator(_digest)]
 
 
 class EngineConfig(Options):
@@ -51,16 +64,74 @@ class LimitsConfig(Options):
     """How long running answers may go on after the server was told to end."""
 
 
+class ArmConfig(Options):
+    """One of the answers that a route may give."""
+
+    name: str = Field(pattern=NAME)
+    """In the header x-topwork-arm, in figures and feedback."""
+    model: str | None = Field(default=None, validation_alias=AliasChoices("model", "adapter"))
+    """Who answers: an adapter's name; left out, the base."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Its share of the requests, beside the other arms' weights; 0 gives it none."""
+
+
 class RouteConfig(Options):
     """A name that requests may give as their model, and the arms that it stands for."""
 
-    name: str
+    name: str = Field(pattern=NAME)
+    """What requests call it."""
+    arms: list[ArmConfig] = Field(min_length=1, max_length=16)
+    """Who may answer; the others are compared with the first."""
+    sticky: str = Field(default="user", pattern=r"^(user|key|none|header:[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64})$")
+    """What always meets the same arm: the request's `user`, the `key` it came with, a header (`header:x-session`), or
+    `none`. A request without it is dealt an arm by chance."""
+    salt: str | None = None
+    """Another one deals anew who meets which arm; left out, the route's name."""
+
+    @model_validator(mode="after")
+    def _arms_are_apart(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two arms of {self.name!r} have one name; figures and feedback could not tell them")
+        if not any(arm.weight for arm in self.arms):
+            raise ValueError(f"all arms of {self.name!r} have weight 0; somebody has to answer")
+        return self
 
 
 class TenantConfig(Options):
     """Who may ask: a key's hash, and what it may do."""
 
-    name: str
+    name: str = Field(pattern=NAME)
+    """In logs, figures and feedback."""
+    key_sha256: list[Digest] = Field(min_length=1, max_length=8)
+    """The SHA-256 of its key in hexadecimal, never the key (`topwork serve-key NAME` makes both); a list while one key
+    takes over from another."""
+    models: list[str] = Field(default_factory=lambda: ["*"])
+    """The adapters and routes that it may use and see, and the base by its name; `team-*` is all that begin so."""
+    admin: bool = False
+    """May use all models, load and unload adapters, change routes, and see figures."""
+    metrics: bool = False
+    """May read /metrics, as an admin may."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Left out, any number."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Of prompts and answers together; left out, any number."""
+    concurrent: int | None = Field(default=None, ge=1)
+    """Requests that are answered or wait at once; left out, any number."""
+    shared_prompts: str | None = None
+    """Tenants that say the same here share cached prompts, and so may tell by the time what others asked."""
+
+    @field_validator("key_sha256", mode="before")
+    @classmethod
+    def _one_too(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class FeedbackConfig(Options):
+    answers_remembered: int = Field(default=50_000, ge=1)
+    """The last so many answers may be voted on, some 400 bytes of memory each."""
+    comment_characters: int = Field(default=2000, ge=0)
+    """The longest comment."""
 
 
 class ServeConfig(Options):
@@ -91,7 +162,11 @@ class ServeConfig(Options):
     routes: list[RouteConfig] = Field(default_factory=list)
     """Names that stand for several adapters: A/B."""
     tenants: list[TenantConfig] = Field(default_factory=list)
-    """Who may ask; left out, everyone who reaches the address."""
+    """Who may ask; left out, everyone who reaches the address, which then has to be this machine's own."""
+    no_auth: bool = False
+    """Everyone who reaches the address may ask and load adapters, though other machines do."""
+    feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
+    """Votes on answers."""
     state_folder: str | None = None
     """Where what was loaded while the server ran is kept for its next start; left out, nowhere."""
 
@@ -118,3 +193,29 @@ class ServeConfig(Options):
                 raise ValueError(f"{name!r} is the name of {seen[name]} and of {what}; requests could not tell them")
             seen[name] = what
         return self
+
+    @model_validator(mode="after")
+    def _tenants_are_apart(self) -> Self:
+        names = [tenant.name for tenant in self.tenants]
+        keys = [key for tenant in self.tenants for key in tenant.key_sha256]
+        if len(set(names)) < len(names) or len(set(keys)) < len(keys):
+            raise ValueError("two tenants have one name or one key; nobody could tell who asks")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> Self:
+        if not (self.tenants or self.no_auth or _of_this_machine(self.host)):
+            raise ValueError(
+                f"host {self.host!r} is reached from other machines, and without tenants whoever reaches it may ask "
+                "and load adapters; give tenants their keys (`topwork serve-key NAME`), or say no_auth (--no-auth)"
+            )
+        return self
+
+
+def _of_this_machine(host: str) -> bool:
+    if host.lower() in ("localhost", "localhost."):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
