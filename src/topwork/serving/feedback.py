@@ -6,7 +6,7 @@ at the next start in one pass over the file that remembers nothing but sums.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Feedback:
     folder       where the file stands; None keeps votes in memory alone
     remembered   how many answers may be voted on, the latest
     longest      characters of a comment
+    voted        told of each vote on an arm's answer: route, arm, and up, down or score
     arms, pairs  what votes (and calls, `figures`) came to: by route and arm, and by two models' names, sorted
     """
 
@@ -57,6 +58,7 @@ class Feedback:
     folder: Path | None = None
     remembered: int = 50_000
     longest: int = 2000
+    voted: Callable[[str, str, str], None] = lambda *_: None
     arms: dict[tuple[str, str], ArmFigures] = field(default_factory=dict, init=False)
     pairs: dict[tuple[str, str], Preferences] = field(default_factory=dict, init=False)
 
@@ -115,6 +117,9 @@ class Feedback:
                 await asyncio.to_thread(self._file.append, {"tenant": tenant, **record, **comment})
             self._count(record)
             _note(record, answers)
+            if record.get("route") is not None:
+                kind = "score" if vote.vote is None else "up" if vote.vote > 0 else "down"
+                self.voted(record["route"], record["arm"], kind)
         return {"object": "feedback", "kept": self._file is not None, "replaced": record.get("replaces") is not None}
 
     def _answer(self, id: str, tenant: str) -> Answer:
