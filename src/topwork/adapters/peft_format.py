@@ -14,14 +14,18 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import Adapters, bare_modules
-from topwork.adapters.method import Method
+from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
+from topwork.adapters.graft import Adapters
+from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_bytes, write_json
+
+SLACK_VALUES = 1 << 20
+"""How many more than twice the file's values a plan may ask for and still be made, so that what is missing is named."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,32 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     Another base than the one it was trained on is refused with both names, unless `force`.
     """
     warning = check_base(saved, base, force)
-    adapters.add(name, saved.config)
-    try:
-        tensors = _without_base_copies(saved.tensors, adapters, name)
-        adapters.load(name, _with_beginnings(tensors, adapters.state(name)))
-    except AdapterError:
-        adapters.remove(name)
-        raise
+    adapters.check_name(name)
+    adapters.put(name, saved.config, fitted(adapters.bare(), saved, adapters.methods))
     return warning
+
+
+def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
+    """The parts of an adapter read from disk, as they go into this base; the base's model is not changed by it.
+
+    Raises AdapterError where config, tensors and base do not fit one another.
+    """
+    plan = plan_on(bare, saved.config, methods)
+    _refuse_more_than_file(plan, saved)
+    parts = fresh_parts(bare, plan)
+    tensors = _without_base_copies(saved.tensors, parameters_of(parts), bare.modules)
+    fill(parts, _with_beginnings(tensors, state_of(parts)))
+    return parts
+
+
+def _refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
+    """Before anything is made: a rank of a billion is one number in a config."""
+    planned, there = sum(p.trained for p in plan.values()), sum(t.numel() for t in saved.tensors.values())
+    if planned > 2 * there + SLACK_VALUES:
+        raise AdapterError(
+            f"{saved.path}: adapter_config.json asks for {planned:,} values in this base, and the file beside it holds "
+            f"{there:,}; they do not belong together"
+        )
 
 
 def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,14 +117,16 @@ def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     found = dict(tensors)
     for key, tensor in tensors.items():
         axis = 1 if key.endswith("lora_B.weight") else 0
-        if "lora_" in key and key in own and 2 * tensor.shape[axis] == own[key].shape[axis]:
+        fits = "lora_" in key and key in own and tensor.dim() == own[key].dim() > axis
+        if fits and 2 * tensor.shape[axis] == own[key].shape[axis]:
             found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
     return found
 
 
-def _without_base_copies(tensors: Mapping[str, Tensor], adapters: Adapters, name: str) -> dict[str, Tensor]:
+def _without_base_copies(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
     """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new."""
-    own, modules = adapters.parameters(name), bare_modules(adapters.model)
 
     def repeats_base(key: str, tensor: Tensor) -> bool:
         path, _, kind = key.replace(".base_layer.", ".").rpartition(".")
