@@ -21,7 +21,7 @@ from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, pl
 from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
-from topwork.common.errors import AdapterError
+from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
 
 SLACK_VALUES = 1 << 20
@@ -38,12 +38,12 @@ class BaseId:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from disk, not yet in a model."""
+    """An adapter read from disk, not yet in a model. `path` is what errors call it."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     base: BaseId
-    path: Path
+    path: Path | str
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
@@ -72,9 +72,18 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
             "one runs code: save it again with PEFT's safe_serialization"
         ) from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
-    base = BaseId(raw.get("base_model_name_or_path"), own.get("base_fingerprint"))
-    method = _method(raw, folder, methods)
-    return SavedAdapter(_config(method, raw, folder), method.files.from_file(tensors), base, folder)
+    return saved_adapter(raw, tensors, own, str(folder), methods)
+
+
+def saved_adapter(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any], called: str,
+    methods: Mapping[str, Method[Any]] = METHODS,
+) -> SavedAdapter:  # fmt: skip
+    """What the files of a folder say: adapter_config.json, adapter_model.safetensors, and `own`, topwork.json. It is
+    `called` so in errors."""
+    base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
+    method = _method(raw, called, methods)
+    return SavedAdapter(_config(method, raw, called), method.files.from_file(tensors), base, called)
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -138,9 +147,11 @@ def _without_base_copies(
     return {key: tensor for key, tensor in tensors.items() if not repeats_base(key, tensor)}
 
 
-def check_base(saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
-    """AdapterError where the adapter is known to be another base's; a warning where nobody can tell."""
+def check_base(saved: SavedAdapter, base: BaseId, force: bool = False, shown: str | None = None) -> str | None:
+    """AdapterError where the adapter is known to be another base's; a warning where nobody can tell. `shown` is what
+    messages call the base, whose name may be a path."""
     theirs, ours = saved.base, base
+    named, own = shortened(repr(theirs.name), 200), repr(shown if shown is not None else ours.name)
     if theirs.fingerprint and ours.fingerprint:
         if theirs.fingerprint == ours.fingerprint:
             return None
@@ -150,8 +161,8 @@ def check_base(saved: SavedAdapter, base: BaseId, force: bool = False) -> str | 
     elif _is_hub_id(theirs.name) and _is_hub_id(ours.name):
         why = "their names differ"
     else:
-        return f"{saved.path} names the base {theirs.name!r}; whether that is {ours.name!r} cannot be told from it"
-    told = f"{saved.path} was trained on {theirs.name!r}, and this base is {ours.name!r} ({why})"
+        return f"{saved.path} names the base {named}; whether that is {own} cannot be told from it"
+    told = f"{saved.path} was trained on {named}, and this base is {own} ({why})"
     if force:
         return told + "; loaded all the same, as you asked"
     raise AdapterError(f"{told}. Load it onto its own base, or pass force=True (--force) if you know them to be alike.")
@@ -161,28 +172,32 @@ def _is_hub_id(name: str | None) -> bool:
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))  # type: ignore[union-attr]
 
 
-def _method(raw: Mapping[str, Any], folder: Path, methods: Mapping[str, Method[Any]]) -> Method[Any]:
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[Any]]) -> Method[Any]:
     """By `topwork_method`, or by PEFT's type in folders that others wrote."""
     by_type = {method.files.peft_type: method for method in methods.values() if method.files.peft_type}
     name, kind = raw.get("topwork_method"), raw.get("peft_type")
     found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
-        told = f"of method {name!r}" if name is not None else f"of peft_type {kind}"
+        told = f"of method {quoted(name)}" if name is not None else f"of peft_type {shortened(str(kind), 80)}"
         own = [name for name, method in methods.items() if not method.files.peft_type]
         raise AdapterError(
-            f"{folder} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
+            f"{called} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
             f"{', '.join(sorted(own))}. For a method of one's own give its record: methods=METHODS | {{…}}"
         )
     return found
 
 
-def _config(method: Method[Any], raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
-    options = method.files.options(raw, str(folder))
+def _config(method: Method[Any], raw: Mapping[str, Any], called: str) -> AdapterConfig:
+    options = method.files.options(raw, called)
     try:
         return method.config(**options)
     except ValidationError as error:
         kind = method.files.peft_type or method.name
-        raise AdapterError(f"{folder / 'adapter_config.json'} does not describe a {kind} adapter: {error}") from error
+        raise AdapterError(f"{called}/adapter_config.json does not describe a {kind} adapter: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

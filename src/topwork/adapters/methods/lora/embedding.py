@@ -4,6 +4,7 @@ PEFT's names, shapes and rules: a LoRA's A is [r, V] and begins at zero, its B i
 embeddings, what an adapter adds is scaled with them.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -136,7 +137,7 @@ def check_tokens(tokens: Sequence[int], modules: Mapping[str, nn.Module], embedd
             f"trainable_token_indices has {outside or 'no ids'}; the base has 0 to {vocabulary - 1}: give ids "
             "that are in it (the tokenizer tells a token's id)"
         )
-    twice = sorted({token for token in tokens if list(tokens).count(token) > 1})
+    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
     if twice:
         raise AdapterError(f"trainable_token_indices names {twice} more than once; give each id once")
     return embedding
