@@ -98,7 +98,10 @@ class ToolUse:
         raise NotImplementedError
 
     def prompt_ids(
-        self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None, continue_final: bool = False
+        self,
+        messages: Sequence[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
     ) -> list[int]:
         """What generation is prompted with. Raises DataError (a RequestError)."""
         raise NotImplementedError
