@@ -93,7 +93,7 @@ def test_numbers_are_splitmix64s_and_look_like_chance() -> None:
         [uniform(choice_seed(7, choice), 0) for choice in range(4000)],
     ):
         numbers = np.array(grid)
-        assert 0 <= numbers.min()
+        assert numbers.min() >= 0
         assert numbers.max() < 1
         counts = np.histogram(numbers, 40, (0, 1))[0]
         assert ((counts - 100) ** 2 / 100).sum() < 39 + 5 * math.sqrt(2 * 39)
