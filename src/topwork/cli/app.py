@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.serve import serve
 from topwork.cli.sweep import sweep
 from topwork.common.errors import TopworkError
 
@@ -72,6 +73,11 @@ app.command(
     epilog="Example: topwork sweep recipe.yaml --preset rank --seeds 3   "
     "topwork sweep recipe.yaml --grid adapter.r=4,8,16 --grid training.learning_rate=1e-4..1e-2*5 --halving"
 )(sweep)
+
+
+app.command(
+    epilog="Example: topwork serve smollm2-135m --adapter support=runs/support   topwork serve --config serve.yaml"
+)(serve)
 
 
 @app.command(name="eval", epilog="Example: topwork eval runs/support --data examples/support/test.jsonl")

@@ -42,14 +42,14 @@ class EngineConfig(Options):
 class LimitsConfig(Options):
     body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """The longest body of a request."""
-    json_depth: int = Field(default=64, ge=4)
-    """How deep objects and lists may stand in one another."""
     header_seconds: float = Field(default=10.0, gt=0)
     """How long the head of a request may take to arrive."""
     body_seconds: float = Field(default=30.0, gt=0)
     """How long its body may take."""
     request_seconds: float = Field(default=600.0, gt=0)
     """How long an answer may take, waiting included; one that takes longer is ended."""
+    unread_seconds: float = Field(default=60.0, gt=0)
+    """How long a client may leave what it is sent unread."""
     idle_seconds: float = Field(default=30.0, gt=0)
     """How long a connection stays open with nothing asked."""
     connections: int = Field(default=1024, ge=1)
@@ -153,6 +153,9 @@ class ServeConfig(Options):
     """The address to listen at; 0.0.0.0 is every one of this machine's."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
+    allowed_hosts: list[str] = Field(default_factory=list)
+    """Host names under which it may be asked where it listens to its own machine alone (a proxy's), beside localhost; *
+    is any. A web page can point a name of its own at this machine."""
     cors_origins: list[str] = Field(default_factory=list)
     """Web pages of other origins that may ask, such as https://example.org; * is any."""
     engine: EngineConfig = Field(default_factory=EngineConfig)

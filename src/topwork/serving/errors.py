@@ -1,5 +1,9 @@
 """Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, short, with no path."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import RequestError
@@ -51,3 +55,25 @@ def quoted(value: object, most: int = QUOTED) -> str:
     text = value if isinstance(value, str) else repr(value)
     shown = text[:most].encode("unicode_escape", "backslashreplace").decode("ascii")[: 2 * most]
     return f"'{shown}{'…' if len(text) > most else ''}'"
+
+
+_PATH = re.compile(r"(?<![\w.:/-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;:()]+[/\\])+[^\s/\\'\",;:()]*")
+"""Absolute paths of two parts and more."""
+
+
+def without_paths(text: str, *folders: Path) -> str:
+    """The text without this machine's paths; of `folders`, which the request named, the last part is left."""
+    for folder in folders:
+        text = text.replace(str(folder), folder.name)
+    return _PATH.sub("…", text)
+
+
+@contextmanager
+def refusal(param: str | None, status: int = 400, code: str | None = None, *folders: Path) -> Iterator[None]:
+    """Turns what the parts below refuse (RequestError) into an ApiError."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except RequestError as error:
+        raise ApiError(status, without_paths(str(error), *folders), param, code) from error

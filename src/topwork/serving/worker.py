@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +79,7 @@ class _Command:
     """What the engine's thread is to call, and who is told of it: `settle(value, error)`."""
 
     function: Callable[[], Any]
-    settle: Callable[[Any, Exception | None], None] = lambda value, error: None
+    settle: Callable[[Any, Exception | None], None] = lambda *_: None
 
     def run(self) -> None:
         try:
@@ -140,10 +140,10 @@ class Worker:
             handed.add_done_callback(lambda done: self.give_up(done.result()) if done.exception() is None else None)
             raise
 
-    def give_up(self, admitted: Admitted) -> None:
-        """Its choices that run end, before the next step; nothing more is told of them."""
+    def give_up(self, admitted: Admitted, choices: Collection[int] | None = None) -> None:
+        """Its choices that run (or these of them) end, before the next step; nothing more is told of them."""
         with suppress(RunError):  # where the thread has ended, so have they
-            self._send(_Command(lambda: self._forget(admitted)))
+            self._send(_Command(lambda: self._forget(admitted, choices)))
 
     async def close(self) -> None:
         """End the thread; what runs is told that it failed."""
@@ -245,8 +245,8 @@ class Worker:
         self._live |= dict.fromkeys(admitted.running, admitted)
         return admitted
 
-    def _forget(self, admitted: Admitted) -> None:
-        dropped = list(admitted.running)
+    def _forget(self, admitted: Admitted, choices: Collection[int] | None) -> None:
+        dropped = [id for id, choice in admitted.running.items() if choices is None or choice in choices]
         for id in dropped:
             self._drop(id)
         self._post(self._count_down, len(dropped))

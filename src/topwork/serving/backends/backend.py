@@ -5,10 +5,10 @@ body as OpenAI's clients send it, with the name of the adapter (or the base) tha
 OpenAI's objects. Everything here runs on the event loop and never blocks it.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from topwork.common.errors import TopworkError
 
@@ -77,10 +77,27 @@ class Refused(TopworkError):
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
 
-Chunks = AsyncGenerator[dict[str, Any], None]
-"""OpenAI's chunks in order, without `[DONE]`. The last has `choices: []` and `usage`, whether or not the client asked
-for it (the app counts by it, and leaves it out for those who have not asked). `aclose` ends the request, and what it
-holds is free within a step."""
+@dataclass(frozen=True)
+class Weighed:
+    """What a request may cost: its prompts' tokens (0 where nobody here can tell), the most that may be generated over
+    all choices, and how many these are."""
+
+    prompt_tokens: int
+    max_tokens: int
+    choices: int = 1
+
+
+class Chunks(Protocol):
+    """OpenAI's chunks in order, without `[DONE]`. The last has `choices: []` and `usage`, whether or not the client
+    asked for it (the app counts by it, and leaves it out for those who have not asked)."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> dict[str, Any]: ...
+
+    async def aclose(self) -> None:
+        """Ends the request, begun or not; what it holds is free within a step."""
+        ...
 
 
 class Backend(Protocol):
@@ -96,6 +113,10 @@ class Backend(Protocol):
 
     def cards(self) -> Sequence[Card]:
         """The base first, then adapters by name."""
+        ...
+
+    async def weigh(self, call: Call) -> Weighed:
+        """Before limits are asked: what is wrong with the request by itself is told here."""
         ...
 
     async def answer(self, call: Call) -> dict[str, Any]:
