@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from secrets import randbits
 from typing import Any
 
@@ -76,10 +77,15 @@ class Prepared:
 class Reader:
     """Reads requests for one base. May be used from several threads."""
 
-    def __init__(self, base: Base, grammars: Grammars, limits: LimitsConfig) -> None:
-        self.base, self.grammars, self.limits = base, grammars, limits
+    def __init__(self, base: Base, limits: LimitsConfig) -> None:
+        self.base, self.limits = base, limits
         self.vocabulary = int(base.module.config.get_text_config().vocab_size)
         self._eos = _eos(base)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Made when first asked for: what it needs is loaded then."""
+        return Grammars(self.base.tokenizer, self.vocabulary)
 
     def chat(self, asked: ChatRequest, template: ChatTemplate) -> Prepared:
         """Raises ApiError (400) that names the field."""

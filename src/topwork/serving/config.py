@@ -31,8 +31,9 @@ Digest = Annotated[str, AfterValidator(_digest)]
 class EngineConfig(Options):
     batch_size: int = Field(default=64, ge=1)
     """Sequences that run together."""
-    max_batch_tokens: int = Field(default=512, ge=1)
-    """Tokens of a pass: those that are decoded, and parts of prompts that are read beside them."""
+    max_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a pass: those that are decoded, and parts of prompts that are read beside them; left out, what the
+    engine takes at once."""
     kv_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose keys and values are held, of all sequences together; chosen from free memory when left out."""
     max_waiting: int = Field(default=256, ge=0)

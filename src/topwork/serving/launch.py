@@ -12,7 +12,6 @@ from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
 from topwork.data.template import ChatTemplate
 from topwork.generation.engine import Engine, EngineSettings
-from topwork.generation.grammar import Grammars
 from topwork.generation.registry import Registry
 from topwork.models.base import Base
 from topwork.models.load import load_base
@@ -73,7 +72,7 @@ def open_service(config: ServeConfig, say: Say = print) -> Opened:
         kv_tokens=config.engine.kv_tokens,
     )  # fmt: skip
     engine = Engine(base, settings, contents=registry.contents)
-    reader = Reader(base, Grammars(base.tokenizer, vocabulary(base)), config.limits)
+    reader = Reader(base, config.limits)
     backend = LocalBackend(
         base, served, template, reader, Worker(engine, parts.meter.stepped), registry,
         config.engine.batch_size + config.engine.max_waiting,
@@ -131,11 +130,6 @@ def listening(config: ServeConfig) -> socket.socket:
 def served_name(name: str) -> str:
     """What requests call a base: its name without owner or folders."""
     return Path(name).name or name
-
-
-def vocabulary(base: Base) -> int:
-    """Columns of its logits."""
-    return int(base.module.config.get_text_config().vocab_size)
 
 
 def _open_base(config: ServeConfig, say: Say) -> tuple[Base, ChatTemplate, dict[str, Path]]:

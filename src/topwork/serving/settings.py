@@ -1,4 +1,4 @@
-"""Reading serve.yaml: what the file says, with what the command line says over it; wrong keys are told with near ones."""
+"""Reading serve.yaml: the file, with what the command line says over it; wrong keys are told with near ones."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +97,7 @@ def _explained(entry: Any) -> str:
     where = ".".join(keys)
     if entry["type"] == "extra_forbidden":
         known = _fields(entry["loc"][:-1])
-        return f"unknown key {where!r}{did_you_mean(keys[-1], known) or f'; known here: {", ".join(sorted(known))}'}"
+        return f"unknown key {where!r}" + (did_you_mean(keys[-1], known) or f"; known here: {', '.join(sorted(known))}")
     if entry["type"] == "missing":
         return f"{where!r} is needed and missing"
     if entry["type"] == "value_error":

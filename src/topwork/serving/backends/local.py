@@ -219,7 +219,7 @@ class LocalBackend:
 
         admitted = await self.worker.admit(enter, prepared.choices)
         if versions:
-            reading.version(versions[0].content[:SHORT])
+            reading.version(versions[0].content.rpartition(":")[2][:SHORT])
         return admitted
 
     def _requests(self, prepared: Prepared, adapter: str | None, salt: str, share: str) -> list[Request]:
