@@ -1,9 +1,10 @@
 """A whole server over a tiny base, whose engine says what a script has for each request: one token a step."""
 
 import asyncio
+import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from topwork.serving.backends.local import LocalBackend
 from topwork.serving.config import ServeConfig
 from topwork.serving.seams import Parts
 from topwork.serving.service import Service
+from topwork.serving.shutdown import Server
 from topwork.serving.worker import Worker
 
 BASE = "tiny"
@@ -99,6 +101,7 @@ class Scripted:
     backend: LocalBackend
     engine: ScriptedEngine
     registry: Registry
+    app: Any
     client: httpx.AsyncClient
 
     def until(self, true: Callable[[], bool]) -> Awaitable[None]:
@@ -149,12 +152,13 @@ async def scripted(
     )  # fmt: skip
     service = Service(config, backend, parts)
     await backend.start()
-    transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+    app = create_app(service)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
         try:
             for name, path in config.adapters.items():
                 await backend.take(name, Path(path))
-            yield Scripted(service, backend, engine, registry, client)
+            yield Scripted(service, backend, engine, registry, app, client)
         finally:
             engine.gate.set()
             await backend.stop(5)
@@ -164,3 +168,31 @@ async def scripted(
             for name in registry.names():
                 registry.unload(name)
             torch.manual_seed(0)
+
+
+@contextmanager
+def served(
+    base: Base, say: Callable[[Request], Sequence[int]], **values: Any
+) -> Iterator[tuple[Scripted, Server, tuple[str, int]]]:
+    """The same behind a real socket of this machine, in a thread of its own; the server is told to end afterwards."""
+    ready, found = threading.Event(), []
+
+    async def run() -> None:
+        async with scripted(base, say, **values) as made:
+            server = Server(made.app, made.service)
+            listener = socket.create_server(("127.0.0.1", 0))
+            found.append((made, server, listener.getsockname()))
+            asyncio.get_running_loop().call_soon(ready.set)
+            await server.serve([listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield found[0]
+    finally:
+        found[0][0].engine.gate.set()
+        if thread.is_alive():
+            found[0][1].stop()
+        thread.join(20)
+        assert not thread.is_alive()

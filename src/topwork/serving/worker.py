@@ -191,21 +191,19 @@ class Worker:
 
     def _turn(self) -> bool:
         """The commands that have come, waiting for one where nothing runs, then a step. Whether to go on."""
-        for command in self._taken():
+        wait = not self.engine.busy
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                break
             if command is None:
                 return False
             command.run()
+            wait = False
         if self.engine.busy:
             self._step()
         return True
-
-    def _taken(self) -> list[_Command | None]:
-        taken = [] if self.engine.busy else [self._commands.get()]
-        while True:
-            try:
-                taken.append(self._commands.get_nowait())
-            except queue.Empty:
-                return taken
 
     def _step(self) -> None:
         try:
