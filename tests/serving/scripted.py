@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -40,12 +41,14 @@ class ScriptedEngine:
     """say(request) -> the tokens of its answer; it ends with a stop token after them, or where it has no room.
 
     gate   a step waits until it is set
+    least  and until so many run
     fail   what the next steps raise, first to last
     """
 
     say: Callable[[Request], Sequence[int]]
     gate: threading.Event = field(default_factory=threading.Event)
     fail: list[Exception] = field(default_factory=list)
+    least: int = 0
     steps: int = 0
     cancelled: list[int] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -72,6 +75,9 @@ class ScriptedEngine:
         self.running.clear()
 
     def step(self) -> list[Event]:
+        if len(self.running) < self.least:
+            time.sleep(0.001)
+            return []
         self.gate.wait(20)
         self.steps += 1
         if self.fail:
@@ -181,6 +187,7 @@ def served(
         async with scripted(base, say, **values) as made:
             server = Server(made.app, made.service)
             listener = socket.create_server(("127.0.0.1", 0))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
             found.append((made, server, listener.getsockname()))
             asyncio.get_running_loop().call_soon(ready.set)
             await server.serve([listener])

@@ -90,13 +90,14 @@ def allowed_folder(allowed: str | None, path: str) -> Path:
         raise ApiError(400, "lora_path has a zero byte", "lora_path")
     try:
         folder = (root / path).resolve()
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a ring
-        raise ApiError(404, f"no adapter at {quoted(path)}", "lora_path", "adapter_not_found") from error
+        there = root not in folder.parents or folder.is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, links in a ring
+        there = False
+    if not there:
+        raise ApiError(404, f"no adapter at {quoted(path)}", "lora_path", "adapter_not_found")
     if root not in folder.parents:
         told = "lora_path leads out of the folder that adapters may be loaded from; give a path below it"
         raise ApiError(403, told, "lora_path", "path_not_allowed")
-    if not folder.is_dir():
-        raise ApiError(404, f"no adapter at {quoted(path)}", "lora_path", "adapter_not_found")
     return folder
 
 

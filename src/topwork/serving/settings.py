@@ -88,7 +88,9 @@ def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(adapters := made.get("adapters"), dict):
         made["adapters"] = {name: found(path) for name, path in adapters.items()}
     elif isinstance(adapters, list):
-        made["adapters"] = [{**e, "path": found(e.get("path"))} if isinstance(e, dict) else e for e in adapters]
+        made["adapters"] = [
+            {**e, "path": found(e["path"])} if isinstance(e, dict) and "path" in e else e for e in adapters
+        ]
     return made
 
 
