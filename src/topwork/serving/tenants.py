@@ -35,7 +35,7 @@ class Tenants:
         self._allowances = {config.name: Allowance(config, clock) for config in configs}
         self._models = {config.name: _any_of(config.models) for config in configs}
         self._keys = [(bytes.fromhex(key), _caller(config)) for config in configs for key in config.key_sha256]
-        self._inside: dict[str, Allowance] = {}
+        self._inside: dict[str, tuple[Allowance, int]] = {}
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `authorization: Bearer KEY`. Raises ApiError (401)."""
@@ -64,13 +64,14 @@ class Tenants:
         """Raises LimitReached."""
         allowance = self._allowances[call.caller.name]
         allowance.enter(call.prompt_tokens)
-        self._inside[call.id] = allowance
+        self._inside[call.id] = allowance, call.prompt_tokens
 
     def leave(self, call: Call) -> None:
-        """A call that has left already, or never entered, changes nothing."""
-        allowance = self._inside.pop(call.id, None)
-        if allowance is not None:
-            allowance.leave(call.generated_tokens)
+        """A call that has left already, or never entered, changes nothing. A prompt whose tokens were not known at the
+        entrance is paid now."""
+        if call.id in self._inside:
+            allowance, paid = self._inside.pop(call.id)
+            allowance.leave(call.prompt_tokens - paid + call.generated_tokens)
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """x-ratelimit-…: what a tenant with limits is told with every answer."""
