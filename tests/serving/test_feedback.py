@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from serving.stage import Stage, stage
 from topwork.serving.comparison import newcombe
-from topwork.serving.tenants import new_key
+from topwork.serving.keys import new_key
 
 ARMS = [{"name": "plain", "model": "base"}, {"name": "tuned", "model": "support"}]
 ROUTE = {"name": "ab", "arms": ARMS, "sticky": "user"}

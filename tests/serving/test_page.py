@@ -13,7 +13,7 @@ from serving import browser
 from serving.stage import Stage, served, stage
 from topwork.serving.endpoints import PAGE
 from topwork.serving.errors import ApiError
-from topwork.serving.tenants import new_key
+from topwork.serving.keys import new_key
 
 needs_chromium = pytest.mark.skipif(browser.found() is None, reason="no Chromium is installed to open the page with")
 SAID = {"support": ["<b>Unplug</b> ", "the kettle ", "& wait."], "json": ['{"urgent": ', "true}"]}

@@ -36,7 +36,7 @@ def test_arms_meet_their_shares(weights: tuple[float, ...]) -> None:
         assert counted[f"arm{name}"] / len(KEYS) == pytest.approx(share, abs=off)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=5), st.floats(0.1, 10))
 def test_another_weight_moves_keys_to_its_arm_or_away_from_it_alone(weights: list[float], new: float) -> None:
     made = routes(*weights)

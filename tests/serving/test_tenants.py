@@ -9,7 +9,8 @@ from starlette.testclient import TestClient
 
 from serving.stage import config, stage
 from topwork.serving.errors import ApiError
-from topwork.serving.tenants import Tenants, new_key
+from topwork.serving.keys import new_key
+from topwork.serving.tenants import Tenants
 
 KEYS = {name: new_key() for name in ("ann", "bob", "ops", "prometheus")}
 TENANTS = [
@@ -38,12 +39,22 @@ def ask(client: TestClient, name: str, model: str, **more: Any) -> Any:
 @pytest.mark.parametrize(
     "authorization",
     [
-        None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEYS['ann'][0]}", KEYS["ann"][0],
-        f"Bearer {KEYS['ann'][0]}x", f"Bearer {KEYS['ann'][1]}", "Bearer \xe4\xff",
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Basic KEY",
+        "KEY",
+        "Bearer KEYx",
+        "Bearer HASH",
+        "Bearer \xe4\xff",
     ],
-)  # fmt: skip
+)
 def test_no_key_and_a_wrong_one_are_answered_alike(authorization: str | None) -> None:
-    headers = {} if authorization is None else {"authorization": authorization}
+    headers = {}
+    if authorization is not None:  # keys are not the same in two processes, and names of tests have to be
+        headers = {"authorization": authorization.replace("KEY", KEYS["ann"][0]).replace("HASH", KEYS["ann"][1])}
     with pytest.raises(ApiError) as caught:
         Tenants(config(tenants=TENANTS).tenants).identify(headers)
     with pytest.raises(ApiError) as none:

@@ -5,26 +5,17 @@ neither salt nor a slow function. All hashes are compared whatever came, each in
 when, is the same for no key and for a wrong one.
 """
 
-import hashlib
 import hmac
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
-from secrets import token_urlsafe
 from time import monotonic
 
 from topwork.serving.config import TenantConfig
 from topwork.serving.errors import ApiError
+from topwork.serving.keys import digest
 from topwork.serving.limits import Allowance
 from topwork.serving.seams import Call, Caller
-
-KEY_BEGINS = "tw-"
-
-
-def new_key() -> tuple[str, str]:
-    """A new key, and its SHA-256 for the file."""
-    key = KEY_BEGINS + token_urlsafe(32)
-    return key, hashlib.sha256(key.encode()).hexdigest()
 
 
 class Tenants:
@@ -40,10 +31,10 @@ class Tenants:
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `authorization: Bearer KEY`. Raises ApiError (401)."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        given = digest(key.strip())
         found = None
-        for digest, caller in self._keys:
-            if hmac.compare_digest(digest, given):
+        for known, caller in self._keys:
+            if hmac.compare_digest(known, given):
                 found = caller
         if found is None or scheme.lower() != "bearer":
             raise ApiError(
