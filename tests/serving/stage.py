@@ -1,4 +1,4 @@
-"""A server with all parts but an engine: it answers what it was told to, and tells gate and meter as a real one does."""
+"""A server with all parts but an engine: it answers what it was told to, and tells gate and meter as a real one."""
 
 import asyncio
 import itertools

@@ -1,6 +1,6 @@
 """`topwork chat`: ask a run, with and without its adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +55,3 @@ class Chat:
     def forget(self) -> None:
         """Begin anew."""
         self.turns.clear()
-
-
-def side_by_side(run: OpenRun, text: str, sampling: Sampling, system: str | None = None) -> Sequence[str]:
-    """(without the adapter, with it)."""
-    return [answer(run, text, adapter, sampling, system) for adapter in (False, True)]

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, lgamma, log, log1p, sqrt
 from statistics import NormalDist
+from typing import Self
 
 LEVEL = 0.95
 Interval = tuple[float, float]
 
 _NO_SPREAD = 1e-12
 """A variance below it is rounding: all values are alike."""
-_HALVINGS = 60
+_HALVINGS = 48
 
 
 @dataclass
@@ -105,10 +106,10 @@ def welch(one: Moments, other: Moments, level: float = LEVEL) -> Interval | None
 
 def always_valid(total: float, count: int, level: float = LEVEL) -> Interval:
     """An interval of the mean of values in [0, 1] that holds at every look at once (see above)."""
-    against, most, share = _evidence(total, count), -log(1 - level), _share(total, count)
+    against, most, share = _Evidence.of(total, count), -log(1 - level), _share(total, count)
     return (
-        _edge(lambda p: against(p) < most, share, 0.0),
-        _edge(lambda p: against(p) < most, share, 1.0),
+        _edge(lambda p: against.at(p) < most, share, 0.0),
+        _edge(lambda p: against.at(p) < most, share, 1.0),
     )
 
 
@@ -116,14 +117,18 @@ def always_valid_difference(
     total: float, count: int, other_total: float, other_count: int, level: float = LEVEL
 ) -> Interval:
     """An interval of the second mean minus the first, of values in [0, 1], that holds at every look at once."""
-    one, other, most = _evidence(total, count), _evidence(other_total, other_count), -log(1 - level)
-    first, second = _share(total, count), _share(other_total, other_count)
+    if count == 0 and other_count == 0:
+        return -1.0, 1.0
+    one, other, most = _Evidence.of(total, count), _Evidence.of(other_total, other_count), -log(1 - level)
 
     def possible(difference: float) -> bool:
+        """Whether some pair of means that differ so stays below: the least of both together, which is convex."""
         low, high = max(0.0, -difference), min(1.0, 1.0 - difference)
-        return _lowest(lambda p: one(p) + other(p + difference), low, high) < most
+        p = _edge(lambda p: one.slope(p) + other.slope(p + difference) < 0, low, high)
+        return one.at(p) + other.at(p + difference) < most
 
-    return _edge(possible, second - first, -1.0), _edge(possible, second - first, 1.0)
+    likeliest = _share(other_total, other_count) - _share(total, count)
+    return _edge(possible, likeliest, -1.0), _edge(possible, likeliest, 1.0)
 
 
 def student(freedom: float, level: float = LEVEL) -> float:
@@ -161,10 +166,24 @@ def _continued(a: float, b: float, x: float) -> float:
     return value
 
 
-def _evidence(total: float, count: int) -> Callable[[float], float]:
+@dataclass(frozen=True)
+class _Evidence:
     """log M(p), which is convex in p."""
-    constant = _log_beta(total + 0.5, count - total + 0.5) - _log_beta(0.5, 0.5)
-    return lambda p: constant - _times_log(total, p) - _times_log(count - total, 1 - p)
+
+    constant: float
+    ups: float
+    downs: float
+
+    @classmethod
+    def of(cls, total: float, count: int) -> Self:
+        ups, downs = max(0.0, total), max(0.0, count - total)  # sums of scores are rounded
+        return cls(_log_beta(ups + 0.5, downs + 0.5) - _log_beta(0.5, 0.5), ups, downs)
+
+    def at(self, p: float) -> float:
+        return self.constant - _times_log(self.ups, p) - _times_log(self.downs, 1 - p)
+
+    def slope(self, p: float) -> float:
+        return _over(self.downs, 1 - p) - _over(self.ups, p)
 
 
 def _log_beta(a: float, b: float) -> float:
@@ -177,20 +196,15 @@ def _times_log(factor: float, value: float) -> float:
     return factor * log(value) if value > 0 else -inf
 
 
+def _over(factor: float, value: float) -> float:
+    if factor <= 0:
+        return 0.0
+    return factor / value if value > 0 else inf
+
+
 def _share(total: float, count: int) -> float:
     """What is likeliest; in the middle where nothing is known."""
     return total / count if count else 0.5
-
-
-def _lowest(function: Callable[[float], float], low: float, high: float) -> float:
-    """The least value of a convex function between two places, by thirds."""
-    for _ in range(_HALVINGS):
-        third = (high - low) / 3
-        if function(low + third) <= function(high - third):
-            high -= third
-        else:
-            low += third
-    return function((low + high) / 2)
 
 
 def _edge(inside: Callable[[float], bool], within: float, end: float) -> float:

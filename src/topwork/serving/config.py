@@ -211,7 +211,7 @@ class ServeConfig(Options):
         if not (self.tenants or self.no_auth or _of_this_machine(self.host)):
             raise ValueError(
                 f"host {self.host!r} is reached from other machines, and without tenants whoever reaches it may ask "
-                "and load adapters; give tenants their keys (`topwork serve-key NAME`), or say no_auth (--no-auth)"
+                "and load adapters; give tenants their keys (`topwork serve-key NAME`), or --set no_auth=true"
             )
         return self
 

@@ -20,6 +20,7 @@ from topwork.serving.figures import ArmFigures
 from topwork.serving.metrics import CONTENT_TYPE, Metrics
 from topwork.serving.reading import checked, read_json
 from topwork.serving.routes import Route, Routes
+from topwork.serving.schema import gives, takes
 from topwork.serving.seams import Caller, Gate
 from topwork.serving.tenants import Tenants
 from topwork.serving.votes import Vote
@@ -94,7 +95,7 @@ def endpoints(ways: Ways) -> APIRouter:
 
 
 def _add_routes(router: APIRouter, ways: Ways) -> None:
-    @router.get("/v1/routes", tags=["routes"])
+    @router.get("/v1/routes", tags=["routes"], **gives("application/json"))
     async def list_routes(request: Request) -> JSONResponse:
         """The routes that one may use; an admin sees their figures."""
         caller = ways.caller(request)
@@ -102,14 +103,14 @@ def _add_routes(router: APIRouter, ways: Ways) -> None:
         data = [await ways.told(route) for route in seen] if caller.admin else [{"name": route.name} for route in seen]
         return JSONResponse({"object": "list", "data": data})
 
-    @router.get("/v1/routes/{name}", tags=["routes"])
+    @router.get("/v1/routes/{name}", tags=["routes"], **gives("application/json"))
     async def one_route(request: Request, name: str) -> JSONResponse:
         """What came of each arm, and what may be said of their differences. For admins."""
         route = ways.route(ways.caller(request), name)
         ways.admin(request, "what came of a route's arms")
         return JSONResponse(await ways.told(route))
 
-    @router.put("/v1/routes/{name}", tags=["routes"], openapi_extra=_takes(Weights))
+    @router.put("/v1/routes/{name}", tags=["routes"], **takes(Weights, "application/json"))
     async def change_route(request: Request, name: str) -> JSONResponse:
         """Other weights from the next request on. For admins."""
         ways.route(ways.caller(request), name)
@@ -122,14 +123,14 @@ def _add_routes(router: APIRouter, ways: Ways) -> None:
 
 
 def _add_feedback(router: APIRouter, ways: Ways) -> None:
-    @router.post("/v1/feedback", tags=["feedback"], openapi_extra=_takes(Vote))
+    @router.post("/v1/feedback", tags=["feedback"], **takes(Vote, "application/json"))
     async def vote(request: Request) -> JSONResponse:
         """A vote on an answer, or on two side by side. A second one on the same replaces the first."""
         caller = ways.caller(request)
         given = checked(Vote, await read_json(request))
         return JSONResponse(await ways.feedback.give(given, caller.name))
 
-    @router.get("/v1/comparisons", tags=["feedback"])
+    @router.get("/v1/comparisons", tags=["feedback"], **gives("application/json"))
     async def comparisons(request: Request) -> JSONResponse:
         """What side-by-side votes came to, for each two models. For admins."""
         ways.admin(request, "what votes came to")
@@ -139,7 +140,7 @@ def _add_feedback(router: APIRouter, ways: Ways) -> None:
 
 
 def _add_metrics(router: APIRouter, ways: Ways) -> None:
-    @router.get("/metrics", tags=["server"])
+    @router.get("/metrics", tags=["server"], **gives("text/plain"))
     async def metrics(request: Request) -> Response:
         """For Prometheus. Where there are keys: an admin's, or one that may read metrics."""
         caller = ways.caller(request)
@@ -167,8 +168,3 @@ def _add_page(router: APIRouter) -> None:
 
 def _reported(route: Route, figures: Mapping[str, ArmFigures], pairs: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
     return report(route, figures, lambda one, other: pairs[one, other])
-
-
-def _takes(kind: type[Options]) -> dict[str, Any]:
-    """What OpenAPI says of the body, which is read and checked by hand (`reading.py`)."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

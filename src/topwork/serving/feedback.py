@@ -85,6 +85,11 @@ class Feedback:
         while len(self._answers) > self.remembered:
             self._answers.popitem(last=False)
 
+    def ended(self, call: Call) -> None:
+        """Which version answered is known by now."""
+        if call.id in self._answers:
+            self._answers[call.id].version = call.version
+
     def figures(self, route: str, arm: str) -> ArmFigures:
         """An arm's, which its calls are counted in too."""
         return self.arms.setdefault((route, arm), ArmFigures())

@@ -9,6 +9,8 @@ from topwork.serving.seams import Call
 
 _STEP = log(1.02)
 MOST_VERSIONS = 32
+GONE = 499
+"""The status of a call whose client did not wait."""
 
 _TURNED = {"first": "second", "second": "first", "both_good": "both_good", "both_bad": "both_bad"}
 NOTHING_YET = "no difference can be told yet"
@@ -43,8 +45,8 @@ class Times:
 
 @dataclass
 class ArmFigures:
-    """An arm's: `requests` are those that reached the engine and ended, cancelled ones among them; what a request did
-    wrong is not an arm's error."""
+    """An arm's. `requests` are those that reached the engine and were answered, gave up (`cancelled`) or failed there
+    (`errors`); what was refused is none."""
 
     requests: int = 0
     errors: int = 0
@@ -59,9 +61,10 @@ class ArmFigures:
 
     def count(self, call: Call) -> None:
         """A call that has ended."""
+        if 400 <= call.status < GONE:
+            return
         self.requests += 1
-        failed = call.status >= 500 or "failed" in call.finish
-        cancelled = not failed and (call.status == 499 or "cancelled" in call.finish)
+        failed, cancelled = call.status > GONE, call.status == GONE
         self.errors += failed
         self.cancelled += cancelled
         self.prompt_tokens += call.prompt_tokens

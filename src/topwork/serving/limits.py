@@ -29,8 +29,8 @@ class LimitReached(ApiError):
     def headers(self) -> dict[str, str]:
         """When it may be tried again, in seconds and in milliseconds, and the tenant's limits."""
         return {
-            "retry-after": str(max(1, ceil(self.seconds))),
-            "retry-after-ms": str(max(1, ceil(self.seconds * 1000))),
+            "retry-after": str(max(1, ceil(self.seconds - _ROUNDING))),
+            "retry-after-ms": str(max(1, ceil(self.seconds * 1000 - _ROUNDING))),
             **self.told,
         }
 
@@ -99,11 +99,11 @@ class Allowance:
         self._charge("requests", 1)
         self._charge("tokens", prompt_tokens)
 
-    def leave(self, generated_tokens: int) -> None:
-        """Give the place back, and pay for the answer."""
+    def leave(self, tokens: int) -> None:
+        """Give the place back, and pay for what was not paid at the entrance."""
         self._fill()
         self.running -= 1
-        self._charge("tokens", generated_tokens)
+        self._charge("tokens", tokens)
 
     def headers(self) -> dict[str, str]:
         """The limits, what is left of them and when they are whole again, as OpenAI calls them."""

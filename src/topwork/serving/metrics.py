@@ -42,7 +42,6 @@ class Metrics:
         self.base_name, self.most_lora = base_name, most_lora
         self.registry = CollectorRegistry()
         self._models = {base_name}
-        self._first_tokens: dict[str, int] = {}
         self._running: dict[str, Call] = {}
         self._seen: dict[str, int] = {}
         self._make_requests()
@@ -53,20 +52,15 @@ class Metrics:
     def began(self, call: Call) -> None:
         """It is handed to the engine."""
         self._running[call.id] = call
-        self._first_tokens[call.id] = 0
 
     def token(self, call: Call, seconds: float) -> None:
-        """Each choice's first is no time between tokens."""
-        came = self._first_tokens.get(call.id, call.choices)
-        if came < call.choices:
-            self._first_tokens[call.id] = came + 1
-        else:
+        """Each choice's first, which is told from the arrival on, is no time between tokens."""
+        if call.last_token_at is None or seconds < call.last_token_at - call.arrived_at:
             self._between.labels(self.label(call)).observe(seconds)
 
     def ended(self, call: Call) -> None:
         """It has ended, or was refused after its model was known."""
         reached_engine = self._running.pop(call.id, None) is not None
-        self._first_tokens.pop(call.id, None)
         model = self.label(call)
         self._answered.labels(model, call.endpoint, str(call.status)).inc()
         if call.caller.name:
@@ -108,9 +102,9 @@ class Metrics:
 
     def adapters(self) -> Iterator[tuple[str, bool]]:
         """Of each request that is under way: its adapter, and whether a token has come."""
-        for id, call in self._running.items():
+        for call in self._running.values():
             if call.target.adapter is not None:
-                yield self.label(call), self._first_tokens[id] > 0
+                yield self.label(call), call.first_token_at is not None
 
     def _make_requests(self) -> None:
         vllm = partial(_named, "vllm", self.registry, ("model_name",))

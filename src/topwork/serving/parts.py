@@ -54,6 +54,7 @@ class Counted:
     def ended(self, call: Call) -> None:
         """It has ended, or was refused; arms are not counted by what never reached the engine."""
         self.metrics.ended(call)
+        self.feedback.ended(call)
         if call.id in self._under_way and call.target.route is not None:
             self.feedback.figures(call.target.route, str(call.target.arm)).count(call)
         self._under_way.discard(call.id)

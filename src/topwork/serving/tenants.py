@@ -5,26 +5,17 @@ neither salt nor a slow function. All hashes are compared whatever came, each in
 when, is the same for no key and for a wrong one.
 """
 
-import hashlib
 import hmac
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
-from secrets import token_urlsafe
 from time import monotonic
 
 from topwork.serving.config import TenantConfig
 from topwork.serving.errors import ApiError
+from topwork.serving.keys import digest
 from topwork.serving.limits import Allowance
 from topwork.serving.seams import Call, Caller
-
-KEY_BEGINS = "tw-"
-
-
-def new_key() -> tuple[str, str]:
-    """A new key, and its SHA-256 for the file."""
-    key = KEY_BEGINS + token_urlsafe(32)
-    return key, hashlib.sha256(key.encode()).hexdigest()
 
 
 class Tenants:
@@ -35,15 +26,15 @@ class Tenants:
         self._allowances = {config.name: Allowance(config, clock) for config in configs}
         self._models = {config.name: _any_of(config.models) for config in configs}
         self._keys = [(bytes.fromhex(key), _caller(config)) for config in configs for key in config.key_sha256]
-        self._inside: dict[str, Allowance] = {}
+        self._inside: dict[str, tuple[Allowance, int]] = {}
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `authorization: Bearer KEY`. Raises ApiError (401)."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        given = digest(key.strip())
         found = None
-        for digest, caller in self._keys:
-            if hmac.compare_digest(digest, given):
+        for known, caller in self._keys:
+            if hmac.compare_digest(known, given):
                 found = caller
         if found is None or scheme.lower() != "bearer":
             raise ApiError(
@@ -64,13 +55,14 @@ class Tenants:
         """Raises LimitReached."""
         allowance = self._allowances[call.caller.name]
         allowance.enter(call.prompt_tokens)
-        self._inside[call.id] = allowance
+        self._inside[call.id] = allowance, call.prompt_tokens
 
     def leave(self, call: Call) -> None:
-        """A call that has left already, or never entered, changes nothing."""
-        allowance = self._inside.pop(call.id, None)
-        if allowance is not None:
-            allowance.leave(call.generated_tokens)
+        """A call that has left already, or never entered, changes nothing. A prompt whose tokens were not known at the
+        entrance is paid now."""
+        if call.id in self._inside:
+            allowance, paid = self._inside.pop(call.id)
+            allowance.leave(call.prompt_tokens - paid + call.generated_tokens)
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """x-ratelimit-…: what a tenant with limits is told with every answer."""
