@@ -48,16 +48,16 @@ def allowed_folder(given: str, roots: Sequence[Path]) -> Path:
         raise AdapterError(f"{quoted(given)} is no path; give the adapter's folder, relative to one that is allowed")
     if not roots:
         raise AdapterError("no folder is allowed from which adapters may be loaded; whoever runs this has to name one")
-    inside = False
-    for root in map(Path.resolve, roots):
+    real, inside = [root.resolve() for root in roots], False
+    for root in real:
         try:
             place = (root / given).resolve()  # an absolute path stands for itself
+            if any(place.is_relative_to(other) for other in real):
+                inside = True
+                if place.is_dir():
+                    return place
         except (OSError, RuntimeError, ValueError):  # links in a ring, names too long, no text
             continue
-        if place.is_relative_to(root):
-            inside = True
-            if place.is_dir():
-                return place
     if not inside:
         raise AdapterError(f"{quoted(given)} lies outside of the folders that adapters may be loaded from")
     raise UnknownAdapterError(f"there is no folder {quoted(given)} among those that adapters may be loaded from")
