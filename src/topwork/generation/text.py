@@ -5,7 +5,7 @@ import json
 import re
 import weakref
 from collections.abc import Collection, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from topwork.common.errors import RequestError
@@ -91,6 +91,11 @@ class Pieces:
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = frozenset(named | added)
         self.name, self.bytes_of, self.is_byte = cache(self._name), cache(self._bytes_of), cache(self._is_byte)
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """Text -> id of the special tokens."""
+        return {name: token for token in self.special if (name := self.name(token)) is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Their text, special ones included."""
