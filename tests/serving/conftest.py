@@ -10,7 +10,7 @@ from topwork.models.base import Base
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """Random, two layers, a context of 512."""
+    """Random, two layers, a context of 2048."""
     return tiny(tmp_path_factory.mktemp("base"))
 
 

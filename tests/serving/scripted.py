@@ -1,6 +1,7 @@
 """A whole server over a tiny base, whose engine says what a script has for each request: one token a step."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -122,8 +123,11 @@ class Scripted:
 
 
 def tiny(folder: Path) -> Base:
-    """A random base with a tokenizer and a chat template."""
-    config = ModelConfig(model_name_or_path=str(write_model(folder / BASE)), dtype="float32", device="cpu")
+    """A random base with a tokenizer and a chat template, and room for tools in its context."""
+    written = write_model(folder / BASE)
+    values = json.loads((written / "config.json").read_text())
+    (written / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 2048}))
+    config = ModelConfig(model_name_or_path=str(written), dtype="float32", device="cpu")
     return load_base(config, lambda _: None)
 
 

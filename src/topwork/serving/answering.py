@@ -31,7 +31,7 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     ended: str | None = None
-    """stop, length; None while it goes on."""
+    """stop, length; None while it goes on. Whoever takes the piece may set it, and the choice ends with it."""
 
 
 class Answering:
@@ -66,6 +66,9 @@ class Answering:
                     self.worker.give_up(self.admitted, stopped)
                 for piece in brought.values():
                     yield piece
+                    if piece.ended is not None and piece.choice in self._going:
+                        self._going.discard(piece.choice)
+                        self.worker.give_up(self.admitted, [piece.choice])
         finally:
             self.end()
 

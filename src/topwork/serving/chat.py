@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from topwork.generation.calls import CallParser, Delta, together
 from topwork.generation.text import token_bytes, token_text
-from topwork.generation.tools import CallParser, Delta, together
 from topwork.serving.answering import Piece, Scored, usage
 from topwork.serving.asking import Prepared
 from topwork.serving.openai import ChatRequest
@@ -47,6 +47,8 @@ class ChatAnswer:
         """The chunks that a piece makes, none where nothing may be shown yet."""
         choice = self.choices[piece.choice]
         deltas = choice.parser.add(piece.text) if piece.text else []
+        if choice.parser.ended:  # all calls that it may have are there
+            piece.ended = piece.ended or "stop"
         deltas += choice.parser.finish() if piece.ended is not None else []
         choice.deltas += deltas
         choice.tokens += piece.tokens
