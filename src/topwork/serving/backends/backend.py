@@ -5,10 +5,10 @@ body as OpenAI's clients send it, with the name of the adapter (or the base) tha
 OpenAI's objects. Everything here runs on the event loop and never blocks it.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from topwork.common.errors import TopworkError
 
@@ -40,7 +40,8 @@ class Call:
 class Card:
     """One model that can be asked for: the base (`parent` None) or an adapter on it.
 
-    root   a label of where it is from, never a path of this machine
+    root     a label of where it is from, never a path of this machine
+    content  the hash of what the adapter is; empty for the base
     """
 
     id: str
@@ -48,6 +49,7 @@ class Card:
     root: str
     parent: str | None
     context_length: int
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,27 @@ class Refused(TopworkError):
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
 
-Chunks = AsyncGenerator[dict[str, Any], None]
-"""OpenAI's chunks in order, without `[DONE]`. The last has `choices: []` and `usage`, whether or not the client asked
-for it (the app counts by it, and leaves it out for those who have not asked). `aclose` ends the request, and what it
-holds is free within a step."""
+@dataclass(frozen=True)
+class Weighed:
+    """What a request may cost: its prompts' tokens (0 where nobody here can tell), the most that may be generated over
+    all choices, and how many these are."""
+
+    prompt_tokens: int
+    max_tokens: int
+    choices: int = 1
+
+
+class Chunks(Protocol):
+    """OpenAI's chunks in order, without `[DONE]`. The last has `choices: []` and `usage`, whether or not the client
+    asked for it (the app counts by it, and leaves it out for those who have not asked)."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> dict[str, Any]: ...
+
+    async def aclose(self) -> None:
+        """Ends the request, begun or not; what it holds is free within a step."""
+        ...
 
 
 class Backend(Protocol):
@@ -98,6 +117,10 @@ class Backend(Protocol):
         """The base first, then adapters by name."""
         ...
 
+    async def weigh(self, call: Call) -> Weighed:
+        """Before limits are asked: what is wrong with the request by itself is told here."""
+        ...
+
     async def answer(self, call: Call) -> dict[str, Any]:
         """The whole answer, `usage` in it. A task that is cancelled ends the request too."""
         ...
@@ -107,9 +130,12 @@ class Backend(Protocol):
         failure after that is raised while iterating."""
         ...
 
-    async def load(self, name: str, folder: Path, replace: bool = False, pinned: bool = False) -> Card:
+    async def load(
+        self, name: str, folder: Path, replace: bool = False, pinned: bool = False, content: str | None = None
+    ) -> Card:
         """Take an adapter from a folder that the app has allowed, under a public name. Requests that were admitted
-        before go on with what the name stood for then."""
+        before go on with what the name stood for then. With `content`, nothing else than that is taken
+        (ChangedAdapterError)."""
         ...
 
     async def unload(self, name: str) -> None:
