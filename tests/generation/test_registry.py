@@ -244,7 +244,7 @@ def test_a_folder_that_changed_meanwhile_is_never_taken_for_the_old_one(tmp_path
     absent = registry.admit("a")
     assert isinstance(absent, Absent)
     write(folder, 2)
-    with pytest.raises(ChangedAdapterError, match="'a' had left memory, and its folder holds another by now"):
+    with pytest.raises(ChangedAdapterError, match="'a' is not what it was when it was loaded"):
         registry.prepare_again(absent)
     put(registry, "a", folder, replace=True)
     assert torch.equal(said(registry, admitted(registry, "a")), expected(folder))

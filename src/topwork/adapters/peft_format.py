@@ -110,6 +110,23 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
     return parts
 
 
+def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
+    """The same on a skeleton without weights, for what is in the file alone: parts that lack what is computed from the
+    base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
+    """
+    plan = plan_on(bare, saved.config, methods)
+    _refuse_more_than_file(plan, saved)
+    parts = {path: planned.make() for path, planned in plan.items()}
+    copies = sorted(key for key in saved.tensors if ".base_layer." in key)
+    if copies:
+        raise AdapterError(
+            f"{saved.path}: its file holds the base's own {copies[0]}, which may have been trained; save it without "
+            "(PEFT: save_pretrained(…, save_embedding_layers=False))"
+        )
+    fill(parts, saved.tensors)
+    return parts
+
+
 def _refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
     """Before anything is made: a rank of a billion is one number in a config."""
     planned, there = sum(p.trained for p in plan.values()), sum(t.numel() for t in saved.tensors.values())

@@ -82,31 +82,26 @@ class Registry:
 
     def prepare(
         self, name: str, folder: Path, source: str | None = None, within: Sequence[Path] | None = None,
-        force: bool = False,
+        force: bool = False, content: str | None = None,
     ) -> Prepared:  # fmt: skip
         """Read an adapter's folder and build what goes into the base, which is not changed. On any thread.
 
         source  the label that clients see; its name, where left out
         within  the folders in which links in it may lead (`read_foreign`)
         force   take it though it was trained on another base
+        content the hash of what it has to be; None takes whatever there is
 
-        Raises UnknownAdapterError where there is no such folder, AdapterError for everything else that is wrong; no
-        message tells a path of this machine.
+        Raises UnknownAdapterError where there is no such folder, ChangedAdapterError where it holds something else,
+        AdapterError for everything else that is wrong; no message tells a path of this machine.
         """
         check_public_name(name, self.reserved)
         place = Place(folder, None if within is None else tuple(within))
-        return self._prepared(name, source or name, place, force)
+        return self._prepared(name, source or name, place, force, content)
 
     def prepare_again(self, absent: Absent) -> Prepared:
         """The same adapter, out of its folder. On any thread. Raises ChangedAdapterError where that holds another by
         now, AdapterError where it cannot be read any more."""
-        prepared = self._prepared(absent.name, absent.source, absent.place, True)
-        if prepared.content != absent.content:
-            raise ChangedAdapterError(
-                f"{_called(absent.name)} had left memory, and its folder holds another by now: load that under the "
-                "name anew, or put the old one back"
-            )
-        return prepared
+        return self._prepared(absent.name, absent.source, absent.place, True, absent.content)
 
     def install(self, prepared: Prepared, replace: bool = False, pinned: bool = False) -> Entry:
         """Have the name stand for what was prepared, from now on.
@@ -187,16 +182,21 @@ class Registry:
         """Those in the base, in the order they came; draining ones too."""
         return list(self._versions.values())
 
-    def _prepared(self, name: str, source: str, place: Place, force: bool) -> Prepared:
+    def _prepared(self, name: str, source: str, place: Place, force: bool, content: str | None) -> Prepared:
         called = _called(name)
         try:
             found = read_foreign(place.folder, called, place.within, self.limits, self.adapters.methods)
+            if content not in (None, found.content):
+                raise ChangedAdapterError(
+                    f"{called} is not what it was when it was loaded: its folder holds another by now; load that under "
+                    "the name anew, or put the old one back"
+                )
             shown = self.reserved[0] if self.reserved else None
             warning = check_base(found.saved, self._base, force, shown)
             check_patterns(found.saved.config, list(self._bare.modules))
             parts = fitted(self._bare, found.saved, self.adapters.methods)
             freeze(parts, self._bare, self._dtype)
-        except UnknownAdapterError:
+        except (UnknownAdapterError, ChangedAdapterError):
             raise
         except TopworkError as error:
             told = str(error) if str(error).startswith(called) else f"{called}: {error}"

@@ -40,7 +40,8 @@ class Call:
 class Card:
     """One model that can be asked for: the base (`parent` None) or an adapter on it.
 
-    root   a label of where it is from, never a path of this machine
+    root     a label of where it is from, never a path of this machine
+    content  the hash of what the adapter is; empty for the base
     """
 
     id: str
@@ -48,6 +49,7 @@ class Card:
     root: str
     parent: str | None
     context_length: int
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ class Backend(Protocol):
         failure after that is raised while iterating."""
         ...
 
-    async def load(self, name: str, folder: Path, replace: bool = False, pinned: bool = False) -> Card:
+    async def load(
+        self, name: str, folder: Path, replace: bool = False, pinned: bool = False, content: str | None = None
+    ) -> Card:
         """Take an adapter from a folder that the app has allowed, under a public name. Requests that were admitted
-        before go on with what the name stood for then."""
+        before go on with what the name stood for then. With `content`, nothing else than that is taken
+        (ChangedAdapterError)."""
         ...
 
     async def unload(self, name: str) -> None:
