@@ -45,8 +45,8 @@ def bearer(name: str | None) -> dict[str, str]:
 
 
 async def ask(made: Scripted, model: str, name: str | None = None, **more: Any) -> httpx.Response:
-    body = {"model": model, "prompt": "Hello!", "max_tokens": 30, **more}
-    return await made.client.post("/v1/completions", json=body, headers=bearer(name))
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 30, **more}
+    return await made.client.post("/v1/chat/completions", json=body, headers=bearer(name))
 
 
 async def figures(made: Scripted, name: str | None = None) -> dict[str, dict[str, Any]]:
