@@ -102,7 +102,7 @@ class Metrics:
 
     def adapters(self) -> Iterator[tuple[str, bool]]:
         """Of each request that is under way: its adapter, and whether a token has come."""
-        for call in self._running.values():
+        for call in list(self._running.values()):  # a look may come from another thread
             if call.target.adapter is not None:
                 yield self.label(call), call.first_token_at is not None
 
