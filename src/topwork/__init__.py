@@ -24,6 +24,8 @@ _WHERE = {
     "merge": "topwork.run.merge",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",
+    "serve": "topwork.serving.launch",
+    "Engine": "topwork.generation.engine",
     "Recipe": "topwork.recipe.recipe",
     "load_recipe": "topwork.recipe.recipe",
     "load_base": "topwork.models.load",

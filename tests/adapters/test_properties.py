@@ -16,12 +16,14 @@ from adapters.toy import WITH_TOY
 from reference.families import chosen_labels, learning_batch, logits, randomise, sequences, tiny_base, tiny_model
 from reference.measure import GRADIENTS_APART, LOGITS_APART, relative
 from reference.quantized_by_others import write_base
+from topwork.adapters.fitting import freeze, held_bytes
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import dequantize, merge
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.held import held_for_inference
 from topwork.models.load import as_base, load_base
 from topwork.models.source import find_source
 from topwork.models.weights import original_weight
@@ -123,6 +125,24 @@ def test_only_its_parameters_train_and_off_is_the_base(name: str, bases: Bases) 
     assert dict(base.module.named_modules()) == modules
     assert all(torch.equal(p, weights[key]) for key, p in base.module.named_parameters())
     assert torch.equal(logits(base, batch_of(sequences())), before)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", ALL)
+def test_frozen_for_serving_it_gives_the_same_and_takes_no_more(name: str, nf4: bool, bases: Bases) -> None:
+    row = ROWS[name]
+    if nf4 and not row.quantized:
+        pytest.skip("stands on no quantized base")
+    base, adapters = trained(bases, row, dtype="bfloat16", nf4=nf4)
+    batch = by_sequence(batch_of(sequences()), ["a", None, "a", "a"])
+    expected, before = logits(base, batch), held_bytes(adapters.parts("a"))
+    freeze(adapters.parts("a"), adapters.bare(), base.module.dtype)
+    for _ in range(2):  # what is held for many passes is held and let go of again
+        with held_for_inference(base.module):
+            assert torch.equal(logits(base, batch), expected)
+    assert not any(parameter.requires_grad for parameter in adapters.parameters("a").values())
+    after = held_bytes(adapters.parts("a"))
+    assert after <= before / (2 if name in ("lora", "pissa", "embedding lora", "prefix", "prompt") else 1)
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])

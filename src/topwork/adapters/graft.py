@@ -1,21 +1,19 @@
 """Putting named adapters into a base and taking them out again: one walk over the model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import Grafted
+from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
 from topwork.adapters.method import Bare, Method, Original, Plan
 from topwork.adapters.methods.table import METHODS
-from topwork.adapters.module import AdaptedLayer, AdapterModule
-from topwork.adapters.module_copy import planned_copy
-from topwork.adapters.targets import find_saved
+from topwork.adapters.module import AdaptedLayer
 from topwork.common.errors import AdapterError
 
 
@@ -44,24 +42,33 @@ class Adapters:
         Raises AdapterError for a name that is taken or cannot be a module's, and for targets that match nothing;
         nothing is grafted then.
         """
+        self.check_name(name)
+        bare = self.bare()
+        plan = plan_on(bare, config, self.methods)
+        _refuse_nested(plan, adapted_layers(self.model))
+        self.put(name, config, fresh_parts(bare, plan, seed))
+        return list(plan)
+
+    def put(self, name: str, config: AdapterConfig, parts: Parts) -> None:
+        """Graft parts that were made and filled before (`fitting.py`). Raises AdapterError as `add` does; nothing is
+        grafted then."""
+        self.check_name(name)
+        _refuse_nested(parts, adapted_layers(self.model))
+        self.configs[name] = config
+        for path, part in parts.items():
+            self._wrapped(path).adapters[name] = part
+
+    def bare(self) -> Bare:
+        """The base as if nothing were grafted; what is planned and made on it stays right whatever is."""
+        return replace(bare_base(self.model, self.tokenizer), original=self.original)
+
+    def check_name(self, name: str) -> None:
+        """AdapterError for a name that is taken or cannot be a module's."""
         if name in self.configs or not is_free(name):
             raise AdapterError(
                 f"adapter name {name!r} is taken, empty or has a dot; taken: {sorted(self.configs)}, and what torch's "
                 "modules call their own (training, weight …)"
             )
-        plan = plan_adapter(self.model, config, self.tokenizer, self.original, self.methods)
-        _refuse_nested(plan, adapted_layers(self.model))
-        self.configs[name] = config
-        try:
-            for path, planned in plan.items():
-                part = planned.make()
-                layer = self._wrapped(path)
-                part.reset_parameters(layer.base_layer, seed, path)
-                layer.adapters[name] = part.to(_device_of(layer.base_layer)).train(False)
-        except BaseException:
-            self.remove(name)
-            raise
-        return list(plan)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; a layer without adapters is the base's own again."""
@@ -73,7 +80,7 @@ class Adapters:
                 _replace(self.model, path, layer.base_layer)
         del self.configs[name]
 
-    def parts(self, name: str) -> dict[str, AdapterModule]:
+    def parts(self, name: str) -> Parts:
         """An adapter's parts by the paths of their modules."""
         self._known(name)
         layers = adapted_layers(self.model)
@@ -81,13 +88,11 @@ class Adapters:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's trainable tensors by PEFT's names without the `base_model.model.` in front, sorted."""
-        found = {_key(path, key): p for path, part in self.parts(name).items() for key, p in part.tensors().items()}
-        return dict(sorted(found.items()))
+        return parameters_of(self.parts(name))
 
     def state(self, name: str) -> dict[str, Tensor]:
         """What the adapter's file holds, by the same names, sorted."""
-        found = {_key(path, key): t for path, part in self.parts(name).items() for key, t in part.state().items()}
-        return dict(sorted(found.items()))
+        return state_of(self.parts(name))
 
     def grafted(self, name: str) -> Grafted[Any]:
         """An adapter as its method's files look at it."""
@@ -97,21 +102,7 @@ class Adapters:
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set an adapter's tensors from what `state` gave. Raises AdapterError naming what is missing, unknown or of
         another shape; nothing is set then."""
-        own = self.state(name)
-        tensors = _placed(tensors, own)
-        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        wrong = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
-        if missing or unknown or wrong:
-            told = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
-            told += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
-            told += [
-                f"{len(wrong)} of another shape (first {wrong[0]}: {tuple(tensors[wrong[0]].shape)} in the file, "
-                f"{tuple(own[wrong[0]].shape)} here)"
-            ] if wrong else []  # fmt: skip
-            raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
-        with torch.no_grad():
-            for path, part in self.parts(name).items():
-                part.load_state({key: tensors[_key(path, key)] for key in part.state()})
+        fill(self.parts(name), tensors)
 
     def train(self, name: str, mode: bool = True) -> None:
         """Dropout on or off in one adapter; the base itself always runs without."""
@@ -161,16 +152,7 @@ def plan_adapter(
 
     Raises AdapterError where it does not fit the base, or is of a method that is not among `methods`.
     """
-    if config.method not in methods:
-        raise AdapterError(
-            f"method {config.method} is not known here; {', '.join(methods)} are. One of your own is given with its "
-            f"record: methods=METHODS | {{{config.method!r}: …}}"
-        )
-    bare = replace(bare_base(model, tokenizer), original=original)
-    plan = methods[config.method].plan(bare, config)
-    saved = find_saved(bare.modules, config.saved_modules)
-    _refuse_overlap(list(plan), saved)
-    return plan | {path: planned_copy(bare.modules[path]) for path in saved}
+    return plan_on(replace(bare_base(model, tokenizer), original=original), config, methods)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -203,33 +185,6 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return modules
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module's tensors are."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _placed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By our names: PEFT's `prompt_embeddings` stands in the file without the path that it has here."""
-    places = {key.rpartition(".")[2]: key for key in own}
-    return {key if "." in key or key in own else places.get(key, key): tensor for key, tensor in tensors.items()}
-
-
-def _key(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
-    for whole in saved:
-        inside = [path for path in (*targets, *saved) if path.startswith(whole + ".")]
-        inside += [whole] if whole in targets else []
-        if inside:
-            raise AdapterError(
-                f"modules_to_save chooses {whole}, and {inside[0]} is chosen as well; one module can't be both, give "
-                "longer names in modules_to_save or leave the other out with exclude_modules"
-            )
 
 
 def _refuse_nested(parts: Mapping[str, object], there: Mapping[str, object]) -> None:

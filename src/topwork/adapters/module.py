@@ -5,7 +5,7 @@ class of parts (`methods/ia3.py`, `methods/lora/` …) with a record (`method.py
 which rows go through which adapter's part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,7 @@ class AdapterModule(nn.Module):
     """
 
     dropout = 0.0
+    frozen = False
 
     def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
         """Set the first weights; they depend on the module, the seed and its path alone."""
@@ -58,6 +59,17 @@ class AdapterModule(nn.Module):
 
     def release(self) -> None:
         """Weights may change from now on."""
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:  # noqa: ARG002
+        """From here on it is only run, beside this module of a base of `dtype`: it gives the same to the bit, may hold
+        what it multiplies in that type, and can't be written or merged any more. Called once."""
+        self.frozen = True
+        self.requires_grad_(False)
+
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor that it keeps in memory."""
+        yield from self.parameters()
+        yield from self.buffers()
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The learned tensors by what PEFT writes behind the module's path (`lora_A.weight`)."""
@@ -189,6 +201,13 @@ class AdaptedLayer(nn.Module):
                     rows[at], given if dropout is None else dropped(given, dropout), self.base_layer
                 )
         return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def hold_in(parameter: nn.Parameter, base_layer: nn.Module, dtype: torch.dtype) -> None:
+    """For `AdapterModule.freeze`: a parameter in the type that `base_layer`, of a base of `dtype`, multiplies in."""
+    weight = getattr(base_layer, "weight", None)
+    own = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
+    parameter.data = parameter.data.to(own)
 
 
 INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -22,6 +22,13 @@ class ModuleCopy(AdapterModule):
         weights = {name: parameter.to(y.dtype) for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, (x,))
 
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        """Matrices are multiplied in the base's type; vectors (norms, biases) may meet fp32, and stay as they are."""
+        super().freeze(base_layer, dtype)
+        for parameter in self.module.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.to(dtype)
+
     def tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
 

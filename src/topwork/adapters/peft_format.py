@@ -14,14 +14,18 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.graft import Adapters, bare_modules
-from topwork.adapters.method import Method
+from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
+from topwork.adapters.graft import Adapters
+from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
-from topwork.common.errors import AdapterError
+from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
+
+SLACK_VALUES = 1 << 20
+"""How many more than twice the file's values a plan may ask for and still be made, so that what is missing is named."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,12 @@ class BaseId:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from disk, not yet in a model."""
+    """An adapter read from disk, not yet in a model. `path` is what errors call it."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     base: BaseId
-    path: Path
+    path: Path | str
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
@@ -68,9 +72,18 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
             "one runs code: save it again with PEFT's safe_serialization"
         ) from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
-    base = BaseId(raw.get("base_model_name_or_path"), own.get("base_fingerprint"))
-    method = _method(raw, folder, methods)
-    return SavedAdapter(_config(method, raw, folder), method.files.from_file(tensors), base, folder)
+    return saved_adapter(raw, tensors, own, str(folder), methods)
+
+
+def saved_adapter(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any], called: str,
+    methods: Mapping[str, Method[Any]] = METHODS,
+) -> SavedAdapter:  # fmt: skip
+    """What the files of a folder say: adapter_config.json, adapter_model.safetensors, and `own`, topwork.json. It is
+    `called` so in errors."""
+    base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
+    method = _method(raw, called, methods)
+    return SavedAdapter(_config(method, raw, called), method.files.from_file(tensors), base, called)
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -79,14 +92,49 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     Another base than the one it was trained on is refused with both names, unless `force`.
     """
     warning = check_base(saved, base, force)
-    adapters.add(name, saved.config)
-    try:
-        tensors = _without_base_copies(saved.tensors, adapters, name)
-        adapters.load(name, _with_beginnings(tensors, adapters.state(name)))
-    except AdapterError:
-        adapters.remove(name)
-        raise
+    adapters.check_name(name)
+    adapters.put(name, saved.config, fitted(adapters.bare(), saved, adapters.methods))
     return warning
+
+
+def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
+    """The parts of an adapter read from disk, as they go into this base; the base's model is not changed by it.
+
+    Raises AdapterError where config, tensors and base do not fit one another.
+    """
+    plan = plan_on(bare, saved.config, methods)
+    _refuse_more_than_file(plan, saved)
+    parts = fresh_parts(bare, plan)
+    tensors = _without_base_copies(saved.tensors, parameters_of(parts), bare.modules)
+    fill(parts, _with_beginnings(tensors, state_of(parts)))
+    return parts
+
+
+def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
+    """The same on a skeleton without weights, for what is in the file alone: parts that lack what is computed from the
+    base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
+    """
+    plan = plan_on(bare, saved.config, methods)
+    _refuse_more_than_file(plan, saved)
+    parts = {path: planned.make() for path, planned in plan.items()}
+    copies = sorted(key for key in saved.tensors if ".base_layer." in key)
+    if copies:
+        raise AdapterError(
+            f"{saved.path}: its file holds the base's own {copies[0]}, which may have been trained; save it without "
+            "(PEFT: save_pretrained(…, save_embedding_layers=False))"
+        )
+    fill(parts, saved.tensors)
+    return parts
+
+
+def _refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
+    """Before anything is made: a rank of a billion is one number in a config."""
+    planned, there = sum(p.trained for p in plan.values()), sum(t.numel() for t in saved.tensors.values())
+    if planned > 2 * there + SLACK_VALUES:
+        raise AdapterError(
+            f"{saved.path}: adapter_config.json asks for {planned:,} values in this base, and the file beside it holds "
+            f"{there:,}; they do not belong together"
+        )
 
 
 def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,14 +143,16 @@ def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     found = dict(tensors)
     for key, tensor in tensors.items():
         axis = 1 if key.endswith("lora_B.weight") else 0
-        if "lora_" in key and key in own and 2 * tensor.shape[axis] == own[key].shape[axis]:
+        fits = "lora_" in key and key in own and tensor.dim() == own[key].dim() > axis
+        if fits and 2 * tensor.shape[axis] == own[key].shape[axis]:
             found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
     return found
 
 
-def _without_base_copies(tensors: Mapping[str, Tensor], adapters: Adapters, name: str) -> dict[str, Tensor]:
+def _without_base_copies(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
     """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new."""
-    own, modules = adapters.parameters(name), bare_modules(adapters.model)
 
     def repeats_base(key: str, tensor: Tensor) -> bool:
         path, _, kind = key.replace(".base_layer.", ".").rpartition(".")
@@ -114,9 +164,11 @@ def _without_base_copies(tensors: Mapping[str, Tensor], adapters: Adapters, name
     return {key: tensor for key, tensor in tensors.items() if not repeats_base(key, tensor)}
 
 
-def check_base(saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
-    """AdapterError where the adapter is known to be another base's; a warning where nobody can tell."""
+def check_base(saved: SavedAdapter, base: BaseId, force: bool = False, shown: str | None = None) -> str | None:
+    """AdapterError where the adapter is known to be another base's; a warning where nobody can tell. `shown` is what
+    messages call the base, whose name may be a path."""
     theirs, ours = saved.base, base
+    named, own = shortened(repr(theirs.name), 200), repr(shown if shown is not None else ours.name)
     if theirs.fingerprint and ours.fingerprint:
         if theirs.fingerprint == ours.fingerprint:
             return None
@@ -126,8 +178,8 @@ def check_base(saved: SavedAdapter, base: BaseId, force: bool = False) -> str | 
     elif _is_hub_id(theirs.name) and _is_hub_id(ours.name):
         why = "their names differ"
     else:
-        return f"{saved.path} names the base {theirs.name!r}; whether that is {ours.name!r} cannot be told from it"
-    told = f"{saved.path} was trained on {theirs.name!r}, and this base is {ours.name!r} ({why})"
+        return f"{saved.path} names the base {named}; whether that is {own} cannot be told from it"
+    told = f"{saved.path} was trained on {named}, and this base is {own} ({why})"
     if force:
         return told + "; loaded all the same, as you asked"
     raise AdapterError(f"{told}. Load it onto its own base, or pass force=True (--force) if you know them to be alike.")
@@ -137,28 +189,32 @@ def _is_hub_id(name: str | None) -> bool:
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))  # type: ignore[union-attr]
 
 
-def _method(raw: Mapping[str, Any], folder: Path, methods: Mapping[str, Method[Any]]) -> Method[Any]:
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[Any]]) -> Method[Any]:
     """By `topwork_method`, or by PEFT's type in folders that others wrote."""
     by_type = {method.files.peft_type: method for method in methods.values() if method.files.peft_type}
     name, kind = raw.get("topwork_method"), raw.get("peft_type")
     found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
-        told = f"of method {name!r}" if name is not None else f"of peft_type {kind}"
+        told = f"of method {quoted(name)}" if name is not None else f"of peft_type {shortened(str(kind), 80)}"
         own = [name for name, method in methods.items() if not method.files.peft_type]
         raise AdapterError(
-            f"{folder} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
+            f"{called} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
             f"{', '.join(sorted(own))}. For a method of one's own give its record: methods=METHODS | {{…}}"
         )
     return found
 
 
-def _config(method: Method[Any], raw: Mapping[str, Any], folder: Path) -> AdapterConfig:
-    options = method.files.options(raw, str(folder))
+def _config(method: Method[Any], raw: Mapping[str, Any], called: str) -> AdapterConfig:
+    options = method.files.options(raw, called)
     try:
         return method.config(**options)
     except ValidationError as error:
         kind = method.files.peft_type or method.name
-        raise AdapterError(f"{folder / 'adapter_config.json'} does not describe a {kind} adapter: {error}") from error
+        raise AdapterError(f"{called}/adapter_config.json does not describe a {kind} adapter: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

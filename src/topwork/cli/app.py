@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.chat import chat
+from topwork.cli.options import AsJson, Force, Overrides, Run, teller
+from topwork.cli.serve import serve
+from topwork.cli.serve_key import serve_key
 from topwork.cli.sweep import sweep
 from topwork.common.errors import TopworkError
 
@@ -21,9 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Force = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than it was trained on.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: the output_dir of `topwork train`.")]
 
 
 def main() -> None:
@@ -74,6 +74,13 @@ app.command(
 )(sweep)
 
 
+app.command(
+    epilog="Example: topwork serve smollm2-135m --adapter support=runs/support   topwork serve --config serve.yaml"
+)(serve)
+
+app.command(name="serve-key", epilog="Example: topwork serve-key support-team")(serve_key)
+
+
 @app.command(name="eval", epilog="Example: topwork eval runs/support --data examples/support/test.jsonl")
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
@@ -103,34 +110,10 @@ def evaluate(
         _print_scores(result)
 
 
-@app.command(epilog='Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"')
-def chat(
-    run: Run,
-    prompt: Annotated[str | None, typer.Argument(help="Ask once and end; left out, a conversation begins.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Without and with the adapter, one after the other.")
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest of this much together.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    seed: Annotated[int, typer.Option(help="Decides the draw above temperature 0.")] = 0,
-    force: Force = False,
-) -> None:
-    """Ask a run, once or in a conversation."""
-    from topwork.generation.sampling import Sampling
-    from topwork.run.folder import open_run
-    from topwork.run.talk import ask_once, converse
-
-    opened = open_run(run, force=force, log=lambda text: print(text, file=sys.stderr))
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    if prompt is None:
-        converse(opened, sampling, system, not base)
-    else:
-        ask_once(opened, prompt, sampling, system, not base, compare)
+app.command(
+    epilog='Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"   '
+    'topwork chat --compare runs/support runs/terse "Where is my order 4711?"'
+)(chat)
 
 
 @app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")

@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one option of the recipe.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: the output_dir of `topwork train`.")]
+Force = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than it was trained on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 

@@ -47,6 +47,21 @@ class NonFiniteLossError(RunError):
     """The loss or the gradient became NaN or infinite."""
 
 
+class UnknownAdapterError(AdapterError, LookupError):
+    """An adapter of this name, or a folder of this path, is not there."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """Its beginning and that there is more, where it is longer."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """As `repr` tells it, in a few characters that any log and any JSON can hold: what strangers send may be long, or
+    no text at all."""
+    return shortened(ascii(value), limit)
+
+
 def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
     """'; did you mean 'a' or 'b'?' for the nearest of `known`, or an empty string where none is near."""
     near = get_close_matches(word, list(known), n=limit, cutoff=0.5)

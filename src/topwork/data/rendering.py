@@ -1,10 +1,11 @@
 """A chat template as text and token ids: which one, how it renders, and with what it closes the assistant's turn."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Closing:
 TODAY = date(2024, 7, 26)
 """What templates that print today's date are told it is (the day that Llama 3's falls back to): else the same rows
 would be other tokens tomorrow, and a run resumed after midnight another run."""
+_TOLD = 500
+"""Letters of a template's complaint that are passed on: transformers puts the whole conversation into some."""
 _ASKS_THE_DAY = re.compile(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""")
 
 
@@ -47,11 +50,15 @@ class Renderer:
         self.jinja = _load(tokenizer, template)
         self.adds_bos = adds_bos(tokenizer)
 
-    def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        """The template's text; `prompt` opens the assistant's turn at the end.
+    def render(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, prompt: bool,
+        variables: Mapping[str, Any] | None = None, goes_on: bool = False,
+    ) -> str:  # fmt: skip
+        """The template's text; `prompt` opens the assistant's turn at the end, `goes_on` leaves the last message open.
 
-        Raises DataError where there is no template or it is no valid Jinja, and TemplateRejects where the template
-        raises on these messages.
+        variables: what else the template may read (`enable_thinking`). Raises DataError where there is no template, it
+        is no valid Jinja or a variable is not to be set, and TemplateRejects where the template raises on these
+        messages.
         """
         from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
@@ -61,19 +68,34 @@ class Renderer:
                 "chatml, plain (question, new line, answer), or a Jinja FILE"
             )
         given = [_as_dict(message) for message in (folded(messages) if self.fold_system else messages)]
+        self._check_variables(variables or {})
         try:
             text = self.tokenizer.apply_chat_template(
                 given,
                 tools=tools,
                 chat_template=_on_one_day(self.jinja),
                 add_generation_prompt=prompt,
+                continue_final_message=goes_on,
                 tokenize=False,
+                **(variables or {}),
             )
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise TemplateRejects("they are nested too deep") from error
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise TemplateRejects(str(error)) from error
+            raise TemplateRejects(str(error)[:_TOLD]) from error
         return str(text)
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Raises DataError for names that the renderer or the tokenizer gives to the template."""
+        own = {*signature(self.tokenizer.apply_chat_template).parameters, *self.tokenizer.special_tokens_map}
+        for name in variables:
+            if name in own | {"self", "messages", "raise_exception", "strftime_now"}:
+                raise DataError(
+                    f"the template's variable {name!r} is not to be set from outside; leave it out, and give only what "
+                    "the template reads beside messages and tools, as enable_thinking"
+                )
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template writes the BOS itself where there is one."""

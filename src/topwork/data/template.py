@@ -8,12 +8,14 @@ one sequence per answer.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
 
 from topwork.common.errors import DataError
+from topwork.data.calls import CallFormat, call_format
 from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.rendering import Renderer, TemplateRejects, folded
 
@@ -63,12 +65,41 @@ class ChatTemplate:
         """The template's text, to be saved with a model; None where there is none."""
         return self.renderer.jinja
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """What generation is prompted with: the messages and the opened assistant's turn."""
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it renders a system message."""
         try:
-            return self.renderer.ids([self._rendered(messages, tools, True)])[0]
+            return "topworkprobesystem" in self.renderer.render(
+                [Message("system", "topworkprobesystem"), Message("user", "x")], None, True
+            )
+        except TemplateRejects:
+            return False
+
+    @cached_property
+    def calls(self) -> CallFormat | None:
+        """How the template writes tool calls; None where it has no way of its own."""
+        return call_format(self.renderer)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """What generation is prompted with: the messages and the opened assistant's turn, or, where the answer `goes_on`
+        with the last message, which is the assistant's, the messages with that one left open.
+
+        variables: what else the template reads (`enable_thinking`). Raises DataError.
+        """
+        if goes_on and (not messages or messages[-1].role != "assistant" or messages[-1].extra.get("tool_calls")):
+            last = messages[-1].role + "'s" if messages else "not there"
+            raise DataError(f"an answer goes on with the assistant's text, and the last message is the {last}")
+        try:
+            text = self._rendered(messages, tools, not goes_on, variables, goes_on)
+            text.encode()
         except RowProblem as problem:
             raise DataError(f"these messages cannot be put to the model: {problem}") from problem
+        except UnicodeEncodeError as error:
+            raise DataError("these messages cannot be put to the model: half a surrogate pair is no text") from error
+        return self.renderer.ids([text])[0]
 
     def encode(self, conversation: Conversation, train_on: TrainOn = "answers") -> list[Encoded]:
         """One sequence, or one per learned answer where the template rewrites history. Raises DataError."""
@@ -146,15 +177,18 @@ class ChatTemplate:
         upto = [self._rendered(messages[: number + 1], tools, False) for number in range(len(messages) - 1)]
         return _Rendered(text, (*upto, text), weights)
 
-    def _rendered(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
+    def _rendered(
+        self, messages: Sequence[Message], tools: Tools, prompt: bool, variables: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
+    ) -> str:  # fmt: skip
         """Raises DataError where the template rejects a system message, RowProblem where it rejects these messages."""
         try:
-            return self.renderer.render(messages, tools, prompt)
+            return self.renderer.render(messages, tools, prompt, variables, goes_on)
         except TemplateRejects as error:
             reason = str(error)
         if not self.renderer.fold_system and any(message.role == "system" for message in messages):
             try:
-                self.renderer.render(folded(messages), tools, prompt)
+                self.renderer.render(folded(messages), tools, prompt, variables, goes_on)
             except TemplateRejects:
                 pass
             else:

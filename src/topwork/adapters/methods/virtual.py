@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from topwork.adapters.config import PrefixConfig, PromptConfig
 from topwork.adapters.files import Files, Grafted, peft_keys
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
-from topwork.adapters.module import AdapterModule, path_seed
+from topwork.adapters.module import AdapterModule, hold_in, path_seed
 from topwork.adapters.targets import embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
@@ -53,6 +53,10 @@ class VirtualTokens(AdapterModule):
     def virtual(self) -> Virtual:
         """The learned tokens, as a pass takes them."""
         raise NotImplementedError
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        super().freeze(base_layer, dtype)
+        hold_in(self.prompt_embeddings, base_layer, dtype)
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         return y

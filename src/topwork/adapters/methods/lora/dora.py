@@ -7,6 +7,8 @@ m begins as |W|, by the same sum, so a fresh f is one to the bit. n is computed 
 in W x too, but only for what f adds, as in PEFT: y = W x + bias + (f - 1) W dropout(x) + f s B A dropout(x).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +46,9 @@ class Dora(Lora):
 
     def lengths(self, base_layer: nn.Module) -> Tensor:
         """n [out] in fp32, without a gradient; computed once between `hold` and `release`, which a pass that takes
-        gradients is too: an update will follow."""
+        gradients is too: an update will follow. Frozen, once and for all."""
+        if self.frozen and self._held is not None:
+            return self._held
         if torch.is_grad_enabled():
             self.release()
         if not self._holds:
@@ -54,10 +58,22 @@ class Dora(Lora):
         return self._held
 
     def hold(self) -> None:
-        self._holds, self._held = True, None
+        if not self.frozen:
+            self._holds, self._held = True, None
 
     def release(self) -> None:
-        self._holds, self._held = False, None
+        if not self.frozen:
+            self._holds, self._held = False, None
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        self._held = self._computed_lengths(base_layer)  # of A and B as they were
+        self.squares = self.squares.new_empty(0)
+        super().freeze(base_layer, dtype)
+
+    def held(self) -> Iterator[Tensor]:
+        yield from super().held()
+        if self._held is not None:
+            yield self._held
 
     def factor(self, base_layer: nn.Module) -> Tensor:
         """f [out] in fp32, with m's gradient."""

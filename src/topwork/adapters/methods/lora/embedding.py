@@ -4,14 +4,15 @@ PEFT's names, shapes and rules: a LoRA's A is [r, V] and begins at zero, its B i
 embeddings, what an adapter adds is scaled with them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.adapters.config import LoraConfig
-from topwork.adapters.module import AdapterModule, path_seed
+from topwork.adapters.module import AdapterModule, hold_in, path_seed
 from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import PackedModule
@@ -41,6 +42,11 @@ class EmbeddingLora(AdapterModule):
         a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
         chosen = F.embedding(x, a.t(), getattr(base_layer, "padding_idx", None))
         return y + _scaled(self.scaling * (chosen @ b.t()), base_layer)
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        super().freeze(base_layer, dtype)
+        for parameter in (self.lora_embedding_A, self.lora_embedding_B):
+            hold_in(parameter, base_layer, dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         delta = self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()
@@ -90,6 +96,7 @@ class TiedTokens(AdapterModule):
     def __init__(self, embedding: TrainedTokens) -> None:
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, or the parameter would be this module's as well
+        self._distance: Tensor | None = None
 
     @property
     def embedding(self) -> TrainedTokens:
@@ -98,8 +105,22 @@ class TiedTokens(AdapterModule):
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n, d], y [n, V]."""
-        rows = (self.embedding.delta - self.embedding.base_rows(base_layer)).to(x.dtype)
-        return y.index_add(1, self.embedding.tokens, (x @ rows.t()).to(y.dtype))
+        distance = self._distance if self._distance is not None else self._computed(base_layer)
+        return y.index_add(1, self.embedding.tokens, (x @ distance.to(x.dtype).t()).to(y.dtype))
+
+    @torch.no_grad()
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        super().freeze(base_layer, dtype)
+        self._distance = self._computed(base_layer).to(dtype)
+
+    def held(self) -> Iterator[Tensor]:
+        yield from super().held()
+        if self._distance is not None:
+            yield self._distance
+
+    def _computed(self, base_layer: nn.Module) -> Tensor:
+        """The rows' distance from the base's [n, d] in fp32."""
+        return self.embedding.delta - self.embedding.base_rows(base_layer)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.embedding.merged(weight, bias)
@@ -116,7 +137,7 @@ def check_tokens(tokens: Sequence[int], modules: Mapping[str, nn.Module], embedd
             f"trainable_token_indices has {outside or 'no ids'}; the base has 0 to {vocabulary - 1}: give ids "
             "that are in it (the tokenizer tells a token's id)"
         )
-    twice = sorted({token for token in tokens if list(tokens).count(token) > 1})
+    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
     if twice:
         raise AdapterError(f"trainable_token_indices names {twice} more than once; give each id once")
     return embedding

@@ -67,8 +67,17 @@ class FromWeight(Lora):
 
     def difference(self) -> tuple[Tensor, Tensor]:
         """A' [2 r, in] and B' [out, 2 r] with s B' A' = s (B A - B0 A0), with A's and B's gradients."""
+        if self.frozen:
+            return self.lora_A, self.lora_B
         a = torch.cat([self.lora_A, self.lora_A - self.first_A])
         return a, torch.cat([self.lora_B - self.first_B, self.first_B], 1)
+
+    @torch.no_grad()
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        """A' and B' take the places of A and B."""
+        self.lora_A, self.lora_B = (nn.Parameter(x) for x in self.difference())
+        self.first_A = self.first_B = self.first_A.new_empty(0)
+        super().freeze(base_layer, dtype)
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         a, b = self.difference()

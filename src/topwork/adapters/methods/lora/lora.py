@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.adapters.module import AdapterModule, FusedTerms, path_seed
+from topwork.adapters.module import AdapterModule, FusedTerms, hold_in, path_seed
 from topwork.ops.bundles import LowRank
 
 
@@ -46,6 +46,11 @@ class Lora(AdapterModule):
 
     def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:  # noqa: ARG002
         return FusedTerms((LowRank(start, stop, self.lora_A, self.lora_B, self.scaling),))
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        super().freeze(base_layer, dtype)
+        for parameter in (self.lora_A, self.lora_B):
+            hold_in(parameter, base_layer, dtype)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}

@@ -74,8 +74,10 @@ def _ranked(paths: Sequence[str], config: LoraConfig) -> list[Target]:
     """Each path with its rank and alpha. A pattern that matches nothing would be ignored silently, and the run would
     not be the one asked for: AdapterError."""
 
+    patterns = {key: _ending(key) for key in (*config.rank_pattern, *config.alpha_pattern)}
+
     def matches(key: str, path: str) -> bool:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
+        return patterns[key].match(path) is not None
 
     def of(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
         return next((value for key, value in pattern.items() if matches(key, path)), default)
@@ -88,6 +90,14 @@ def _ranked(paths: Sequence[str], config: LoraConfig) -> list[Target]:
         Target(path, of(path, config.rank_pattern, config.r), of(path, config.alpha_pattern, config.lora_alpha))
         for path in paths
     ]
+
+
+def _ending(key: str) -> re.Pattern[str]:
+    """As PEFT looks for it."""
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise AdapterError(f"{key!r} in rank_pattern or alpha_pattern is no regular expression ({error})") from error
 
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:

@@ -1,0 +1,118 @@
+"""An adapter's parts, planned, made and filled, before they stand in a model: nothing here changes the model, so it may
+be done while the model runs, on another thread (`Adapters.put` is what takes them)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.method import Bare, Method, Plan
+from topwork.adapters.methods.table import METHODS
+from topwork.adapters.module import AdapterModule
+from topwork.adapters.module_copy import planned_copy
+from topwork.adapters.targets import find_saved
+from topwork.common.errors import AdapterError
+
+Parts = dict[str, AdapterModule]
+"""By the path of the module where each goes."""
+
+
+def plan_on(bare: Bare, config: AdapterConfig, methods: Mapping[str, Method[Any]] = METHODS) -> Plan:
+    """Which parts `config` would put into a base, by path; nothing is made, so a skeleton without weights will do.
+
+    Raises AdapterError where it does not fit the base, or is of a method that is not among `methods`.
+    """
+    if config.method not in methods:
+        raise AdapterError(
+            f"method {config.method} is not known here; {', '.join(methods)} are. One of your own is given with its "
+            f"record: methods=METHODS | {{{config.method!r}: …}}"
+        )
+    plan = methods[config.method].plan(bare, config)
+    saved = find_saved(bare.modules, config.saved_modules)
+    _refuse_overlap(list(plan), saved)
+    return plan | {path: planned_copy(bare.modules[path]) for path in saved}
+
+
+def fresh_parts(bare: Bare, plan: Plan, seed: int = 0) -> Parts:
+    """Parts with their first weights, where their modules are; dropout off."""
+    parts: Parts = {}
+    for path, planned in plan.items():
+        part, base_layer = planned.make(), bare.modules[path]
+        part.reset_parameters(base_layer, seed, path)
+        parts[path] = part.to(_device_of(base_layer)).train(False)
+    return parts
+
+
+def parameters_of(parts: Mapping[str, AdapterModule]) -> dict[str, nn.Parameter]:
+    """The trainable tensors by PEFT's names without the `base_model.model.` in front, sorted."""
+    found = {_key(path, key): p for path, part in parts.items() for key, p in part.tensors().items()}
+    return dict(sorted(found.items()))
+
+
+def state_of(parts: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
+    """What the adapter's file holds, by the same names, sorted."""
+    found = {_key(path, key): t for path, part in parts.items() for key, t in part.state().items()}
+    return dict(sorted(found.items()))
+
+
+def fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> None:
+    """Set the parts' tensors from what `state_of` gave. Raises AdapterError naming what is missing, unknown or of
+    another shape; nothing is set then."""
+    own = state_of(parts)
+    tensors = _placed(tensors, own)
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
+    if missing or unknown or wrong:
+        told = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
+        told += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
+        told += [
+            f"{len(wrong)} of another shape (first {wrong[0]}: {tuple(tensors[wrong[0]].shape)} in the file, "
+            f"{tuple(own[wrong[0]].shape)} here)"
+        ] if wrong else []  # fmt: skip
+        raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
+    with torch.no_grad():
+        for path, part in parts.items():
+            part.load_state({key: tensors[_key(path, key)] for key in part.state()})
+
+
+def freeze(parts: Mapping[str, AdapterModule], bare: Bare, dtype: torch.dtype) -> None:
+    """For parts that will only be run, over a base of `dtype`: what is multiplied in the base's type is held in it,
+    what follows from weights alone is computed once, nothing learns any more. What they give stays the same to the
+    bit; they can't be written or merged from then on."""
+    for path, part in parts.items():
+        part.freeze(bare.modules[path], dtype)
+
+
+def held_bytes(parts: Mapping[str, AdapterModule]) -> int:
+    """What their tensors take in memory."""
+    tensors = {t.data_ptr(): t.nbytes for part in parts.values() for t in part.held()}
+    return sum(tensors.values())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _placed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By our names: PEFT's `prompt_embeddings` stands in the file without the path that it has here."""
+    places = {key.rpartition(".")[2]: key for key in own}
+    return {key if "." in key or key in own else places.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def _key(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
+    for whole in saved:
+        inside = [path for path in (*targets, *saved) if path.startswith(whole + ".")]
+        inside += [whole] if whole in targets else []
+        if inside:
+            raise AdapterError(
+                f"modules_to_save chooses {whole}, and {inside[0]} is chosen as well; one module can't be both, give "
+                "longer names in modules_to_save or leave the other out with exclude_modules"
+            )

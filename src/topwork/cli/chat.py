@@ -1,0 +1,83 @@
+"""`topwork chat`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from topwork.cli.options import Force, Run
+
+
+def chat(
+    run: Run,
+    prompt: Annotated[str | None, typer.Argument(help="Ask once and end; left out, a conversation begins.")] = None,
+    question: Annotated[str | None, typer.Argument(hidden=True)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Without the adapter.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Without and with the adapter side by side; or `--compare A B [PROMPT]`: two of runs, PEFT folders "
+            "and `base`, in one batch.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --compare of PEFT folders: another base than they name.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest of this much together.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Decides the draw above temperature 0.")] = 0,
+    force: Force = False,
+) -> None:
+    """Ask a run, once or in a conversation."""
+    from topwork.common.errors import RequestError
+    from topwork.generation.sampling import Sampling
+    from topwork.run.folder import open_run
+    from topwork.run.talk import ask_once, converse
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if compare:
+        if base:
+            raise RequestError("--base leaves the adapter out, and --compare compares with it; give one of them")
+        _compare([str(run), *(text for text in (prompt, question) if text is not None)], sampling, system, model, force)
+        return
+    if question is not None or model is not None:
+        raise RequestError(
+            f"{'--model' if question is None else question!r}: only with --compare A B; a question is one argument, in "
+            "quotes"
+        )
+    opened = open_run(run, force=force, log=_to_errors)
+    if prompt is None:
+        converse(opened, sampling, system, not base)
+    else:
+        ask_once(opened, prompt, sampling, system, not base)
+
+
+def _compare(words: list[str], sampling: Any, system: str | None, model: str | None, force: bool) -> None:
+    """`words`: A B [PROMPT], or RUN [PROMPT] for a run without and with its adapter."""
+    from topwork.common.errors import RequestError
+    from topwork.run.compare import BASE, names_a_side, open_pair, with_and_without
+    from topwork.run.folder import open_run
+    from topwork.run.talk import ask_both, converse_with_both
+
+    if len(words) == 3 or (len(words) == 2 and names_a_side(words[1])):
+        pair = open_pair((words[0], words[1]), sampling, system, model, force, _to_errors)
+        asked = words[2:]
+    elif words[0] == BASE or model is not None:
+        raise RequestError("--compare: give two of runs, PEFT folders and `base`")
+    else:
+        pair = with_and_without(open_run(Path(words[0]), force=force, log=_to_errors), sampling, system)
+        asked = words[1:]
+    if asked:
+        ask_both(pair, asked[0])
+    else:
+        converse_with_both(pair)
+
+
+def _to_errors(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,85 @@
+"""`topwork serve`. Imports what it needs when it runs, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXTRA = ("fastapi", "uvicorn", "llguidance", "jsonschema", "prometheus_client")
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="The base (alias, folder, .gguf, Hub id), or a run's folder."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="An adapter, PEFT's folder or a run's; repeatable.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="serve.yaml: all options.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen at (127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one (8000).")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What requests call the base.")] = None,
+    adapters_folder: Annotated[
+        str | None, typer.Option(help="Adapters below this folder may be loaded while the server runs.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="chatml, plain, or a Jinja file.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or auto.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Hold the base in NF4.")] = False,
+    state_folder: Annotated[
+        str | None, typer.Option(help="Where what was loaded meanwhile is kept for the next start.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any option of serve.yaml.")
+    ] = None,
+    json_log: Annotated[bool, typer.Option("--json-log", help="A JSON object a line.")] = False,
+    no_access_log: Annotated[bool, typer.Option("--no-access-log", help="No line a request.")] = False,
+) -> None:
+    """Serve a base and its adapters: OpenAI's API, many adapters in one batch."""
+    _check_extra()
+    from topwork.serving.settings import load_config
+
+    given: dict[str, Any] = {
+        "host": host, "port": port, "served_model_name": served_model_name, "adapters_folder": adapters_folder,
+        "chat_template": chat_template, "state_folder": state_folder, "adapters": _adapters(adapter or []),
+        "model": {"model_name_or_path": model, "dtype": dtype}, "quantization": {"load_in_4bit": load_in_4bit or None},
+    }  # fmt: skip
+    read = load_config(config, overrides or [], _said(given))
+    from topwork.serving.console import set_up_log
+    from topwork.serving.launch import serve as run
+
+    set_up_log(json_log, not no_access_log)
+    run(read, lambda text: print(text, flush=True))
+
+
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    """What the command line said, without what it did not."""
+    inner = {key: _said(value) if isinstance(value, dict) else value for key, value in given.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    from topwork.common.errors import RequestError
+
+    found: dict[str, str] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path) or name in found:
+            told = "given twice" if name in found else "expected NAME=FOLDER"
+            raise RequestError(f"--adapter {entry}: {told}")
+        found[name] = path
+    return found
+
+
+def _check_extra() -> None:
+    """Before anything is loaded."""
+    from importlib.util import find_spec
+
+    from topwork.common.errors import RequestError
+
+    lacking = [name for name in EXTRA if find_spec(name) is None]
+    if lacking:
+        raise RequestError(
+            f"serving needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed; "
+            "pip install 'topwork[serve]'"
+        )

@@ -1,0 +1,136 @@
+"""The app: endpoints, the faults that they answer with, and the guard around them."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import topwork
+from topwork.serving.backends.backend import Refused
+from topwork.serving.calls import GONE, as_api_error
+from topwork.serving.errors import ApiError, quoted
+from topwork.serving.guards import Guard, as_response
+from topwork.serving.models import models
+from topwork.serving.openai import ChatRequest, CompletionRequest
+from topwork.serving.schema import described, takes
+from topwork.serving.service import Service
+from topwork.serving.streams import FAILED, ClientGone
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def create_app(service: Service) -> Guard:
+    """The whole app over a service whose back end was started."""
+    app = FastAPI(
+        title="Topwork", version=topwork.__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        summary="One frozen base, many adapters, one pass: OpenAI's API, and vLLM's to load adapters.",
+    )  # fmt: skip
+    app.state.service = service
+    for router in (answers(service), models(service), server(service), *service.parts.routers):
+        app.include_router(router)
+    _add_faults(app)
+    config = service.config
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "x-topwork-arm", "x-topwork-version", "retry-after"],
+        )  # fmt: skip
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
+    closed = config.host in LOOPBACK and "*" not in config.allowed_hosts
+    return Guard(app, config.limits, config.allowed_hosts if closed else None)
+
+
+def answers(service: Service) -> APIRouter:
+    """OpenAI's chat and completions."""
+    router = APIRouter(tags=["answers"])
+
+    @router.post("/v1/chat/completions", **takes(ChatRequest, "application/json", "text/event-stream"))
+    async def chat_completions(request: Request) -> Response:
+        """The next message of a conversation."""
+        return await service.answer(request, "chat")
+
+    @router.post("/v1/completions", **takes(CompletionRequest, "application/json", "text/event-stream"))
+    async def completions(request: Request) -> Response:
+        """How a text goes on."""
+        return await service.answer(request, "completions")
+
+    return router
+
+
+def server(service: Service) -> APIRouter:
+    """What tells how the server is. No key is asked for."""
+    router = APIRouter(tags=["server"])
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        """Whether it is alive: 503 where only a new start helps."""
+        found = service.backend.health()
+        if not found.alive:
+            raise ApiError(503, found.told or "the engine has ended; start the server anew", code="engine_stopped")
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether it takes requests: 503 while it does not."""
+        found = service.backend.health()
+        if service.draining or not (found.alive and found.ready):
+            told = "going down" if service.draining else found.told or "not ready yet"
+            raise ApiError(503, told, code="not_ready", retry_after=5)
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/version")
+    async def version() -> JSONResponse:
+        """The package's."""
+        return JSONResponse({"version": topwork.__version__})
+
+    return router
+
+
+def _add_faults(app: FastAPI) -> None:
+    faults: dict[type[Exception], Callable[[Any], ApiError]] = {
+        ApiError: lambda error: error,
+        Refused: as_api_error,
+        RequestValidationError: _invalid,
+        HTTPException: _http,
+        Exception: lambda _: ApiError(500, FAILED, code="internal_error"),
+    }
+    for kind, as_error in faults.items():
+        app.add_exception_handler(kind, _answering(as_error))
+    app.add_exception_handler(ClientGone, _unheard)
+
+
+def _answering(as_error: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_: Request, error: Exception) -> Response:
+        told = as_error(error)
+        response = as_response(told)
+        if isinstance(error, HTTPException) and error.headers:
+            response.headers.update({key: value for key, value in error.headers.items() if key.lower() == "allow"})
+        return response
+
+    return answer
+
+
+async def _unheard(_: Request, __: Exception) -> Response:
+    return Response(status_code=GONE)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:])[:128]
+    return ApiError(400, f"{place or 'the request'}: {first['msg']}", place or None)
+
+
+def _http(error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(404, "there is nothing at this path; /openapi.json tells what there is", code="not_found")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
+        told = f"; it takes {allowed}" if allowed else ""
+        return ApiError(405, f"this path does not take that method{told}", code="method_not_allowed")
+    return ApiError(error.status_code, quoted(error.detail).strip("'"))
