@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from reference.sampling import chances
 from topwork.common.errors import RequestError
+from topwork.common.seeds import hashed
 from topwork.generation import drawing, sampling
-from topwork.generation.drawing import choice_seed, uniform
+from topwork.generation.drawing import uniform
 from topwork.generation.sampling import Chosen, Row, Sampling, choose
 
 SIZES = [1, 2, 31, 64, 65, 300, 2000]
@@ -90,7 +91,7 @@ def test_numbers_are_splitmix64s_and_look_like_chance() -> None:
     for grid in (
         [uniform(seed, 5) for seed in range(-2000, 2000)],
         [uniform(7, position) for position in range(4000)],
-        [uniform(choice_seed(7, choice), 0) for choice in range(4000)],
+        [uniform(hashed(7, choice, bits=63), 0) for choice in range(4000)],
     ):
         numbers = np.array(grid)
         assert numbers.min() >= 0
@@ -98,13 +99,6 @@ def test_numbers_are_splitmix64s_and_look_like_chance() -> None:
         counts = np.histogram(numbers, 40, (0, 1))[0]
         assert ((counts - 100) ** 2 / 100).sum() < 39 + 5 * math.sqrt(2 * 39)
         assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 5 / math.sqrt(4000)
-
-
-def test_choices_of_neighbouring_seeds_share_no_seed() -> None:
-    assert choice_seed(5, 0) == 5
-    seeds = {choice_seed(seed, choice) for seed in range(-50, 50) for choice in range(20)}
-    assert len(seeds) == 2000
-    assert all(Sampling(seed=seed).seed == seed for seed in seeds)
 
 
 def mixed_rows(size: int) -> list[Row]:
