@@ -202,6 +202,21 @@ def test_a_row_that_nothing_can_be_chosen_for_fails_alone() -> None:
     ]  # fmt: skip
 
 
+def test_penalties_are_counted() -> None:
+    """Tokens of the prompt and of the answer, by how often: the last that stays ahead tells the penalty's size."""
+
+    def best(value: float, **asked: float) -> int:
+        logits = torch.tensor([[5.0, value, -1.0, -1.5]])
+        return choose(logits, [Row(Sampling(**asked), 3, [0, 2], [1, 1, 1])]).tokens[0]  # type: ignore[arg-type]
+
+    assert [best(5 + ahead, presence_penalty=1.5) for ahead in (1.4, 1.6)] == [0, 1]
+    assert [best(5 + ahead, frequency_penalty=0.5) for ahead in (1.4, 1.6)] == [0, 1]
+    assert [best(5 + ahead, frequency_penalty=0.5, presence_penalty=-1.0) for ahead in (0.4, 0.6)] == [0, 1]
+    assert [best(value, repetition_penalty=2.0) for value in (4.9, 5.1)] == [0, 1]  # both were said
+    logits = torch.tensor([[-3.0, -2.0, -1.0, -1.5]])
+    assert choose(logits, [Row(Sampling(repetition_penalty=2.0), 0, [2])]).tokens == [3]  # -1 becomes -2
+
+
 def test_a_row_that_is_kept_counts_its_answer_on() -> None:
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
     set_on = Sampling(temperature=1.0, presence_penalty=1.0, frequency_penalty=1.5, repetition_penalty=1.4, seed=2)

@@ -150,6 +150,13 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert stream.stopped == "\n\nuser"
 
 
+def test_of_two_in_one_token_the_one_that_is_complete_first() -> None:
+    kind = tokenizer("bytes with added")
+    stream = TextStream(kind, ["two ", "wo", "o"])
+    assert stream.add(kind.convert_tokens_to_ids("  two  ")) == "  t"
+    assert stream.stopped == "wo"
+
+
 def test_a_stop_string_that_half_a_character_ends() -> None:
     kind = tokenizer("bytes")
     first = kind("👍")["input_ids"][0]
