@@ -72,7 +72,8 @@ sanitize: $(VENV)/.tested
 	$(BIN)/pytest -k 'not bitsandbytes' tests/ops/test_quantize.py tests/ops/test_quantized_linear.py \
 	tests/ops/test_norm.py tests/ops/test_rotary.py tests/ops/test_residual.py tests/ops/test_gain.py \
 	tests/ops/test_dropout.py tests/ops/test_gated.py tests/ops/test_logprob_slope.py tests/ops/test_flat_attention.py \
-	tests/ops/test_native_attention.py tests/ops/test_project.py tests/ops/test_grouped.py
+	tests/ops/test_native_attention.py tests/ops/test_project.py tests/ops/test_grouped.py tests/ops/test_decode.py \
+	tests/generation/test_native_runner.py
 
 docs: $(VENV)/.tested
 	$(BIN)/python tools/family_table.py

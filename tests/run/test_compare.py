@@ -62,7 +62,7 @@ def test_both_are_written_at_once(trained: Path, terse: Path) -> None:
     came: list[int] = []
     pair = open_pair((str(trained), str(terse)), SAMPLING, log=lambda _: None)
     answers = pair.say(ASKED, lambda side, _: came.append(side))
-    assert {0, 1} == set(came[:4]), "not one after the other"
+    assert came.index(1) < len(came) - 1 - came[::-1].index(0), "not one after the other"
     texts = ["", ""]
     pair.forget()
     pair.say(ASKED, lambda side, piece: texts.__setitem__(side, texts[side] + piece))

@@ -141,6 +141,15 @@ def test_answers_are_forgotten_in_their_order(tmp_path: Path) -> None:
     assert [asked.vote(id=id, vote=1).status_code for id in (first, second, third)] == [404, 200, 200]
 
 
+def test_an_answer_is_voted_on_so_often_and_no_more(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    id = asked.by("tuned")
+    codes = [asked.vote(id=id, vote=(-1) ** number).status_code for number in range(40)]
+    assert codes == [200] * 32 + [400] * 8
+    assert len(lines(tmp_path)) == 32, "nobody fills the disk with one answer"
+    assert asked.vote(preferred=asked.by("plain"), rejected=id).status_code == 400
+
+
 def test_two_side_by_side(tmp_path: Path) -> None:
     asked = Asked(tmp_path)
     for outcome in ("sql", "sql", "support", "good", "bad"):

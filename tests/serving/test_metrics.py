@@ -60,9 +60,11 @@ def of(found: dict[Any, float], name: str, **labels: str) -> float:
 
 def test_a_request_under_vllms_names() -> None:
     metrics = Metrics("tiny")
-    answered(metrics, call())
+    answered(metrics, call(started_at=100.1))
     found = read(metrics)
     sql = {"model_name": "sql"}
+    assert of(found, "vllm:request_queue_time_seconds_sum", **sql) == pytest.approx(0.1)
+    assert of(found, "vllm:request_prefill_time_seconds_sum", **sql) == pytest.approx(0.15)
     assert of(found, "vllm:prompt_tokens_total", **sql) == 11
     assert of(found, "vllm:generation_tokens_total", **sql) == 4
     assert of(found, "vllm:request_success_total", **sql, finished_reason="stop") == 1

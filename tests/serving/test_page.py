@@ -10,10 +10,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving import browser
-from serving.stage import Stage, served, stage
+from serving.scripted import served as whole_served
+from serving.scripted import words
+from serving.stage import BASE, Stage, config, served, stage
+from topwork.models.base import Base
 from topwork.serving.endpoints import PAGE
 from topwork.serving.errors import ApiError
 from topwork.serving.keys import new_key
+from topwork.serving.parts import parts_of
 
 needs_chromium = pytest.mark.skipif(browser.found() is None, reason="no Chromium is installed to open the page with")
 SAID = {"support": ["<b>Unplug</b> ", "the kettle ", "& wait."], "json": ['{"urgent": ', "true}"]}
@@ -131,6 +135,30 @@ def test_a_key_is_asked_for_and_errors_are_told(page: browser.Page) -> None:
         assert page.value("document.querySelector('.votes').hidden"), "what failed is not voted on"
         ask(page, "again")
         page.until(VOTES)
+
+
+@needs_chromium
+def test_over_the_whole_server(page: browser.Page, base: Base, adapters: Path, tmp_path: Path) -> None:
+    said = words(base, "Yes. See you")
+    values = {
+        "adapters": {name: str(adapters / name) for name in ("one", "two")}, "state_folder": str(tmp_path / "state"),
+    }  # fmt: skip
+    parts = parts_of(config(**values), [BASE])
+    with whole_served(base, lambda _: said, parts=parts, **values) as (_, _, address):
+        page.open(f"http://127.0.0.1:{address[1]}/")
+        page.until(LISTED)
+        for which, name in enumerate(("one", "two")):
+            page.value(f"document.getElementById('model-{which}').value = '{name}'")
+        ask(page, "Hello!")
+        page.until(VOTES)
+        assert texts(page) == ["Yes. See you"] * 2
+        assert page.value("document.querySelector('[data-figure=tokens]').textContent") == str(len(said))
+        page.click("[data-vote=left]")
+        page.until(f"{TOLD}.includes('So far one 1, two 0')")
+    (line,) = votes(tmp_path / "state")
+    assert line[line["outcome"]]["model"] == "one"
+    assert len(line["first"]["version"]) == len(line["second"]["version"]) > 0
+    assert page.complaints == []
 
 
 @pytest.mark.parametrize("name", ["", *(f"page/{name}" for name in PAGE)])

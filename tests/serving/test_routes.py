@@ -109,6 +109,12 @@ def test_weights_are_changed_live_and_found_again() -> None:
     assert (edited.weights, edited.period) == ({"arm0": 1, "arm1": 2}, 1), "who edits the file means the file"
 
 
+def test_each_edit_of_the_file_begins_a_period() -> None:
+    kept: list[dict[str, Any]] = [{}]
+    for weights, period in (((1, 1), 0), ((1, 1), 0), ((1, 2), 1), ((1, 2), 1), ((1, 3), 2), ((1, 1), 3)):
+        assert routes(*weights, saved=kept[-1], keep=kept.append).get("ab").period == period
+
+
 def test_a_restart_begins_a_period() -> None:
     made = routes(1, 1)
     made.change("ab", {"arm0": 2})

@@ -137,8 +137,8 @@ class FastLayer(GradientCheckpointingLayer):
 
     def _dense_groups(self) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
         parts = ((self.self_attn, self.attention_part), (self.mlp, self.mlp_part))
-        for parent, names in [(_own(parent), part.inputs) for parent, part in parts if part is not None]:
-            layers = [_own(parent.get_submodule(name)) for name in names]
+        for parent, names in [(own(parent), part.inputs) for parent, part in parts if part is not None]:
+            layers = [own(parent.get_submodule(name)) for name in names]
             if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
                 yield names, layers  # type: ignore[misc]
 
@@ -291,9 +291,10 @@ def join_weights(model: nn.Module) -> None:
             layer.join_weights()
 
 
-def _own(module: nn.Module) -> nn.Module:
+def own(module: nn.Module) -> nn.Module:
     """The base's own module, whatever adapter stands around it."""
-    return getattr(module, "base_layer", module)
+    found: nn.Module = getattr(module, "base_layer", module)
+    return found
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -146,7 +146,8 @@ def _add_metrics(router: APIRouter, ways: Ways) -> None:
         caller = ways.caller(request)
         if isinstance(ways.gate, Tenants) and not ways.gate.may_read_metrics(caller):
             raise ApiError(403, "/metrics asks for a key that may read it", code="metrics_only")
-        return Response(ways.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+        text = await asyncio.to_thread(ways.metrics.exposition)  # long, where there are hundreds of adapters
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 def _add_page(router: APIRouter) -> None:

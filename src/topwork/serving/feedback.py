@@ -17,7 +17,8 @@ from topwork.serving.routes import Routes
 from topwork.serving.seams import Call
 from topwork.serving.votes import FILE, Vote, VoteFile, read_votes
 
-_MOST_COMPARED = 8
+_MOST_VOTES = 32
+"""On one answer, replacements among them: each is a line of the file."""
 _MOST_PAIRS = 10_000
 
 
@@ -33,6 +34,7 @@ class Answer:
     period: int
     said: dict[str, float] | None = None
     beside: dict[str, str] | None = None
+    votes: int = 0
 
     def by(self) -> dict[str, Any]:
         """Who gave it, for the file."""
@@ -116,6 +118,8 @@ class Feedback:
     async def _give(self, vote: Vote, tenant: str) -> dict[str, Any]:
         async with self._one_by_one:
             answers = {id: self._answer(id, tenant) for id in sorted(vote.ids)}
+            if any(answer.votes >= _MOST_VOTES for answer in answers.values()):
+                raise ApiError(400, f"an answer was voted on {_MOST_VOTES} times; that is enough", "id")
             record = _on_one(vote, answers) if vote.id is not None else _on_two(vote, answers)
             if self._file is not None:
                 comment = {} if vote.comment is None else {"comment": vote.comment}
@@ -178,14 +182,14 @@ def _on_two(vote: Vote, answers: Mapping[str, Answer]) -> dict[str, Any]:
     else:
         outcome = "first" if vote.preferred == one else "second"
     beside = first.beside or {}
-    if other not in beside and len(beside) >= _MOST_COMPARED:
-        raise ApiError(400, f"an answer is compared with {_MOST_COMPARED} others at most", "preferred")
     by = {"first": {"id": one, **first.by()}, "second": {"id": other, **second.by()}}
     return {**by, "outcome": outcome, "replaces": beside.get(other)}
 
 
 def _note(record: Mapping[str, Any], answers: Mapping[str, Answer]) -> None:
     """What a next vote would replace."""
+    for answer in answers.values():
+        answer.votes += 1
     answer = next(iter(answers.values()))
     if "outcome" in record:
         answer.beside = {**(answer.beside or {}), record["second"]["id"]: record["outcome"]}

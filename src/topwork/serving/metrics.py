@@ -102,7 +102,7 @@ class Metrics:
 
     def adapters(self) -> Iterator[tuple[str, bool]]:
         """Of each request that is under way: its adapter, and whether a token has come."""
-        for call in self._running.values():
+        for call in list(self._running.values()):  # a look may come from another thread
             if call.target.adapter is not None:
                 yield self.label(call), call.first_token_at is not None
 
@@ -168,10 +168,9 @@ class Metrics:
         if call.first_token_at is None:
             return
         self._first.labels(model).observe(call.first_token_at - call.arrived_at)
-        started = getattr(call, "started_at", None)
-        if started is not None:
-            self._queue.labels(model).observe(started - call.arrived_at)
-            self._prefill.labels(model).observe(call.first_token_at - started)
+        if call.started_at is not None:
+            self._queue.labels(model).observe(call.started_at - call.arrived_at)
+            self._prefill.labels(model).observe(call.first_token_at - call.started_at)
         if call.last_token_at is not None:
             self._decode.labels(model).observe(call.last_token_at - call.first_token_at)
 

@@ -71,6 +71,8 @@ class Routes:
 
     def __post_init__(self) -> None:
         self._routes = {config.name: _restored(config, self.saved.get(config.name)) for config in self.configs}
+        if self.as_state() != self.saved:  # so that the next start knows these arms from others that the file may have
+            self.keep(self.as_state())
 
     def names(self) -> list[str]:
         """The routes' names, as in the file."""

@@ -44,6 +44,7 @@ class Call:
     model       as the request gave it
     version     the short content hash of the adapter that answers; empty for the base
     max_tokens  the most that may be generated, over all choices
+    started_at  when the engine began to read its prompt; None where nobody tells
     finish      of each choice: stop, length, tool_calls, cancelled, failed
     """
 
@@ -59,6 +60,7 @@ class Call:
     max_tokens: int = 0
     version: str = ""
     arrived_at: float = 0.0
+    started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     ended_at: float | None = None

@@ -35,6 +35,10 @@ SIGNATURES = {
         "topwork_attention_backward": _ATTENTION,
         "topwork_attention_level": Signature([], _INT),
     },
+    "decode": {
+        "topwork_decode": Signature([_AT, _LONG, _AT, _LONG], _INT),
+        "topwork_decode_sizes": Signature([_LONG], _LONG),
+    },
     "grouped": {
         "topwork_grouped_products": Signature([_AT, _AT, _LONG, _LONG], _INT),
         "topwork_grouped_level": Signature([], _INT),
