@@ -7,7 +7,9 @@ LLAMA = """{{- bos_token }}
 {%- endif %}
 {%- for message in messages %}
 {%- if message.tool_calls %}
-{%- if message.tool_calls|length != 1 %}{{- raise_exception('This model only supports single tool-calls at once!') }}{%- endif %}
+{%- if message.tool_calls|length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}
+{%- endif %}
 {%- set call = message.tool_calls[0].function %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", "parameters": ' }}
 {{- call.arguments | tojson + '}<|eot_id|>' }}

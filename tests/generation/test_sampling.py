@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from reference.sampling import chances
 from topwork.common.errors import RequestError
+from topwork.common.seeds import hashed
 from topwork.generation import drawing, sampling
-from topwork.generation.drawing import choice_seed, uniform
+from topwork.generation.drawing import uniform
 from topwork.generation.sampling import Chosen, Row, Sampling, choose
 
 SIZES = [1, 2, 31, 64, 65, 300, 2000]
@@ -90,7 +91,7 @@ def test_numbers_are_splitmix64s_and_look_like_chance() -> None:
     for grid in (
         [uniform(seed, 5) for seed in range(-2000, 2000)],
         [uniform(7, position) for position in range(4000)],
-        [uniform(choice_seed(7, choice), 0) for choice in range(4000)],
+        [uniform(hashed(7, choice, bits=63), 0) for choice in range(4000)],
     ):
         numbers = np.array(grid)
         assert numbers.min() >= 0
@@ -98,13 +99,6 @@ def test_numbers_are_splitmix64s_and_look_like_chance() -> None:
         counts = np.histogram(numbers, 40, (0, 1))[0]
         assert ((counts - 100) ** 2 / 100).sum() < 39 + 5 * math.sqrt(2 * 39)
         assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 5 / math.sqrt(4000)
-
-
-def test_choices_of_neighbouring_seeds_share_no_seed() -> None:
-    assert choice_seed(5, 0) == 5
-    seeds = {choice_seed(seed, choice) for seed in range(-50, 50) for choice in range(20)}
-    assert len(seeds) == 2000
-    assert all(Sampling(seed=seed).seed == seed for seed in seeds)
 
 
 def mixed_rows(size: int) -> list[Row]:
@@ -206,6 +200,21 @@ def test_a_row_that_nothing_can_be_chosen_for_fails_alone() -> None:
         "the model's logits are not finite", "the model's logits are not finite", "no token may come next",
         "no token may come next", None,
     ]  # fmt: skip
+
+
+def test_penalties_are_counted() -> None:
+    """Tokens of the prompt and of the answer, by how often: the last that stays ahead tells the penalty's size."""
+
+    def best(value: float, **asked: float) -> int:
+        logits = torch.tensor([[5.0, value, -1.0, -1.5]])
+        return choose(logits, [Row(Sampling(**asked), 3, [0, 2], [1, 1, 1])]).tokens[0]  # type: ignore[arg-type]
+
+    assert [best(5 + ahead, presence_penalty=1.5) for ahead in (1.4, 1.6)] == [0, 1]
+    assert [best(5 + ahead, frequency_penalty=0.5) for ahead in (1.4, 1.6)] == [0, 1]
+    assert [best(5 + ahead, frequency_penalty=0.5, presence_penalty=-1.0) for ahead in (0.4, 0.6)] == [0, 1]
+    assert [best(value, repetition_penalty=2.0) for value in (4.9, 5.1)] == [0, 1]  # both were said
+    logits = torch.tensor([[-3.0, -2.0, -1.0, -1.5]])
+    assert choose(logits, [Row(Sampling(repetition_penalty=2.0), 0, [2])]).tokens == [3]  # -1 becomes -2
 
 
 def test_a_row_that_is_kept_counts_its_answer_on() -> None:

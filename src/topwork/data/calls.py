@@ -172,9 +172,9 @@ def in_text(messages: Sequence[Message], tools: ToolList | None) -> list[Message
 def _told(tools: ToolList) -> str:
     listed = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-        f"signatures within <tools></tools> XML tags:\n<tools>{listed}\n</tools>\n\nFor each function call, return a "
-        "json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+        f"function signatures within <tools></tools> XML tags:\n<tools>{listed}\n</tools>\n\nFor each function call, "
+        "return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
         '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     )
 

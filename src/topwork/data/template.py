@@ -84,10 +84,12 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None,
         goes_on: bool = False,
     ) -> list[int]:  # fmt: skip
-        """What generation is prompted with: the messages and the opened assistant's turn, or, where the answer `goes_on`
-        with the last message, which is the assistant's, the messages with that one left open.
+        """What generation is prompted with: the messages and the opened assistant's turn.
 
-        variables: what else the template reads (`enable_thinking`). Raises DataError.
+        variables  what else the template reads (`enable_thinking`)
+        goes_on    the last message is the assistant's and is left open, for the answer to go on with it
+
+        Raises DataError.
         """
         if goes_on and (not messages or messages[-1].role != "assistant" or messages[-1].extra.get("tool_calls")):
             last = messages[-1].role + "'s" if messages else "not there"

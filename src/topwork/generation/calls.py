@@ -121,8 +121,10 @@ class CallParser:
             return self._begin(text[: len(text) - len(bare)], bare, bare=True)
         at = text.find(self._mark) if self._mark else -1
         if at >= 0:
-            self._tell(text[:at].rstrip())
-            return self._begin(self._mark, text[at + len(self._mark) :], bare=False)
+            sure = text[:at].rstrip()
+            self._tell(sure)
+            behind = at + len(self._mark)
+            return self._begin(text[len(sure) : behind], text[behind:], bare=False)
         keep = next((n for n in range(min(len(self._mark), len(text)), 0, -1) if text.endswith(self._mark[:n])), 0)
         sure = text[: len(text) - keep]
         sure = sure.rstrip() if self._mark else sure

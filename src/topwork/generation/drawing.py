@@ -20,14 +20,6 @@ def uniform(seed: int, position: int) -> float:
     return (_mixed(_mixed(seed & _WORD) ^ (position & _WORD)) >> 11) * 2.0**-53
 
 
-def choice_seed(seed: int, choice: int) -> int:
-    """The seed of an answer among several to one prompt: the first has the given one, the others hashes of it, so that
-    two requests of neighbouring seeds do not share answers."""
-    if choice == 0:
-        return seed
-    return _mixed(_mixed((seed & _WORD) ^ 0x5851F42D4C957F2D) ^ choice) >> 1
-
-
 def _mixed(word: int) -> int:
     """SplitMix64's step: each bit of the result depends on each of the 64 given (Steele, Lea, Flood 2014)."""
     word = (word + 0x9E3779B97F4A7C15) & _WORD

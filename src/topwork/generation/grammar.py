@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -201,7 +201,8 @@ def check_json(text: str, schema: Schema) -> str | None:
     try:
         value = json.loads(text, parse_constant=_no_number)
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        checker = jsonschema.validators.extend(kind, {"pattern": None, "patternProperties": None})
+        held = {"pattern": _held, "patternProperties": _held, "additionalProperties": _additional(kind)}
+        checker = jsonschema.validators.extend(kind, held)
         error = jsonschema.exceptions.best_match(checker(schema, registry=referencing.Registry()).iter_errors(value))
     except RecursionError:
         return "it is nested too deep"
@@ -212,6 +213,19 @@ def check_json(text: str, schema: Schema) -> str | None:
     if error is None:
         return None
     return f"at {error.json_path}: {error.message}"[:_LONGEST]
+
+
+def _held(*_: Any) -> Iterator[Any]:
+    """No errors of a keyword that the grammar holds."""
+    return iter(())
+
+
+def _additional(kind: Any) -> Any:
+    """Further properties, where no pattern says which are further."""
+    checked = kind.VALIDATORS["additionalProperties"]
+    return lambda validator, value, instance, schema: (
+        iter(()) if "patternProperties" in schema else checked(validator, value, instance, schema)
+    )
 
 
 _LONGEST = 300

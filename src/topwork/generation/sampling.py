@@ -30,8 +30,9 @@ class Sampling:
 
     top_k        only so many of the likeliest (0: all)
     min_p        only those at least so likely beside the likeliest
-    seed         what is drawn is a function of it and of the token's place in the answer; `choice_seed` for a second
-                 answer to the same prompt
+    seed         what is drawn is a function of it and of the token's place in the answer; of several answers to one
+                 prompt the first has it, the others `hashed(seed, number)` (common/seeds.py): requests with
+                 neighbouring seeds then share no answers
     repetition_penalty, presence_penalty, frequency_penalty: as in transformers (prompt too) and as OpenAI's (answer)
     bias         (token, what is added to its logit)
     min_new_tokens  before so many no stop token is taken
