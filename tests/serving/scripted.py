@@ -155,7 +155,7 @@ async def scripted(
     engine = ScriptedEngine(say)
     registry = Registry(base, Adapters(base.module, base.tokenizer), reserved=(BASE,))
     parts = parts or Parts()
-    within = None if config.adapters_folder is None else [Path(config.adapters_folder)]
+    within = [] if config.adapters_folder is None else [Path(config.adapters_folder).resolve()]
     backend = LocalBackend(
         base, BASE, ChatTemplate(base.tokenizer), Reader(base, config.limits),
         Worker(engine, parts.meter.stepped), registry, config.engine.batch_size + config.engine.max_waiting, within,
@@ -164,12 +164,13 @@ async def scripted(
     await backend.start()
     app = create_app(service)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
+    async with asyncio.timeout(60), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         try:
             for name, path in config.adapters.items():
-                await backend.take(name, Path(path))
+                await backend.load(name, Path(path))
             yield Scripted(service, backend, engine, registry, app, client)
         finally:
+            engine.least = 0
             engine.gate.set()
             await backend.stop(5)
             assert not service.running

@@ -144,6 +144,8 @@ class ServeConfig(Options):
     """What requests call the base; left out, its own name, without its folders."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Name -> folder: PEFT's, or a run's."""
+    force: bool = False
+    """Load adapters that were trained on another base than this, with a warning."""
     adapters_folder: str | None = None
     """The one folder from below which adapters may be loaded while the server runs; left out, none may."""
     chat_template: str | None = None

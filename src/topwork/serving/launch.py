@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from topwork.models.load import load_base
 from topwork.run.folder import RECIPE, TEMPLATE, read_recipe
 from topwork.serving.app import create_app
 from topwork.serving.asking import Reader
+from topwork.serving.backends.backend import Card
 from topwork.serving.backends.local import LocalBackend
 from topwork.serving.config import ServeConfig
 from topwork.serving.console import greeting
 from topwork.serving.parts import parts_of
-from topwork.serving.service import Service
+from topwork.serving.seams import Parts
+from topwork.serving.service import Kept, Service
 from topwork.serving.settings import load_config, make_config
 from topwork.serving.shutdown import Server
+from topwork.serving.state import StateFolder, ToLoad, bring_back
 from topwork.serving.worker import Worker
 
 log = logging.getLogger("topwork.serving")
@@ -34,11 +37,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Opened:
-    """A service that was not started yet, and the adapters that it is to have: name -> folder."""
+    """A service that was not started yet, the adapters that it is to have, and those that it was configured with: some
+    may have been unloaded before its last end."""
 
     service: Service
-    backend: LocalBackend
-    adapters: Mapping[str, Path]
+    adapters: Sequence[ToLoad]
+    configured: Sequence[str] = ()
+    close: Callable[[], None] = lambda: None
 
 
 def serve(config: ServeConfig | Mapping[str, Any] | Path | str, say: Say = print) -> None:
@@ -53,41 +58,49 @@ def serve(config: ServeConfig | Mapping[str, Any] | Path | str, say: Say = print
         config = make_config(config, "the server's options")
     with listening(config) as listener:
         opened = open_service(config, say)
-        asyncio.run(run(opened, listener, say))
+        try:
+            asyncio.run(run(opened, listener, say))
+        finally:
+            opened.close()
 
 
 def open_service(config: ServeConfig, say: Say = print) -> Opened:
     """The base is loaded; no adapter is, and no thread runs."""
+    state = StateFolder(Path(config.state_folder), say) if config.state_folder is not None else None
+    try:
+        return _opened(config, state, say)
+    except BaseException:
+        if state is not None:
+            state.close()
+        raise
+
+
+def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     say(f"loading {config.model.model_name_or_path} …")
     base, template, adapters = _open_base(config, say)
     served = config.served_model_name or served_name(base.name)
     if served in adapters:
         raise RequestError(f"{served!r} is the name of the base and of an adapter; give another --served-model-name")
-    grafted = Adapters(base.module, base.tokenizer)
     others = () if base.name == served else (base.name,)
-    registry = Registry(base, grafted, reserved=(served, *others))
-    parts = parts_of(config, (served, *others))
-    settings = EngineSettings(
-        batch_size=config.engine.batch_size, max_batch_tokens=config.engine.max_batch_tokens,
-        kv_tokens=config.engine.kv_tokens,
-    )  # fmt: skip
-    engine = Engine(base, settings, contents=registry.contents)
-    reader = Reader(base, config.limits)
-    backend = LocalBackend(
-        base, served, template, reader, Worker(engine, parts.meter.stepped), registry,
-        config.engine.batch_size + config.engine.max_waiting,
-        within=None if config.adapters_folder is None else [Path(config.adapters_folder)],
-        templates=lambda folder: _own_template(base, folder, config),
-    )  # fmt: skip
-    return Opened(Service(config, backend, parts, others), backend, adapters)
+    if state is None:
+        parts, kept = parts_of(config, (served, *others)), Kept()
+        found = [ToLoad(name, folder, None, True, True) for name, folder in adapters.items()]
+    else:
+        state.for_base(base.fingerprint, say)
+        parts = parts_of(config, (served, *others), state.state.routes, state.keep_routes)
+        kept = _kept(state, adapters)
+        found = state.to_load(adapters)
+    backend = _backend(config, base, template, (served, *others), parts)
+    service = Service(config, backend, parts, others, kept)
+    return Opened(service, found, list(adapters), state.close if state is not None else lambda: None)
 
 
 async def run(
     opened: Opened, listener: socket.socket, say: Say, started: Callable[[Server], None] | None = None
-) -> None:
+) -> None:  # fmt: skip
     """Load the adapters, greet, answer until told to end. `started` is told of the server before it serves."""
-    service, backend = opened.service, opened.backend
-    await backend.start()
+    service = opened.service
+    await service.backend.start()
     try:
         await load_adapters(opened, say)
         server = Server(create_app(service), service)
@@ -98,16 +111,21 @@ async def run(
         await server.serve([listener])
         say("the server has ended")
     finally:
-        await backend.stop(0)
+        await service.backend.stop(0)
 
 
 async def load_adapters(opened: Opened, say: Say) -> None:
-    """Those that the configuration names. Raises RequestError for the first that does not fit."""
-    for name, folder in opened.adapters.items():
-        await opened.backend.take(name, folder, pinned=True)
-        say(f"adapter {name}")
-    router, known = opened.service.parts.router, list(opened.adapters)
-    missing = getattr(router, "missing", None)
+    """Those that the configuration names, and those that were loaded before the last end. Raises RequestError for the
+    first of the configuration's that does not fit, and for a route to one that is not there."""
+    backend = opened.service.backend
+
+    async def take(each: ToLoad) -> None:
+        await backend.load(each.name, each.folder, pinned=each.pinned, content=each.content)
+        say(f"adapter {each.name}")
+
+    await bring_back(opened.adapters, take, say)
+    known = [*(card.id for card in backend.cards()), *opened.configured]
+    missing = getattr(opened.service.parts.router, "missing", None)
     if missing is not None and (wrong := missing(known)):
         raise RequestError("\n".join(wrong))
 
@@ -130,6 +148,33 @@ def listening(config: ServeConfig) -> socket.socket:
 def served_name(name: str) -> str:
     """What requests call a base: its name without owner or folders."""
     return Path(name).name or name
+
+
+def _backend(
+    config: ServeConfig, base: Base, template: ChatTemplate, names: Sequence[str], parts: Parts
+) -> LocalBackend:  # fmt: skip
+    """This process's engine over the base."""
+    registry = Registry(base, Adapters(base.module, base.tokenizer), reserved=names)
+    settings = EngineSettings(
+        batch_size=config.engine.batch_size, max_batch_tokens=config.engine.max_batch_tokens,
+        kv_tokens=config.engine.kv_tokens,
+    )  # fmt: skip
+    engine = Engine(base, settings, contents=registry.contents)
+    within = [] if config.adapters_folder is None else [Path(config.adapters_folder).resolve()]
+    return LocalBackend(
+        base, names[0], template, Reader(base, config.limits), Worker(engine, parts.meter.stepped), registry,
+        config.engine.batch_size + config.engine.max_waiting, within, config.force,
+        lambda folder: _own_template(base, folder, config),
+    )  # fmt: skip
+
+
+def _kept(state: StateFolder, configured: Mapping[str, Path]) -> Kept:
+    """What is loaded and unloaded is written down."""
+
+    def loaded(card: Card, folder: Path) -> None:
+        state.loaded(card.id, folder, card.content)
+
+    return Kept(loaded, lambda name: state.unloaded(name, configured))
 
 
 def _open_base(config: ServeConfig, say: Say) -> tuple[Base, ChatTemplate, dict[str, Path]]:

@@ -53,6 +53,7 @@ def models(service: Service) -> APIRouter:
         if asked.lora_name not in loaded:
             raise _not_loaded(service, asked.lora_name)
         await service.backend.unload(asked.lora_name)
+        service.kept.unloaded(asked.lora_name)
         log.info("adapter %s unloaded", asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
@@ -73,11 +74,12 @@ async def _load(service: Service, asked: LoadAdapter) -> None:
         raise ApiError(400, f"the base here is {base.id!r}", "base_model_name")
     folder = allowed_folder(service.config.adapters_folder, asked.lora_path)
     try:
-        await service.backend.load(asked.lora_name, folder, asked.load_inplace)
+        card = await service.backend.load(asked.lora_name, folder, asked.load_inplace)
     except UnknownAdapterError as error:
         raise ApiError(404, without_paths(str(error), folder), "lora_path", "adapter_not_found") from error
     except (AdapterError, RequestError) as error:
         raise ApiError(400, without_paths(str(error), folder), "lora_path", "adapter_refused") from error
+    service.kept.loaded(card, folder)
     log.info("adapter %s loaded", asked.lora_name)
 
 

@@ -1,8 +1,9 @@
 """What the endpoints share: who asks, who answers, how a request goes from one to the other, and what is told of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from secrets import token_hex
 from time import monotonic
 from typing import Any
@@ -29,6 +30,14 @@ KINDS: dict[str, tuple[Endpoint, type[ChatRequest] | type[CompletionRequest], st
 GOING = "the server is going down and takes no more requests; ask again in a moment, or another one"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Who remembers what is loaded for the next start (`state.py`); nobody."""
+
+    loaded: Callable[[Card, Path], None] = lambda *_: None
+    unloaded: Callable[[str], None] = lambda _: None
+
+
 @dataclass
 class Service:
     """One server."""
@@ -38,6 +47,8 @@ class Service:
     parts: Parts = field(default_factory=Parts)
     base_names: tuple[str, ...] = ()
     """What else the base may be called."""
+    kept: Kept = field(default_factory=Kept)
+    """Told of what is loaded and unloaded while it runs."""
     draining: bool = False
     """Nothing new is taken."""
     running: set[Run] = field(default_factory=set)

@@ -14,7 +14,7 @@ from topwork.data.template import ChatTemplate
 from topwork.generation.registry import Registry
 from topwork.generation.requests import Request
 from topwork.generation.text import TextStream
-from topwork.generation.versions import Absent, NoRoomError, Version
+from topwork.generation.versions import Absent, ChangedAdapterError, NoRoomError, Version
 from topwork.generation.versions import Prepared as Back
 from topwork.models.base import Base
 from topwork.run.folder import ADAPTER
@@ -63,7 +63,8 @@ class LocalBackend:
     served     what requests call the base
     template   the base's; adapters that came with another are in `load`'s hands
     most       answers that may run or wait, all together
-    within     where links must lead in adapters that are loaded while it runs; None is anywhere
+    within     in adapters from below these folders links must lead there; in others anywhere
+    force      adapters of another base are taken, with a warning
     templates  gives a folder's own chat template, None where it has none
     """
 
@@ -74,7 +75,8 @@ class LocalBackend:
     worker: Worker
     registry: Registry
     most: int
-    within: Sequence[Path] | None = None
+    within: Sequence[Path] = ()
+    force: bool = False
     templates: Callable[[Path], ChatTemplate | None] = lambda _: None
     created: int = field(default_factory=lambda: int(time()))
 
@@ -127,24 +129,22 @@ class LocalBackend:
         """Its chunks."""
         return _Chunks(*await self._begin(call))
 
-    async def load(self, name: str, folder: Path, replace: bool = False, pinned: bool = False) -> Card:
-        """Reads and checks it beside the engine; it is put in between two steps."""
-        return await self.take(name, folder, replace, pinned, within=self.within)
-
-    async def take(
-        self, name: str, folder: Path, replace: bool = False, pinned: bool = False, force: bool = False,
-        within: Sequence[Path] | None = None,
+    async def load(
+        self, name: str, folder: Path, replace: bool = False, pinned: bool = False, content: str | None = None
     ) -> Card:  # fmt: skip
-        """`load`, also for one that was trained on another base (`force`); links in it must lead `within`."""
+        """Reads and checks it beside the engine; it is put in between two steps."""
+        within = self.within if self.within and any(one in folder.resolve().parents for one in self.within) else None
         async with self._loading:
             prepared = await asyncio.to_thread(
-                self.registry.prepare, name, peft_folder(folder), within=within, force=force
+                self.registry.prepare, name, peft_folder(folder), within=within, force=self.force
             )
+            if content is not None and prepared.content != content:
+                raise ChangedAdapterError(f"adapter {name!r}: its folder holds another one than when it was loaded")
             if prepared.warning:
                 log.warning(prepared.warning)
             own = await asyncio.to_thread(self.templates, folder)
             entry = await self.worker.call(lambda: self.registry.install(prepared, replace, pinned))
-            card = Card(name, entry.created, entry.source, self.served, self.base.context_length)
+            card = Card(name, entry.created, entry.source, self.served, self.base.context_length, entry.content)
             self._named[name] = _Named(card, own or self.template)
             return card
 

@@ -31,9 +31,7 @@ from topwork.common.files import write_folder, write_json
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
-MERGE = (
-    "merge it (`topwork merge RUN --out FOLDER`) and serve the result as a base of its own, or serve it without vLLM"
-)
+MERGE = "merge it (`topwork merge RUN OUT`) and serve the result as a base of its own, or serve it without vLLM"
 
 
 @dataclass(frozen=True)
