@@ -88,12 +88,13 @@ class Engine:
         contents: Mapping[str, str] | None = None,
     ) -> None:
         self.base, self.settings = base, settings
+        self._contents = {} if contents is None else contents
         self._pool = KeyValuePool(pool_blocks(base, settings.batch_size, settings.kv_tokens))
-        self._runner = runner_for(base, self._pool)
+        self._runner = runner_for(base, self._pool, self._contents)
         rows = min(settings.max_batch_tokens or self._runner.most_rows, self._runner.most_rows)
         blocks = Blocks(self._pool.blocks)
         self._scheduler = Scheduler(blocks, settings.batch_size, rows)
-        self._chains = Chains(base.fingerprint, {} if contents is None else contents, blocks)
+        self._chains = Chains(base.fingerprint, self._contents, blocks)
         self._vocabulary = base.module.config.get_text_config().vocab_size
         self._layers: dict[str, AdaptedLayer] = {}
         self._told: list[Event] = []

@@ -1,27 +1,15 @@
 """Who runs a step's rows: native code where it can, the model's own modules else, over one pool."""
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Protocol, cast
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from topwork.generation.module_runner import ModuleRunner
+from topwork.generation.native_runner import NativeRunner, native_runner
 from topwork.generation.passes import Rows, Runner
 from topwork.generation.pool import KeyValuePool
 from topwork.models.base import Base
-
-NATIVE = "topwork.generation.native_runner"
-
-
-class NativeRunner(Runner, Protocol):
-    """A Runner that not every adapter can go through."""
-
-    def can_run(self, adapter: str | None) -> bool:
-        """Whether this one can."""
-        ...
 
 
 class Runners:
@@ -43,6 +31,8 @@ class Runners:
     def run(self, rows: Sequence[Rows]) -> Tensor:
         """As `Runner.run`, whoever runs them."""
         can = {adapter: self.native.can_run(adapter) for adapter in {each.adapter for each in rows}}
+        if all(can.values()):
+            return self.native.run(rows)
         parts = [(runner, [each for each in rows if can[each.adapter] is mine])
                  for runner, mine in ((self.native, True), (self.modules, False))]  # fmt: skip
         logits = [iter(runner.run(own)) if own else iter(()) for runner, own in parts]
@@ -50,11 +40,8 @@ class Runners:
         return torch.stack(found) if found else torch.empty(0)
 
 
-def runner_for(base: Base, pool: KeyValuePool) -> Runner:
-    """The fastest that there is for this base."""
+def runner_for(base: Base, pool: KeyValuePool, frozen: Container[str] = ()) -> Runner:
+    """The fastest that there is for this base. `frozen`: adapters whose weights never change."""
     modules = ModuleRunner(base, pool)
-    if find_spec(NATIVE) is None:
-        return modules
-    make = cast(Callable[[Base, KeyValuePool], NativeRunner | None], import_module(NATIVE).native_runner)
-    native = make(base, pool)
+    native = native_runner(base, pool, frozen)
     return modules if native is None else Runners(native, modules)

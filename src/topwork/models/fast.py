@@ -140,8 +140,8 @@ class FastLayer(GradientCheckpointingLayer):
         parts = ((self.self_attn, self.attention_part, "o_proj"), (self.mlp, self.mlp_part, "down_proj"))
         for parent, part, last in parts:
             if part is not None:
-                yield [_own(parent).get_submodule(name) for name in part.inputs]
-                yield [_own(parent).get_submodule(last)]
+                yield [own(parent).get_submodule(name) for name in part.inputs]
+                yield [own(parent).get_submodule(last)]
 
     def _dense_groups(self) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
         parts = ((self.self_attn, self.attention_part), (self.mlp, self.mlp_part))
