@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AliasChoices, Field, field_validator, model
 from topwork.common.options import Options
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+from topwork.serving.backends.vllm_config import VllmConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What arms, routes and tenants may be called: it goes into headers, labels and lines of a log."""
@@ -173,6 +174,8 @@ class ServeConfig(Options):
     """Everyone who reaches the address may ask and load adapters, though other machines do."""
     feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
     """Votes on answers."""
+    vllm: VllmConfig | None = None
+    """Stand before a vLLM, which has the base and the adapters, instead of running them here (`--engine vllm`)."""
     state_folder: str | None = None
     """Where what was loaded while the server ran is kept for its next start; left out, nowhere."""
 
