@@ -149,7 +149,7 @@ def _add_metrics(router: APIRouter, ways: Ways) -> None:
         text = await asyncio.to_thread(ways.metrics.exposition)  # long, where there are hundreds of adapters
         service = getattr(request.app.state, "service", None)
         own = await service.backend.metrics() if service is not None else ""  # the engine's, where it stands elsewhere
-        return Response(text + own, headers={"content-type": CONTENT_TYPE})
+        return Response(text + own.encode(), headers={"content-type": CONTENT_TYPE})
 
 
 def _add_page(router: APIRouter) -> None:
