@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from topwork.ops.native import load as native
-from topwork.ops.packed import Packed, Packed4bit, PackedInt8
+from topwork.ops.packed import Packed, Packed4bit, PackedInt8, constants
 from topwork.ops.quantize import code_of
 
 BRANCH, NORM, SCALE, INNER, PRODUCTS, HEADS, ATTEND, GATED = range(8)
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 COLUMNS, PANEL, ROWS, QUERIES = 32, 16, 64, 32
 """As in decode.c and paged.h: what a task's memory is made for."""
+
+SUBNORMAL = 1e-30
+"""As in packed4.h: a block's constant from here on makes no subnormal values."""
 
 _AT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -29,7 +32,7 @@ class Weight(ctypes.Structure):
 
     _fields_ = [
         ("format", _LONG), ("at", _AT), ("absmax", _AT), ("nested", _AT), ("nested_code", _AT), ("code", _AT),
-        ("bias", _AT), ("n", _LONG), ("k", _LONG), ("block", _LONG), ("offset", _DOUBLE),
+        ("bias", _AT), ("n", _LONG), ("k", _LONG), ("block", _LONG), ("offset", _DOUBLE), ("plain", _LONG),
     ]  # fmt: skip
 
 
@@ -132,8 +135,14 @@ def weight_of(weight: Tensor | Packed, bias: Tensor | None, dtype: torch.dtype, 
         format=1, at=kept.at(weight.codes.contiguous()), absmax=kept.at(weight.absmax.contiguous()),
         nested=kept.at(weight.nested_absmax), nested_code=kept.at(weight.nested_code if nested else None),
         code=kept.at(code_of(weight.quant_type, weight.codes.device)), bias=kept.fp32(bias), n=n, k=k,
-        block=weight.block_size, offset=weight.offset,
+        block=weight.block_size, offset=weight.offset, plain=_is_plain(weight),
     )  # fmt: skip
+
+
+def _is_plain(weight: Packed4bit) -> bool:
+    """Whether decode.c may look its values up as it multiplies."""
+    blocks = weight.block_size % 32 == 0 and weight.shape[1] % weight.block_size == 0
+    return blocks and bool((constants(weight) > SUBNORMAL).all())
 
 
 def packed_ranks(b: Tensor, dtype: torch.dtype) -> Tensor:

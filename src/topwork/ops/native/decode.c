@@ -19,8 +19,9 @@
 
 enum { DENSE = 0, FOUR_BITS = 1, EIGHT_BITS = 2 };
 enum { BRANCH = 0, NORM, SCALE, INNER, PRODUCTS, HEADS, ATTEND, GATED };
-enum { COLUMNS = 32, PANEL = 16, ROWS = 64, VALUES_AT_ONCE = 512 };
-// A task's columns of a dense weight and of a packed one, its rows, and its values of a gated unit.
+enum { COLUMNS = 32, PANEL = 16, ROWS = 64, VALUES_AT_ONCE = 512, AHEAD = 2 * TILE_COLUMNS };
+// A task's columns, those that are unpacked at once, a task's rows, and its values of a gated unit; how many columns
+// ahead codes are asked of memory.
 
 // A frozen weight [n, k]: dense rows in the program's type, or packed (ops/packed.py).
 typedef struct {
@@ -29,6 +30,7 @@ typedef struct {
   const float *nested, *nested_code, *code, *bias;
   int64_t n, k, block;
   double offset;
+  int64_t plain;  // 4-bit: blocks of a multiple of 32 that end where rows do, and no constant makes subnormal values
 } Weight;
 
 // What an adapter has at a place (a linear layer or a norm). b is [ceil(rank / u)][n] units of u ranks (paged.h's).
@@ -183,6 +185,38 @@ INLINE void finish(const int kind, const Step *s, int64_t number, const Part *pa
 #undef BODY
 }
 
+#if defined(BY_TABLE) && defined(DOT_PAIRS)
+// One row and TILE_SUMS columns of a 4-bit weight whose blocks end where its rows do: values are looked up and multiplied
+// without being written anywhere. The same chains as dot_tile's.
+INLINE void dot_codes(const Packed4 *w, const uint16_t *x, int64_t column, int64_t k, float out[TILE_SUMS]) {
+  vecf sums[TILE_SUMS];
+  __m512 code = _mm512_loadu_ps(w->code);
+  int64_t blocks = k / w->block;
+  for (int first = 0; first < TILE_SUMS; first += TILE_COLUMNS) {
+    const uint8_t *bytes = w->codes + ((column + first) * k >> 1);
+    int64_t block = (column + first) * blocks;
+    __m512 sum[TILE_COLUMNS] = {};
+    for (int64_t b = 0, i = 0; b < blocks; b++) {
+      __m512i table[TILE_COLUMNS];
+#pragma GCC unroll 4
+      for (int c = 0; c < TILE_COLUMNS; c++) {
+        __builtin_prefetch(bytes + (((c + AHEAD) * k + i) >> 1), 0, 2);
+        table[c] = table_of(code, constant(w, block + c * blocks + b));
+      }
+      for (int64_t stop = i + w->block; i < stop; i += 32) {
+        __m512bh a = (__m512bh)_mm512_loadu_si512(x + i);
+#pragma GCC unroll 4
+        for (int c = 0; c < TILE_COLUMNS; c++)
+          sum[c] = _mm512_dpbf16_ps(sum[c], a, (__m512bh)looked_up(table[c], bytes + ((c * k + i) >> 1)));
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < TILE_COLUMNS; c++) sums[first + c] = (vecf)sum[c];
+  }
+  add_lanes(sums, out);
+}
+#endif
+
 // Rows [start, stop), whose weight is the base's, times n of its columns.
 INLINE void base_sums(const int kind, const Step *s, const Weight *w, int64_t start, int64_t stop, int64_t column,
                       int64_t n, float *sums, void *panel, int *cold) {
@@ -193,10 +227,16 @@ INLINE void base_sums(const int kind, const Step *s, const Weight *w, int64_t st
     *cold = 0;
     return;
   }
+  Packed4 packed = {w->at, w->absmax, w->nested, w->nested_code, (float)w->offset, w->code, w->block};
+#if defined(BY_TABLE) && defined(DOT_PAIRS)
+  if (kind == BF16 && w->plain && stop - start == 1 && n % TILE_SUMS == 0) {
+    for (int64_t c = 0; c < n; c += TILE_SUMS) dot_codes(&packed, x, column + c, w->k, sums + c);
+    return;
+  }
+#endif
   for (int64_t c = 0; c < n; c += PANEL) {
     int64_t some = least(PANEL, n - c);
     if (w->format == FOUR_BITS) {
-      Packed4 packed = {w->at, w->absmax, w->nested, w->nested_code, (float)w->offset, w->code, w->block};
       unpack_row(&packed, (column + c) * w->k, some * w->k, kind == BF16 ? OUT_BF16 : OUT_F32, panel);
     } else {
       for (int64_t i = 0; i < some; i++) {

@@ -107,15 +107,23 @@ static inline void small_table(const float *code, float scale, int kind, uint16_
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define BY_TABLE 1
-// 32 values at a time of a block in bf16, from an even place: two nibbles of a byte are shifted to where a look-up of
-// 16-bit words reads them, which looks at five bits of a word and finds the table twice.
-static inline void unpack_block(const uint8_t *bytes, int64_t count, __m512 code, float scale, uint16_t *out) {
+#define SUBNORMAL 1e-30f  // a block's constant from here on makes no subnormal values, which rounding here takes for zero
+
+static inline __m512i table_of(__m512 code, float scale) {
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(scale))));
+}
+
+// 32 values of a block in bf16, from an even place: two nibbles of a byte are shifted to where a look-up of 16-bit words
+// reads them, which looks at five bits of a word and finds the table twice.
+static inline __m512i looked_up(__m512i table, const uint8_t *bytes) {
   const __m512i where = _mm512_set1_epi64(0x08080c0c00000404);
-  __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(scale))));
-  for (int64_t i = 0; i < count; i += 32, bytes += 16) {
-    __m512i x = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)bytes));
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(where, x), table));
-  }
+  __m512i x = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)bytes));
+  return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(where, x), table);
+}
+
+static inline void unpack_block(const uint8_t *bytes, int64_t count, __m512 code, float scale, uint16_t *out) {
+  __m512i table = table_of(code, scale);
+  for (int64_t i = 0; i < count; i += 32, bytes += 16) _mm512_storeu_si512(out + i, looked_up(table, bytes));
 }
 #endif
 
@@ -129,8 +137,8 @@ static void unpack_row(const Packed4 *w, int64_t from, int64_t count, int kind, 
       for (int i = 0; i < 16; i++) table[i] = w->code[i] * scale;
       unpack32(w->codes, from, n, table, (float *)out);
       out = (float *)out + n;
-#ifdef BY_TABLE  // its rounding takes subnormal values for zero
-    } else if (kind == OUT_BF16 && !(from & 1) && n % 32 == 0 && scale > 1e-30f) {
+#ifdef BY_TABLE
+    } else if (kind == OUT_BF16 && !(from & 1) && n % 32 == 0 && scale > SUBNORMAL) {
       unpack_block(w->codes + (from >> 1), n, _mm512_loadu_ps(w->code), scale, out);
       out = (uint16_t *)out + n;
 #endif

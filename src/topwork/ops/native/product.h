@@ -56,8 +56,10 @@ enum { PAIR_STEP = 32 };
 // The sums of `rows` rows and `columns` columns, both constants where it is called, as rows of out. Going
 // `across`, the columns take turns at every step, which keeps the processor busiest with a weight that is in its cache;
 // else one column comes after the other, which is the order in which memory hands a weight over fastest.
-INLINE void dot_tile(const int kind, const int rows, const int columns, const int across, const void *x, int64_t ldx,
-                     const void *w, int64_t ldw, int64_t k, float out[TILE_SUMS]) {
+//
+// `ahead`: the columns after these are asked of memory meanwhile.
+INLINE void dot_tile(const int kind, const int rows, const int columns, const int across, const int ahead,
+                     const void *x, int64_t ldx, const void *w, int64_t ldw, int64_t k, float out[TILE_SUMS]) {
   vecf sums[TILE_SUMS] = {};
   const int width = across ? columns : 1;
 #pragma GCC unroll 16
@@ -69,7 +71,10 @@ INLINE void dot_tile(const int kind, const int rows, const int columns, const in
 #define DOT_STEP(LOAD)                                                                                              \
   {                                                                                                                 \
     __m512i b[TILE_COLUMNS];                                                                                        \
-    _Pragma("GCC unroll 4") for (int c = 0; c < width; c++) b[c] = LOAD(pw + c * ldw + i);                          \
+    _Pragma("GCC unroll 4") for (int c = 0; c < width; c++) {                                                       \
+      if (ahead) __builtin_prefetch(pw + (c + columns) * ldw + i, 0, 2); /* to the second cache */                   \
+      b[c] = LOAD(pw + c * ldw + i);                                                                                \
+    }                                                                                                               \
     _Pragma("GCC unroll 4") for (int r = 0; r < rows; r++) {                                                        \
       __m512bh a = (__m512bh)LOAD(px + r * ldx + i);                                                                \
       _Pragma("GCC unroll 4") for (int c = 0; c < width; c++) {                                                     \
@@ -116,13 +121,32 @@ INLINE void dot_stripe(const int kind, const int rows, const int columns, const 
   int64_t size = bytes_of_kind(kind), c = 0;
   float out[TILE_SUMS] __attribute__((aligned(64)));
   for (; c + columns <= n; c += columns) {
-    dot_tile(kind, rows, columns, across, x, ldx, (const char *)w + c * ldw * size, ldw, k, out);
+    dot_tile(kind, rows, columns, across, 0, x, ldx, (const char *)w + c * ldw * size, ldw, k, out);
     for (int r = 0; r < rows; r++) memcpy(sums + r * ld + c, out + r * columns, sizeof(float) * columns);
   }
   for (; c < n; c++) {
-    dot_tile(kind, rows, 1, 0, x, ldx, (const char *)w + c * ldw * size, ldw, k, out);
+    dot_tile(kind, rows, 1, 0, 0, x, ldx, (const char *)w + c * ldw * size, ldw, k, out);
     for (int r = 0; r < rows; r++) sums[r * ld + c] = out[r];
   }
+}
+
+// Several stripes and a weight that comes from memory: each few columns go through all stripes, and the first of these
+// asks for the next columns, so that memory works while the others are computed.
+INLINE int64_t dot_ahead(const int kind, const void *x, int64_t ldx, int64_t m, const void *w, int64_t ldw, int64_t n,
+                         int64_t k, float *sums, int64_t ld) {
+  int64_t size = bytes_of_kind(kind), c = 0;
+  float out[TILE_SUMS] __attribute__((aligned(64)));
+  for (; c + TILE_COLUMNS <= n; c += TILE_COLUMNS) {
+    const char *columns = (const char *)w + c * ldw * size;
+    for (int64_t r = 0; r + TILE_ROWS <= m; r += TILE_ROWS) {
+      const char *rows = (const char *)x + r * ldx * size;
+      if (r) dot_tile(kind, TILE_ROWS, TILE_COLUMNS, 1, 0, rows, ldx, columns, ldw, k, out);
+      else dot_tile(kind, TILE_ROWS, TILE_COLUMNS, 1, 1, rows, ldx, columns, ldw, k, out);
+      for (int i = 0; i < TILE_ROWS; i++)
+        memcpy(sums + (r + i) * ld + c, out + i * TILE_COLUMNS, sizeof(float) * TILE_COLUMNS);
+    }
+  }
+  return c;
 }
 
 // sums [m, n], rows `ld` apart. `cold`: the weight comes from memory.
@@ -131,7 +155,15 @@ INLINE void dot_rows(const int kind, const int cold, const void *x, int64_t ldx,
   int64_t size = bytes_of_kind(kind), r = 0;
 #define STRIPE(rows, columns, across) \
   dot_stripe(kind, rows, columns, across, (const char *)x + r * ldx * size, ldx, w, ldw, n, k, sums + r * ld, ld)
-  if (cold && m >= TILE_ROWS) {
+  if (cold && m >= 2 * TILE_ROWS) {
+    int64_t whole = m < 4 * TILE_ROWS ? m / TILE_ROWS * TILE_ROWS : 4 * TILE_ROWS;
+    int64_t done = dot_ahead(kind, x, ldx, whole, w, ldw, n, k, sums, ld);
+    if (done < n)
+      for (; r < whole; r += TILE_ROWS)
+        dot_stripe(kind, TILE_ROWS, TILE_COLUMNS, 1, (const char *)x + r * ldx * size, ldx,
+                   (const char *)w + done * ldw * size, ldw, n - done, k, sums + r * ld + done, ld);
+    r = whole;
+  } else if (cold && m >= TILE_ROWS) {
     STRIPE(TILE_ROWS, TILE_COLUMNS, 0);
     r = TILE_ROWS;
   }
