@@ -56,10 +56,11 @@ async def run(
 async def load_adapters(opened: Opened, say: Say) -> None:
     """Those that the configuration names, and those that were loaded before the last end. Raises RequestError for the
     first of the configuration's that does not fit, and for a route to one that is not there."""
-    backend = opened.service.backend
+    backend, engine = opened.service.backend, opened.service.config.engine
+    all_stay = engine.resident_adapters is None and engine.adapters_bytes is None
 
     async def take(each: ToLoad) -> None:
-        await backend.load(each.name, each.folder, pinned=each.pinned, content=each.content)
+        await backend.load(each.name, each.folder, pinned=each.pinned and all_stay, content=each.content)
         say(f"adapter {each.name}")
 
     await bring_back(opened.adapters, take, say)

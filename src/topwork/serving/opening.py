@@ -12,6 +12,7 @@ from topwork.common.errors import RequestError
 from topwork.data.template import ChatTemplate
 from topwork.generation.engine import Engine, EngineSettings
 from topwork.generation.registry import Registry
+from topwork.generation.versions import Capacity
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
@@ -125,7 +126,8 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
 
 def _local(config: ServeConfig, named: Named, base: Base, names: Sequence[str], parts: Parts) -> LocalBackend:
     """This process's engine over the base."""
-    registry = Registry(base, Adapters(base.module, base.tokenizer), reserved=names)
+    capacity = Capacity(config.engine.resident_adapters, config.engine.adapters_bytes)
+    registry = Registry(base, Adapters(base.module, base.tokenizer), capacity, names)
     settings = EngineSettings(
         batch_size=config.engine.batch_size, max_batch_tokens=config.engine.max_batch_tokens,
         kv_tokens=config.engine.kv_tokens,
