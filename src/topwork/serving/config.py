@@ -38,8 +38,8 @@ class EngineConfig(Options):
     kv_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose keys and values are held, of all sequences together; chosen from free memory when left out."""
     resident_adapters: int | None = Field(default=None, ge=1)
-    """Adapters in memory at once: the one that was asked for longest ago leaves, and is read again when it is asked for.
-    Left out, all."""
+    """Adapters in memory at once: the one asked for longest ago leaves, and is read again when it is asked for. Left
+    out, all."""
     adapters_bytes: int | None = Field(default=None, ge=1)
     """The same by their memory."""
     max_waiting: int = Field(default=256, ge=0)
