@@ -70,7 +70,6 @@ def serving(config: dict[str, Any]) -> Iterator[httpx.Client]:
             ready.set()
 
     with listening(made) as listener:
-        listener.listen()
         thread = threading.Thread(target=lambda: asyncio.run(answer(listener)))
         thread.start()
         assert ready.wait(60), said
