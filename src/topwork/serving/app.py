@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import topwork
+from topwork.common.errors import quoted
 from topwork.serving.backends.backend import Refused
 from topwork.serving.calls import GONE, as_api_error
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.guards import Guard, as_response
 from topwork.serving.models import models
 from topwork.serving.openai import ChatRequest, CompletionRequest

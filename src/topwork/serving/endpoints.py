@@ -12,9 +12,10 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from topwork.common.errors import quoted
 from topwork.common.options import Options
 from topwork.serving.arms import report
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.feedback import Feedback
 from topwork.serving.figures import ArmFigures
 from topwork.serving.metrics import CONTENT_TYPE, Metrics

@@ -7,9 +7,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError
+from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError, quoted
 from topwork.serving.backends.backend import Card
-from topwork.serving.errors import ApiError, quoted, without_paths
+from topwork.serving.errors import ApiError, without_paths
 from topwork.serving.openai import LoadAdapter, UnloadAdapter
 from topwork.serving.reading import checked, read_json
 from topwork.serving.schema import gives, takes

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from topwork.common.errors import did_you_mean
-from topwork.serving.errors import ApiError, quoted
+from topwork.common.errors import did_you_mean, quoted
+from topwork.serving.errors import ApiError
 
 _OFF_THE_LOOP = 2**16
 """Bytes from which a body is read in another thread, so that others' answers go on meanwhile."""

@@ -11,13 +11,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from topwork.common.errors import did_you_mean
+from topwork.common.errors import did_you_mean, quoted
 from topwork.serving.backends.backend import Backend, Card, Endpoint
 from topwork.serving.backends.backend import Call as Asking
 from topwork.serving.backends.local import Reading
 from topwork.serving.calls import Watched, Way
 from topwork.serving.config import ServeConfig
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.openai import UNSUPPORTED, ChatRequest, CompletionRequest
 from topwork.serving.reading import read_fields
 from topwork.serving.seams import Call, Caller, Parts, Target
