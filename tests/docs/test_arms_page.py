@@ -23,4 +23,4 @@ def test_the_votes_are_votes() -> None:
     assert len(bodies) == 4
     for number, body in enumerate(bodies):  # the dots stand for two ids in each
         ids = iter(f"{number}{place}" for place in range(2))
-        Vote.model_validate(json.loads(re.sub("…", lambda _: next(ids), body)))
+        Vote.model_validate(json.loads(re.sub("…", lambda _, ids=ids: next(ids), body)))

@@ -1,4 +1,4 @@
-"""The calls whose tokens and callbacks `before.json` holds, as `generate` gave them before there was an engine."""
+"""The calls whose tokens `before.json` holds, the greedy ones as they were before there was an engine."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""The engine's promises: who waits, who runs, who leaves, and that `generate` over it gives what it gave before."""
+"""The engine over a model: who runs, who leaves, what is held meanwhile, and that `generate` gives what it gave before.
+
+Who runs when is asked without a model in test_scheduling.py; that company changes nothing, in test_company.py.
+"""
 
 import json
 from pathlib import Path
@@ -9,15 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from generation.cases import CALLS, NAMES, NEW, called, mixed_base
-from reference.families import added, logits, sequences, tiny_base
+from reference.families import CONTEXT, added, logits, sequences, tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.common.errors import RequestError
+from topwork.common.errors import AdapterError, RequestError
 from topwork.generation import engine as module
-from topwork.generation.engine import Engine, Event, Request, generate
-from topwork.generation.sampling import Sampling
+from topwork.generation import pool
+from topwork.generation.engine import Engine, EngineSettings, generate
+from topwork.generation.pool import pool_blocks, token_bytes
+from topwork.generation.requests import Event, Request
+from topwork.generation.sampling import Sampling, choose
 from topwork.models.base import Base
 from topwork.ops.batch import batch_of
+from topwork.ops.paged import BLOCK
 
 BEFORE = json.loads(Path(__file__).with_name("before.json").read_text())
 
@@ -51,11 +58,25 @@ def alone(base: Base, request: Request) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_generate_gives_what_it_gave_before_there_was_an_engine(name: str) -> None:
-    """The tokens, and the callbacks in their order."""
+def test_generate_gives_what_it_gave_before(name: str) -> None:
+    """The tokens; greedy ones as they were before there was an engine, drawn ones since draws are a function of seed
+    and place. How many run at once changes none of them. Each is told once, in its order, and every end."""
     values, batch_size = CALLS[name]
     sampling = Sampling(max_new_tokens=NEW, **values)
-    assert called(generate, mixed_base(), sampling, batch_size) == BEFORE[name]
+    found = called(generate, mixed_base(), sampling, batch_size)
+    assert found["tokens"] == BEFORE[name.partition(",")[0]]
+    told = [entry for entry in found["told"] if isinstance(entry, list)]
+    assert [[token for at, token in told if at == index] for index in range(len(NAMES))] == found["tokens"]
+    assert sum(entry for entry in found["told"] if isinstance(entry, int)) == len(NAMES)
+
+
+def test_a_prompt_that_is_given_again_draws_anew() -> None:
+    base = tiny_base("llama")
+    hot = Sampling(6, temperature=1.0, seed=3)
+    same = generate(base, [[5, 6, 7]] * 3, [None] * 3, (), hot)
+    assert len({tuple(row) for row in same}) == 3
+    assert generate(base, [[5, 6, 7]] * 3, [None] * 3, (), hot, batch_size=1) == same
+    assert alone(base, Request([5, 6, 7], sampling=hot)) == same[0]
 
 
 def test_requests_differ_in_all_that_they_may() -> None:
@@ -80,77 +101,44 @@ def test_requests_differ_in_all_that_they_may() -> None:
     assert [len(found[id]) for id in ids[2:]] == [3, 10, 1]
 
 
-def test_requests_of_one_seed_share_its_draws_until_none_is_left() -> None:
-    """An engine that is idle keeps nothing: the same requests draw the same again."""
+def test_requests_come_and_go_at_any_step() -> None:
     base = tiny_base("llama")
-    hot = Sampling(6, temperature=1.0, seed=3)
-    engine = Engine(base, batch_size=2)
-
-    def drawn() -> list[list[int]]:
-        ids = [engine.submit(Request([5, 6, 7], sampling=hot)) for _ in range(3)]
-        found = drained(engine)
-        return [tokens_of(found[id]) for id in ids]
-
-    first = drawn()
-    assert len({tuple(row) for row in first}) == 3  # the last, in a batch of its own, does not begin the seed anew
-    assert drawn() == first
-
-
-def test_what_comes_while_a_batch_runs_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama")
-    engine = Engine(base, batch_size=2)
-    read: list[int] = []
-    plain = module._read_prompts
-
-    def counted(base: Base, prompts: Any, *others: Any) -> torch.Tensor:
-        read.append(len(prompts))
-        return plain(base, prompts, *others)
-
-    monkeypatch.setattr(module, "_read_prompts", counted)
+    engine = Engine(base, EngineSettings(batch_size=2))
     assert not engine.busy
     assert engine.step() == []
     given = prompts(4, 9, 2, 7)
     ids = [engine.submit(Request(given[at], sampling=greedy(count))) for at, count in enumerate((1, 3, 2))]
-    steps = [{event.id for event in engine.step()}]
+    steps = [[event.id for event in engine.step()]]
     ids.append(engine.submit(Request(given[3], sampling=greedy(1))))
     while engine.busy:
-        steps.append({event.id for event in engine.step()})
+        steps.append([event.id for event in engine.step()])
     assert ids == [0, 1, 2, 3]
-    assert steps == [{0, 1}, {1}, {1}, {2, 3}, {2}]
-    assert read == [2, 2]
-    assert not engine.busy
+    assert steps == [[0, 1], [1, 2], [1, 2], [3]]
 
 
-def test_cancelled_requests_leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_requests_leave_at_once() -> None:
     base = mixed_base()
-    widths: list[int] = []
-    plain = module._one_token
-
-    def counted(base: Base, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
-        widths.append(len(tokens))
-        return plain(base, tokens, *others)
-
-    monkeypatch.setattr(module, "_one_token", counted)
     requests = [Request(prompt, name, sampling=greedy(6)) for prompt, name in zip(prompts(9, 1, 17, 4), NAMES)]
-    engine = Engine(base, batch_size=3)
+    engine = Engine(base, EngineSettings(batch_size=3))
     first, second, third, waiting = (engine.submit(request) for request in requests)
     head = engine.step()
+    used = engine.statistics().blocks_total - engine.statistics().blocks_free
     engine.cancel(second)
     engine.cancel(waiting)
+    assert engine.statistics().blocks_total - engine.statistics().blocks_free == used - 1
     told = engine.step()
     assert told[:2] == [Event(second, ended="cancelled"), Event(waiting, ended="cancelled")]
     assert {event.id for event in told[2:]} == {first, third}
     rest = drained(engine)
-    assert widths == [2] * 5
     for id, request in ((first, requests[0]), (third, requests[2])):
         own = [event for event in (*head, *told) if event.id == id] + rest[id]
         assert tokens_of(own) == alone(base, request)
     assert rest.keys() == {first, third}
 
 
-def test_a_batch_whose_requests_are_all_cancelled_makes_way() -> None:
+def test_where_all_are_cancelled_the_next_runs() -> None:
     base = tiny_base("llama")
-    engine = Engine(base, batch_size=1)
+    engine = Engine(base, EngineSettings(batch_size=1))
     first, second = (engine.submit(Request(prompt, sampling=greedy(4))) for prompt in prompts(5, 8))
     engine.step()
     engine.cancel(first)
@@ -178,8 +166,17 @@ def test_what_cannot_be_cancelled_or_run() -> None:
         engine.submit(Request([3] * 64))
     with pytest.raises(RequestError, match="max_new_tokens is 0; give at least 1"):
         engine.submit(Request([3], sampling=greedy(0)))
-    with pytest.raises(RequestError, match="batch_size is 0; give at least 1"):
-        Engine(tiny_base("llama"), batch_size=0)
+    with pytest.raises(
+        AdapterError, match="no adapter 'support' is on tiny; there are none, and None is the bare base"
+    ):
+        engine.submit(Request([3], "support"))
+    for strange in (-1, 99, 10**30):
+        with pytest.raises(
+            RequestError, match=rf"the prompt has token {strange}, and tiny has 99 tokens, 0 to 98; was "
+        ):
+            engine.submit(Request([3, strange]))
+    with pytest.raises(RequestError, match="the bias names token 99"):
+        engine.submit(Request([3], sampling=Sampling(bias=((99, 1.0),))))
     assert not engine.busy
 
 
@@ -190,10 +187,11 @@ def test_an_adapter_that_drops_out_is_refused_until_it_evaluates() -> None:
     request = Request([3, 4, 5], "a", sampling=greedy(5))
     expected = alone(base, request)
     adapters.train("a")
-    id = engine.submit(request)
+    engine.submit(request)
     with pytest.raises(RuntimeError, match="switch dropout off"):
         engine.step()
     with adapters.evaluating("a"):
+        id = engine.submit(request)
         assert tokens_of(drained(engine)[id]) == expected
 
 
@@ -242,19 +240,19 @@ def test_no_gradient_is_taken() -> None:
 
 def test_a_step_that_fails_loses_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("llama")
-    engine = Engine(base, batch_size=1)
+    engine = Engine(base, EngineSettings(batch_size=1))
     lost, second = (engine.submit(Request(prompt, sampling=greedy(4))) for prompt in prompts(5, 8))
     failures = iter([RuntimeError("not a number"), None, RuntimeError("not a number")])
-    choose = engine._sampler.choose
 
-    def failing(*given: Any) -> torch.Tensor:
+    def failing(*given: Any) -> Any:
         if (failure := next(failures, None)) is not None:
             raise failure
         return choose(*given)
 
-    monkeypatch.setattr(engine._sampler, "choose", failing)
+    monkeypatch.setattr(module, "choose", failing)
     with pytest.raises(RuntimeError, match="not a number"):
         engine.step()
+    assert engine.statistics().blocks_free == engine.statistics().blocks_total
     with pytest.raises(RequestError, match=f"request {lost} cannot be cancelled: it has ended already"):
         engine.cancel(lost)
     engine.step()
@@ -264,3 +262,27 @@ def test_a_step_that_fails_loses_what_ran_and_nothing_else(monkeypatch: pytest.M
     third = engine.submit(Request(prompts(5, 8)[1], sampling=greedy(4)))
     assert third > second
     assert tokens_of(drained(engine)[third]) == alone(base, Request(prompts(5, 8)[1], sampling=greedy(4)))
+
+
+def test_an_idle_engine_holds_no_memory_but_what_is_cached() -> None:
+    base = tiny_base("llama")
+    added(base, a=AdapterConfig(r=4))
+    engine = Engine(base)
+    for name, kept in (("a", 0), (None, 1)):
+        engine.submit(Request(prompts(40)[0], name, sampling=greedy(3)))
+        engine.step()
+        assert engine._pool._layers
+        drained(engine)
+        assert engine.statistics().blocks_cached == kept
+        assert bool(engine._pool._layers) is bool(kept)
+
+
+def test_a_pool_is_as_large_as_needed_and_no_larger_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of two heads of 16 values in fp32, keys and values: 512 bytes a token."""
+    base = tiny_base("llama")
+    assert token_bytes(base) == 512
+    assert pool_blocks(base, 3) == 3 * CONTEXT // BLOCK
+    for free, expected in ((40 * 512 * BLOCK, 10), (0, CONTEXT // BLOCK)):
+        monkeypatch.setattr(pool, "free_memory_bytes", lambda _, free=free: free)
+        assert pool_blocks(base, 64) == expected
+    assert [pool_blocks(base, 64, tokens) for tokens in (1, 64, 100)] == [1, 2, 3]

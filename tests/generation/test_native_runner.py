@@ -1,6 +1,6 @@
 """All layers in one call of C: what the model's own modules give, and the same bits in any company."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 
 import pytest
@@ -12,11 +12,12 @@ from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.generation.native_runner import NativeRunner, native_runner
 from topwork.generation.passes import VIRTUAL, Rows
+from topwork.generation.pool import KeyValuePool
 from topwork.models.base import Base
 from topwork.ops.batch import batch_of
 from topwork.ops.native import load as native
 from topwork.ops.packed import pack_4bit, pack_int8
-from topwork.ops.paged import BLOCK, block_pool
+from topwork.ops.paged import BLOCK
 from topwork.quantization.linear import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(native.compiled("decode") is None, reason="no C compiler, or TOPWORK_NO_NATIVE")
@@ -43,22 +44,24 @@ METHODS = {
 }
 
 
-def blank_pool(blocks: int = 131) -> Callable[..., tuple[Tensor, Tensor]]:
+class BlankPool(KeyValuePool):
     """Memory as it may be found: whatever is read before it was written shows."""
-    made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def of(module: nn.Module, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        if module not in made:
-            made[module] = block_pool(blocks, heads, size, dtype, device)
-            for tensor in made[module]:
-                tensor.fill_(float("nan"))
-        return made[module]
+    def __init__(self, blocks: int = 131) -> None:
+        super().__init__(blocks)
 
-    return of
+    def of(
+        self, layer: Hashable, heads: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        blank = layer not in self._layers
+        found = super().of(layer, heads, size, dtype, device)
+        for tensor in found if blank else ():
+            tensor.fill_(float("nan"))
+        return found
 
 
 def runner_of(base: Base) -> NativeRunner:
-    found = native_runner(base, blank_pool())
+    found = native_runner(base, BlankPool())
     assert found is not None
     return found
 
@@ -101,7 +104,7 @@ def together_and_apart(base: Base, asked: list[tuple[list[int], str | None]]) ->
         take, runner, alone = some_blocks(), runner_of(base), []
         for text, name in asked:
             chunks = cut(base, text, name, take(CONTEXT), sizes)
-            alone.append([runner.run([chunk]) for chunk in chunks][-1])
+            alone.append([runner.run([chunk]).clone() for chunk in chunks][-1])
         assert torch.equal(torch.cat(alone), together)
     take, runner, ends = some_blocks(), runner_of(base), {}
     waiting = {at: cut(base, text, name, take(CONTEXT), [2, 7]) for at, (text, name) in enumerate(asked)}
@@ -112,7 +115,7 @@ def together_and_apart(base: Base, asked: list[tuple[list[int], str | None]]) ->
             continue
         there.sort(key=lambda at: (asked[at][1] or "", -at))
         chunks = [waiting[at].pop(0) for at in there]
-        found = iter(runner.run(chunks))
+        found = iter(runner.run(chunks).clone())
         ends |= {at: next(found) for at, chunk in zip(there, chunks) if chunk.wanted}
     assert torch.equal(torch.stack([ends[at] for at in range(len(asked))]), together)
     return together
@@ -196,7 +199,7 @@ def test_positions_beyond_the_first_table() -> None:
     """Angles are made for more positions as they are reached."""
     base = tiny_base("llama", max_position_embeddings=4096, **WILD)
     text = torch.randint(3, VOCABULARY, (2100,), generator=torch.Generator().manual_seed(0)).tolist()
-    runner = native_runner(base, blank_pool(70))
+    runner = native_runner(base, BlankPool(70))
     assert runner is not None
     for at in range(0, 2100, 512):
         chunk = text[at : at + 512]
@@ -212,8 +215,8 @@ def test_more_rows_than_there_is_memory_for_are_refused() -> None:
 
 def test_what_is_no_list_of_steps_has_no_runner() -> None:
     for family in ("gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3"):
-        assert native_runner(tiny_base(family), blank_pool()) is None
-    assert native_runner(tiny_base("llama", torch.float16), blank_pool()) is None
+        assert native_runner(tiny_base(family), BlankPool()) is None
+    assert native_runner(tiny_base("llama", torch.float16), BlankPool()) is None
 
 
 def test_a_plan_that_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +224,7 @@ def test_a_plan_that_gives_something_else_is_not_used(monkeypatch: pytest.Monkey
     base = tiny_base("llama", **WILD)
     forward = base.module.base_model.norm.forward
     monkeypatch.setattr(base.module.base_model.norm, "forward", lambda x: 1.1 * forward(x))
-    assert native_runner(base, blank_pool()) is None
+    assert native_runner(base, BlankPool()) is None
 
 
 def test_weights_that_changed_are_compiled_again() -> None:
@@ -233,7 +236,7 @@ def test_weights_that_changed_are_compiled_again() -> None:
 
     def run() -> Tensor:
         runner.begin()
-        found = runner.run(cut(base, text, "lora", [1, 2, 3], []))
+        found = runner.run(cut(base, text, "lora", [1, 2, 3], [])).clone()
         runner.end()
         return found
 

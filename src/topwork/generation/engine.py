@@ -1,176 +1,293 @@
-"""Generation over flat batches: prompts are read in one batch, then every sequence goes on by one token a pass.
+"""Generation: requests come and go at any step, and all that run share the passes, whatever their adapters are.
 
-Requests may be for different adapters, or for none. Those that are done leave the batch, so no work is spent on them.
-Evaluation, chat and rollouts share the engine; `generate` is for a list of prompts that are all there at once.
+Evaluation, chat, rollouts and the server share the engine; `generate` is for a list of prompts that are all there at
+once. What an answer says depends on its own request alone: greedy and seeded, it is the same tokens whoever else runs,
+however its prompt is cut into passes, after it had to give way, and where its prompt begins with what is cached.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from topwork.common.errors import RequestError
-from topwork.generation.cache import KeyValueCache
-from topwork.generation.sampling import Sampling
+from topwork.adapters.graft import adapted_layers
+from topwork.adapters.module import AdaptedLayer
+from topwork.common.errors import AdapterError, RequestError, did_you_mean
+from topwork.common.seeds import hashed
+from topwork.generation.answer import Answer, blocks_of
+from topwork.generation.blocks import Blocks
+from topwork.generation.chains import Chains
+from topwork.generation.passes import VIRTUAL
+from topwork.generation.pool import KeyValuePool, pool_blocks
+from topwork.generation.requests import Ended, Event, Request
+from topwork.generation.runners import runner_for
+from topwork.generation.sampling import Chosen, Row, Sampling, choose
+from topwork.generation.scheduler import Scheduler
 from topwork.models.base import Base
-from topwork.models.held import held_for_inference
-from topwork.ops.batch import Batch, Segment
-from topwork.ops.context import PassContext
 from topwork.ops.host import sent
-
-PROMPT_TOKENS_PER_PASS = 4096
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt's token ids, the adapter that is to go on with them (None: the bare base), the tokens that end it, and
-    how the others are chosen."""
-
-    prompt: Sequence[int]
-    adapter: str | None = None
-    stop_ids: Collection[int] = frozenset()
-    sampling: Sampling = field(default_factory=Sampling)
+from topwork.ops.paged import BLOCK
 
 
 @dataclass(frozen=True)
-class Event:
-    """What a step brought for the request of this id: a token, its end, or both.
+class EngineSettings:
+    """How much runs at once.
 
-    ended  None while it goes on; "stop" at a stop token, which is not told; "length" with the last token that its
-           Sampling or the model's context has room for; "cancelled"
+    batch_size        sequences that run together
+    max_batch_tokens  rows of a step, at most as many as the runner takes at once (None)
+    kv_tokens         tokens whose keys and values are held, of all sequences together and of what is cached; None:
+                      `batch_size` whole contexts, but no more than a quarter of the free memory, and at least one
+                      whole context. On a CPU memory is taken as it is written.
+
+    Raises RequestError for numbers below one.
     """
 
-    id: int
-    token: int | None = None
-    ended: Literal["stop", "length", "cancelled"] | None = None
+    batch_size: int = 64
+    max_batch_tokens: int | None = None
+    kv_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, what in (("batch_size", "sequence"), ("max_batch_tokens", "token"), ("kv_tokens", "token")):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise RequestError(f"{name} is {given}; give at least 1 {what}")
 
 
-@dataclass
-class _Sequence:
-    """A request on its way: the tokens that it may still get."""
+@dataclass(frozen=True)
+class EngineStatistics:
+    """What runs, what waits, how the blocks of the pool are used (those of running sequences are neither free nor
+    cached), and since the engine was made: tokens that were looked for in the prefix cache and found there, how often
+    a sequence had to give its blocks to another, and tokens of prompts that were submitted and of answers."""
 
-    id: int
-    request: Request
-    left: int
-
-
-@dataclass
-class _Running:
-    """Requests whose prompts were read together, their cache, what is held until the last has ended, and the last token
-    [B] of each, yet to be read."""
-
-    sequences: list[_Sequence]
-    cache: KeyValueCache
-    held: ExitStack
-    last: Tensor = field(init=False)
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Engine:
-    """Runs requests, up to `batch_size` at once: submit them, and call `step` while `busy`.
+    """Runs requests: submit them, and call `step` while `busy`.
 
-    What is submitted waits until the batch that runs has ended; then the first `batch_size` of those that wait run
-    together, and each leaves when it ends. An adapter's weights may change only while nothing runs, and its dropout is
-    to be off (`Adapters.evaluating`): a pass here tells nothing to draw from. Not for several threads at once.
+    An adapter's weights may change only while nothing runs, and its dropout is to be off (`Adapters.evaluating`): a
+    pass here tells nothing to draw from. `contents` says by an adapter's name what it is (a hash of its files): what is
+    cached of its prompts is then found again as long as there is room. Of one that is not in it nothing is kept beyond
+    the time something runs, since its weights may change then. Not for several threads at once.
     """
 
-    def __init__(self, base: Base, batch_size: int = 64) -> None:
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; give at least 1 sequence")
-        self.base, self.batch_size = base, batch_size
-        self._waiting: list[_Sequence] = []
-        self._running: _Running | None = None
-        self._cancelled: list[Event] = []
-        self._sampler = _Sampler(base.device)
-        self._ids = 0
+    def __init__(
+        self,
+        base: Base,
+        settings: EngineSettings = EngineSettings(),
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
+        self.base, self.settings = base, settings
+        self._contents = {} if contents is None else contents
+        self._pool = KeyValuePool(pool_blocks(base, settings.batch_size, settings.kv_tokens))
+        self._runner = runner_for(base, self._pool, self._contents)
+        rows = min(settings.max_batch_tokens or self._runner.most_rows, self._runner.most_rows)
+        blocks = Blocks(self._pool.blocks)
+        self._scheduler = Scheduler(blocks, settings.batch_size, rows)
+        self._chains = Chains(base.fingerprint, self._contents, blocks)
+        self._vocabulary = base.module.config.get_text_config().vocab_size
+        self._layers: dict[str, AdaptedLayer] = {}
+        self._told: list[Event] = []
+        self._begun = False
+        self._ids = self._prompt_tokens = self._generated_tokens = 0
 
     @property
     def busy(self) -> bool:
         """Whether a step has something to do or to tell."""
-        return bool(self._waiting or self._running or self._cancelled)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._told)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn, those that had to give way among them."""
+        return len(self._scheduler.waiting)
+
+    def statistics(self) -> EngineStatistics:
+        """Of this moment."""
+        scheduler, blocks, counts = self._scheduler, self._scheduler.blocks, self._scheduler.counts
+        return EngineStatistics(
+            len(scheduler.running), len(scheduler.waiting), blocks.total, blocks.free, blocks.cached,
+            counts.prefix_queries, counts.prefix_hits, counts.preemptions, self._prompt_tokens, self._generated_tokens,
+        )  # fmt: skip
 
     def submit(self, request: Request) -> int:
-        """Take a request; its id in the events to come. Raises RequestError for an empty prompt, for one that leaves no
-        room in the model's context, and where no token is asked for."""
+        """Take a request; its id in the events to come. Raises RequestError for an adapter that is not there, an empty
+        prompt, one that leaves no room in the model's context or in the pool, one with tokens that the model does not
+        have, and where no token is asked for."""
+        if not self._is_grafted(request.adapter):
+            known = sorted(self._layers)
+            raise AdapterError(
+                f"no adapter {request.adapter!r} is on {self.base.name}{did_you_mean(str(request.adapter), known)}; "
+                f"there are {known or 'none'}, and None is the bare base"
+            )
         check_prompt(self.base, request)
-        most = min(request.sampling.max_new_tokens, _room(self.base, request.adapter) - len(request.prompt))
-        self._waiting.append(_Sequence(self._ids, request, most))
+        virtual = self.base.virtual_tokens(request.adapter)
+        tokens = [VIRTUAL] * virtual + [int(token) for token in request.prompt]
+        self._check(request, tokens)
+        room = min(self.base.context_length, self._pool.blocks * BLOCK + 1) - len(tokens)
+        said: list[int] = []
+        row = Row(request.sampling, prompt=tokens[virtual:], answer=said)
+        most = min(request.sampling.max_new_tokens, room)
+        answer = Answer(self._ids, request, tokens, most, self._chains.root(request), row, said)
+        self._scheduler.waiting.add(answer)
         self._ids += 1
-        return self._ids - 1
+        self._prompt_tokens += len(request.prompt)
+        return answer.id
 
     def cancel(self, id: int) -> None:
         """End a request; what it holds is free at once, and the next step tells of it. Raises RequestError for an id
         that was not given out or has ended."""
-        running = self._running.sequences if self._running else []
-        if id not in [sequence.id for sequence in (*self._waiting, *running)]:
+        answer = self._scheduler.running.get(id) or next((a for a in self._scheduler.waiting if a.id == id), None)
+        if answer is None:
             told = "has ended already" if 0 <= id < self._ids else "was never given out"
             raise RequestError(f"request {id} cannot be cancelled: it {told}")
-        self._waiting = [sequence for sequence in self._waiting if sequence.id != id]
-        self._keep([row for row, sequence in enumerate(running) if sequence.id != id])
-        self._cancelled.append(Event(id, ended="cancelled"))
+        self._scheduler.leave(answer)
+        self._told.append(Event(id, ended="cancelled"))
+        self._rest()
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """A token for every request that runs, or, where none does, the prompts that come next are read and get their
-        first. Tells what came of it, in the order of the batch, after what was cancelled since the last step. Where it
-        raises, what ran is lost, and what waits may still run."""
+        """A pass: a token for those that are decoded, and as much of the prompts that are read as there is room for.
+        Tells what came of it, in the order of the pass, after what was cancelled since the last step.
+
+        Where it raises, what ran is lost, and what waits may still run. A constraint that raises, or that leaves
+        nothing to choose, fails its own request alone.
+        """
         try:
-            came = self._tokens() if self._running or self._waiting else []
+            came = self._pass() if self._scheduler.waiting or self._scheduler.running else []
         except BaseException:
             self.close()
             raise
-        events, self._cancelled = [*self._cancelled, *came], []
+        events, self._told = [*self._told, *came], []
         return events
 
     def close(self) -> None:
         """Forget what runs, and let go of what is held for it; what waits may still run."""
-        self._end()
+        begun = [answer for answer in self._scheduler.waiting if answer.begun]
+        for answer in (*self._scheduler.running.values(), *begun):
+            self._scheduler.leave(answer)
+        self._rest()
 
-    def _tokens(self) -> list[Event]:
-        running = self._running
-        if running is None:
-            running, logits = self._begin()
-        else:
-            logits = _one_token(self.base, running.last, _adapters(running.sequences), running.cache)
-        running.last = self._sampler.choose(logits, [each.request.sampling for each in running.sequences])
-        came = [_event(each, token) for each, token in zip(running.sequences, running.last.cpu().tolist())]
-        self._keep([row for row, event in enumerate(came) if event.ended is None])
-        return came
+    def forget(self, adapter: str) -> None:
+        """Nothing that is cached of an adapter's prompts is found any more, for requests of any salt."""
+        self._chains.forget(adapter)
 
-    def _begin(self) -> tuple[_Running, Tensor]:
-        """The next batch, which runs from here to `_end`, and the logits [B, V] after its prompts."""
-        batch = sorted(self._waiting[: self.batch_size], key=lambda each: likeness(each.request))
-        adapters, prompts = _adapters(batch), [each.request.prompt for each in batch]
-        lengths = [len(prompt) + self.base.virtual_tokens(adapter) for prompt, adapter in zip(prompts, adapters)]
-        cache = KeyValueCache(lengths, self.base.device)
-        with ExitStack() as held:
-            held.enter_context(held_for_inference(self.base.module))
-            logits = _read_prompts(self.base, prompts, adapters, cache)
-            self._running = _Running(batch, cache, held.pop_all())
-        del self._waiting[: self.batch_size]  # not before they are read: where that failed they still wait
-        return self._running, logits
+    def _pass(self) -> list[Event]:
+        if not self._begun:
+            self._runner.begin()
+            self._begun = True
+        plan = self._scheduler.plan()
+        gone = [answer for answer in plan if not self._is_grafted(answer.request.adapter)]
+        events = [self._failed(answer, "its adapter has been removed") for answer in gone]
+        plan = {answer: count for answer, count in plan.items() if answer not in gone}
+        rows = [answer.rows(count) for answer, count in plan.items()]
+        if rows:
+            logits = self._runner.run(rows)
+            self._scheduler.ran(plan)
+            events += self._chosen([answer for answer, each in zip(plan, rows) if each.wanted], logits)
+        self._rest()
+        return events
 
-    def _keep(self, rows: list[int]) -> None:
-        """Only these of the batch go on."""
-        running = self._running
-        if running is None or len(rows) == len(running.sequences):
+    def _chosen(self, wanted: list[Answer], logits: Tensor) -> list[Event]:
+        """What logits [n, V] bring to those that asked for them, in their order."""
+        errors = [_asked(answer) for answer in wanted]
+        going = [number for number, error in enumerate(errors) if error is None]
+        if len(going) < len(wanted):
+            logits = logits[sent(torch.tensor(going, dtype=torch.int64), logits.device)]
+        chosen = choose(logits, [wanted[number].row for number in going])
+        at = {number: place for place, number in enumerate(going)}
+        return [
+            self._came(answer, chosen, at[number]) if error is None else self._failed(answer, error)
+            for number, (answer, error) in enumerate(zip(wanted, errors))
+        ]
+
+    def _came(self, answer: Answer, chosen: Chosen, at: int) -> Event:
+        """What was chosen at this place is the answer's next token, or its end."""
+        request, token = answer.request, chosen.tokens[at]
+        constraint, wrong = request.constraint, chosen.errors[at]
+        if wrong is not None:
+            return self._failed(answer, wrong)
+        if token in request.stop_ids:
+            self._scheduler.leave(answer)
+            return Event(answer.id, None, "stop")
+        answer.say(token)
+        self._generated_tokens += 1
+        ended: Ended | None = None if answer.left else "length"
+        if constraint is not None:
+            try:
+                constraint.accept(token)
+                ended = "stop" if constraint.complete else ended
+            except Exception as error:
+                return self._failed(answer, f"its constraint failed: {_told(error)}")
+        if ended is not None:
+            self._scheduler.leave(answer)
+        return Event(answer.id, token, ended, chosen.logprobs[at], chosen.likeliest[at])
+
+    def _failed(self, answer: Answer, error: str) -> Event:
+        self._scheduler.leave(answer)
+        return Event(answer.id, ended="failed", error=error)
+
+    def _rest(self) -> None:
+        """Where nothing runs any more, weights may change: nothing of them is held."""
+        scheduler = self._scheduler
+        if scheduler.running or any(answer.begun for answer in scheduler.waiting):
             return
-        if not rows:
-            self._end()
-            return
-        running.cache.keep(rows)
-        at = sent(torch.tensor(rows), self.base.device)
-        running.last, running.sequences = running.last[at], [running.sequences[row] for row in rows]
+        if self._begun:
+            self._runner.end()
+            self._begun = False
+        self._chains.rest(answer.root for answer in scheduler.waiting)
+        if not scheduler.blocks.cached:
+            self._pool.clear()
 
-    def _end(self) -> None:
-        """Nothing runs: weights may change, and seeds that no request waits with begin anew."""
-        if self._running is not None:
-            self._running.held.close()
-        self._running = None
-        self._sampler.keep({each.request.sampling.seed for each in self._waiting})
+    def _is_grafted(self, adapter: str | None) -> bool:
+        if adapter is None:
+            return True
+        layer = self._layers.get(adapter)
+        if layer is None or adapter not in layer.adapters:
+            layers = adapted_layers(self.base.module).values()
+            self._layers = {name: layer for layer in layers for name in layer.adapters}
+        return adapter in self._layers
+
+    def _check(self, request: Request, tokens: Sequence[int]) -> None:
+        """Raises RequestError where a request could never run; `tokens` with the virtual ones."""
+        request.sampling.check_vocabulary(self._vocabulary)
+        strange = [token for token in request.prompt if not 0 <= token < self._vocabulary]
+        if strange:
+            raise RequestError(
+                f"the prompt has token {str(strange[0])[:40]}, and {self.base.name} has {self._vocabulary} tokens, 0 "
+                f"to {self._vocabulary - 1}; was it another model's tokenizer?"
+            )
+        if blocks_of(len(tokens)) > self._pool.blocks:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, virtual ones included, and keys and values are held of "
+                f"{self._pool.blocks * BLOCK} in all; raise kv_tokens, or give a shorter prompt"
+            )
+
+
+def _asked(answer: Answer) -> str | None:
+    """Sets what the answer's next token is chosen by; why it cannot be chosen, where its constraint fails."""
+    request, row = answer.request, answer.row
+    row.position = len(row.answer)
+    row.banned = request.stop_ids if row.position < request.sampling.min_new_tokens else ()
+    if request.constraint is not None:
+        try:
+            row.allowed = request.constraint.allowed()
+        except Exception as error:
+            return f"its constraint failed: {_told(error)}"
+    return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def generate(
@@ -186,13 +303,18 @@ def generate(
     """The new tokens of each prompt, without the stop token that ended it.
 
     adapters: one name (or None for the bare base) per prompt. `on_finished(count)` is told how many sequences came to
-    their end, `on_token(prompt's index, token)` every token as it comes. Raises RequestError for an empty prompt and
-    for one that leaves no room in the model's context.
+    their end, `on_token(prompt's index, token)` every token as it comes. A prompt that is given again for the same
+    adapter draws by another seed. Raises RequestError for an empty prompt, for one that leaves no room
+    in the model's context and for an adapter that is not there, and RuntimeError where nothing can be chosen.
     """
-    stops, engine = frozenset(stop_ids), Engine(base, batch_size)
-    requests = [Request(prompt, adapter, stops, sampling) for prompt, adapter in zip(prompts, adapters, strict=True)]
-    for index, request in enumerate(requests):
-        check_prompt(base, request, f"prompt {index}")
+    stops, engine = frozenset(stop_ids), Engine(base, EngineSettings(batch_size))
+    requests: list[Request] = []
+    seen: Counter[tuple[tuple[int, ...], str | None]] = Counter()
+    for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        number, seen[tuple(prompt), adapter] = seen[tuple(prompt), adapter], seen[tuple(prompt), adapter] + 1
+        own = replace(sampling, seed=hashed(sampling.seed, number) if number else sampling.seed)
+        requests.append(Request(prompt, adapter, stops, own))
+        check_prompt(base, requests[-1], f"prompt {index}")
     order = sorted(range(len(requests)), key=lambda index: likeness(requests[index]))
     index_of = {engine.submit(requests[index]): index for index in order}
     results: list[list[int]] = [[] for _ in prompts]
@@ -200,6 +322,8 @@ def generate(
         while engine.busy:
             events = engine.step()
             for event in events:
+                if event.ended == "failed":
+                    raise RuntimeError(f"prompt {index_of[event.id]}: {event.error}")
                 if event.token is not None:
                     results[index_of[event.id]].append(event.token)
                     if on_token is not None:
@@ -213,123 +337,18 @@ def generate(
 
 
 def likeness(request: Request) -> tuple[str, int]:
-    """Sorted by it, like adapters and like lengths stand together: fewer segments, less spread in the cache."""
+    """Sorted by it, like adapters and like lengths stand together: fewer adapters share a pass."""
     return request.adapter or "", len(request.prompt)
 
 
 def check_prompt(base: Base, request: Request, called: str = "the prompt") -> None:
     """Raises RequestError where a prompt is empty or leaves no room, or where no token is asked for."""
-    length, room = len(request.prompt), _room(base, request.adapter)
+    virtual = base.virtual_tokens(request.adapter)
+    length, room = len(request.prompt), base.context_length - virtual
     if not 0 < length < room:
         raise RequestError(
             f"{called} has {length} tokens; the context of {base.name} is {room}"
-            f"{' without virtual tokens' if room < base.context_length else ''}, and a prompt must be shorter and "
-            "not empty"
+            f"{' without virtual tokens' if virtual else ''}, and a prompt must be shorter and not empty"
         )
     if request.sampling.max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {request.sampling.max_new_tokens}; give at least 1")
-
-
-def _event(sequence: _Sequence, token: int) -> Event:
-    """What this token is to its request, counted as one of those that it may get."""
-    if token in sequence.request.stop_ids:
-        return Event(sequence.id, None, "stop")
-    sequence.left -= 1
-    return Event(sequence.id, token, None if sequence.left else "length")
-
-
-def _room(base: Base, adapter: str | None) -> int:
-    """Positions of the context that are left for text."""
-    return base.context_length - base.virtual_tokens(adapter)
-
-
-def _adapters(sequences: Sequence[_Sequence]) -> list[str | None]:
-    return [sequence.request.adapter for sequence in sequences]
-
-
-def _read_prompts(
-    base: Base, prompts: Sequence[Sequence[int]], adapters: list[str | None], cache: KeyValueCache
-) -> Tensor:
-    """Fill the cache; the logits [B, V] after each prompt's last token."""
-    logits, first = [], 0
-    while first < len(prompts):
-        last, total = first + 1, len(prompts[first])
-        while last < len(prompts) and total + len(prompts[last]) <= PROMPT_TOKENS_PER_PASS:
-            total += len(prompts[last])
-            last += 1
-        lengths = [len(prompt) for prompt in prompts[first:last]]
-        tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        context = base.pass_over(_batch(tokens, positions, lengths, adapters[first:last]).to(base.device))
-        assert context.batch is not None
-        ends = torch.tensor(context.batch.cu_seqlens[1:]) - 1
-        cache.reading = (context.batch.cu_seqlens, first)
-        hidden = base.run(replace(context, cache=cache, given_rows=None))
-        logits.append(base.logits_of(context.batch, hidden, ends))
-        first = last
-    cache.reading = None
-    return torch.cat(logits)
-
-
-def _one_token(base: Base, tokens: Tensor, adapters: list[str | None], cache: KeyValueCache) -> Tensor:
-    batch = _batch(tokens, cache.lengths, [1] * len(tokens), adapters)
-    hidden = base.run(PassContext(batch, cache=cache))
-    logits = base.logits_of(batch, hidden, torch.arange(len(tokens)))
-    cache.advance()
-    return logits
-
-
-def _batch(tokens: Tensor, positions: Tensor, lengths: list[int], adapters: list[str | None]) -> Batch:
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    segments, row = [], 0
-    for adapter, members in groupby(adapters):
-        count = len(list(members))
-        segments.append(Segment(bounds[row], bounds[row + count], adapter))
-        row += count
-    return Batch(tokens, positions, tuple(bounds), tuple(segments))
-
-
-class _Sampler:
-    """Chooses the tokens of sequences that run together, each by its own Sampling.
-
-    Those of one seed draw from one generator, which goes on from token to token and begins anew once it is forgotten:
-    what a sequence draws depends on who else of its seed runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._generators: dict[int, torch.Generator] = {}
-
-    def choose(self, logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-        """A token for each row of fp32 logits [B, V]: [B] int64. Rows of like Sampling are drawn in one call."""
-        alike: dict[Sampling, list[int]] = {}
-        for row, sampling in enumerate(samplings):
-            alike.setdefault(sampling, []).append(row)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        for sampling, rows in alike.items():
-            at = slice(None) if len(alike) == 1 else sent(torch.tensor(rows), logits.device)
-            tokens[at] = _choose(logits[at], sampling, self._generator(sampling.seed))
-        return tokens
-
-    def keep(self, seeds: Collection[int]) -> None:
-        """Forget the generators of all other seeds."""
-        self._generators = {seed: generator for seed, generator in self._generators.items() if seed in seeds}
-
-    def _generator(self, seed: int) -> torch.Generator:
-        if seed not in self._generators:
-            self._generators[seed] = torch.Generator(self.device).manual_seed(seed)
-        return self._generators[seed]
-
-
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """A token for each row of fp32 logits [B, V]: [B] int64."""
-    if sampling.temperature <= 0:
-        return logits.argmax(-1)
-    shares = torch.softmax(logits / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        ordered, index = shares.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0
-        shares = torch.zeros_like(shares).scatter_(-1, index, ordered)
-    return torch.multinomial(shares, 1, generator=generator).squeeze(-1)

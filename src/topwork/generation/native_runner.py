@@ -2,39 +2,36 @@
 
 import ctypes
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from topwork.adapters.graft import adapted_layers
 from topwork.adapters.module import AdaptedLayer
 from topwork.generation.compiled import CompiledAdapter, compiled, prefix_rows
 from topwork.generation.passes import VIRTUAL, Rows
+from topwork.generation.pool import KeyValuePool, layer_key
 from topwork.models.base import Base
 from topwork.models.program import Buffers, LayerPlan, Plan, head_steps, layer_steps, plan_of, scaled
 from topwork.models.virtual import virtual_tokens
 from topwork.ops import decode as c
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running
-from topwork.ops.paged import block_pool, write_blocks
+from topwork.ops.paged import write_blocks
 
 MOST_ROWS = 512
 """Of a pass: enough that products are bound by arithmetic, few enough that what a layer makes stays in the cache."""
 
-Blocks = Callable[[nn.Module, int, int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
-"""A layer's keys and values: of its attention module, with so many heads of so many values."""
 
-
-def native_runner(base: Base, blocks: Blocks, frozen: Container[str] = ()) -> "NativeRunner | None":
+def native_runner(base: Base, pool: KeyValuePool, frozen: Container[str] = ()) -> "NativeRunner | None":
     """A runner for this base; None where it has no plan. `frozen`: adapters whose weights never change."""
     plan = plan_of(base)
     if plan is None or not _is_right(base, plan):
         return None
-    return NativeRunner(base, plan, blocks, frozen)
+    return NativeRunner(base, plan, pool, frozen)
 
 
 TRIED = 8
@@ -48,13 +45,8 @@ to 0.15 in modules that have a few large hidden values to round."""
 def _is_right(base: Base, plan: Plan) -> bool:
     """Whether a short pass by the plan gives what the model gives; found out once."""
     if plan.tried is None:
-        pools: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-        def blocks(module: nn.Module, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Any:
-            return pools.setdefault(module, block_pool(1, heads, size, dtype, device))
-
         text = [977 * number % plan.head.outputs for number in range(1, 1 + TRIED)]
-        found = NativeRunner(base, plan, blocks, rows=TRIED).run([Rows(text, 0, [0], None, True)])
+        found = NativeRunner(base, plan, KeyValuePool(1), rows=TRIED).run([Rows(text, 0, [0], None, True)])
         expected = base.logits(batch_of([torch.tensor(text)]), torch.tensor([TRIED - 1]))
         plan.tried = bool((found - expected).norm() <= CLOSE[plan.dtype] * expected.norm())
     return plan.tried
@@ -78,12 +70,13 @@ class NativeRunner:
     """A base's plan with buffers, and its adapters compiled."""
 
     def __init__(
-        self, base: Base, plan: Plan, blocks: Blocks, frozen: Container[str] = (), rows: int = MOST_ROWS
+        self, base: Base, plan: Plan, pool: KeyValuePool, frozen: Container[str] = (), rows: int = MOST_ROWS
     ) -> None:
         self.base, self.plan, self.frozen, self.most_rows = base, plan, frozen, rows
-        self._blocks = blocks
+        self._pool = pool
         self._embedding = base.module.get_input_embeddings()
         self._compiled: dict[str, CompiledAdapter | None] = {}
+        self._told = torch.empty(0, plan.head.outputs)
         self._layers: dict[str, AdaptedLayer] | None = None
         self._prepare(rank=16)
 
@@ -91,6 +84,8 @@ class NativeRunner:
         """Weights do not change from here to `end`."""
         self._embedding = self.base.module.get_input_embeddings()
         self._layers = None
+        if self._where != self._pool_addresses():
+            self._bind()
 
     def end(self) -> None:
         """Forget what was compiled of weights that may change."""
@@ -106,7 +101,7 @@ class NativeRunner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Rows]) -> Tensor:
-        """Writes keys and values to the pool; fp32 logits [n, V] of the rows that are wanted."""
+        """Writes keys and values to the pool; fp32 logits [n, V] of the rows that are wanted, until it runs again."""
         laid, at = [], 0
         for name in {each.adapter for each in rows} - {None}:  # which may take other buffers
             assert name is not None
@@ -204,7 +199,9 @@ class NativeRunner:
         ends = torch.tensor([each.stop - 1 for each in wanted])
         asked = buffers.of("asked", plan.width)
         asked[: len(wanted)] = buffers.of("hidden", plan.width)[ends]
-        logits = torch.empty(len(wanted), plan.head.outputs)
+        if len(self._told) < len(wanted):
+            self._told = torch.empty(len(wanted), plan.head.outputs)
+        logits = self._told[: len(wanted)]
         steps = c.array_of(head_steps(plan, buffers, logits))
         segments = self._segments([(each.rows.adapter, at, at + 1) for at, each in enumerate(wanted)])
         c.run_steps(steps, self._pass(len(wanted), segments), plan.dtype)
@@ -229,14 +226,24 @@ class NativeRunner:
         plan = self.plan
         rank = -(-rank // 16) * 16
         self._buffers = Buffers(plan, self.most_rows, rank)
-        self._steps = c.array_of(layer_steps(plan, self._buffers, self._of))
-        self._reached = 0
+        self._bind()
         size = max(layer.heads.size for layer in plan.layers)
         each = c.scratch_floats(self.most_rows, plan.inputs, rank, size)
         self._scratch = torch.zeros(torch.get_num_threads(), each)
 
+    def _bind(self) -> None:
+        """Steps for where the pool's keys and values are now."""
+        self._where = self._pool_addresses()
+        self._steps = c.array_of(layer_steps(self.plan, self._buffers, self._of))
+        self._reached = 0
+
+    def _pool_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for layer in self.plan.layers for tensor in self._of(layer)]
+
     def _of(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
-        return self._blocks(layer.attention, layer.heads.keys, layer.heads.size, self.plan.dtype, self.base.device)
+        return self._pool.of(
+            layer_key(layer.attention), layer.heads.keys, layer.heads.size, self.plan.dtype, self.base.device
+        )
 
     def _reach(self, positions: int) -> None:
         """Tables of angles for so many positions. They are the plan's, and other runners may ask for longer ones."""

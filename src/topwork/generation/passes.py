@@ -39,8 +39,8 @@ class Runner(Protocol):
     """How many a pass takes."""
 
     def run(self, rows: Sequence[Rows]) -> Tensor:
-        """Writes their keys and values to the pool; fp32 logits [n, V] of those that are wanted, in order. All rows of
-        one adapter stand together."""
+        """Writes their keys and values to the pool; fp32 logits [n, V] of those that are wanted, in order, which
+        are read before it runs again. All rows of one adapter stand together."""
         ...
 
     def begin(self) -> None:

@@ -135,6 +135,14 @@ class FastLayer(GradientCheckpointingLayer):
         layers = [layer for names, group in self._dense_groups() if names in self._joined for layer in group]
         return [parameter for layer in layers for parameter in layer.parameters()]
 
+    def linear_groups(self) -> Iterator[list[nn.Module]]:
+        """Its linear layers that run as projections, those with one input together; adapted or not."""
+        parts = ((self.self_attn, self.attention_part, "o_proj"), (self.mlp, self.mlp_part, "down_proj"))
+        for parent, part, last in parts:
+            if part is not None:
+                yield [own(parent).get_submodule(name) for name in part.inputs]
+                yield [own(parent).get_submodule(last)]
+
     def _dense_groups(self) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
         parts = ((self.self_attn, self.attention_part), (self.mlp, self.mlp_part))
         for parent, names in [(own(parent), part.inputs) for parent, part in parts if part is not None]:

@@ -71,6 +71,12 @@ def grouped_products(products: Sequence[Product]) -> None:
             _by_torch(_of_one_type(product))
 
 
+def rows_stand_alone(near: Tensor) -> bool:
+    """Whether products of such values keep the last of these promises: torch.mm's sums depend on how many rows there
+    are."""
+    return native.kernels("grouped", near) is not None or triton.kernels("grouped", near) is not None
+
+
 def grouped_products_reference(products: Sequence[Product]) -> None:
     """The same in plain torch: in fp32, rounded once."""
     for left, right, out, alpha, beta in map(_of_one_type, products):

@@ -32,10 +32,11 @@ def write_blocks(pool: tuple[Tensor, Tensor], k: Tensor, v: Tensor, blocks: Sequ
     values[block, :, offset] = v.to(values.dtype)
 
 
-def read_blocks(pool: tuple[Tensor, Tensor], blocks: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-    """k and v [count, H_kv, D] of a sequence's first positions."""
+def read_blocks(pool: tuple[Tensor, Tensor], blocks: Sequence[int] | Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """k and v [count, H_kv, D] of a sequence's first positions; `blocks` may be told where the pool is."""
     keys, values = pool
-    at = torch.tensor(blocks[: -(-count // BLOCK)], device=keys.device)
-    k = keys[at].permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
-    v = values[at].permute(0, 2, 1, 3).flatten(0, 1)
-    return k[:count], v[:count]
+    at = torch.as_tensor(blocks, device=keys.device)[: -(-count // BLOCK)]
+    units = keys.view(torch.int32).squeeze(-1).index_select(0, at)  # [n, H_kv, D / u, BLOCK], moved a unit at a time
+    k = units.permute(0, 3, 1, 2).contiguous().view(keys.dtype)
+    v = values.index_select(0, at).transpose(1, 2)
+    return k.flatten(0, 1)[:count], v.flatten(0, 1)[:count]

@@ -1,0 +1,76 @@
+"""An answer on its way: a request, the text so far, and where its keys and values lie."""
+
+from dataclasses import dataclass, field
+
+from topwork.generation.blocks import next_key
+from topwork.generation.passes import Rows
+from topwork.generation.requests import Request
+from topwork.generation.sampling import Row
+from topwork.ops.paged import BLOCK
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request that waits or runs.
+
+    id        rises with every request
+    tokens    the adapter's virtual ones, the prompt's, and those of the answer so far
+    left      how many it may still get
+    root      what its chain of block keys begins from
+    row       what its next token is chosen by
+    said      the answer's tokens so far, which `row` looks at
+    computed  how many positions have their keys and values in `blocks`
+    turn      when it was last decoded, beside others
+    """
+
+    id: int
+    request: Request
+    tokens: list[int]
+    left: int
+    root: bytes
+    row: Row
+    said: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    turn: int = -1
+    _keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def share(self) -> str:
+        """Whose it is, where several wait."""
+        return self.request.share
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are yet to be computed: one while it is decoded."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has told something."""
+        return bool(self.said)
+
+    def key(self, block: int) -> bytes:
+        """What its block of this number is known by, once it is full."""
+        while len(self._keys) <= block:
+            at = len(self._keys) * BLOCK
+            before = self._keys[-1] if self._keys else self.root
+            self._keys.append(next_key(before, self.tokens[at : at + BLOCK]))
+        return self._keys[block]
+
+    def say(self, token: int) -> None:
+        """Its next token."""
+        self.tokens.append(token)
+        self.said.append(token)
+        self.left -= 1
+
+    def rows(self, count: int) -> Rows:
+        """Its next `count` tokens, as a pass takes them."""
+        stop = self.computed + count
+        tokens = self.tokens[self.computed : stop]
+        return Rows(tokens, self.computed, self.blocks, self.request.adapter, stop == len(self.tokens))
+
+
+def blocks_of(tokens: int) -> int:
+    """How many blocks hold so many tokens."""
+    return -(-tokens // BLOCK)
