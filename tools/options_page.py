@@ -1,8 +1,9 @@
-"""Write docs/options.md: every option of a recipe, from the typed options themselves.
+"""Write docs/options.md and docs/serving-options.md: every option of a recipe, and of a server, from the typed options
+themselves.
 
     python tools/options_page.py
 
-Free of torch, like the options. tests/docs/test_options_page.py holds the page to them.
+Free of torch, like the options. tests/docs/test_options_page.py holds the pages to them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from topwork.common.options import Options
 from topwork.models.source import ALIASES
 from topwork.recipe.recipe import BATCH_PARTS, PEERS_NAMES, Recipe
 from topwork.recipe.sweep_config import Job, SweepConfig
+from topwork.serving.config import ServeConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+SERVING_PAGE = PAGE.with_name("serving-options.md")
 SECTIONS: dict[str, FieldInfo] = {
     **Recipe.model_fields,
     "sweep": FieldInfo.from_annotation(SweepConfig),
@@ -39,6 +42,15 @@ A recipe is a YAML file of the sections below. `model` and `data` are needed, an
 that is left out has its default. Any of them is set from the command line too: `--set training.learning_rate=1e-4`.
 Unknown keys are refused with the nearest known one. `–` is nothing: what that means, the option says.
 """
+SERVING_HEAD = """# Every option of a server
+
+Written by `python tools/options_page.py` (`make docs`) from `serving/config.py`. What they do together:
+[serving.md](serving.md), [arms.md](arms.md).
+
+`topwork serve --config serve.yaml` reads a YAML file of the keys below. Of these `model` alone is needed, and may be
+given by its name. Any of them is set from the command line too: `--set engine.batch_size=32`. Unknown keys are refused
+with the nearest known one. `–` is nothing: what that means, the option says.
+"""
 COLUMNS = "| option | values | default | what it is |\n| --- | --- | --- | --- |"
 WORDS: dict[Any, str] = {str: "text", bool: "`true` or `false`", int: "whole number", float: "number", Any: "any value"}
 PLURALS = {str: "texts", int: "whole numbers"}
@@ -54,6 +66,14 @@ def page() -> str:
     parts = [HEAD, *(line for name, field in sections.items() for line in section(name, field))]
     parts += ["## Beside the sections\n", COLUMNS, *(row(name, field) for name, field in single.items()), ""]
     return "\n".join([*parts, *_names_from_elsewhere()]) + "\n"
+
+
+def serving_page() -> str:
+    """docs/serving-options.md."""
+    fields = ServeConfig.model_fields
+    sections = {name: field for name, field in fields.items() if models(field.annotation)}
+    parts = [SERVING_HEAD, COLUMNS, *(row(name, field) for name, field in fields.items() if name not in sections), ""]
+    return "\n".join([*parts, *(line for name, field in sections.items() for line in section(name, field))])
 
 
 def models(annotation: Any) -> list[type[Options]]:
@@ -173,3 +193,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SERVING_PAGE.write_text(serving_page(), encoding="utf-8")

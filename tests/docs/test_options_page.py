@@ -10,6 +10,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from topwork.recipe.recipe import all_keys
+from topwork.serving.config import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +22,7 @@ def options_page(tool: Callable[[str], ModuleType]) -> ModuleType:
 
 def test_the_page_is_current(options_page: ModuleType) -> None:
     assert options_page.PAGE.read_text("utf-8") == options_page.page(), "docs/options.md is old; run `make docs`"
+    assert options_page.SERVING_PAGE.read_text("utf-8") == options_page.serving_page(), "docs/serving-options.md is old"
 
 
 def test_every_option_has_a_docstring(options_page: ModuleType) -> None:
@@ -30,7 +32,9 @@ def test_every_option_has_a_docstring(options_page: ModuleType) -> None:
                 yield f"{path}.{name} of {kind.__name__}", inner
                 yield from options(f"{path}.{name}", inner)
 
-    found = [one for name, field in options_page.SECTIONS.items() for one in options(name, field)]
+    sections = {**options_page.SECTIONS, **ServeConfig.model_fields}
+    found = [one for name, field in sections.items() for one in options(name, field)]
+    assert {"routes.arms.weight of ArmConfig", "limits.body_bytes of LimitsConfig"} <= {at for at, _ in found}
     assert {"sweep.halving.factor of Halving", "adapter.num_virtual_tokens of PrefixConfig"} <= {at for at, _ in found}
     assert [at for at, field in found if not field.description] == []
 

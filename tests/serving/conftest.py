@@ -1,11 +1,14 @@
-"""What the server's tests share: a tiny base with a tokenizer, and two adapters of it below a folder."""
+"""What the server's tests share: a tiny base with a tokenizer, two adapters of it below a folder, a run, processes."""
 
 from pathlib import Path
 
 import pytest
 
+from run.fixtures import commands, tickets, tiny_llama, trained
 from serving.scripted import adapter_folder, tiny
 from topwork.models.base import Base
+
+__all__ = ["commands", "tickets", "tiny_llama", "trained"]
 
 
 @pytest.fixture(scope="session")

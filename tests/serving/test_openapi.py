@@ -44,6 +44,8 @@ BODIES: list[tuple[dict[str, Any], bool]] = [
     ({"temperature": 1}, True),
     ({"temperature": "1"}, False),
     ({"n": True}, False),
+    ({"n": 2.0, "seed": -3.0, "max_tokens": 5.0, "stop_token_ids": [4.0]}, True),
+    ({"n": 2.5}, False),
     ({"stop": ["a"]}, True),
     ({"stop": [1]}, False),
     ({"seed": 2**63}, False),
@@ -75,8 +77,8 @@ CHATS: list[tuple[dict[str, Any], bool]] = [
     [
         *((kind, *body) for kind in (ChatRequest, CompletionRequest) for body in BODIES),
         *((ChatRequest, *body) for body in CHATS),
-        *((CompletionRequest, {"prompt": prompt}, True) for prompt in (["a"], [1], [[1], [2]])),
-        *((CompletionRequest, {"prompt": prompt}, False) for prompt in ([], [[]], [1, "a"], [-1], 1, None)),
+        *((CompletionRequest, {"prompt": prompt}, True) for prompt in (["a"], [1], [1, 2.0], [[1.0], [2]])),
+        *((CompletionRequest, {"prompt": prompt}, False) for prompt in ([], [[]], [1, "a"], [-1], [1.5], 1, None)),
     ],
 )
 def test_the_schema_takes_what_the_server_takes(

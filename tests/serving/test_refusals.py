@@ -99,7 +99,7 @@ KEY: Mapping[str, str] = {}
         ("POST", LOAD, {"lora_name": "x", "lora_path": "/nowhere/at/all"}, 403, "lora_path", "path_not_allowed"),
         ("POST", LOAD, {"lora_name": "x", "lora_path": "one/../../.."}, 403, "lora_path", "path_not_allowed"),
         ("POST", LOAD, {"lora_name": "x", "lora_path": "."}, 403, "lora_path", "path_not_allowed"),
-        ("POST", LOAD, {"lora_name": "x", "lora_path": "one", "base_model_name": "o"}, 400, "base_model_name", None),
+        ("POST", LOAD, {"lora_name": "x", "lora_path": "one", "base_model_name": "o"}, 404, "base_model_name", None),
         ("POST", UNLOAD, {"lora_name": "nobody"}, 404, "lora_name", "model_not_found"),
         ("POST", UNLOAD, {"lora_name": BASE}, 404, "lora_name", "model_not_found"),
         ("POST", UNLOAD, {}, 400, "lora_name", "missing_required_parameter"),

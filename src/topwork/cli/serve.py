@@ -25,6 +25,9 @@ def serve(
     ] = None,
     chat_template: Annotated[str | None, typer.Option(help="chatml, plain, or a Jinja file.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or auto.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm: the same before a vLLM, for more than one machine; left out, ours.")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Hold the base in NF4.")] = False,
     state_folder: Annotated[
         str | None, typer.Option(help="Where what was loaded meanwhile is kept for the next start.")
@@ -37,6 +40,8 @@ def serve(
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, many adapters in one batch."""
     _check_extra()
+    from topwork.common.errors import RequestError
+    from topwork.serving.backends.vllm_config import VllmConfig
     from topwork.serving.settings import load_config
 
     given: dict[str, Any] = {
@@ -44,7 +49,11 @@ def serve(
         "chat_template": chat_template, "state_folder": state_folder, "adapters": _adapters(adapter or []),
         "model": {"model_name_or_path": model, "dtype": dtype}, "quantization": {"load_in_4bit": load_in_4bit or None},
     }  # fmt: skip
+    if engine not in (None, "topwork", "vllm"):
+        raise RequestError(f"--engine {engine}: expected topwork or vllm")
     read = load_config(config, overrides or [], _said(given))
+    if engine is not None and (engine == "vllm") != (read.vllm is not None):
+        read = read.model_copy(update={"vllm": VllmConfig() if engine == "vllm" else None})
     from topwork.serving.console import set_up_log
     from topwork.serving.launch import serve as run
 

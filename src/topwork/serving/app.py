@@ -1,19 +1,21 @@
 """The app: endpoints, the faults that they answer with, and the guard around them."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import topwork
+from topwork.common.errors import quoted
 from topwork.serving.backends.backend import Refused
 from topwork.serving.calls import GONE, as_api_error
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.guards import Guard, as_response
 from topwork.serving.models import models
 from topwork.serving.openai import ChatRequest, CompletionRequest
@@ -31,9 +33,10 @@ def create_app(service: Service) -> Guard:
         summary="One frozen base, many adapters, one pass: OpenAI's API, and vLLM's to load adapters.",
     )  # fmt: skip
     app.state.service = service
-    for router in (answers(service), models(service), server(service), *service.parts.routers):
+    routers: list[APIRouter] = [answers(service), models(service), server(service), *service.parts.routers]
+    for router in routers:
         app.include_router(router)
-    _add_faults(app)
+    _add_faults(app, [route for router in routers for route in router.routes if isinstance(route, APIRoute)])
     config = service.config
     if config.cors_origins:
         app.add_middleware(
@@ -92,28 +95,38 @@ def server(service: Service) -> APIRouter:
     return router
 
 
-def _add_faults(app: FastAPI) -> None:
+def _add_faults(app: FastAPI, routes: Sequence[APIRoute]) -> None:
+    """Whatever is raised is told as OpenAI's clients read it; `routes` are all that there are."""
     faults: dict[type[Exception], Callable[[Any], ApiError]] = {
         ApiError: lambda error: error,
         Refused: as_api_error,
         RequestValidationError: _invalid,
-        HTTPException: _http,
         Exception: lambda _: ApiError(500, FAILED, code="internal_error"),
     }
-    for kind, as_error in faults.items():
-        app.add_exception_handler(kind, _answering(as_error))
-    app.add_exception_handler(ClientGone, _unheard)
 
+    def answering(as_error: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def answer(_: Request, error: Exception) -> Response:
+            return as_response(as_error(error))
 
-def _answering(as_error: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def answer(_: Request, error: Exception) -> Response:
-        told = as_error(error)
-        response = as_response(told)
-        if isinstance(error, HTTPException) and error.headers:
-            response.headers.update({key: value for key, value in error.headers.items() if key.lower() == "allow"})
+        return answer
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code != 405:
+            return as_response(_http(error))
+        path = request.scope["path"]
+        allowed = ", ".join(
+            sorted({way for route in routes if route.path_regex.match(path) for way in route.methods or ()})
+        )
+        told = f"this path does not take that method; it takes {allowed or 'GET'}"
+        response = as_response(ApiError(405, told, code="method_not_allowed"))
+        response.headers["allow"] = allowed or "GET"
         return response
 
-    return answer
+    for kind, as_error in faults.items():
+        app.add_exception_handler(kind, answering(as_error))
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientGone, _unheard)
 
 
 async def _unheard(_: Request, __: Exception) -> Response:
@@ -129,8 +142,4 @@ def _invalid(error: RequestValidationError) -> ApiError:
 def _http(error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is nothing at this path; /openapi.json tells what there is", code="not_found")
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
-        told = f"; it takes {allowed}" if allowed else ""
-        return ApiError(405, f"this path does not take that method{told}", code="method_not_allowed")
     return ApiError(error.status_code, quoted(error.detail).strip("'"))

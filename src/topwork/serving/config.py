@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AliasChoices, Field, field_validator, model
 from topwork.common.options import Options
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+from topwork.serving.backends.vllm_config import VllmConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What arms, routes and tenants may be called: it goes into headers, labels and lines of a log."""
@@ -36,6 +37,11 @@ class EngineConfig(Options):
     engine takes at once."""
     kv_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose keys and values are held, of all sequences together; chosen from free memory when left out."""
+    resident_adapters: int | None = Field(default=None, ge=1)
+    """Adapters in memory at once: the one asked for longest ago leaves, and is read again when it is asked for. Left
+    out, all."""
+    adapters_bytes: int | None = Field(default=None, ge=1)
+    """The same by their memory."""
     max_waiting: int = Field(default=256, ge=0)
     """Answers that may wait for their turn; one more is refused with 429."""
 
@@ -173,6 +179,8 @@ class ServeConfig(Options):
     """Everyone who reaches the address may ask and load adapters, though other machines do."""
     feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
     """Votes on answers."""
+    vllm: VllmConfig | None = None
+    """Stand before a vLLM, which has the base and the adapters, instead of running them here (`--engine vllm`)."""
     state_folder: str | None = None
     """Where what was loaded while the server ran is kept for its next start; left out, nowhere."""
 

@@ -12,9 +12,10 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from topwork.common.errors import quoted
 from topwork.common.options import Options
 from topwork.serving.arms import report
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.feedback import Feedback
 from topwork.serving.figures import ArmFigures
 from topwork.serving.metrics import CONTENT_TYPE, Metrics
@@ -147,7 +148,9 @@ def _add_metrics(router: APIRouter, ways: Ways) -> None:
         if isinstance(ways.gate, Tenants) and not ways.gate.may_read_metrics(caller):
             raise ApiError(403, "/metrics asks for a key that may read it", code="metrics_only")
         text = await asyncio.to_thread(ways.metrics.exposition)  # long, where there are hundreds of adapters
-        return Response(text, headers={"content-type": CONTENT_TYPE})
+        service = getattr(request.app.state, "service", None)
+        own = await service.backend.metrics() if service is not None else ""  # the engine's, where it stands elsewhere
+        return Response(text + own.encode(), headers={"content-type": CONTENT_TYPE})
 
 
 def _add_page(router: APIRouter) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 from topwork.common.errors import RequestError
 
-QUOTED = 80
-"""Characters of what a request said that an error repeats."""
 LONGEST = 600
 """Characters of a message."""
 
@@ -48,13 +46,6 @@ class ApiError(RequestError):
         if self.retry_after is None:
             return {"x-should-retry": "false"} if self.status in (408, 409) or self.status >= 500 else {}
         return {"retry-after": str(max(1, -int(-self.retry_after // 1)))}
-
-
-def quoted(value: object, most: int = QUOTED) -> str:
-    """What a request said, for an error: its beginning alone where it is long, nothing that breaks a line."""
-    text = value if isinstance(value, str) else repr(value)
-    shown = text[:most].encode("unicode_escape", "backslashreplace").decode("ascii")[: 2 * most]
-    return f"'{shown}{'…' if len(text) > most else ''}'"
 
 
 _PATH = re.compile(r"(?<![\w.:/-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;:()]+[/\\])+[^\s/\\'\",;:()]*")

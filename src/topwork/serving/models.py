@@ -7,9 +7,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError
+from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError, quoted
 from topwork.serving.backends.backend import Card
-from topwork.serving.errors import ApiError, quoted, without_paths
+from topwork.serving.errors import ApiError, without_paths
 from topwork.serving.openai import LoadAdapter, UnloadAdapter
 from topwork.serving.reading import checked, read_json
 from topwork.serving.schema import gives, takes
@@ -71,7 +71,7 @@ async def _load(service: Service, asked: LoadAdapter) -> None:
         told = f"an adapter {quoted(asked.lora_name)} is loaded already; load_inplace: true replaces it"
         raise ApiError(400, told, "lora_name", "already_loaded")
     if asked.base_model_name is not None and asked.base_model_name not in {base.id, *service.base_names}:
-        raise ApiError(400, f"the base here is {base.id!r}", "base_model_name")
+        raise ApiError(404, f"the base here is {base.id!r}", "base_model_name", "model_not_found")
     folder = allowed_folder(service.config.adapters_folder, asked.lora_path)
     try:
         card = await service.backend.load(asked.lora_name, folder, asked.load_inplace)

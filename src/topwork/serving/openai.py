@@ -40,6 +40,16 @@ def _token_keys(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _whole(value: Any) -> Any:
+    """2.0 is a whole number, as JSON has them; a list of such too."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and any(isinstance(one, float | list) for one in value):
+        return [_whole(one) for one in value]
+    return value
+
+
+Whole = BeforeValidator(_whole)
 Token = Annotated[int, Field(ge=0, le=TOKENS)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
@@ -85,14 +95,14 @@ class Asked(Body):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """The base, an adapter or a route, as /v1/models calls them."""
-    max_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=TOKENS), Whole] | None = None
     """The most tokens of an answer; it ends before where the model's context is full."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the likeliest token; left out, 1."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), Whole] | None = None
     stop: Stop | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1), Whole] | None = None
     """The same seed and request give the same answer; choice i of n draws by the seed and i."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -102,13 +112,13 @@ class Asked(Body):
     user: Annotated[str, Field(max_length=512)] | None = None
     """Routes may stick to it."""
     response_format: ResponseFormat | None = None
-    top_k: Annotated[int, Field(ge=-1, le=TOKENS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=TOKENS), Whole] | None = None
     """-1 and 0 are all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True), Whole] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=TOKENS), Whole] | None = None
     """Before so many no token ends the answer."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """Requests of different salts share no cached prompts."""
@@ -123,7 +133,7 @@ class Asked(Body):
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     request_id: str | None = None
-    priority: int | None = None
+    priority: Annotated[int, Whole] | None = None
 
     # What would change the answer, and may only say that it does not
     use_beam_search: Literal[False] | None = None
@@ -201,10 +211,10 @@ class ChatRequest(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS), Whole] | None = None
     """OpenAI's newer name for max_tokens; goes before it."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -237,14 +247,15 @@ Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 class CompletionRequest(Asked):
     """`POST /v1/completions`."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-    )
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)],
+        Whole,
+    ]
     """Text, token ids, or a list of either."""
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     echo: bool | None = None
     """The prompt stands before each answer."""
     add_special_tokens: bool | None = None
@@ -299,4 +310,4 @@ class UnloadAdapter(Body):
     """`POST /v1/unload_lora_adapter`, as vLLM's."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=128)]
-    lora_int_id: int | None = None
+    lora_int_id: Annotated[int, Whole] | None = None

@@ -7,15 +7,15 @@ thousands of digits, NaN and infinity, half a surrogate pair.
 import asyncio
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from topwork.common.errors import did_you_mean
-from topwork.serving.errors import ApiError, quoted
+from topwork.common.errors import did_you_mean, quoted
+from topwork.serving.errors import ApiError
 
 _OFF_THE_LOOP = 2**16
 """Bytes from which a body is read in another thread, so that others' answers go on meanwhile."""
@@ -23,16 +23,33 @@ _MAY_OVERFLOW = re.compile(rb"[0-9.]{300}|[eE]\+?0*[1-9][0-9]{2}")
 """What a number that is no float may look like: many digits, or an exponent of three."""
 
 Fields = TypeVar("Fields", bound=BaseModel)
+Read = TypeVar("Read")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object. Raises ApiError: 415 where it is said to be something else, 400 where it is no JSON
     object, 408 and 413 by the guard (`guards.py`)."""
+    return await _read(request, parsed)
+
+
+async def read_fields(
+    request: Request, kind: type[Fields], unsupported: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], Fields]:  # fmt: skip
+    """The same, and what `checked` makes of it."""
+
+    def read(body: bytes) -> tuple[dict[str, Any], Fields]:
+        values = parsed(body)
+        return values, checked(kind, values, unsupported)
+
+    return await _read(request, read)
+
+
+async def _read(request: Request, read: Callable[[bytes], Read]) -> Read:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the content-type is {quoted(kind)}; send JSON with content-type: application/json")
     body = await request.body()
-    return await asyncio.to_thread(parsed, body) if len(body) > _OFF_THE_LOOP else parsed(body)
+    return await asyncio.to_thread(read, body) if len(body) > _OFF_THE_LOOP else read(body)
 
 
 def parsed(body: bytes) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from math import log
 from secrets import token_hex
 from typing import Any
 
-from topwork.common.errors import did_you_mean
+from topwork.common.errors import did_you_mean, quoted
 from topwork.serving.config import ArmConfig, RouteConfig
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.seams import Caller, Target
 
 BASE = "base"

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 _REF = "#/components/schemas/"
+_BODY = "x-body"
+"""Where a body's schema waits: as a requestBody FastAPI would make floats of its bounds, and 2^63 - 1 is none."""
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -28,8 +30,7 @@ ERROR = {
 
 def takes(kind: type[BaseModel], *answers: str) -> dict[str, Any]:
     """For a FastAPI route: its body, and the media types of its answer."""
-    body = {"required": True, "content": {"application/json": {"schema": kind.model_json_schema(by_alias=True)}}}
-    return {**gives(*answers), "openapi_extra": {"requestBody": body}}
+    return {**gives(*answers), "openapi_extra": {_BODY: kind.model_json_schema(by_alias=True)}}
 
 
 def gives(*answers: str) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def described(app: FastAPI) -> dict[str, Any]:
         for path in found["paths"].values():
             for operation in path.values():
                 _add_faults(operation)
+                if (schema := operation.pop(_BODY, None)) is not None:
+                    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
                 _hoist(operation.get("requestBody", {}), schemas)
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}, {}]

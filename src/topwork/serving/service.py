@@ -11,15 +11,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from topwork.common.errors import did_you_mean
+from topwork.common.errors import did_you_mean, quoted
 from topwork.serving.backends.backend import Backend, Card, Endpoint
 from topwork.serving.backends.backend import Call as Asking
 from topwork.serving.backends.local import Reading
 from topwork.serving.calls import Watched, Way
 from topwork.serving.config import ServeConfig
-from topwork.serving.errors import ApiError, quoted
+from topwork.serving.errors import ApiError
 from topwork.serving.openai import UNSUPPORTED, ChatRequest, CompletionRequest
-from topwork.serving.reading import checked, read_json
+from topwork.serving.reading import read_fields
 from topwork.serving.seams import Call, Caller, Parts, Target
 from topwork.serving.streams import EventStream, Run
 
@@ -95,8 +95,7 @@ class Service:
         arrived = monotonic()
         caller = self.caller(request)
         endpoint, fields, prefix = KINDS[kind]
-        body = await read_json(request)
-        asked = checked(fields, body, UNSUPPORTED)
+        body, asked = await read_fields(request, fields, UNSUPPORTED)
         target = self.target(caller, asked.model, asked.user, request.headers)
         record = Call(
             prefix + token_hex(12),

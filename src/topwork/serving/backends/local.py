@@ -9,7 +9,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Self
 
-from topwork.common.errors import AdapterError, RequestError, RunError, UnknownAdapterError
+from topwork.common.errors import AdapterError, RequestError, RunError, UnknownAdapterError, quoted
 from topwork.data.template import ChatTemplate
 from topwork.generation.registry import Registry
 from topwork.generation.requests import Request
@@ -23,7 +23,7 @@ from topwork.serving.asking import Prepared, Reader, is_long
 from topwork.serving.backends.backend import Call, Card, Chunks, Health, Weighed
 from topwork.serving.chat import ChatAnswer
 from topwork.serving.completions import CompletionAnswer
-from topwork.serving.errors import ApiError, quoted, without_paths
+from topwork.serving.errors import ApiError, without_paths
 from topwork.serving.openai import ChatRequest, CompletionRequest
 from topwork.serving.worker import Admitted, Worker
 
