@@ -31,6 +31,9 @@ class PretendedRunner:
         """All that was more than one token."""
         return [rows for rows_of in self.passes for rows in rows_of if len(rows.tokens) > 1]
 
+    def forget(self, adapter: str) -> None:
+        """Nothing was made of its weights."""
+
     def begin(self) -> None:
         assert not self.held
         self.held = True

@@ -247,3 +247,17 @@ def test_weights_that_changed_are_compiled_again() -> None:
     after = run()
     assert relative(after[0], by_modules(base, text, "lora")) < 1e-5
     assert relative(after, before) > 1e-3
+
+
+def test_what_is_frozen_is_kept_until_it_is_forgotten() -> None:
+    base = tiny_base("llama", **WILD)
+    added(base, lora=METHODS["lora"], dora=METHODS["dora"])
+    runner = native_runner(base, BlankPool(), frozen={"lora"})
+    assert runner is not None
+    for name in ("lora", "dora"):
+        runner.begin()
+        runner.run(cut(base, texts()[2], name, [1, 2, 3], []))
+        runner.end()
+    assert set(runner.compiled) == {"lora"}
+    runner.forget("lora")
+    assert not runner.compiled

@@ -36,7 +36,7 @@ def base() -> Base:
 
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "runner_for", lambda base, pool, frozen: PretendedRunner(base, pool))
+    monkeypatch.setattr(module, "runner_for", lambda base, pool, _frozen: PretendedRunner(base, pool))
 
 
 def engine_of(base: Base, contents: Any = None, **values: Any) -> Engine:

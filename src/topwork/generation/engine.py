@@ -178,8 +178,10 @@ class Engine:
         self._rest()
 
     def forget(self, adapter: str) -> None:
-        """Nothing that is cached of an adapter's prompts is found any more, for requests of any salt."""
+        """The adapter is gone: nothing that is cached of its prompts is found any more, for requests of any salt, and
+        nothing that was made of its weights is kept."""
         self._chains.forget(adapter)
+        self._runner.forget(adapter)
 
     def _pass(self) -> list[Event]:
         if not self._begun:

@@ -77,6 +77,10 @@ class ModuleRunner:
         self._held.close()
         self._shares.clear()
 
+    def forget(self, adapter: str) -> None:
+        """It will not come again."""
+        self._shares.pop(adapter, None)
+
     @torch.no_grad()
     def run(self, rows: Sequence[Rows]) -> Tensor:
         """Writes their keys and values to the pool; fp32 logits [n, V] of those that are wanted, in order. All rows of

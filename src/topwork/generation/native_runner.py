@@ -75,7 +75,7 @@ class NativeRunner:
         self.base, self.plan, self.frozen, self.most_rows = base, plan, frozen, rows
         self._pool = pool
         self._embedding = base.module.get_input_embeddings()
-        self._compiled: dict[str, CompiledAdapter | None] = {}
+        self.compiled: dict[str, CompiledAdapter | None] = {}
         self._told = torch.empty(0, plan.head.outputs)
         self._layers: dict[str, AdaptedLayer] | None = None
         self._prepare(rank=16)
@@ -89,11 +89,11 @@ class NativeRunner:
 
     def end(self) -> None:
         """Forget what was compiled of weights that may change."""
-        self._compiled = {name: found for name, found in self._compiled.items() if name in self.frozen}
+        self.compiled = {name: found for name, found in self.compiled.items() if name in self.frozen}
 
     def forget(self, adapter: str) -> None:
         """It will not come again."""
-        self._compiled.pop(adapter, None)
+        self.compiled.pop(adapter, None)
 
     def can_run(self, adapter: str | None) -> bool:
         """Whether all of its parts are such as C knows."""
@@ -212,14 +212,14 @@ class NativeRunner:
         return self.base.logit_rule(logits)
 
     def _adapter(self, name: str) -> CompiledAdapter | None:
-        if name not in self._compiled:
+        if name not in self.compiled:
             if self._layers is None or not any(name in layer.adapters for layer in self._layers.values()):
                 self._layers = adapted_layers(self.base.module)
                 self._embedding = self.base.module.get_input_embeddings()
-            found = self._compiled[name] = compiled(self.plan, self._layers, name)
+            found = self.compiled[name] = compiled(self.plan, self._layers, name)
             if found is not None and found.rank > self._buffers.rank:
                 self._prepare(found.rank)
-        return self._compiled[name]
+        return self.compiled[name]
 
     def _prepare(self, rank: int) -> None:
         """Buffers and steps for adapters of this rank."""

@@ -50,3 +50,7 @@ class Runner(Protocol):
     def end(self) -> None:
         """Nothing runs: weights may change."""
         ...
+
+    def forget(self, adapter: str) -> None:
+        """It will not come again."""
+        ...

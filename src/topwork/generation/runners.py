@@ -13,26 +13,37 @@ from topwork.models.base import Base
 
 
 class Runners:
-    """A native runner, and the modules for adapters that it cannot run: these have passes of their own."""
+    """A native runner, and the modules for adapters that it cannot run: these have passes of their own. The modules
+    begin when they are first needed: what they hold of every adapter takes a walk through all of them."""
 
     def __init__(self, native: NativeRunner, modules: Runner) -> None:
         self.native, self.modules, self.most_rows = native, modules, native.most_rows
+        self._modules_hold = False
 
     def begin(self) -> None:
         """Weights do not change from here to `end`."""
-        self.modules.begin()
         self.native.begin()
 
     def end(self) -> None:
         """Nothing runs: weights may change."""
         self.native.end()
-        self.modules.end()
+        if self._modules_hold:
+            self.modules.end()
+            self._modules_hold = False
+
+    def forget(self, adapter: str) -> None:
+        """It will not come again."""
+        self.native.forget(adapter)
+        self.modules.forget(adapter)
 
     def run(self, rows: Sequence[Rows]) -> Tensor:
         """As `Runner.run`, whoever runs them."""
         can = {adapter: self.native.can_run(adapter) for adapter in {each.adapter for each in rows}}
         if all(can.values()):
             return self.native.run(rows)
+        if not self._modules_hold:
+            self.modules.begin()
+            self._modules_hold = True
         parts = [(runner, [each for each in rows if can[each.adapter] is mine])
                  for runner, mine in ((self.native, True), (self.modules, False))]  # fmt: skip
         logits = [iter(runner.run(own)) if own else iter(()) for runner, own in parts]

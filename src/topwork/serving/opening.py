@@ -133,6 +133,7 @@ def _local(config: ServeConfig, named: Named, base: Base, names: Sequence[str], 
         kv_tokens=config.engine.kv_tokens,
     )  # fmt: skip
     engine = Engine(base, settings, contents=registry.contents)
+    registry.on_change(lambda change: engine.forget(change.version.adapter) if change.kind == "removed" else None)
     return LocalBackend(
         base, names[0], ChatTemplate(base.tokenizer, named.template, named.fold_system), Reader(base, config.limits),
         Worker(engine, parts.meter.stepped), registry, config.engine.batch_size + config.engine.max_waiting,
