@@ -15,10 +15,12 @@ from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
 from topwork.generation.engine import generate
 from topwork.generation.module_runner import ModuleRunner
+from topwork.generation.native_runner import NativeRunner
 from topwork.generation.passes import Rows
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
 from topwork.ops.batch import batch_of
+from topwork.ops.native import load as native
 from topwork.ops.paged import BLOCK
 
 NEW = 20
@@ -103,13 +105,14 @@ def test_finished_sequences_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     whole = greedy(base, prompts())
     stop = {whole[0][5]}
     widths: list[int] = []
-    plain = ModuleRunner.run
+    kind = NativeRunner if native.compiled("decode") is not None else ModuleRunner
+    plain: Any = kind.run
 
-    def counted(runner: ModuleRunner, rows: Sequence[Rows]) -> torch.Tensor:
+    def counted(runner: Any, rows: Sequence[Rows]) -> torch.Tensor:
         widths.append(sum(len(each.tokens) == 1 and each.first > 0 for each in rows))
         return plain(runner, rows)
 
-    monkeypatch.setattr(ModuleRunner, "run", counted)
+    monkeypatch.setattr(kind, "run", counted)
     finished: list[int] = []
     found = generate(base, prompts(), [None] * 5, stop, Sampling(max_new_tokens=NEW), on_finished=finished.append)
     ended = Counter(len(row) for row in found)

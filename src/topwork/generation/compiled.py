@@ -83,6 +83,11 @@ def _place(plan: Plan, layer: AdaptedLayer, part: AdapterModule, found: Compiled
 
 
 def _fuse(plan: Plan, layer: AdaptedLayer, part: AdapterModule, into: c.Part, found: CompiledAdapter) -> None:
+    if part.training and part.dropout:
+        raise RuntimeError(
+            "an adapter with lora_dropout is in training, and generation draws nothing; switch dropout off: "
+            "adapters.train(name, False)"
+        )
     kept, fused = found.kept, part.fused_terms(0, 1, layer.base_layer)
     if fused is None or max(map(len, (fused.terms, fused.gains, fused.shifts, fused.input_gains))) > 1:
         raise _Cannot
