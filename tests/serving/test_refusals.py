@@ -400,3 +400,31 @@ def test_a_record_tells_what_came_of_its_request(base: Base, adapters: Path) -> 
             assert ids == [BASE, "one", "ab"]
 
     asyncio.run(run())
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named_and_nowhere_else(base: Base) -> None:
+    async def asked(origin: str, **values: Any) -> httpx.Headers:
+        async with scripted(base, lambda _: words(base, "Yes."), **values) as made:
+            headers = {
+                "origin": origin,
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization,content-type",
+            }
+            return (await made.client.options(COMPLETIONS, headers=headers)).headers
+
+    good, named = "https://good.example", {"cors_origins": ["https://good.example"]}
+    assert asyncio.run(asked(good, **named))["access-control-allow-origin"] == good
+    assert "access-control-allow-origin" not in asyncio.run(asked("https://evil.example", **named))
+    assert "access-control-allow-origin" not in asyncio.run(asked(good))
+
+
+def test_every_answer_has_the_headers_that_browsers_heed_and_the_requests_id(base: Base) -> None:
+    async def work(made: Scripted) -> None:
+        response = await made.client.get("/v1/models", headers={"x-request-id": "mine-1"})
+        assert response.headers["x-request-id"] == "mine-1"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        for id in ("a b", "x" * 65, "a\tb"):
+            assert (await made.client.get("/health", headers={"x-request-id": id})).headers["x-request-id"] != id
+
+    tried(base, work)

@@ -84,3 +84,12 @@ def test_a_file_that_is_not_there_and_an_option_that_is_none_are_told(tmp_path: 
         load_config(None, ["port"], {"model": "tiny"})
     with pytest.raises(RequestError, match="no model"):
         make_config({}, "here")
+
+
+def test_the_package_has_its_server_and_its_engine() -> None:
+    import topwork
+    from topwork.generation.engine import Engine
+    from topwork.serving.launch import serve
+
+    assert topwork.Engine is Engine
+    assert topwork.serve is serve
