@@ -106,6 +106,7 @@ async def run(
         server = Server(create_app(service), service)
         if started is not None:
             started(server)
+        listener.listen(server.config.backlog)  # whoever reads the greeting may ask at once
         host, port = listener.getsockname()[:2]
         say(greeting(service, host, port))
         await server.serve([listener])
