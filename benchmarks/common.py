@@ -27,7 +27,10 @@ WARM_UP = 2
 """Steps that are not counted."""
 MAX_ROWS = 2000
 INTENT = "Classify the intent of this banking query: "
-PACKAGES = ("topwork", "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = (
+    "topwork", "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "accelerate", "datasets",
+    "xllamacpp",
+)  # fmt: skip
 
 Chat = list[dict[str, str]]
 
