@@ -103,9 +103,10 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
         base = load_base(named.model, say, named.quantization if named.quantization.active else None)
     own = base.name if base is not None else find_source(named.model, say).name
     served = config.served_model_name or served_name(own)
-    if served in named.adapters:
-        raise RequestError(f"{served!r} is the name of the base and of an adapter; give another --served-model-name")
-    names = (served,) if own == served else (served, own)
+    asked = named.model.model_name_or_path  # an alias answers too; a path stays ours
+    names = tuple(dict.fromkeys((served, own, *([] if Path(asked).expanduser().exists() else [asked]))))
+    if taken := [name for name in names if name in named.adapters]:
+        raise RequestError(f"{taken[0]!r} is the name of the base and of an adapter; give the adapter another")
     found = [ToLoad(name, folder, None, True, True) for name, folder in named.adapters.items()]
     parts, kept = None, Kept()
     if state is not None:
