@@ -29,6 +29,7 @@ COMMANDS = {
     "checkpointing": "checkpointing.py",
     "elementwise": "elementwise.py",
     "gradients": "gradients.py",
+    "generation_products": "generation_products.py",
     "grouped": "grouped.py",
     "gsm8k_lora": "compare.py --data gsm8k --steps 5 --peers trl_tuned,peft_loop",
     "gsm8k_lora_trl": "compare.py --data gsm8k --steps 6 --rounds 2 --peers trl_default,trl_packed",
