@@ -15,10 +15,14 @@ from reference.families import randomise, tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
+from topwork.generation import runners
 from topwork.generation.engine import Engine, EngineSettings
+from topwork.generation.module_runner import ModuleRunner
+from topwork.generation.native_runner import NativeRunner
 from topwork.generation.requests import Request
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
+from topwork.ops.native import load as native
 from topwork.ops.paged import BLOCK
 
 NAMES = [None, "lora", "dora", "ia3", "prefix", "prompt", "saved"]
@@ -26,10 +30,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALONE = EngineSettings(batch_size=1)
 SETTINGS = {
     "together": EngineSettings(),
-    "three at once": EngineSettings(batch_size=3),
-    "a token a pass": EngineSettings(max_batch_tokens=1),
-    "few tokens a pass": EngineSettings(max_batch_tokens=9),
+    "three at once": EngineSettings(batch_size=3, max_batch_tokens=70),
+    "few tokens a pass": EngineSettings(max_batch_tokens=3),
 }
+
+
+RUNNERS = ["native", "modules", "both"]
+"""Both: some adapters by the one, others by the other."""
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who runs rows, whatever this machine would choose."""
+    if request.param != "modules" and native.compiled("decode") is None:
+        pytest.skip("no C compiler, or TOPWORK_NO_NATIVE")
+    if request.param == "modules":
+        monkeypatch.setattr(runners, "native_runner", lambda *_: None)
+    if request.param == "both":
+        can = NativeRunner.can_run
+        monkeypatch.setattr(
+            NativeRunner, "can_run", lambda own, name: name not in {"dora", "prefix"} and can(own, name)
+        )
+    return str(request.param)
 
 
 @lru_cache
@@ -67,8 +89,9 @@ def answers(engine: Engine, given: Sequence[Request]) -> list[list[int]]:
 
 
 @lru_cache
-def alone(kind: str) -> list[list[int]]:
-    """Each by an engine of its own."""
+def alone(kind: str, runner: str) -> list[list[int]]:
+    """Each by an engine of its own. (The runners round otherwise, so each has its own.)"""
+    assert isinstance(Engine(mixed(kind))._runner, ModuleRunner) is (runner == "modules")
     found = [answers(Engine(mixed(kind), ALONE), [request])[0] for request in requests()]
     assert len({tuple(tokens) for tokens in found}) == len(found)
     assert len({token for tokens in found for token in tokens}) > 20
@@ -77,15 +100,15 @@ def alone(kind: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", DTYPES)
-def test_company_changes_nothing(kind: str, settings: str) -> None:
-    engine, given, expected = Engine(mixed(kind), SETTINGS[settings]), requests(), alone(kind)
+def test_company_changes_nothing(kind: str, settings: str, runner: str) -> None:
+    engine, given, expected = Engine(mixed(kind), SETTINGS[settings]), requests(), alone(kind, runner)
     order = random.Random(settings).sample(range(len(given)), len(given))
     found = answers(engine, [given[number] for number in order])
     assert found == [expected[number] for number in order]
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_giving_way_changes_nothing(kind: str) -> None:
+def test_giving_way_changes_nothing(kind: str, runner: str) -> None:
     """Long answers over few blocks: what they have said so far is read again as a text."""
     given = [
         Request([3 + number] * 9, name, sampling=Sampling(80, temperature=1.2 * (number % 2), seed=number))
@@ -98,9 +121,9 @@ def test_giving_way_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_a_beginning_that_is_cached_changes_nothing(kind: str) -> None:
+def test_a_beginning_that_is_cached_changes_nothing(kind: str, runner: str) -> None:
     contents = {name: f"the content of {name}" for name in NAMES if name is not None}
-    engine, expected = Engine(mixed(kind), contents=contents), alone(kind)
+    engine, expected = Engine(mixed(kind), contents=contents), alone(kind, runner)
     for hits in (False, True):
         before = engine.statistics().prefix_hits
         assert [answers(engine, [request])[0] for request in requests()] == expected
@@ -108,10 +131,10 @@ def test_a_beginning_that_is_cached_changes_nothing(kind: str) -> None:
     assert answers(engine, requests()[::-1]) == expected[::-1]
 
 
-def test_requests_that_come_and_go_meanwhile_change_nothing() -> None:
+def test_requests_that_come_and_go_meanwhile_change_nothing(runner: str) -> None:
     """New ones at any step, some of which are given up."""
     kind, draw = "bf16", random.Random(3)
-    engine, given, expected = Engine(mixed(kind), EngineSettings(4, 20, 12 * BLOCK)), requests(), alone(kind)
+    engine, given, expected = Engine(mixed(kind), EngineSettings(4, 20, 12 * BLOCK)), requests(), alone(kind, runner)
     waiting = draw.sample(range(len(given)), len(given))
     given_up: list[int] = []
     number_of: dict[int, int] = {}

@@ -268,11 +268,12 @@ def test_an_idle_engine_holds_no_memory_but_what_is_cached() -> None:
     base = tiny_base("llama")
     added(base, a=AdapterConfig(r=4))
     engine = Engine(base)
-    for name, kept in (("a", 0), (None, 1)):
-        engine.submit(Request(prompts(40)[0], name, sampling=greedy(3)))
-        engine.step()
+    for name, kept in (("a", 0), ("a", 0), (None, 1)):
+        request = Request(prompts(40)[0], name, sampling=greedy(3))
+        id = engine.submit(request)
+        head = engine.step()
         assert engine._pool._layers
-        drained(engine)
+        assert tokens_of([*head, *drained(engine)[id]]) == alone(base, request)
         assert engine.statistics().blocks_cached == kept
         assert bool(engine._pool._layers) is bool(kept)
 

@@ -376,6 +376,8 @@ class Only:
 
     @property
     def complete(self) -> bool:
+        if self.fails == "complete":
+            raise ValueError("who knows")
         return not self.left and self.fails != "never complete"
 
 
@@ -398,6 +400,7 @@ def test_a_constraint_is_obeyed_and_ends_its_answer(base: Base) -> None:
     [
         ("allowed", "its constraint failed: ValueError: no such rule"),
         ("accept", "its constraint failed: ValueError: not this one"),
+        ("complete", "its constraint failed: ValueError: who knows"),
         ("never complete", "no token may come next"),
     ],
 )

@@ -20,7 +20,8 @@ from reference.families import tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.data.examples import Example
-from topwork.generation.engine import Engine, Request
+from topwork.generation.engine import Engine
+from topwork.generation.requests import Request
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.objectives.sft import Sft

@@ -20,7 +20,8 @@ from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import NonFiniteLossError, RecipeError
 from topwork.common.seeds import hashed
 from topwork.data.examples import Example
-from topwork.generation.engine import Engine, Request
+from topwork.generation.engine import Engine, EngineSettings
+from topwork.generation.requests import Request
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
 from topwork.objectives.sft import Sft
@@ -61,7 +62,7 @@ class Rollouts:
     """Of every step asked for its rows, and what they were worth: a record for the tests."""
 
     def __post_init__(self) -> None:
-        self.engine = Engine(self.base, batch_size=5)
+        self.engine = Engine(self.base, EngineSettings(batch_size=5))
 
     @property
     def steps_per_epoch(self) -> None:
@@ -84,8 +85,8 @@ class Rollouts:
         self.next_prompt, self.mean = state["next_prompt"], state["mean"]
 
     def _answers(self, prompts: Sequence[list[int]], step: int) -> list[tuple[list[int], list[int]]]:
-        sampling = Sampling(NEW, temperature=1.0, seed=hashed(0, step))
-        ids = [self.engine.submit(Request(prompt, NAME, {2}, sampling)) for prompt in prompts]
+        samplings = [Sampling(NEW, temperature=1.0, seed=hashed(0, step, number)) for number in range(len(prompts))]
+        ids = [self.engine.submit(Request(prompt, NAME, {2}, own)) for prompt, own in zip(prompts, samplings)]
         found: dict[int, list[int]] = {id: [] for id in ids}
         with self.adapters.evaluating(NAME):
             while self.engine.busy:

@@ -21,6 +21,7 @@ class Answer:
     said      the answer's tokens so far, which `row` looks at
     computed  how many positions have their keys and values in `blocks`
     turn      when it was last decoded, beside others
+    complete  whether its constraint lets nothing follow
     """
 
     id: int
@@ -33,6 +34,7 @@ class Answer:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     turn: int = -1
+    complete: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     @property
@@ -58,11 +60,30 @@ class Answer:
             self._keys.append(next_key(before, self.tokens[at : at + BLOCK]))
         return self._keys[block]
 
-    def say(self, token: int) -> None:
-        """Its next token."""
+    def ask(self) -> str | None:
+        """Sets what its next token is chosen by; why it cannot be chosen, where its constraint fails."""
+        request, row = self.request, self.row
+        row.position = len(self.said)
+        row.banned = request.stop_ids if row.position < request.sampling.min_new_tokens else ()
+        if request.constraint is not None:
+            try:
+                row.allowed = request.constraint.allowed()
+            except Exception as error:
+                return _failed(error)
+        return None
+
+    def say(self, token: int) -> str | None:
+        """Its next token; what is wrong with it, where its constraint fails."""
         self.tokens.append(token)
         self.said.append(token)
         self.left -= 1
+        if self.request.constraint is not None:
+            try:
+                self.request.constraint.accept(token)
+                self.complete = self.request.constraint.complete
+            except Exception as error:
+                return _failed(error)
+        return None
 
     def rows(self, count: int) -> Rows:
         """Its next `count` tokens, as a pass takes them."""
@@ -74,3 +95,7 @@ class Answer:
 def blocks_of(tokens: int) -> int:
     """How many blocks hold so many tokens."""
     return -(-tokens // BLOCK)
+
+
+def _failed(error: Exception) -> str:
+    return f"its constraint failed: {type(error).__name__}: {error}"[:300]

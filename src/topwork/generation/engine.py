@@ -201,7 +201,7 @@ class Engine:
 
     def _chosen(self, wanted: list[Answer], logits: Tensor) -> list[Event]:
         """What logits [n, V] bring to those that asked for them, in their order."""
-        errors = [_asked(answer) for answer in wanted]
+        errors = [answer.ask() for answer in wanted]
         going = [number for number, error in enumerate(errors) if error is None]
         if len(going) < len(wanted):
             logits = logits[sent(torch.tensor(going, dtype=torch.int64), logits.device)]
@@ -215,21 +215,17 @@ class Engine:
     def _came(self, answer: Answer, chosen: Chosen, at: int) -> Event:
         """What was chosen at this place is the answer's next token, or its end."""
         request, token = answer.request, chosen.tokens[at]
-        constraint, wrong = request.constraint, chosen.errors[at]
+        wrong = chosen.errors[at]
         if wrong is not None:
             return self._failed(answer, wrong)
         if token in request.stop_ids:
             self._scheduler.leave(answer)
             return Event(answer.id, None, "stop")
-        answer.say(token)
         self._generated_tokens += 1
-        ended: Ended | None = None if answer.left else "length"
-        if constraint is not None:
-            try:
-                constraint.accept(token)
-                ended = "stop" if constraint.complete else ended
-            except Exception as error:
-                return self._failed(answer, f"its constraint failed: {_told(error)}")
+        wrong = answer.say(token)
+        if wrong is not None:
+            return self._failed(answer, wrong)
+        ended: Ended | None = "stop" if answer.complete else None if answer.left else "length"
         if ended is not None:
             self._scheduler.leave(answer)
         return Event(answer.id, token, ended, chosen.logprobs[at], chosen.likeliest[at])
@@ -273,23 +269,6 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens, virtual ones included, and keys and values are held of "
                 f"{self._pool.blocks * BLOCK} in all; raise kv_tokens, or give a shorter prompt"
             )
-
-
-def _asked(answer: Answer) -> str | None:
-    """Sets what the answer's next token is chosen by; why it cannot be chosen, where its constraint fails."""
-    request, row = answer.request, answer.row
-    row.position = len(row.answer)
-    row.banned = request.stop_ids if row.position < request.sampling.min_new_tokens else ()
-    if request.constraint is not None:
-        try:
-            row.allowed = request.constraint.allowed()
-        except Exception as error:
-            return f"its constraint failed: {_told(error)}"
-    return None
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 def generate(

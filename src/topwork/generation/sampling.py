@@ -215,7 +215,8 @@ class _Outcome(NamedTuple):
 def _on_device(logits: Tensor, rows: Sequence[Row]) -> list[_Outcome]:
     """Only numbers come to the host for rows of which the largest logit is taken, whole rows for the others."""
     largest, at = logits.max(-1)  # of equal ones the first, as numpy's
-    outcomes = [_taken(token, value) for token, value in zip(at.tolist(), largest.tolist())]
+    told = torch.stack([at.double(), largest.double()]).cpu()  # both in one, for which the host waits once
+    outcomes = [_taken(int(token), value) for token, value in told.t().tolist()]
     others = [number for number, row in enumerate(rows) if not row.plain or row.sampling.logprobs is not None]
     if others:
         fetched = logits[torch.tensor(others, device=logits.device)].float().cpu().numpy()
