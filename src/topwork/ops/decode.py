@@ -146,12 +146,13 @@ def _is_plain(weight: Packed4bit) -> bool:
 
 
 def packed_ranks(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """B [out, r] as C reads it: [ceil(r / u), out, u], u ranks of 4 bytes together, the last filled up with zero."""
+    """B [out, r] as C reads it: [ceil(out / 16), ceil(r / u), 16, u], u ranks of 4 bytes together, filled up with
+    zeros."""
     unit = 4 // dtype.itemsize
     out, r = b.shape
-    whole = torch.zeros(out, -(-r // unit) * unit, dtype=dtype)
-    whole[:, :r] = b.detach().to(dtype)
-    return whole.unflatten(1, (-1, unit)).transpose(0, 1).contiguous()
+    whole = torch.zeros(-(-out // 16) * 16, -(-r // unit) * unit, dtype=dtype)
+    whole[:out, :r] = b.detach().to(dtype)
+    return whole.unflatten(1, (-1, unit)).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 def scratch_floats(rows: int, inputs: int, rank: int, size: int) -> int:

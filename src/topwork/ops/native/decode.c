@@ -33,7 +33,8 @@ typedef struct {
   int64_t plain;  // 4-bit: blocks of a multiple of 32 that end where rows do, and no constant makes subnormal values
 } Weight;
 
-// What an adapter has at a place (a linear layer or a norm). b is [ceil(rank / u)][n] units of u ranks (paged.h's).
+// What an adapter has at a place (a linear layer or a norm). b is [ceil(n / 16)][ceil(rank / u)][16] units of u ranks
+// (paged.h's): what a task reads of it lies together.
 typedef struct {
   const void *a, *b;
   int64_t rank;
@@ -169,7 +170,7 @@ INLINE void finish(const int kind, const Step *s, int64_t number, const Part *pa
       for (int64_t u = 0; u < units; u++) {                                                                  \
         uint32_t unit;                                                                                       \
         memcpy(&unit, inner + 4 * u, 4);                                                                     \
-        vecf ranks = load(part->b, u * w->n + column + (i), some, F32);                                      \
+        vecf ranks = load(part->b, ((column + (i)) / 16 * units + u) * 16 + (i) % 16, some, F32);            \
         term = times_unit(kind, term, unit, (const char *)&ranks);                                           \
       }                                                                                                      \
       y = y + (float)part->alpha * term;                                                                     \
@@ -305,13 +306,11 @@ static int64_t product_tasks(const Step *s, const Pass *p) {
 }
 
 INLINE void inner(const int kind, const Step *s, const Pass *p, int64_t task, float *scratch) {
-  int64_t stripes = parts_of(p->rows, ROWS), number = task / stripes, start = task % stripes * ROWS;
-  int64_t stop = least(p->rows, start + ROWS);
-  for (int64_t i = 0; i < p->segments; i++) {
-    const Part *part = part_at(p->segment + i, s->place + number);
-    int64_t from = most(start, p->segment[i].start), to = least(stop, p->segment[i].stop);
-    if (part && part->rank && from < to) inner_rows(kind, s, number, part, from, to, scratch);
-  }
+  int64_t stripes = parts_of(p->rows, ROWS), number = task % s->count, stripe = task / s->count % stripes;
+  const Segment *segment = p->segment + task / s->count / stripes;
+  const Part *part = part_at(segment, s->place + number);
+  int64_t from = most(stripe * ROWS, segment->start), to = least((stripe + 1) * ROWS, segment->stop);
+  if (part && part->rank && from < to) inner_rows(kind, s, number, part, from, to, scratch);
 }
 
 // Inputs of a projection that stands alone, times what an adapter learned, in place.
@@ -400,7 +399,7 @@ INLINE void gated(const int kind, const Step *s, int64_t task) {
 static int64_t tasks_of(const Step *s, const Pass *p) {
   switch (s->op) {
     case SCALE: return p->input_gains ? p->rows : 0;
-    case INNER: return p->terms ? s->count * parts_of(p->rows, ROWS) : 0;
+    case INNER: return p->terms ? s->count * p->segments * parts_of(p->rows, ROWS) : 0;
     case PRODUCTS: return product_tasks(s, p);
     case ATTEND: return attention_tasks(s, p);
     case GATED: return p->rows * parts_of(s->width, VALUES_AT_ONCE);
