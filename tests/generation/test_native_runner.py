@@ -1,5 +1,7 @@
 """All layers in one call of C: what the model's own modules give, and the same bits in any company."""
 
+import ctypes
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 
@@ -7,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.families import CONTEXT, VOCABULARY, added, tiny_base
+from reference.families import CONTEXT, VOCABULARY, added, randomise, tiny_base
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.generation.native_runner import NativeRunner, native_runner
 from topwork.generation.passes import VIRTUAL, Rows
 from topwork.generation.pool import KeyValuePool
 from topwork.models.base import Base
+from topwork.models.program import Angles
 from topwork.ops.batch import batch_of
 from topwork.ops.native import load as native
 from topwork.ops.packed import pack_4bit, pack_int8
@@ -205,6 +208,50 @@ def test_positions_beyond_the_first_table() -> None:
         chunk = text[at : at + 512]
         found = runner.run([Rows(chunk, at, list(range(70)), None, at + len(chunk) == 2100)])
     assert relative(found[0], by_modules(base, text, None)) < 1e-5
+
+
+def test_tables_that_could_not_be_made_are_not_taken_for_made() -> None:
+    """Else C would read beyond the old ones."""
+    asked: list[int] = []
+
+    def make(positions: int) -> list[tuple[Tensor, Tensor]]:
+        asked.append(positions)
+        if len(asked) == 2:
+            raise MemoryError
+        return [(torch.zeros(positions, 4), torch.zeros(positions, 4))]
+
+    angles = Angles(make)
+    angles.upto(100)
+    with pytest.raises(MemoryError):
+        angles.upto(2049)
+    positions, ((cos, _),) = angles.upto(2049)
+    assert positions == len(cos) == 4096
+
+
+def test_an_adapter_that_comes_while_others_run_has_all_of_its_parts() -> None:
+    """Some in layers that are adapted already, some in layers that it is the first to adapt."""
+    base = tiny_base("llama", **WILD)
+    adapters = added(base, first=AdapterConfig(r=4, target_modules=["q_proj"]))
+    runner, text = runner_of(base), texts()[0]
+    runner.begin()
+    runner.run([Rows(text, 0, [1], "first", True)])
+    adapters.add("later", AdapterConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"]))
+    randomise(adapters, "later", seed=5)
+    found = runner.run([Rows(text, 0, [2], "later", True)])
+    assert relative(found[0], by_modules(base, text, "later")) < 1e-5
+
+
+def test_a_pass_leaves_nothing_behind() -> None:
+    base = tiny_base("llama", **WILD)
+    runner = runner_of(base)
+
+    def arrays() -> int:
+        runner.run([Rows(texts()[0], 0, [1], None, True)])
+        gc.collect()
+        return sum(issubclass(type(each), ctypes.Array) for each in gc.get_objects())
+
+    first = arrays()
+    assert [arrays() for _ in range(3)] == [first] * 3
 
 
 def test_more_rows_than_there_is_memory_for_are_refused() -> None:

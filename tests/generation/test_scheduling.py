@@ -303,6 +303,18 @@ def test_what_is_forgotten_is_free(base: Base) -> None:
     engine.forget("nobody")
 
 
+def test_salts_that_never_come_again_leave_nothing(base: Base) -> None:
+    """A client chooses them: one for each request, if it likes."""
+    engine = engine_of(base, {"one": "1"}, kv_tokens=2 * BLOCK)
+    held = [value for name, value in vars(engine._chains).items() if name not in ("blocks", "contents")]
+    sizes = set()
+    for number in range(40):
+        engine.submit(asking(text(BLOCK + 2), "one", salt=str(number)))
+        drained(engine)
+        sizes.add(len(repr(held)))
+    assert len(sizes) == 1
+
+
 def test_prompts_are_read_beside_answers_and_neither_stops(base: Base) -> None:
     """Eight rows: of five answers no more than six at once while a prompt is read, each in its turn."""
     engine = engine_of(base, max_batch_tokens=8)
@@ -471,7 +483,7 @@ def test_settings_below_one_are_refused(name: str) -> None:
 
 
 def waiting(id: int, share: str) -> Answer:
-    return Answer(id, asking([3], share=share), [3], 1, b"", Row(Sampling()), [])
+    return Answer(id, asking([3], share=share), [3], 1, b"", b"", Row(Sampling()), [])
 
 
 @settings(max_examples=60, deadline=None)

@@ -113,6 +113,40 @@ def test_one_that_left_memory_comes_back_when_it_is_asked_for(base: Base, adapte
     tried(base, work, adapters)
 
 
+def test_who_waits_for_one_that_left_memory_waits_for_one_reading(base: Base, adapters: Path) -> None:
+    async def work(made: Scripted) -> None:
+        made.registry.capacity = Capacity(resident=1)
+        await load(made, "one", "one")
+        await load(made, "two", "two")
+        again, read = made.registry.prepare_again, []
+        made.registry.prepare_again = lambda absent: read.append(absent.name) or again(absent)
+        answers = await asyncio.gather(*(ask(made, "one") for _ in range(5)))
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert read == ["one"]
+
+    tried(base, work, adapters)
+
+
+def test_what_comes_and_goes_in_one_moment_is_listed_as_it_is(base: Base, adapters: Path) -> None:
+    async def work(made: Scripted) -> None:
+        await load(made, "it", "one")
+        waiting = made.backend.worker._commands
+        made.engine.gate.clear()
+        running = asyncio.ensure_future(ask(made, BASE))
+        await made.until(lambda: made.engine.running and waiting.empty())
+        asked = []
+        for number, path in enumerate((LOAD, UNLOAD), 1):
+            fields = {"lora_path": "two", "load_inplace": True} if path == LOAD else {}
+            asked.append(asyncio.ensure_future(made.client.post(path, json={"lora_name": "it", **fields})))
+            await made.until(lambda number=number: waiting.qsize() == number)
+        made.engine.gate.set()
+        assert [(await each).status_code for each in (*asked, running)] == [200] * 3
+        cards = (await made.client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in cards] == [BASE, *made.registry.names()] == [BASE]
+
+    tried(base, work, adapters)
+
+
 def test_one_whose_folder_holds_another_by_now_is_not_answered_by_it(
     base: Base, adapters: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ class Answer:
     tokens    the adapter's virtual ones, the prompt's, and those of the answer so far
     left      how many it may still get
     root      what its chain of block keys begins from
+    family    what its blocks are forgotten with (`chains.py`)
     row       what its next token is chosen by
     said      the answer's tokens so far, which `row` looks at
     computed  how many positions have their keys and values in `blocks`
@@ -29,6 +30,7 @@ class Answer:
     tokens: list[int]
     left: int
     root: bytes
+    family: bytes
     row: Row
     said: list[int]
     computed: int = 0

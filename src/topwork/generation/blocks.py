@@ -37,7 +37,7 @@ class Blocks:
         self._users: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
-        self._key_of: dict[int, tuple[bytes, bytes]] = {}  # and the root of its chain
+        self._key_of: dict[int, tuple[bytes, bytes]] = {}  # and its family's
 
     @property
     def free(self) -> int:
@@ -80,11 +80,12 @@ class Blocks:
         self._users.update(dict.fromkeys(taken, 1))
         return taken
 
-    def keep(self, block: int, key: bytes, root: bytes) -> None:
-        """A used block is full and known from now on, unless another is known by this key already."""
+    def keep(self, block: int, key: bytes, family: bytes) -> None:
+        """A used block is full and known from now on, unless another is known by this key already. Its family is what
+        it is forgotten with."""
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
-            self._key_of[block] = key, root
+            self._key_of[block] = key, family
 
     def release(self, blocks: Sequence[int]) -> None:
         """A user less for each block of a sequence. Its last blocks are the first to be given away: without those
@@ -99,9 +100,9 @@ class Blocks:
             else:
                 self._free.append(block)
 
-    def forget(self, root: bytes) -> None:
-        """Nothing of this root's chains is found any more; what nobody uses of them is free."""
-        for block in [block for block, (_, own) in self._key_of.items() if own == root]:
+    def forget(self, family: bytes) -> None:
+        """Nothing that was kept for this family is found any more; what nobody uses of it is free."""
+        for block in [block for block, (_, own) in self._key_of.items() if own == family]:
             self._unknown(block)
             if block in self._idle:
                 del self._idle[block]

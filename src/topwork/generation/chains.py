@@ -2,39 +2,45 @@
 
 from collections.abc import Iterable, Mapping
 
-from topwork.generation.blocks import Blocks, root_key
-from topwork.generation.requests import Request
+from topwork.generation.blocks import Adapter, Blocks, root_key
 
 
 class Chains:
-    """The roots that requests were given: of an adapter whose content is told they last, of the others they pass when
-    nothing runs any more."""
+    """An adapter's blocks are a family, whatever the salts of the requests, which are a client's to choose and without
+    end. Those of an adapter whose content is told last; the others' pass when nothing runs any more."""
 
     def __init__(self, fingerprint: str, contents: Mapping[str, str], blocks: Blocks) -> None:
         self.fingerprint, self.contents, self.blocks = fingerprint, contents, blocks
-        self._roots: dict[str, set[bytes]] = {}  # by adapter, one for each salt
+        self._families: dict[str, bytes] = {}
         self._passing: set[bytes] = set()
 
-    def root(self, request: Request) -> bytes:
-        """What its keys begin from."""
-        name = request.adapter
-        if name is None:
-            return root_key(self.fingerprint, None, request.salt)
-        content = self.contents.get(name)
-        told = ("name", name) if content is None else ("content", content)
-        root = root_key(self.fingerprint, told, request.salt)
-        self._roots.setdefault(name, set()).add(root)
-        if content is None:
-            self._passing.add(root)
-        return root
+    def family(self, name: str | None) -> bytes:
+        """What the blocks of this adapter's texts (None: the base's) are forgotten with."""
+        family = root_key(self.fingerprint, self._told(name), "")
+        if name is not None:
+            self._families[name] = family
+            if name not in self.contents:
+                self._passing.add(family)
+        return family
+
+    def root(self, name: str | None, salt: str) -> bytes:
+        """What the keys of its texts begin from."""
+        return root_key(self.fingerprint, self._told(name), salt)
 
     def forget(self, adapter: str) -> None:
         """Nothing of the adapter's is found any more, whatever the salt."""
-        for root in self._roots.pop(adapter, ()):
-            self.blocks.forget(root)
+        family = self._families.pop(adapter, None)
+        if family is not None:
+            self.blocks.forget(family)
 
     def rest(self, waiting: Iterable[bytes]) -> None:
-        """Nothing runs, and weights may change; requests with these roots wait."""
-        for root in self._passing:
-            self.blocks.forget(root)
+        """Nothing runs, and weights may change; requests of these families wait."""
+        for family in self._passing:
+            self.blocks.forget(family)
         self._passing.intersection_update(waiting)
+
+    def _told(self, name: str | None) -> Adapter:
+        if name is None:
+            return None
+        content = self.contents.get(name)
+        return ("name", name) if content is None else ("content", content)

@@ -137,7 +137,8 @@ class Engine:
         said: list[int] = []
         row = Row(request.sampling, prompt=tokens[virtual:], answer=said)
         most = min(request.sampling.max_new_tokens, room)
-        answer = Answer(self._ids, request, tokens, most, self._chains.root(request), row, said)
+        root, family = self._chains.root(request.adapter, request.salt), self._chains.family(request.adapter)
+        answer = Answer(self._ids, request, tokens, most, root, family, row, said)
         self._scheduler.waiting.add(answer)
         self._ids += 1
         self._prompt_tokens += len(request.prompt)
@@ -242,7 +243,7 @@ class Engine:
         if self._begun:
             self._runner.end()
             self._begun = False
-        self._chains.rest(answer.root for answer in scheduler.waiting)
+        self._chains.rest(answer.family for answer in scheduler.waiting)
         if not scheduler.blocks.cached:
             self._pool.clear()
 

@@ -77,13 +77,11 @@ class NativeRunner:
         self._embedding = base.module.get_input_embeddings()
         self.compiled: dict[str, CompiledAdapter | None] = {}
         self._told = torch.empty(0, plan.head.outputs)
-        self._layers: dict[str, AdaptedLayer] | None = None
         self._prepare(rank=16)
 
     def begin(self) -> None:
         """Weights do not change from here to `end`."""
         self._embedding = self.base.module.get_input_embeddings()
-        self._layers = None
         if self._where != self._pool_addresses():
             self._bind()
 
@@ -213,10 +211,9 @@ class NativeRunner:
 
     def _adapter(self, name: str) -> CompiledAdapter | None:
         if name not in self.compiled:
-            if self._layers is None or not any(name in layer.adapters for layer in self._layers.values()):
-                self._layers = adapted_layers(self.base.module)
-                self._embedding = self.base.module.get_input_embeddings()
-            found = self.compiled[name] = compiled(self.plan, self._layers, name)
+            layers = adapted_layers(self.base.module)  # some of which it may be the first to adapt
+            self._embedding = self.base.module.get_input_embeddings()
+            found = self.compiled[name] = compiled(self.plan, layers, name)
             if found is not None and found.rank > self._buffers.rank:
                 self._prepare(found.rank)
         return self.compiled[name]

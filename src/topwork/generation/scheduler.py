@@ -67,7 +67,7 @@ class Scheduler:
             before = answer.computed // BLOCK
             answer.computed += rows
             for number in range(before, answer.computed // BLOCK):
-                self.blocks.keep(answer.blocks[number], answer.key(number), answer.root)
+                self.blocks.keep(answer.blocks[number], answer.key(number), answer.family)
 
     def leave(self, answer: Answer) -> None:
         """It has ended, or never will: its blocks are free at once."""

@@ -128,8 +128,9 @@ class Angles:
     def upto(self, positions: int) -> tuple[int, list[Table]]:
         """Tables for so many positions at least, and for how many they are. They are replaced, never written again."""
         if positions > self._positions:
-            self._positions = -(-positions // TABLE_POSITIONS) * TABLE_POSITIONS
-            self._tables = self._make(self._positions)
+            count = -(-positions // TABLE_POSITIONS) * TABLE_POSITIONS
+            self._tables = self._make(count)
+            self._positions = count  # last: where there is no memory for tables, C must not read beyond the old ones
         return self._positions, self._tables
 
 
@@ -325,13 +326,20 @@ class Buffers:
     rows: int
     rank: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    kept: c.Kept = field(default_factory=c.Kept)
+    weights: dict[int, Any] = field(default_factory=dict)
+    """As C reads them, by the place of the first."""
 
     def of(self, name: str, width: int, dtype: torch.dtype | None = None, times: int = 1) -> Tensor:
         """[times * rows, width], made when it is first asked for."""
         if name not in self.tensors or self.tensors[name].shape != (times * self.rows, width):
             self.tensors[name] = torch.zeros(times * self.rows, width, dtype=dtype or self.plan.dtype)
         return self.tensors[name]
+
+    def weights_of(self, linears: Linears) -> Any:
+        """An array of them, made once: C is given its address, and steps are made again with every pass."""
+        if linears.place not in self.weights:
+            self.weights[linears.place] = c.array_of(linears.weights)
+        return self.weights[linears.place]
 
 
 Blocks = Callable[[LayerPlan], tuple[Tensor, Tensor]]
@@ -427,11 +435,9 @@ def _products(
 ) -> "list[c.Step]":
     """What adapters multiply their inputs by, where a layer stands alone; their inner products; the outputs."""
     inner = buffers.of("inner", buffers.rank, times=3)
-    weights = c.array_of(linears.weights)
-    buffers.kept.arrays.append(weights)
     common: dict[str, Any] = {
         "in_": given.data_ptr(), "in_by": given.shape[1], "place": linears.place, "count": len(linears.weights),
-        "weights": c.address_of(weights), "inner": inner.data_ptr(), "inner_by": inner.shape[1],
+        "weights": c.address_of(buffers.weights_of(linears)), "inner": inner.data_ptr(), "inner_by": inner.shape[1],
         "inner_apart": buffers.rows * inner.shape[1],
     }  # fmt: skip
     steps = []

@@ -92,10 +92,9 @@ STRUCTURES = (Weight, Part, Step, Segment, Run, Pass)
 
 @dataclass
 class Kept:
-    """Tensors and arrays whose addresses were given to C: they live as long as this does."""
+    """Tensors whose addresses were given to C: they live as long as this does."""
 
     tensors: list[Tensor] = field(default_factory=list)
-    arrays: list[Any] = field(default_factory=list)
 
     def at(self, tensor: Tensor | None) -> int | None:
         """Its address; None for None."""

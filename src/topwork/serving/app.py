@@ -15,6 +15,7 @@ import topwork
 from topwork.common.errors import quoted
 from topwork.serving.backends.backend import Refused
 from topwork.serving.calls import GONE, as_api_error
+from topwork.serving.config import of_this_machine
 from topwork.serving.errors import ApiError
 from topwork.serving.guards import Guard, as_response
 from topwork.serving.models import models
@@ -22,8 +23,6 @@ from topwork.serving.openai import ChatRequest, CompletionRequest
 from topwork.serving.schema import described, takes
 from topwork.serving.service import Service
 from topwork.serving.streams import FAILED, ClientGone
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def create_app(service: Service) -> Guard:
@@ -45,7 +44,7 @@ def create_app(service: Service) -> Guard:
             expose_headers=["x-request-id", "x-topwork-arm", "x-topwork-version", "retry-after"],
         )  # fmt: skip
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
-    closed = config.host in LOOPBACK and "*" not in config.allowed_hosts
+    closed = of_this_machine(config.host) and "*" not in config.allowed_hosts
     return Guard(app, config.limits, config.allowed_hosts if closed else None)
 
 

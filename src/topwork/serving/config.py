@@ -218,7 +218,7 @@ class ServeConfig(Options):
 
     @model_validator(mode="after")
     def _strangers_need_keys(self) -> Self:
-        if not (self.tenants or self.no_auth or _of_this_machine(self.host)):
+        if not (self.tenants or self.no_auth or of_this_machine(self.host)):
             raise ValueError(
                 f"host {self.host!r} is reached from other machines, and without tenants whoever reaches it may ask "
                 "and load adapters; give tenants their keys (`topwork serve-key NAME`), or --set no_auth=true"
@@ -226,7 +226,8 @@ class ServeConfig(Options):
         return self
 
 
-def _of_this_machine(host: str) -> bool:
+def of_this_machine(host: str) -> bool:
+    """Whether this address is reached from this machine alone."""
     if host.lower() in ("localhost", "localhost."):
         return True
     try:

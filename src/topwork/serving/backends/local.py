@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
@@ -152,6 +152,7 @@ class LocalBackend:
         """Gone at once; its weights when its last request has ended."""
         self._named.pop(name, None)
         await self.worker.call(lambda: self.registry.unload(name))
+        self._named.pop(name, None)  # that of a load which the engine's thread had taken before
 
     def health(self) -> Health:
         """Dead where the engine's thread is."""
@@ -191,16 +192,19 @@ class LocalBackend:
 
     async def _admit(self, call: Call, reading: Reading, prepared: Prepared) -> Admitted:
         """All choices or none, of the version that the name stands for now; read again where it had left memory."""
-        back: Back | None = None
         for _ in range(TRIES):
-            try:
-                return await self._enter(call, reading, prepared, back)
-            except _Away as away:
-                async with self._loading:
+            with suppress(_Away):
+                return await self._enter(call, reading, prepared)
+            async with self._loading:
+                try:  # others have waited for the same one, and the first of them has brought it back
+                    return await self._enter(call, reading, prepared)
+                except _Away as away:
                     back = await asyncio.to_thread(self.registry.prepare_again, away.absent)
+                with suppress(_Away):
+                    return await self._enter(call, reading, prepared, back)
         raise NoRoomError(f"{quoted(call.model)} has left memory again and again; too many adapters are asked for")
 
-    async def _enter(self, call: Call, reading: Reading, prepared: Prepared, back: Back | None) -> Admitted:
+    async def _enter(self, call: Call, reading: Reading, prepared: Prepared, back: Back | None = None) -> Admitted:
         versions: list[Version] = []
         salt = "/".join((call.salt, reading.asked.cache_salt or ""))
 
