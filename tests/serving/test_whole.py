@@ -203,6 +203,8 @@ def test_the_page_the_figures_and_the_document_are_there(client: httpx.Client) -
     figures = client.get("/metrics").text
     assert 'vllm:generation_tokens_total{model_name="one"}' in figures
     assert "vllm:num_requests_running" in figures
+    waited = next(line for line in figures.splitlines() if line.startswith("vllm:request_queue_time_seconds_count"))
+    assert float(waited.rpartition(" ")[2]) >= 1
     assert client.get("/version").json()["version"]
     paths = client.get("/openapi.json").json()["paths"]
     assert {CHAT, COMPLETIONS, LOAD, "/v1/feedback", "/metrics"} <= set(paths)

@@ -22,6 +22,7 @@ class Answer:
     said      the answer's tokens so far, which `row` looks at
     computed  how many positions have their keys and values in `blocks`
     turn      when it was last decoded, beside others
+    began     when it first ran, as time.monotonic has it
     complete  whether its constraint lets nothing follow
     """
 
@@ -36,6 +37,7 @@ class Answer:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     turn: int = -1
+    began: float | None = None
     complete: bool = False
     _keys: list[bytes] = field(default_factory=list)
 

@@ -229,7 +229,8 @@ class Engine:
         ended: Ended | None = "stop" if answer.complete else None if answer.left else "length"
         if ended is not None:
             self._scheduler.leave(answer)
-        return Event(answer.id, token, ended, chosen.logprobs[at], chosen.likeliest[at])
+        began = answer.began if len(answer.said) == 1 else None
+        return Event(answer.id, token, ended, chosen.logprobs[at], chosen.likeliest[at], began)
 
     def _failed(self, answer: Answer, error: str) -> Event:
         self._scheduler.leave(answer)

@@ -58,6 +58,7 @@ class Event:
                  "failed", with `error`
     logprob      the token's log-probability before temperature and cuts, where the Sampling asks for it
     likeliest    as many (token, log-probability) as it asks for, likeliest first
+    began        when its prompt began to be read, as time.monotonic has it; told with its first token
     """
 
     id: int
@@ -65,4 +66,5 @@ class Event:
     ended: Ended | None = None
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
+    began: float | None = None
     error: str | None = None

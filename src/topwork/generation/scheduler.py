@@ -12,6 +12,7 @@ has to give, so one always ends.
 
 from dataclasses import dataclass
 from itertools import count
+from time import monotonic
 
 from topwork.generation.answer import Answer, blocks_of
 from topwork.generation.blocks import Blocks
@@ -136,6 +137,7 @@ class Scheduler:
         self.counts.prefix_queries += len(answer.tokens)
         self.counts.prefix_hits += answer.computed
         self.running[answer.id] = answer
+        answer.began = answer.began or monotonic()
         return answer
 
     def _read(self, answer: Answer, room: int, plan: Plan, coming: set[bytes]) -> int:

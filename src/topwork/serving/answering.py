@@ -38,9 +38,10 @@ class Answering:
     """The choices of one admitted request. `aclose` of `pieces` gives up what still runs."""
 
     def __init__(
-        self, worker: Worker, admitted: Admitted, texts: Sequence[TextStream], counted: Callable[[int], None]
+        self, worker: Worker, admitted: Admitted, texts: Sequence[TextStream], counted: Callable[[int, float | None], None]
     ) -> None:  # fmt: skip
-        """`counted(choice)` is told each token that counts: those after a stop string do not."""
+        """`counted(choice, began)` is told each token that counts (those after a stop string do not), and with the first
+        of a choice when its prompt began to be read."""
         self.worker, self.admitted, self.texts, self.counted = worker, admitted, texts, counted
         self._going = set(range(len(texts)))
 
@@ -75,7 +76,7 @@ class Answering:
     def _take(self, piece: Piece, event: Event) -> None:
         stream = self.texts[piece.choice]
         if event.token is not None:
-            self.counted(piece.choice)
+            self.counted(piece.choice, event.began)
             piece.tokens.append(event.token)
             if event.logprob is not None:
                 likeliest = tuple((token, _finite(logprob)) for token, logprob in event.likeliest)

@@ -40,9 +40,10 @@ class Way:
         """Which version of its adapter it was given."""
         self.record.version = content
 
-    def token(self, choice: int) -> None:
-        """A token of it came that counts."""
+    def token(self, choice: int, began: float | None = None) -> None:
+        """A token of it came that counts; `began`: when its prompt began to be read."""
         now = monotonic()
+        self.record.started_at = self.record.started_at or began
         since = self._last.get(choice, self.record.arrived_at)
         self._last[choice] = self.record.last_token_at = now
         self.record.first_token_at = self.record.first_token_at or now

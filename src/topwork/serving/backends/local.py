@@ -136,7 +136,7 @@ class LocalBackend:
         within = self.within if self.within and any(one in folder.resolve().parents for one in self.within) else None
         async with self._loading:
             prepared = await asyncio.to_thread(
-                self.registry.prepare, name, peft_folder(folder), within=within, force=self.force
+                self.registry.prepare, name, adapter_folder(folder), within=within, force=self.force
             )
             if content is not None and prepared.content != content:
                 raise ChangedAdapterError(f"adapter {name!r}: its folder holds another one than when it was loaded")
@@ -282,12 +282,6 @@ def refusals(chat: bool) -> Iterator[None]:
         raise ApiError(503, without_paths(str(error)), code="engine_stopped") from error
     except RequestError as error:
         raise ApiError(400, without_paths(str(error)), "messages" if chat else "prompt") from error
-
-
-def peft_folder(folder: Path) -> Path:
-    """The folder itself, or a run's adapter in it."""
-    inside = folder / ADAPTER
-    return inside if (inside / "adapter_config.json").is_file() else folder
 
 
 def _nothing() -> None:
