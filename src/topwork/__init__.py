@@ -24,7 +24,7 @@ _WHERE = {
     "merge": "topwork.run.merge",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",
-    "serve": "topwork.serving.launch",
+    "serve": "topwork.serving.extra",
     "Engine": "topwork.generation.engine",
     "Recipe": "topwork.recipe.recipe",
     "load_recipe": "topwork.recipe.recipe",

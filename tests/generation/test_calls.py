@@ -90,6 +90,8 @@ SAID: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     ("hermes", "a <tool_call> is a tag", "a <tool_call> is a tag", []),
     ("hermes", "  a < b <tool", "  a < b <tool", []),
+    ("hermes", f'<tool_call>{CALL}</tool_call>\n<tool_call>\n{{"', "", [BERN]),
+    ("hermes", 'So: <tool_call>{"na', 'So: <tool_call>{"na', []),
     ("hermes", CALL, "", [BERN]),
     ("hermes", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
     ("hermes", f"It is {CALL}", f"It is {CALL}", []),

@@ -41,6 +41,10 @@ def test_an_adapter_comes_is_listed_asked_and_goes(base: Base, adapters: Path) -
         assert [card["parent"] for card in cards] == [None, BASE, BASE]
         assert str(adapters) not in str(cards)
         assert (await made.client.get("/v1/models/org/two@v1")).json() == cards[2]
+        told = (await made.client.post(LOAD, json={"lora_name": "three", "lora_path": f"{adapters.name}/two"})).text
+        assert "from the folder that adapters are loaded from" in told
+        told = (await made.client.post(UNLOAD, json={"lora_name": BASE})).text
+        assert "is the name of the base or of a route" in told
         one, two = await ask(made, "one"), await ask(made, "org/two@v1")
         assert one.headers["x-topwork-version"] != two.headers["x-topwork-version"]
         assert "x-topwork-version" not in (await ask(made, BASE)).headers

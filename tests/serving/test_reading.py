@@ -67,6 +67,12 @@ def wrong(kind: type[Any], **fields: Any) -> ApiError:
     return caught.value
 
 
+def test_an_image_is_said_not_to_be_taken() -> None:
+    part = {"type": "image_url", "image_url": {"url": "x"}}
+    told = wrong(ChatRequest, messages=[{"role": "user", "content": [part]}]).message
+    assert told == "messages[0].content[0] is of type 'image_url'; this server takes text, refusal"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -46,6 +46,12 @@ def test_the_command_line_goes_before_the_file_and_single_options_before_both(fi
     assert (config.engine.batch_size, config.limits.body_bytes, config.limits.grace_seconds) == (6, 2048, 1)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = make_config({"model": "tiny", "state_folder": "~/state", "adapters_folder": "~/shelf"}, "test")
+    assert (config.state_folder, config.adapters_folder) == (str(tmp_path / "state"), str(tmp_path / "shelf"))
+
+
 def test_vllms_list_of_adapters_and_a_model_by_its_name_alone_are_read(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("model: tiny\nadapters: [{name: a, path: x}, {name: b, path: y}]\n")
@@ -89,7 +95,7 @@ def test_a_file_that_is_not_there_and_an_option_that_is_none_are_told(tmp_path: 
 def test_the_package_has_its_server_and_its_engine() -> None:
     import topwork
     from topwork.generation.engine import Engine
-    from topwork.serving.launch import serve
+    from topwork.serving.extra import serve
 
     assert topwork.Engine is Engine
     assert topwork.serve is serve

@@ -33,11 +33,15 @@ def test_what_was_loaded_comes_back_in_its_order(tmp_path: Path) -> None:
     state.close()
     again = opened(tmp_path / "state")
     again.for_base("sha256:1")
-    assert again.to_load(configured) == [
+    said: list[str] = []
+    assert again.to_load(configured, said.append) == [
         ToLoad("x/y.z", tmp_path / "other", CONTENT, False, False),
         ToLoad("late", tmp_path / "later", CONTENT, False, False),
         ToLoad("b", tmp_path / "new b", CONTENT, False, False),
     ]
+    assert len(said) == 2
+    assert said[0].startswith("warning: adapter 'a' is not loaded: it was unloaded while the server ran")
+    assert said[1].startswith(f"adapter 'b' comes from {tmp_path / 'new b'}")
     assert again.state.routes == {"r": {"weights": {"one": 0.5}}}
     moved = configured | {"a": tmp_path / "another a"}  # the configuration has changed since it was unloaded
     assert again.to_load(moved)[0] == ToLoad("a", tmp_path / "another a", None, True, True)

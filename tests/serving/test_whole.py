@@ -340,10 +340,13 @@ def test_what_was_loaded_survives_a_kill_and_sigterm_cuts_no_answer_in_silence(
 def test_without_the_extra_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from topwork.cli.serve import _check_extra
+    import topwork
+    from topwork.serving.extra import check_extra
 
-    _check_extra()
+    check_extra()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else real(name))
     with pytest.raises(RequestError, match=r"pip install 'topwork\[serve\]'"):
-        _check_extra()
+        check_extra()
+    with pytest.raises(RequestError, match="uvicorn, which is not installed"):
+        topwork.serve({"model": "nobody"})

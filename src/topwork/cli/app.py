@@ -69,13 +69,13 @@ def train(
 
 
 app.command(
-    epilog="Example: topwork sweep recipe.yaml --preset rank --seeds 3   "
+    epilog="Example: topwork sweep recipe.yaml --preset rank --seeds 3\n\n"
     "topwork sweep recipe.yaml --grid adapter.r=4,8,16 --grid training.learning_rate=1e-4..1e-2*5 --halving"
 )(sweep)
 
 
 app.command(
-    epilog="Example: topwork serve smollm2-135m --adapter support=runs/support   topwork serve --config serve.yaml"
+    epilog="Example: topwork serve smollm2-135m --adapter support=runs/support\n\ntopwork serve --config serve.yaml"
 )(serve)
 
 app.command(name="serve-key", epilog="Example: topwork serve-key support-team")(serve_key)
@@ -111,7 +111,7 @@ def evaluate(
 
 
 app.command(
-    epilog='Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"   '
+    epilog='Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"\n\n'
     'topwork chat --compare runs/support runs/terse "Where is my order 4711?"'
 )(chat)
 
@@ -148,7 +148,7 @@ def merge(
 
 
 @app.command(
-    epilog="Example: topwork quantize smollm2-135m models/smollm2-nf4   topwork quantize smollm2-135m --analyze"
+    epilog="Example: topwork quantize smollm2-135m models/smollm2-nf4\n\ntopwork quantize smollm2-135m --analyze"
 )
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, a folder, a .gguf file or a Hub id.")],

@@ -5,8 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-EXTRA = ("fastapi", "uvicorn", "llguidance", "jsonschema", "prometheus_client")
-
 
 def serve(
     model: Annotated[
@@ -29,6 +27,9 @@ def serve(
         str | None, typer.Option(help="vllm: the same before a vLLM, for more than one machine; left out, ours.")
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Hold the base in NF4.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Load adapters that were trained on another base, with a warning.")
+    ] = False,
     state_folder: Annotated[
         str | None, typer.Option(help="Where what was loaded meanwhile is kept for the next start.")
     ] = None,
@@ -39,14 +40,16 @@ def serve(
     no_access_log: Annotated[bool, typer.Option("--no-access-log", help="No line a request.")] = False,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, many adapters in one batch."""
-    _check_extra()
     from topwork.common.errors import RequestError
     from topwork.serving.backends.vllm_config import VllmConfig
+    from topwork.serving.extra import check_extra
     from topwork.serving.settings import load_config
 
+    check_extra()
     given: dict[str, Any] = {
         "host": host, "port": port, "served_model_name": served_model_name, "adapters_folder": adapters_folder,
         "chat_template": chat_template, "state_folder": state_folder, "adapters": _adapters(adapter or []),
+        "force": force or None,
         "model": {"model_name_or_path": model, "dtype": dtype}, "quantization": {"load_in_4bit": load_in_4bit or None},
     }  # fmt: skip
     if engine not in (None, "topwork", "vllm"):
@@ -78,17 +81,3 @@ def _adapters(given: list[str]) -> dict[str, str]:
             raise RequestError(f"--adapter {entry}: {told}")
         found[name] = path
     return found
-
-
-def _check_extra() -> None:
-    """Before anything is loaded."""
-    from importlib.util import find_spec
-
-    from topwork.common.errors import RequestError
-
-    lacking = [name for name in EXTRA if find_spec(name) is None]
-    if lacking:
-        raise RequestError(
-            f"serving needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed; "
-            "pip install 'topwork[serve]'"
-        )

@@ -57,7 +57,8 @@ class CallParser:
 
     A call is a JSON object with the name of a known function and its arguments (or parameters), one or a list of them,
     behind the format's mark, or as the answer's beginning: models that should write the mark often leave it out. What
-    is no call after all is text. White space that a call follows is left out.
+    is no call after all is text. White space that a call follows is left out, and so is another call behind it that
+    the answer's end cut off before its name was known.
 
     names  the functions that may be called; none: all is text
     most   calls that are told; what comes after the last of them is left out
@@ -96,7 +97,7 @@ class CallParser:
         """The answer is at its end: what was held back."""
         if self._read == self._text:
             self._tell(self._held.rstrip() if self.called else self._held)
-        elif self._read == self._call and not self._object.told:
+        elif self._read == self._call and not self._object.told and not self.called:
             self._tell(self._before + "".join(self._object.raw))
         self._read = self._nothing
         told, self._deltas = self._deltas, []

@@ -29,13 +29,14 @@ DTYPES: dict[str, Any] = {
 
 
 def load_base(
-    config: ModelConfig, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
+    config: ModelConfig | str, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
 ) -> Base:
-    """Find, read and freeze the base that `config` names, set to flat batches; an unproven family is probed.
+    """Find, read and freeze a base, set to flat batches; an unproven family is probed. `config` may be its name alone.
 
     With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
     quantized already is taken as it is.
     """
+    config = ModelConfig(model_name_or_path=config) if isinstance(config, str) else config
     limit_kernel_caches()
     let_gpu_memory_grow()
     source = find_source(config, log)

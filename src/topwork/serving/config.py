@@ -7,6 +7,7 @@ engine: {batch_size: 32}
 
 from collections.abc import Mapping
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, field_validator, model_validator
@@ -183,6 +184,12 @@ class ServeConfig(Options):
     """Stand before a vLLM, which has the base and the adapters, instead of running them here (`--engine vllm`)."""
     state_folder: str | None = None
     """Where what was loaded while the server ran is kept for its next start; left out, nowhere."""
+
+    @field_validator("adapters_folder", "state_folder")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        """A file's ~ is no shell's: without this it would be a folder of that name."""
+        return None if value is None else str(Path(value).expanduser())
 
     @field_validator("adapters", mode="before")
     @classmethod

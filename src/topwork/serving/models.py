@@ -32,6 +32,8 @@ def models(service: Service) -> APIRouter:
     async def one_model(request: Request, model: str) -> JSONResponse:
         """One of them."""
         seen = service.cards(service.caller(request))
+        if model in service.base_names and service.base.id in seen:
+            model = service.base.id
         if model not in seen:
             raise service.unknown(model, seen)
         return JSONResponse(_as_json(seen[model]))
@@ -96,7 +98,8 @@ def allowed_folder(allowed: str | None, path: str) -> Path:
     except (OSError, RuntimeError):  # a name that is too long, links in a ring
         there = False
     if not there:
-        raise ApiError(404, f"no adapter at {quoted(path)}", "lora_path", "adapter_not_found")
+        told = f"no adapter at {quoted(path)}; give its path from the folder that adapters are loaded from"
+        raise ApiError(404, told, "lora_path", "adapter_not_found")
     if root not in folder.parents:
         told = "lora_path leads out of the folder that adapters may be loaded from; give a path below it"
         raise ApiError(403, told, "lora_path", "path_not_allowed")
@@ -113,6 +116,9 @@ def _may_change(service: Service, request: Request) -> None:
 
 
 def _not_loaded(service: Service, name: str) -> ApiError:
+    if name in {service.base.id, *service.base_names, *service.parts.router.names()}:
+        told = f"{quoted(name)} is the name of the base or of a route, and no adapter; these cannot be unloaded"
+        return ApiError(404, told, "lora_name", "model_not_found")
     loaded = [card.id for card in service.backend.cards() if card.parent is not None]
     error = service.unknown(name, dict.fromkeys(loaded))
     return ApiError(404, error.message, "lora_name", "model_not_found")

@@ -70,9 +70,11 @@ def open_service(config: ServeConfig, say: Say = print) -> Opened:
 
 
 def named_by(config: ServeConfig) -> Named:
-    """Raises RequestError for an adapter's folder that is not there."""
+    """Raises RequestError for an adapter's folder, or the adapters folder, that is not there."""
     place = Path(config.model.model_name_or_path).expanduser()
     adapters = {name: _there(name, path) for name, path in config.adapters.items()}
+    if missing := [folder for folder in _within(config) if not folder.is_dir()]:
+        raise RequestError(f"adapters_folder {missing[0]} is no folder; make it, or name the one that adapters are in")
     if not (place / RECIPE).is_file():
         return Named(config.model, config.quantization, config.chat_template, bool(config.fold_system), adapters)
     recipe = read_recipe(place)
@@ -112,7 +114,7 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     if state is not None:
         state.for_base(base.fingerprint if base is not None else None, say)
         parts = parts_of(config, names, state.state.routes, state.keep_routes)
-        kept, found = _kept(state, named.adapters), state.to_load(named.adapters)
+        kept, found = _kept(state, named.adapters), state.to_load(named.adapters, say)
     parts = parts or parts_of(config, names)
     closing = ExitStack()
     if state is not None:

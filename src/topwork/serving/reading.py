@@ -91,6 +91,9 @@ def _explained(error: ValidationError, values: Mapping[str, Any], unsupported: M
     if deepest and str(deepest[0]) in unsupported:
         return ApiError(400, f"{deepest[0]} is not supported: {unsupported[str(deepest[0])]}", field)
     here = [entry for entry, place in zip(entries, places) if place == deepest]
+    if here[0]["type"] == "union_tag_invalid":
+        kind, known = here[0]["ctx"]["tag"], here[0]["ctx"]["expected_tags"].replace("'", "")
+        return ApiError(400, f"{field} is of type {quoted(kind)}; this server takes {known}", field)
     told = " or ".join(dict.fromkeys(_sentence(entry["msg"]) for entry in here))
     if here[0]["type"] == "missing":
         return ApiError(400, f"{field} is missing; it is required", field, "missing_required_parameter")

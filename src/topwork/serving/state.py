@@ -98,14 +98,26 @@ class StateFolder:
             kept = State(routes=kept.routes)
         self._write(kept.model_copy(update={"base": fingerprint}))
 
-    def to_load(self, configured: Mapping[str, Path]) -> list[ToLoad]:
-        """The configuration's adapters as they were left, then those that were loaded since, in the order they came."""
+    def to_load(self, configured: Mapping[str, Path], say: Say = print) -> list[ToLoad]:
+        """The configuration's adapters as they were left, then those that were loaded since, in the order they came.
+
+        One that stays away, or comes from another folder than the configuration says, is told of.
+        """
         kept = {adapter.name: adapter for adapter in self.state.adapters}
         found = [
             ToLoad(name, folder, None, True, True)
             for name, folder in configured.items()
             if name not in kept and self.state.unloaded.get(name) != str(folder.resolve())
         ]
+        coming = {*kept, *(each.name for each in found)}
+        for name in [name for name in configured if name not in coming]:
+            say(
+                f"warning: adapter {name!r} is not loaded: it was unloaded while the server ran ({self.path}); "
+                "POST /v1/load_lora_adapter brings it back"
+            )
+        for name, folder in configured.items():
+            if name in kept and kept[name].folder != str(folder.resolve()):
+                say(f"adapter {name!r} comes from {kept[name].folder}, as it was loaded while the server ran")
         return found + [
             ToLoad(adapter.name, Path(adapter.folder), adapter.content or None, adapter.pinned, False)
             for adapter in self.state.adapters
