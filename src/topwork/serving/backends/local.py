@@ -9,6 +9,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Self
 
+from topwork.adapters.foreign import adapter_folder
 from topwork.common.errors import AdapterError, RequestError, RunError, UnknownAdapterError, quoted
 from topwork.data.template import ChatTemplate
 from topwork.generation.registry import Registry
@@ -17,7 +18,6 @@ from topwork.generation.text import TextStream
 from topwork.generation.versions import Absent, ChangedAdapterError, NoRoomError, Version
 from topwork.generation.versions import Prepared as Back
 from topwork.models.base import Base
-from topwork.run.folder import ADAPTER
 from topwork.serving.answering import Answering
 from topwork.serving.asking import Prepared, Reader, is_long
 from topwork.serving.backends.backend import Call, Card, Chunks, Health, Weighed
@@ -43,8 +43,8 @@ class Reading:
     id: str
     version: Callable[[str], None] = lambda _: None
     """Told the short content hash of the adapter that answers."""
-    token: Callable[[int], None] = lambda _: None
-    """Told the choice of each token that counts."""
+    token: Callable[[int, float | None], None] = lambda *_: None
+    """Told the choice of each token that counts, and with its first when its prompt began to be read."""
     prepared: Prepared | None = None
 
 
