@@ -77,16 +77,19 @@ def test_openai_completes(served: Live) -> None:
     with client(served) as asked:
         found = asked.completions.create(model="two", prompt=["Once", "Upon"], max_tokens=4, echo=True, temperature=0)
         adapted = asked.completions.create(model="one", prompt="Once", max_tokens=4, echo=True, temperature=0)
+        narrowest = asked.completions.create(model="one", prompt="Once", max_tokens=4, echo=True, top_p=0)
     assert [choice.text[:4] for choice in found.choices] == ["Once", "Upon"]
     assert found.usage is not None
     assert found.usage.completion_tokens == 8
     assert adapted.choices[0].text != found.choices[0].text
+    assert narrowest.choices[0].text == adapted.choices[0].text
 
 
 def test_openai_calls_a_tool(served: Live) -> None:
     with client(served) as asked:
         asking: Any = {"model": "one", "messages": ASKED, "tools": [WEATHER], "tool_choice": "required"}
-        [choice] = asked.chat.completions.create(**asking, max_tokens=200, temperature=0).choices
+        asking["parallel_tool_calls"] = False  # else this one, being random, calls until it has no room
+        [choice] = asked.chat.completions.create(**asking, max_tokens=1000, temperature=0).choices
         assert choice.finish_reason == "tool_calls"
         assert choice.message.tool_calls
         [call, *_] = choice.message.tool_calls
@@ -101,7 +104,7 @@ def test_openai_calls_a_tool(served: Live) -> None:
 def test_openai_gets_json_of_a_schema(served: Live) -> None:
     with client(served) as asked:
         found = asked.chat.completions.create(
-            model="two", messages=ASKED, response_format=FORMAT, max_tokens=200, temperature=0
+            model="two", messages=ASKED, response_format=FORMAT, max_tokens=1000, temperature=0
         )
     assert found.choices[0].finish_reason == "stop"
     assert is_place(found.choices[0].message.content)
@@ -175,7 +178,7 @@ def test_langchain(served: Live) -> None:
     from langchain_openai import ChatOpenAI
 
     chat: Any = ChatOpenAI(
-        base_url=f"{served.address}/v1", api_key=KEYS["all"][0], model="one", temperature=0, max_completion_tokens=200
+        base_url=f"{served.address}/v1", api_key=KEYS["all"][0], model="one", temperature=0, max_completion_tokens=1000
     )  # type: ignore[call-arg]
     said = chat.invoke("Where is my kettle?", max_completion_tokens=8)
     assert isinstance(said, AIMessage)
@@ -203,9 +206,12 @@ def test_litellm(served: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [piece.choices[0].delta.content or "" for piece in litellm.completion(**asking, max_tokens=8, stream=True)]
     assert "".join(pieces) == whole.choices[0].message.content
     assert whole.usage.completion_tokens == 8
-    called = litellm.completion(**asking, max_tokens=200, tools=[WEATHER], tool_choice="required")
+    asking["model"] = "openai/two"  # which leaves schemas as they are
+    called = litellm.completion(
+        **asking, max_tokens=1000, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False
+    )
     assert is_place(called.choices[0].message.tool_calls[0].function.arguments)
-    told = litellm.completion(**asking, max_tokens=200, response_format=FORMAT)
+    told = litellm.completion(**asking, max_tokens=1000, response_format=FORMAT)
     assert is_place(told.choices[0].message.content)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(**{**asking, "model": "hosted_vllm/nobody"})

@@ -38,10 +38,11 @@ class Answering:
     """The choices of one admitted request. `aclose` of `pieces` gives up what still runs."""
 
     def __init__(
-        self, worker: Worker, admitted: Admitted, texts: Sequence[TextStream], counted: Callable[[int, float | None], None]
+        self, worker: Worker, admitted: Admitted, texts: Sequence[TextStream],
+        counted: Callable[[int, float | None], None],
     ) -> None:  # fmt: skip
-        """`counted(choice, began)` is told each token that counts (those after a stop string do not), and with the first
-        of a choice when its prompt began to be read."""
+        """`counted(choice, began)` is told each token that counts (those after a stop string do not), and with the
+        first of a choice when its prompt began to be read."""
         self.worker, self.admitted, self.texts, self.counted = worker, admitted, texts, counted
         self._going = set(range(len(texts)))
 
