@@ -189,7 +189,8 @@ class Reader:
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=asked.top_p or 1.0,
             seed=seed,
-            top_k=1 if asked.top_p == 0 else max(0, asked.top_k or 0),  # OpenAI's range begins at 0: the likeliest alone
+            # OpenAI's range of top_p begins at 0, the likeliest alone
+            top_k=1 if asked.top_p == 0 else max(0, asked.top_k or 0),
             min_p=asked.min_p or 0.0,
             repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
             presence_penalty=asked.presence_penalty or 0.0,
