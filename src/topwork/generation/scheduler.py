@@ -82,7 +82,8 @@ class Scheduler:
         ready = [answer for answer in self.running.values() if answer.pending == 1]
         ready.sort(key=lambda answer: (answer.turn, answer.id))
         prompts = len(ready) < len(self.running) or (self.waiting and len(self.running) < self.sequences)
-        most = self.rows - self.rows // KEPT_FOR_PROMPTS if prompts else self.rows
+        kept = max(1, self.rows // KEPT_FOR_PROMPTS) if self.rows > 1 else 0
+        most = self.rows - kept if prompts else self.rows
         for answer in ready[:most]:
             answer.turn = next(self._turns)
         return sorted(ready[:most], key=lambda answer: answer.id)
