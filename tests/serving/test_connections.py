@@ -165,6 +165,17 @@ def test_a_body_that_is_too_long_is_told_before_it_has_come(base: Base) -> None:
         assert error_of(sent(address, request({}, content_length="99999999")), 413)["code"] == "body_too_large"
 
 
+def test_a_client_that_sends_all_before_it_reads_still_gets_to_know_why(base: Base) -> None:
+    """Closing over what it sent would reset the connection, and the answer would be lost."""
+    with served(base, lambda _: words(base, "Yes."), limits={"body_bytes": 2000}) as (_, server, address):
+        body = b" " * 3_000_000
+        connection = sent(address, request({}, content_length=str(len(body))))
+        connection.sendall(body)
+        assert error_of(connection, 413)["code"] == "body_too_large"
+        connection.close()
+        until(lambda: not server.server_state.connections)
+
+
 class Asking(threading.Thread):
     """A client in a thread of its own."""
 

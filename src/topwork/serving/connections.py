@@ -10,6 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from topwork.serving.config import LimitsConfig
 from topwork.serving.errors import ApiError
+from topwork.serving.lingering import Lingering
 
 
 def watched(limits: LimitsConfig) -> type[H11Protocol]:
@@ -29,13 +30,16 @@ class WatchedProtocol(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._lingering = Lingering(transport, self.loop, lambda: self.conn.their_state in (h11.SEND_BODY, h11.ERROR))
+        super().connection_made(self._lingering)  # type: ignore[arg-type]
         if len(self.connections) > self.limits.connections:
             self._refuse(ApiError(503, "too many connections; ask again in a moment", code="overloaded", retry_after=1))
             return
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering.lingers:
+            return
         waits = self._head is None and (self.cycle is None or self.cycle.response_complete)
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:  # a head is there, or there never will be one
@@ -45,6 +49,7 @@ class WatchedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._lingering.lost()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -87,4 +92,4 @@ class WatchedProtocol(H11Protocol):
         head = [f"HTTP/1.1 {error.status} {reason}", "content-type: application/json", f"content-length: {len(body)}"]
         head += ["connection: close", *(f"{name}: {value}" for name, value in error.headers().items()), "", ""]
         self.transport.write("\r\n".join(head).encode() + body)
-        self.transport.close()
+        self._lingering.linger()
