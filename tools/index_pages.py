@@ -54,6 +54,10 @@ COMMANDS = {
     "qlora_step": "qlora_step.py",
     "quantization_error": "quantization_error.py --text valid.txt --windows 64",
     "quantized_head": "quantized_head.py --text valid.txt",
+    "serving": "serving.py --rounds 3 --threads 2 "
+    "--systems bandwidth,topwork,topwork_nf4,transformers,peft,llama_bf16,llama_q4_0",
+    "serving_llama_cpp": "serving.py --rounds 3 --threads 2 --systems bandwidth,topwork,topwork_nf4,llama_f16,llama_q4_0",
+    "soak": "soak.py",
     "sweep_banking77_rank": "sweeps.py --data banking77 --preset rank --rows 800 --test-rows 160",
     **{
         f"sweep_banking77_{preset}": f"sweeps.py --data banking77 --preset {preset} --rows 480 --test-rows 120"

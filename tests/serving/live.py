@@ -1,11 +1,15 @@
-"""A whole server with its own engine, in a thread, over a tiny random base; and adapters that sign what they say."""
+"""A whole server with its own engine, in a thread; how its refusals have to be, and that nothing is left in it."""
 
 import asyncio
+import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from topwork.serving.config import ServeConfig
 from topwork.serving.launch import Opened, listening, open_service, run
@@ -74,3 +78,40 @@ def _quiet(ready: threading.Event) -> Any:
             ready.set()
 
     return say
+
+
+LEAKS = re.compile(r"/(tmp|home|work|usr|root|var|private)\b|Traceback|\.py\b|File \"")
+LONGEST = 3000
+"""Bytes of an error, at most."""
+
+
+def check_refusal(response: httpx.Response) -> dict[str, Any]:
+    """OpenAI's error: its keys, of their types, short, and nothing in it of this machine."""
+    assert response.status_code >= 400, response.text[:500]
+    assert response.headers["content-type"] == "application/json", response.text[:500]
+    assert response.headers["x-request-id"]
+    [(name, error)] = response.json().items()
+    assert name == "error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert all(value is None or isinstance(value, str) for value in error.values())
+    assert len(response.content) <= LONGEST
+    assert not LEAKS.search(response.text), response.text
+    if response.status_code in (429, 503):
+        assert int(response.headers["retry-after"]) >= 1
+    return dict(error)
+
+
+def check_balance(served: Live) -> None:
+    """Nothing runs, and nothing is held for what ran. Waits for what was told to end to do so."""
+    worker = served.opened.service.backend.worker  # type: ignore[attr-defined]
+    until = time.monotonic() + WAIT_SECONDS
+    while (worker.running or served.opened.service.running or served.engine.busy) and time.monotonic() < until:
+        time.sleep(0.01)
+    figures = served.engine.statistics()
+    assert (worker.running, figures.running, figures.waiting) == (0, 0, 0)
+    assert figures.blocks_free + figures.blocks_cached == figures.blocks_total
+    assert all(version.uses == 0 for version in served.registry.versions())
+    assert worker.alive
+    assert worker.failures == 0

@@ -10,8 +10,8 @@ SECONDS = 2.0
 
 
 class Lingering:
-    """uvicorn's transport, whose `close` says that nothing more will come and lets the client finish. The protocol is to
-    throw away what it is given while this `lingers`."""
+    """uvicorn's transport, whose `close` says that nothing more will come and lets the client finish. The protocol is
+    to throw away what it is given while this `lingers`."""
 
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, unread: Callable[[], bool]

@@ -100,6 +100,7 @@ class Asked(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the likeliest token; left out, 1."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0 takes the likeliest token, as OpenAI's does."""
     n: Annotated[int, Field(ge=1, le=128), Whole] | None = None
     stop: Stop | None = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1), Whole] | None = None
@@ -115,7 +116,7 @@ class Asked(Body):
     top_k: Annotated[int, Field(ge=-1, le=TOKENS), Whole] | None = None
     """-1 and 0 are all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True), Whole] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=TOKENS), Whole] | None = None

@@ -27,6 +27,12 @@ ERROR = {
     },
 }
 
+SCHEMAS: dict[str, dict[str, str]] = {
+    "application/json": {"type": "object"},
+    "text/event-stream": {"description": "Events whose data is a chunk, OpenAI's; the last one's is [DONE]."},
+}
+"""Of answers, by their media type; the others are strings."""
+
 
 def takes(kind: type[BaseModel], *answers: str) -> dict[str, Any]:
     """For a FastAPI route: its body, and the media types of its answer."""
@@ -35,7 +41,7 @@ def takes(kind: type[BaseModel], *answers: str) -> dict[str, Any]:
 
 def gives(*answers: str) -> dict[str, Any]:
     """For a FastAPI route: the media types of its answer."""
-    content = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in answers}
+    content = {kind: {"schema": dict(SCHEMAS.get(kind, {"type": "string"}))} for kind in answers}
     return {"responses": {200: {"description": "It is done.", "content": content}}, "response_class": Response}
 
 
