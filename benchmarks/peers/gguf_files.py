@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import gguf
-import numpy as np
-import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-FILE_TYPES = {Kind.BF16: 32, Kind.F16: 1, Kind.Q4_0: 2}
+FILE_TYPES = {Kind.F32: 0, Kind.BF16: 32, Kind.F16: 1, Kind.Q4_0: 2}
 """llama.cpp's numbers for a file by the type of most of its weights."""
 MODULES = {
     "self_attn.q_proj": "attn_q",
@@ -91,15 +89,3 @@ def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def largest_difference(path: Path, model: PreTrainedModel) -> float:
-    """How far a file's weights are from the model's, relative to these, in the worst tensor."""
-    found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
-    worst = 0.0
-    for name, weight in model.state_dict().items():
-        if _name(name) in found:
-            expected = _laid(name, weight.float(), model.config)
-            values = torch.from_numpy(np.array(found[_name(name)])).view_as(expected)
-            worst = max(worst, float((values - expected).norm() / expected.norm()))
-    return worst
