@@ -69,7 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "soak", help="without its ending")
     given = parser.parse_args()
     asked = {
-        key: getattr(given, key) for key in ("requests", "clients", "adapters", "changing", "versions", "resident")
+        key: getattr(given, key)
+        for key in ("requests", "warm_up", "clients", "adapters", "changing", "versions", "resident")
     }
     record: dict[str, Any] = {"question": asked, "surroundings": surroundings(), "load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as work:
