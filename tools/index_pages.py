@@ -54,9 +54,9 @@ COMMANDS = {
     "qlora_step": "qlora_step.py",
     "quantization_error": "quantization_error.py --text valid.txt --windows 64",
     "quantized_head": "quantized_head.py --text valid.txt",
-    "serving": "serving.py --rounds 3 --threads 2 "
+    "serving": "serving_speed.py --rounds 3 --threads 2 "
     "--systems bandwidth,topwork,topwork_nf4,transformers,peft,llama_bf16,llama_q4_0",
-    "serving_alone": "serving.py --rounds 5 --threads 2 --systems bandwidth,topwork,topwork_nf4",
+    "serving_alone": "serving_speed.py --rounds 5 --threads 2 --systems bandwidth,topwork,topwork_nf4",
     "soak": "soak.py",
     "sweep_banking77_rank": "sweeps.py --data banking77 --preset rank --rows 800 --test-rows 160",
     **{

@@ -57,7 +57,7 @@ def test_a_ratio_is_to_the_faster_of_its_peers_and_of_rounds_that_all_have(bench
 
 
 def test_agreement_is_counted_to_the_first_difference(benchmark):
-    serving = benchmark("serving")
+    serving = benchmark("serving_speed")
     answers = {
         ("topwork", "sixteen"): [[1, 2, 3], [4, 5, 6]],
         ("topwork", "sixteen_adapters"): [[1, 2, 3], [4, 9, 6]],

@@ -1,6 +1,6 @@
 """One base and many adapters served from memory: this engine beside transformers, PEFT and llama.cpp, in turns.
 
-    python benchmarks/serving.py --data-dir DATA [--rounds 7] [--tokens 64] [--threads 2,1]
+    python benchmarks/serving_speed.py --data-dir DATA [--rounds 7] [--tokens 64] [--threads 2,1]
         [--systems topwork,topwork_nf4,…] [--model smollm2-135m] [--out OUT]
 
 Greedy answers of so many tokens after GSM8K questions, none ended before: one alone, sixteen at once, and sixteen over
