@@ -1,4 +1,4 @@
-"""The record of `serving.py` for people: medians and quartiles, and each ratio taken round by round."""
+"""The record of `serving_speed.py` for people: medians and quartiles, and each ratio taken round by round."""
 
 from collections.abc import Callable
 from statistics import median, quantiles

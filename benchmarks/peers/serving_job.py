@@ -1,4 +1,4 @@
-"""What all arms of `serving.py` start from: prompts, adapters, and the same weights in the files that each reads.
+"""What all arms of `serving_speed.py` start from: prompts, adapters, and the same weights in the files that each reads.
 
     python -m peers.serving_job MODEL QUESTIONS WORK OPTIONS      (in benchmarks/; OPTIONS are fields of ServingJob)
 
