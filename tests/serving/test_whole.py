@@ -28,6 +28,7 @@ from topwork.serving.opening import named_by, open_service
 from topwork.serving.shutdown import Server
 
 CHAT, COMPLETIONS, LOAD = "/v1/chat/completions", "/v1/completions", "/v1/load_lora_adapter"
+CLIENTS = 16
 HI = {"messages": [{"role": "user", "content": "Hi there"}], "max_tokens": 12}
 
 
@@ -273,26 +274,29 @@ def ready(url: str) -> None:
         time.sleep(0.02)
 
 
-def streamed_until_told(url: str, child: int) -> Callable[[], list[str]]:
-    """A stream that has begun when the process is told to end; its lines."""
-    lines: list[str] = []
-    begun = threading.Event()
+def streamed_until_told(url: str, child: int) -> Callable[[], list[list[str]]]:
+    """Streams that have begun when the process is told to end, every other one longer than it waits; their lines."""
+    lines: list[list[str]] = [[] for _ in range(CLIENTS)]
+    begun = [threading.Event() for _ in lines]
 
-    def read() -> None:
-        body = {"model": "late", "prompt": "Hi there", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    def read(number: int) -> None:
+        model, tokens = ("late", "one", BASE, "ab")[number % 4], (1800, 30)[number % 2]
+        body = {"model": model, "prompt": "Hi there", "max_tokens": tokens, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=60) as response:
             for line in response.iter_lines():
-                lines.append(line)
-                begun.set()
+                lines[number].append(line)
+                begun[number].set()
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    assert begun.wait(30)
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    assert all(one.wait(30) for one in begun)
     os.kill(child, signal.SIGTERM)
 
-    def ended() -> list[str]:
-        thread.join(60)
-        return [line for line in lines if line]
+    def ended() -> list[list[str]]:
+        for thread in threads:
+            thread.join(60)
+        return [[line for line in own if line] for own in lines]
 
     return ended
 
@@ -307,11 +311,15 @@ def test_what_was_loaded_survives_a_kill_and_sigterm_cuts_no_answer_in_silence(
         "serve", str(place / BASE), "--dtype", "float32", "--adapter", f"one={place / 'shelf' / 'one'}", "--port",
         str(port), "--adapters-folder", str(place / "shelf"), "--state-folder", str(tmp_path / "state"),
         "--set", "limits.grace_seconds=0.2", "--json-log",
+        "--set", "routes=[{name: ab, arms: [{name: a, model: one}, {name: b}]}]",
     ]  # fmt: skip
 
     def first(child: int) -> None:
         ready(url)
-        assert httpx.post(url + LOAD, json={"lora_name": "late", "lora_path": "two"}).status_code == 200
+        for name in ("late", "gone"):
+            assert httpx.post(url + LOAD, json={"lora_name": name, "lora_path": "two"}).status_code == 200
+        assert httpx.post(url + "/v1/unload_lora_adapter", json={"lora_name": "gone"}).status_code == 200
+        assert httpx.put(url + "/v1/routes/ab", json={"weights": {"a": 0, "b": 1}}).status_code == 200
         found["before"] = httpx.post(url + COMPLETIONS, json={"model": "late", "prompt": "Hi", "temperature": 0}).json()
         os.kill(child, signal.SIGKILL)
 
@@ -322,15 +330,19 @@ def test_what_was_loaded_survives_a_kill_and_sigterm_cuts_no_answer_in_silence(
         ready(url)
         body = {"model": "late", "prompt": "Hi", "temperature": 0}
         assert said(httpx.post(url + COMPLETIONS, json=body).json()) == said(found["before"])
+        assert {card["id"] for card in httpx.get(url + "/v1/models").json()["data"]} == {BASE, "one", "late", "ab"}
+        arms = httpx.get(url + "/v1/routes/ab").json()["arms"]
+        assert {arm["name"]: arm["weight"] for arm in arms} == {"a": 0, "b": 1}
         found["lines"] = streamed_until_told(url, child)
 
     code, printed = commands.run(arguments, second)
     assert code == 0, printed
-    *chunks, error, done = found["lines"]()
-    assert chunks
-    assert done == "data: [DONE]"
-    last = json.loads(error.removeprefix("data: "))
-    assert last.get("error", {}).get("code") == "shutting_down" or last["choices"][0]["finish_reason"] == "length"
+    for number, (*chunks, last, done) in enumerate(found["lines"]()):
+        assert chunks
+        assert done == "data: [DONE]", "cut in silence"
+        error = json.loads(last.removeprefix("data: ")).get("error")
+        assert error is not None or number % 2
+        assert error is None or error["code"] == "shutting_down"
     assert f"answers at {url}" in printed
     assert "the server has ended" in printed
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
