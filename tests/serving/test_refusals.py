@@ -181,9 +181,9 @@ def test_a_full_queue_is_a_429_until_there_is_room(base: Base) -> None:
 def test_an_engine_that_fails_is_a_500_or_an_error_in_the_stream(base: Base) -> None:
     async def work(made: Scripted) -> None:
         body = {"model": BASE, "prompt": "Hi"}
-        made.engine.fail.append(MemoryError("/work/secret.py"))
+        made.engine.fail.append(MemoryError("/srv/secret.py"))
         check(await made.client.post(COMPLETIONS, json=body), 500, None, "generation_failed")
-        made.engine.fail.append(ValueError("/work/secret.py"))
+        made.engine.fail.append(ValueError("/srv/secret.py"))
         response = await made.client.post(COMPLETIONS, json={**body, "stream": True})
         assert response.status_code == 200
         error, done, rest = response.text.split("\n\n")
@@ -199,7 +199,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(base: Base) -> None:
         whole = made.backend.reader.completion
 
         def broken(asked: Any) -> Any:
-            raise KeyError("/work/secret.py")
+            raise KeyError("/srv/secret.py")
 
         made.backend.reader.completion = broken  # type: ignore[method-assign]
         error = check(await made.client.post(COMPLETIONS, json={"model": BASE, "prompt": "Hi"}), 500)
