@@ -15,7 +15,8 @@ from topwork.generation.compiled import CompiledAdapter, compiled, prefix_rows
 from topwork.generation.passes import VIRTUAL, Rows
 from topwork.generation.pool import KeyValuePool, layer_key
 from topwork.models.base import Base
-from topwork.models.program import Buffers, LayerPlan, Plan, head_steps, layer_steps, plan_of, scaled
+from topwork.models.program import LayerPlan, Plan, plan_of, scaled
+from topwork.models.steps import Buffers, head_steps, layer_steps
 from topwork.models.virtual import virtual_tokens
 from topwork.ops import decode as c
 from topwork.ops.batch import Batch, Segment, batch_of

@@ -1,6 +1,6 @@
 """A pass of generation over a whole model in one call of C (native/decode.c), whose structures stand here once more.
 
-A model is a list of steps over buffers (`models/program.py`); a pass tells which rows are whose. The truth of all of it
+A model is a list of steps over buffers (`models/steps.py`); a pass tells which rows are whose. The truth of all of it
 is the model's own modules (`generation/module_runner.py`).
 """
 

@@ -1,6 +1,6 @@
 // A pass of generation: rows of many sequences through all layers, in one call.
 //
-// A model is a list of steps (models/program.py), each a few loops over rows and columns; threads take pieces of a step
+// A model is a list of steps (models/steps.py), each a few loops over rows and columns; threads take pieces of a step
 // as they come and meet at its end. What differs from pass to pass stands in a Pass: which rows are whose adapter's
 // (segments), which sequence's, and where that has its keys and values (runs).
 //
