@@ -90,8 +90,6 @@ typedef struct {
   int64_t threads;
 } Pass;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 INLINE const Part *part_at(const Segment *s, int64_t place) { return s->parts ? s->parts + place : NULL; }
 

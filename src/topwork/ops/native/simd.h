@@ -30,6 +30,9 @@ typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vech __attribute__((vector_size(2 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 INLINE vecf vall(float x) { return x - (vecf){}; }
 INLINE vecf vloadf(const float *p) {
   vecf x;

@@ -34,8 +34,6 @@
 
 typedef float Unit __attribute__((aligned(2), may_alias));  // also where two bf16 of a tensor stand
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 #ifdef PAIRS
