@@ -41,13 +41,20 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row: messages that end with the assistant's (`chat`), or a document (`text`)."""
+    """One row: messages that end with the assistant's (`chat`), or a document (`text`).
+
+    group  what it shares with others that must not be held out apart from it (`data.hold_out_by`)
+    notes  what of the row is not learned or was changed on the way, in a few words that are the same for rows of a
+           kind: "a user turn at the end is cut"; they are counted and named
+    """
 
     messages: tuple[Message, ...]
     tools: list[dict[str, Any]] | None
     source: str
     kind: Literal["chat", "text"] = "chat"
     text: str | None = None
+    group: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from topwork.common.errors import DataError
-from topwork.data.config import DataConfig
+from topwork.data.config import DataConfig, told
 from topwork.data.conversations import BadRow, Conversation
-from topwork.data.formats import read_conversations, recognise, refuse_bad
-from topwork.data.rows import read_rows
+from topwork.data.formats import refuse_bad
+from topwork.data.parts import Part, read_parts
 from topwork.data.template import ChatTemplate, Encoded
 
 
@@ -111,12 +111,12 @@ class Data:
 
 
 @dataclass(frozen=True)
-class _FileRows:
-    """The rows of one file on their way, and those that were bad."""
+class _Rows:
+    """The rows of all sources on their way, and those that were bad."""
 
     conversations: list[Conversation]
     rows: int
-    bad: int
+    bad: tuple[BadRow, ...] = ()
 
 
 def load_data(
@@ -129,51 +129,46 @@ def load_data(
     """
     template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
     max_length = min(config.max_length, context_length)
-    train_part, sentence = _read(config, config.train, config.max_rows)
+    parts = read_parts(config, config.train, config.max_rows)
+    train_rows = _together(parts, config)
     if config.eval is not None:
-        eval_part, _ = _read(config, config.eval, None)
+        eval_rows = _together(read_parts(config, config.eval), config)
     else:
-        train_part, eval_part = _hold_out(train_part, config.eval_fraction, seed)
-    train, train_counts, train_kept = _examples(train_part, config, template, max_length)
-    evaluation, eval_counts, kept = _examples(eval_part, config, template, max_length)
+        train_rows, eval_rows = _hold_out(train_rows, config.eval_fraction, seed)
+    train, train_counts, train_kept = _examples(train_rows, config, template, max_length)
+    evaluation, eval_counts, kept = _examples(eval_rows, config, template, max_length)
     if not train:
-        raise DataError(f"{config.train}: no row is left to train on ({_line('train', train_counts)})")
+        raise DataError(f"{told(config.train)}: no row is left to train on ({_line('train', train_counts)})")
     if config.eval is not None and not evaluation:
-        raise DataError(f"{config.eval}: no row is left to validate on ({_line('eval', eval_counts)})")
+        raise DataError(f"{told(config.eval)}: no row is left to validate on ({_line('eval', eval_counts)})")
     across = _duplicates(train, evaluation)
+    sentence = "; ".join(dict.fromkeys(part.format.sentence for part in parts))
     summary = DataSummary(sentence, train_counts, eval_counts, config.eval is None, across)
     for line in summary.lines():
         log(line)
     return Data(tuple(train), tuple(evaluation), tuple(train_kept), tuple(kept), template, summary)
 
 
-def _read(config: DataConfig, name: str, max_rows: int | None) -> tuple[_FileRows, str]:
-    rows = read_rows(name, max_rows)
-    try:
-        format = recognise(rows, config)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-    if config.too_long == "split" and format.name != "text":
-        raise DataError(
-            f"data.too_long is split, which cuts plain text in pieces, but {name} was {format.sentence}; "
-            "set it to refuse, truncate or drop"
-        )
-    conversations, bad = read_conversations(rows, format, config)
-    return _FileRows(conversations, len(rows), len(bad)), format.sentence
+def _together(parts: Sequence[Part], config: DataConfig) -> _Rows:
+    """The rows of all sources. Raises DataError for bad ones unless the recipe drops them."""
+    bad = tuple(row for part in parts for row in part.bad)
+    count = sum(len(part.rows) for part in parts)
+    refuse_bad(bad, count, config)
+    return _Rows([row for part in parts for row in part.conversations], count, bad)
 
 
-def _hold_out(part: _FileRows, fraction: float, seed: int) -> tuple[_FileRows, _FileRows]:
+def _hold_out(part: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
     """The rows in their order, less a share drawn by seed; at least one is held out and one is kept."""
     count = len(part.conversations)
     held = min(max(1, round(count * fraction)), count - 1) if fraction > 0 else 0
     chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist()) if held > 0 else set()
     kept = [conversation for index, conversation in enumerate(part.conversations) if index not in chosen]
     out = [conversation for index, conversation in enumerate(part.conversations) if index in chosen]
-    return _FileRows(kept, part.rows - len(out), part.bad), _FileRows(out, len(out), 0)
+    return _Rows(kept, part.rows - len(out), part.bad), _Rows(out, len(out))
 
 
 def _examples(
-    part: _FileRows, config: DataConfig, template: ChatTemplate, max_length: int
+    part: _Rows, config: DataConfig, template: ChatTemplate, max_length: int
 ) -> tuple[list[Example], Counts, list[Conversation]]:
     """The examples, what was counted on the way, and the conversations of which an example is left."""
     encoded, bad = template.encode_all(part.conversations, config.train_on)
@@ -191,7 +186,7 @@ def _examples(
     examples = [_example(source, item) for source, item in fitted]
     left = {example.source for example in examples}
     kept = [row for row in part.conversations if row.kind == "chat" and row.source in left]
-    return examples, _counted(replace(counts, rows=part.rows, bad_rows=part.bad + len(bad)), examples), kept
+    return examples, _counted(replace(counts, rows=part.rows, bad_rows=len(part.bad) + len(bad)), examples), kept
 
 
 def _fit(

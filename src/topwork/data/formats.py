@@ -255,7 +255,7 @@ def _unrecognised(config: DataConfig, found: list[str]) -> str:
 def read_conversations(
     rows: Sequence[Row], format: Format, config: DataConfig
 ) -> tuple[list[Conversation], list[BadRow]]:
-    """The rows as conversations, and the unusable ones. Raises DataError for these unless the recipe drops them."""
+    """The rows as conversations, and the unusable ones."""
     good: list[Conversation] = []
     bad: list[BadRow] = []
     for row in rows:
@@ -263,7 +263,6 @@ def read_conversations(
             good.append(_conversation(row, format, config))
         except RowProblem as problem:
             bad.append(BadRow(row.source, str(problem)))
-    refuse_bad(bad, len(rows), config)
     return good, bad
 
 

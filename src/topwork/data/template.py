@@ -25,10 +25,14 @@ Tools = list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sequence. weights[i] is the weight with which tokens[i] is learned from tokens[:i]; weights[0] is 0."""
+    """A sequence. weights[i] is the weight with which tokens[i] is learned from tokens[:i]; weights[0] is 0.
+
+    notes  what of the conversation the template left out, as `Conversation.notes`
+    """
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

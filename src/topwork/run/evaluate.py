@@ -11,7 +11,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
-from topwork.data.config import DataConfig
+from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Example, load_data
 from topwork.data.template import ChatTemplate
@@ -130,7 +130,9 @@ def _score_group(
     found = {}
     for member in members:
         pair = {"before": by_arm["before"], "after": by_arm[member.name]}
-        found[member.name] = _told(rows, pair, grader, config) | {"data": named or "held out of training"}
+        found[member.name] = _told(rows, pair, grader, config) | {
+            "data": told(named) if named else "held out of training"
+        }
         write_json(member.folder / EVALUATION, found[member.name])
     return found
 
@@ -140,7 +142,7 @@ def _asked(recipe: Recipe) -> str:
     data = recipe.data.model_dump(mode="json")
     named = recipe.evaluation.data or recipe.data.eval
     if named is not None:
-        data |= {"train": "", "eval": named, "eval_fraction": 0.0, "max_rows": None}
+        data |= {"train": "", "eval": told(named), "eval_fraction": 0.0, "max_rows": None}
     seed = None if named is not None else recipe.training.seed
     return json.dumps([data, recipe.evaluation.model_dump(mode="json"), seed])
 
@@ -151,7 +153,7 @@ def _room(base: Base, arms: Mapping[str, str | None]) -> int:
 
 
 def _rows(
-    data: DataConfig, named: str | None, base: Base, room: int, template: ChatTemplate, seed: int,
+    data: DataConfig, named: Sources | None, base: Base, room: int, template: ChatTemplate, seed: int,
     config: EvaluationConfig, log: Callable[[str], None],
 ) -> Rows:  # fmt: skip
     """The rows to ask: the ones named, or those that training held out; `room` is the tokens that one may have."""
@@ -162,7 +164,7 @@ def _rows(
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
     else:
         loaded = load_data(data.reading(named), base.tokenizer, room, seed, lambda _: None)
-        log(f"{named}: {loaded.summary.recognised}")
+        log(f"{told(named)}: {loaded.summary.recognised}")
         conversations, examples = list(loaded.train_conversations), list(loaded.train)
     if not conversations:  # plain text: nothing to ask, a loss to measure
         return Rows([], examples[: config.max_rows])

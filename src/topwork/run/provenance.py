@@ -14,6 +14,7 @@ import topwork
 from topwork.common.devices import hardware
 from topwork.common.errors import RequestError
 from topwork.common.files import sha256_bytes, sha256_file, write_json
+from topwork.data.config import Sources, told
 from topwork.data.examples import Data, Example
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
@@ -83,14 +84,19 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _rows(name: str | None, examples: Sequence[Example]) -> dict[str, Any]:
+def _rows(named: Sources | None, examples: Sequence[Example]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.tokens.tobytes())
         digest.update(example.weights.tobytes())
-    path = Path(name) if name is not None else None
+    path = Path(named) if isinstance(named, str) else None
     file = {"sha256": sha256_file(path)} if path is not None and path.is_file() else {}
-    return {"name": name, "rows": len(examples), "examples_sha256": digest.hexdigest(), **file}
+    return {
+        "name": None if named is None else told(named),
+        "rows": len(examples),
+        "examples_sha256": digest.hexdigest(),
+        **file,
+    }
 
 
 def _surroundings(base: Base) -> dict[str, Any]:

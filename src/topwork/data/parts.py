@@ -1,0 +1,60 @@
+"""What a recipe's sources hold: rows, the format they are in, and the conversations that they become."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from topwork.common.errors import DataError
+from topwork.data.config import DataConfig, SourceConfig, Sources
+from topwork.data.conversations import BadRow, Conversation
+from topwork.data.formats import Format, read_conversations, recognise
+from topwork.data.rows import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source's rows, and what was made of them.
+
+    conversations  of the rows that can be used, in their order; `Conversation.source` is `Row.source`
+    bad            the others, and why
+    """
+
+    source: SourceConfig
+    format: Format
+    rows: Sequence[Row]
+    conversations: list[Conversation]
+    bad: list[BadRow]
+
+
+def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) -> list[Part]:
+    """Every source of `data.train` or `data.eval`, read whole. Bad rows are kept beside the good ones.
+
+    max_rows  of all sources together
+
+    Raises DataError for what cannot be read at all.
+    """
+    found: list[Part] = []
+    left = max_rows
+    for source in config.sources(named):
+        if left == 0:
+            break
+        limits = [limit for limit in (source.max_rows, left) if limit is not None]
+        rows = read_rows(source.path, min(limits, default=None))
+        left = None if left is None else left - len(rows)
+        found.append(part_of(config, source, rows))
+    return found
+
+
+def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Part:
+    """What rows of a source become. Raises DataError where their format is not known or is not what is asked for."""
+    own = config.of_source(source)
+    try:
+        format = recognise(rows, own)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from error
+    if config.too_long == "split" and format.name != "text":
+        raise DataError(
+            f"data.too_long is split, which cuts plain text in pieces, but {source.path} was {format.sentence}; "
+            "set it to refuse, truncate, drop, oldest_turns or middle"
+        )
+    conversations, bad = read_conversations(rows, format, own)
+    return Part(source, format, rows, conversations, bad)
