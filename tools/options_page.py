@@ -80,7 +80,7 @@ def models(annotation: Any) -> list[type[Options]]:
     """The classes of options that an annotation names, at any depth: of a section one, of a union several."""
     if isinstance(annotation, type) and issubclass(annotation, Options):
         return [annotation]
-    return [found for inner in get_args(annotation) for found in models(inner)]
+    return list(dict.fromkeys(found for inner in get_args(annotation) for found in models(inner)))
 
 
 def section(path: str, field: FieldInfo) -> list[str]:
@@ -89,7 +89,8 @@ def section(path: str, field: FieldInfo) -> list[str]:
     kinds = models(field.annotation)
     head = [f"{'#' * (2 + path.count('.'))} `{path}`\n", (field.description or MEANINGS[path]) + "\n"]
     fields = [(name, inner) for kind in kinds for name, inner in kind.model_fields.items()]
-    inside = [(name, inner) for name, inner in fields if models(inner.annotation)]
+    by_kinds = {tuple(models(inner.annotation)): (name, inner) for name, inner in reversed(fields)}  # each told once
+    inside = [(name, inner) for kinds, (name, inner) in reversed(by_kinds.items()) if kinds]
     lines = head + (_one_of(kinds) if _tag(kinds[0]) else [COLUMNS, *(row(name, inner) for name, inner in fields), ""])
     return lines + [line for name, inner in inside for line in section(f"{path}.{name}", inner)]
 
@@ -103,7 +104,8 @@ def row(name: str, field: FieldInfo, *more: str) -> str:
 def values(field: FieldInfo) -> str:
     """What an option may hold, in words."""
     if models(field.annotation):
-        return "a section, below"
+        shorter = any(str in (inner, *get_args(inner)) for inner in get_args(field.annotation))
+        return "text, options as below, or a list of both" if shorter else "a section, below"
     bounds = [
         f"{word} {getattr(m, key):g}" for m in field.metadata for kind, key, word in BOUNDS if isinstance(m, kind)
     ]
@@ -136,7 +138,7 @@ def default(field: FieldInfo) -> str:
     if isinstance(value, Options):
         tag = _tag(type(value))
         return _code(getattr(value, tag)) if tag else "its defaults"
-    return "–" if value is None or value in ({}, []) else _code(value)
+    return "–" if value is None or value in ({}, [], "") else _code(value)
 
 
 def _one_of(kinds: Sequence[type[Options]]) -> list[str]:

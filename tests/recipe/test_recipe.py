@@ -317,3 +317,32 @@ def test_options_at_and_all_keys_agree() -> None:
     assert "output_dir" in all_keys()
     assert options_at(["adapter", "r"]) == {}
     assert set(options_at([])) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({"path": "a.jsonl", "wieght": 2}, "unknown key 'data.train.wieght'; did you mean 'weight'?"),
+        (
+            ["a.jsonl", {"path": "b.jsonl", "weight": 0}],
+            "'data.train.1.weight': input should be greater than 0, given 0",
+        ),
+        (["a.jsonl", {"weight": 1}], "'data.train.1.path' is needed and missing"),
+        (["a.jsonl", 4], "'data.train.1': input should be a valid string, given 4"),
+        ([], "'data.train': list should have at least 1 item"),
+    ],
+)
+def test_a_source_that_is_wrong_is_told_by_its_place_alone(train: Any, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe({"model": {"model_name_or_path": "some/model"}, "data": {"train": train}})
+    first, *others = str(caught.value).splitlines()[1:]
+    assert told in first
+    assert not others, "one mistake, one line"
+
+
+def test_sources_are_written_back_as_they_were_given() -> None:
+    train = ["a.jsonl", {"path": "b.jsonl", "weight": 2.0}]
+    recipe = make_recipe({"model": {"model_name_or_path": "some/model"}, "data": {"train": train}})
+    assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+    first, second = recipe.data.sources(recipe.data.train)
+    assert (first.path, first.weight, second.path, second.weight) == ("a.jsonl", 1.0, "b.jsonl", 2.0)

@@ -1,8 +1,8 @@
 """What a recipe may say about data."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from topwork.common.options import Options
 
@@ -33,7 +33,17 @@ class SourceConfig(Options):
     """The encoding of its text files, where it is not as in `data.encoding`."""
 
 
-Sources = str | SourceConfig | list[str | SourceConfig]
+def _kind(value: object) -> str:
+    """By what a source is given, so that an error speaks of that alone."""
+    return "list" if isinstance(value, list) else "source" if isinstance(value, dict | SourceConfig) else "text"
+
+
+SOURCE_TAGS = ("text", "source", "list")
+_Text: TypeAlias = Annotated[str, Tag("text")]
+_Source: TypeAlias = Annotated[SourceConfig, Tag("source")]
+_One: TypeAlias = Annotated[_Text | _Source, Discriminator(_kind)]
+_Several: TypeAlias = Annotated[list[_One], Field(min_length=1), Tag("list")]
+Sources: TypeAlias = Annotated[_Text | _Source | _Several, Discriminator(_kind)]
 
 
 class DataConfig(Options):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from topwork.adapters.config import CONFIGS, AnyAdapterConfig, LoraConfig
 from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.options import Options
-from topwork.data.config import DataConfig
+from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
@@ -201,6 +201,8 @@ def _explained(entry: Any) -> str:
     keys = [str(part) for part in entry["loc"]]
     if keys[:1] == ["adapter"] and keys[1:] and keys[1] in CONFIGS:
         del keys[1]  # no key, but the method by whose options pydantic went
+    if keys[:1] == ["data"] and keys[1:2] in (["train"], ["eval"]):
+        keys[2:] = [key for key in keys[2:] if key not in SOURCE_TAGS]
     where = ".".join(keys)
     if entry["type"] == "value_error" and isinstance(entry["input"], dict):  # a section, or all of them
         told = str(entry["ctx"]["error"])
@@ -230,13 +232,20 @@ def key_hint(parents: Sequence[str], key: str) -> str:
 
 
 def options_at(path: Sequence[str]) -> dict[str, Any]:
-    """The fields of the section at `path`; where it is of one of several kinds, those of all."""
+    """The fields of the section at `path`; where it is of one of several kinds, those of all. A number in the path is
+    an entry of a list."""
     fields: dict[str, Any] = dict(Recipe.model_fields)
     for name in path:
-        inner = fields[name].annotation if name in fields else None
-        kinds = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        fields = {key: field for kind in kinds for key, field in kind.model_fields.items()}
+        if not name.isdigit():
+            kinds = _kinds(fields[name].annotation) if name in fields else []
+            fields = {key: field for kind in kinds for key, field in kind.model_fields.items()}
     return fields
+
+
+def _kinds(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _kinds(inner)]
 
 
 def all_keys() -> list[str]:
