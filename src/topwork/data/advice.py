@@ -7,7 +7,7 @@ from typing import Any
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.columns import Columns
 from topwork.data.config import DataConfig
-from topwork.data.conversations import CONTENT_KEYS, ROLE_KEYS, Conversation, Spelling, first_of, suggested_roles
+from topwork.data.conversations import Conversation, Spelling, suggested_keys, suggested_roles
 from topwork.data.fields import FIELDS, LABELS, NEEDED, explains, is_about, is_material, plain, sounds_like
 from topwork.data.mapping import columns_of, in_yaml
 from topwork.data.recognition import Found, keys_in, mapping
@@ -179,24 +179,58 @@ def unrecognised(survey: Columns, config: DataConfig, works: Works) -> str:
 def _ways(survey: Columns, config: DataConfig) -> Iterable[Options]:
     """Options that may read the rows, by what the columns hold."""
     yield from _talks(survey, config)
+    names = ("instruction", "output") if config.format == "alpaca" else ("prompt", "completion")
+    yield from ({"columns": {names[0]: first, names[1]: second}} for first, second in _inside(survey))
     texts = [name for name in survey.names if _is_text(name, survey)]
     asks = sounds_like(texts, True)
     answers = [name for name in sounds_like(survey.names, False) if name not in asks]
-    names = ("instruction", "output") if config.format == "alpaca" else ("prompt", "completion")
-    if len(asks) == 1 and len(answers) == 1:
-        rest = [name for name in survey.names if is_material(name) and name not in (asks[0], answers[0])]
-        answer = _answer(answers[0], survey)
-        pair = {names[0]: asks[0], names[1]: answer}
-        if rest and all(_places(name, survey) for name in rest):
-            alone = len(rest) == 1 and survey.by_name[rest[0]].is_plain
-            yield {"columns": {**pair, "input": rest[0] if alone else "\n\n".join(_places(n, survey) for n in rest)}}
-        elif not rest:
-            yield {"columns": pair}
-    elif len(texts) == 2 and not [name for name in texts if name in asks[1:] or name in answers[1:]]:
+    material = [name for name in survey.names if is_material(name) and name not in (*asks, *answers)]
+    if len(answers) == 1 and len(asks) < 2:
+        yield from _pairs(asks, answers[0], material, survey, names)
+    if len(texts) == 2 and not asks[1:] and not answers[1:]:
         first, second = texts if texts[0] not in answers and texts[1] not in asks else reversed(texts)
         yield {"columns": {names[0]: first, names[1]: second}}
-    if len(texts) == 1 and config.format in ("auto", "text") and not answers:
+    others = [name for name in survey.names if survey.by_name[name].is_text and not is_about(name)]
+    if len(texts) == len(others) == 1 and config.format in ("auto", "text") and not answers:
         yield {"columns": {"text": texts[0]}}
+
+
+def _pairs(
+    asks: Sequence[str], answer: str, material: Sequence[str], survey: Columns, names: tuple[str, str]
+) -> Iterable[Options]:
+    """A question, or what it is about alone, and its answer."""
+    places = [_places(name, survey) for name in material]
+    if not all(places) or not (asks or material):
+        return
+    pair = {names[0]: asks[0] if asks else "\n\n".join(places), names[1]: _answer(answer, survey)}
+    if not asks and len(material) == 1 and survey.by_name[material[0]].is_plain:
+        pair[names[0]] = material[0]
+    if asks and material:
+        alone = len(material) == 1 and survey.by_name[material[0]].is_plain
+        pair["input"] = material[0] if alone else "\n\n".join(places)
+    if _are_calls(answer, survey):
+        yield {"columns": {**{field: spec for field, spec in pair.items() if field != names[1]}, "tool_calls": answer}}
+    yield {"columns": pair}
+
+
+def _are_calls(name: str, survey: Columns) -> bool:
+    """Whether the answers are tool calls, beside tools."""
+    if "tools" not in survey.by_name and "functions" not in survey.by_name:
+        return False
+    values = [parsed(row.fields.get(name)) for row in survey.sample]
+    calls = [call for value in values if isinstance(value, list) for call in value]
+    return bool(calls) and all(isinstance(call, Mapping) and "name" in call for call in calls)
+
+
+def _inside(survey: Columns) -> Iterable[tuple[str, str]]:
+    """The two texts of the one column that is an object of two (a sentence in two languages)."""
+    objects = [name for name in survey.names if survey.by_name[name].kinds.keys() == {"object"}]
+    if len(objects) != 1 or any(_is_text(name, survey) for name in survey.names):
+        return
+    values = [value for row in survey.sample if isinstance(value := row.fields.get(objects[0]), Mapping)]
+    keys = list(values[0])
+    if len(keys) == 2 and all(isinstance(value.get(key), str) for value in values for key in keys):
+        yield f"{objects[0]}.{keys[0]}", f"{objects[0]}.{keys[1]}"
 
 
 def _is_text(name: str, survey: Columns) -> bool:
@@ -223,7 +257,7 @@ def _talks(survey: Columns, config: DataConfig) -> Iterable[Options]:
         if not talks or config.format not in ("auto", "messages", "sharegpt"):
             continue
         field = "conversations" if config.format == "sharegpt" else "messages"
-        keys = {} if keys_in(name, survey) else _keys(talks[0][0])
+        keys = {} if keys_in(name, survey, Spelling(config.roles, config.message_keys)) else suggested_keys(talks[0][0])
         spelling = Spelling(config.roles, {**config.message_keys, **keys})
         roles = suggested_roles(talks, spelling)
         yield {
@@ -231,21 +265,3 @@ def _talks(survey: Columns, config: DataConfig) -> Iterable[Options]:
             "message_keys": {**config.message_keys, **keys},
             "roles": {**config.roles, **roles},
         }
-
-
-def _keys(message: Mapping[str, Any]) -> dict[str, str]:
-    """Which key is the role and which the content: the shortest text and the longest."""
-    texts = sorted((key for key, value in message.items() if isinstance(value, str)), key=lambda key: len(message[key]))
-    role, content = first_of(message, ROLE_KEYS), first_of(message, CONTENT_KEYS)
-    left = [key for key in texts if key not in (role, content)]
-    if role is None and left:
-        role = next((key for key in left if suggests_role(key)), left[0])
-        left.remove(role)
-    if content is None and left:
-        content = left[-1]
-    return {key: ours for key, ours in ((role, "role"), (content, "content")) if key and key != ours}
-
-
-def suggests_role(key: str) -> bool:
-    """Whether a key of a message sounds like who speaks."""
-    return any(word in key.lower() for word in ("role", "speaker", "from", "who", "author", "sender", "user"))

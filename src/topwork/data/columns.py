@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from topwork.data.conversations import CONTENT_KEYS, ROLE_KEYS, first_of
+from topwork.data.conversations import CONTENT_KEYS, OURS, ROLE_KEYS, Spelling, first_of
 from topwork.data.rows import Row
 from topwork.data.values import is_blank, is_nothing, parsed
 
@@ -157,14 +157,15 @@ def _kind_of_list(items: list[Any]) -> str:
     return "texts" if all(isinstance(item, str) for item in items) else "list"
 
 
-def speaks(value: object) -> tuple[str, str] | None:
+def speaks(value: object, spelling: Spelling = OURS) -> tuple[str, str] | None:
     """(the key that says who speaks, the key of what is said) in a list of messages, or that as text; else None."""
     items = parsed(value)
     if not isinstance(items, list) or not items or not isinstance(items[0], Mapping):
         return None
-    role = first_of(items[0], ROLE_KEYS)
-    if role is None or not isinstance(items[0][role], str):
+    first = spelling.renamed(items[0]) if spelling.keys else items[0]
+    role = first_of(first, ROLE_KEYS)
+    if role is None or not isinstance(first[role], str):
         return None
-    content = first_of(items[0], CONTENT_KEYS)
-    calls = any(key in items[0] for key in ("tool_calls", "function_call"))
+    content = first_of(first, CONTENT_KEYS)
+    calls = any(key in first for key in ("tool_calls", "function_call"))
     return (role, content or "content") if content or calls else None

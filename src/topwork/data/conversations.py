@@ -145,7 +145,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
         if value is None or key in (role_key, content_key, "tool_calls", "function_call"):
             continue
         (extra if mark_of(key) is None else marks)[key] = value
-    calls = content if role in CALL_ROLES else _first_calls(item)
+    called = "tool_calls" in item or "function_call" in item
+    calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
         extra["tool_calls"] = read_calls(calls, name)
         content = None if role in CALL_ROLES else content
@@ -184,8 +185,9 @@ def _unknown_role(
     given: object, key: str | None, name: str, item: Mapping[str, Any], spelling: Spelling, among: list[Any]
 ) -> str:
     if key is None:
-        keys = ", ".join(map(str, item))
-        return f"{name} has no role; its keys are {keys}; data.message_keys says which is, as {{speaker: role}}"
+        keys, example = ", ".join(map(str, item)), suggested_keys(item)
+        how = f", for example data.message_keys: {in_yaml(example)}" if "role" in example.values() else ""
+        return f"{name} has no role; its keys are {keys}; data.message_keys says which is what{how}"
     near = did_you_mean(str(given), ROLES, 1)
     example = suggested_roles([among], spelling)
     how = f"; data.roles says whose turns they are, for example data.roles: {in_yaml(example)}" if example else ""
@@ -210,6 +212,22 @@ def suggested_roles(conversations: list[list[Any]], spelling: Spelling) -> dict[
             return {}
         known.add(found[role])
     return found
+
+
+def suggested_keys(message: Mapping[str, Any]) -> dict[str, str]:
+    """Which of a message's keys may be its role and which its content, as theirs: ours: the shorter text and the
+    longer, unless a name tells."""
+    texts = sorted((key for key, value in message.items() if isinstance(value, str)), key=lambda key: len(message[key]))
+    role, content = first_of(message, ROLE_KEYS), first_of(message, CONTENT_KEYS)
+    left = [key for key in texts if key not in (role, content)]
+    if role is None and left:
+        named = (key for key in left if any(word in str(key).lower() for word in ("role", "speak", "who", "user")))
+        role = next(named, left[0])
+        left.remove(role)
+    if content is None and left:
+        content = left[-1]
+    given = {role: "role", content: "content"}
+    return {key: ours for key, ours in given.items() if key and key not in (*ROLE_KEYS, *CONTENT_KEYS)}
 
 
 def _role_of(message: object, spelling: Spelling) -> object:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools", "system"),
@@ -69,6 +70,7 @@ _ANSWERED = {
     "equation",
     "answer",
 }
+_NEAR = 0.8  # how alike a misspelt name is
 _QUESTION = ("question", "prompt", "query", "instruction", "problem", "source", "input", "request", "ask")
 _ANSWER = (
     "answer",
@@ -91,7 +93,7 @@ def plain(name: object) -> str:
 
 def _words(name: str) -> list[str]:
     parts = re.split(r"[\s_\-.]+|(?<=[a-z])(?=[A-Z])", name.strip())
-    return [part.lower().removesuffix("s") for part in parts if part]
+    return [word for part in parts if part for word in (part.lower(), part.lower().removesuffix("s"))]
 
 
 def is_material(name: str) -> bool:
@@ -113,4 +115,9 @@ def explains(name: str) -> bool:
 def sounds_like(names: Iterable[str], question: bool) -> list[str]:
     """The names that have a question's (or an answer's) word in them."""
     wanted = _QUESTION if question else _ANSWER
-    return [name for name in names if any(word in plain(name) for word in wanted) and not is_about(name)]
+    return [
+        name
+        for name in names
+        if not is_about(name)
+        and (any(word in plain(name) for word in wanted) or get_close_matches(plain(name), wanted, 1, _NEAR))
+    ]

@@ -81,7 +81,7 @@ class _Reading:
     def text(self, name: str) -> str:
         """A field's text; empty where the format or the row has none."""
         value = self.value(name)
-        return "" if is_blank(value) else text_of(value, self.columns[name], True)
+        return "" if is_blank(value) else text_of(value, self.columns[name], name)
 
     def needed(self, name: str, missing: str) -> str:
         """A text without which the row cannot be used."""

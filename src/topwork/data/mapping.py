@@ -114,7 +114,7 @@ def value_of(fields: Mapping[str, Any], spec: str) -> Any:
             continue
         value = _at(fields, piece)
         if not is_blank(value):
-            text += text_of(value, piece.written, True)
+            text += text_of(value, piece.written)
         elif piece.optional:
             text = text.rstrip()
             swallow = not text

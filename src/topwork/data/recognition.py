@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.columns import Columns, Shape, speaks
 from topwork.data.config import DataConfig
-from topwork.data.conversations import OURS, ROLES, first_of
+from topwork.data.conversations import OURS, ROLE_KEYS, ROLES, Spelling, first_of
 from topwork.data.fields import FIELDS, KNOWN_AS, NEEDED, STANDARD, TOGETHER, plain
 from topwork.data.mapping import columns_of, in_yaml
 from topwork.data.marks import MESSAGE_KEYS
@@ -162,7 +162,7 @@ def _candidates(survey: Columns, config: DataConfig, names: Collection[str]) -> 
     if text is not None:
         yield Found("text", {**mapped, "text": text})
     if config.format == "auto" and not mapped:
-        telling = [name for name in names if _holds_talks(name, survey)]
+        telling = [name for name in names if _holds_talks(name, survey, _spelling(config))]
         if len(telling) == 1:
             yield Found("messages", {"messages": telling[0]})
 
@@ -180,7 +180,7 @@ def _talks(survey: Columns, config: DataConfig, names: Collection[str]) -> Itera
         return
     for known in KNOWN_AS["messages"]:
         column = next((name for name in names if plain(name) == known and name not in mapped.values()), None)
-        keys = keys_in(column, survey) if column is not None else None
+        keys = keys_in(column, survey, _spelling(config)) if column is not None else None
         if column is not None and keys is not None:
             sharegpt = keys == ("from", "value")
             own = {"conversations" if sharegpt else "messages": column}
@@ -222,26 +222,31 @@ def _answers(answer: str, free: Sequence[str], survey: Columns) -> list[str]:
     return filled or known[:1]
 
 
-def keys_in(column: str, survey: Columns) -> tuple[str, str] | None:
+def keys_in(column: str, survey: Columns, spelling: Spelling = OURS) -> tuple[str, str] | None:
     """The keys of the messages in a column: who speaks and what is said; None where it holds none."""
-    return next((keys for row in survey.sample if (keys := speaks(row.fields.get(column)))), None)
+    return next((keys for row in survey.sample if (keys := speaks(row.fields.get(column), spelling))), None)
 
 
-def _holds_talks(column: str, survey: Columns) -> bool:
+def _spelling(config: DataConfig) -> Spelling:
+    return Spelling(config.roles, config.message_keys)
+
+
+def _holds_talks(column: str, survey: Columns, spelling: Spelling) -> bool:
     """Whether every value seen is a list of messages of known roles, and the assistant speaks."""
     facts = survey.by_name[column]
-    if not facts.kinds or not all(kind == "opens" or kind.startswith("messages") for kind in facts.kinds):
+    if not facts.kinds or not all(kind in ("opens", "list", "parts") or kind[:8] == "messages" for kind in facts.kinds):
         return False
     roles: set[str | None] = set()
     for row in survey.sample:
         value = row.fields.get(column)
         if value is None:
             continue
-        if speaks(value) is None:
+        if speaks(value, spelling) is None:
             return False
         for message in parsed(value):
-            key = first_of(message, ("role", "from")) if isinstance(message, Mapping) else None
-            roles.add(OURS.role(message[key]) if key else None)
+            item = spelling.renamed(message) if isinstance(message, Mapping) else {}
+            key = first_of(item, ROLE_KEYS)
+            roles.add(spelling.role(item[key]) if key else None)
     return None not in roles and "assistant" in roles
 
 

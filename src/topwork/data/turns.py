@@ -35,7 +35,7 @@ def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tupl
 
 def unread_keys(messages: Sequence[Message]) -> list[str]:
     """A note for each key of a message that means nothing here; templates are given them all the same."""
-    keys = {key for message in messages if message.extra for key in message.extra if key not in EXTRA_KEYS}
+    keys = {key for message in messages for key in message.extra if key not in EXTRA_KEYS}
     return [f"message key {key!r} is not read, unless by the template" for key in sorted(map(str, keys))]
 
 
@@ -171,8 +171,11 @@ def _both(first: object, second: object, key: str, number: int) -> object:
 
 def prompt_group(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
     """A short hash of what the last answer is an answer to: the same for the same prompt."""
-    asked = [[turn.role, turn.content, turn.extra.get("tool_calls", 0)] for turn in messages[: _last(messages)]]
-    return hashed(json.dumps([asked, tools or 0], ensure_ascii=False, sort_keys=True, default=str))
+    asked = messages[: _last(messages)]
+    said = [part for turn in asked for part in (turn.role, turn.content)]
+    called = [turn.extra["tool_calls"] for turn in asked if "tool_calls" in turn.extra]
+    more = json.dumps([called, tools], ensure_ascii=False, sort_keys=True, default=str) if called or tools else ""
+    return hashed("\x1f".join([*said, more]))
 
 
 def hashed(text: str) -> str:

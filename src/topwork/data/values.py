@@ -36,10 +36,10 @@ def kind(value: object) -> str:
     return "missing" if is_nothing(value) else f"of type {type(value).__name__}"
 
 
-def text_of(value: object, name: str, column: bool = False) -> str:
+def text_of(value: object, name: str, field: str = "") -> str:
     """The text that a value stands for. Raises RowProblem, which calls the value `name`, where it stands for none.
 
-    column  whether `name` is one that data.columns may choose from
+    field  the field that data.columns may map to a part of `name`
 
     A number is its shortest text (3, 0.1, 3.0), true and false are those words, a date is ISO's, an object is JSON on
     one line, and OpenAI's and LLaMA-Factory's text parts are put together as they are. Several texts are not: nobody
@@ -56,10 +56,10 @@ def text_of(value: object, name: str, column: bool = False) -> str:
             return repr(value)
         raise RowProblem(f"{name} is {'missing' if value != value else value}, expected text")
     if isinstance(value, list | tuple):
-        return _text_of_list(value, name, column)
+        return _text_of_list(value, name, field)
     if isinstance(value, Mapping):
         return _part_text(value, name) if value.get("type") == "text" and "text" in value else written(value, name)
-    return _text_of_other(value, name, column)
+    return _text_of_other(value, name, field)
 
 
 def _whole(text: str, name: str) -> str:
@@ -70,7 +70,7 @@ def _whole(text: str, name: str) -> str:
     return text
 
 
-def _text_of_other(value: object, name: str, column: bool) -> str:
+def _text_of_other(value: object, name: str, field: str) -> str:
     if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, Decimal):
@@ -83,7 +83,7 @@ def _text_of_other(value: object, name: str, column: bool) -> str:
     plain = _plain(value)
     if plain is value:
         raise RowProblem(f"{name} is {kind(value)}, expected text")
-    return text_of(plain, name, column)
+    return text_of(plain, name, field)
 
 
 def _plain(value: object) -> object:
@@ -92,21 +92,20 @@ def _plain(value: object) -> object:
     return change() if callable(change) else value
 
 
-def _text_of_list(items: list[Any] | tuple[Any, ...], name: str, column: bool) -> str:
+def _text_of_list(items: list[Any] | tuple[Any, ...], name: str, field: str) -> str:
     if any(isinstance(item, Mapping) and ("text" in item or "type" in item) for item in items):
         return "".join(_part_text(part, name) for part in items)
     if any(isinstance(item, Mapping | list | tuple) for item in items):
         return written(items, name)
     if len(items) == 1:
-        return text_of(items[0], name, column)
+        return text_of(items[0], name, field)
     if not items:
         raise RowProblem(f"{name} is an empty list, expected text")
-    how = (
-        f'choose one in braces in data.columns, as "{{{name}[0]}}", or say there what stands between them, as '
-        f'"{{{name}[0]}}, {{{name}[1]}}"'
-        if column
-        else "write them as one"
-    )
+    how = "write them as one"
+    if field:
+        ways = (f"{{{name}[0]}}", f"{{{name}[0]}}, {{{name}[1]}}")
+        one, both = (f"data.columns: {{{field}: {json.dumps(way, ensure_ascii=False)}}}" for way in ways)
+        how = f"choose one with {one}, or say what stands between them, as {both}"
     raise RowProblem(f"{name} is a list of {len(items)} texts, and joined they would be one that nobody wrote; {how}")
 
 
@@ -136,7 +135,7 @@ def written(value: object, name: str) -> str:
 
 def _inner(value: object, name: str) -> object:
     plain = _plain(value)
-    return plain if plain is not value else _text_of_other(value, f"a value in {name}", False)
+    return plain if plain is not value else _text_of_other(value, f"a value in {name}", "")
 
 
 # Objects that were written as text
