@@ -10,7 +10,8 @@ from topwork.data.mapping import in_yaml, value_of
 from topwork.data.values import RowProblem
 
 ROW = {
-    "Body": "Bo has 3 hens.", "Question": "How many?", "Answer": 3.0, "n": 7, "a b": "spaced", "none": None, "blank": " ",
+    "Body": "Bo has 3 hens.", "Question": "How many?", "Answer": 3.0, "n": 7, "a b": "spaced", "none": None,
+    "blank": " ",
     "answers": {"text": ["x", "y"], "at": [1]}, "dotted.name": "d", "listed": [{"deep": ["z"]}],
     "written": '{"inner": {"k": "v"}}',
 }  # fmt: skip
@@ -70,7 +71,10 @@ def test_templates_make_the_fields_of_every_format() -> None:
 
 def test_messages_inside_of_an_object_are_a_path() -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for value in ({"turns": talk}, '{"turns": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'):
+    for value in (
+        {"turns": talk},
+        '{"turns": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+    ):
         (row,) = read({"conversation": value}, columns={"messages": "conversation.turns"})
         assert turns(row) == [("user", "q"), ("assistant", "a")]
 
@@ -90,7 +94,11 @@ def test_rows_without_a_value_are_bad_rows() -> None:
 
 def test_white_space_around_a_column_does_not_matter() -> None:
     row = {"prompt": "hi", " completion": "hello"}
-    for columns in ({}, {"prompt": "prompt", "completion": "completion"}, {"prompt": "{prompt}", "completion": "{completion}"}):
+    for columns in (
+        {},
+        {"prompt": "prompt", "completion": "completion"},
+        {"prompt": "{prompt}", "completion": "{completion}"},
+    ):
         assert turns(read(row, columns=columns)[0]) == [("user", "hi"), ("assistant", "hello")]
 
 
