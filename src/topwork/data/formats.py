@@ -26,7 +26,7 @@ from topwork.data.mapping import columns_of, value_of
 from topwork.data.recognition import Found, check_options, found_in, keys_in
 from topwork.data.rows import Row
 from topwork.data.turns import hashed, prompt_group, usable
-from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of
+from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of, written
 
 _SHOWN = 5  # bad rows named in a message
 
@@ -221,7 +221,7 @@ def _group(row: Row, config: DataConfig, prompt: Callable[[], str]) -> str | Non
     if config.hold_out_by == "prompt":
         return prompt()
     value = value_of(row.fields, config.hold_out_by)
-    return None if is_blank(value) else hashed(text_of(value, config.hold_out_by))
+    return None if is_blank(value) else hashed(written(value, config.hold_out_by))
 
 
 # Which format it is
