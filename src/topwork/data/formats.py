@@ -25,7 +25,7 @@ from topwork.data.fields import FIELDS, NEEDED
 from topwork.data.mapping import columns_of, value_of
 from topwork.data.recognition import Found, check_options, found_in, keys_in
 from topwork.data.rows import Row
-from topwork.data.turns import hashed, prompt_group, usable
+from topwork.data.usable import hashed, prompt_group, usable
 from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of, written
 
 _SHOWN = 5  # bad rows named in a message
