@@ -20,6 +20,8 @@ from topwork.data.conversations import (
     read_tools,
     text_of,
 )
+from topwork.data.pair_shapes import as_talk
+from topwork.data.refusals import no_answers, refuse_preferences
 from topwork.data.rows import Row
 
 Columns = Mapping[str, str]
@@ -83,7 +85,7 @@ def _alpaca(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
 
 def _prompt_completion(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
     """Two texts, or two lists of messages."""
-    prompt, completion = row.get(columns["prompt"]), row.get(columns["completion"])
+    prompt, completion = (as_talk(row.get(columns[name]), columns[name]) for name in ("prompt", "completion"))
     if _is_messages(prompt) or _is_messages(completion):
         before = read_messages(prompt, columns["prompt"]) if _is_messages(prompt) else None
         after = read_messages(completion, columns["completion"]) if _is_messages(completion) else None
@@ -149,9 +151,8 @@ def recognise(rows: Sequence[Row], config: DataConfig) -> Format:
     """
     sample = [row.fields for row in rows[:_SAMPLE]]
     found = list(dict.fromkeys(name for fields in sample for name in fields))
+    refuse_preferences(config, [row.fields for row in rows], found)
     _check_columns(config.columns, found)
-    if config.format == "auto" and not config.columns:
-        _refuse_preferences(sample, found)
     for name, standard in _candidates(config):
         columns = {**standard, **config.columns}
         if set(columns) <= set(FORMATS[name][1]) and _fits(name, columns, sample, found, config.format != "auto"):
@@ -159,7 +160,7 @@ def recognise(rows: Sequence[Row], config: DataConfig) -> Format:
             if name == "text" and config.format == "auto":
                 _refuse_ignored_label(columns, found)
             return Format(name, columns, _sentence(name, columns, found, len(rows)))
-    raise DataError(_unrecognised(config, found))
+    raise DataError((config.format == "auto" and no_answers(found)) or _unrecognised(config, found))
 
 
 def _candidates(config: DataConfig) -> list[tuple[str, dict[str, str]]]:
@@ -190,26 +191,6 @@ def _check_columns(columns: Columns, found: list[str]) -> None:
                 f"data.columns maps {field} to the column {column!r}, which the data does not have"
                 f"{did_you_mean(column, found)}; its columns are {', '.join(map(str, found))}"
             )
-
-
-def _refuse_preferences(sample: list[dict[str, Any]], found: list[str]) -> None:
-    pairs = (
-        ("chosen", "rejected"),
-        ("chosen_messages", "rejected_messages"),
-        ("preferred_output", "non_preferred_output"),
-        ("response_j", "response_k"),
-    )
-    why = next((f"columns {a} and {b}" for a, b in pairs if a in found and b in found), "")
-    label = next((name for name in ("label", "kto_tag") if name in found), "")
-    answers = {"messages", "completion", "conversations"} & set(found)
-    if not why and label and answers and all(isinstance(fields.get(label), bool) for fields in sample):
-        why = f"true/false column {label} beside {', '.join(sorted(answers))}"
-    if why:
-        raise DataError(
-            f"these rows are preference data ({why}): they compare or judge answers and need a preference objective "
-            "(DPO, KTO), while training.objective is sft. To learn one of the answers as it stands, name data.format "
-            "and, where needed, data.columns, for example {prompt: prompt, completion: chosen}"
-        )
 
 
 def _refuse_ignored_label(columns: Columns, found: list[str]) -> None:
