@@ -19,8 +19,9 @@ from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Message
+from topwork.data.pair_shapes import Kind
 from topwork.data.preference_data import PreferenceData, load_preferences
-from topwork.data.preference_examples import encode_judged, encode_pairs, prompt_ids
+from topwork.data.preference_examples import Coded, encode_judged, encode_pairs, prompt_ids
 from topwork.data.preferences import Judged, Pair, Prompt
 from topwork.data.source import FixedRows
 from topwork.data.template import ChatTemplate
@@ -61,7 +62,7 @@ def test_a_pair_is_two_examples_of_one_group_that_learn_their_answers(
     pairs = [Pair(TALK, YES, NO, "a:1", margin=2.0), Pair((USER,), NO, YES, "a:2", margin=0.5)]
     encoded = encode_pairs(template, pairs)
     assert not any(isinstance(one, BadRow) for one in encoded)
-    examples = [example for one in encoded if not isinstance(one, BadRow) for example in one]
+    examples = [example for one in encoded if not isinstance(one, BadRow) for example in one.examples]
     assert len({example.group for example in examples}) == 2
     assert examples[0].group == examples[1].group
     told = [("Yes.", 1, 2.0), ("No. No.", -1, 2.0), ("No. No.", 1, 0.5), ("Yes.", -1, 0.5)]
@@ -81,7 +82,7 @@ def test_a_pair_is_two_examples_of_one_group_that_learn_their_answers(
 def test_a_margin_that_only_some_have_is_no_column(template: ChatTemplate) -> None:
     for one in encode_pairs(template, [Pair((USER,), YES, NO, "a", margin=1.0), Pair((USER,), NO, YES, "b")]):
         assert not isinstance(one, BadRow)
-        assert [set(example.columns) for example in one] == [{"chosen"}, {"chosen"}]
+        assert [set(example.columns) for example in one.examples] == [{"chosen"}, {"chosen"}]
 
 
 def test_answers_that_become_the_same_tokens_are_no_pair(make_tokenizer: Callable[..., Any]) -> None:
@@ -89,7 +90,7 @@ def test_answers_that_become_the_same_tokens_are_no_pair(make_tokenizer: Callabl
     pairs = [Pair((USER,), YES, (Message("assistant", "Yes. "),), "a:1"), Pair((USER,), YES, NO, "a:2")]
     bad, good = encode_pairs(template, pairs)
     assert bad == BadRow("a:1", "the chosen and the rejected answer become the same tokens")
-    assert isinstance(good, tuple)
+    assert isinstance(good, Coded)
 
 
 def test_an_answer_that_calls_a_tool_is_one_sequence(template: ChatTemplate) -> None:
@@ -98,8 +99,9 @@ def test_an_answer_that_calls_a_tool_is_one_sequence(template: ChatTemplate) -> 
     )
     answer = (call, Message("tool", "4"), Message("assistant", "Yes."))
     (found,) = encode_pairs(template, [Pair((USER,), answer, NO, "a:1")])
-    assert isinstance(found, tuple)
-    text = template.tokenizer.decode(found[0].tokens[found[0].weights > 0])
+    assert isinstance(found, Coded)
+    example = found.examples[0]
+    text = template.tokenizer.decode(example.tokens[example.weights > 0])
     assert text.endswith("Yes.<|im_end|>")
     assert '"name": "f"' in text
     assert "4" not in text
@@ -108,8 +110,8 @@ def test_an_answer_that_calls_a_tool_is_one_sequence(template: ChatTemplate) -> 
 def test_a_judged_answer_has_its_label_as_a_column(template: ChatTemplate) -> None:
     encoded = encode_judged(template, [Judged(TALK, YES, True, "a:1"), Judged(TALK, NO, False, "a:2")])
     for one, (text, label) in zip(encoded, (("Yes.<|im_end|>", 1), ("No. No.<|im_end|>", -1))):
-        assert isinstance(one, tuple)
-        (example,) = one
+        assert isinstance(one, Coded)
+        (example,) = one.examples
         assert set(example.columns["desirable"].tolist()) == {label}
         assert template.tokenizer.decode(example.tokens[example.weights > 0]) == text
         assert example.tokens[: np.flatnonzero(example.weights)[0]].tolist() == template.prompt_ids(TALK)
@@ -258,6 +260,37 @@ def test_prompts_are_rows_without_examples(write: Callable[..., str], template: 
     assert data.train_units[0].columns["reward_model"]["ground_truth"] == "4"
     with pytest.raises(DataError, match=r"longer than 8 tokens"):
         load(write, template, rows, max_length=8, kind="prompts")
+
+
+def test_what_is_not_learned_is_counted(write: Callable[..., str], template: ChatTemplate) -> None:
+    chosen = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+    poor = {"role": "assistant", "content": "No."}
+    rows = [{"prompt": row["prompt"], "chosen": [chosen], "rejected": [poor]} for row in many(2)]
+    data = load(write, template, rows, eval_fraction=0, thinking="drop")
+    (line,) = [line for line in data.lines if "thinking" in line]
+    assert line == "2 rows: thinking is left out (data.thinking: drop) (rows.jsonl:1, rows.jsonl:2)"
+
+
+def test_without_a_chat_template_prompt_and_answer_are_read_as_they_are(
+    write: Callable[..., str], make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer("qwen2_5", template="")
+    tokenizer.chat_template = None
+    kinds: tuple[tuple[Kind, list[dict[str, Any]]], ...] = (
+        ("preference", many(2)),
+        ("prompts", [{"prompt": row["prompt"]} for row in many(2)]),
+    )
+    for kind, rows in kinds:
+        path = write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        data = load_preferences(DataConfig(train=path, eval_fraction=0), tokenizer, 512, 0, lambda _: None, kind)
+        assert data.lines[1] == "prompt and completion one after the other as they are"
+        if kind == "preference":
+            assert [tokenizer.decode(example.tokens) for example in data.train[:2]] == [
+                "Number 0?Good 0.<|im_end|>", "Number 0?Bad 0.<|im_end|>",
+            ]  # fmt: skip
+        else:
+            assert isinstance(data.train_units[0], Prompt)
+            assert tokenizer.decode(prompt_ids(data.template, data.train_units[0])) == "Number 0?"
 
 
 def test_several_sources_are_of_one_kind(write: Callable[..., str], template: ChatTemplate) -> None:

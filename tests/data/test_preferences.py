@@ -55,15 +55,15 @@ def test_a_pair_of_every_shape(name: str) -> None:
     assert (found.margin, found.tools, found.source) == (None, None, "a.jsonl:1")
 
 
-def learned(template: ChatTemplate, fields: dict[str, Any], **config: Any) -> list[str]:
-    made, rows = DataConfig(train="a.jsonl", **config), rows_of(fields)
+def learned(tokenizer: Any, fields: dict[str, Any], **options: Any) -> tuple[str, str]:
+    """What is not learned of a row, and what is."""
+    made, rows = DataConfig(train="a.jsonl", chat_template="chatml", **options), rows_of(fields)
     conversations, bad = read_conversations(rows, recognise(rows, made), made)
     assert not bad
-    (sequence,) = template.encode(conversations[0], made.train_on)
-    return [
-        template.tokenizer.decode([t for t, w in zip(sequence.tokens, sequence.weights) if bool(w) == on])
-        for on in (0, 1)
-    ]
+    (sequence,) = ChatTemplate.from_config(tokenizer, made).encode(conversations[0], made.train_on)
+    given = list(zip(sequence.tokens, sequence.weights))
+    before, after = ([token for token, weight in given if bool(weight) == on] for on in (False, True))
+    return tokenizer.decode(before), tokenizer.decode(after)
 
 
 ADVICE = re.compile(r"To learn .*? stands?, set (.*)")
@@ -86,10 +86,9 @@ def test_under_sft_a_pair_is_refused_and_the_advice_learns_the_chosen_answer(
 ) -> None:
     match = r"preference data \(columns? .*\): they compare answers and need a preference objective \(DPO, ORPO\)"
     options = advised(PAIRS[name], match)
-    template = ChatTemplate(make_tokenizer("qwen2_5"), "chatml")
-    assert learned(template, PAIRS[name], **options) == [
+    assert learned(make_tokenizer("qwen2_5"), PAIRS[name], **options) == (
         "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n", "Four.<|im_end|>",
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def test_what_no_option_learns_is_told() -> None:
@@ -99,21 +98,23 @@ def test_what_no_option_learns_is_told() -> None:
         recognise(rows_of(PAIRS["nectar"]), DataConfig(train="a"))
 
 
-def test_the_advice_for_talks_as_text_are_markers() -> None:
-    assert advised(PAIRS["hh"], "talks of Human: and Assistant:") == {
+def test_the_advice_for_talks_as_text_are_markers(make_tokenizer: Callable[..., Any]) -> None:
+    options = advised(PAIRS["hh"], "talks of Human: and Assistant:")
+    assert options == {
         "format": "text", "columns": {"text": "chosen"}, "response_part": "\n\nAssistant:",
         "instruction_part": "\n\nHuman:",
     }  # fmt: skip
+    expected = "\n\nHuman: Two and two?\n\nAssistant:", " Four.<|im_end|>"
+    assert learned(make_tokenizer("qwen2_5"), PAIRS["hh"], **options) == expected
 
 
 def test_the_advice_learns_the_last_answer_of_several(make_tokenizer: Callable[..., Any]) -> None:
     whole = {"chosen": [*BEFORE, ASKED, GOOD], "rejected": [*BEFORE, ASKED, POOR]}
     apart = {"prompt": [*BEFORE, ASKED], "chosen": [GOOD], "rejected": [POOR]}
-    template = ChatTemplate(make_tokenizer("qwen2_5"), "chatml")
     for fields in (whole, apart):
         options = advised(fields, "for the last of its turns alone")
         assert options["train_on"] == "last_answer"
-        assert learned(template, fields, **options)[1] == "Four.<|im_end|>"
+        assert learned(make_tokenizer("qwen2_5"), fields, **options)[1] == "Four.<|im_end|>"
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -130,7 +131,7 @@ def test_under_sft_a_judged_answer_is_refused_and_the_advice_learns_it(
     name: str, make_tokenizer: Callable[..., Any]
 ) -> None:
     options = advised(JUDGED[name], r"\(true/false column .* beside .*\): they judge answers and need .* \(KTO\)")
-    assert learned(ChatTemplate(make_tokenizer("qwen2_5"), "chatml"), JUDGED[name], **options)[1] == "Four.<|im_end|>"
+    assert learned(make_tokenizer("qwen2_5"), JUDGED[name], **options)[1] == "Four.<|im_end|>"
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig, SourceConfig, Sources, told
-from topwork.data.conversations import BadRow
+from topwork.data.conversations import BadRow, Conversation, Message
 from topwork.data.examples import Example, grouped
 from topwork.data.formats import refuse_bad
 from topwork.data.pair_shapes import Kind
@@ -53,7 +53,8 @@ class _Entry:
     examples: tuple[Example, ...]
     tokens: tuple[bytes, ...]
     longest: int
-    group: str
+    group: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def load_preferences(
     DataError for whatever the recipe does not allow; nothing is left out in silence.
     """
     _check(config)
-    template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
+    template = ChatTemplate.from_config(tokenizer, config)
     most = min(config.max_length, context_length)
     read = _read(config, config.train, config.max_rows, kind)
     train, lines = _entries(read, config, template, most)
@@ -97,7 +98,8 @@ def load_preferences(
         held = " (held out by seed)"
     if not train:
         raise DataError(f"{told(config.train)}: no row is left to train on ({'; '.join(lines)})")
-    lines = [*read.sentences, *lines, _line("train", train, read.kind)]
+    raw = [template.reading] if template.reading else []
+    lines = [*read.sentences, *raw, *lines, _line("train", train, read.kind)]
     lines += [_line("eval" + held, evaluation, read.kind)] if evaluation else []
     for line in lines:
         log(line)
@@ -203,7 +205,7 @@ def _entries(read: _Read, config: DataConfig, template: ChatTemplate, most: int)
     lines = lines if bad else []
     notes: dict[str, list[str]] = {}
     for entry in entries:
-        for note in entry.unit.notes:
+        for note in dict.fromkeys((*entry.unit.notes, *entry.notes)):
             notes.setdefault(note, []).append(entry.unit.source)
     lines += [f"{len(sources):,} rows: {note} ({_named(sources)})" for note, sources in notes.items()]
     fitted, more = _fit(entries, config, most)
@@ -219,12 +221,14 @@ def _entries(read: _Read, config: DataConfig, template: ChatTemplate, most: int)
 
 def _encode(read: _Read, template: ChatTemplate) -> list[_Entry | BadRow]:
     if read.kind == "prompts":
-        return [_asked(template, unit) for unit in read.units if isinstance(unit, Prompt)]
+        prompts = [unit for unit in read.units if isinstance(unit, Prompt)]
+        template.survey([Conversation((*unit.messages, Message("assistant", ".")), unit.tools, "") for unit in prompts])
+        return [_asked(template, unit) for unit in prompts]
     pairs = [unit for unit in read.units if isinstance(unit, Pair)]
     judged = [unit for unit in read.units if isinstance(unit, Judged)]
     encoded = encode_pairs(template, pairs) if read.kind == "preference" else encode_judged(template, judged)
     return [
-        one if isinstance(one, BadRow) else _entry(unit, one)
+        one if isinstance(one, BadRow) else _entry(unit, one.examples, one.notes)
         for unit, one in zip(read.units, encoded)
     ]  # fmt: skip
 
@@ -234,13 +238,13 @@ def _asked(template: ChatTemplate, unit: Prompt) -> _Entry | BadRow:
         ids = prompt_ids(template, unit)
     except DataError as error:
         return BadRow(unit.source, str(error))
-    return _Entry(unit, (), (np.asarray(ids).tobytes(), repr(unit.columns).encode()), len(ids), "")
+    return _Entry(unit, (), (np.asarray(ids).tobytes(), repr(unit.columns).encode()), len(ids))
 
 
-def _entry(unit: Unit, examples: tuple[Example, ...]) -> _Entry:
+def _entry(unit: Unit, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> _Entry:
     label = bytes([unit.label]) if isinstance(unit, Judged) else b""
     tokens = (label, *(example.tokens.tobytes() for example in examples))
-    return _Entry(unit, examples, tokens, max(len(example.tokens) for example in examples), "")
+    return _Entry(unit, examples, tokens, max(len(example.tokens) for example in examples), notes=notes)
 
 
 def _fit(entries: Sequence[_Entry], config: DataConfig, most: int) -> tuple[list[_Entry], list[str]]:

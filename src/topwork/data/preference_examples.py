@@ -1,7 +1,7 @@
 """Pairs, judged answers and prompts as examples: what an objective that compares answers or rewards them is given."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,15 @@ Side = Encoded | str
 """A sequence, or why there is none."""
 
 
-def encode_pairs(template: ChatTemplate, pairs: Sequence[Pair]) -> list[tuple[Example, ...] | BadRow]:
+@dataclass(frozen=True)
+class Coded:
+    """The examples of a pair or a judged answer; notes as `Encoded.notes`."""
+
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+
+
+def encode_pairs(template: ChatTemplate, pairs: Sequence[Pair]) -> list[Coded | BadRow]:
     """Of each pair its two examples, the chosen answer first, in a group of their own; or why it has none.
 
     Column `chosen` is 1 in the one and -1 in the other, and where all pairs have a margin, column `margin` is it. Only
@@ -30,7 +38,7 @@ def encode_pairs(template: ChatTemplate, pairs: Sequence[Pair]) -> list[tuple[Ex
     ]
 
 
-def _two(pair: Pair, number: int, sides: Sequence[Side], columns: dict[str, float]) -> tuple[Example, ...] | BadRow:
+def _two(pair: Pair, number: int, sides: Sequence[Side], columns: dict[str, float]) -> Coded | BadRow:
     wrong = next(
         (f"{name}: {side}" for name, side in zip(("chosen", "rejected"), sides) if isinstance(side, str)), None
     )
@@ -41,10 +49,13 @@ def _two(pair: Pair, number: int, sides: Sequence[Side], columns: dict[str, floa
         return BadRow(pair.source, wrong)
     group = f"{pair.source} ({number})"
     signs = (1.0, -1.0)
-    return tuple(_example(one, pair.source, {"chosen": sign, **columns}, group) for one, sign in zip(encoded, signs))
+    return Coded(
+        tuple(_example(one, pair.source, {"chosen": sign, **columns}, group) for one, sign in zip(encoded, signs)),
+        tuple(dict.fromkeys(note for one in encoded for note in one.notes)),
+    )
 
 
-def encode_judged(template: ChatTemplate, rows: Sequence[Judged]) -> list[tuple[Example, ...] | BadRow]:
+def encode_judged(template: ChatTemplate, rows: Sequence[Judged]) -> list[Coded | BadRow]:
     """Of each judged answer its example, or why it has none; what is learned of it is as in `encode_pairs`.
 
     Column `desirable` is 1 in good answers and -1 in bad ones.
@@ -52,7 +63,7 @@ def encode_judged(template: ChatTemplate, rows: Sequence[Judged]) -> list[tuple[
     sides = _encoded(template, [_talk(row, row.completion) for row in rows])
     return [
         BadRow(row.source, side) if isinstance(side, str)
-        else (_example(side, row.source, {"desirable": 1.0 if row.label else -1.0}),)
+        else Coded((_example(side, row.source, {"desirable": 1.0 if row.label else -1.0}),), side.notes)
         for row, side in zip(rows, sides)
     ]  # fmt: skip
 
