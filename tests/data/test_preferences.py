@@ -144,11 +144,11 @@ def test_a_prompt_of_every_shape(name: str) -> None:
 
 
 def test_under_sft_prompts_have_no_answers() -> None:
-    for name in ("trl", "verl"):
+    for fields in (PROMPTS["verl"][0], {"prompt": "Two and two?", "level": 3}):
         with pytest.raises(
             DataError, match=r"prompts \(column prompt\) without answers.* \{prompt: prompt, completion"
         ):
-            recognise(rows_of(PROMPTS[name][0]), DataConfig(train="a"))
+            recognise(rows_of(fields), DataConfig(train="a"))
     with pytest.raises(DataError, match=r"there are none; give each row one"):
         recognise(rows_of({"prompt": "Two and two?"}), DataConfig(train="a"))
     with pytest.raises(DataError, match=r"prompts without answers \(column prompt\): .* \(GRPO\), while .* is sft"):
@@ -287,7 +287,7 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ("whole_talks", {"rejected": [{"role": "user", "content": "Three?"}, POOR]}, "different prompts"),
         ("whole_talks", {"rejected": [*BEFORE, ASKED, POOR]}, "different prompts"),
         ("whole_talks", {"chosen": [ASKED, GOOD, ASKED, GOOD]}, "differ before the last answer, from message 2 on"),
-        ("whole_talks", {"chosen": [ASKED, {**GOOD, "content": ""}]}, "no answer: message 2"),
+        ("whole_talks", {"chosen": [ASKED, {**GOOD, "content": ""}]}, "no answer: the last turn is empty"),
         ("hh", {"rejected": hh("Two and two?", "Four.")}, "are equal"),
         ("hh", {"rejected": hh("Two and two?", "")}, "no answer"),
         ("hh", {"rejected": hh("Two and two?", "Hm.") + "\n\nAssistant: Five!"}, "differ before the last answer"),

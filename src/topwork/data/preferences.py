@@ -9,7 +9,7 @@ from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.formats import FORMATS, Format, read_conversations
-from topwork.data.pair_shapes import FIELDS, KINDS, Kind, Shape, is_talk, judgement, shape_of
+from topwork.data.pair_shapes import FIELDS, KINDS, Kind, Shape, is_talk, judgement, role_of, shape_of
 from topwork.data.rows import Row
 
 Tools = list[dict[str, Any]] | None
@@ -172,7 +172,9 @@ def _talks(rows: Sequence[Row], shape: Shape, number: int, config: DataConfig) -
     opened: list[Row] = []
     for at, row in enumerate(rows):
         try:
-            opened.append(Row(dict(shape.opened(row.fields, number)), str(at)))
+            fields = shape.opened(row.fields, number)
+            _check_answered(fields.get([*shape.answers[number].values()][-1]))
+            opened.append(Row(dict(fields), str(at)))
         except RowProblem as problem:
             found[at] = BadRow(row.source, str(problem))
     columns = _with_own(shape, number, opened, config)
@@ -181,6 +183,18 @@ def _talks(rows: Sequence[Row], shape: Shape, number: int, config: DataConfig) -
     for one in given:
         found[int(one.source)] = one
     return [one for one in found if one is not None]
+
+
+def _check_answered(value: object) -> None:
+    """Raises RowProblem for a talk that ends without an answer: read alone it may be cut, in a pair it is no side."""
+    if not is_talk(value):
+        return
+    last = value[-1] if isinstance(value[-1], Mapping) else {}
+    if role_of(last) in ("user", "human"):
+        raise RowProblem("no answer: the last turn is the user's")
+    text = last.get("content", last.get("value"))
+    if (not text or str(text).isspace()) and not (last.get("tool_calls") or last.get("function_call")):
+        raise RowProblem("no answer: the last turn is empty")
 
 
 def _with_own(shape: Shape, number: int, rows: Sequence[Row], config: DataConfig) -> dict[str, str]:
