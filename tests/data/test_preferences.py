@@ -1,5 +1,6 @@
 """Pairs, judged answers and prompts: every shape that people have, what is wrong with rows, and sft's word."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Message
 from topwork.data.formats import read_conversations, recognise
 from topwork.data.preferences import Judged, Pair, Prompt, Unit, read_preferences, recognise_preferences, unpaired
-from topwork.data.rows import Row, read_rows
+from topwork.data.rows import Row
 from topwork.data.template import ChatTemplate
 
 
@@ -338,14 +339,21 @@ REAL = {
     "torchtune_tiny/stack_exchange_paired_tiny.json": (25, {}),
     "foundry_formats/countdown_train_100.jsonl": (100, {}),
 }
+
+
+def real(name: str) -> list[Row]:
+    text = (DATA / name).read_text("utf-8")
+    found = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+    return rows_of(*found)
+
+
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name: str) -> None:
-    rows = read_rows(str(DATA / name))
-    config = DataConfig(train=name)
+    rows, config = real(name), DataConfig(train=name)
     good, bad = read_preferences(rows, recognise_preferences(rows, config), config)
     count, problems = REAL[name]
     assert len(good) == count
@@ -355,7 +363,7 @@ def test_real_files(name: str) -> None:
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")
 def test_the_labels_of_a_real_file() -> None:
-    rows = read_rows(str(DATA / "llamafactory_demo/kto_en_demo.json"))
+    rows = real("llamafactory_demo/kto_en_demo.json")
     good, _ = read_preferences(rows, recognise_preferences(rows, DataConfig(train="a")), DataConfig(train="a"))
     given = [row.fields["label"] for row in rows]
     assert [one.label for one in good if isinstance(one, Judged)] == given

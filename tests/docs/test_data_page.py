@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,9 @@ RECIPES = recipes()
 
 def shown(tokenizer: Any, example: Example) -> str:
     """The text, in [[ ]] what is learned of it."""
-    text, learned = "", False
-    for token, weight in zip([*example.tokens.tolist(), None], [*example.weights.tolist(), 0.0]):
-        if bool(weight) != learned:
-            text += "]]" if learned else "[["
-            learned = bool(weight)
-        text += "" if token is None else tokenizer.decode([token])
-    return text.rstrip("\n")
+    runs = groupby(zip(example.tokens.tolist(), example.weights.tolist()), lambda pair: bool(pair[1]))
+    told = ((learned, tokenizer.decode([token for token, _ in run])) for learned, run in runs)
+    return "".join(f"[[{text}]]" if learned else text for learned, text in told)
 
 
 def test_the_page_has_recipes() -> None:
@@ -65,7 +62,25 @@ def test_the_page_has_recipes() -> None:
     assert {how for recipe in RECIPES for how, _ in recipe.told} == {"learned", "log", "refused"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=[f"{n} {recipe.heading}" for n, recipe in enumerate(RECIPES)])
+WAITS = {
+    2: "templates over columns",
+    3: "maps of message keys and roles",
+    4: "several sources with weights, globs",
+    5: "the splits of a folder, documents",
+    13: "shortening the middle",
+}
+"""Recipes that stand on what is built beside this page, and is not there yet."""
+CASES = [
+    pytest.param(
+        recipe,
+        id=f"{number} {recipe.heading}",
+        marks=[pytest.mark.xfail(reason=f"needs {WAITS[number]}")] if number in WAITS else [],
+    )
+    for number, recipe in enumerate(RECIPES)
+]
+
+
+@pytest.mark.parametrize("recipe", CASES)
 def test_a_recipe_learns_what_stands_below_it(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in recipe.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
