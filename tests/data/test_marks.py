@@ -157,6 +157,11 @@ def test_openais_older_functions() -> None:
     assert read({"messages": [U, padded]})[0].messages[1].extra == {}
 
 
+def test_only_the_assistant_calls_tools() -> None:
+    with pytest.raises(DataError, match=r"message 1 has tool calls, and it is the user's"):
+        read({"messages": [{**U, "tool_calls": [{"name": "f"}]}, A]})
+
+
 def test_messages_and_tools_as_text() -> None:
     talk = "[{'role': 'user', 'content': \"it's\"}\n {'role': 'assistant', 'content': None, 'tool_calls': " + (
         "[{'function': {'name': 'f', 'arguments': \"{'x': 1}\"}}]}]"

@@ -31,7 +31,7 @@ ROLES = {
     **dict.fromkeys(CALL_ROLES, CALL_ROLES[0]),
 }
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
-CONTENT_KEYS = ("content", "value", "text", "utterance", "message")
+CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "parts")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 
 def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
     """(the role as it is written, the message)."""
+    item = parsed(item)
     if not isinstance(item, Mapping):
         raise RowProblem(f"{name} is {kind(item)}, expected an object with role and content")
     if spelling.keys:
@@ -147,6 +148,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
     called = "tool_calls" in item or "function_call" in item
     calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
+        if ROLES[role] not in ("assistant", *CALL_ROLES):
+            raise RowProblem(f"{name} has tool calls, and it is the {role}'s; only the assistant calls tools")
         extra["tool_calls"] = read_calls(calls, name)
         content = None if role in CALL_ROLES else content
     elif content_key is None:
@@ -168,10 +171,10 @@ def _content(content: object, role: str, name: str) -> str:
 
 
 def _check_content(item: Mapping[str, Any], extra: Mapping[str, Any], name: str, role: str) -> None:
-    """Raises RowProblem for a text under a key that is not known, which must not become an empty turn, and for a user
-    without a word."""
+    """Raises RowProblem for what may be said under a key that is not known, which must not become an empty turn, and
+    for a user without a word."""
     for key, value in extra.items():
-        if isinstance(value, str) and value.strip() and key not in EXTRA_KEYS:
+        if isinstance(value, str | list | Mapping) and not is_blank(value) and key not in EXTRA_KEYS:
             raise RowProblem(
                 f"{name} has no content; its keys are {', '.join(map(str, item))}. If {key} is the content, set "
                 f"data.message_keys: {in_yaml({key: 'content'})}"
