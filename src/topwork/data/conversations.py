@@ -201,7 +201,7 @@ def suggested_roles(conversations: list[list[Any]], spelling: Spelling) -> dict[
     Empty where there are more than can be told from each other."""
     given = [_role_of(message, spelling) for messages in conversations for message in messages]
     known = {spelling.role(role) for role in given}
-    unknown = [str(role) for role in dict.fromkeys(given) if role is not None and spelling.role(role) is None]
+    unknown = [role for role in dict.fromkeys(given) if role is not None and spelling.role(role) is None]
     found: dict[str, str] = {}
     for role in unknown:
         near = did_you_mean(role, ROLES, 1)
@@ -232,12 +232,12 @@ def suggested_keys(message: Mapping[str, Any]) -> dict[str, str]:
     return {key: ours for key, ours in given.items() if key and key not in (*ROLE_KEYS, *CONTENT_KEYS)}
 
 
-def _role_of(message: object, spelling: Spelling) -> object:
+def _role_of(message: object, spelling: Spelling) -> str | None:
     if not isinstance(message, Mapping):
         return None
     item = spelling.renamed(message) if spelling.keys else message
     key = first_of(item, ROLE_KEYS)
-    return item[key] if key else None
+    return str(item[key]) if key and isinstance(item[key], str | int) else None
 
 
 # Calls and tools
