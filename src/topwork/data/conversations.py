@@ -31,6 +31,7 @@ ROLES = {
     **dict.fromkeys(CALL_ROLES, CALL_ROLES[0]),
 }
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "parts")
 
 
@@ -275,11 +276,24 @@ def read_calls(calls: object, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowProblem(f"a tool call of {name} is not {{name, arguments}}: {str(given)[:60]!r}")
-        arguments = parsed(function.get("arguments", function.get("parameters")))
-        inner = {"name": function["name"], "arguments": {} if is_blank(arguments) else arguments}
+        inner = {"name": function["name"], "arguments": _arguments(function, name)}
         outer = {key: value for key, value in call.items() if key == "id" and value is not None}
         found.append({**outer, "type": "function", "function": inner})
     return found
+
+
+def _arguments(function: Mapping[str, Any], name: str) -> Any:
+    """A call's arguments, an object where they are one. Raises RowProblem where they may stand under an unknown key."""
+    key = first_of(function, ARGUMENT_KEYS)
+    if key is None:
+        for other, value in function.items():
+            if isinstance(value, Mapping) and value:
+                raise RowProblem(
+                    f"the tool call {function['name']} of {name} has no arguments; its keys are "
+                    f"{', '.join(map(str, function))}; expected one of {', '.join(ARGUMENT_KEYS)} in the place of {other}"
+                )
+    arguments = parsed(function[key]) if key else None
+    return {} if is_blank(arguments) else arguments
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
