@@ -290,7 +290,7 @@ def _arguments(function: Mapping[str, Any], name: str) -> Any:
             if isinstance(value, Mapping) and value:
                 raise RowProblem(
                     f"the tool call {function['name']} of {name} has no arguments; its keys are "
-                    f"{', '.join(map(str, function))}; expected one of {', '.join(ARGUMENT_KEYS)} in the place of {other}"
+                    f"{', '.join(map(str, function))}; expected {' or '.join(ARGUMENT_KEYS)} in the place of {other}"
                 )
     arguments = parsed(function[key]) if key else None
     return {} if is_blank(arguments) else arguments
