@@ -219,6 +219,30 @@ def test_the_columns_are_those_that_the_recipe_names() -> None:
         read(fields, format="alpaca")
 
 
+def test_talks_as_json_text_and_in_other_words() -> None:
+    text = {name: json.dumps(value) for name, value in PAIRS["whole_talks"].items()}
+    assert turns(pair(text).chosen) == [("assistant", "Four.")]
+    text = {"prompt": json.dumps([ASKED]), "chosen": json.dumps(GOOD), "rejected": json.dumps([POOR])}
+    assert turns(pair(text).rejected) == [("assistant", "Five!")]
+    assert turns(pair({"prompt": "[1, 2]?", "chosen": "{}", "rejected": "[]"}).prompt) == [("user", "[1, 2]?")]
+    asked, good, poor = (
+        {"who": "client", "said": "Two and two?"},
+        *({"who": "bard", "said": text} for text in ("Four.", "Five!")),
+    )
+    names: dict[str, Any] = {
+        "message_keys": {"who": "role", "said": "content"},
+        "roles": {"bard": "assistant", "client": "user"},
+    }
+    for fields in (
+        {"chosen": [asked, good], "rejected": [asked, poor]},
+        {"prompt": [asked], "chosen": good, "rejected": poor},
+    ):
+        found = pair(fields, **names)
+        assert turns(found.prompt + found.chosen) == [("user", "Two and two?"), ("assistant", "Four.")]
+        with pytest.raises(DataError, match="preference data"):
+            recognise(rows_of(fields), DataConfig(train="a", **names))
+
+
 def test_system_tools_margin_and_answers_that_call() -> None:
     call = {
         "role": "assistant",

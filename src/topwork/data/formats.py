@@ -20,9 +20,9 @@ from topwork.data.conversations import (
     read_tools,
     text_of,
 )
-from topwork.data.pair_shapes import as_talk
 from topwork.data.refusals import no_answers, refuse_preferences
 from topwork.data.rows import Row
+from topwork.data.talks import as_talk
 
 Columns = Mapping[str, str]
 _SAMPLE = 50  # rows looked at to recognise a format

@@ -4,12 +4,12 @@ A shape says how each of its answers is read in one of the formats of `formats.p
 same code in a pair and alone, and what a recipe has to say to learn it alone follows from the shape.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from topwork.data.conversations import RowProblem
+from topwork.data.talks import SPEAKS, is_talk, role_of, transcript
 
 Kind = Literal["preference", "kto", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -37,8 +37,6 @@ _TALKS = ("messages", "conversations", "conversation", "dialog", "chat")
 _QUESTIONS = ("prompt", "question", "instruction", "input", "query", *_TALKS)
 ANSWERS = ("completion", "response", "answer", "output")
 _MARGINS = (("margin",), ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-SPEAKS = ("assistant", "gpt", "chatgpt", "bot", "model")
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -207,24 +205,6 @@ def _asked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sha
 # What values are
 
 
-def as_talk(value: Any, name: str) -> Any:
-    """A message alone as a list of it, OpenAI's {messages: …} as the list; anything else as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    if value.get("tools"):
-        raise RowProblem(f"{name} has tools beside its messages; put them into a column of their own, tools")
-    return [value] if role_of(value) else value.get("messages", value)
-
-
-def transcript(value: object) -> list[dict[str, str]] | None:
-    """The turns of a text that begins with `Human:` or `Assistant:` and goes on so; None where it does not."""
-    before, *parts = _TURN.split(value) if isinstance(value, str) else [""]
-    if before.strip() or not parts:
-        return None
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
-
-
 def judgement(value: object) -> bool | None:
     """What a label says of an answer; None where it says neither good nor bad."""
     text = str(value).strip().lower()
@@ -272,16 +252,6 @@ def _known(names: Sequence[str], found: Sequence[str]) -> str | None:
 def _first(rows: Sequence[Fields], column: str) -> Any:
     """The column's first value that is there."""
     return next((value for fields in rows if (value := fields.get(column)) is not None), None)
-
-
-def is_talk(value: object) -> TypeGuard[list[Any]]:
-    """Whether it is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and role_of(value[0]) != ""
-
-
-def role_of(turn: object) -> str:
-    """As the message spells it; empty where it is none."""
-    return str(turn.get("role", turn.get("from", ""))) if isinstance(turn, Mapping) else ""
 
 
 def _talk_format(value: list[Any]) -> tuple[str, str]:

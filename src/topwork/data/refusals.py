@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
-from topwork.data.pair_shapes import ANSWERS, KINDS, SPEAKS, Fields, Kind, Shape, is_talk, role_of, shape_of
+from topwork.data.pair_shapes import ANSWERS, KINDS, Fields, Kind, Shape, shape_of
+from topwork.data.talks import SPEAKS, is_talk, respelled, role_of
 
 
 def refuse_preferences(config: DataConfig, rows: Sequence[Fields], found: Sequence[str]) -> None:
@@ -14,6 +15,7 @@ def refuse_preferences(config: DataConfig, rows: Sequence[Fields], found: Sequen
     asked = next((named[name] for name in config.columns if name in named), config.format)
     if asked not in KINDS and (config.format != "auto" or config.columns):
         return
+    rows = [respelled(fields, config) for fields in rows]
     kinds: Sequence[Kind] = [kind for kind in KINDS if asked == kind] or ["preference", "kto"]
     for kind in kinds:
         shape = shape_of(kind, rows, found, config.columns)
