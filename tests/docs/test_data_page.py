@@ -63,8 +63,6 @@ def test_the_page_has_recipes() -> None:
 
 
 WAITS = {
-    2: "templates over columns",
-    3: "maps of message keys and roles",
     4: "several sources with weights, globs",
     5: "the splits of a folder, documents",
     13: "shortening the middle",
