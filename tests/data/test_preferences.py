@@ -277,9 +277,11 @@ def test_several_turns_before_the_answer() -> None:
             "chosen": hh("Hi", "Hello!", "Two and two?", "Four."),
             "rejected": hh("Hi", "Hello!", "Two and two?", "Five!"),
         },
+        {"prompt": hh("Hi", "Hello!", "Two and two?") + "\n\nAssistant:", "chosen": " Four.", "rejected": " Five!"},
         {**PAIRS["nectar"], "prompt": hh("Hi", "Hello!", "Two and two?") + "\n\nAssistant:"},
     ):
         assert turns(pair(fields).prompt) == before
+        assert turns(pair(fields).chosen) == [("assistant", "Four.")]
 
 
 def test_answers_that_begin_alike_are_never_cut_inside() -> None:
@@ -321,6 +323,7 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ("swift", {"rejected_response": None}, "no answer"),
         ("factory", {"rejected": {"from": "gpt", "value": ""}}, "no answer"),
         ("nectar", {"answers": [{"answer": "x", "rank": 1}]}, "fewer than two ranks"),
+        ("nectar", {"answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]}, "ranks that are no numbers"),
     ],
 )
 def test_what_is_wrong_with_a_pair(good: str, change: dict[str, Any], reason: str) -> None:
@@ -383,6 +386,21 @@ def test_real_files(name: str) -> None:
     assert len(good) == count
     assert Counter(reason for row in bad for reason in problems if reason in row.reason) == problems
     assert len(bad) == sum(problems.values())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")
+@pytest.mark.parametrize("name", [name for name in REAL if "hh_rlhf/" not in name and "countdown" not in name])
+def test_the_advice_learns_the_chosen_answers_of_real_files(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    rows, config, tokenizer = real(name)[:20], DataConfig(train=name), make_tokenizer("qwen2_5")
+    options = {**advised(rows[0].fields, "preference data"), "train_on": "last_answer"}
+    units, _ = read_preferences(rows, recognise_preferences(rows, config), config)
+    good = {row.source: row.fields for row in rows}
+    assert len(units) > len(rows) / 2
+    for unit in units:
+        assert isinstance(unit, Pair | Judged)
+        answer = unit.chosen if isinstance(unit, Pair) else unit.completion
+        expected = "".join(message.content for message in answer) + "<|im_end|>"
+        assert learned(tokenizer, good[unit.source], **options)[1] == expected
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")

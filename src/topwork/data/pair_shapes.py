@@ -102,7 +102,7 @@ def _pair(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shap
     else:
         question, format, answer = {"prompt": prompt}, "prompt_completion", "completion"
     answers = [{**question, answer: column} for column in (chosen, rejected)]
-    return _read_as("preference", format, answers, told, margin, _opens(prompt))
+    return _read_as("preference", format, answers, told, margin, _opens(prompt, chosen, rejected))
 
 
 def _transcripts(chosen: str, rejected: str, margin: Mapping[str, tuple[str, ...]]) -> Shape:
@@ -154,9 +154,9 @@ def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
 
     def opened(fields: Fields, number: int) -> Fields:
         given = fields.get("answers")
-        ranks = {item["rank"]: item["answer"] for item in given or () if isinstance(item, Mapping) and item.get("rank")}
-        if len(ranks) < 2:
-            raise RowProblem("answers has fewer than two ranks, so none is better than another")
+        ranks = {item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)}
+        if len(ranks) < 2 or not all(isinstance(rank, int | float) for rank in ranks):
+            raise RowProblem("answers has fewer than two ranks, or ranks that are no numbers, so none is better")
         return {**_opens(prompt)(fields, number), ANSWER: ranks[(min, max)[number](ranks)]}
 
     answers = ({"prompt": prompt, "completion": ANSWER},) * 2
@@ -184,7 +184,7 @@ def _judged(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
     if prompt == "instruction" and isinstance(_first(rows, answer), str):
         return _read_as("kto", "alpaca", [{"instruction": prompt, "output": answer}], told, columns)
     return _read_as(
-        "kto", "prompt_completion", [{"prompt": prompt, "completion": answer}], told, columns, _opens(prompt)
+        "kto", "prompt_completion", [{"prompt": prompt, "completion": answer}], told, columns, _opens(prompt, answer)
     )
 
 
@@ -221,9 +221,9 @@ def _judges(rows: Sequence[Fields], label: str) -> bool:
     return bool(given) and sum(judgement(value) is not None for value in given) >= 0.9 * len(given)
 
 
-def _opens(prompt: str) -> Callable[[Fields, int], Fields]:
-    """A prompt that is a talk as text, up to the answer that is wanted, becomes its turns; OpenAI's tools, which stand
-    beside its messages, become a column."""
+def _opens(prompt: str, *answers: str) -> Callable[[Fields, int], Fields]:
+    """A prompt that is a talk as text, up to the answer that is wanted, becomes its turns, and the answers lose the
+    space behind `Assistant:`. OpenAI's tools, which stand beside its messages, become a column."""
 
     def opened(fields: Fields, number: int) -> Fields:  # noqa: ARG001
         value = fields.get(prompt)
@@ -231,7 +231,10 @@ def _opens(prompt: str) -> Callable[[Fields, int], Fields]:
             return {"tools": value["tools"], **fields, prompt: value.get("messages")}
         turns = transcript(value) or [{}]
         wants = turns[-1].get("role") == "assistant" and not turns[-1]["content"]
-        return {**fields, prompt: turns[:-1]} if wants and len(turns) > 1 else fields
+        if not wants or len(turns) == 1:
+            return fields
+        texts = {name: text.strip() for name in answers if isinstance(text := fields.get(name), str)}
+        return {**fields, **texts, prompt: turns[:-1]}
 
     return opened
 
