@@ -205,7 +205,11 @@ def test_bad_rows_refuse_or_are_dropped_and_named(write: Callable[..., str], tem
     ):
         load(write, template, rows)
     data = load(write, template, rows, on_bad_row="drop", eval_fraction=0)
-    assert "2 of 6 rows cannot be used and are dropped: rows.jsonl:5, rows.jsonl:6" in data.lines
+    assert data.lines[1:4] == (
+        "2 of 6 rows cannot be used and are dropped",
+        "1 row: the chosen and the rejected answer are equal, so neither is better (rows.jsonl:5)",
+        "1 row: no answer: rejected is empty (rows.jsonl:6)",
+    )
     assert len(data.train) == 8
 
 
@@ -215,14 +219,14 @@ def test_long_pairs_refuse_are_dropped_or_cut(write: Callable[..., str], templat
         load(write, template, rows, max_length=64)
     data = load(write, template, rows, max_length=64, too_long="drop", eval_fraction=0)
     assert len(data.train_units) == 3
-    assert "1 longer than 64 tokens and dropped" in data.lines
+    assert "1 row: longer than 64 tokens and dropped (rows.jsonl:4)" in data.lines
     data = load(write, template, rows, too_long="truncate", context=64, eval_fraction=0)
     assert len(data.train[6].tokens) == 64
     assert all(len(column) == 64 for column in data.train[6].columns.values())
-    assert "1 longer than 64 tokens and truncated" in data.lines
+    assert "1 row: longer than 64 tokens and truncated (rows.jsonl:4)" in data.lines
     late = {"prompt": "Number" * 80, "chosen": "Yes.", "rejected": "No."}
     assert (
-        "1 longer than 64 tokens and dropped"
+        "1 row: longer than 64 tokens and dropped (rows.jsonl:4)"
         in load(write, template, [*rows[:3], late], too_long="truncate", max_length=64, eval_fraction=0).lines
     )
     with pytest.raises(DataError, match="too_long is middle, which is for answers that stand alone"):

@@ -313,7 +313,7 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ),
         ("whole_talks", {"rejected": [{"role": "user", "content": "Three?"}, POOR]}, "different prompts"),
         ("whole_talks", {"rejected": [*BEFORE, ASKED, POOR]}, "different prompts"),
-        ("whole_talks", {"chosen": [ASKED, GOOD, ASKED, GOOD]}, "differ before the last answer, from message 2 on"),
+        ("whole_talks", {"chosen": [ASKED, GOOD, ASKED, GOOD]}, "differ before the last answer, so"),
         ("whole_talks", {"chosen": [ASKED, {**GOOD, "content": ""}]}, "no answer: the last turn is empty"),
         ("hh", {"rejected": hh("Two and two?", "Four.")}, "are equal"),
         ("hh", {"rejected": hh("Two and two?", "")}, "no answer"),

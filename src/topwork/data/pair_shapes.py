@@ -154,7 +154,9 @@ def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
 
     def opened(fields: Fields, number: int) -> Fields:
         given = fields.get("answers")
-        ranks = {item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)}
+        ranks: dict[Any, Any] = {
+            item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)
+        }
         if len(ranks) < 2 or not all(isinstance(rank, int | float) for rank in ranks):
             raise RowProblem("answers has fewer than two ranks, or ranks that are no numbers, so none is better")
         return {**_opens(prompt)(fields, number), ANSWER: ranks[(min, max)[number](ranks)]}

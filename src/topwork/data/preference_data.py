@@ -201,13 +201,9 @@ def _entries(read: _Read, config: DataConfig, template: ChatTemplate, most: int)
     bad = [*read.bad, *(one for one in encoded if isinstance(one, BadRow))]
     refuse_bad(bad, read.rows, config)
     entries = [replace(one, group=group) for one, group in zip(encoded, read.groups) if isinstance(one, _Entry)]
-    lines = [f"{len(bad):,} of {read.rows:,} rows cannot be used and are dropped: {_named(row.source for row in bad)}"]
-    lines = lines if bad else []
-    notes: dict[str, list[str]] = {}
-    for entry in entries:
-        for note in dict.fromkeys((*entry.unit.notes, *entry.notes)):
-            notes.setdefault(note, []).append(entry.unit.source)
-    lines += [f"{len(sources):,} rows: {note} ({_named(sources)})" for note, sources in notes.items()]
+    lines = [f"{len(bad):,} of {read.rows:,} rows cannot be used and are dropped"] if bad else []
+    lines += _counted((row.reason, row.source) for row in bad)
+    lines += _counted((note, entry.unit.source) for entry in entries for note in (*entry.unit.notes, *entry.notes))
     fitted, more = _fit(entries, config, most)
     seen: dict[tuple[bytes, ...], _Entry] = {}
     for entry in fitted:
@@ -261,10 +257,9 @@ def _fit(entries: Sequence[_Entry], config: DataConfig, most: int) -> tuple[list
         )
     cut = {id(entry): _cut(entry, most) for entry in long} if config.too_long == "truncate" else {}
     kept = [cut.get(id(entry)) if entry.longest > most else entry for entry in entries]
-    left = [entry for entry in kept if entry is not None]
-    truncated = len(left) - (len(entries) - len(long))
-    told = [(truncated, "truncated"), (len(long) - truncated, "dropped")]
-    return left, [f"{number:,} longer than {most:,} tokens and {what}" for number, what in told if number]
+    fates = ((entry, "dropped" if cut.get(id(entry)) is None else "truncated") for entry in long)
+    said = _counted((f"longer than {most:,} tokens and {fate}", entry.unit.source) for entry, fate in fates)
+    return [entry for entry in kept if entry is not None], said
 
 
 def _cut(entry: _Entry, most: int) -> _Entry | None:
@@ -284,6 +279,16 @@ def _cut(entry: _Entry, most: int) -> _Entry | None:
 
 def _examples(entries: Sequence[_Entry]) -> tuple[Example, ...]:
     return tuple(example for entry in entries for example in entry.examples)
+
+
+def _counted(said: Iterable[tuple[str, str]]) -> list[str]:
+    """What is said of rows, each with their number and the first of them: (what, row)."""
+    rows: dict[str, list[str]] = {}
+    for what, source in dict.fromkeys(said):
+        rows.setdefault(what, []).append(source)
+    return [
+        f"{len(sources):,} row{'s'[: len(sources) != 1]}: {what} ({_named(sources)})" for what, sources in rows.items()
+    ]
 
 
 def _named(sources: Iterable[str]) -> str:

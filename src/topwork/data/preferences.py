@@ -253,8 +253,7 @@ def _prompt_length(chosen: Sequence[Message], rejected: Sequence[Message], given
         raise RowProblem("the chosen and the rejected answer have different prompts, or none")
     if not all(_one_answer(talk[starts[-1] :]) for talk in (chosen, rejected)):
         raise RowProblem(
-            f"the chosen and the rejected talk differ before the last answer, from message {shared + 1} on, so these "
-            "are answers to different prompts"
+            "the chosen and the rejected talk differ before the last answer, so these are answers to different prompts"
         )
     return starts[-1]
 
