@@ -92,11 +92,14 @@ def test_under_sft_a_pair_is_refused_and_the_advice_learns_the_chosen_answer(
     )  # fmt: skip
 
 
-def test_what_no_option_learns_is_told() -> None:
-    with pytest.raises(
-        DataError, match=r"column answers, with ranks.* write the answer .* column of its own, completion"
-    ):
+def test_the_advice_for_ranked_answers_is_the_first_where_it_is_the_best(make_tokenizer: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column answers, with ranks.* completion: COLUMN\}, after writing the best"):
         recognise(rows_of(PAIRS["nectar"]), DataConfig(train="a"))
+    ordered = sorted(PAIRS["nectar"]["answers"], key=lambda answer: float(answer["rank"]))
+    fields = {**PAIRS["nectar"], "answers": ordered}
+    options = advised(fields, "column answers, with ranks")
+    assert options == {"columns": {"prompt": "prompt", "completion": "answers[0].answer"}}
+    assert learned(make_tokenizer("qwen2_5"), fields, **options)[1] == "Four.<|im_end|>"
 
 
 def test_the_advice_for_talks_as_text_are_markers(make_tokenizer: Callable[..., Any]) -> None:
@@ -323,11 +326,20 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ("swift", {"rejected_response": None}, "no answer"),
         ("factory", {"rejected": {"from": "gpt", "value": ""}}, "no answer"),
         ("nectar", {"answers": [{"answer": "x", "rank": 1}]}, "fewer than two ranks"),
-        ("nectar", {"answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]}, "ranks that are no numbers"),
+        ("nectar", {"answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]}, "fewer than two ranks"),
     ],
 )
 def test_what_is_wrong_with_a_pair(good: str, change: dict[str, Any], reason: str) -> None:
     assert reason in problem({**PAIRS[good], **change}, PAIRS[good])
+
+
+def test_the_advice_can_be_pasted_whatever_columns_are_called(make_tokenizer: Callable[..., Any]) -> None:
+    fields = {"The question: which?": "Two and two?", "a, b": "Four.", "c": "Five!"}
+    columns = {"prompt": "The question: which?", "chosen": "a, b", "rejected": "c"}
+    with pytest.raises(DataError, match="preference data") as refused:
+        recognise(rows_of(fields), DataConfig(train="a", columns=columns))
+    said = str(refused.value).partition("set data.columns: ")[2]
+    assert learned(make_tokenizer("qwen2_5"), fields, columns=yaml.safe_load(said))[1] == "Four.<|im_end|>"
 
 
 def test_what_is_wrong_with_judged_answers_and_prompts() -> None:

@@ -63,9 +63,10 @@ def test_the_page_has_recipes() -> None:
 
 
 WAITS = {
-    4: "several sources with weights, globs",
-    5: "the splits of a folder, documents",
-    13: "shortening the middle",
+    1: "notes on what is cut",
+    6: "several sources with weights, globs",
+    7: "the splits of a folder, documents",
+    15: "shortening the middle",
 }
 """Recipes that stand on what is built beside this page, and is not there yet."""
 CASES = [

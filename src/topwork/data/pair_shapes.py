@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from topwork.data.conversations import RowProblem
+from topwork.data.mapping import in_yaml
 from topwork.data.talks import SPEAKS, is_talk, role_of, transcript
 
 Kind = Literal["preference", "kto", "prompts"]
@@ -68,7 +69,7 @@ def shape_of(kind: Kind, rows: Sequence[Fields], found: Sequence[str], mapped: C
 
 def _alone(format: str, columns: Columns) -> str:
     """What a recipe says for rows to be read so."""
-    pairs = f"data.columns: {{{', '.join(f'{name}: {column}' for name, column in columns.items())}}}"
+    pairs = f"data.columns: {in_yaml(columns)}"
     if format == "prompt_completion":
         return pairs
     own = all(name == column for name, column in columns.items())
@@ -116,7 +117,7 @@ def _transcripts(chosen: str, rejected: str, margin: Mapping[str, tuple[str, ...
         return {**fields, TALK: turns}
 
     parts = r'data.response_part: "\n\nAssistant:" and data.instruction_part: "\n\nHuman:"'
-    alone = f"data.format: text, data.columns: {{text: {chosen}}}, {parts}"
+    alone = f"data.format: text, data.columns: {in_yaml({'text': chosen})}, {parts}"
     told = f"columns {chosen} and {rejected}, talks of Human: and Assistant:"
     return Shape("preference", "messages", ({"messages": TALK},) * 2, told, alone, opened, margin)
 
@@ -153,17 +154,23 @@ def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
         return None
 
     def opened(fields: Fields, number: int) -> Fields:
-        given = fields.get("answers")
-        ranks: dict[Any, Any] = {
-            item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)
-        }
-        if len(ranks) < 2 or not all(isinstance(rank, int | float) for rank in ranks):
-            raise RowProblem("answers has fewer than two ranks, or ranks that are no numbers, so none is better")
+        ranks = _ranks(fields)
+        if len(ranks) < 2:
+            raise RowProblem("answers has fewer than two ranks that are numbers, so none is better than another")
         return {**_opens(prompt)(fields, number), ANSWER: ranks[(min, max)[number](ranks)]}
 
     answers = ({"prompt": prompt, "completion": ANSWER},) * 2
-    alone = "write the answer to be learned into a column of its own, completion"
+    in_order = all(min(ranks) == next(iter(ranks)) for ranks in map(_ranks, rows) if ranks)
+    best = {"prompt": prompt, "completion": "answers[0].answer" if in_order else "COLUMN"}
+    alone = f"data.columns: {in_yaml(best)}" + ("" if in_order else ", after writing the best answers into a COLUMN")
     return Shape("preference", "prompt_completion", answers, "column answers, with ranks", alone, opened)
+
+
+def _ranks(fields: Fields) -> dict[float, Any]:
+    """The answers of a row by their ranks, in its order; none where a rank is no number."""
+    given = fields.get("answers")
+    ranks = {item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)}
+    return {rank: answer for rank, answer in ranks.items() if isinstance(rank, int | float)}
 
 
 # Judged answers, and prompts
@@ -196,7 +203,7 @@ def _asked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sha
         return None
     own = _opens(prompt)
     answers = ({"prompt": prompt, "completion": ANSWER},)
-    alone = f"data.columns: {{prompt: {prompt}, completion: COLUMN}}, where a column holds the answers"
+    alone = f"data.columns: {in_yaml({'prompt': prompt, 'completion': 'COLUMN'})}, where a column holds the answers"
 
     def opened(fields: Fields, number: int) -> Fields:
         return {**own(fields, number), ANSWER: "."}

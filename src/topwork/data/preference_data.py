@@ -287,7 +287,8 @@ def _counted(said: Iterable[tuple[str, str]]) -> list[str]:
     for what, source in dict.fromkeys(said):
         rows.setdefault(what, []).append(source)
     return [
-        f"{len(sources):,} row{'s'[: len(sources) != 1]}: {what} ({_named(sources)})" for what, sources in rows.items()
+        f"{len(sources):,} row{'s' if len(sources) != 1 else ''}: {what} ({_named(sources)})"
+        for what, sources in rows.items()
     ]
 
 

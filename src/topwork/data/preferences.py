@@ -94,7 +94,7 @@ def recognise_preferences(rows: Sequence[Row], config: DataConfig, kind: Kind | 
     if shape is None:
         raise DataError(_unrecognised(kinds, found))
     return PreferenceFormat(
-        shape, f"read as {shape.kind}: {_sentence(shape)}, {len(rows):,} row{'s'[: len(rows) != 1]}"
+        shape, f"read as {shape.kind}: {_sentence(shape)}, {len(rows):,} row{'s' if len(rows) != 1 else ''}"
     )
 
 
