@@ -1,6 +1,7 @@
 """`topwork lint`. Imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,7 @@ def lint(
     from topwork.recipe.recipe import load_recipe
 
     read = load_recipe(recipe, overrides or [])
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here, and all texts are tokenized at once
     wanted = int(rows) if rows.strip().isdigit() else [name.strip() for name in rows.split(",") if name.strip()]
     from topwork.run.lint import lint as run
 

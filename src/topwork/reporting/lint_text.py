@@ -35,8 +35,8 @@ def _sign(found: re.Match[str]) -> str:
 def print_lint(found: Found, console: Console) -> None:
     """Rows, findings and the last line. Learned tokens are coloured on a terminal, and stand in ⟦ ⟧ elsewhere."""
     coloured = console.is_terminal and not console.no_color
-    for line in counts(found):
-        _print(console, Text(line))
+    for told in counts(found):
+        _print(console, Text(told))
     for row in found["shown"]:
         _print(console, Text(""))
         _print(console, Text(_heading(row), style="dim" if coloured else ""))

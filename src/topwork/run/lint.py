@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from topwork.common.errors import AdapterError, ModelError
 from topwork.data.examples import Data
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, Source, find_source
-from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.models.tokenizer import load_config, load_tokenizer, usable_length
 from topwork.plan.count import config_of, count_adapter, skeleton
 from topwork.plan.lint.examine import examine, examine_loaded
 from topwork.plan.lint.examined import Examined, Side
@@ -80,10 +79,8 @@ def lint(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     source = _source(recipe.model, log)
     tokenizer = load_tokenizer(source, recipe.model.trust_remote_code)
-    config = AutoConfig.from_pretrained(
-        source.folder, revision=source.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
-    examined = examine(recipe, tokenizer, context_length(config), _trainable(recipe, source, log))
+    length = usable_length(load_config(source, recipe.model.trust_remote_code))
+    examined = examine(recipe, tokenizer, length, _trainable(recipe, source, log))
     return LintResult(recipe, examined, check(examined), shown_rows(examined, rows))
 
 

@@ -15,7 +15,7 @@ _FOREIGN = re.compile(
 """The marks by which well-known templates open and close turns."""
 _BOILERPLATE = re.compile(
     r"\bas an? (?:large )?(?:AI|artificial intelligence)(?: language)? (?:model|assistant)\b"
-    r"|\bI(?:'m| am) (?:sorry|afraid), (?:but )?(?:as an AI|I (?:can(?:'|’)?t|cannot|am unable to|am not able to)) "
+    r"|\bI(?:['’]m| am) (?:sorry|afraid), (?:but )?(?:as an AI|I (?:can(?:'|’)?t|cannot|am unable to|am not able to)) "
     r"|\bI (?:cannot|can(?:'|’)t) (?:fulfil|fulfill|comply with|assist with) (?:this|that|your) request\b"
     r"|\bmy (?:knowledge cutoff|training data (?:only )?goes up to)\b|\bknowledge cutoff (?:date )?(?:is|of)\b",
     re.IGNORECASE,

@@ -77,12 +77,12 @@ def near_duplicates(examined: Examined) -> Iterator[Finding]:
 def leaks(examined: Examined) -> Iterator[Finding]:
     """Rows that validate or score and stand in training too: the same prompt, white space and case aside."""
     known: dict[bytes, int] = {}
-    for number, key in enumerate(examined.train.prompts):
+    for number, key in enumerate(examined.train.asked):
         known.setdefault(key, number)
     for side in (examined.eval, examined.test):
         if side is None:
             continue
-        found = [(number, known[key]) for number, key in enumerate(side.prompts) if key in known]
+        found = [(number, known[key]) for number, key in enumerate(side.asked) if key in known]
         if found:
             rows = [side.conversations[number].source for number, _ in found]
             same = sum(side.wholes[number] == examined.train.wholes[other] for number, other in found)
@@ -101,9 +101,9 @@ _SCORE = {"eval": "the validation loss", "test": "the score"}
 
 
 def _chosen_and_scored(evaluation: Side, test: Side) -> Iterator[Finding]:
-    shared = set(evaluation.prompts) & set(test.prompts)
+    shared = set(evaluation.asked) & set(test.asked)
     if shared:
-        rows = [row.source for row, key in zip(test.conversations, test.prompts) if key in shared]
+        rows = [row.source for row, key in zip(test.conversations, test.asked) if key in shared]
         yield of_rows(
             "eval-rows-in-test", "notice", rows, test.rows,
             f"of {test.named} are in {evaluation.named} too, by which the best step is chosen",
@@ -116,9 +116,9 @@ def near_leaks(examined: Examined) -> Iterator[Finding]:
     for side in (examined.eval, examined.test):
         if side is None:
             continue
-        exact = set(side.prompts) & set(examined.train.prompts)
+        exact = set(side.asked) & set(examined.train.asked)
         train = [_text_of(examined.train, number) for number in range(len(examined.train.conversations))]
-        asked = ["" if key in exact else _text_of(side, number) for number, key in enumerate(side.prompts)]
+        asked = ["" if key in exact else _text_of(side, number) for number, key in enumerate(side.asked)]
         pairs = near_pairs(shingles_of([*train, *asked]), split=len(train))
         near: dict[int, int] = {}
         for earlier, later in pairs:

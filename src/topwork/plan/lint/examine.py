@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import DataError
+from topwork.data.chosen import adds_bos
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example
 from topwork.data.parts import Part, read_parts
-from topwork.data.rendering import adds_bos
 from topwork.data.template import ChatTemplate, stop_ids
 from topwork.plan.lint.examined import EMPTY, Examined, Facts, Sequences, Side
 from topwork.recipe.recipe import Recipe
@@ -42,6 +42,7 @@ def examine(recipe: Recipe, tokenizer: Any, context_length: int, trainable: int 
         only_first=first if first is not None and train.rows >= first else None,
     )  # fmt: skip
     try:
+        template.survey([*train.conversations, *(evaluation.conversations if evaluation else ())])
         train = _encoded(train, template, config)
         evaluation = None if evaluation is None else _encoded(evaluation, template, config)
     except DataError as error:
@@ -65,7 +66,7 @@ def examine_loaded(recipe: Recipe, data: Data, tokenizer: Any, context_length: i
 
 def template_of(config: DataConfig, tokenizer: Any) -> ChatTemplate:
     """The template that training takes."""
-    return ChatTemplate(tokenizer, config.chat_template, config.fold_system)
+    return ChatTemplate.from_config(tokenizer, config)
 
 
 def facts_of(tokenizer: Any, template: ChatTemplate) -> Facts:

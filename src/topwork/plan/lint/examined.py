@@ -89,6 +89,14 @@ class Side:
         ]
 
     @cached_property
+    def asked(self) -> list[bytes]:
+        """Of each conversation, a fingerprint of what is asked, whatever its case and the system message."""
+        return [
+            _fingerprint(messages_before(row), True) if row.kind == "chat" else _text_key(row)
+            for row in self.conversations
+        ]
+
+    @cached_property
     def wholes(self) -> list[bytes]:
         """Of each conversation, a fingerprint of all of it."""
         return [_fingerprint(row.messages) if row.kind == "chat" else _text_key(row) for row in self.conversations]
@@ -177,12 +185,17 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _fingerprint(messages: Sequence[Message]) -> bytes:
+def _fingerprint(messages: Sequence[Message], asked: bool = False) -> bytes:
     digest = blake2b(digest_size=12)
     for message in messages:
+        if asked and message.role == "system":
+            continue
         calls = message.extra.get("tool_calls")
         told = json.dumps(calls, sort_keys=True, default=str) if calls else ""
-        digest.update(f"\x1e{message.role}\x1f{squeezed(message.content)}\x1f{told}".encode("utf-8", "replace"))
+        text = squeezed(message.content)
+        digest.update(
+            f"\x1e{message.role}\x1f{text.casefold() if asked else text}\x1f{told}".encode("utf-8", "replace")
+        )
     return digest.digest()
 
 

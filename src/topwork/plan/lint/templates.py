@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from pathlib import Path
 
 from topwork.common.errors import DataError
 from topwork.data.conversations import Conversation, Message
@@ -21,7 +22,8 @@ def not_own(examined: Examined) -> Iterator[Finding]:
     own, used = examined.facts.own_template, examined.template.jinja
     if examined.recipe.data.chat_template is None or own is None or used is None or own == used:
         return
-    named = str(examined.recipe.data.chat_template)[:60].replace("\n", " ")
+    given = str(examined.recipe.data.chat_template)
+    named = "data.chat_template" if "{" in given else Path(given).name
     nearly = SequenceMatcher(None, own, used, autojunk=False).ratio() >= _NEARLY if len(own) < 20_000 else False
     differs = _differs(examined)
     what = "is the base's own, altered" if nearly else "is not the base's own"
@@ -73,11 +75,13 @@ _PROBES = (
 
 
 def _written(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
+    """The conversation, and what generation is prompted with before its last answer."""
     try:
-        sequences = template.encode(Conversation(messages, None, "probe"), "all")
+        sequences = [each.tokens for each in template.encode(Conversation(messages, None, "probe"), "all")]
+        texts = [template.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in sequences]
+        return "".join([*texts, _prompt(template, messages[:-1])])
     except DataError as error:
         return f"refused: {error}"
-    return " ".join(str(template.tokenizer.decode(each.tokens, skip_special_tokens=False)) for each in sequences)
 
 
 def inserts_system(examined: Examined) -> Iterator[Finding]:
