@@ -4,7 +4,7 @@ from typing import Any
 
 from topwork.plan.lint.examined import Examined
 from topwork.plan.lint.finding import Finding
-from topwork.plan.lint.rules import check
+from topwork.plan.lint.rules import RULES, check
 
 CONTEXT = 512
 _THINGS = ("kettle", "lamp", "radio", "scale", "fan", "clock", "toaster", "mixer")
@@ -47,6 +47,7 @@ class Linted:
     def __init__(self, examined: Examined) -> None:
         self.examined = examined
         self.findings = check(examined)
+        assert {finding.rule for finding in self.findings} <= {name for rule in RULES for name in rule.names}
 
     def of(self, rule: str) -> Finding:
         """The one finding of a rule."""

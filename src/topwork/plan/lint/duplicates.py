@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from topwork.plan.lint.examined import Examined, Side, answer_of, squeezed
 from topwork.plan.lint.finding import Finding, Severity, graded, of_rows, share_of
@@ -47,7 +48,7 @@ def contradictions(examined: Examined) -> Iterator[Finding]:
     answers = " / ".join(repr(squeezed(answer_of(side.conversations[row]))[:40]) for row in one[:2])
     yield of_rows(
         "contradictions", severity, [side.conversations[row].source for row in rows], side.rows,
-        f"share their prompt with a row that answers otherwise ({len(several):,} prompts; "
+        f"share their prompt with a row that answers otherwise ({len(several):,} prompt{'s' * (len(several) != 1)}; "
         f"{side.conversations[one[0]].source} and {side.conversations[one[1]].source}: {answers})",
         "nothing where several answers are right; else correct or leave out the wrong ones: the model learns to waver "
         "between them",
@@ -58,7 +59,7 @@ def near_duplicates(examined: Examined) -> Iterator[Finding]:
     """Rows of the training set that are nearly the same, in words."""
     side = examined.train
     known = set(_repeats(side.wholes)[1])
-    texts = ["" if number in known else _text_of(side, number) for number in range(len(side.conversations))]
+    texts = ("" if number in known else _text_of(side, number) for number in range(len(side.conversations)))
     pairs = near_pairs(shingles_of(texts))
     if pairs:
         first: dict[int, int] = {}
@@ -117,12 +118,13 @@ def near_leaks(examined: Examined) -> Iterator[Finding]:
         if side is None:
             continue
         exact = set(side.asked) & set(examined.train.asked)
-        train = [_text_of(examined.train, number) for number in range(len(examined.train.conversations))]
-        asked = ["" if key in exact else _text_of(side, number) for number, key in enumerate(side.asked)]
-        pairs = near_pairs(shingles_of([*train, *asked]), split=len(train))
+        count = len(examined.train.conversations)
+        train = (_text_of(examined.train, number) for number in range(count))
+        asked = ("" if key in exact else _text_of(side, number) for number, key in enumerate(side.asked))
+        pairs = near_pairs(shingles_of(chain(train, asked)), split=count)
         near: dict[int, int] = {}
         for earlier, later in pairs:
-            near.setdefault(later - len(train), earlier)
+            near.setdefault(later - count, earlier)
         if near:
             yield of_rows(
                 "near-test-rows-in-training", graded(len(near), side.rows, 0.5),

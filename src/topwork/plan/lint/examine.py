@@ -17,7 +17,7 @@ from topwork.data.template import ChatTemplate, stop_ids
 from topwork.plan.lint.examined import EMPTY, Examined, Facts, Sequences, Side
 from topwork.recipe.recipe import Recipe
 
-AT_ONCE = 1000
+AT_ONCE = 500
 """Conversations that are rendered together: enough for the tokenizer's threads, few enough for their texts' memory."""
 STREAMED = 100_000
 """Rows that are looked at of a set that is streamed, because it may be larger than memory."""

@@ -43,10 +43,8 @@ class Sequences:
         return self.weights > 0
 
     def per_sequence(self, values: np.ndarray) -> np.ndarray:
-        """[S] sums of `values` [N] over each sequence; none of them is empty."""
-        if not len(self):
-            return np.zeros(0, np.int64)
-        return np.add.reduceat(values, self.bounds[:-1], dtype=np.int64)
+        """[S] how many of `values` [N] bool are true in each sequence."""
+        return np.diff(np.searchsorted(np.flatnonzero(values), self.bounds))
 
     def among(self, ids: Iterable[int]) -> np.ndarray:
         """[N] bool: whether a token is one of a few."""

@@ -8,8 +8,9 @@ fixed: the same texts give the same pairs.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -40,12 +41,13 @@ class Shingles:
         return np.asarray(self.values[self.bounds[number] : self.bounds[number + 1]])
 
 
-def shingles_of(texts: Sequence[str]) -> Shingles:
+def shingles_of(texts: Iterable[str]) -> Shingles:
     """The shingles of each text, less those that half of all texts share; none of a short one."""
     known: dict[str, int] = {}
     values, sizes = [], []
-    for start in range(0, len(texts), _ROWS_AT_ONCE):
-        found, counts = _hashed(texts[start : start + _ROWS_AT_ONCE], known)
+    coming = iter(texts)
+    while some := list(islice(coming, _ROWS_AT_ONCE)):
+        found, counts = _hashed(some, known)
         values.append(found)
         sizes.append(counts)
     if not values:
@@ -88,9 +90,11 @@ def _without_boilerplate(values: np.ndarray, sizes: np.ndarray) -> Shingles:
     if texts >= 20:
         found, counts = np.unique(values, return_counts=True)
         shared = found[counts > _BOILERPLATE * texts]
-        kept = ~np.isin(values, shared)
-        owner = np.repeat(np.arange(len(sizes)), sizes)[kept]
-        values, sizes = values[kept], np.bincount(owner, minlength=len(sizes))
+        del found, counts
+        if len(shared):
+            kept = ~np.isin(values, shared)
+            owner = np.repeat(np.arange(len(sizes)), sizes)[kept]
+            values, sizes = values[kept], np.bincount(owner, minlength=len(sizes))
     return Shingles(values, np.concatenate(([0], np.cumsum(sizes))).astype(np.int64))
 
 

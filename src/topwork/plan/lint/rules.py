@@ -9,46 +9,107 @@ from topwork.plan.lint.finding import Finding, ordered
 
 
 class Rule(NamedTuple):
-    """One check; `quick` ones run before every training, on what is loaded already."""
+    """One check, and the rules by which its findings go; `quick` ones run before every training, on what is loaded
+    already."""
 
     check: Callable[[Examined], Iterator[Finding]]
     quick: bool
+    names: tuple[str, ...]
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(unusable.refused, False),
-    Rule(unusable.unusable, False),
-    Rule(spans.end_of_turn, True),
-    Rule(spans.end_inside, True),
-    Rule(spans.double_bos, True),
-    Rule(spans.missing_bos, True),
-    Rule(spans.nothing_learned, True),
-    Rule(unusable.content_lost, False),
-    Rule(lengths.too_long, False),
-    Rule(order.role_order, True),
-    Rule(content.special_tokens, True),
-    Rule(content.foreign_markup, False),
-    Rule(templates.not_own, True),
-    Rule(templates.inserts_system, False),
-    Rule(templates.marks_that_are_no_tokens, False),
-    Rule(duplicates.leaks, True),
-    Rule(duplicates.near_leaks, False),
-    Rule(duplicates.duplicates, True),
-    Rule(duplicates.contradictions, True),
-    Rule(duplicates.near_duplicates, False),
-    Rule(duplicates.dominating, True),
-    Rule(content.answers, False),
-    Rule(content.empty_messages, False),
-    Rule(damage.damage, True),
-    Rule(secrets.secrets, False),
-    Rule(lengths.outliers, False),
-    Rule(lengths.twice_named, False),
-    Rule(lengths.short_of_rows, False),
-    Rule(amount.few_for_the_rank, False),
-    Rule(amount.few_rows, False),
-    Rule(unusable.changed, False),
-    Rule(spans.end_is_not_eos, False),
-    Rule(spans.pad_is_end, False),
+    Rule(unusable.refused, False, ("template-refuses",)),
+    Rule(
+        unusable.unusable,
+        False,
+        (
+            "content-lost",
+            "nothing-learned",
+            "encoding-damage",
+            "role-order",
+            "empty-rows",
+            "unusable-rows",
+        ),
+    ),
+    Rule(spans.end_of_turn, True, ("end-of-turn",)),
+    Rule(spans.end_inside, True, ("end-inside-answer",)),
+    Rule(spans.double_bos, True, ("double-bos",)),
+    Rule(spans.missing_bos, True, ("missing-bos",)),
+    Rule(spans.nothing_learned, True, ("nothing-learned",)),
+    Rule(unusable.content_lost, False, ("content-lost",)),
+    Rule(lengths.too_long, False, ("truncation",)),
+    Rule(order.role_order, True, ("role-order",)),
+    Rule(content.special_tokens, True, ("special-tokens-in-text",)),
+    Rule(content.foreign_markup, False, ("markup-in-text",)),
+    Rule(
+        templates.not_own,
+        True,
+        (
+            "template-altered",
+            "template-not-own",
+        ),
+    ),
+    Rule(templates.inserts_system, False, ("template-inserts-system",)),
+    Rule(templates.marks_that_are_no_tokens, False, ("template-marks-no-tokens",)),
+    Rule(
+        duplicates.leaks,
+        True,
+        (
+            "test-rows-in-training",
+            "eval-rows-in-test",
+        ),
+    ),
+    Rule(duplicates.near_leaks, False, ("near-test-rows-in-training",)),
+    Rule(duplicates.duplicates, True, ("duplicates",)),
+    Rule(duplicates.contradictions, True, ("contradictions",)),
+    Rule(duplicates.near_duplicates, False, ("near-duplicates",)),
+    Rule(duplicates.dominating, True, ("dominating-answer",)),
+    Rule(
+        content.answers,
+        False,
+        (
+            "placeholder-answers",
+            "answer-repeats-prompt",
+            "boilerplate-answers",
+        ),
+    ),
+    Rule(content.empty_messages, False, ("empty-rows",)),
+    Rule(
+        damage.damage,
+        True,
+        (
+            "encoding-mojibake",
+            "encoding-replaced",
+            "control-characters",
+            "invisible-characters",
+            "html-leftovers",
+            "escaped-newlines",
+        ),
+    ),
+    Rule(
+        secrets.secrets,
+        False,
+        (
+            "secrets",
+            "payment-numbers",
+            "personal-data",
+        ),
+    ),
+    Rule(lengths.outliers, False, ("length-outliers",)),
+    Rule(lengths.twice_named, False, ("rows-of-one-name",)),
+    Rule(lengths.short_of_rows, False, ("not-all-rows",)),
+    Rule(amount.few_for_the_rank, False, ("few-rows-for-the-rank",)),
+    Rule(
+        amount.few_rows,
+        False,
+        (
+            "few-rows",
+            "few-steps",
+        ),
+    ),
+    Rule(unusable.changed, False, ("changed-rows",)),
+    Rule(spans.end_is_not_eos, False, ("end-of-turn-is-not-eos",)),
+    Rule(spans.pad_is_end, False, ("pad-is-end-of-turn",)),
 )
 
 
