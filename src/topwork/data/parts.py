@@ -16,6 +16,7 @@ class Part:
 
     conversations  of the rows that can be used, in their order; `Conversation.source` is `Row.source`
     bad            the others, and why
+    notes          what is to be told of how the source was read
     """
 
     source: SourceConfig
@@ -23,6 +24,7 @@ class Part:
     rows: Sequence[Row]
     conversations: list[Conversation]
     bad: list[BadRow]
+    notes: tuple[str, ...] = ()
 
 
 def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) -> list[Part]:
