@@ -78,7 +78,7 @@ def load_data(
     `log` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
     out in silence.
     """
-    template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
+    template = ChatTemplate.from_config(tokenizer, config)
     max_length = min(config.max_length, context_length)
     train = read_side(config, config.train, template, max_length, config.max_rows)
     notes = [*train.notes, *without_copies(train.rows, config)]
