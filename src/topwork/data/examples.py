@@ -10,6 +10,7 @@ from topwork.data.config import DataConfig, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.formats import refuse_bad
 from topwork.data.parts import Part, read_parts
+from topwork.data.sources import memory_notes, with_held_out
 from topwork.data.template import ChatTemplate, Encoded
 
 
@@ -129,10 +130,16 @@ def load_data(
     """
     template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
     max_length = min(config.max_length, context_length)
+    config = with_held_out(config)
+    for line in memory_notes(config):
+        log(line)
     parts = read_parts(config, config.train, config.max_rows)
     train_rows = _together(parts, config)
+    held = read_parts(config, config.eval) if config.eval is not None else []
+    for line in dict.fromkeys(note for part in (*parts, *held) for note in part.notes):
+        log(line)
     if config.eval is not None:
-        eval_rows = _together(read_parts(config, config.eval), config)
+        eval_rows = _together(held, config)
     else:
         train_rows, eval_rows = _hold_out(train_rows, config.eval_fraction, seed)
     train, train_counts, train_kept = _examples(train_rows, config, template, max_length)
