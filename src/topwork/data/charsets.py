@@ -23,7 +23,7 @@ _HANGUL = (
     "라장보과주게으안녕세요니습합감까네만와우면여오무제구비상조원성용내생되했었겠"
 )
 _PUNCTUATION = "，。、；：？！（）《》“”‘’—…·「」『』　～"
-_CENTRAL = "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäăâîşţđôĺľŕ"
+_CENTRAL = ("ąćęłńóśżáčéěířšúůýžőűöüä", "źďňťăâîşţđôĺľŕ")
 _MARKS = "’‘“”–—…€°«»¿¡£§©®•„№"
 
 
@@ -72,9 +72,9 @@ def _korean(char: str, _before: str, _after: str) -> float:
     return -0.2
 
 
-def _accents(letters: str) -> Callable[[str, str, str], float]:
+def _accents(common: str, others: str = "") -> Callable[[str, str, str], float]:
     """Letters beyond ASCII of an alphabet that is ASCII's but for them: they stand in words among ASCII's."""
-    usual = frozenset(letters + letters.upper())
+    often, usual = frozenset(common + common.upper()), frozenset((common + others) + (common + others).upper())
 
     def worth(char: str, before: str, after: str) -> float:
         if char in _MARKS:
@@ -84,7 +84,9 @@ def _accents(letters: str) -> Callable[[str, str, str], float]:
         if _capital_inside(char, before):
             return -1.0
         among = any(near.isascii() and near.isalpha() for near in (before, after))
-        return 1.0 if among else -0.3 if (before + after).strip() and not (before + after).isascii() else 0.4
+        if among:
+            return 1.0 if char in often else 0.7
+        return -0.3 if (before + after).strip() and not (before + after).isascii() else 0.4
 
     return worth
 
@@ -102,6 +104,8 @@ def _script(common: str, others: str = "", marks: str = "") -> Callable[[str, st
             return -0.5
         if _capital_inside(char, before) or any(near.isascii() and near.isalpha() for near in (before, after)):
             return -1.0
+        if not (before.isalpha() or after.isalpha() or after in marks):
+            return 0.3  # a word of one letter, or no letter at all
         return 1.0 if char in often and not (char.isupper() and before.isupper()) else 0.3
 
     return worth
@@ -124,8 +128,8 @@ _CANDIDATES = (
     _Candidate(("cp1251",), _RUSSIAN),
     _Candidate(("koi8-r",), _RUSSIAN),
     _Candidate(("cp866",), _RUSSIAN),
-    _Candidate(("cp1250",), _accents(_CENTRAL)),
-    _Candidate(("iso8859-2",), _accents(_CENTRAL)),
+    _Candidate(("cp1250",), _accents(*_CENTRAL)),
+    _Candidate(("iso8859-2",), _accents(*_CENTRAL)),
     _Candidate(("cp1253",), _script("αοιετσνηυρπκμλςωέάήίόύώ", "βγδζθξφχψ")),
     _Candidate(("cp1254",), _accents("ğışİçöüâîû")),
     _Candidate(("cp1257",), _accents("ąčęėįšųūžāēģīķļņōõäöü")),
@@ -149,10 +153,12 @@ def likely_encodings(data: bytes, limit: int = 3) -> list[str]:
             agrees = voted.replace("-", "_") in {other.replace("-", "_") for other in candidate.names}
             scores[name] = _score(text, candidate) + candidate.bonus + 0.1 * agrees - 0.001 * number
             texts[name] = text
-    found: dict[str, str] = {}
-    for name in sorted(scores, key=lambda name: -scores[name]):
-        found.setdefault(texts[name], name)  # of several that read it alike the first is enough
-    names = list(found.values())
+    alike: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        alike.setdefault(text, []).append(name)
+    for same in alike.values():  # of several that read it alike the most usual is enough
+        scores[same[0]] = max(scores[name] for name in same)
+    names = sorted((same[0] for same in alike.values()), key=lambda name: -scores[name])
     good = [name for name in names if scores[name] > 0] or names[:1]
     return good[:limit] or ([voted] if voted and _read(data, voted) else [])
 
