@@ -133,11 +133,18 @@ def test_values_of_other_kinds(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "a.parquet")
     assert fields(tmp_path / "a.parquet") == [
-        {"category": "a", "date": "2024-02-29", "time": "2024-02-29T13:05:00", "price": "12.50", "count": 12, "raw": "café",
-         "score": 0.5, "map": {"k": 1}},
-        {"category": "b", "date": None, "time": None, "price": "0.10", "count": None, "raw": "", "score": None, "map": {}},
-        {"category": "a", "date": "1999-12-31", "time": None, "price": None, "count": None, "raw": None, "score": None,
-         "map": None},
+        {
+            "category": "a", "date": "2024-02-29", "time": "2024-02-29T13:05:00", "price": "12.50", "count": 12,
+            "raw": "café", "score": 0.5, "map": {"k": 1},
+        },
+        {
+            "category": "b", "date": None, "time": None, "price": "0.10", "count": None,
+            "raw": "", "score": None, "map": {},
+        },
+        {
+            "category": "a", "date": "1999-12-31", "time": None, "price": None, "count": None,
+            "raw": None, "score": None, "map": None,
+        },
     ]  # fmt: skip
 
 
