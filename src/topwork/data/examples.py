@@ -9,6 +9,7 @@ from topwork.common.errors import DataError
 from topwork.data.config import DataConfig, told
 from topwork.data.conversations import Conversation
 from topwork.data.reading import FittedRow, Read, across, held_out, read_side, without_copies
+from topwork.data.sources import memory_notes, with_held_out
 from topwork.data.splitting import times
 from topwork.data.summary import Counts, DataSummary, Note, added
 from topwork.data.template import ChatTemplate
@@ -80,8 +81,12 @@ def load_data(
     """
     template = ChatTemplate.from_config(tokenizer, config)
     max_length = min(config.max_length, context_length)
+    config = with_held_out(config)
+    for line in memory_notes(config):
+        log(line)
     train = read_side(config, config.train, template, max_length, config.max_rows)
-    notes = [*train.notes, *without_copies(train.rows, config)]
+    notes = [Note(template.reading)] if template.reading else []
+    notes += [*train.notes, *without_copies(train.rows, config)]
     if config.eval is not None:
         evaluation = read_side(config, config.eval, template, max_length)
         notes += evaluation.notes
