@@ -148,7 +148,7 @@ def _read(config: DataConfig, named: Sources, max_rows: int | None, kind: Kind |
 
 def _source(config: DataConfig, source: SourceConfig, left: int | None, kind: Kind | None) -> _Read:
     limits = [limit for limit in (source.max_rows, left) if limit is not None]
-    rows = read_rows(source.path, min(limits, default=None))
+    rows = read_rows(source, config.documents, min(limits, default=None)).rows
     own = config.of_source(source)
     try:
         format = recognise_preferences(rows, own, kind)
