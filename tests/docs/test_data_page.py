@@ -85,7 +85,7 @@ def test_a_recipe_learns_what_stands_below_it(recipe: Recipe, tmp_path: Path, mo
             assert [line for line in text.splitlines() if not any(line in told for told in lines)] == [], lines
         else:
             expected = text.split("\n---\n")
-            assert [shown(tokenizer, example) for example in data.train[: len(expected)]] == expected
+            assert [shown(tokenizer, data.train[at]) for at in range(len(expected))] == expected
 
 
 ROWS = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", PAGE, re.M)
