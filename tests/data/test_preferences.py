@@ -324,6 +324,8 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ("hh", {"rejected": hh("Three?", "Five!")}, "different prompts"),
         ("hh", {"rejected": "Five!"}, "rejected is no talk of Human: and Assistant:"),
         ("swift", {"rejected_response": None}, "no answer"),
+        ("swift", {"messages": [ASKED, "Four."]}, "no answer: the last turn is empty"),
+        ("nectar", {"answers": [{"answer": "x", "rank": [1]}, "y"]}, "fewer than two ranks"),
         ("factory", {"rejected": {"from": "gpt", "value": ""}}, "no answer"),
         ("nectar", {"answers": [{"answer": "x", "rank": 1}]}, "fewer than two ranks"),
         ("nectar", {"answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]}, "fewer than two ranks"),

@@ -132,7 +132,7 @@ def _swift(rows: Sequence[Fields], found: Sequence[str]) -> Shape | None:
 
     def opened(fields: Fields, number: int) -> Fields:
         turns = fields.get(talk)
-        if number == 0 or not is_talk(turns):
+        if number == 0 or not is_talk(turns) or not isinstance(turns[-1], Mapping):
             return fields
         if fields.get(rejected) is None:
             raise RowProblem(f"no answer: {rejected} is missing")
@@ -169,8 +169,8 @@ def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
 def _ranks(fields: Fields) -> dict[float, Any]:
     """The answers of a row by their ranks, in its order; none where a rank is no number."""
     given = fields.get("answers")
-    ranks = {item.get("rank"): item.get("answer") for item in given or () if isinstance(item, Mapping)}
-    return {rank: answer for rank, answer in ranks.items() if isinstance(rank, int | float)}
+    items = [item for item in given if isinstance(item, Mapping)] if isinstance(given, list) else []
+    return {item["rank"]: item.get("answer") for item in items if isinstance(item.get("rank"), int | float)}
 
 
 # Judged answers, and prompts
