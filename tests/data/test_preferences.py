@@ -150,10 +150,11 @@ def test_a_prompt_of_every_shape(name: str) -> None:
 def test_under_sft_prompts_have_no_answers() -> None:
     for fields in (PROMPTS["verl"][0], {"prompt": "Two and two?", "level": 3}):
         with pytest.raises(
-            DataError, match=r"prompts \(column prompt\) without answers.* \{prompt: prompt, completion"
+            DataError,
+            match=r"no answers: these rows are prompts \(column prompt\) .*holds them, set data.columns: \{prompt",
         ):
             recognise(rows_of(fields), DataConfig(train="a"))
-    with pytest.raises(DataError, match=r"there are none; give each row one"):
+    with pytest.raises(DataError, match=r"no answers: .* Give each row one, and set"):
         recognise(rows_of({"prompt": "Two and two?"}), DataConfig(train="a"))
     with pytest.raises(DataError, match=r"prompts without answers \(column prompt\): .* \(GRPO\), while .* is sft"):
         recognise(rows_of(PROMPTS["verl"][0]), DataConfig(train="a", format="prompts"))
