@@ -127,7 +127,7 @@ def _delimiter(lines: list[str]) -> str:
 
 
 def _has_no_quoting(lines: list[str]) -> bool:
-    """Whether a cell begins with a quote that does not enclose it, in lines that are whole rows: quotes are text then."""
+    """Whether a cell begins with a quote that does not enclose it, where lines are whole rows: quotes are text then."""
     rows = [line.rstrip("\r\n").split("\t") for line in lines if not line.isspace()]
     quoted = [cell for cells in rows for cell in cells if cell.startswith('"')]
     opened = any(len(cell) < 2 or not cell.endswith('"') for cell in quoted)
