@@ -127,7 +127,7 @@ def test_a_folder_of_nothing_to_train_on_is_refused(folder: Make) -> None:
 
 def test_several_training_splits_are_not_mixed(folder: Make) -> None:
     path = folder("data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl")
-    refused(path, "several training splits: train_gen, train_sft; name one: {path: set, split: train_gen}")
+    refused(path, "several training splits: train_gen, train_sft; name one: {path: ", "/set, split: train_gen}")
     assert texts(path, split="train_sft") == ["data/train_sft-00000-of-00001.jsonl"]
 
 

@@ -215,7 +215,7 @@ def _rows_of_object(file: DataFile, value: dict[str, Any]) -> list[Any]:
     if len(rows) > 1:
         raise DataError(
             f"{file.path}: expected a list of objects, or an object that holds one such list; found an object with "
-            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: {{path: {file.name}, split: {next(iter(rows))}}}"
+            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: {{path: {file.path}, split: {next(iter(rows))}}}"
         )
     lengths = {len(item) for item in lists.values()}
     if lists and len(lists) == len(value) and len(lengths) == 1 and len(rows) < len(lists):
