@@ -149,6 +149,15 @@ def test_files_of_one_name_are_told_apart(folder: Make) -> None:
     assert [row.source for row in reading(path).rows] == ["de/part.jsonl:1", "en/part.jsonl:1"]
 
 
+def test_files_of_other_columns_are_other_sources(folder: Make) -> None:
+    path = folder("a.jsonl", "c.jsonl")
+    (path / "b.jsonl").write_text('{"prompt": "hi", "completion": "hello"}\n')
+    told = f"[{path}/a.jsonl, {path}/b.jsonl]"
+    refused(path, "a.jsonl has the columns text, and b.jsonl has prompt, completion", f"name each as a source: {told}")
+    (path / "b.jsonl").write_text('{"id": 1, "text": "hi"}\n')
+    assert texts(path) == ["a.jsonl", "hi", "c.jsonl"]
+
+
 def test_globs(folder: Make) -> None:
     path = folder("part-1.jsonl", "part-2.jsonl", "other.jsonl", "train.jsonl", "test.jsonl", "deep/part-3.jsonl")
     assert texts(f"{path}/part-*.jsonl") == ["part-1.jsonl", "part-2.jsonl"]
