@@ -153,7 +153,7 @@ def test_files_of_other_columns_are_other_sources(folder: Make) -> None:
     path = folder("a.jsonl", "c.jsonl")
     (path / "b.jsonl").write_text('{"prompt": "hi", "completion": "hello"}\n')
     told = f"[{path}/a.jsonl, {path}/b.jsonl]"
-    refused(path, "a.jsonl has the columns text, and b.jsonl has prompt, completion", f"name each as a source: {told}")
+    refused(path, "a.jsonl has the columns text, and b.jsonl prompt, completion", f"name each as a source: {told}")
     (path / "b.jsonl").write_text('{"id": 1, "text": "hi"}\n')
     assert texts(path) == ["a.jsonl", "hi", "c.jsonl"]
 
