@@ -156,6 +156,8 @@ def test_files_of_other_columns_are_other_sources(folder: Make) -> None:
     refused(path, "a.jsonl has the columns text, and b.jsonl prompt, completion", f"name each as a source: {told}")
     (path / "b.jsonl").write_text('{"id": 1, "text": "hi"}\n')
     assert texts(path) == ["a.jsonl", "hi", "c.jsonl"]
+    (path / "a.jsonl").write_text("{}\n")
+    assert [row.fields for row in reading(path).rows] == [{}, {"id": 1, "text": "hi"}, {"text": "c.jsonl"}]
 
 
 def test_globs(folder: Make) -> None:

@@ -59,8 +59,9 @@ def _all_rows(located: Located) -> Iterator[Row]:
         begin = next(rows, None)
         if begin is None:
             continue
-        first = first or (file, list(begin.fields))
-        if set(begin.fields).isdisjoint(first[1]):
+        if begin.fields:
+            first = first or (file, list(begin.fields))
+        if first and begin.fields and set(begin.fields).isdisjoint(first[1]):
             raise DataError(
                 f"{first[0].name} has the columns {', '.join(first[1])}, and {file.name} {', '.join(begin.fields)}: "
                 f"files of one source hold rows of one kind; name each as a source: [{first[0].path}, {file.path}]"
