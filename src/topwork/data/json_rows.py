@@ -20,7 +20,7 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
 """NaN and Infinity, which pandas writes where a table holds nothing, are no value."""
 
 
@@ -35,7 +35,7 @@ def jsonl_rows(file: DataFile) -> Found:
         if not text.strip():
             continue
         try:
-            value = _DECODER.decode(text)
+            value = DECODER.decode(text)
         except RecursionError as error:
             raise DataError(_too_deep(file, number)) from error
         except ValueError as error:
@@ -98,7 +98,7 @@ def _values(file: DataFile, first: int, text: str, cause: ValueError) -> Iterato
         if start == len(text):
             return
         try:
-            value, at = _DECODER.raw_decode(text, start)
+            value, at = DECODER.raw_decode(text, start)
         except RecursionError as error:
             raise DataError(_too_deep(file, line)) from error
         except json.JSONDecodeError as error:
@@ -171,7 +171,7 @@ def json_rows(file: DataFile) -> Found:
     """A list of objects; an object that holds it, or columns in place of rows; or one object a line after all."""
     text = read_text(file)
     try:
-        value = _DECODER.decode(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{") and text[error.pos] == "{":
             yield from jsonl_rows(DataFile(file.path, file.name, file.encoding, notes=file.notes))
