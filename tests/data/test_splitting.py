@@ -82,7 +82,7 @@ def test_a_columns_value_is_never_on_both_sides(load: Load, write: Write, seed: 
     assert said[-1] == "5 rows are held out instead of 6, because rows with one value of author stay together"
     with pytest.raises(DataError, match="hold_out_by is year, and all rows have one value there"):
         load(train, seed, eval_fraction=0.2, hold_out_by="year")
-    with pytest.raises(DataError, match="autor.*did you mean 'author'"):
+    with pytest.raises(DataError, match=r"autor.*did you mean 'author'"):
         load(train, seed, eval_fraction=0.2, hold_out_by="autor")
 
 
