@@ -21,6 +21,7 @@ _KINDS = (
 """Rule -> what the reason of a bad row says. The reasons are sentences for people, so the first that fits."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 _TAGS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_TAG = re.compile(r"</?think>")
 AT_ONCE = 2000
 
 
@@ -72,6 +73,21 @@ def refused(examined: Examined) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def remarks(examined: Examined) -> Iterator[Finding]:
+    """What reading the files warned of."""
+    for side in examined.sides:
+        for remark in side.remarks:
+            if remark.startswith(WARNING):
+                yield Finding(
+                    "file-warnings", "warning", remark.removeprefix(WARNING),
+                    f"look at what {side.named} is, and name the files that are meant",
+                )  # fmt: skip
+
+
+WARNING = "warning: "
+"""How reading begins a remark that is more than one."""
+
+
 # An own look, at the tokens, whatever the rendering says
 
 
@@ -113,7 +129,7 @@ def _holds(text: str, row: Conversation, examined: Examined) -> bool:
     wanted = _said(row, examined)
     if all(said in text for said in wanted):
         return True
-    bare = _bare(text)
+    bare = _bare(text)  # without the tags: a template may open the thinking itself, in the prompt
     return all(_bare(said) in bare or _bare(json.dumps(said, ensure_ascii=False)[1:-1]) in bare for said in wanted)
 
 
@@ -131,5 +147,5 @@ def _said(row: Conversation, examined: Examined) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    """Letters as any tokenizer gives them back: no white space, one way of writing each."""
-    return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    """Letters as any tokenizer gives them back: no white space, no tags of thinking, one way of writing each."""
+    return "".join(unicodedata.normalize("NFKC", _TAG.sub("", text)).split()).casefold()
