@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -115,14 +116,21 @@ def _lost(examined: Examined, side: Side) -> list[str]:
         spans = [found.bounds[firsts[number]] for number in numbers]
         stops = [found.bounds[firsts[number + 1]] for number in numbers]
         learned = [found.tokens[a:b][found.learned[a:b]].tolist() for a, b in zip(spans, stops)]
-        texts = examined.tokenizer.batch_decode(
-            learned, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )  # fmt: skip
+        texts = _decoded(examined.tokenizer, learned)
         for number, text in zip(numbers, texts):
             row = side.conversations[number]
             if text and not _holds(text, row, examined):
                 lost.append(row.source)
     return lost
+
+
+def _decoded(tokenizer: Any, tokens: list[list[int]]) -> list[str]:
+    """Texts of token ids, special tokens included; by the library below transformers where there is one, which looks
+    at every number to find out what it is."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return list(backend.decode_batch(tokens, skip_special_tokens=False))
+    return list(tokenizer.batch_decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _holds(text: str, row: Conversation, examined: Examined) -> bool:
