@@ -99,7 +99,7 @@ def not_to_be_set(tokenizer: Any) -> frozenset[str]:
 
 
 def _set(jinja: str, variables: Mapping[str, Any]) -> str:
-    """The line feed after the last block is Jinja's to drop, and what follows stands at the head of a line as before."""
+    """The line feed after the last block is Jinja's to drop, and what follows begins a line as before."""
     defaults = (
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in variables.items()

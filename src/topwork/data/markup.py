@@ -15,7 +15,9 @@ from secrets import token_hex
 from typing import Any
 
 _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stands twice
-_IN_ANSWERS = re.compile(r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]")
+_IN_ANSWERS = re.compile(
+    r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
+)
 """Tokens that belong into what is said, whoever flagged them: a model writes them, and no turn begins or ends there."""
 
 
@@ -49,7 +51,8 @@ class Tokens:
         self._joints = [
             text
             for text in around & plain
-            if getattr(tokenizer, "is_fast", False) and not any(text in other for other in self.special if other != text)
+            if getattr(tokenizer, "is_fast", False)
+            and not any(text in other for other in self.special if other != text)
         ]
 
     # Marks
@@ -118,7 +121,10 @@ class Tokens:
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        backend = self._backend
+        if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
+            return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return list(self._asked(list(texts), add_special_tokens=False)["input_ids"])
 
     def _of_marked(self, text: str) -> list[int]:
         if self._backend is None:
@@ -134,9 +140,13 @@ class Tokens:
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:
-                asked = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-                ids += self.tokenizer([_unmarked(piece)], **asked)["input_ids"][0]
+                asked = {"add_special_tokens": False, "split_special_tokens": True}
+                ids += self._asked([_unmarked(piece)], **asked)["input_ids"][0]
         return ids
+
+    def _asked(self, texts: list[str], **how: bool) -> Mapping[str, list[list[int]]]:
+        found: Mapping[str, list[list[int]]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **how)
+        return found
 
     def ids_after(self, text: str) -> list[int]:
         """The ids of a text that continues another, without the space that some tokenizers put at a text's head."""

@@ -103,9 +103,13 @@ class Renderer:
     ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                given, tools=tools, chat_template=_on_one_day(self.jinja or ""), continue_final_message=True,
-                tokenize=False, **variables,
-            )  # fmt: skip
+                given,
+                tools=tools,
+                chat_template=_on_one_day(self.jinja or ""),
+                continue_final_message=True,
+                tokenize=False,
+                **variables,
+            )
         )
 
     def generated(

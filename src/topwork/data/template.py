@@ -8,7 +8,7 @@ one sequence per answer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -47,9 +47,14 @@ class Reading:
     thinking: Literal["learn", "inline", "drop"] = "learn"
     lost_text: Literal["refuse", "allow"] = "refuse"
     split_special_tokens: bool | None = None
-    separator: str = ""
+    merge_turns: bool = False
     response_part: str | None = None
     instruction_part: str | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Reading":
+        """A recipe's."""
+        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,21 @@ class _Plan:
 
 
 class ChatTemplate:
-    """`template` is None (the tokenizer's own), `chatml`, `plain`, `raw`, a file, or Jinja; `fold_system` as in
-    DataConfig.
+    """`template` is None (the tokenizer's own), `chatml`, `plain`, `raw`, a file, or Jinja; `fold_system`, `separator`
+    and `variables` (chat_template_kwargs) as in DataConfig.
 
     text_markup  whether special tokens that plain text spells are markup; None until it is known
     """
 
     def __init__(
         self, tokenizer: Any, template: str | None = None, fold_system: bool = False, options: Reading = Reading(),
-        variables: Mapping[str, Any] | None = None,
+        separator: str = "", variables: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.options = tokenizer, options
-        jinja = raw_jinja(tokenizer, options.separator) if template == "raw" else jinja_of(tokenizer, template)
+        self.tokenizer, self.options, self.separator = tokenizer, options, separator
+        jinja = raw_jinja(tokenizer, separator) if template == "raw" else jinja_of(tokenizer, template)
         self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
         self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
-        if options.separator and jinja is not None and not is_raw(jinja):
+        if separator and jinja is not None and not is_raw(jinja):
             raise DataError(
                 "data.separator stands between prompt and completion that are read raw, and here a chat template puts "
                 "them together; set data.chat_template: raw, or leave data.separator out"
@@ -84,13 +89,10 @@ class ChatTemplate:
     @classmethod
     def from_config(cls, tokenizer: Any, config: DataConfig, stored: Path | None = None) -> "ChatTemplate":
         """As a recipe has it; `stored` is a run's own, which goes before where it is there. Raises DataError."""
-        options = Reading(
-            config.thinking, config.lost_text, config.split_special_tokens, config.separator, config.response_part,
-            config.instruction_part,
-        )  # fmt: skip
-        if stored is not None and stored.exists():  # its variables stand in it
-            return cls(tokenizer, str(stored), config.fold_system, options)
-        return cls(tokenizer, config.chat_template, config.fold_system, options, config.chat_template_kwargs)
+        fold, options = config.fold_system, Reading.of(config)
+        if stored is not None and stored.exists():  # its separator and variables stand in it
+            return cls(tokenizer, str(stored), fold, options)
+        return cls(tokenizer, config.chat_template, fold, options, config.separator, config.chat_template_kwargs)
 
     @property
     def jinja(self) -> str | None:
@@ -122,7 +124,8 @@ class ChatTemplate:
 
     @cached_property
     def _preparer(self) -> Preparer:
-        return Preparer(self.renderer, self.options.thinking, self.options.split_special_tokens is not False)
+        options = self.options
+        return Preparer(self.renderer, options.thinking, options.split_special_tokens is not False, options.merge_turns)
 
     @cached_property
     def _turns(self) -> Turns:
@@ -170,7 +173,7 @@ class ChatTemplate:
             self.text_markup = bool(begin) and all(text.startswith(begin) for text in texts)
         asked = [conversation for conversation in conversations if conversation.kind == "chat"]
         if self.jinja is None and asked and all(map(_is_pair, asked)):
-            jinja = raw_jinja(self.tokenizer, self.options.separator)
+            jinja = raw_jinja(self.tokenizer, self.separator)
             self.renderer = Renderer(self.tokenizer, jinja, self.renderer.fold_system)
             self.__dict__.pop("_preparer", None)
             self.__dict__.pop("_turns", None)

@@ -1,4 +1,4 @@
-"""Thinking in answers: the names that rows have for it, and the way in which a chat template writes it, found by asking.
+"""Thinking in answers: the names that rows have for it, and how a chat template writes it, found by asking.
 
 Rows hold it in a field of the message (`reasoning_content`, `thinking` ...) or in the answer (`<think>…</think>`).
 Templates write a field, or keep what stands in the answer, or take it out (R1's, for earlier turns), or know none.

@@ -8,7 +8,7 @@ from topwork.common.errors import DataError
 from topwork.data import complete, thinking
 from topwork.data.conversations import Message, RowProblem
 from topwork.data.prepared import LETTERS as LETTERS
-from topwork.data.prepared import Prepared, Preparer, Tools
+from topwork.data.prepared import Prepared, Preparer, Tools, merged_turns
 from topwork.data.rendering import Renderer, TemplateRejects, folded
 from topwork.data.spans import Pieces, Whole, shared
 
@@ -119,6 +119,9 @@ class Turns:
         """A conversation of which everything is learned. Raises RowProblem."""
         messages, tools = prepared.messages, prepared.tools
         text = self.rendered(messages, tools, False)
+        if thinking.has_thinking(messages[-1].content) and self.preparer.form.strips:
+            prompt = self.rendered(messages[:-1], tools, True)
+            text = prompt + self._verbatim(messages, tools, prompt)
         weights = tuple(1.0 if message.weight is None else message.weight for message in messages)
         if not any(weights):
             raise RowProblem("nothing to learn: every message has the weight 0")
@@ -158,7 +161,7 @@ class Turns:
         raise _Rejected(f"the chat template rejects these messages: {reason!r}{self._remedy(messages, takes)}")
 
     def _remedy(self, messages: Sequence[Message], takes: Any) -> str:
-        merged = _merged(messages)
+        merged = merged_turns(messages)
         if len(merged) < len(messages) and takes(merged):
             return "; set data.merge_turns: true, which makes one turn of several of one role"
         if len(merged) < len(messages) and takes(folded(merged)):
@@ -182,9 +185,11 @@ class Turns:
         if not gone:
             return []
         which = "an earlier answer's" if earlier else "the answer's"
-        if not earlier and len(gone) == len(complete.kinds(message)) or not self.allow:
+        if not self.allow or (not earlier and len(gone) == len(complete.kinds(message))):
             raise RowProblem(_remedied(gone[0], which))
-        return [f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone]
+        return [
+            f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone
+        ]
 
     def _check_context(self, messages: Sequence[Message], tools: Tools, rendered: str) -> list[str]:
         """Notes on, or RowProblem for, what the template passes over in silence: messages or tools."""
@@ -247,14 +252,3 @@ def _opens_otherwise(prompt: str, whole: str, system: bool) -> str:
         f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
         f"generated; set {fold}data.chat_template to one that does the same in both, for example chatml"
     )
-
-
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    found: list[Message] = []
-    for message in messages:
-        alike = found and found[-1].role == message.role and message.role in ("user", "assistant")
-        if alike and not (message.extra or found[-1].extra):
-            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
-        else:
-            found.append(message)
-    return found
