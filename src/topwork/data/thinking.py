@@ -78,7 +78,8 @@ def written(message: Message, form: ThinkingForm, mode: Mode) -> tuple[Message, 
             raise RowProblem("nothing to learn: the answer is thinking alone, and data.thinking is drop")
         dropped = bool(fields) or content != message.content
         return replace(message, content=content, extra=extra), (DROPPED,) if dropped else ()
-    texts = [text for text in dict.fromkeys(fields.values()) if text.strip() and text.strip() not in message.content]
+    known = {"", *map(str.strip, parts(message.content)[0])}
+    texts = [text for text in dict.fromkeys(fields.values()) if text.strip() not in known]
     if not texts:
         return replace(message, extra=extra), ()
     thought = "\n\n".join(texts)
