@@ -1,7 +1,8 @@
 """Shapes of conversation as rows of OpenAI's kind: what people's data sets hold, one row of each."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import groupby
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -64,6 +65,7 @@ SHAPES: dict[str, Row] = {
         ]
     },
     "call": {"messages": [*CALLED, assistant("It is clear.")], "tools": [SKY]},
+    "call_untold": {"messages": [*CALLED, assistant("It is clear.")]},
     "call_last": {"messages": [system("Be brief."), *CALLED[:2]], "tools": [SKY]},
     "two_calls": {
         "messages": [
@@ -108,11 +110,55 @@ SHAPES: dict[str, Row] = {
 }  # fmt: skip
 
 
-def learned_weights(row: Row) -> dict[int, float]:
+def taken(messages: list[dict[str, Any]], needs: Collection[str]) -> list[dict[str, Any]]:
+    """The messages as a template needs them: its `user` first, its system message `folded` into the first user's, turns
+    of one role `merged`, thinking `inline`, `one_call` a turn with the result behind it."""
+    found = [_inline(turn) for turn in messages] if "inline" in needs else list(messages)
+    if "user" in needs and found[0]["role"] == "assistant":
+        found = found[1:]
+    if "folded" in needs and found[0]["role"] == "system":
+        found = [user(f"{found[0]['content']}\n\n{found[1]['content']}"), *found[2:]]
+    if "merged" in needs:
+        found = [
+            turn for _, turns in groupby(enumerate(found), _said_by) for turn in _merged([turn for _, turn in turns])
+        ]
+    return (
+        [part for at, turn in enumerate(found) for part in _one_call(found, at, turn)] if "one_call" in needs else found
+    )
+
+
+def _inline(turn: dict[str, Any]) -> dict[str, Any]:
+    if "reasoning_content" not in turn:
+        return turn
+    return assistant(f"<think>\n{turn['reasoning_content']}\n</think>\n\n{turn['content']}")
+
+
+def _said_by(numbered: tuple[int, dict[str, Any]]) -> object:
+    """Whose words a turn is; calls and their results are nobody's."""
+    number, turn = numbered
+    return number if turn["role"] == "tool" or turn.get("tool_calls") else turn["role"]
+
+
+def _merged(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return turns if len(turns) == 1 else [{**turns[0], "content": "\n\n".join(turn["content"] for turn in turns)}]
+
+
+def _one_call(turns: list[dict[str, Any]], at: int, turn: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = turn.get("tool_calls", [])
+    if turn["role"] == "tool":
+        before = turns[at - 1]
+        return [] if before["role"] == "tool" or len(before.get("tool_calls", ())) > 1 else [turn]
+    if len(calls) < 2:
+        return [turn]
+    answered = {other["tool_call_id"]: other for other in turns if other["role"] == "tool"}
+    return [part for each in calls for part in ({**turn, "tool_calls": [each]}, answered[each["id"]])]
+
+
+def learned_weights(messages: list[dict[str, Any]]) -> dict[int, float]:
     """The weight of each assistant's message that is to be learned, by its number. A greeting is context, and an empty
     answer is none."""
     found = {}
-    for number, message in enumerate(row["messages"]):
+    for number, message in enumerate(messages):
         says = message["content"].strip() or message.get("tool_calls")
         if message["role"] == "assistant" and number and says:
             kept = message.get("train", True) and message.get("loss", True)

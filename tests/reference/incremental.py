@@ -11,12 +11,13 @@ The definition, for the answer that is message k:
 What cannot be read off a template without knowing it is told (`Known`): how its turns end, how much of an answer the
 generation prompt already opens, whether it strips thinking, whether arguments are text.
 
-Special tokens that a message's own text spells are its letters. Every such spelling, in whatever text of messages and
-tools, gives way to a mark of plain letters before rendering, and comes back into the pieces between the special tokens
-of the rendered text, which a copy of the tokenizer that knows no special tokens turns into ids. This covers templates
-that copy, trim, escape as JSON or look for `<think>`, and not those that look for special tokens in content or cut text
-by its length; and tokenizers in which each piece between special tokens is tokenized for itself (all fast ones whose
-special tokens do not take the white space beside them).
+Rendered text goes to the tokenizer whole, unless a message's own text spells special tokens, which are letters there.
+Every such spelling, in whatever text of messages and tools, gives way to a mark of plain letters before rendering, and
+comes back into the pieces between the special tokens of the rendered text, which a copy of the tokenizer that knows no
+special tokens turns into ids. This covers templates that copy, trim, escape as JSON or look for `<think>`, and not
+those that look for special tokens in content or cut text by its length; and tokenizers in which each piece between
+special tokens is tokenized for itself: all fast ones but those whose special tokens take the white space beside them.
+Added tokens that are not special (`<think>` of many models) are tokens wherever they stand.
 """
 
 import json
@@ -66,8 +67,8 @@ class NotWritten(Exception):
 class Incremental:
     """The reading of a tokenizer and a template.
 
-    own  whether the template is the model's own, which writes a BOS or wants none; before another's text stands the BOS
-         that the tokenizer puts before any
+    own  whether the template is the model's own, which writes a BOS or wants none; the text of another begins with a
+         BOS where the tokenizer puts one before any
     """
 
     def __init__(self, tokenizer: Any, template: str, known: Known, own: bool = True) -> None:
@@ -75,8 +76,8 @@ class Incremental:
         tokens = tokenizer.added_tokens_decoder.values()
         self.special = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
         self._at_special = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
-        self._letters = _without_special(tokenizer)
-        self._adds_bos = not own and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        adds_bos = not own and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        self._bos = tokenizer.bos_token if adds_bos else ""
 
     def answers(self, messages: Sequence[Turn], tools: Sequence[Turn] | None) -> Iterator[Answer]:
         """One for each assistant turn that is not the first message. Raises NotWritten."""
@@ -98,9 +99,9 @@ class Incremental:
         """What is to be emitted after `before`."""
         history, whole = self._render(messages[:-1], tools, False), self._render(messages, tools, False)
         if self.known.strips and "</think>" in messages[-1]["content"]:
-            stand_in = "Qz999zQ"
-            whole = self._render([*messages[:-1], {**messages[-1], "content": stand_in}], tools, False)
-            whole = whole.replace(stand_in, messages[-1]["content"])
+            stand_in = {**messages[-1], "content": "Qz999zQ"}
+            whole = self._render([*messages[:-1], stand_in], tools, False)
+            whole = whole.replace(stand_in["content"], messages[-1]["content"])
         asked = before.removesuffix(self.known.opens)
         if whole.startswith(asked):
             start = len(asked)
@@ -138,20 +139,22 @@ class Incremental:
         given = messages
         if self.known.text_arguments:
             given = [_with_text_arguments(message) for message in messages]
-        return self.tokenizer.apply_chat_template(
+        return self._bos + self.tokenizer.apply_chat_template(
             given, tools=tools, chat_template=self.template, add_generation_prompt=asks, tokenize=False,
             **self.known.variables,
         )  # fmt: skip
 
     def _ids(self, marked: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        first = [self.tokenizer.bos_token_id] if self._adds_bos and not marked.startswith(bos) else []
-        return first + [number for piece in self._at_special.split(marked) for number in self._piece(piece)]
+        if not _MARK.search(marked):
+            return self.tokenizer(marked, add_special_tokens=False)["input_ids"]
+        pieces = [piece for piece in self._at_special.split(marked) if piece]
+        return [number for at, piece in enumerate(pieces) for number in self._piece(piece, at == 0)]
 
-    def _piece(self, piece: str) -> list[int]:
+    def _piece(self, piece: str, first: bool) -> list[int]:
         if piece in self.special:
             return [self.tokenizer.convert_tokens_to_ids(piece)]
-        return self._letters.encode(self._spelled(piece), add_special_tokens=False).ids if piece else []
+        letters = _only_letters(self.tokenizer.backend_tokenizer.to_str(), first)
+        return letters.encode(self._spelled(piece), add_special_tokens=False).ids
 
     def _alone(self, after: str) -> list[int]:
         """The ids of an answer that no letter before it is merged with."""
@@ -174,15 +177,14 @@ class Incremental:
 
 
 @cache
-def _copy(serialized: str) -> Tokenizer:
-    copy = Tokenizer.from_str(serialized)
+def _only_letters(serialized: str, first: bool) -> Tokenizer:
+    """The same tokenizer, to which special tokens are letters; for the first piece of a text or for others."""
+    described = json.loads(serialized)
+    if not first and (described["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
+        described["pre_tokenizer"]["prepend_scheme"] = "never"
+    copy = Tokenizer.from_str(json.dumps(described))
     copy.encode_special_tokens = True
     return copy
-
-
-def _without_special(tokenizer: Any) -> Tokenizer:
-    """The same tokenizer, to which special tokens are letters."""
-    return _copy(tokenizer.backend_tokenizer.to_str())
 
 
 def _common(first: str, second: str) -> str:
