@@ -154,13 +154,17 @@ def _one_call(turns: list[dict[str, Any]], at: int, turn: dict[str, Any]) -> lis
     return [part for each in calls for part in ({**turn, "tool_calls": [each]}, answered[each["id"]])]
 
 
+def _asks(turn: dict[str, Any]) -> bool:
+    return turn["role"] != "user" or bool(turn["content"].strip())
+
+
 def learned_weights(messages: list[dict[str, Any]]) -> dict[int, float]:
-    """The weight of each assistant's message that is to be learned, by its number. A greeting is context, and an empty
-    answer is none."""
+    """The weight of each assistant's message that is to be learned, by its number. A greeting is context, and what is
+    empty is neither an answer nor a question."""
     found = {}
     for number, message in enumerate(messages):
         says = message["content"].strip() or message.get("tool_calls")
-        if message["role"] == "assistant" and number and says:
+        if message["role"] == "assistant" and number and says and _asks(messages[number - 1]):
             kept = message.get("train", True) and message.get("loss", True)
             found[number] = float(message.get("weight", 1.0)) * kept
     return {number: weight for number, weight in found.items() if weight}

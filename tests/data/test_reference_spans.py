@@ -42,8 +42,6 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "tools_unused": {CHATML: f"{NO_TOOLS} {OPENS} mistral_v3_tools r1_tools"},
     "same_role": {r"data\.merge_turns: true": ALTERNATE + " qwen3 qwen3_thinks qwen3_off olmo"},
-    "empty_assistant": {r"message 2 \(assistant\) is empty": " ".join(CASES)},
-    "empty_user": {r"message 1 \(user\) is empty": " ".join(CASES)},
     "system_middle": {
         r"data\.fold_system: true": ALTERNATE + " mistral_v3 mistral_v3_tools harmony",
         r"leaves out message 3 \(system\)": "mistral_tools_sp vicuna_sp r1_tools",
