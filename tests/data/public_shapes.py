@@ -23,6 +23,17 @@ THOUGHT = (
 )
 
 
+TIDE_TOOL = json.dumps({"type": "function", "function": TIDE})
+TIDE_TOLD = (
+    "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n"
+    f"<tools>\n{TIDE_TOOL}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+)
+"""How `chatml` tells of the tool."""
+
+
 def said(*turns: tuple[str, str]) -> str:
     """What `chatml` makes of these turns where every assistant's is learned."""
     text = ""
@@ -78,16 +89,16 @@ SHAPES: dict[str, Shape] = {
     ),
     "xlam": Shape(
         {"id": 0, "query": "Tide at Brask?", "answers": json.dumps([TIDE_CALL]), "tools": json.dumps([TIDE])},
-        words=r"prompt: query, completion: answers",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "query", "completion": "answers"}},
-        then=said(("user", "Tide at Brask?"), ("assistant", json.dumps([TIDE_CALL]))),
+        then=TIDE_TOLD + said(("user", "Tide at Brask?"), ("assistant", json.dumps([TIDE_CALL]))),
     ),
     "glaive_v2": Shape(
         {
             "system": "SYSTEM: You may call functions.",
             "chat": "USER: Hi there\n\n\nASSISTANT: Hello! <|endoftext|>\n\n\nUSER: Bye\n\n\nASSISTANT: See you.",
         },
-        words=r"text: chat",
+        words=r"data\.columns",
         advice={"columns": {"text": "chat"}, "response_part": "ASSISTANT:", "instruction_part": "USER:"},
         then="USER: Hi there\n\n\nASSISTANT:⟦ Hello! <|endoftext|>\n\n\n⟧USER: Bye\n\n\n"
         "ASSISTANT:⟦ See you.<|im_end|>⟧",
@@ -110,20 +121,24 @@ SHAPES: dict[str, Shape] = {
             "id": "5733", "title": "Mills", "context": "The mill opened in 1830.", "question": "When?",
             "answers": {"text": ["1830"], "answer_start": [19]},
         },
-        words=r"question",
+        words=r"data\.columns",
+        advice={"columns": {"prompt": "{context}\n\n{question}", "completion": "{answers.text}"}},
+        then=said(("user", "The mill opened in 1830.\n\nWhen?"), ("assistant", "1830")),
     ),
     "sciq": Shape(
         {
             "question": "What falls?", "distractor3": "a cat", "distractor1": "a hill", "distractor2": "a mill",
             "correct_answer": "rain", "support": "Rain falls.",
         },
-        words=r"prompt: question, completion: correct_answer",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "{support}\n{question}", "completion": "correct_answer"}},
         then=said(("user", "Rain falls.\nWhat falls?"), ("assistant", "rain")),
     ),
     "metamath": Shape(
         {"type": "GSM_Rephrased", "query": "2+3?", "original_question": "3+2?", "response": "5"},
-        said(("user", "2+3?"), ("assistant", "5")),
+        words=r"original_question looks like a part.*data\.columns: {prompt: query, completion: response}",
+        advice={"columns": {"prompt": "query", "completion": "response"}},
+        then=said(("user", "2+3?"), ("assistant", "5")),
     ),
     "code_alpaca": Shape(
         {"instruction": "Sort it.", "input": "[3, 1]", "output": "[1, 3]"},
@@ -141,7 +156,8 @@ SHAPES: dict[str, Shape] = {
     ),
     "oasst_messages": Shape(
         {"message_id": "6ab2", "parent_id": None, "text": "Hi there", "role": "prompter", "lang": "en", "rank": None},
-        words=r"role",
+        "Hi⟦ there<|im_end|>⟧",
+        words=r"read as text: every token of text.*not read: message_id, role, lang",
     ),
     "wildchat": Shape(
         {
@@ -185,26 +201,31 @@ SHAPES: dict[str, Shape] = {
     ),
     "cnn_dailymail": Shape(
         {"article": "The mill burned.\nAll are well.", "highlights": "Mill burns .", "id": "42c0"},
-        words=r"prompt: article, completion: highlights",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "article", "completion": "highlights"}},
         then=said(("user", "The mill burned.\nAll are well."), ("assistant", "Mill burns .")),
     ),
     "samsum": Shape(
         {"id": "138", "dialogue": "Ann: Bread?\r\nBo: Yes!", "summary": "Bo wants bread."},
-        words=r"prompt: dialogue, completion: summary",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "Sum up:\n{dialogue}", "completion": "{summary}"}},
         then=said(("user", "Sum up:\nAnn: Bread?\r\nBo: Yes!"), ("assistant", "Bo wants bread.")),
     ),
-    "wmt": Shape({"translation": {"en": "The cat sleeps.", "de": "Die Katze schläft."}}, words=r"translation"),
+    "wmt": Shape(
+        {"translation": {"en": "The cat sleeps.", "de": "Die Katze schläft."}},
+        words=r"translation.*data\.columns",
+        advice={"columns": {"prompt": "{translation.en}", "completion": "{translation.de}"}},
+        then=said(("user", "The cat sleeps."), ("assistant", "Die Katze schläft.")),
+    ),
     "sst2": Shape(
         {"sentence": "a hollow tale", "label": 0, "idx": 7},
-        words=r"prompt: sentence, completion: label",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "sentence", "completion": "label"}},
         then=said(("user", "a hollow tale"), ("assistant", "0")),
     ),
     "stsb": Shape(
         {"sentence1": "A cat.", "sentence2": "A dog.", "label": 2.5, "idx": 1},
-        words=r"sentence1",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "{sentence1} | {sentence2}", "completion": "{label}"}},
         then=said(("user", "A cat. | A dog."), ("assistant", "2.5")),
     ),
@@ -223,7 +244,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "aya": Shape(
         {"inputs": "Habari?", "targets": "Nzuri.", "language": "Swahili", "user_id": "f"},
-        words=r"prompt: inputs, completion: targets",
+        words=r"data\.columns",
         advice={"columns": {"prompt": "inputs", "completion": "targets"}},
         then=said(("user", "Habari?"), ("assistant", "Nzuri.")),
     ),
@@ -279,7 +300,8 @@ SHAPES: dict[str, Shape] = {
             "question": "2+3?", "solution": "5", "cot_type": "math", "attempt": "5",
             "thinking_trajectories": ["Two and three."], "source_type": "x",
         },
-        words=r"prompt: question, completion: (solution|attempt)",
+        said(("user", "2+3?"), ("assistant", "5")),
+        words=r"question -> solution.*not read: .*thinking_trajectories",
         advice={
             "columns": {"prompt": "question", "completion": "<think>\n{thinking_trajectories}\n</think>\n\n{attempt}"}
         },
@@ -287,7 +309,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "dialogsum_speakers": Shape(
         {"dialog": [{"speaker": "client", "utterance": "Hi there"}, {"speaker": "agent", "utterance": "Hello!"}]},
-        words=r"dialog",
+        words=r"unknown role 'client'.*data\.roles: {client: user, agent: assistant}",
         advice={
             "columns": {"messages": "dialog"}, "message_keys": {"speaker": "role", "utterance": "content"},
             "roles": {"client": "user", "agent": "assistant"},

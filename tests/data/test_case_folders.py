@@ -100,7 +100,7 @@ def test_04_control_tokens_in_content_are_letters(open_case: Open) -> None:
 def test_06_thinking_that_the_template_does_not_know_is_not_lost(open_case: Open) -> None:
     case = open_case("06")
     asked: dict[str, Any] = {"train": "field.jsonl", "chat_template": template("smollm2")}
-    case.refused(r"reasoning_content.*data\.thinking: inline", **asked)
+    case.refused(r"thinking.*data\.thinking: inline.*or drop", **asked)
     assert learned(case.read(**asked, thinking="inline").train[0]) == [FIVE + "<|im_end|></s>"]
     assert learned(case.read(**asked, thinking="drop").train[0]) == ["5<|im_end|></s>"]
 
@@ -272,8 +272,10 @@ def test_15_messages_as_json_text_are_parsed(train: str, options: dict[str, str]
 
 
 def test_15_json_text_asked_for_as_text_is_told(open_case: Open) -> None:
-    """Nobody means to learn the braces."""
-    open_case("15").refused(r"messages", train="train.csv", chat_template="chatml", columns={"text": "messages"})
+    """It is learned, since it was asked for by name."""
+    read = open_case("15").read(train="train.csv", chat_template="chatml", columns={"text": "messages"})
+    assert read.train[0] == '<s>⟦[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello 0"}]</s>⟧'
+    assert any("messages, as JSON text" in line for line in read.said)
 
 
 def test_16_the_prompt_is_shortened_and_the_answer_kept(open_case: Open) -> None:
@@ -303,8 +305,13 @@ def test_17_ids_of_another_kind(open_case: Open) -> None:
 
 
 def test_17_two_calls_where_the_template_takes_one(open_case: Open) -> None:
+    """Each call has a turn, with its result behind it."""
     case = open_case("17")
-    case.refused(r"single tool-calls.*data\.chat_template", train="two.jsonl", chat_template=template("llama3_1"))
+    read = case.read(train="two.jsonl", chat_template=template("llama3_1"))
+    calls = [f'{{"name": "sky", "parameters": {{"city": "{city}"}}}}</s>' for city in ("Orlen", "Brask")]
+    assert [learned(shown) for shown in read.train] == [[*calls, "Clear.</s>"]] * 2
+    assert f"{calls[0]}⟧[ipython]clear[/ipython][assistant]⟦{calls[1]}⟧[ipython]clear[/ipython]" in read.train[0]
+    assert any("two.jsonl:1" in line for line in read.said)
     both = case.read(train="two.jsonl", chat_template="chatml")
     assert learned(both.train[0]) == [f"{CALL}\n{tool_call('sky', 'city', 'Brask')}<|im_end|></s>"]
 

@@ -54,11 +54,28 @@ def test_public_shapes(name: str, read: Any) -> None:
     if shape.read:
         texts, told = read(shape.row)
         assert texts == [shape.read] * 3
-        assert re.search(shape.words, "\n".join(told))
+        assert re.search(shape.words, "\n".join(told), re.DOTALL)
     else:
-        with pytest.raises(DataError, match=shape.words) as refused:
+        with pytest.raises(DataError, match=re.compile(shape.words, re.DOTALL)) as refused:
             read(shape.row)
         assert one_line(str(refused.value)), refused.value
     if shape.advice:
         texts, _ = read(shape.row, **shape.advice)
         assert texts == [shape.then] * 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
+def test_a_class_is_its_name(kind: str, tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    """Hugging Face's class labels are numbers with names beside them."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    made = Dataset.from_dict({"sentence": ["a hollow tale", "a feast"], "label": [0, 1]}, features=features)
+    path = tmp_path / ("train.parquet" if kind == "parquet" else "saved")
+    made.to_parquet(path) if kind == "parquet" else made.save_to_disk(path)
+    columns = {"prompt": "sentence", "completion": "label"}
+    config = DataConfig(train=str(path), eval_fraction=0, chat_template="chatml", columns=columns)
+    tokenizer = make_tokenizer("smollm2")
+    data = load_data(config, tokenizer, 4096, 0, lambda _: None)
+    answers = [tokenizer.decode(example.tokens[example.weights > 0]) for example in data.train]
+    assert answers == ["bad<|im_end|>", "good<|im_end|>"]
