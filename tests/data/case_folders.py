@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,29 @@ class Case:
         return "".join(f"⟦{text}⟧" if is_learned else text for is_learned, text in texts)
 
 
+OpenCase = Callable[[str], Case]
+
+
 def learned(shown: str) -> list[str]:
     """The learned stretches of a sequence."""
     return re.findall("⟦(.*?)⟧", shown, re.DOTALL)
 
 
-def chatml(*turns: str | Mapping[str, str], tools: str = "") -> str:
+def chatml(*turns: str) -> str:
     """What `chatml` makes of "role: text" turns on a tokenizer without its special tokens; the last is learned."""
-    told = [str(turn).split(": ", 1) for turn in turns]
-    *asked, (_, answer) = told
+    *asked, (_, answer) = [turn.split(": ", 1) for turn in turns]
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in asked)
-    return f"<s> {tools}{text}<|im_start|>assistant\n⟦{answer}<|im_end|></s>⟧"
+    return f"<s> {text}<|im_start|>assistant\n⟦{answer}<|im_end|></s>⟧"
+
+
+def sky_tool(name: str, argument: str) -> str:
+    """A tool's schema, as templates write it."""
+    return (
+        f'{{"type": "function", "function": {{"name": "{name}", "description": "does {name}", "parameters": '
+        f'{{"type": "object", "properties": {{"{argument}": {{"type": "string"}}}}}}}}}}'
+    )
+
+
+def tool_call(name: str, argument: str, value: str) -> str:
+    """A call, as `chatml` writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{"{argument}": "{value}"}}}}\n</tool_call>'
