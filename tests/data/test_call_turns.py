@@ -169,6 +169,13 @@ def test_text_beside_a_call() -> None:
         ChatTemplate(tokenizer, LLAMA).encode(chat(*quiet, tools=TOOLS))
 
 
+def test_tools_that_a_template_leaves_out_though_it_writes_calls() -> None:
+    template = ChatTemplate(build_tokenizer("mistral"), GLUED)
+    assert learned(template, *ONE)[0].startswith("[C]sky")
+    with pytest.raises(DataError, match=r"leaves out the tools, sky among them; data\.chat_template: chatml"):
+        template.encode(chat(*ONE, tools=TOOLS))
+
+
 def test_calls_whose_arguments_the_template_forgets() -> None:
     forgetful = HERMES.replace("(call.function.arguments | tojson)", "'{}'")
     assert forgetful != HERMES

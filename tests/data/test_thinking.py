@@ -120,6 +120,13 @@ def test_an_answer_without_thinking_where_the_prompt_opens_it() -> None:
         made("mistral", R1_OPENS, "drop").encode(chat(Q, said(INLINE)))
 
 
+def test_an_answer_with_thinking_where_the_prompt_says_that_there_is_none() -> None:
+    template = ChatTemplate(build_tokenizer("qwen3"), variables={"enable_thinking": False})
+    for answer in (said(INLINE), said("5", thinking=THOUGHT)):
+        with pytest.raises(DataError, match=r"set data\.thinking: drop, or leave out data\.chat_template_kwargs"):
+            template.encode(chat(Q, answer))
+
+
 def test_left_out_on_request() -> None:
     for content in (INLINE, f"{THOUGHT}\n</think>\n\n5", "<think>a</think>5"):
         template = made("smollm2", thinking="drop")

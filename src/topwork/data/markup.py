@@ -71,6 +71,10 @@ class Tokens:
             return [self.marked(each) for each in value]
         return value
 
+    def unmarked(self, text: str) -> str:
+        """The text as people wrote it."""
+        return _unmarked(text)
+
     def _broken(self, text: str) -> str:
         return self._breaks.sub(rf"\2{_MARK}", text.replace(_MARK, _MARK * 2))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from topwork.common.errors import DataError
@@ -77,13 +78,45 @@ class Turns:
         elif whole.startswith(prompt):
             answer = self.renderer.cut(whole[len(prompt) :])
         else:
-            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+            answer = self._behind_opening(messages[: number + 1], tools, prompt, whole)
         if not self.preparer.split:
             answer = self._ended_once(answer)
         notes = self._lost(message, complete.missing(message, answer))
         if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
             notes = [*notes, OTHERWISE]
         return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
+
+    def _behind_opening(self, messages: Sequence[Message], tools: Tools, prompt: str, whole: str) -> str:
+        """An answer behind the opening of its turn, where the template writes turns before it otherwise once it is
+        there, as Qwen 3 does with an answer that another one follows: the prompt is what generation is given."""
+        before = self.rendered(messages[:-1], tools, False)
+        opening = prompt[len(before) :] if prompt.startswith(before) else ""
+        at = whole.rfind(opening) if any(text in opening for text in self.renderer.tokens.control) else -1
+        if at < 0:
+            raise RowProblem(self._opens_otherwise(messages, prompt, whole))
+        return self.renderer.cut(whole[at + len(opening) :])
+
+    def _opens_otherwise(self, messages: Sequence[Message], prompt: str, whole: str) -> str:
+        opened = thinking.opening(prompt)
+        if opened and whole.startswith(prompt[: -len(opened)]):
+            return (
+                f"the chat template opens an answer's thinking ({opened!r}) when generating, and this answer has "
+                "none, so what is learned would never be generated; give answers their thinking, or set "
+                "data.chat_template to one that opens none, for example chatml"
+            )
+        if thinking.is_closed(prompt) and thinking.THINKS in whole:
+            return (
+                "the prompt for an answer says that there is no thinking (as with enable_thinking: false), and this "
+                "answer has some; set data.thinking: drop, or leave out data.chat_template_kwargs"
+            )
+        near = max(0, shared(prompt, whole) - 20)
+        fold = "data.fold_system: true, or " if messages[0].role == "system" else ""
+        merge = "data.merge_turns: true, or " if len(merged_turns(messages)) < len(messages) else ""
+        return self.renderer.tokens.unmarked(
+            f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
+            f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
+            f"generated; set {fold}{merge}data.chat_template to one that does the same in both, for example chatml"
+        )
 
     def _verbatim(self, messages: Sequence[Message], tools: Tools, prompt: str) -> str:
         """An answer as it stands, in place of what a template writes that takes its thinking out: after what generation
@@ -94,8 +127,8 @@ class Turns:
         start = shared(prompt, whole)
         opening = prompt[start:]
         head, found, tail = whole[start:].partition(_SAID)
-        if not found or head.strip() or (opening.strip() and not thinking.is_opening(opening)):
-            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+        if not found or head.strip() or (opening.strip() and thinking.opening(opening) != opening):
+            raise RowProblem(self._opens_otherwise(messages, prompt, whole))
         content = answer.content
         if opening.strip():
             content, head = thinking.after_opening(content, opening), ""
@@ -196,7 +229,7 @@ class Turns:
         notes: list[str] = []
         for tool in tools or ():
             name = tool["function"].get("name")
-            if name and name not in rendered:
+            if name and (name not in rendered or not self._tells_tools):
                 raise RowProblem(f"the chat template leaves out the tools, {name} among them; {_TRY_CHATML}")
         at = 0
         for number, message in enumerate(messages):
@@ -209,6 +242,19 @@ class Turns:
             else:
                 self._check_rendered(messages, number, tools)
         return notes
+
+    @cached_property
+    def _tells_tools(self) -> bool:
+        """Whether the template writes tools at all: a call among the messages names one too."""
+        name = "topworkprobetool"
+        tools = [{"type": "function", "function": {"name": name, "description": name, "parameters": {}}}]
+        for chat in ([Message("user", "x")], [Message("system", "x"), Message("user", "x")]):
+            try:
+                if name in self.renderer.render(chat, tools, True):
+                    return True
+            except TemplateRejects:
+                continue
+        return False
 
     def _check_rendered(self, messages: Sequence[Message], number: int, tools: Tools) -> None:
         """A template may write a message in other words; it must not write nothing of it."""
@@ -235,20 +281,3 @@ def _remedied(what: str, which: str) -> str:
             "or another data.chat_template"
         )
     return f"the chat template leaves out {what}; {_TRY_CHATML}"
-
-
-def _opens_otherwise(prompt: str, whole: str, system: bool) -> str:
-    at = shared(prompt, whole)
-    near = max(0, at - 20)
-    if thinking.is_opening(prompt[at:]):
-        return (
-            f"the chat template opens an answer's thinking ({prompt[at:]!r}) when generating, and this answer has "
-            "none, so what is learned would never be generated; give answers their thinking, or set "
-            "data.chat_template to one that opens none, for example chatml"
-        )
-    fold = "data.fold_system: true, or " if system else ""
-    return (
-        f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
-        f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
-        f"generated; set {fold}data.chat_template to one that does the same in both, for example chatml"
-    )
