@@ -69,6 +69,72 @@ def test_pieces_that_do_not_make_the_whole_are_not_believed(monkeypatch: pytest.
     assert found == whole(ChatTemplate(tokenizer)).encode(chat(*messages))
 
 
+LOOKS = """{{ bos_token }}{% for m in messages %}{{ m.role }}:BODY{% endfor %}AFTER
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("body", "after", "possible"),
+    [
+        ("{{ m.content }}", "", True),
+        ("{{ m.content }}{% if loop.first or loop.index0 % 2 %}!{% endif %}", "{{ eos_token }}", True),
+        ("{{ m['content'] }}{{ messages[0].role }}", "{% if messages[0]['role'] == 'user' %}.{% endif %}", True),
+        ("{% set a = m.content %}{{ a }}{% if loop['index'] > 3 %}{% continue %}{% endif %}", "", True),
+        ("{{ m.content }}{% if loop.last %}!{% endif %}", "", False),
+        ("{{ m.content }}{{ loop.length }}", "", False),
+        ("{{ m.content }}{{ loop['revindex'] }}", "", False),
+        ("{{ m.content }}{% if loop.nextitem is defined %}!{% endif %}", "", False),
+        ("{{ m.content }}{% if loop.index == messages | length %}!{% endif %}", "", False),
+        ("{{ m.content }}{{ messages[-1].role }}", "", False),
+        ("{{ m.content }}{{ messages[loop.index0].role }}", "", False),
+        ("{{ m.content }}", "{{ messages[1:] | length }}", False),
+        ("{{ m.content }}", "{% for m in messages %}{{ m.role }}{% endfor %}", False),
+        ("{% set ns.a = m.role %}{{ m.content }}", "{{ ns.a }}", False),
+        ("{{ m.content }}{% set other = loop %}{{ other.last }}", "", False),
+    ],
+)
+def test_all_beginnings_by_one_rendering(body: str, after: str, possible: bool) -> None:
+    """Templates that look neither ahead nor at the number of messages; what is written is what each would be alone."""
+    for head in ("", "{% set ns = namespace(a='') %}", "{% set ns = namespace(a='') %}{% set them = messages %}"):
+        jinja = head + LOOKS.replace("BODY", body).replace("AFTER", after)
+        if "them" in head:
+            jinja = jinja.replace("for m in messages %}{{ m.role }}:", "for m in them %}{{ m.role }}:")
+        renderer = ChatTemplate(build_tokenizer("mistral"), jinja).renderer
+        assert renderer._beginnings.possible is possible
+        messages = turns(6)
+        found = renderer.whole(messages, None)
+        if "continue" in body or not possible:  # a mark is amiss
+            assert found is None
+            continue
+        assert found is not None
+        for count in range(1, 7):
+            for prompt in (True, False):
+                assert found.beginning(count, prompt) == renderer.render(messages[:count], None, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rendering_learns_what_many_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer(family)
+    found = ChatTemplate(tokenizer).encode(chat(*turns(20)))
+    monkeypatch.setattr("topwork.data.rendering.Renderer.whole", lambda *_: None)
+    assert found == ChatTemplate(tokenizer).encode(chat(*turns(20)))
+
+
+def test_a_long_conversation_is_rendered_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(build_tokenizer("smollm2"))
+    template.encode(chat(*turns(6)))
+    rendered: list[int] = []
+    render = template.renderer.render
+
+    def counted(messages: Any, *rest: Any) -> str:
+        rendered.append(len(messages))
+        return render(messages, *rest)
+
+    monkeypatch.setattr(template.renderer, "render", counted)
+    template.encode(chat(*turns(200)))
+    assert sum(rendered) < 3 * 200
+
+
 def test_where_texts_are_cut() -> None:
     tokens = ChatTemplate(build_tokenizer("smollm2")).renderer.tokens
     pieces = Pieces(tokens)

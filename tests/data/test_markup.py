@@ -95,7 +95,7 @@ def test_the_copy_reads_ordinary_text_as_the_tokenizer_does(family: str, content
         return
     end = tokenizer.eos_token or ""
     plain = tokenizer(content + end + content, add_special_tokens=False)["input_ids"]
-    copied = tokens._of_marked(content + end + content)
+    (copied,) = tokens._of_marked([content + end + content])
     assert copied == plain == tokens.ids([content + end + content])[0]
     assert tokens.with_places(content, True)[0] == tokens.ids([content])[0]  # type: ignore[index]
 

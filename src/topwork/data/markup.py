@@ -103,9 +103,9 @@ class Tokens:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template writes the BOS itself where there is one."""
-        plain = [text for text in texts if _MARK not in text]
-        found = iter(self._plain(plain))
-        return [self._of_marked(text) if _MARK in text else next(found) for text in texts]
+        plain = iter(self._plain([text for text in texts if _MARK not in text]))
+        marked = iter(self._of_marked([text for text in texts if _MARK in text]))
+        return [next(marked if _MARK in text else plain) for text in texts]
 
     def document(self, text: str, letters: bool) -> str:
         """A text as `ids` takes it that is no markup at all, whatever it spells, or else brings its own."""
@@ -130,12 +130,12 @@ class Tokens:
             return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         return list(self._asked(list(texts), add_special_tokens=False)["input_ids"])
 
-    def _of_marked(self, text: str) -> list[int]:
-        if self._backend is None:
-            return self._of_pieces(text)
-        renamed = self._markup.sub(lambda found: self._names[found[0]], text)
-        ids: list[int] = self._marked_backend[1].encode(_unmarked(renamed), add_special_tokens=False).ids
-        return ids
+    def _of_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts or self._backend is None:
+            return list(map(self._of_pieces, texts))
+        names = self._names
+        renamed = [_unmarked(self._markup.sub(lambda found: names[found[0]], text)) for text in texts]
+        return [each.ids for each in self._marked_backend[1].encode_batch_fast(renamed, add_special_tokens=False)]
 
     def _of_pieces(self, text: str) -> list[int]:
         """For tokenizers of which no copy can be made: piece by piece between markup."""

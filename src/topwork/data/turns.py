@@ -1,6 +1,6 @@
 """A conversation's learned turns as text: what generation is prompted with, and what is to be said then."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,8 @@ from topwork.data.spans import Pieces, Whole, shared
 FIRST = "the assistant's first turn answers nothing and is not learned"
 CUT = "the assistant's first turn is cut: the chat template wants the user to begin"
 OTHERWISE = "the template's {% generation %} marks something else than what generation has to say, which is learned"
+_ENOUGH = 3
+"""Answers from which on one rendering of the whole is sooner than one of each beginning."""
 _SAID = "topworkprobeanswer"
 _TRY_CHATML = "data.chat_template: chatml renders them"
 
@@ -27,6 +29,9 @@ class TurnText:
     prompt: str
     answer: str
     weight: float
+
+
+Texts = Callable[[int, bool], str]
 
 
 class _Rejected(RowProblem):
@@ -63,16 +68,26 @@ class Turns:
                 raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
             chosen, notes = chosen[1:], [*notes, FIRST]
         turns = []
+        text = self._texts(messages, prepared.tools, len(chosen))
         for number in chosen:
-            turn, told = self._turn(messages, number, prepared.tools)
+            turn, told = self._turn(messages, number, prepared.tools, text)
             turns.append(turn)
             notes += told
         notes += self._check_context(messages[: chosen[-1]], prepared.tools, turns[-1].prompt)
         return turns, tuple(dict.fromkeys(notes))
 
-    def _turn(self, messages: Sequence[Message], number: int, tools: Tools) -> tuple[TurnText, list[str]]:
-        message, prompt = messages[number], self.rendered(messages[:number], tools, True)
-        whole = self.rendered(messages[: number + 1], tools, False)
+    def _texts(self, messages: Sequence[Message], tools: Tools, answers: int) -> Texts:
+        """The text of the first so many messages, and whether the assistant's turn is opened behind them."""
+        whole = self.renderer.whole(messages, tools) if answers >= _ENOUGH and self.preparer.split else None
+        if whole is not None and all(
+            whole.beginning(count, prompt) == self.rendered(messages[:count], tools, prompt)
+            for count, prompt in ((len(messages), False), (len(messages) // 2 + 1, True))
+        ):
+            return whole.beginning
+        return lambda count, prompt: self.rendered(messages[:count], tools, prompt)
+
+    def _turn(self, messages: Sequence[Message], number: int, tools: Tools, text: Texts) -> tuple[TurnText, list[str]]:
+        message, prompt, whole = messages[number], text(number, True), text(number + 1, False)
         if thinking.has_thinking(message.content) and self.preparer.form.strips:
             answer = self._verbatim(messages[: number + 1], tools, prompt)
         elif whole.startswith(prompt):
