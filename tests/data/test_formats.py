@@ -8,7 +8,7 @@ import pytest
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
-from topwork.data.formats import read_conversations, recognise
+from topwork.data.formats import read_conversations, recognise, refuse_bad
 from topwork.data.rows import Row, read_rows
 
 
@@ -19,7 +19,9 @@ def rows_of(*fields: dict[str, Any]) -> list[Row]:
 def read(*fields: dict[str, Any], **config: Any) -> list[Conversation]:
     made = DataConfig(train="a.jsonl", **config)
     rows = rows_of(*fields)
-    return read_conversations(rows, recognise(rows, made), made)[0]
+    good, bad = read_conversations(rows, recognise(rows, made), made)
+    refuse_bad(bad, len(rows), made)
+    return good
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
@@ -125,7 +127,7 @@ def test_system_is_put_where_there_is_none() -> None:
         ({"messages": [{"role": "user", "content": ""}, A]}, r"message 1 \(user\) is empty"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "hello"}, "messages is of type str"),
-        ({"messages": [U, {"role": "assistant", "content": 3}]}, "content of message 2 is of type int"),
+        ({"messages": [U, {"role": "assistant", "content": ["a", "b"]}]}, "content of message 2 is a list of 2 texts"),
         ({"messages": [{"role": "usr", "content": "q"}, A]}, "unknown role 'usr'; did you mean 'user'"),
         ({"messages": [U, {"role": "assistant", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
         ({"messages": [U, {**A, "weight": -1}]}, "weight of message 2 is -1"),
@@ -177,7 +179,7 @@ def test_files_of_data_sets(name: str, format: str, count: int, first: str, data
     if data_sets == made_data:
         count, first = 2, "First" if format != "text" or name.endswith("jsonl") else " = First"
     config = DataConfig(train=str(data_sets / name), columns=COLUMNS.get(name.split("/")[0], {}))
-    rows = read_rows(config.train)
+    rows = read_rows(config.sources(config.train)[0], documents="paragraph").rows
     recognised = recognise(rows, config)
     conversations, bad = read_conversations(rows, recognised, config)
     assert (recognised.name, len(conversations), bad) == (format, count, [])
@@ -192,7 +194,7 @@ def test_tool_calls_of_data_sets(data_sets: Path, made_data: Path) -> None:
         ("foundry_formats/stock_toolcall_training.jsonl", 36),
     ):
         config = DataConfig(train=str(data_sets / name))
-        rows = read_rows(config.train)
+        rows = read_rows(config.sources(config.train)[0]).rows
         conversations, _ = read_conversations(rows, recognise(rows, config), config)
         found = [call for row in conversations for m in row.messages for call in m.extra.get("tool_calls", ())]
         assert len(found) >= (2 if data_sets == made_data else calls)
@@ -215,12 +217,12 @@ def test_tool_calls_of_data_sets(data_sets: Path, made_data: Path) -> None:
 def test_preference_files_need_another_objective(name: str, data_sets: Path) -> None:
     config = DataConfig(train=str(data_sets / name))
     with pytest.raises(DataError, match=r"preference data .* need a preference objective"):
-        recognise(read_rows(config.train, 100), config)
+        recognise(read_rows(config.sources(config.train)[0], max_rows=100).rows, config)
 
 
 def test_a_file_without_answers(data_sets: Path) -> None:
     config = DataConfig(train=str(data_sets / "foundry_formats/countdown_train_100.jsonl"))
-    rows = read_rows(config.train)
+    rows = read_rows(config.sources(config.train)[0]).rows
     count = len(rows)
     with pytest.raises(DataError, match=rf"{count} of {count} rows cannot be used:\n  countdown_.*.jsonl:1: no answer"):
-        read_conversations(rows, recognise(rows, config), config)
+        refuse_bad(read_conversations(rows, recognise(rows, config), config)[1], count, config)

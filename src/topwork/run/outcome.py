@@ -87,11 +87,11 @@ def figures(
     }
 
 
-def _summary(data: Data) -> dict[str, str]:
+def _summary(data: Data) -> dict[str, Any]:
     """The data's lines by what they are about, for the report."""
-    recognised, *lines = data.summary.lines()
-    parts = [line.partition(": ") for line in lines]
-    return {"recognised": recognised, **{head: rest for head, _, rest in parts}}
+    summary = data.summary
+    sides = {name: counts.line(name).removeprefix(f"{name}: ") for name, counts in summary.sides.items()}
+    return {"recognised": summary.recognised, **sides, "notes": [note.line() for note in summary.told()]}
 
 
 def _last(history: Sequence[Any]) -> float | None:
