@@ -149,6 +149,17 @@ def test_several_turns_are_not_read_raw() -> None:
         template.prompt_ids(TURNS[:3])
 
 
+def test_the_first_survey_settles_whether_rows_are_read_raw() -> None:
+    template = of(bare())
+    template.survey([chat(*TURNS), chat(*TURNS[:2])])
+    with pytest.raises(DataError, match="no chat template"):
+        template.encode(chat(*TURNS[:2]))
+    template = of(bare())
+    template.survey([text("a")])
+    template.survey([chat(*TURNS[:2])])
+    assert template.encode(chat(*TURNS[:2]))
+
+
 def test_a_chat_template_goes_before_raw_reading() -> None:
     template = of(build_tokenizer("smollm2"))
     template.encode(chat(*TURNS[:2]))

@@ -6,7 +6,7 @@ import pytest
 from family_tokenizers import build_tokenizer, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learned_text import shown, text
+from learned_text import chat, said, shown, text, user
 
 from topwork.common.errors import DataError
 from topwork.data.spans import learned_parts
@@ -83,6 +83,15 @@ def test_text_with_nothing_to_learn() -> None:
     assert shown(alone, item) == "Q a ### Assistant:⟦ b</s>⟧"
     with pytest.raises(DataError, match=r"stands twice .* set data\.instruction_part"):
         alone.encode(text("### Human: a### Assistant: b### Human: c### Assistant: d"))
+
+
+def test_marker_strings_are_for_plain_text() -> None:
+    template = made(build_tokenizer("smollm2"))
+    talk = chat(user("a"), said("b"))
+    with pytest.raises(DataError, match=r"data\.response_part .*these rows are conversations.* leave it out"):
+        template.encode(talk)
+    found, _ = template.encode_all([text("### Assistant: b"), talk])
+    assert [len(each) for each in found] == [1, 1]
 
 
 def test_rendered_text_with_its_own_markup() -> None:

@@ -36,6 +36,8 @@ from topwork.data.spans import Encoded as Encoded
 from topwork.data.turns import LETTERS, Turns
 
 TrainOn = Literal["answers", "last_answer", "all"]
+_AT_ONCE = 4096
+"""Conversations that are rendered before their texts are tokenized: more would only be held."""
 _PROVED = 32
 """So many conversations of a call are tokenized a second time, whole, to prove that their pieces make the same ids."""
 
@@ -79,6 +81,7 @@ class ChatTemplate:
         self.tokenizer, self.options, self.separator = tokenizer, options, separator
         jinja = raw_jinja(tokenizer, separator) if template == "raw" else jinja_of(tokenizer, template)
         self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
+        self._has_seen_chats = False
         self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
         if separator and jinja is not None and not is_raw(jinja):
             raise DataError(
@@ -166,13 +169,20 @@ class ChatTemplate:
 
     def survey(self, conversations: Sequence[Conversation]) -> None:
         """Settle what rows decide that recipes leave open, by all of them: whether plain text brings its own markup,
-        and whether prompt and completion are read raw, where the model has no template. The first call settles it."""
+        and whether prompt and completion are read raw, where the model has no template. The first call with rows of a
+        kind settles it. Raises DataError for marker strings where no row is plain text."""
         texts = [conversation.text or "" for conversation in conversations if conversation.kind == "text"]
         if self.text_markup is None and texts:
             begin = tuple(self.renderer.tokens.control)
             self.text_markup = bool(begin) and all(text.startswith(begin) for text in texts)
         asked = [conversation for conversation in conversations if conversation.kind == "chat"]
-        if self.jinja is None and asked and all(map(_is_pair, asked)):
+        if self.options.response_part is not None and asked and self.text_markup is None:
+            raise DataError(
+                "data.response_part says what is learned of plain text, and these rows are conversations, of which the "
+                "answers are learned as it is; leave it out"
+            )
+        undecided, self._has_seen_chats = not self._has_seen_chats, self._has_seen_chats or bool(asked)
+        if undecided and self.jinja is None and asked and all(map(_is_pair, asked)):
             jinja = raw_jinja(self.tokenizer, self.separator)
             self.renderer = Renderer(self.tokenizer, jinja, self.renderer.fold_system)
             self.__dict__.pop("_preparer", None)
@@ -181,16 +191,27 @@ class ChatTemplate:
     def encode_all(
         self, conversations: Sequence[Conversation], train_on: TrainOn = "answers"
     ) -> tuple[list[list[Encoded]], list[BadRow]]:
-        """Each conversation's sequences, none for a bad row; all texts are tokenized in one call.
+        """Each conversation's sequences, none for a bad row. Texts are tokenized many at a time.
 
         Raises DataError where the template cannot do at all what the recipe asks.
         """
         self.survey(conversations)
+        encoded: list[list[Encoded]] = []
+        bad: list[BadRow] = []
+        for start in range(0, len(conversations), _AT_ONCE):
+            some, unusable = self._encode_some(conversations[start : start + _AT_ONCE], train_on, not start)
+            encoded += some
+            bad += unusable
+        return encoded, bad
+
+    def _encode_some(
+        self, conversations: Sequence[Conversation], train_on: TrainOn, proved: bool
+    ) -> tuple[list[list[Encoded]], list[BadRow]]:
         plans: list[_Plan] = []
         bad: list[BadRow] = []
         for number, conversation in enumerate(conversations):
             try:
-                plans.append(self._plan(conversation, train_on, number < _PROVED))
+                plans.append(self._plan(conversation, train_on, proved and number < _PROVED))
             except RowProblem as problem:
                 plans.append(_Plan())
                 bad.append(BadRow(conversation.source, str(problem)))
@@ -199,7 +220,7 @@ class ChatTemplate:
         ids = dict(zip(texts, tokens.ids(texts)))
         if not all(holds([part for part in plan.parts if isinstance(part, Turn)], ids) for plan in plans[:_PROVED]):
             tokens.never_join()
-            return self.encode_all(conversations, train_on)
+            return self._encode_some(conversations, train_on, proved)
         return [self._encoded(plan, ids) for plan in plans], bad
 
     def _plan(self, conversation: Conversation, train_on: TrainOn, proved: bool) -> _Plan:
