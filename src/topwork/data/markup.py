@@ -118,8 +118,7 @@ class Tokens:
         the tokenizer cannot tell."""
         if self._backend is None:
             return None
-        whole, copy = self._marked_backend
-        encoded = (copy if letters else whole).encode(text, add_special_tokens=False)
+        encoded = (self._renamed if letters else self._bare).encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -135,7 +134,7 @@ class Tokens:
             return list(map(self._of_pieces, texts))
         names = self._names
         renamed = [_unmarked(self._markup.sub(lambda found: names[found[0]], text)) for text in texts]
-        return [each.ids for each in self._marked_backend[1].encode_batch_fast(renamed, add_special_tokens=False)]
+        return [each.ids for each in self._renamed.encode_batch_fast(renamed, add_special_tokens=False)]
 
     def _of_pieces(self, text: str) -> list[int]:
         """For tokenizers of which no copy can be made: piece by piece between markup."""
@@ -170,17 +169,27 @@ class Tokens:
         secret = token_hex(12)
         return {text: f"<{secret}{number}>" for number, text in enumerate(self.control)}
 
+    def _described(self) -> dict[str, Any]:
+        """The tokenizer as its file has it, without what it adds or cuts off."""
+        description: dict[str, Any] = json.loads(self._backend.to_str())
+        return description | {"truncation": None, "padding": None, "post_processor": None}
+
     @cached_property
-    def _marked_backend(self) -> tuple[Any, Any]:
-        """The tokenizer without what it adds or cuts off, and the same with markup under other names."""
+    def _bare(self) -> Any:
+        """The tokenizer without what it adds or cuts off."""
         from tokenizers import Tokenizer
 
-        description = json.loads(self._backend.to_str())
-        description |= {"truncation": None, "padding": None, "post_processor": None}
-        whole = Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(self._described()))
+
+    @cached_property
+    def _renamed(self) -> Any:
+        """The same, with markup under other names."""
+        from tokenizers import Tokenizer
+
+        description, names = self._described(), self._names
         for token in description["added_tokens"]:
-            token["content"] = self._names.get(token["content"], token["content"])
-        model, names = description["model"], self._names
+            token["content"] = names.get(token["content"], token["content"])
+        model = description["model"]
         if isinstance(model.get("vocab"), dict):
             model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
         elif model.get("vocab"):
@@ -189,7 +198,7 @@ class Tokens:
             model["merges"] = [pair for pair in model["merges"] if _merged(pair) not in names]
         if model.get("unk_token"):
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return whole, Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(description))
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:

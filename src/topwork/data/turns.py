@@ -192,7 +192,7 @@ class Turns:
             text = self.renderer.render(messages, tools, prompt, variables, goes_on)
             return text if self.preparer.split else self._begun_once(text)
         except TemplateRejects as error:
-            reason = str(error)
+            reason = self.renderer.tokens.unmarked(str(error))
 
         def takes(others: Sequence[Message]) -> bool:
             try:
@@ -234,7 +234,7 @@ class Turns:
             return []
         which = "an earlier answer's" if earlier else "the answer's"
         if not self.allow or (not earlier and len(gone) == len(complete.kinds(message))):
-            raise RowProblem(_remedied(gone[0], which))
+            raise RowProblem(self.renderer.tokens.unmarked(_remedied(gone[0], which)))
         return [
             f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone
         ]
