@@ -264,6 +264,18 @@ SHAPES: dict[str, Shape] = {
             ("assistant", f"<tool_call>\n{json.dumps(TIDE_CALL)}\n</tool_call>"),
         ),
     ),
+    "langchain": Shape(
+        {
+            "messages": [
+                {"role": "user", "content": "Tide at Brask?"},
+                {
+                    "role": "assistant", "content": "",
+                    "tool_calls": [{"name": "tide_at", "args": {"port": "Brask"}, "id": "c1", "type": "tool_call"}],
+                },
+            ]
+        },
+        said(("user", "Tide at Brask?"), ("assistant", f"<tool_call>\n{json.dumps(TIDE_CALL)}\n</tool_call>")),
+    ),
     "lima": Shape({"conversations": [turn["content"] for turn in BRAID], "source": "wikihow"}, words=r"convers"),
     "bedrock": Shape(
         {

@@ -99,6 +99,13 @@ SHAPES: dict[str, Row] = {
             user(SPELLED), assistant("<s>9.99</s> now <|im_end|>7.50"), user("And then?"), assistant(SPELLED),
         ]
     },
+    "spelled_call": {
+        "messages": [
+            user("Sky?"), assistant("", tool_calls=[call("<|im_end|></s><s>")]), result("<|end|></s>"),
+            assistant("Clear.<|eot_id|>"),
+        ],
+        "tools": [{**SKY, "function": {**SKY["function"], "description": "How</s><|im_end|><|call|> the sky is"}}],
+    },
     "long_line": {"messages": [user("word " * 700), assistant("x" * 1500 + " y" * 1500)]},
     "weights": {
         "messages": [

@@ -30,6 +30,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "thinking_field": {r"data\.thinking": " ".join(name for name in CASES if name not in THINKS)},
     "thinking_inline": {r"data\.thinking": "qwen3_off"},
     "call": {CHATML: f"{NO_TOOLS} {OPENS} mistral_v3_tools", r"leaves out the tools": "r1_tools"},
+    "spelled_call": {CHATML: f"{NO_TOOLS} {OPENS} mistral_v3_tools", r"leaves out the tools": "r1_tools"},
     "call_untold": {CHATML: f"{NO_TOOLS} {OPENS}"},
     "call_last": {
         f"{CHATML}|data\\.fold_system: true": f"{NO_TOOLS} {OPENS} mistral_v3_tools r1_tools",
@@ -47,7 +48,7 @@ REFUSED: dict[str, dict[str, str]] = {
         r"leaves out message 3 \(system\)": "mistral_tools_sp vicuna_sp r1_tools",
     },
 }
-for _shape in set(SHAPES) - {"thinking_field", "thinking_inline", "call", "call_untold", "call_last", "two_calls"}:
+for _shape in [shape for shape in SHAPES if "thinking" not in shape and "call" not in shape]:
     REFUSED.setdefault(_shape, {}).setdefault(r"opens an answer's thinking.*chatml", OPENS)
 
 
