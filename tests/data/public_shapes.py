@@ -291,9 +291,7 @@ SHAPES: dict[str, Shape] = {
                 {"role": "model", "parts": [{"text": "Over, under, over."}]},
             ]
         },
-        words=r"contents",
-        advice={"columns": {"messages": "contents"}, "message_keys": {"parts": "content"}},
-        then=said(*BRAIDED),
+        said(*BRAIDED),
     ),
     "cohere": Shape(
         {

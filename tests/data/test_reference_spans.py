@@ -46,7 +46,7 @@ REFUSED: dict[str, dict[str, str]] = {
         r"data\.lost_text: allow": "llama3_1 llama3_tools mistral_tools harmony hermes",
     },
     "tools_unused": {CHATML: f"{NO_TOOLS} mistral_v3_tools r1_tools"},
-    "same_role": {r"data\.merge_turns: true": ALTERNATE + " qwen3 qwen3_off olmo"},
+    "same_role": {r"data\.merge_turns: true": ALTERNATE + " olmo"},
     "system_middle": {
         r"data\.fold_system: true": ALTERNATE + " mistral_v3 mistral_v3_tools harmony",
         r"leaves out message 3 \(system\)": "mistral_tools vicuna r1_tools",
