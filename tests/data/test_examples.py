@@ -163,8 +163,8 @@ def test_a_tokenizer_of_another_kind(small_llama: Path, write: Write) -> None:
         {"prompt": "a", "completion": "\n b"},
     ]
     config = DataConfig(train=write("a.jsonl", lines(rows)), eval_fraction=0)
-    with pytest.raises(DataError, match="no chat template"):
-        load_data(config, tokenizer, 512, 0, lambda _: None)
+    data = load_data(config, tokenizer, 512, 0, lambda _: None)
+    assert data.template.reading == "prompt and completion one after the other as they are"
     for name in ("plain", "chatml"):
         data = load_data(config.model_copy(update={"chat_template": name}), tokenizer, 512, 0, lambda _: None)
         for example, row in zip(data.train, rows):

@@ -127,7 +127,7 @@ def load_data(
     `log` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
     out in silence.
     """
-    template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
+    template = ChatTemplate.from_config(tokenizer, config)
     max_length = min(config.max_length, context_length)
     parts = read_parts(config, config.train, config.max_rows)
     train_rows = _together(parts, config)

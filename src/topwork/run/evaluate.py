@@ -68,7 +68,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score any base on any rows, and any PEFT folder on top of it; writes nothing."""
     base = load_base(model, log)
-    template = ChatTemplate(base.tokenizer, data.chat_template, data.fold_system)
+    template = ChatTemplate.from_config(base.tokenizer, data)
     arms: dict[str, str | None] = {"before": None}
     if adapter is not None:
         saved = read_adapter(adapter)
@@ -114,8 +114,8 @@ def _score_group(
     """Members that are asked the same rows, and the bare base."""
     arms: dict[str, str | None] = {"before": None, **{member.name: member.adapter for member in members}}
     recipe, folder = members[0].recipe, members[0].folder
-    config, stored = recipe.evaluation, folder / TEMPLATE
-    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
+    config = recipe.evaluation
+    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
     named = config.data or recipe.data.eval
     seed = seed if named else recipe.training.seed
     rows = _rows(recipe.data, named, base, _room(base, arms), template, seed, config, log)
@@ -170,7 +170,8 @@ def _rows(
         return Rows([], examples[: config.max_rows])
     chosen = _drawn(conversations, config.max_rows, seed)
     sources = {row.source for row in chosen}
-    return Rows(questions_of(chosen, template), [example for example in examples if example.source in sources])
+    asked = template if template.jinja is not None else loaded.template  # rows may be read raw
+    return Rows(questions_of(chosen, asked), [example for example in examples if example.source in sources])
 
 
 def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> list[Conversation]:
