@@ -93,7 +93,33 @@ def _strips_right() -> Any:
     return made
 
 
+def _composes() -> Any:
+    """Qwen's: letters and their accents become one, in special tokens' surroundings too."""
+    from tokenizers import normalizers
+
+    made = build_tokenizer("qwen3")
+    made.backend_tokenizer.normalizer = normalizers.NFC()
+    assert made("e\u0301")["input_ids"] == made("é")["input_ids"]
+    return made
+
+
+def _normalizes() -> Any:
+    """Early llama's: its special tokens are looked for in normalized text, where a "▁" stands before each."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    old = sentencepiece_tokenizer()
+    described = json.loads(old.backend_tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["normalized"] = True
+    named = {name: getattr(old, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), **named)
+    assert made.eos_token_id not in made("a</s>")["input_ids"]
+    return made
+
+
 MADE = {
+    "composes": _composes, "normalizes": _normalizes,
     "sentencepiece": sentencepiece_tokenizer, "metaspace": _metaspace, "strips_right": _strips_right,
     "qwen3_thinks": lambda: _thinks("qwen3"), "r1_thinks": lambda: _thinks("r1"),
     **{f"{family}_merges": partial(build_tokenizer, family, words=False) for family in ("smollm2", "gemma3", "no_end")},
@@ -116,6 +142,7 @@ CASES: dict[str, Case] = {
     "qwen2_5": Case("qwen2_5", IM_END),
     "qwen3": Case("qwen3", IM_END),
     "qwen3_thinks": Case("qwen3_thinks", IM_END, "qwen3"),
+    "qwen3_composes": Case("composes", IM_END, "qwen3"),
     "qwen3_off": Case("qwen3", QWEN3_OFF, options=OFF),
     "smollm3": Case("smollm3", IM_END),
     "smollm3_off": Case("smollm3", SMOLLM3_OFF, options=OFF),
