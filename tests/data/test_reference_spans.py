@@ -136,6 +136,20 @@ def test_the_last_answer_alone(name: str, tmp_path: Path) -> None:
             check(data, answers[-1:], lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
 
 
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama2_sp", "tekken", "no_end", "r1"])
+def test_streamed_rows_are_learned_as_held_ones(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    rows = [row for shape, row in SHAPES.items() if refusal(shape, name) is None]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    found = []
+    for streaming in (False, True):
+        config = DataConfig(train=str(train), eval_fraction=0, max_length=20_000, streaming=streaming, **case.options)
+        data = load_data(config, case.load_tokenizer(), 20_000, 0, lambda _: None)
+        found.append(sorted((item.tokens.tolist(), item.weights.tolist()) for item in data.train))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("shape", ["single", "multi", "spelled"])
 def test_an_end_that_the_tokenizer_would_not_see(shape: str, tmp_path: Path) -> None:
     """What is to end the turn is its token, or the run stops: letters that spell it are never learned as an end."""
