@@ -69,8 +69,9 @@ def refusal(shape: str, name: str) -> str | None:
 def load(case: Case, row: Row, folder: Path, **more: Any) -> Data:
     train = folder / "train.jsonl"
     train.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
-    options = {"chat_template": case.template} if case.shipped else {}
-    config = DataConfig(train=str(train), eval_fraction=0, max_length=20_000, **options, **case.options, **more)
+    options: dict[str, Any] = {"chat_template": case.template} if case.shipped else {}
+    options |= {"max_length": 20_000, **case.options, **more}
+    config = DataConfig(train=str(train), eval_fraction=0, **options)
     return load_data(config, case.load_tokenizer(), 20_000, 0, lambda _: None)
 
 
@@ -148,6 +149,28 @@ def test_streamed_rows_are_learned_as_held_ones(name: str, tmp_path: Path) -> No
         data = load_data(config, case.load_tokenizer(), 20_000, 0, lambda _: None)
         found.append(sorted((item.tokens.tolist(), item.weights.tolist()) for item in data.train))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama2_sp", "gemma3", "tekken", "no_end"])
+def test_what_is_left_of_a_long_conversation_is_learned_as_such(name: str, tmp_path: Path) -> None:
+    """Every answer once, after the prompt of some of its last turns, the system message before them."""
+    case = CASES[name]
+    first, *turns = SHAPES["many"]["messages"]
+    data = load(case, SHAPES["many"], tmp_path, too_long="oldest_turns", max_length=100)
+    left = [[first, *turns[start:]] for start in range(0, len(turns), 2)]
+    possible = {
+        (tuple(answer.prompt), tuple(answer.learned)): len(messages) - answer.number
+        for messages in left
+        for answer, _ in expected(case, messages, None)
+    }
+    found = []
+    for item in data.train:
+        assert len(item.tokens) <= 100
+        tokens, on = item.tokens.tolist(), [bool(weight) for weight in item.weights]
+        starts = [at for at in range(1, len(on)) if on[at] and not on[at - 1]]
+        stops = [at + 1 for at in range(1, len(on)) if on[at] and not [*on, False][at + 1]]
+        found += [possible[tuple(tokens[:start]), tuple(tokens[start:stop])] for start, stop in zip(starts, stops)]
+    assert sorted(found) == list(range(1, len(turns), 2))
 
 
 @pytest.mark.parametrize("shape", ["single", "multi", "spelled"])
