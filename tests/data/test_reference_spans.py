@@ -66,13 +66,13 @@ def refusal(shape: str, name: str) -> str | None:
     return next((words for words, names in REFUSED.get(shape, {}).items() if template in names.split()), None)
 
 
-def load(case: Case, row: Row, folder: Path, **more: Any) -> Data:
+def load(case: Case, row: Row, folder: Path, log: Any = lambda _: None, **more: Any) -> Data:
     train = folder / "train.jsonl"
     train.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
     options: dict[str, Any] = {"chat_template": case.template} if case.shipped else {}
     options |= {"max_length": 20_000, **case.options, **more}
     config = DataConfig(train=str(train), eval_fraction=0, **options)
-    return load_data(config, case.load_tokenizer(), 20_000, 0, lambda _: None)
+    return load_data(config, case.load_tokenizer(), 20_000, 0, log)
 
 
 def expected(case: Case, messages: list[dict[str, Any]], tools: Any) -> list[tuple[Answer, float]]:
@@ -171,6 +171,31 @@ def test_what_is_left_of_a_long_conversation_is_learned_as_such(name: str, tmp_p
         stops = [at + 1 for at in range(1, len(on)) if on[at] and not [*on, False][at + 1]]
         found += [possible[tuple(tokens[:start]), tuple(tokens[start:stop])] for start, stop in zip(starts, stops)]
     assert sorted(found) == list(range(1, len(turns), 2))
+
+
+TOLD: list[tuple[str, str, dict[str, Any], str | None]] = [
+    # case, shape, options, what is told beside the numbers
+    ("smollm2", "assistant_first", {}, "the opening answer is context"),
+    ("gemma", "assistant_first", {}, "first turn is cut: the chat template wants the user to begin"),
+    ("smollm2", "empty_assistant", {}, "an empty answer is not learned"),
+    ("smollm2", "empty_user", {}, "the answer to an empty user turn is not learned"),
+    ("smollm2", "spelled", {}, "special tokens that its text spells are read as letters"),
+    ("llama3_1", "two_calls", {}, "several calls of one turn are put one after another"),
+    ("gemma_folded", "same_role", {}, "turns of one role in a row are made one"),
+    ("llama3_1", "text_and_call", {"lost_text": "allow"}, "leaves out the answer's text beside a tool call"),
+    ("smollm2", "thinking_field", {"thinking": "drop"}, "thinking is left out"),
+    *(("smollm2", shape, {}, None) for shape in ("single", "system", "same_role", "spaces", "weights", "long_line")),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "words"), TOLD)
+def test_what_is_cut_or_changed_is_told(
+    name: str, shape: str, options: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    load(CASES[name], SHAPES[shape], tmp_path, said.append, **options)
+    notes = [line for line in said if line.endswith("(train.jsonl:1)")]
+    assert notes == [] if words is None else any(line.startswith("1 row: ") and words in line for line in notes)
 
 
 @pytest.mark.parametrize("shape", ["single", "multi", "spelled"])
