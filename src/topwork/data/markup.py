@@ -14,7 +14,11 @@ from functools import cached_property
 from secrets import token_hex
 from typing import Any
 
+from topwork.common.errors import DataError
+
 _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stands twice
+_END = 8
+"""Tokens at a text's end among which what ends it stands, white space behind it."""
 _IN_ANSWERS = re.compile(
     r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
 )
@@ -87,6 +91,22 @@ class Tokens:
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends in markup, by which generation can stop."""
         return any(text.endswith(each) for each in self.control)
+
+    def check_ended(self, ids: Sequence[int], text: str) -> None:
+        """Raises DataError where the end of a text is markup, and its ids are letters: some tokenizers look for special
+        tokens in normalized text, and miss them behind other letters."""
+        if not self._marks.isdisjoint(ids[-_END:]):
+            return
+        end = next((each for each in self.control if text.rstrip().endswith(each)), "")
+        raise DataError(
+            f"the tokenizer reads {end!r}, by which the chat template ends a turn, as letters, so the model could not "
+            "learn to stop; set normalized: false for this token in the base's tokenizer.json, or a data.chat_template "
+            "that ends turns otherwise"
+        )
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
     def joint(self, text: str) -> int:
         """Where the text's last token stands at which it can be cut and tokenized apart; -1 where there is none.
