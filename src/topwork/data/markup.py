@@ -14,8 +14,14 @@ from functools import cached_property
 from secrets import token_hex
 from typing import Any
 
+from topwork.common.errors import DataError
+
 _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stands twice
-_IN_ANSWERS = re.compile(r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]")
+_END = 8
+"""Tokens at a text's end among which what ends it stands, white space behind it."""
+_IN_ANSWERS = re.compile(
+    r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
+)
 """Tokens that belong into what is said, whoever flagged them: a model writes them, and no turn begins or ends there."""
 
 
@@ -49,7 +55,8 @@ class Tokens:
         self._joints = [
             text
             for text in around & plain
-            if getattr(tokenizer, "is_fast", False) and not any(text in other for other in self.special if other != text)
+            if getattr(tokenizer, "is_fast", False)
+            and not any(text in other for other in self.special if other != text)
         ]
 
     # Marks
@@ -68,6 +75,10 @@ class Tokens:
             return [self.marked(each) for each in value]
         return value
 
+    def unmarked(self, text: str) -> str:
+        """The text as people wrote it."""
+        return _unmarked(text)
+
     def _broken(self, text: str) -> str:
         return self._breaks.sub(rf"\2{_MARK}", text.replace(_MARK, _MARK * 2))
 
@@ -80,6 +91,22 @@ class Tokens:
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends in markup, by which generation can stop."""
         return any(text.endswith(each) for each in self.control)
+
+    def check_ended(self, ids: Sequence[int], text: str) -> None:
+        """Raises DataError where the end of a text is markup, and its ids are letters: some tokenizers look for special
+        tokens in normalized text, and miss them behind other letters."""
+        if not self._marks.isdisjoint(ids[-_END:]):
+            return
+        end = next((each for each in self.control if text.rstrip().endswith(each)), "")
+        raise DataError(
+            f"the tokenizer reads {end!r}, by which the chat template ends a turn, as letters, so the model could not "
+            "learn to stop; set normalized: false for this token in the base's tokenizer.json, or a data.chat_template "
+            "that ends turns otherwise"
+        )
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
     def joint(self, text: str) -> int:
         """Where the text's last token stands at which it can be cut and tokenized apart; -1 where there is none.
@@ -96,9 +123,9 @@ class Tokens:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template writes the BOS itself where there is one."""
-        plain = [text for text in texts if _MARK not in text]
-        found = iter(self._plain(plain))
-        return [self._of_marked(text) if _MARK in text else next(found) for text in texts]
+        plain = iter(self._plain([text for text in texts if _MARK not in text]))
+        marked = iter(self._of_marked([text for text in texts if _MARK in text]))
+        return [next(marked if _MARK in text else plain) for text in texts]
 
     def document(self, text: str, letters: bool) -> str:
         """A text as `ids` takes it that is no markup at all, whatever it spells, or else brings its own."""
@@ -111,21 +138,23 @@ class Tokens:
         the tokenizer cannot tell."""
         if self._backend is None:
             return None
-        whole, copy = self._marked_backend
-        encoded = (copy if letters else whole).encode(text, add_special_tokens=False)
+        encoded = (self._renamed if letters else self._bare).encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        backend = self._backend
+        if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
+            return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return list(self._asked(list(texts), add_special_tokens=False)["input_ids"])
 
-    def _of_marked(self, text: str) -> list[int]:
-        if self._backend is None:
-            return self._of_pieces(text)
-        renamed = self._markup.sub(lambda found: self._names[found[0]], text)
-        ids: list[int] = self._marked_backend[1].encode(_unmarked(renamed), add_special_tokens=False).ids
-        return ids
+    def _of_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts or self._backend is None:
+            return list(map(self._of_pieces, texts))
+        names = self._names
+        renamed = [_unmarked(self._markup.sub(lambda found: names[found[0]], text)) for text in texts]
+        return [each.ids for each in self._renamed.encode_batch_fast(renamed, add_special_tokens=False)]
 
     def _of_pieces(self, text: str) -> list[int]:
         """For tokenizers of which no copy can be made: piece by piece between markup."""
@@ -134,9 +163,13 @@ class Tokens:
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:
-                asked = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-                ids += self.tokenizer([_unmarked(piece)], **asked)["input_ids"][0]
+                asked = {"add_special_tokens": False, "split_special_tokens": True}
+                ids += self._asked([_unmarked(piece)], **asked)["input_ids"][0]
         return ids
+
+    def _asked(self, texts: list[str], **how: bool) -> Mapping[str, list[list[int]]]:
+        found: Mapping[str, list[list[int]]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **how)
+        return found
 
     def ids_after(self, text: str) -> list[int]:
         """The ids of a text that continues another, without the space that some tokenizers put at a text's head."""
@@ -156,17 +189,27 @@ class Tokens:
         secret = token_hex(12)
         return {text: f"<{secret}{number}>" for number, text in enumerate(self.control)}
 
+    def _described(self) -> dict[str, Any]:
+        """The tokenizer as its file has it, without what it adds or cuts off."""
+        description: dict[str, Any] = json.loads(self._backend.to_str())
+        return description | {"truncation": None, "padding": None, "post_processor": None}
+
     @cached_property
-    def _marked_backend(self) -> tuple[Any, Any]:
-        """The tokenizer without what it adds or cuts off, and the same with markup under other names."""
+    def _bare(self) -> Any:
+        """The tokenizer without what it adds or cuts off."""
         from tokenizers import Tokenizer
 
-        description = json.loads(self._backend.to_str())
-        description |= {"truncation": None, "padding": None, "post_processor": None}
-        whole = Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(self._described()))
+
+    @cached_property
+    def _renamed(self) -> Any:
+        """The same, with markup under other names."""
+        from tokenizers import Tokenizer
+
+        description, names = self._described(), self._names
         for token in description["added_tokens"]:
-            token["content"] = self._names.get(token["content"], token["content"])
-        model, names = description["model"], self._names
+            token["content"] = names.get(token["content"], token["content"])
+        model = description["model"]
         if isinstance(model.get("vocab"), dict):
             model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
         elif model.get("vocab"):
@@ -175,7 +218,7 @@ class Tokens:
             model["merges"] = [pair for pair in model["merges"] if _merged(pair) not in names]
         if model.get("unk_token"):
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return whole, Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(description))
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
