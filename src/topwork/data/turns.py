@@ -96,7 +96,7 @@ class Turns:
             answer = self._behind_opening(messages[: number + 1], tools, prompt, whole)
         if not self.preparer.split:
             answer = self._ended_once(answer)
-        notes = self._lost(message, complete.missing(message, answer))
+        notes = self._lost(message, complete.missing(message, self.renderer.tokens.said(answer)))
         if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
             notes = [*notes, OTHERWISE]
         return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
