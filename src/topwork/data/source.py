@@ -1,10 +1,13 @@
 """Where the rows of a training step come from."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
-from topwork.data.batches import step_indices, steps_per_epoch
-from topwork.data.examples import Example, grouped
+from topwork.common.errors import DataError, RunError
+from topwork.data.batches import Order
+from topwork.data.examples import Counts, Example, grouped, line
+from topwork.data.stream import StreamedExamples
 
 
 class RowSource(Protocol):
@@ -40,18 +43,61 @@ class FixedRows:
 
     def __init__(self, rows: Sequence[Example], batch_size: int, seed: int) -> None:
         self.units = [[rows[number] for number in own] for own in grouped(rows)]
-        self.batch_size, self.seed = batch_size, seed
+        self._order = Order(len(self.units), batch_size, seed)
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.units), self.batch_size)
+        return self._order.steps_per_epoch
 
     def examples(self, step: int) -> list[Example]:
-        chosen = step_indices(len(self.units), self.batch_size, self.seed, step)
-        return [row for at in chosen for row in self.units[at]]
+        return [row for at in self._order.step(step) for row in self.units[at]]
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class StreamedRows:
+    """Rows that are read from disk for each step, in the order in which `FixedRows` would have them: where a step goes
+    on follows from its number. The sequences of a row stay in its step.
+
+    A row that turns out to be left out (too long, or refused by the template, where the recipe drops such) makes its
+    step smaller and changes no other; a step of which nothing is left takes the next row that can be learned as well.
+    """
+
+    def __init__(self, rows: StreamedExamples, batch_size: int, seed: int) -> None:
+        self.rows = rows
+        self.counts = Counts()
+        self._order = Order(len(rows), batch_size, seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
+
+    def examples(self, step: int) -> list[Example]:
+        """Raises RunError for a row that the recipe refuses, and where a file has changed."""
+        self.rows.check_unchanged()
+        for later in range(step, step + self.steps_per_epoch):
+            found = self._taken(self._order.step(later), step)
+            if found:
+                return found
+        raise RunError(f"step {step + 1}: no row is left to learn from ({line('train', self.counts)})")
+
+    def _taken(self, places: Sequence[int], step: int) -> list[Example]:
+        try:
+            found, counts = self.rows.take(places)
+        except DataError as error:
+            raise RunError(
+                f"step {step + 1}: {error}\nCheckpoints stay as they are. With streaming, such rows are found when a "
+                "step needs them; set how they are left out, and go on with --resume"
+            ) from error
+        self.counts = self.counts + counts
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"counts": asdict(self.counts)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.counts = Counts(**state.get("counts", {}))
