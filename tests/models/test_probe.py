@@ -1,5 +1,7 @@
 """A family that no test has proven is probed: refused by name where sequences are not kept apart, else accepted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
 from topwork.models.load import as_base
 from topwork.models.probe import PROVEN
+from topwork.models.source import Source
+from topwork.models.tokenizer import load_config, usable_length
 from topwork.ops.batch import batch_of
 
 
@@ -122,7 +126,7 @@ def test_a_base_is_frozen_and_silent_about_dropout() -> None:
     assert base.context_length == 64
 
 
-def test_longrope_is_kept_to_the_length_at_which_it_is_steady() -> None:
+def test_longrope_is_kept_to_the_length_at_which_it_is_steady(tmp_path: Path) -> None:
     """Beyond it one long sequence would change the positions of all others in its pass."""
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
@@ -132,6 +136,8 @@ def test_longrope_is_kept_to_the_length_at_which_it_is_steady() -> None:
     told: list[str] = []
     base = as_base(tiny_model("phi3", **values), None, "tiny", told.append)  # type: ignore[arg-type]
     assert base.context_length == 16
+    base.module.config.save_pretrained(tmp_path)
+    assert usable_length(load_config(Source("tiny", str(tmp_path), None), False)) == 16, "the same without weights"
     assert len(told) == 1
     assert "longrope" in told[0]
     assert "kept to 16 tokens, below which they do not, instead of 64" in told[0]

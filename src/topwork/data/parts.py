@@ -44,6 +44,12 @@ def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) 
     return found
 
 
+def look_for(config: DataConfig, named: Sources) -> None:
+    """Whether every source is there and can be begun to read. Raises DataError where one cannot."""
+    for source in config.sources(named):
+        read_rows(source.path, 1)
+
+
 def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Part:
     """What rows of a source become. Raises DataError where their format is not known or is not what is asked for."""
     own = config.of_source(source)

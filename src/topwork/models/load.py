@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
@@ -19,7 +19,7 @@ from topwork.models.quantized import is_packed, left_dense, misfit, quantize_hea
 from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
-from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.models.tokenizer import context_length, load_config, load_tokenizer, usable_length
 from topwork.ops.logprobs import LogitRule
 from topwork.quantization.config import QuantizationConfig
 
@@ -29,9 +29,11 @@ DTYPES: dict[str, Any] = {
 
 
 def load_base(
-    config: ModelConfig | str, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None
-) -> Base:
-    """Find, read and freeze a base, set to flat batches; an unproven family is probed. `config` may be its name alone.
+    config: ModelConfig | str, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Base:  # fmt: skip
+    """Find, read and freeze a base, set to flat batches; an unproven family is probed. `config` may be its name alone,
+    and `tokenizer` its own where that was opened already, to read the data before the weights.
 
     With `quantization` its linear layers are packed as they are read, never whole in 16 bits; a checkpoint that is
     quantized already is taken as it is.
@@ -47,7 +49,7 @@ def load_base(
         quantize_head(module, wanted.head)
     if wanted.active and (told := left_dense(module)):
         log(f"{source.name}: {told}")
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(source, config.trust_remote_code)
     return as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
 
 
@@ -63,8 +65,7 @@ def as_base(
     `identity` is its fingerprint, where it was taken already."""
     module.requires_grad_(False).eval()
     config = module.config.get_text_config()
-    whole = context_length(module.config)
-    length = _steady_length(config, whole)
+    whole, length = context_length(module.config), usable_length(module.config)
     if length < whole:
         log(
             f"{config.model_type}: its rotary positions (longrope) change for a whole pass with its longest sequence; "
@@ -89,7 +90,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
     info: Any
     loaded: Any
     try:
-        known = AutoConfig.from_pretrained(source.folder, revision=source.revision, **remote)
+        known: Any = load_config(source, config.trust_remote_code)
         dtype = DTYPES[config.dtype]
         if is_packed(known, source.name) or wanted.active:
             dtype = (known.dtype or torch.float32) if dtype == "auto" else dtype
@@ -116,13 +117,6 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
             "download finished, and is it a causal language model?"
         )
     return module, written_here(source.folder) or fingerprint(module, samples)
-
-
-def _steady_length(config: PreTrainedConfig, whole: int) -> int:
-    """How long a sequence may be, of at most `whole`, before it changes the positions of its neighbours in a batch."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # one for each layer type, or one
-    return min([whole, *(r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope")])
 
 
 def _logit_rule(config: object) -> LogitRule:

@@ -1,16 +1,39 @@
-"""The tokenizer of a base model, with the context length that the model really has."""
+"""The tokenizer of a base model, with the context length that the model really has: what is known without weights."""
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
-from topwork.models.source import Source
+from topwork.models.config import ModelConfig
+from topwork.models.source import Source, find_source
 
 ABSURD_LENGTH = 10**9
 """transformers writes 1e30 where a tokenizer does not know its model's context."""
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def open_tokenizer(
+    config: ModelConfig, log: Callable[[str], None] = lambda _: None
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """A recipe's tokenizer, and the longest sequence that its base will take (`Base.context_length`), without weights.
+
+    Raises ModelError.
+    """
+    source = find_source(config, log)
+    length = usable_length(load_config(source, config.trust_remote_code))
+    return load_tokenizer(source, config.trust_remote_code), length
+
+
+def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The base's config.json. Raises ModelError where it is none that transformers reads."""
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(source.folder, **options)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{source.name} could not be read as a causal language model: {error}") from error
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -47,6 +70,15 @@ def context_length(hf_config: Any) -> int:
         f"the config of this {text_config.model_type!r} model states no context length, expected one of "
         f"{', '.join(CONTEXT_FIELDS)}; set max_position_embeddings in its config.json"
     )
+
+
+def usable_length(hf_config: Any) -> int:
+    """How long a sequence may be: the context, or less where a longer one would change the positions of its neighbours
+    in a batch (longrope). Raises ModelError as `context_length` does."""
+    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # one for each layer type, or one
+    steady = [r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope"]
+    return min([context_length(hf_config), *steady])
 
 
 def _first_line(error: Exception) -> str:

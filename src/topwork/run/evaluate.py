@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
@@ -21,9 +23,10 @@ from topwork.evaluation.score import Question, Scores, questions_of, score, scor
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
+from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, open_run
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, finished_recipe, open_run
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Rows:
     """What is asked: questions, and the same rows as examples for the loss."""
 
     questions: list[Question]
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows as they were read, before any weight is: the conversations, and the same as examples."""
+
+    conversations: list[Conversation]
     examples: list[Example]
 
 
@@ -44,13 +55,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run's adapter beside its base, and write RUN/evaluation.json; a trial with `max_rows` or without the
     base goes to RUN/evaluation-trial.json, so that it does not take the whole one's place."""
-    opened = open_run(Path(run), force=force, log=log)
-    recipe = opened.recipe
+    recipe = finished_recipe(Path(run))
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
-    room = _room(opened.base, arms)
     named, seed = data or config.data, recipe.training.seed
-    rows = _rows(recipe.data, named, opened.base, room, opened.template, seed, config, log)
+    tokenizer, length = open_tokenizer(recipe.model, log)
+    read = _read(recipe.data, named, tokenizer, length - recipe.adapter.virtual_tokens, seed, log)
+    opened = open_run(Path(run), force=force, log=log, tokenizer=tokenizer)
+    rows = _rows(read, opened.template, seed, config)
     result = _score_arms(opened.base, arms, rows, opened.template, config, log)
     result["data"] = data or config.data or "held out of training"
     write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
@@ -67,16 +79,19 @@ def evaluate_model(
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score any base on any rows, and any PEFT folder on top of it; writes nothing."""
-    base = load_base(model, log)
+    saved = None if adapter is None else read_adapter(adapter)
+    tokenizer, length = open_tokenizer(model, log)
+    room = length - (0 if saved is None else saved.config.virtual_tokens)
+    read = _read(data, config.data, tokenizer, room, seed, log)
+    base = load_base(model, log, None, tokenizer)
     template = ChatTemplate(base.tokenizer, data.chat_template, data.fold_system)
     arms: dict[str, str | None] = {"before": None}
-    if adapter is not None:
-        saved = read_adapter(adapter)
+    if saved is not None:
         warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
         if warning:
             log(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME
-    rows = _rows(data, config.data, base, _room(base, arms), template, seed, config, log)
+    rows = _rows(read, template, seed, config)
     return _score_arms(base, arms, rows, template, config, log)
 
 
@@ -118,7 +133,8 @@ def _score_group(
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
     named = config.data or recipe.data.eval
     seed = seed if named else recipe.training.seed
-    rows = _rows(recipe.data, named, base, _room(base, arms), template, seed, config, log)
+    read = _read(recipe.data, named, base.tokenizer, _room(base, arms), seed, log)
+    rows = _rows(read, template, seed, config)
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader
     with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), log) as counter:
@@ -152,25 +168,28 @@ def _room(base: Base, arms: Mapping[str, str | None]) -> int:
     return base.context_length - max(base.virtual_tokens(adapter) for adapter in arms.values())
 
 
-def _rows(
-    data: DataConfig, named: Sources | None, base: Base, room: int, template: ChatTemplate, seed: int,
-    config: EvaluationConfig, log: Callable[[str], None],
-) -> Rows:  # fmt: skip
+def _read(
+    data: DataConfig, named: Sources | None, tokenizer: PreTrainedTokenizerBase, room: int, seed: int,
+    log: Callable[[str], None],
+) -> _Read:  # fmt: skip
     """The rows to ask: the ones named, or those that training held out; `room` is the tokens that one may have."""
     if named is None:
-        loaded = load_data(data, base.tokenizer, room, seed, lambda _: None)
-        conversations, examples = list(loaded.eval_conversations), list(loaded.eval)
-        if not examples:
+        loaded = load_data(data, tokenizer, room, seed, lambda _: None)
+        if not loaded.eval:
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
-    else:
-        loaded = load_data(data.reading(named), base.tokenizer, room, seed, lambda _: None)
-        log(f"{told(named)}: {loaded.summary.recognised}")
-        conversations, examples = list(loaded.train_conversations), list(loaded.train)
-    if not conversations:  # plain text: nothing to ask, a loss to measure
-        return Rows([], examples[: config.max_rows])
-    chosen = _drawn(conversations, config.max_rows, seed)
+        return _Read(list(loaded.eval_conversations), list(loaded.eval))
+    loaded = load_data(data.reading(named), tokenizer, room, seed, lambda _: None)
+    log(f"{told(named)}: {loaded.summary.recognised}")
+    return _Read(list(loaded.train_conversations), list(loaded.train))
+
+
+def _rows(read: _Read, template: ChatTemplate, seed: int, config: EvaluationConfig) -> Rows:
+    """Questions of the rows, drawn by `seed` where there are more than `max_rows`."""
+    if not read.conversations:  # plain text: nothing to ask, a loss to measure
+        return Rows([], read.examples[: config.max_rows])
+    chosen = _drawn(read.conversations, config.max_rows, seed)
     sources = {row.source for row in chosen}
-    return Rows(questions_of(chosen, template), [example for example in examples if example.source in sources])
+    return Rows(questions_of(chosen, template), [example for example in read.examples if example.source in sources])
 
 
 def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> list[Conversation]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
@@ -88,28 +89,36 @@ def read_recipe(folder: Path) -> Recipe:
     return make_recipe(parse_yaml(path.read_text("utf-8"), str(path)), str(path))
 
 
+def finished_recipe(folder: Path) -> Recipe:
+    """The recipe of a run that has its adapter. Raises RequestError where it has none yet."""
+    recipe = read_recipe(folder)
+    if not (folder / ADAPTER).is_dir():
+        raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
+    return recipe
+
+
 def open_run(
     folder: Path,
     dtype: str | None = None,
     force: bool = False,
     log: Callable[[str], None] = print,
     quantized: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> OpenRun:
-    """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter.
+    """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter; `tokenizer` as in
+    `load_base`.
 
     Raises RequestError where the run has no adapter yet.
     """
-    recipe = read_recipe(folder)
-    if not (folder / ADAPTER).is_dir():
-        raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
+    recipe = finished_recipe(folder)
     if not quantized:
         recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
     asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
     if recipe.quantization.active:  # packed from the very values that training packed, and only then cast
-        base = load_base(recipe.model, log, recipe.quantization)
+        base = load_base(recipe.model, log, recipe.quantization, tokenizer)
         _cast(base, DTYPES[asked.model.dtype])
     else:
-        base = load_base(asked.model, log)
+        base = load_base(asked.model, log, None, tokenizer)
     recipe = asked
     adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)

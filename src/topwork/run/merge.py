@@ -5,14 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
 from topwork.data.examples import load_data
 from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
+from topwork.models.tokenizer import open_tokenizer
 from topwork.quantization.linear import packed_modules
-from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, open_run, read_recipe
+from topwork.recipe.recipe import Recipe
+from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, finished_recipe, open_run, read_recipe
 
 INPUTS = 100
 BASES = ("dequantized", "16bit")
@@ -40,16 +44,19 @@ def merge(
     if base not in (None, *BASES):
         raise RequestError(f"--base {base}: expected {' or '.join(BASES)}")
     out = Path(out)
-    read_recipe(Path(run))
+    recipe = read_recipe(Path(run))
     check_out(out, Path(run), "the run's own folder", overwrite)
-    opened = open_run(Path(run), dtype, force, log, quantized=base != "16bit")
+    finished_recipe(Path(run))
+    tokenizer, context_length = open_tokenizer(recipe.model, log)
+    inputs = _inputs(recipe, tokenizer, context_length)  # before the weights: the rows may be gone
+    opened = open_run(Path(run), dtype, force, log, base != "16bit", tokenizer)
     if packed_modules(opened.base.module):
         _refuse_packed(opened, base)
         log(
             "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
             "(--base 16bit takes those from before)"
         )
-    verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, _inputs(opened)))
+    verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, inputs))
     verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
     if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
         log(
@@ -69,10 +76,7 @@ def _refuse_packed(opened: OpenRun, base: str | None) -> None:
         )
 
 
-def _inputs(opened: OpenRun) -> list[list[int]]:
+def _inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[list[int]]:
     """Up to a hundred real sequences: held-out rows first, then training rows."""
-    recipe = opened.recipe
-    data = load_data(
-        recipe.data, opened.base.tokenizer, opened.base.context_length, recipe.training.seed, lambda _: None
-    )
+    data = load_data(recipe.data, tokenizer, context_length, recipe.training.seed, lambda _: None)
     return [example.tokens.tolist() for example in (*data.eval, *data.train)[:INPUTS]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
@@ -40,9 +41,10 @@ class Session:
             )
 
 
-def open_session(recipe: Recipe, log: Log = print) -> Session:
-    """Load the base that a recipe names, for `train_together(on=...)` and whatever asks it."""
-    base = load_base(recipe.model, log, recipe.quantization)
+def open_session(recipe: Recipe, log: Log = print, tokenizer: PreTrainedTokenizerBase | None = None) -> Session:
+    """Load the base that a recipe names, for `train_together(on=...)` and whatever asks it; `tokenizer` as in
+    `load_base`."""
+    base = load_base(recipe.model, log, recipe.quantization, tokenizer)
     weights, held_as = weight_bytes(base.module), _held_as(base)
     log(f"base weights: {weights / 2**20:,.0f} MiB, {held_as}")
     adapters = Adapters(base.module, base.tokenizer, _original(recipe.model, base))

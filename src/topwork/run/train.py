@@ -5,14 +5,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.data.examples import Data, load_data
+from topwork.data.parts import look_for
 from topwork.data.source import FixedRows
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
+from topwork.models.tokenizer import open_tokenizer
 from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
@@ -94,11 +98,10 @@ def train_together(
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
     for recipe in recipes:
         check_folder(recipe, resume, overwrite)
-    held = on or open_session(recipes[0], log)
-    held.check(recipes[0])
+    loaded, held = _prepared(recipes, on, log)
     names = _names(recipes, held.adapters)
     try:
-        return _trained(held, recipes, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
+        return _trained(held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
     except BaseException:
         for name in names:
             if name in held.adapters.configs:
@@ -106,12 +109,22 @@ def train_together(
         raise
 
 
+def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[list[Data], Session]:
+    """The recipes' data and their base, in this order: what is wrong with rows is told before any weight is read."""
+    if on is not None:
+        on.check(recipes[0])
+        return _load_data(recipes, on.base.tokenizer, on.base.context_length, log), on
+    tokenizer, context_length = open_tokenizer(recipes[0].model, log)
+    loaded = _load_data(recipes, tokenizer, context_length, log)
+    return loaded, open_session(recipes[0], log, tokenizer)
+
+
 def _trained(
-    on: Session, recipes: Sequence[Recipe], names: Sequence[str], resume: bool, overwrite: bool,
-    progress: Callable[[str], Progress], log: Log, stop_at: int | None,
+    on: Session, recipes: Sequence[Recipe], loaded: Sequence[Data], names: Sequence[str], resume: bool,
+    overwrite: bool, progress: Callable[[str], Progress], log: Log, stop_at: int | None,
 ) -> list[TrainedRun]:  # fmt: skip
     base = on.base
-    runs = _grafted(on, recipes, names, log)
+    runs = _grafted(on, recipes, loaded, names, log)
     asked = recipes[0].training.tokens_per_pass
     if asked is None and resume:
         asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
@@ -134,10 +147,11 @@ def _trained(
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
-def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], log: Log) -> list[_Run]:
-    """Data loaded, each once, and a fresh adapter for each recipe. Raises RequestError where memory is too small."""
+def _grafted(
+    on: Session, recipes: Sequence[Recipe], loaded: Sequence[Data], names: Sequence[str], log: Log
+) -> list[_Run]:
+    """A fresh adapter for each recipe. Raises RequestError where memory is too small."""
     base, several = on.base, len(recipes) > 1
-    loaded = _load_data(recipes, base, log)
     fit = trials_that_fit(on, recipes)
     if fit < len(recipes):
         raise RequestError(
@@ -155,16 +169,22 @@ def _grafted(on: Session, recipes: Sequence[Recipe], names: Sequence[str], log: 
     return runs
 
 
-def _load_data(recipes: Sequence[Recipe], base: Base, log: Log) -> list[Data]:
-    """Data that several recipes name alike are loaded once; the seed counts where it holds rows out."""
+def _load_data(
+    recipes: Sequence[Recipe], tokenizer: PreTrainedTokenizerBase, context_length: int, log: Log
+) -> list[Data]:
+    """Data that several recipes name alike are loaded once; the seed counts where it holds rows out. What evaluation
+    will read is looked for, so that it is not found missing after the training."""
+    for recipe in recipes:
+        if recipe.evaluation.data is not None:
+            look_for(recipe.data, recipe.evaluation.data)
     known: dict[tuple[str, int | None, int], Data] = {}
     found = []
     for recipe in recipes:
         config, seed = recipe.data, recipe.training.seed
-        room = base.context_length - recipe.adapter.virtual_tokens
+        room = context_length - recipe.adapter.virtual_tokens
         key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
         if key not in known:
-            known[key] = load_data(config, base.tokenizer, room, seed, log)
+            known[key] = load_data(config, tokenizer, room, seed, log)
         found.append(known[key])
     return found
 

@@ -12,7 +12,7 @@ from topwork.common.errors import RequestError
 from topwork.data.batches import steps_per_epoch
 from topwork.data.examples import load_data
 from topwork.models.source import find_source
-from topwork.models.tokenizer import context_length, load_tokenizer
+from topwork.models.tokenizer import open_tokenizer
 from topwork.plan.count import config_of, skeleton
 from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
 from topwork.recipe.recipe import Recipe
@@ -157,9 +157,7 @@ def _refuse_unmeasured(trials: Sequence[PlannedTrial]) -> None:
 def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> dict[str, int]:
     """Read every data set once; the planned steps of each trial by name. Raises DataError."""
     model = trials[0].recipe.model
-    source = find_source(model, lambda _: None)
-    tokenizer = load_tokenizer(source, model.trust_remote_code)
-    length = context_length(config_of(model.model_name_or_path, model.revision, model.trust_remote_code))
+    tokenizer, length = open_tokenizer(model)
     known: dict[str, tuple[int, int, int]] = {}
     scored: set[tuple[str, str]] = set()
     steps = {}
