@@ -179,18 +179,28 @@ def _load_streamed(
         refuse_bad(bad, count, config)
         return _examples(_Rows(list(rows), count, tuple(bad)), config, template, max_length)[:2]
 
+    if config.too_long == "split":
+        raise DataError(
+            "data.too_long: split makes many sequences of a row, and streaming keeps those of a row in one step; set "
+            "data.documents: paragraph or line for shorter rows and data.too_long: truncate or drop, or leave "
+            "data.streaming out"
+        )
     parts = read_streamed(config, config.train, config.max_rows, log)
     train, held = split_streamed(parts, config, seed)
     eval_parts = parts if config.eval is None else read_streamed(config, config.eval, None, log)
     held = held if config.eval is None else usable_numbers(eval_parts)
-    drawn = drawn_rows(held, EVAL_ROWS, seed)
-    conversations = streamed_conversations(eval_parts, drawn)
-    evaluation, counts, kept = _examples(_Rows(conversations, len(drawn)), config, template, max_length)
+    drawn = drawn_rows(held, EVAL_ROWS, seed if config.eval is None else 0)
+    evaluation, kept, counts = list[Example](), list[Conversation](), Counts()
+    for start in range(0, len(drawn), _AT_ONCE):
+        rows = streamed_conversations(eval_parts, drawn[start : start + _AT_ONCE])
+        made, own, left = _examples(_Rows(rows, len(rows)), config, template, max_length)
+        evaluation, kept, counts = evaluation + made, kept + left, counts + own
+    counts = _counted(counts, evaluation)
     if not len(train):
         raise DataError(f"{told(config.train)}: no row is left to train on")
     if config.eval is not None and not evaluation:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({line('eval', counts)})")
-    examples = StreamedExamples(parts, train, encode, max_length, streamed_digest(parts, config, template))
+    examples = StreamedExamples(parts, train, encode, max_length, streamed_digest(parts, config, template, max_length))
     sentence = "; ".join(dict.fromkeys(part.format.sentence for part in parts))
     read = Counts(rows=len(train), bad_rows=sum(part.bad_count for part in parts))
     summary = DataSummary(sentence, read, counts, config.eval is None, 0, True, len(held))
@@ -200,6 +210,7 @@ def _load_streamed(
     return Data(examples, tuple(evaluation), tuple(systems), tuple(kept), template, summary)
 
 
+_AT_ONCE = 128  # rows whose texts and tokens are held while they are encoded
 EVAL_ROWS = 2000
 """Rows that are validated on while training rows are streamed, drawn by seed where more are held out."""
 

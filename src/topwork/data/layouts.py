@@ -72,7 +72,7 @@ def _text(path: Path, raw: bytes, line: int, encoding: str) -> str:
 def _lines(file: BinaryIO) -> Iterator[tuple[int, int]]:
     at = 0
     for number, line in enumerate(file, 1):
-        if not line.isspace():
+        if not (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).isspace():
             yield at, number
         at += len(line)
 

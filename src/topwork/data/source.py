@@ -64,7 +64,7 @@ class StreamedRows:
     on follows from its number. The sequences of a row stay in its step.
 
     A row that turns out to be left out (too long, or refused by the template, where the recipe drops such) makes its
-    step smaller and changes no other; a step of which nothing is left takes the next row that can be learned as well.
+    step smaller and changes no other; a step of which nothing is left takes the rows of the next that has some.
     """
 
     def __init__(self, rows: StreamedExamples, batch_size: int, seed: int) -> None:
@@ -90,8 +90,8 @@ class StreamedRows:
             found, counts = self.rows.take(places)
         except DataError as error:
             raise RunError(
-                f"step {step + 1}: {error}\nCheckpoints stay as they are. With streaming, such rows are found when a "
-                "step needs them; set how they are left out, and go on with --resume"
+                f"step {step + 1}: {error}\nWith streaming, such rows are found when a step needs them. The checkpoints "
+                "before it stay: go on with --resume and another data.too_long or data.on_bad_row than refuse"
             ) from error
         self.counts = self.counts + counts
         return found
@@ -101,3 +101,14 @@ class StreamedRows:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.counts = Counts(**state.get("counts", {}))
+
+    def told(self) -> str:
+        """What became of the rows that were read, for people."""
+        return line("train, as far as it was streamed", self.counts)
+
+
+def rows_of(rows: Sequence[Example], batch_size: int, seed: int) -> FixedRows | StreamedRows:
+    """The source of a data set's rows, held or streamed."""
+    if isinstance(rows, StreamedExamples):
+        return StreamedRows(rows, batch_size, seed)
+    return FixedRows(rows, batch_size, seed)

@@ -50,9 +50,9 @@ class StreamedPart:
     own: DataConfig
     format: Format
     rows: IndexedRows
-    usable: array[int] = field(default_factory=lambda: array("i"))
-    groups: array[int] = field(default_factory=lambda: array("q"))
-    contents: array[int] = field(default_factory=lambda: array("q"))
+    usable: "array[int]" = field(default_factory=lambda: array("i"))
+    groups: "array[int]" = field(default_factory=lambda: array("q"))
+    contents: "array[int]" = field(default_factory=lambda: array("q"))
     bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
     systems: dict[str | None, Conversation] = field(default_factory=dict)
@@ -174,14 +174,16 @@ def streamed_conversations(parts: Sequence[StreamedPart], numbers: np.ndarray) -
     return [row for at, own in by_owner(firsts, numbers.tolist()) for row in parts[at].conversations(own)[0]]
 
 
-def streamed_digest(parts: Sequence[StreamedPart], config: DataConfig, template: ChatTemplate) -> str:
+def streamed_digest(parts: Sequence[StreamedPart], config: DataConfig, template: ChatTemplate, longest: int) -> str:
     """What tells streamed training rows from others; where files lie does not count, nor what is done with rows that
     are left out: such rows a run has not met yet."""
     read = config.model_dump(mode="json", exclude={"train", "eval", "chat_template", "too_long", "on_bad_row"})
     sources = [part.source.model_dump(mode="json", exclude={"path"}) | {"rows": part.rows.digest()} for part in parts]
     backend = getattr(template.tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(template.tokenizer.get_vocab(), sort_keys=True)
-    return sha256_bytes(json.dumps([read, sources, template.jinja, sha256_bytes(vocabulary.encode())]).encode())
+    return sha256_bytes(
+        json.dumps([read, longest, sources, template.jinja, sha256_bytes(vocabulary.encode())]).encode()
+    )
 
 
 class StreamedExamples(Sequence["Example"]):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +80,4 @@ def _refuse_packed(opened: OpenRun, base: str | None) -> None:
 def _inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[list[int]]:
     """Up to a hundred real sequences: held-out rows first, then training rows."""
     data = load_data(recipe.data, tokenizer, context_length, recipe.training.seed, lambda _: None)
-    return [example.tokens.tolist() for example in (*data.eval, *data.train)[:INPUTS]]
+    return [example.tokens.tolist() for example in islice(chain(data.eval, data.train), INPUTS)]

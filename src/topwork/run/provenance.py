@@ -16,6 +16,7 @@ from topwork.common.errors import RequestError
 from topwork.common.files import sha256_bytes, sha256_file, write_json
 from topwork.data.config import Sources, told
 from topwork.data.examples import Data, Example
+from topwork.data.stream import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
@@ -27,7 +28,8 @@ PROVENANCE = "provenance.json"
 def provenance(
     recipe: Recipe, base: Base, data: Data, tokens_per_pass: int, together: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned.
+    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned; of
+    streamed rows it covers the files and how they are read.
 
     `together` are the folders' names of all that were trained in the same passes: rounding follows from them too.
     """
@@ -85,18 +87,24 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _rows(named: Sources | None, examples: Sequence[Example]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.tokens.tobytes())
-        digest.update(example.weights.tobytes())
     path = Path(named) if isinstance(named, str) else None
     file = {"sha256": sha256_file(path)} if path is not None and path.is_file() else {}
     return {
         "name": None if named is None else told(named),
         "rows": len(examples),
-        "examples_sha256": digest.hexdigest(),
+        "examples_sha256": _digest(examples),
         **file,
     }
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    if isinstance(examples, StreamedExamples):  # its tokens are not known before they are needed
+        return examples.digest
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.weights.tobytes())
+    return digest.hexdigest()
 
 
 def _surroundings(base: Base) -> dict[str, Any]:
