@@ -2,8 +2,8 @@
 
     python benchmarks/streaming_memory.py [--gigabytes 2] [--steps 300] [--batch-size 32]
 
-Writes a JSONL of made conversations in a folder of its own, which is removed in the end. A fresh process reads it through
-`load_data` and its row source, as training does but for the model. Writes benchmarks/results/streaming_memory.*
+Writes a JSONL of made conversations in a folder of its own, which is removed in the end. A fresh process reads it
+through `load_data` and its row source, as training does but for the model. Writes benchmarks/results/streaming_memory.*
 """
 
 import argparse
@@ -83,7 +83,7 @@ def text(record: dict[str, Any]) -> str:
         ["seconds to the first step", f"{record['index_seconds']:.0f}"],
         ["rows read and encoded a second, in steps", f"{record['rows_per_second']:,.0f}"],
         ["a step of so many rows, ms", f"{record['batch_size']}: {record['step_milliseconds']:.1f}"],
-        ["same rows when begun at a later step", record["resumed_alike"]],
+        ["same rows when begun at a later step", str(record["resumed_alike"])],
     ]
     return "\n\n".join([
         "# Streaming a file that is larger than the memory that it may take",

@@ -271,7 +271,9 @@ def test_a_row_that_is_refused_stops_the_step_that_needs_it(
     bad = next(number for number, step in enumerate(order) if "plain.jsonl:21" in [source for source, _, _ in step])
     for step in range(bad):
         source.examples(step)
-    with pytest.raises(RunError, match=rf"step {bad + 1}: .*rows.jsonl:21(?s:.)*Checkpoints stay.*--resume"):
+    with pytest.raises(
+        RunError, match=rf"step {bad + 1}: .*rows.jsonl:21(?s:.)*The checkpoints before it stay: go on with --resume"
+    ):
         source.examples(bad)
 
 

@@ -90,8 +90,8 @@ class StreamedRows:
             found, counts = self.rows.take(places)
         except DataError as error:
             raise RunError(
-                f"step {step + 1}: {error}\nWith streaming, such rows are found when a step needs them. The checkpoints "
-                "before it stay: go on with --resume and another data.too_long or data.on_bad_row than refuse"
+                f"step {step + 1}: {error}\nWith streaming, such rows are found when a step needs them. The "
+                "checkpoints before it stay: go on with --resume, and data.too_long or data.on_bad_row other than refuse"
             ) from error
         self.counts = self.counts + counts
         return found
