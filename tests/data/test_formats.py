@@ -177,7 +177,7 @@ def test_files_of_data_sets(name: str, format: str, count: int, first: str, data
     if data_sets == made_data:
         count, first = 2, "First" if format != "text" or name.endswith("jsonl") else " = First"
     config = DataConfig(train=str(data_sets / name), columns=COLUMNS.get(name.split("/")[0], {}))
-    rows = read_rows(config.train)
+    rows = read_rows(config.sources(config.train)[0], documents="paragraph").rows
     recognised = recognise(rows, config)
     conversations, bad = read_conversations(rows, recognised, config)
     assert (recognised.name, len(conversations), bad) == (format, count, [])
@@ -192,7 +192,7 @@ def test_tool_calls_of_data_sets(data_sets: Path, made_data: Path) -> None:
         ("foundry_formats/stock_toolcall_training.jsonl", 36),
     ):
         config = DataConfig(train=str(data_sets / name))
-        rows = read_rows(config.train)
+        rows = read_rows(config.sources(config.train)[0]).rows
         conversations, _ = read_conversations(rows, recognise(rows, config), config)
         found = [call for row in conversations for m in row.messages for call in m.extra.get("tool_calls", ())]
         assert len(found) >= (2 if data_sets == made_data else calls)
@@ -215,12 +215,12 @@ def test_tool_calls_of_data_sets(data_sets: Path, made_data: Path) -> None:
 def test_preference_files_need_another_objective(name: str, data_sets: Path) -> None:
     config = DataConfig(train=str(data_sets / name))
     with pytest.raises(DataError, match=r"preference data .* need a preference objective"):
-        recognise(read_rows(config.train, 100), config)
+        recognise(read_rows(config.sources(config.train)[0], max_rows=100).rows, config)
 
 
 def test_a_file_without_answers(data_sets: Path) -> None:
     config = DataConfig(train=str(data_sets / "foundry_formats/countdown_train_100.jsonl"))
-    rows = read_rows(config.train)
+    rows = read_rows(config.sources(config.train)[0]).rows
     count = len(rows)
     with pytest.raises(DataError, match=rf"{count} of {count} rows cannot be used:\n  countdown_.*.jsonl:1: no answer"):
         read_conversations(rows, recognise(rows, config), config)

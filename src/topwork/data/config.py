@@ -18,7 +18,8 @@ class SourceConfig(Options):
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; also .gz, .zst, .bz2, .xz), a glob (`part-*.jsonl`),
     a folder of such files or of `save_to_disk`, or a Hub data set: `owner/name`, `owner/name:config:split`."""
     split: str | None = None
-    """Which split of a folder or a Hub data set is read; left out, its training split."""
+    """Which split of a folder or a Hub data set is read; left out, its training split (to evaluate on: its test split).
+    Several with | between them are the first of these that it has."""
     format: FormatName | None = None
     """How a row is read, where it is not as in `data.format`."""
     columns: dict[str, str] | None = None
@@ -114,9 +115,12 @@ class DataConfig(Options):
         return self
 
     def reading(self, rows: Sources) -> "DataConfig":
-        """All of other rows, read the same way and none held out."""
+        """All of other rows, read the same way and none held out; of a folder with splits its test split."""
+        several = [
+            source.model_copy(update={"split": source.split or "test|validation|"}) for source in self.sources(rows)
+        ]
         return self.model_copy(
-            update={"train": rows, "eval": None, "eval_fraction": 0.0, "max_rows": None, "streaming": False}
+            update={"train": several, "eval": None, "eval_fraction": 0.0, "max_rows": None, "streaming": False}
         )
 
     def sources(self, named: Sources) -> list[SourceConfig]:

@@ -1,7 +1,7 @@
 """A recipe's data as examples: token ids and the weights with which they are learned, counted and reported."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,15 +10,7 @@ from topwork.data.config import DataConfig, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.formats import refuse_bad
 from topwork.data.parts import Part, read_parts
-from topwork.data.stream import (
-    StreamedExamples,
-    drawn_rows,
-    read_streamed,
-    split_streamed,
-    streamed_conversations,
-    streamed_digest,
-    usable_numbers,
-)
+from topwork.data.sources import memory_notes, with_held_out
 from topwork.data.template import ChatTemplate, Encoded
 
 
@@ -76,11 +68,6 @@ class Counts:
     longest: int = 0
     median: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        """Of both; a median of both is not known from theirs, and is 0."""
-        sums = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}
-        return Counts(**sums | {"longest": max(self.longest, other.longest), "median": 0})
-
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -91,15 +78,12 @@ class DataSummary:
     eval: Counts
     held_out: bool
     duplicates_across: int
-    streamed: bool = False
-    drawn_from: int = 0
 
     def lines(self) -> list[str]:
         """A few lines for people."""
-        lines = [self.recognised, _streamed_line(self.train) if self.streamed else line("train", self.train)]
+        lines = [self.recognised, _line("train", self.train)]
         if self.eval.rows:
-            drawn = f"; drawn by seed from {self.drawn_from:,} rows" if self.drawn_from > self.eval.rows else ""
-            lines.append(line("eval" + (" (held out by seed)" if self.held_out else ""), self.eval) + drawn)
+            lines.append(_line("eval" + (" (held out by seed)" if self.held_out else ""), self.eval))
         if self.duplicates_across:
             number = f"{self.duplicates_across:,} of {self.eval.sequences:,}"
             lines.append(f"warning: {number} eval sequences are in train too, so validation is that much too kind")
@@ -113,7 +97,7 @@ class DataSummary:
 class Data:
     """Examples to learn from and to validate on; the conversations are the same rows before the template."""
 
-    train: Sequence[Example]
+    train: tuple[Example, ...]
     eval: tuple[Example, ...]
     train_conversations: tuple[Conversation, ...]
     eval_conversations: tuple[Conversation, ...]
@@ -122,9 +106,7 @@ class Data:
 
     def longest(self, virtual: int = 0) -> int:
         """Tokens of the longest sequence, or of the longest group that stays together; `virtual` tokens stand before
-        every sequence. Of streamed rows it is what none is longer than."""
-        if isinstance(self.train, StreamedExamples):
-            return self.train.longest + virtual
+        every sequence."""
         rows = (*self.train, *self.eval)
         return max(sum(len(rows[number].tokens) + virtual for number in own) for own in grouped(rows))
 
@@ -148,71 +130,30 @@ def load_data(
     """
     template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
     max_length = min(config.max_length, context_length)
-    if config.streaming:
-        return _load_streamed(config, template, max_length, seed, log)
+    config = with_held_out(config)
+    for line in memory_notes(config):
+        log(line)
     parts = read_parts(config, config.train, config.max_rows)
     train_rows = _together(parts, config)
+    held = read_parts(config, config.eval) if config.eval is not None else []
+    for line in dict.fromkeys(note for part in (*parts, *held) for note in part.notes):
+        log(line)
     if config.eval is not None:
-        eval_rows = _together(read_parts(config, config.eval), config)
+        eval_rows = _together(held, config)
     else:
         train_rows, eval_rows = _hold_out(train_rows, config.eval_fraction, seed)
     train, train_counts, train_kept = _examples(train_rows, config, template, max_length)
     evaluation, eval_counts, kept = _examples(eval_rows, config, template, max_length)
     if not train:
-        raise DataError(f"{told(config.train)}: no row is left to train on ({line('train', train_counts)})")
+        raise DataError(f"{told(config.train)}: no row is left to train on ({_line('train', train_counts)})")
     if config.eval is not None and not evaluation:
-        raise DataError(f"{told(config.eval)}: no row is left to validate on ({line('eval', eval_counts)})")
+        raise DataError(f"{told(config.eval)}: no row is left to validate on ({_line('eval', eval_counts)})")
     across = _duplicates(train, evaluation)
     sentence = "; ".join(dict.fromkeys(part.format.sentence for part in parts))
     summary = DataSummary(sentence, train_counts, eval_counts, config.eval is None, across)
-    for said in summary.lines():
-        log(said)
+    for line in summary.lines():
+        log(line)
     return Data(tuple(train), tuple(evaluation), tuple(train_kept), tuple(kept), template, summary)
-
-
-def _load_streamed(
-    config: DataConfig, template: ChatTemplate, max_length: int, seed: int, log: Callable[[str], None]
-) -> Data:
-    """The same with the training rows left on disk; at most `EVAL_ROWS` rows are held to validate on."""
-
-    def encode(rows: Sequence[Conversation], count: int, bad: Sequence[BadRow]) -> tuple[list[Example], Counts]:
-        refuse_bad(bad, count, config)
-        return _examples(_Rows(list(rows), count, tuple(bad)), config, template, max_length)[:2]
-
-    if config.too_long == "split":
-        raise DataError(
-            "data.too_long: split makes many sequences of a row, and streaming keeps those of a row in one step; set "
-            "data.documents: paragraph or line for shorter rows and data.too_long: truncate or drop, or leave "
-            "data.streaming out"
-        )
-    parts = read_streamed(config, config.train, config.max_rows, log)
-    train, held = split_streamed(parts, config, seed)
-    eval_parts = parts if config.eval is None else read_streamed(config, config.eval, None, log)
-    held = held if config.eval is None else usable_numbers(eval_parts)
-    drawn = drawn_rows(held, EVAL_ROWS, seed if config.eval is None else 0)
-    evaluation, kept, counts = list[Example](), list[Conversation](), Counts()
-    for start in range(0, len(drawn), _AT_ONCE):
-        rows = streamed_conversations(eval_parts, drawn[start : start + _AT_ONCE])
-        made, own, left = _examples(_Rows(rows, len(rows)), config, template, max_length)
-        evaluation, kept, counts = evaluation + made, kept + left, counts + own
-    counts = _counted(counts, evaluation)
-    if not len(train):
-        raise DataError(f"{told(config.train)}: no row is left to train on")
-    if config.eval is not None and not evaluation:
-        raise DataError(f"{told(config.eval)}: no row is left to validate on ({line('eval', counts)})")
-    examples = StreamedExamples(parts, train, encode, max_length, streamed_digest(parts, config, template, max_length))
-    sentence = "; ".join(dict.fromkeys(part.format.sentence for part in parts))
-    read = Counts(rows=len(train), bad_rows=sum(part.bad_count for part in parts))
-    summary = DataSummary(sentence, read, counts, config.eval is None, 0, True, len(held))
-    for said in summary.lines():
-        log(said)
-    systems = [row for part in parts for row in part.systems.values()]
-    return Data(examples, tuple(evaluation), tuple(systems), tuple(kept), template, summary)
-
-
-_AT_ONCE = 128  # rows whose texts and tokens are held while they are encoded
-EVAL_ROWS = 2000
-"""Rows that are validated on while training rows are streamed, drawn by seed where more are held out."""
 
 
 def _together(parts: Sequence[Part], config: DataConfig) -> _Rows:
@@ -321,25 +262,15 @@ def _duplicates(train: Sequence[Example], evaluation: Sequence[Example]) -> int:
     return sum(example.tokens.tobytes() in seen for example in evaluation)
 
 
-def line(name: str, counts: Counts) -> str:
-    """What became of rows, for people."""
-    sizes = f"{counts.tokens:,} tokens, {counts.learned_tokens:,} learned; "
-    sizes += f"median {counts.median}, longest {counts.longest}" if counts.median else f"longest {counts.longest}"
-    return f"{name}: {counts.rows:,} rows -> {counts.sequences:,} sequences{_lost(counts)}; {sizes}"
-
-
-def _lost(counts: Counts) -> str:
+def _line(name: str, counts: Counts) -> str:
     lost = [
         (counts.bad_rows, "bad rows dropped"),
         (counts.long_dropped, "too long and dropped"),
         (counts.truncated, "truncated"),
         (counts.split, "split"),
     ]
-    return "".join(f", {number:,} {what}" for number, what in lost if number)
-
-
-def _streamed_line(counts: Counts) -> str:
-    return (
-        f"train: {counts.rows:,} rows, streamed{_lost(counts)}; their tokens are counted as steps read them, and a row "
-        "that is too long, or that the chat template refuses, is found then"
+    notes = "".join(f", {number:,} {what}" for number, what in lost if number)
+    sizes = (
+        f"{counts.tokens:,} tokens, {counts.learned_tokens:,} learned; median {counts.median}, longest {counts.longest}"
     )
+    return f"{name}: {counts.rows:,} rows -> {counts.sequences:,} sequences{notes}; {sizes}"

@@ -1,7 +1,7 @@
 """What a recipe's sources hold: rows, the format they are in, and the conversations that they become."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig, SourceConfig, Sources
@@ -16,6 +16,7 @@ class Part:
 
     conversations  of the rows that can be used, in their order; `Conversation.source` is `Row.source`
     bad            the others, and why
+    notes          lines for the user: which files were read, and what was noticed in them
     """
 
     source: SourceConfig
@@ -23,6 +24,7 @@ class Part:
     rows: Sequence[Row]
     conversations: list[Conversation]
     bad: list[BadRow]
+    notes: tuple[str, ...] = ()
 
 
 def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) -> list[Part]:
@@ -33,21 +35,29 @@ def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) 
     Raises DataError for what cannot be read at all.
     """
     found: list[Part] = []
+    names: set[str] = set()
     left = max_rows
-    for source in config.sources(named):
+    for number, source in enumerate(config.sources(named), 1):
         if left == 0:
             break
         limits = [limit for limit in (source.max_rows, left) if limit is not None]
-        rows = read_rows(source.path, min(limits, default=None))
+        reading = read_rows(source, config.documents, min(limits, default=None))
+        rows = reading.rows
         left = None if left is None else left - len(rows)
-        found.append(part_of(config, source, rows))
+        if not names.isdisjoint(row.source for row in rows):  # files of one name in two folders, or one file twice
+            rows = [replace(row, source=f"source {number}, {row.source}") for row in rows]
+        names.update(row.source for row in rows)
+        try:
+            found.append(replace(part_of(config, source, rows), notes=reading.notes))
+        except DataError as error:  # what was noticed is often why
+            raise DataError("; ".join([str(error), *reading.notes])) from error
     return found
 
 
 def look_for(config: DataConfig, named: Sources) -> None:
     """Whether every source is there and can be begun to read. Raises DataError where one cannot."""
     for source in config.sources(named):
-        read_rows(source.path, 1)
+        read_rows(source, config.documents, 1)
 
 
 def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Part:

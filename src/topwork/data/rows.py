@@ -1,16 +1,21 @@
 """Rows from files, folders and the Hub: a dictionary each, and where it stands. `formats` says what they mean."""
 
-import csv
-import io
-import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import DataError, did_you_mean
+from topwork.common.errors import DataError
+from topwork.data.config import SourceConfig
+from topwork.data.csv_rows import csv_rows
+from topwork.data.decoding import DataFile, read_lines, read_text
+from topwork.data.json_rows import json_rows, jsonl_rows
+from topwork.data.places import kind_of
+from topwork.data.sources import locate
+from topwork.data.tables import arrow_rows, dataset_rows, parquet_rows
+
+Found = Iterator[tuple[dict[str, Any], str]]
 
 
 @dataclass(frozen=True)
@@ -21,242 +26,103 @@ class Row:
     source: str
 
 
-def read_rows(name: str, max_rows: int | None = None) -> list[Row]:
-    """The rows of a file, of a folder's files in the order of their names, or of a Hub data set.
+@dataclass(frozen=True)
+class Reading:
+    """A source's rows, and lines for the user: which files they are from, and what was noticed in them."""
 
-    A folder is not searched deeper than one level; its .txt files count only where it holds nothing else, because
-    a README or a licence beside the data is no data. Raises DataError for whatever cannot be read whole.
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+
+
+def read_rows(source: SourceConfig, documents: str = "file", max_rows: int | None = None) -> Reading:
+    """The first `max_rows` rows, or all, of what a source names; `documents` is what one is in a .txt.
+
+    Raises DataError for whatever cannot be read whole.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        rows = [row for file in _folder_files(path) for row in islice(_file_rows(file), max_rows)][:max_rows]
-    elif path.exists():
-        rows = list(islice(_file_rows(path), max_rows))
-    elif _HUB_ID.fullmatch(name) and path.suffix.lower() not in READERS:
-        rows = _hub_rows(name, max_rows)
+    located = locate(source, documents)
+    if located is None:
+        rows, notes = _hub_rows(source, max_rows)
     else:
-        raise DataError(_missing(path))
+        reader = saved_rows if located.saved else file_rows
+        rows = list(islice((row for file in located.files for row in reader(file)), max_rows))
+        notes = [*located.notes, *(note for file in located.files for note in file.notes)]
     if not rows:
-        raise DataError(f"{name} holds no rows; expected at least one (is the file empty?)")
-    return rows
+        raise DataError(f"{source.path} holds no rows; expected at least one (is the file empty?)")
+    return Reading(rows, tuple(notes))
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path} ends in {path.suffix or 'nothing'!r}, which is no known kind of data file; "
-            f"expected one of {', '.join(sorted(READERS))}"
-        )
-    return reader(path)
+def file_rows(file: DataFile) -> Iterator[Row]:
+    """The rows of one file, read as they are asked for. Raises DataError, also after some rows."""
+    for fields, place in READERS[kind_of(file.path)](file):
+        yield Row(fields, f"{file.name}{place}")
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    chosen = [file for file in files if file.suffix.lower() != ".txt"] or files
-    if not chosen:
-        raise DataError(f"the folder {folder} holds no data file; expected some of {', '.join(sorted(READERS))}")
-    return chosen
+def saved_rows(file: DataFile) -> Iterator[Row]:
+    """The rows of a data set that `save_to_disk` wrote, which `file.path` is the folder of."""
+    from datasets import load_from_disk
 
-
-def _missing(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"{path} does not exist, nor does its folder {path.parent}; check the path (it starts at {Path.cwd()})"
-    names = [entry.name for entry in path.parent.iterdir()]
-    hint = did_you_mean(path.name, names)
-    return f"{path} does not exist{hint or '; expected a data file, a folder of them, or a Hub id owner/name'}"
-
-
-# Text files
-
-
-def _decoded(path: Path) -> str:
-    """The file as text: UTF-8, with or without a byte order mark. Raises DataError naming byte, line and a guess."""
-    data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
-        raise DataError(_wrong_encoding(path, data, offset)) from error
-    if "\0" in text:
-        raise DataError(_wrong_encoding(path, data, data.index(b"\0")))
-    if not text.strip():
-        raise DataError(f"{path} is empty; expected at least one row")
-    return text
+        table = load_from_disk(str(file.path))
+    except Exception as error:  # the library raises whatever its readers raise
+        raise DataError(f"{file.path} cannot be read as what save_to_disk wrote ({_reason(error)})") from error
+    for fields, place in dataset_rows(file, table):
+        yield Row(fields, f"{file.name}{place}")
 
 
-def _wrong_encoding(path: Path, data: bytes, offset: int) -> str:
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:1000]
-    likely = "utf-16" if utf16 else "cp1252"
-    line = data.count(b"\n", 0, offset) + 1
-    near = data[max(0, offset - 12) : offset + 12].decode("latin-1") if likely == "cp1252" else ""
-    shown = f" (near {near!r})" if near else ""
-    return (
-        f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset:,}, line {line:,}{shown}. It is likely "
-        f"{likely}; convert it: iconv -f {likely} -t utf-8 {path.name} > utf8-{path.name}"
-    )
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(_bad_json(path, number, line, error)) from error
-        if not isinstance(value, dict):
-            hint = "; a file that is one JSON list ends in .json" if isinstance(value, list) else ""
-            raise DataError(
-                f"{path}, line {number:,}: expected one JSON object per line, found "
-                f"{type(value).__name__} {_shown(line)}{hint}"
-            )
-        yield Row(value, f"{path.name}:{number}")
-
-
-def _bad_json(path: Path, number: int, line: str, error: ValueError) -> str:
-    column = getattr(error, "colno", 1)
-    reason = getattr(error, "msg", str(error))
-    hint = "; a file that is one JSON list ends in .json" if number == 1 and line.strip() in ("[", "{") else ""
-    return f"{path}, line {number:,}, column {column}: malformed JSON ({reason}) at {_shown(line, column - 1)}{hint}"
-
-
-def _shown(text: str, at: int = 0, width: int = 60) -> str:
-    start = max(0, at - width // 3)
-    piece = text[start : start + width]
-    return repr(("…" if start else "") + piece + ("…" if start + width < len(text) else ""))
-
-
-def _json(path: Path) -> Iterator[Row]:
-    text = _decoded(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _jsonl(path)  # one object per line under the name .json: common, and unmistakable
-            return
-        line = text.split("\n")[error.lineno - 1]
-        raise DataError(_bad_json(path, error.lineno, line, error)) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON ({error})") from error
-    for index, item in enumerate(_only_list(path, value)):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}[{index}]: expected an object, found {type(item).__name__} {_shown(repr(item))}")
-        yield Row(item, f"{path.name}[{index}]")
-
-
-def _only_list(path: Path, value: object) -> list[Any]:
-    """The list itself, or the one list that an object holds."""
-    if isinstance(value, list):
-        return value
-    lists = {key: item for key, item in value.items() if isinstance(item, list)} if isinstance(value, dict) else {}
-    rows = {key: item for key, item in lists.items() if item and isinstance(item[0], dict)}
-    if len(rows) == 1:
-        return next(iter(rows.values()))
-    found = f"an object with {len(rows)} lists of rows" if isinstance(value, dict) else type(value).__name__
-    raise DataError(f"{path}: expected a list of objects, or an object that holds one such list; found {found}")
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    text = _decoded(path)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-    records = _records(path, text, delimiter)
-    _, header = next(records)
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice; expected one name per column")
-    for line, cells in records:
-        if len(cells) != len(header):
-            raise DataError(
-                f"{path}, line {line:,}: {len(cells)} cells where the header has {len(header)} "
-                f"({', '.join(header)}; separator {delimiter!r}): {_shown(delimiter.join(cells))}. "
-                "A cell that holds the separator or a line break must stand in double quotes"
-            )
-        yield Row(dict(zip(header, cells)), f"{path.name}:{line}")
-
-
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line on which the record starts, its cells); blank lines are passed over."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line:,}: malformed CSV ({error}); check the double quotes there") from error
-
-
-def _delimiter(text: str) -> str:
-    """The separator that cuts the first records into the most cells, the same number in each."""
-
-    def score(delimiter: str) -> tuple[bool, int]:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        try:
-            widths = [len(cells) for cells in islice(reader, 20) if cells]
-        except csv.Error:
-            return False, 0
-        return len(set(widths)) == 1 and widths[0] > 1, widths[0] if widths else 0
-
-    return max(",;\t|", key=score)
-
-
-def _txt(path: Path) -> Iterator[Row]:
-    """Documents separated by blank lines."""
+def _txt(file: DataFile) -> Found:
+    """The whole text, or what stands between blank lines, or a line; without the line breaks around it."""
+    if file.documents == "file":
+        text = read_text(file).replace("\r\n", "\n").strip("\n")
+        yield {"text": text}, ""
+        return
     block: list[str] = []
-    for number, line in enumerate([*_decoded(path).replace("\r\n", "\n").split("\n"), ""], 1):
-        if line.strip():
-            block.append(line)
+    number = 0
+    for number, line in enumerate(read_lines(file), 1):
+        text = line.removesuffix("\n").removesuffix("\r")
+        if text.strip() and file.documents == "line":
+            yield {"text": text}, f":{number}"
+        elif text.strip():
+            block.append(text)
         elif block:
-            yield Row({"text": "\n".join(block)}, f"{path.name}:{number - len(block)}")
+            yield {"text": "\n".join(block)}, f":{number - len(block)}"
             block = []
+    if block:
+        yield {"text": "\n".join(block)}, f":{number - len(block) + 1}"
 
 
-# Tables and the Hub
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        index = 0
-        for batch in table.iter_batches():
-            for fields in batch.to_pylist():
-                yield Row(fields, f"{path.name}[{index}]")
-                index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from error
-
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")
-
-
-def _hub_rows(name: str, max_rows: int | None) -> list[Row]:
-    repository, _, rest = name.partition(":")
+def _hub_rows(source: SourceConfig, max_rows: int | None) -> tuple[list[Row], list[str]]:
+    repository, _, rest = source.path.partition(":")
     config, _, split = rest.partition(":")
-    part = (split or "train") + (f"[:{max_rows}]" if max_rows else "")
+    several = [split] if split else [name or "train" for name in (source.split or "").split("|")]
     from datasets import load_dataset
 
-    try:
-        table = load_dataset(repository, config or None, split=part)
-    except Exception as error:  # the library raises whatever its network, cache and builders raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{name} is no local file or folder, and loading it from the Hub failed ({type(error).__name__}: {reason})"
-            ". Expected an existing path, or owner/name[:config[:split]] and a network connection"
-        ) from error
-    return [Row(dict(fields), f"{name}[{index}]") for index, fields in enumerate(table)]
+    for part in several:
+        try:
+            table = load_dataset(repository, config or None, split=part + (f"[:{max_rows}]" if max_rows else ""))
+            break
+        except Exception as error:  # the library raises whatever its network, cache and builders raise
+            if part != several[-1] and "Unknown split" in str(error):
+                continue
+            raise DataError(
+                f"{source.path} is no local file or folder, and loading it from the Hub failed ({_reason(error)}). "
+                "Expected an existing path, or owner/name[:config[:split]] and a network connection"
+            ) from error
+    file = DataFile(Path(source.path), source.path, chosen=bool(source.columns) or source.format not in (None, "auto"))
+    rows = [Row(fields, f"{source.path}{place}") for fields, place in dataset_rows(file, table)]
+    return rows, [f"{source.path}: its {part} split is read", *file.notes]
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+
+
+READERS: dict[str, Callable[[DataFile], Found]] = {
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
     ".txt": _txt,
 }

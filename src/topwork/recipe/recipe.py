@@ -1,5 +1,6 @@
 """A recipe: everything a run is, in one strict and typed YAML file. Free of torch, so that it reads in a blink."""
 
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,17 +185,33 @@ def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         options = values.get(section)
         if isinstance(options, dict):
             found[section] = {
-                key: _found(value, folder) if key in names and isinstance(value, str) else value
-                for key, value in options.items()
+                key: _found_in(value, folder) if key in names else value for key, value in options.items()
             }
     return found
 
 
+def _found_in(value: Any, folder: Path) -> Any:
+    """`_found` of a path, of each in a list, and of `path` in a source that is an object."""
+    if isinstance(value, list):
+        return [_found_in(each, folder) for each in value]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": _found(value["path"], folder)}
+    return _found(value, folder) if isinstance(value, str) else value
+
+
 def _found(value: str, folder: Path) -> str:
-    """The absolute path of a file or folder, so that a run can be opened from anywhere; else the value as it is."""
+    """The absolute path of a file or folder, or of a glob that matches some, so that a run can be opened from anywhere;
+    else the value as it is. What follows a folder's name, `:configuration:split`, stays."""
     if "\n" in value or "{" in value or len(value) > 255:  # a template's text, not a path
         return value
-    return next((str(place.resolve()) for place in (folder / value, Path(value)) if place.exists()), value)
+    head, colon, rest = value.partition(":")
+    for place in (folder, Path()):
+        matches = glob.has_magic(value) and next(glob.iglob(value, root_dir=place, recursive=True), None) is not None
+        if matches or (place / value).exists():
+            return str((place / value).resolve())
+        if colon and (place / head).is_dir():
+            return f"{(place / head).resolve()}:{rest}"
+    return value
 
 
 def _explained(entry: Any) -> str:

@@ -14,8 +14,9 @@ import topwork
 from topwork.common.devices import hardware
 from topwork.common.errors import RequestError
 from topwork.common.files import sha256_bytes, sha256_file, write_json
-from topwork.data.config import Sources, told
+from topwork.data.config import DataConfig, Sources, told
 from topwork.data.examples import Data, Example
+from topwork.data.sources import locate, with_held_out
 from topwork.data.stream import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
@@ -36,8 +37,8 @@ def provenance(
     return {
         "base": {"id": base.name, "fingerprint": base.fingerprint, "held_as": packed_kinds(base.module)},
         "data": {
-            "train": _rows(recipe.data.train, data.train),
-            "eval": _rows(recipe.data.eval, data.eval),
+            "train": _rows(recipe.data, recipe.data.train, data.train),
+            "eval": _rows(recipe.data, with_held_out(recipe.data).eval, data.eval),
         },
         "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
         "recipe_sha256": sha256_bytes(recipe_yaml(recipe).encode()),
@@ -86,15 +87,26 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _rows(named: Sources | None, examples: Sequence[Example]) -> dict[str, Any]:
-    path = Path(named) if isinstance(named, str) else None
-    file = {"sha256": sha256_file(path)} if path is not None and path.is_file() else {}
+def _rows(config: DataConfig, named: Sources | None, examples: Sequence[Example]) -> dict[str, Any]:
+    files = {} if named is None else _file_hashes(config, named)
+    single = {"sha256": next(iter(files.values()))} if len(files) == 1 else {"files": files} if files else {}
     return {
         "name": None if named is None else told(named),
         "rows": len(examples),
         "examples_sha256": _digest(examples),
-        **file,
+        **single,
     }
+
+
+def _file_hashes(config: DataConfig, named: Sources) -> dict[str, str]:
+    """The SHA-256 of every file that rows were read from, by its path; data sets of the Hub have none."""
+    found: dict[str, str] = {}
+    for source in config.sources(named):
+        located = locate(source)
+        for file in located.files if located is not None else ():
+            inner = sorted(file.path.rglob("*")) if file.path.is_dir() else [file.path]
+            found |= {str(path): sha256_file(path) for path in inner if path.is_file()}
+    return found
 
 
 def _digest(examples: Sequence[Example]) -> str:
