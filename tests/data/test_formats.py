@@ -8,7 +8,7 @@ import pytest
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
-from topwork.data.formats import read_conversations, recognise
+from topwork.data.formats import read_conversations, recognise, refuse_bad
 from topwork.data.rows import Row, read_rows
 
 
@@ -19,7 +19,9 @@ def rows_of(*fields: dict[str, Any]) -> list[Row]:
 def read(*fields: dict[str, Any], **config: Any) -> list[Conversation]:
     made = DataConfig(train="a.jsonl", **config)
     rows = rows_of(*fields)
-    return read_conversations(rows, recognise(rows, made), made)[0]
+    good, bad = read_conversations(rows, recognise(rows, made), made)
+    refuse_bad(bad, len(rows), made)
+    return good
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
@@ -125,7 +127,7 @@ def test_system_is_put_where_there_is_none() -> None:
         ({"messages": [{"role": "user", "content": ""}, A]}, r"message 1 \(user\) is empty"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "hello"}, "messages is of type str"),
-        ({"messages": [U, {"role": "assistant", "content": 3}]}, "content of message 2 is of type int"),
+        ({"messages": [U, {"role": "assistant", "content": ["a", "b"]}]}, "content of message 2 is a list of 2 texts"),
         ({"messages": [{"role": "usr", "content": "q"}, A]}, "unknown role 'usr'; did you mean 'user'"),
         ({"messages": [U, {"role": "assistant", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
         ({"messages": [U, {**A, "weight": -1}]}, "weight of message 2 is -1"),
@@ -223,4 +225,4 @@ def test_a_file_without_answers(data_sets: Path) -> None:
     rows = read_rows(config.sources(config.train)[0]).rows
     count = len(rows)
     with pytest.raises(DataError, match=rf"{count} of {count} rows cannot be used:\n  countdown_.*.jsonl:1: no answer"):
-        read_conversations(rows, recognise(rows, config), config)
+        refuse_bad(read_conversations(rows, recognise(rows, config), config)[1], count, config)

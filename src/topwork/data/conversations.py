@@ -1,14 +1,18 @@
-"""What a row becomes: messages with roles, or plain text. OpenAI's and ShareGPT's ways of writing them, read alike."""
+"""What a row becomes: messages with roles, or plain text. OpenAI's, ShareGPT's and ms-swift's ways of writing them,
+read alike."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
+from topwork.data.mapping import in_yaml
+from topwork.data.marks import EXTRA_KEYS, mark_of, weight_of
+from topwork.data.values import RowProblem as RowProblem
+from topwork.data.values import is_blank, kind, parsed, text_of, written
 
-_CALL = "function_call"  # ShareGPT's role for an assistant turn that is a tool call
-_ROLES = {
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of an assistant turn that is a tool call
+ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -18,12 +22,17 @@ _ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
-    _CALL: _CALL,
+    "tool_response": "tool",
+    "tool_result": "tool",
+    **dict.fromkeys(CALL_ROLES, CALL_ROLES[0]),
 }
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "utterance", "message")
 
 
 @dataclass(frozen=True)
@@ -65,70 +74,188 @@ class BadRow:
     reason: str
 
 
-class RowProblem(Exception):
-    """Why the row at hand cannot be used; the readers turn it into a BadRow."""
+@dataclass(frozen=True)
+class Spelling:
+    """What a file calls a message's roles and keys, as theirs: ours (`data.roles`, `data.message_keys`)."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def role(self, given: object) -> str | None:
+        """Ours, or None where it is not known; capital letters do not matter."""
+        if isinstance(given, str):
+            named = self.roles.get(given) or ROLES.get(given)
+            return ROLES.get(named) if named else ROLES.get(given.strip().lower())
+        return ROLES.get(self.roles.get(str(given), ""))
+
+    def renamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The message under our keys; what the file calls `unread` is left out."""
+        named = {key: value for key, value in item.items() if key not in self.keys}
+        theirs = {self.keys[key]: value for key, value in item.items() if key in self.keys and value is not None}
+        return {key: value for key, value in {**named, **theirs}.items() if key != "unread"}
 
 
-def text_of(value: object, name: str) -> str:
-    """A string, or OpenAI's and LLaMA-Factory's list of text parts as one. Raises RowProblem for anything else."""
-    if isinstance(value, list):
-        return "".join(_part_text(part, name) for part in value)
-    if not isinstance(value, str):
-        raise RowProblem(f"{name} is {_kind(value)}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowProblem(f"{name} holds half a surrogate pair at character {error.start}, which is no text") from error
-    return value
+OURS = Spelling()
 
 
-def _part_text(part: object, name: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise RowProblem(f"{name} has a part that is {_kind(part)}, expected {{type: text, text: …}}")
-    if part.get("type", "text") != "text":
-        raise RowProblem(f"{name} has a part of type {part['type']!r}; only text can be learned")
-    text = part.get("text") if part.get("text") is not None else part.get("value")
-    return text_of(text, f"a text part of {name}")
+def read_messages(items: object, name: str, spelling: Spelling = OURS) -> tuple[Message, ...]:
+    """A list of {role, content} or {from, value}, or that as text. Raises RowProblem naming the message by its number,
+    from 1.
+
+    A call that is a message of its own (`function_call`, `tool_call`) belongs to the assistant's turn before it: had
+    that ended, the model would learn to end it there.
+    """
+    given = parsed(items)
+    if not isinstance(given, list) or not given:
+        what = "empty" if is_blank(given) and given is not None else kind(given)
+        raise RowProblem(f"{name} is {what}, expected a list of messages")
+    found: list[Message] = []
+    for number, item in enumerate(given, 1):
+        role, message = _read_message(item, f"message {number}", spelling, given)
+        if role in CALL_ROLES and found and found[-1].role == "assistant":
+            found[-1] = _with_calls(found[-1], message, f"message {number}")
+        else:
+            found.append(message)
+    return tuple(found)
 
 
-def _kind(value: object) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
+def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of the keys that holds a value; else the first that is there; else None."""
+    for key in keys:
+        if item.get(key) is not None:
+            return key
+    return next((key for key in keys if key in item), None)
 
 
-def read_messages(items: object, name: str) -> tuple[Message, ...]:
-    """A list of {role, content} or {from, value}. Raises RowProblem naming the message by its number, from 1."""
-    if not isinstance(items, list) or not items:
-        raise RowProblem(f"{name} is {'empty' if items == [] else _kind(items)}, expected a list of messages")
-    return tuple(_read_message(item, f"message {number}") for number, item in enumerate(items, 1))
-
-
-def _read_message(item: object, name: str) -> Message:
+def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
+    """(the role as it is written, the message)."""
     if not isinstance(item, Mapping):
-        raise RowProblem(f"{name} is {_kind(item)}, expected an object with role and content")
-    given = item.get("role", item.get("from"))
-    role = _ROLES.get(given) if isinstance(given, str) else None
+        raise RowProblem(f"{name} is {kind(item)}, expected an object with role and content")
+    if spelling.keys:
+        item = spelling.renamed(item)
+    role_key, content_key = first_of(item, ROLE_KEYS), first_of(item, CONTENT_KEYS)
+    given = item[role_key] if role_key else None
+    role = spelling.role(given)
     if role is None:
-        raise RowProblem(f"{name} has the unknown role {given!r}{did_you_mean(str(given), _ROLES)}")
-    content = item.get("content", item.get("value"))
-    known = ("role", "from", "content", "value", "weight", "loss_weight", "tool_calls", "function_call")
-    extra = {key: value for key, value in item.items() if key not in known and value is not None}
-    calls = [content] if role == _CALL else item.get("tool_calls") or ([item[_CALL]] if item.get(_CALL) else None)
+        raise RowProblem(_unknown_role(given, role_key, name, item, spelling, among))
+    content = item[content_key] if content_key else None
+    marks: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for key, value in item.items():
+        if value is None or key in (role_key, content_key, "tool_calls", "function_call"):
+            continue
+        (extra if mark_of(key) is None else marks)[key] = value
+    called = "tool_calls" in item or "function_call" in item
+    calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
         extra["tool_calls"] = read_calls(calls, name)
-        content = "" if role == _CALL or content is None else content
-        role = "assistant"
-    return Message(role, text_of(content, f"the content of {name}"), _weight(item, name), extra)
+        content = None if role in CALL_ROLES else content
+    elif content_key is None:
+        _check_content(item, extra, name, role)
+    weight = weight_of(marks, name) if marks else None
+    ours = "assistant" if calls else role
+    return role, Message(ours, _content(content, ours, name), weight, extra)
 
 
-def _weight(item: Mapping[str, Any], name: str) -> float | None:
-    value = item.get("weight") if item.get("weight") is not None else item.get("loss_weight")
-    if value is None:
+def _content(content: object, role: str, name: str) -> str:
+    """Empty where there is none; results of tools may be lists, which are JSON."""
+    if content is None or content == []:
+        return ""
+    if isinstance(content, str):
+        return text_of(content, f"the content of {name}")
+    if role == "tool" and isinstance(content, list) and not any(isinstance(part, Mapping) for part in content):
+        return written(content, f"the content of {name}")
+    return text_of(content, f"the content of {name}")
+
+
+def _check_content(item: Mapping[str, Any], extra: Mapping[str, Any], name: str, role: str) -> None:
+    """Raises RowProblem for a text under a key that is not known, which must not become an empty turn, and for a user
+    without a word."""
+    for key, value in extra.items():
+        if isinstance(value, str) and value.strip() and key not in EXTRA_KEYS:
+            raise RowProblem(
+                f"{name} has no content; its keys are {', '.join(map(str, item))}. If {key} is the content, set "
+                f"data.message_keys: {in_yaml({key: 'content'})}"
+            )
+    if role == "user":
+        raise RowProblem(f"{name} has no content; its keys are {', '.join(map(str, item))}")
+
+
+def _unknown_role(
+    given: object, key: str | None, name: str, item: Mapping[str, Any], spelling: Spelling, among: list[Any]
+) -> str:
+    if key is None:
+        keys, example = ", ".join(map(str, item)), suggested_keys(item)
+        how = f", for example data.message_keys: {in_yaml(example)}" if "role" in example.values() else ""
+        return f"{name} has no role; its keys are {keys}; data.message_keys says which is what{how}"
+    near = did_you_mean(str(given), ROLES, 1)
+    example = suggested_roles([among], spelling)
+    how = f"; data.roles says whose turns they are, for example data.roles: {in_yaml(example)}" if example else ""
+    return f"{name} has the unknown role {given!r}{near}{how}"
+
+
+def suggested_roles(conversations: list[list[Any]], spelling: Spelling) -> dict[str, str]:
+    """A reading of roles that are not known, as theirs: ours: a near name's, else who is still missing, the user first.
+    Empty where there are more than can be told from each other."""
+    given = [_role_of(message, spelling) for messages in conversations for message in messages]
+    known = {spelling.role(role) for role in given}
+    unknown = [str(role) for role in dict.fromkeys(given) if role is not None and spelling.role(role) is None]
+    found: dict[str, str] = {}
+    for role in unknown:
+        near = did_you_mean(role, ROLES, 1)
+        free = [ours for ours in ("user", "assistant") if ours not in known]
+        if near:
+            found[role] = ROLES[near.split("'")[1]]
+        elif free:
+            found[role] = free[0]
+        else:
+            return {}
+        known.add(found[role])
+    return found
+
+
+def suggested_keys(message: Mapping[str, Any]) -> dict[str, str]:
+    """Which of a message's keys may be its role and which its content, as theirs: ours: the shorter text and the
+    longer, unless a name tells."""
+    texts = sorted((key for key, value in message.items() if isinstance(value, str)), key=lambda key: len(message[key]))
+    role, content = first_of(message, ROLE_KEYS), first_of(message, CONTENT_KEYS)
+    left = [key for key in texts if key not in (role, content)]
+    if role is None and left:
+        named = (key for key in left if any(word in str(key).lower() for word in ("role", "speak", "who", "user")))
+        role = next(named, left[0])
+        left.remove(role)
+    if content is None and left:
+        content = left[-1]
+    given = {role: "role", content: "content"}
+    return {key: ours for key, ours in given.items() if key and key not in (*ROLE_KEYS, *CONTENT_KEYS)}
+
+
+def _role_of(message: object, spelling: Spelling) -> object:
+    if not isinstance(message, Mapping):
         return None
-    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise RowProblem(f"the weight of {name} is {value!r}, expected a number from 0 on")
-    return float(value)
+    item = spelling.renamed(message) if spelling.keys else message
+    key = first_of(item, ROLE_KEYS)
+    return item[key] if key else None
+
+
+# Calls and tools
+
+
+def _first_calls(item: Mapping[str, Any]) -> object:
+    """`tool_calls`, or OpenAI's older `function_call`; None for empty ones and for what Arrow pads."""
+    calls = parsed(item.get("tool_calls"))
+    if not is_blank(calls):
+        return calls
+    call = parsed(item.get("function_call"))
+    return [call] if isinstance(call, Mapping) and call.get("name") is not None else None
+
+
+def _with_calls(turn: Message, call: Message, name: str) -> Message:
+    if turn.weight != call.weight:
+        raise RowProblem(f"{name} is a call of the turn before it, and their weights are not the same")
+    extra = {**turn.extra, **call.extra}
+    extra["tool_calls"] = [*turn.extra.get("tool_calls", ()), *call.extra.get("tool_calls", ())]
+    return replace(turn, extra=extra)
 
 
 def read_calls(calls: object, name: str) -> list[dict[str, Any]]:
@@ -136,51 +263,29 @@ def read_calls(calls: object, name: str) -> list[dict[str, Any]]:
 
     OpenAI writes arguments as a string of JSON; a template that applies `tojson` would quote that a second time.
     """
-    calls = _parsed(calls)
+    calls = parsed(calls)
     found: list[dict[str, Any]] = []
     for given in calls if isinstance(calls, list) else [calls]:
-        call = _parsed(given)
+        call = parsed(given)
         if isinstance(call, list):
             found += read_calls(call, name)
             continue
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowProblem(f"a tool call of {name} is not {{name, arguments}}: {str(given)[:60]!r}")
-        inner = {"name": function["name"], "arguments": _parsed(function.get("arguments", {}))}
+        arguments = parsed(function.get("arguments", function.get("parameters")))
+        inner = {"name": function["name"], "arguments": {} if is_blank(arguments) else arguments}
         outer = {key: value for key, value in call.items() if key == "id" and value is not None}
         found.append({**outer, "type": "function", "function": inner})
     return found
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """Tool definitions, a list or a string of JSON, as {type: function, function: {name, …}}; None for none."""
-    tools = _parsed(value)
-    if not tools or (isinstance(tools, str) and not tools.strip()):
+    """Tool definitions, one or a list, or that as text, as {type: function, function: {name, …}}; None for none."""
+    tools = parsed(value)
+    if is_blank(tools) or (isinstance(tools, str) and tools.strip() in ("None", "null", "nan")):
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowProblem(f"tools is {_kind(tools)}, expected a list of tool definitions")
+    tools = [parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowProblem(f"tools is {kind(value)}, expected a list of tool definitions")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
-
-
-def _parsed(value: object) -> Any:
-    """A string that is a JSON object or list, as that; everything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def checked(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The messages, with `system` in front where there is none. Raises RowProblem where nothing could be learned."""
-    for number, message in enumerate(messages, 1):
-        empty = not message.content.strip() and not message.extra.get("tool_calls")
-        if empty and message.role in ("user", "assistant"):
-            what = "no answer: " if message.role == "assistant" and number == len(messages) else ""
-            raise RowProblem(f"{what}message {number} ({message.role}) is empty")
-    if messages[-1].role != "assistant":
-        raise RowProblem(f"no answer: the last message is the {messages[-1].role}'s, expected the assistant's")
-    if system and not any(message.role == "system" for message in messages):
-        return (Message("system", system), *messages)
-    return tuple(messages)

@@ -1,195 +1,314 @@
 """The formats of rows: which one a file is in, and what its rows say.
 
-A new format is a function that turns one row into messages, a line in `FORMATS`, and a line in `_COLUMN_SETS` for how
-it is recognised.
+A new format is a function that turns one row into messages, a line in `FORMATS`, its fields in `fields.py`, and how it
+is recognised in `recognition.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from topwork.common.errors import DataError, did_you_mean
+from topwork.common.errors import DataError
+from topwork.data.advice import refuse_lost_answers, refuse_unread_material, unrecognised
+from topwork.data.columns import Columns, speaks
 from topwork.data.config import DataConfig
 from topwork.data.conversations import (
     BadRow,
     Conversation,
     Message,
-    RowProblem,
-    checked,
+    Spelling,
+    read_calls,
     read_messages,
     read_tools,
-    text_of,
 )
+from topwork.data.fields import FIELDS, NEEDED
+from topwork.data.mapping import columns_of, value_of
+from topwork.data.recognition import Found, check_options, found_in, keys_in
 from topwork.data.rows import Row
+from topwork.data.turns import hashed, prompt_group, usable
+from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of
 
-Columns = Mapping[str, str]
-_SAMPLE = 50  # rows looked at to recognise a format
 _SHOWN = 5  # bad rows named in a message
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows are read: a name of `FORMATS`, field -> column, and a sentence for the user."""
+    """How rows are read: a name of `FORMATS`, field -> column (or path, or template), and a sentence for the user.
+
+    others  the formats of rows that have none of this one's columns and all of theirs
+    """
 
     name: str
     columns: dict[str, str]
     sentence: str
+    others: tuple["Format", ...] = ()
+
+    def of(self, fields: Mapping[str, Any]) -> "Format":
+        """The format of one row."""
+        if not self.others or any(self._has(fields)):
+            return self
+        return next((other for other in self.others if all(other._has(fields))), self)
+
+    def _has(self, fields: Mapping[str, Any]) -> list[bool]:
+        """Whether each thing without which it cannot be read is there."""
+        return [
+            any(
+                not is_blank(fields.get(column))
+                for name in group
+                if name in self.columns
+                for column in columns_of(self.columns[name], fields)
+            )
+            for group in NEEDED[self.name]
+        ]
 
 
-def _text(row: Mapping[str, Any], columns: Columns, name: str) -> str:
-    """The column's text; empty where the format or the row has none."""
-    value = row.get(columns[name]) if name in columns else None
-    return "" if value is None else text_of(value, columns[name])
+# What a row says
 
 
-def _needed(row: Mapping[str, Any], columns: Columns, name: str, missing: str) -> str:
-    text = _text(row, columns, name)
-    if not text.strip():
-        raise RowProblem(f"{missing}: {columns[name]} is {'empty' if columns[name] in row else 'missing'}")
-    return text
+@dataclass
+class _Reading:
+    """One row, and where its fields are."""
+
+    row: Mapping[str, Any]
+    columns: Mapping[str, str]
+    spelling: Spelling
+    notes: list[str] = field(default_factory=list)
+
+    def value(self, name: str) -> Any:
+        """A field's value; None where the format or the row has none."""
+        return value_of(self.row, self.columns[name]) if name in self.columns else None
+
+    def text(self, name: str) -> str:
+        """A field's text; empty where the format or the row has none."""
+        value = self.value(name)
+        return "" if is_blank(value) else text_of(value, self.columns[name], name)
+
+    def needed(self, name: str, missing: str) -> str:
+        """A text without which the row cannot be used."""
+        text = self.text(name)
+        if not text.strip():
+            column = self.columns.get(name, name)
+            raise RowProblem(f"{missing}: {column} is {'empty' if column in self.row else 'missing'}")
+        return text
+
+    def messages(self, value: object, name: str) -> tuple[Message, ...]:
+        """A list of messages."""
+        return read_messages(value, name, self.spelling)
 
 
-def _with_system(row: Mapping[str, Any], columns: Columns, messages: Sequence[Message]) -> tuple[Message, ...]:
-    system = _text(row, columns, "system")
-    if system.strip() and messages[0].role != "system":
-        return (Message("system", system), *messages)
-    return tuple(messages)
+def _with_system(row: _Reading, messages: Sequence[Message]) -> tuple[Message, ...]:
+    system = row.text("system")
+    if not system.strip() or (messages[0].role == "system" and messages[0].content == system):
+        return tuple(messages)
+    if messages[0].role == "system" and messages[0].content.strip():
+        row.notes.append(
+            f"column {row.columns['system']!r} is not read: the messages have a system message of their own"
+        )
+        return tuple(messages)
+    return (Message("system", system), *messages)
 
 
-def _messages(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
-    column = columns["messages"]
-    return _with_system(row, columns, read_messages(row.get(column), column))
+def _messages(row: _Reading) -> tuple[Message, ...]:
+    return _with_system(row, row.messages(row.value("messages"), row.columns["messages"]))
 
 
-def _sharegpt(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
-    column = columns["conversations"]
-    return _with_system(row, columns, read_messages(row.get(column), column))
+def _sharegpt(row: _Reading) -> tuple[Message, ...]:
+    return _with_system(row, row.messages(row.value("conversations"), row.columns["conversations"]))
 
 
-def _alpaca(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
+def _alpaca(row: _Reading) -> tuple[Message, ...]:
     """instruction and input, an empty line between them, are the user's; history is a list of [user, assistant]."""
-    history = (row.get(columns["history"]) if "history" in columns else None) or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    asked = Message("user", _asked(row, "instruction"))
+    return _with_system(row, [*_history(row), asked, _answer(row, "output")])
+
+
+def _prompt_completion(row: _Reading) -> tuple[Message, ...]:
+    """Two texts, or two lists of messages."""
+    prompt, completion = _talk(row.value("prompt")), _talk(row.value("completion"))
+    if prompt is None:
+        before: Sequence[Message] = [*_history(row), Message("user", _asked(row, "prompt"))]
+    else:
+        before = row.messages(prompt, row.columns["prompt"])
+        if row.text("input").strip() and row.columns["input"] != row.columns["prompt"]:
+            row.notes.append(f"column {row.columns['input']!r} is not read: the prompt is a list of messages")
+    after = [_answer(row, "completion")] if completion is None else row.messages(completion, row.columns["completion"])
+    return _with_system(row, [*before, *after])
+
+
+def _asked(row: _Reading, name: str) -> str:
+    """The question, and below it what it is about."""
+    task = row.text(name)
+    material = "" if row.columns.get("input") == row.columns[name] else row.text("input")
+    if not task.strip() and not material.strip():
+        where = row.columns[name] + (f" and {row.columns['input']}" if "input" in row.columns else "")
+        raise RowProblem(f"no question: {where} {'are' if ' and ' in where else 'is'} empty")
+    return f"{task}\n\n{material}" if task.strip() and material.strip() else task if task.strip() else material
+
+
+def _answer(row: _Reading, name: str) -> Message:
+    """The answer with its calls and, where it does not stand in the text already, its thinking."""
+    calls, thinking = parsed(row.value("tool_calls")), row.text("reasoning")
+    extra: dict[str, Any] = {} if is_blank(calls) else {"tool_calls": read_calls(calls, row.columns["tool_calls"])}
+    text = row.text(name) if extra else row.needed(name, "no answer")
+    if thinking.strip() and thinking.strip() not in text:
+        extra["reasoning_content"] = thinking
+    return Message("assistant", text, None, extra)
+
+
+def _history(row: _Reading) -> list[Message]:
+    """Earlier turns: messages, or pairs of what the user and the assistant said."""
+    value = parsed(row.value("history"))
+    if is_blank(value):
+        return []
+    if speaks(value):
+        return list(row.messages(value, row.columns["history"]))
+    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         raise RowProblem("history is not a list of [user, assistant] pairs")
     roles = ("user", "assistant")
-    before = [Message(role, text_of(text, "history")) for turn in history for role, text in zip(roles, turn)]
-    task, material = _text(row, columns, "instruction"), _text(row, columns, "input")
-    prompt = f"{task}\n\n{material}" if task.strip() and material.strip() else task if task.strip() else material
-    if not prompt.strip():
-        raise RowProblem("no question: instruction and input are empty")
-    answer = _needed(row, columns, "output", "no answer")
-    return _with_system(row, columns, [*before, Message("user", prompt), Message("assistant", answer)])
+    return [Message(role, text_of(text, "history")) for turn in value for role, text in zip(roles, turn)]
 
 
-def _prompt_completion(row: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
-    """Two texts, or two lists of messages."""
-    prompt, completion = row.get(columns["prompt"]), row.get(columns["completion"])
-    if _is_messages(prompt) or _is_messages(completion):
-        before = read_messages(prompt, columns["prompt"]) if _is_messages(prompt) else None
-        after = read_messages(completion, columns["completion"]) if _is_messages(completion) else None
-        before = before or (Message("user", _needed(row, columns, "prompt", "no question")),)
-        after = after or (Message("assistant", _needed(row, columns, "completion", "no answer")),)
-        return _with_system(row, columns, before + after)
-    question = _needed(row, columns, "prompt", "no question")
-    answer = _needed(row, columns, "completion", "no answer")
-    return _with_system(row, columns, [Message("user", question), Message("assistant", answer)])
+def _talk(value: object) -> list[Any] | None:
+    """A list of messages, or that as text; None for all else."""
+    if isinstance(value, str) and not opens(value):
+        return None
+    return parsed(value) if speaks(value) else None
 
 
-FORMATS: dict[str, tuple[Callable[[Mapping[str, Any], Columns], tuple[Message, ...]] | None, tuple[str, ...]]] = {
-    # name: (row -> messages; None for plain text, (the fields without which it cannot be read, then the others))
-    "messages": (_messages, ("messages", "tools", "system")),
-    "sharegpt": (_sharegpt, ("conversations", "tools", "system")),
-    "alpaca": (_alpaca, ("instruction", "output", "input", "system", "history")),
-    "prompt_completion": (_prompt_completion, ("prompt", "completion", "tools", "system")),
-    "text": (None, ("text",)),
-}
-_NEEDED = {"messages": 1, "sharegpt": 1, "alpaca": 2, "prompt_completion": 2, "text": 1}
-_OFTEN = {
-    "messages": "messages -> every assistant turn",
-    "sharegpt": "conversations (from, value) -> every assistant turn",
-    "text": "every token of text",
+FORMATS: dict[str, tuple[Callable[[_Reading], tuple[Message, ...]] | None, tuple[str, ...]]] = {
+    # name: (row -> messages; None for plain text, its fields)
+    "messages": (_messages, FIELDS["messages"]),
+    "sharegpt": (_sharegpt, FIELDS["sharegpt"]),
+    "alpaca": (_alpaca, FIELDS["alpaca"]),
+    "prompt_completion": (_prompt_completion, FIELDS["prompt_completion"]),
+    "text": (None, FIELDS["text"]),
 }
 
-# Column names by which a format is recognised, the first that fits.
-_COLUMN_SETS: tuple[tuple[str, dict[str, str]], ...] = (
-    *(("messages", {"messages": name}) for name in ("messages", "conversations", "conversation", "dialog", "chat")),
-    *(("sharegpt", {"conversations": name}) for name in ("conversations", "conversation", "messages")),
-    *(("alpaca", {"instruction": "instruction", "output": name}) for name in ("output", "response", "completion")),
-    *(
-        ("prompt_completion", {"prompt": prompt, "completion": completion})
-        for prompt, completion in (
-            ("prompt", "completion"),
-            ("prompt", "response"),
-            ("question", "answer"),
-            ("query", "response"),
-            ("input", "output"),
-            ("input", "target"),
-            ("source", "target"),
-        )
-    ),
-    ("text", {"text": "text"}),
-)
-_LABELS = ("label", "labels", "category", "intent", "class", "target", "answer", "output", "completion", "response")
+
+def read_conversations(
+    rows: Iterable[Row], format: Format, config: DataConfig
+) -> tuple[list[Conversation], list[BadRow]]:
+    """The rows as conversations, and the unusable ones."""
+    good: list[Conversation] = []
+    bad: list[BadRow] = []
+    spelling = Spelling(config.roles, config.message_keys)
+    for row in rows:
+        try:
+            good.append(_conversation(row, format.of(row.fields), config, spelling))
+        except RowProblem as problem:
+            bad.append(BadRow(row.source, str(problem)))
+        except RecursionError:
+            bad.append(BadRow(row.source, "it is nested too deep"))
+    return good, bad
 
 
-def _is_messages(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and _key(value) != ""
+def _conversation(row: Row, format: Format, config: DataConfig, spelling: Spelling) -> Conversation:
+    convert = FORMATS[format.name][0]
+    reading = _Reading(row.fields, format.columns, spelling)
+    if convert is None:
+        text = reading.needed("text", "no text")
+        return Conversation((), None, row.source, "text", text, _group(row, config, lambda: hashed(text)))
+    tools = read_tools(reading.value("tools")) if "tools" in format.columns else None
+    messages, notes = usable(convert(reading), config)
+    group = _group(row, config, lambda: prompt_group(messages, tools))
+    return Conversation(messages, tools, row.source, group=group, notes=(*reading.notes, *notes))
 
 
-def _key(value: object) -> str:
-    """'role', 'from' or '': how a list of messages names who speaks."""
-    first = value[0] if isinstance(value, list) and value else None
-    return next((key for key in ("role", "from") if isinstance(first, Mapping) and key in first), "")
+def _group(row: Row, config: DataConfig, prompt: Callable[[], str]) -> str | None:
+    """What the row shares with others that it must not be held out apart from."""
+    if config.hold_out_by == "row":
+        return None
+    if config.hold_out_by == "prompt":
+        return prompt()
+    value = value_of(row.fields, config.hold_out_by)
+    return None if is_blank(value) else hashed(text_of(value, config.hold_out_by))
+
+
+# Which format it is
 
 
 def recognise(rows: Sequence[Row], config: DataConfig) -> Format:
-    """The format that the recipe names or that the first rows show, with its columns.
+    """The format that the recipe names or that the rows show, with its columns.
 
     Raises DataError for preference data, for columns that do not exist, and for rows of no known format.
     """
-    sample = [row.fields for row in rows[:_SAMPLE]]
-    found = list(dict.fromkeys(name for fields in sample for name in fields))
-    _check_columns(config.columns, found)
+    return recognise_from(Columns.survey(rows), config)
+
+
+def recognise_from(survey: Columns, config: DataConfig) -> Format:
+    """As `recognise`, from what all rows have, for rows that are not at hand."""
+    sample = [row.fields for row in survey.sample]
     if config.format == "auto" and not config.columns:
-        _refuse_preferences(sample, found)
-    for name, standard in _candidates(config):
-        columns = {**standard, **config.columns}
-        if set(columns) <= set(FORMATS[name][1]) and _fits(name, columns, sample, found, config.format != "auto"):
-            columns |= {field: field for field in FORMATS[name][1] if field in found and field not in columns}
-            if name == "text" and config.format == "auto":
-                _refuse_ignored_label(columns, found)
-            return Format(name, columns, _sentence(name, columns, found, len(rows)))
-    raise DataError(_unrecognised(config, found))
+        _refuse_preferences(sample, survey.names)
+    check_options(survey, config)
+    found = found_in(survey, config)
+
+    def works(options: Mapping[str, Any]) -> bool:
+        return _works(survey, config.model_copy(update=dict(options)))
+
+    if not found:
+        raise DataError(unrecognised(survey, config, works))
+    format = _format(found, survey)
+    refuse_lost_answers(found[0], survey, config, works)
+    seen, _ = read_conversations(survey.sample, format, config)
+    for each in found:
+        refuse_unread_material(each, survey, config, works, seen)
+    return format
 
 
-def _candidates(config: DataConfig) -> list[tuple[str, dict[str, str]]]:
-    named = [item for item in _COLUMN_SETS if config.format in ("auto", item[0])]
-    return [(name, {k: v for k, v in columns.items() if k not in config.columns}) for name, columns in named]
-
-
-def _fits(name: str, columns: Columns, sample: list[dict[str, Any]], found: list[str], named: bool) -> bool:
-    needed = FORMATS[name][1][: _NEEDED[name]]
-    if not all(columns.get(field) in found for field in needed):
+def _works(survey: Columns, config: DataConfig) -> bool:
+    """Whether the rows seen can be read so, most of them."""
+    try:
+        check_options(survey, config)
+        found = found_in(survey, config)
+        good = read_conversations(survey.sample, _format(found, survey), config)[0] if found else []
+    except DataError:
         return False
-    if named or name not in ("messages", "sharegpt"):
-        return True
-    keys = {_key(fields.get(columns[needed[0]])) for fields in sample}
-    return ("role" if name == "messages" else "from") in keys
+    return 2 * len(good) > len(survey.sample)
 
 
-def _check_columns(columns: Columns, found: list[str]) -> None:
-    fields = sorted({field for _, names in FORMATS.values() for field in names})
-    for field, column in columns.items():
-        if field not in fields:
-            raise DataError(
-                f"data.columns names the field {field!r}{did_you_mean(field, fields)}; expected {', '.join(fields)}. "
-                "It maps a field of the format to a column of the file"
-            )
-        if column not in found:
-            raise DataError(
-                f"data.columns maps {field} to the column {column!r}, which the data does not have"
-                f"{did_you_mean(column, found)}; its columns are {', '.join(map(str, found))}"
-            )
+def _format(found: Sequence[Found], survey: Columns) -> Format:
+    used = {name for each in found for spec in each.columns.values() for name in columns_of(spec, survey.by_name)}
+    unread = [_told(name, survey) for name in survey.names if name not in used and survey.filled(name)]
+    rest = f"; not read: {', '.join(unread[:6])}{', …' if len(unread) > 6 else ''}" if unread else ""
+    told = [f"{_sentence(each, survey)}, {_rows(each, survey, len(found) > 1)}" for each in found]
+    others = tuple(Format(each.name, each.columns, f"read as {one}") for each, one in zip(found[1:], told[1:]))
+    return Format(found[0].name, found[0].columns, f"read as {'; others as '.join(told)}{rest}", others)
+
+
+def _rows(found: Found, survey: Columns, several: bool) -> str:
+    count = found.count if several else survey.count
+    first = f" from {found.shapes[0].first.source} on" if several else ""
+    return f"{count:,} row{'s' if count != 1 else ''}{first}"
+
+
+def _told(name: str, survey: Columns) -> str:
+    share = survey.share(name) if name in survey.by_name else ""
+    return f"{name} ({share})" if share else name
+
+
+def _sentence(found: Found, survey: Columns) -> str:
+    """`alpaca: instruction (+ input, in 8 of 60 rows) -> output, with system`."""
+    columns = found.columns
+    question, answer = next(
+        (pair for pair in (("instruction", "output"), ("prompt", "completion")) if pair[0] in columns), ("", "")
+    )
+    if question:
+        material = columns.get("input", columns[question])
+        share = survey.share(material) if material in survey.by_name else ""
+        beside = f" (+ {material}{', ' + share if share else ''})" if material != columns[question] else ""
+        how = f"{columns[question]}{beside} -> {columns.get(answer) or columns['tool_calls']}"
+        kinds = survey.by_name[columns[answer]].kinds if columns.get(answer) in survey.by_name else {}
+        how += " (objects as JSON)" if "object" in kinds else ""
+    else:
+        column = next(iter(columns[field] for group in NEEDED[found.name] for field in group))
+        keys = keys_in(column, survey) or (("from", "value") if found.name == "sharegpt" else ("role", "content"))
+        spelled = "" if keys == ("role", "content") else f" ({', '.join(keys)})"
+        how = f"{column}{spelled} -> every assistant turn" if found.name != "text" else f"every token of {column}"
+        how += " (which are messages, as JSON text)" if found.name == "text" and keys_in(column, survey) else ""
+    also = [field for field in ("system", "history", "tools", "tool_calls", "reasoning") if field in columns]
+    more = [_told(columns[field], survey) for field in also]
+    return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}"
 
 
 def _refuse_preferences(sample: list[dict[str, Any]], found: list[str]) -> None:
@@ -210,69 +329,6 @@ def _refuse_preferences(sample: list[dict[str, Any]], found: list[str]) -> None:
             "(DPO, KTO), while training.objective is sft. To learn one of the answers as it stands, name data.format "
             "and, where needed, data.columns, for example {prompt: prompt, completion: chosen}"
         )
-
-
-def _refuse_ignored_label(columns: Columns, found: list[str]) -> None:
-    label = next((name for name in found if name.lower() in _LABELS), None)
-    if label is not None:
-        text = columns["text"]
-        raise DataError(
-            f"the data has the columns {', '.join(found)}, and reading {text} alone would leave {label} unlearned. "
-            f"Set data.columns: {{prompt: {text}, completion: {label}}} to learn the answer {label}, "
-            "or data.format: text to learn the text alone"
-        )
-
-
-def _sentence(name: str, columns: Columns, found: list[str], count: int) -> str:
-    if name == "alpaca":
-        how = f"{columns['instruction']}{' (+ ' + columns['input'] + ')' if 'input' in columns else ''}"
-        how = f"{how} -> {columns['output']}"
-    elif name == "prompt_completion":
-        how = f"{columns['prompt']} -> {columns['completion']}"
-    else:
-        how = _OFTEN[name]
-    unread = [column for column in found if column not in columns.values()]
-    rest = f"; not read: {', '.join(unread[:6])}{', …' if len(unread) > 6 else ''}" if unread else ""
-    return f"read as {name}: {how}, {count:,} row{'s' if count != 1 else ''}{rest}"
-
-
-def _unrecognised(config: DataConfig, found: list[str]) -> str:
-    listed = ", ".join(map(str, found))
-    if config.format != "auto":
-        needed = FORMATS[config.format][1][: _NEEDED[config.format]]
-        near = "".join(did_you_mean(field, found, 1) for field in needed if field not in found)
-        return (
-            f"data.format is {config.format}, which needs {' and '.join(needed)}; the columns are {listed}{near}. "
-            f"Name them, for example data.columns: {{{', '.join(f'{field}: COLUMN' for field in needed)}}}"
-        )
-    example = f"{{prompt: {found[0]}, completion: {found[1]}}}" if len(found) > 1 else "{text: COLUMN}"
-    return (
-        f"the data has the columns {listed}, which is none of the known formats ({', '.join(FORMATS)}). "
-        f"Say which column is which, for example data.columns: {example}"
-    )
-
-
-def read_conversations(
-    rows: Sequence[Row], format: Format, config: DataConfig
-) -> tuple[list[Conversation], list[BadRow]]:
-    """The rows as conversations, and the unusable ones."""
-    good: list[Conversation] = []
-    bad: list[BadRow] = []
-    for row in rows:
-        try:
-            good.append(_conversation(row, format, config))
-        except RowProblem as problem:
-            bad.append(BadRow(row.source, str(problem)))
-    return good, bad
-
-
-def _conversation(row: Row, format: Format, config: DataConfig) -> Conversation:
-    convert = FORMATS[format.name][0]
-    if convert is None:
-        text = _needed(row.fields, format.columns, "text", "no text")
-        return Conversation((), None, row.source, "text", text)
-    tools = read_tools(row.fields.get(format.columns["tools"])) if "tools" in format.columns else None
-    return Conversation(checked(convert(row.fields, format.columns), config.system), tools, row.source)
 
 
 def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:
