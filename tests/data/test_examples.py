@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Message
 from topwork.data.examples import Data, load_data
+from topwork.data.formats import read_conversations
+from topwork.data.template import ChatTemplate
 
+encode_all = ChatTemplate.encode_all
 Write = Callable[[str, str | bytes], str]
 
 
@@ -96,14 +100,15 @@ def test_longer_sequences_truncated_or_dropped(load: Any, write: Write) -> None:
     data, said = load(train, eval_fraction=0, max_length=256, too_long="truncate")
     counts = data.summary.train
     assert (counts.long, counts.truncated, counts.long_dropped, counts.sequences) == (2, 1, 1, 5)
-    assert "1 too long and dropped, 1 truncated" in said[1]
+    assert "1 lost their answer and were dropped, 1 truncated (1 in the middle of an answer)" in said[1]
     cut = data.train[4]
     assert (cut.source, len(cut.tokens)) == ("a.jsonl:5", 256)
     assert data.template.tokenizer.eos_token_id != cut.tokens[-1], "the end of turn must not be faked"
     assert cut.weights[-1] == 1
-    data, _ = load(train, eval_fraction=0, max_length=256, too_long="drop")
+    data, said = load(train, eval_fraction=0, max_length=256, too_long="drop")
     counts = data.summary.train
     assert (counts.long, counts.truncated, counts.long_dropped, counts.sequences) == (2, 0, 2, 4)
+    assert "2 too long and dropped" in said[1]
     with pytest.raises(DataError, match="no row is left to train on"):
         load(write("b.jsonl", lines(LONG[4:])), eval_fraction=0, max_length=256, too_long="drop")
 
@@ -127,6 +132,69 @@ def test_bad_rows_refused_or_dropped_and_counted(load: Any, write: Write) -> Non
     data, said = load(train, eval_fraction=0, on_bad_row="drop")
     assert (data.summary.train.bad_rows, data.summary.train.sequences) == (1, 3)
     assert "1 bad rows dropped" in said[1]
+    assert said[2:] == ["1 row dropped: no answer: completion is empty (a.jsonl:4)"]
+
+
+def test_bad_rows_that_are_dropped_are_named_by_their_reasons(load: Any, write: Write) -> None:
+    odd = [{"prompt": "q", "completion": answer} for answer in (None, "", " ", "")]
+    reasons = [{"prompt": "", "completion": "a"}, {"prompt": "q", "completion": None}]
+    train = write("a.jsonl", lines([*ROWS[:3], *odd, *reasons]))
+    data, said = load(train, eval_fraction=0, on_bad_row="drop")
+    assert data.summary.train.bad_rows == 6
+    assert "5 rows dropped: no answer: completion is empty (a.jsonl:4, a.jsonl:5, a.jsonl:6, …)" in said
+    assert "1 row dropped: no question: prompt is empty (a.jsonl:8)" in said
+    assert [(note.text, note.rows, note.dropped) for note in data.summary.notes] == [
+        ("no answer: completion is empty", 5, True),
+        ("no question: prompt is empty", 1, True),
+    ]
+
+
+def test_notes_of_conversations_are_counted_and_named(load: Any, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row lost on the way to a conversation, and what a sequence lost in its template."""
+    import topwork.data.parts as parts
+
+    def noted(*given: Any) -> Any:
+        good, bad = read_conversations(*given)
+        cut = ("a user turn at the end is cut",)
+        return [replace(row, notes=cut) if number % 2 else row for number, row in enumerate(good)], bad
+
+    monkeypatch.setattr(parts, "read_conversations", noted)
+    monkeypatch.setattr(
+        ChatTemplate,
+        "encode_all",
+        lambda *given: (
+            [[replace(item, notes=("thinking is left out",)) for item in row] for row in encode_all(*given)[0]],
+            [],
+        ),
+    )
+    data, said = load(write("a.jsonl", lines(ROWS)), eval_fraction=0.1)
+    assert said[3:] == [
+        "50 rows: thinking is left out (a.jsonl:1, a.jsonl:2, a.jsonl:3, …)",
+        "25 rows: a user turn at the end is cut (a.jsonl:2, a.jsonl:4, a.jsonl:6, …)",
+    ]
+    assert [note.rows for note in data.summary.notes] == [50, 25]
+
+
+def test_each_source_says_how_it_was_read(load: Any, write: Write) -> None:
+    one, two = write("a.jsonl", lines(ROWS[:3])), write("b.jsonl", lines([{"text": "a story"}]))
+    _, said = load([one, two], eval_fraction=0)
+    assert said[:2] == [
+        f"{one}: read as prompt_completion: prompt -> completion, 3 rows",
+        f"{two}: read as text: every token of text, 1 row",
+    ]
+    _, said = load(one, eval=two)
+    assert said[:2] == [
+        "read as prompt_completion: prompt -> completion, 3 rows",
+        f"{two}: read as text: every token of text, 1 row",
+    ]
+
+
+def test_only_what_has_something_to_learn_is_a_sequence(load: Any, write: Write) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    rows = [{"messages": [turns[0], {**turns[1], "weight": 0}, *turns]}, {"messages": turns}]
+    data, _ = load(write("a.jsonl", lines(rows)), family="qwen3", eval_fraction=0)
+    assert len(data.train) == 2
+    assert all(example.weights.any() for example in data.train)
 
 
 def test_bad_rows_that_the_template_finds(load: Any, write: Write) -> None:

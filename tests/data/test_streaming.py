@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ import pyarrow.parquet
 import pytest
 
 from topwork.common.errors import DataError, RunError
-from topwork.data import layouts
+from topwork.data import plain
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Data, Example, load_data
 from topwork.data.rows import Row
 from topwork.data.source import StreamedRows, rows_of
-from topwork.data.stream import StreamedExamples
+from topwork.data.streaming import StreamedExamples
 
 Step = list[tuple[str, list[int], list[float]]]
 COUNT = 45
@@ -115,7 +116,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
 def test_a_streamed_file_gives_the_steps_that_it_gives_without(
     name: str, load: Callable[..., Data], write: Callable[[str, str | bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layouts, "_PIECE", 61)  # rows and letters lie across the pieces that are read
+    monkeypatch.setattr(plain, "_PIECE", 61)  # rows and letters lie across the pieces that are read
     path = write(*FILES[name])
     options = {"documents": "paragraph"} if name == "paragraphs" else {}
     held, streamed = load(path, **options), load(path, streaming=True, **options)
@@ -145,22 +146,24 @@ def test_documents_of_text_are_what_they_are_without(
 @pytest.mark.parametrize(
     ("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd)]
 )
-def test_a_packed_file_is_unpacked_once(
+def test_rows_that_have_no_place_of_their_own_are_copied_once(
     suffix: str, pack: Callable[[bytes], bytes], load: Callable[..., Data], write: Callable[[str, str | bytes], str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    plain, packed = write("rows.jsonl", jsonl(PAIRS)), write(f"rows.jsonl{suffix}", pack(jsonl(PAIRS).encode()))
-    said: list[str] = []
-    streamed = load(packed, streaming=True, log=said.append)
+    packed, said = write(f"rows.jsonl{suffix}", pack(jsonl(PAIRS).encode())), list[str]()
+    assert steps(load(packed, streaming=True, log=said.append)) == steps(load(packed))
     (copy,) = (tmp_path / "cache").rglob("rows.jsonl")
-    assert copy.read_text("utf-8") == jsonl(PAIRS)
+    lines = copy.read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [[f"rows.jsonl{suffix}:{n}", row] for n, row in enumerate(PAIRS, 1)]
     assert sum(str(copy) in line for line in said) == 1
-    told = [[tokens for _, tokens, _ in step] for step in steps(load(plain))]
-    assert [[tokens for _, tokens, _ in step] for step in steps(streamed)] == told
     before = copy.stat()
     load(packed, streaming=True, log=said.append)
     assert copy.stat().st_mtime_ns == before.st_mtime_ns
     assert sum(str(copy) in line for line in said) == 1
+    load(packed, streaming=True, max_rows=3)
+    write(f"rows.jsonl{suffix}", pack(jsonl(PAIRS[:9]).encode()))
+    load(packed, streaming=True)
+    assert len(list((tmp_path / "cache").rglob("rows.jsonl"))) == 3
 
 
 def test_folders_lists_and_limits(
@@ -190,7 +193,7 @@ def test_rows_held_apart_are_streamed_too(load: Callable[..., Data], write: Call
 def test_no_more_than_so_many_rows_are_held_to_validate_on(
     load: Callable[..., Data], write: Callable[[str, str | bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("topwork.data.examples.EVAL_ROWS", 4)
+    monkeypatch.setattr("topwork.data.streaming.EVAL_ROWS", 4)
     path, said = write("rows.jsonl", jsonl(PAIRS)), list[str]()
     held = load(path, eval_fraction=0.5)
     streamed = load(path, eval_fraction=0.5, streaming=True, log=said.append)
@@ -198,7 +201,7 @@ def test_no_more_than_so_many_rows_are_held_to_validate_on(
     apart = {row.source for row in held.eval}
     assert {row.source for row in streamed.eval} < apart
     assert not apart & {row.source for row in streamed.train}
-    assert any(line.startswith("eval") and line.endswith("drawn by seed from 22 rows") for line in said), said
+    assert "4 of 22 rows that are held out are validated on, drawn by seed" in said, said
 
 
 def test_only_a_steps_rows_are_read_and_none_is_held(
@@ -221,8 +224,8 @@ def test_only_a_steps_rows_are_read_and_none_is_held(
     alive = [each for each in gc.get_objects() if type(each) in (Row, Conversation, Example)]
     held = [type(each) for each in alive if each.source.startswith("nowhere.jsonl")]
     assert held == [Conversation]  # one, for the system message that all have, which is none
-    (part,) = data.train.parts  # type: ignore[attr-defined]
-    assert part.rows.starts.itemsize == 8
+    (rows,) = data.train.read.parts[0].rows.parts  # type: ignore[attr-defined]
+    assert rows.where.starts.itemsize == 8
     assert data.train.numbers.itemsize == 4  # type: ignore[attr-defined]
 
 
@@ -240,8 +243,10 @@ def test_what_can_only_be_found_by_rendering_makes_its_step_smaller_and_changes_
     assert isinstance(source, StreamedRows)
     for step in range(source.steps_per_epoch):
         source.examples(step)
-    assert (source.counts.rows, source.counts.long_dropped, source.counts.sequences) == (45, 3, 42)
-    assert "45 rows -> 42 sequences, 3 too long and dropped; " in source.told()
+    assert (source.read.counts.rows, source.read.counts.long_dropped, source.read.counts.sequences) == (45, 3, 42)
+    told = source.read.told()
+    assert told[0].startswith("train, as far as it was streamed: 45 rows -> 42 sequences, 3 too long and dropped; ")
+    assert re.fullmatch(r"3 rows: longer than 512 tokens, and dropped \(rows.jsonl:\d+, .*\)", told[1])
     again = rows_of(streamed.train, 4, 5)
     again.restore(json.loads(json.dumps(source.state())))
     assert again.state() == source.state()
@@ -309,28 +314,49 @@ BAD = jsonl([*PAIRS[:4], {"prompt": "What?", "completion": ""}, *PAIRS[4:], {"pr
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "options", "told"),
+    ("name", "text", "told"),
     [
-        ("rows.jsonl", BAD, {}, r"2 of 47 rows cannot be used:\n  rows\.jsonl:5: .*\n  rows\.jsonl:47: "),
-        ("rows.jsonl", jsonl(PAIRS) + '\n{"prompt": "x}', {}, r"rows\.jsonl, line 46, column \d+: malformed JSON"),
-        ("rows.jsonl", jsonl(PAIRS) + "\n[1]", {}, r"line 46: expected one JSON object per line, found list"),
-        ("rows.json", json.dumps(PAIRS)[:-1], {}, r"rows\.json: malformed JSON \(the list does not end\)"),
-        ("rows.json", json.dumps([*PAIRS, "x"]), {}, r"rows\.json\[45\]: expected an object, found str"),
-        ("rows.csv", table(PAIRS) + "alone\r\n", {}, r"1 cells where the header has 2"),
-        ("rows.csv", table(PAIRS) + '"a,b', {}, r"malformed CSV"),
-        ("rows.jsonl", "\n \n", {}, "holds no rows"),
-        ("rows.jsonl", jsonl(PAIRS).encode("cp1252", "replace"), {}, r"line 2 is not utf-8: byte 0xe4.*data\.encoding"),
-        ("rows.jsonl", jsonl(PAIRS).encode("utf-16"), {"encoding": "utf-16"}, r"is utf-16, in which .*iconv -f utf-16"),
-        ("rows.txt", "a\n\nb", {"too_long": "split"}, r"too_long: split .*documents"),
-        ("rows.xlsx", "PK", {}, r"'\.xlsx'.*cannot be streamed"),
+        ("rows.jsonl", BAD, r"2 of 47 rows cannot be used:\n  rows\.jsonl:5: .*\n  rows\.jsonl:47: "),
+        ("rows.jsonl", jsonl(PAIRS) + '\n{"prompt": "x}', r"rows\.jsonl, line 46, column \d+: malformed JSON"),
+        ("rows.jsonl", jsonl(PAIRS) + "\n[1]", r"line 46: expected one JSON object per line, found list"),
+        ("rows.json", json.dumps(PAIRS)[:-1], r"rows\.json, line 1, column \d+: malformed JSON"),
+        ("rows.json", json.dumps([*PAIRS, "x"]), r"rows\.json\[45\]: expected an object, found str"),
+        ("rows.json", json.dumps(PAIRS) + "x", r"rows\.json, line 1, column \d+: malformed JSON"),
+        ("rows.csv", table(PAIRS) + "alone\r\n", r"rows\.csv, line \d+: 1 cell"),
+        ("rows.csv", table(PAIRS) + '"a,b', r"malformed CSV"),
+        ("rows.jsonl", "\n \n", "rows.jsonl is empty"),
+        ("rows.jsonl", jsonl(PAIRS).replace("more", "m\0re"), "holds a NUL byte at offset"),
+        ("rows.jsonl", jsonl(PAIRS).encode("cp1252", "replace"), r"is not UTF-8: byte 0xe4 .*data\.encoding: cp1252"),
+        ("rows.jsonl", jsonl([{"x": 1}]), r"the columns? x"),
+        ("rows.xlsx", "PK", r"'\.xlsx'"),
+        ("rows.jsonl.gz", gzip.compress(jsonl(PAIRS).encode())[:-20], "cannot be unpacked"),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_before_any_step(
-    name: str, text: str | bytes, options: dict[str, Any], told: str, load: Callable[..., Data],
-    write: Callable[[str, str | bytes], str],
+)
+def test_what_is_wrong_is_said_as_without_streaming(
+    name: str, text: str | bytes, told: str, load: Callable[..., Data], write: Callable[[str, str | bytes], str],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
-    with pytest.raises(DataError, match=told):
-        load(write(name, text), streaming=True, **options)
+    path = write(name, text)
+    with pytest.raises(DataError, match=told) as streamed:
+        load(path, streaming=True)
+    with pytest.raises(DataError, match=told) as held:
+        load(path)
+    assert str(streamed.value) == str(held.value)
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]  # no half of a copy
+
+
+def test_what_does_not_go_with_streaming_is_refused(
+    load: Callable[..., Data], write: Callable[[str, str | bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("notes.txt", "a\n\nb" * 30)
+    with pytest.raises(DataError, match=r"too_long is split, .*data\.documents: paragraph or line"):
+        load(path, streaming=True, too_long="split")
+    monkeypatch.setattr("topwork.data.stream._LARGEST_DOCUMENT", 100)
+    with pytest.raises(
+        DataError, match=r"notes\.txt has 120 bytes and is a single row, .*documents: paragraph or line"
+    ):
+        load(path, streaming=True)
+    assert len(load(path, streaming=True, documents="line", eval_fraction=0).train) == 31
 
 
 def test_bad_rows_are_dropped_where_the_recipe_says_so(
@@ -343,11 +369,60 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(
     assert any("2 bad rows dropped" in line for line in said), said
 
 
+def test_rows_that_say_the_same_are_told_or_dropped(
+    load: Callable[..., Data], write: Callable[[str, str | bytes], str]
+) -> None:
+    path = write("rows.jsonl", jsonl([*PAIRS[:20], PAIRS[3], *PAIRS[10:30], PAIRS[3]]))
+    for way in ("keep", "drop"):
+        said: list[list[str]] = [[], []]
+        held = load(path, duplicates=way, log=said[0].append)
+        streamed = load(path, duplicates=way, streaming=True, log=said[1].append)
+        assert steps(streamed) == steps(held)
+        assert content(list(streamed.eval)) == content(list(held.eval))
+        notes = [[line for line in lines if line.startswith("12 rows")] for lines in said]
+        assert [line.replace(", token for token,", "") for line in notes[0]] == notes[1]
+
+
+@pytest.mark.parametrize("by", ["prompt", "row", "product"])
+def test_rows_are_held_out_as_without_streaming(
+    by: str, load: Callable[..., Data], write: Callable[[str, str | bytes], str]
+) -> None:
+    rows = [
+        {"prompt": f"How is {n % 17}?", "completion": f"Well {n}", "product": None if n % 9 == 0 else f"p{n % 13}"}
+        for n in range(60)
+    ]
+    path = write("rows.jsonl", jsonl(rows))
+    held = load(path, hold_out_by=by, eval_fraction=0.2)
+    streamed = load(path, hold_out_by=by, eval_fraction=0.2, streaming=True)
+    assert content(list(streamed.eval)) == content(list(held.eval))
+    assert steps(streamed) == steps(held)
+    told = r"hold_out_by is 'blank', and no row has a value"
+    for read in (False, True):
+        with pytest.raises(DataError, match=told):
+            load(
+                write("blank.jsonl", jsonl([{**row, "blank": None} for row in rows])),
+                hold_out_by="blank",
+                streaming=read,
+            )
+
+
+def test_weights_of_sources_are_kept(load: Callable[..., Data], write: Callable[[str, str | bytes], str]) -> None:
+    files = [write(name, jsonl(PAIRS[at : at + 15])) for at, name in ((0, "a.jsonl"), (15, "b.jsonl"), (30, "c.jsonl"))]
+    sources = [{"path": path, "weight": weight} for path, weight in zip(files, (2.5, 1, 0.3))]
+    said: list[list[str]] = [[], []]
+    held, streamed = load(sources, log=said[0].append), load(sources, streaming=True, log=said[1].append)
+    assert steps(streamed) == steps(held)
+    assert len(streamed.train) == len(held.train)
+    assert [line for line in said[1] if "weight" in line] == [line for line in said[0] if "weight" in line]
+
+
 def test_other_encodings_are_read(load: Callable[..., Data], write: Callable[[str, str | bytes], str]) -> None:
     rows = [{"prompt": f"Вопрос {n}?", "completion": f"Ответ {n}"} for n in range(20)]
     utf8 = write("a/rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     cp1251 = write("b/rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("cp1251"))
+    utf16 = write("c/rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-16"))
     assert steps(load(cp1251, streaming=True, encoding="cp1251")) == steps(load(utf8))
+    assert steps(load(utf16, streaming=True)) == steps(load(utf8))
 
 
 def test_rows_are_told_from_others_by_their_files_and_how_they_are_read(

@@ -39,7 +39,7 @@ def test_its_adapter_is_the_one_of_a_run_that_holds_its_rows(streamed: Callable[
     assert tiny.folder_bytes(one.folder / "adapter") == tiny.folder_bytes(other.folder / "adapter")
     before, after = (json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]) for run in (one, other))
     assert before["loss"] == after["loss"]
-    assert any(line.startswith("train: 36 rows, streamed; ") for line in said), said
+    assert any(line.startswith("train: 36 rows, streamed: an epoch reads 36, ") for line in said), said
     assert any(line.startswith("train, as far as it was streamed: 96 rows -> 96 sequences; ") for line in said), said
     assert len(merge(one.folder, one.folder.parent / "merged", log=lambda _: None)) > 0
 
@@ -88,7 +88,7 @@ def test_a_row_that_is_too_long_stops_it_and_it_goes_on_without(
     changed = streamed("run", data=data | {"too_long": "drop"}, training={"save_steps": 1})
     train(changed, resume=True, log=said.append)
     assert any("going on from" in line for line in said)
-    assert "too long and dropped" in said[-1]
+    assert "rows: longer than 300 tokens, and dropped (rows.jsonl:" in said[-1]
     unbroken = train(
         streamed("other", data=data | {"too_long": "drop"}, training={"save_steps": 1}), log=lambda _: None
     )

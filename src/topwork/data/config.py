@@ -97,8 +97,9 @@ class DataConfig(Options):
     """The longest sequence in tokens; the model's context bounds it too."""
     too_long: Literal["refuse", "truncate", "drop", "split", "oldest_turns", "middle"] = "refuse"
     """What happens to longer sequences; they are counted in every case. `truncate` cuts off the end. `split` (plain
-    text only) cuts them up. `oldest_turns` leaves out the oldest turns, and `middle` takes out the middle of the
-    longest message that is not learned: both keep answers whole."""
+    text only) cuts them up. `oldest_turns` leaves out the oldest turns (their answers become sequences of their own),
+    and `middle` takes out the middle of the longest messages that are not learned: both keep answers whole, and leave
+    out a row of which one exchange, or the answers alone, are too long."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """What happens to rows that cannot be used (no answer, empty text, wrong type); they are counted and named."""
     duplicates: Literal["keep", "drop"] = "keep"
@@ -115,9 +116,10 @@ class DataConfig(Options):
         return self
 
     def reading(self, rows: Sources) -> "DataConfig":
-        """All of other rows, read the same way and none held out; of a folder with splits its test split."""
+        """All of other rows, read the same way, each once and none held out; of a folder with splits its test split."""
         several = [
-            source.model_copy(update={"split": source.split or "test|validation|"}) for source in self.sources(rows)
+            source.model_copy(update={"split": source.split or "test|validation|", "weight": 1.0})
+            for source in self.sources(rows)
         ]
         return self.model_copy(
             update={"train": several, "eval": None, "eval_fraction": 0.0, "max_rows": None, "streaming": False}

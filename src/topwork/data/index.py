@@ -1,29 +1,27 @@
-"""Where the rows of a file stand, so that any of them can be read alone: `data.streaming`.
-
-One scan finds where each row begins, a number of 8 bytes each. Nothing else of a file is held.
-"""
+"""Rows that stay in their files: where each begins is known, and it is read when it is asked for."""
 
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
-from topwork.common.errors import DataError, RunError
+from topwork.common.errors import RunError
 from topwork.common.files import sha256_bytes, sha256_file
-from topwork.data.layouts import Layout
 from topwork.data.rows import Row
+
+_RUN = 1 << 14  # numbers that are looked up at a time
 
 
 class IndexedRows(Sequence[Row]):
-    """Rows that are read from disk when they are asked for, one file's or several's."""
+    """Rows that are read from disk when they are asked for."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def read(self, numbers: Iterable[int]) -> Iterator[Row]:
-        """The rows of these numbers, in this order. Raises DataError for one that is no row."""
+        """The rows of these numbers, in this order."""
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
@@ -31,7 +29,7 @@ class IndexedRows(Sequence[Row]):
         raise NotImplementedError
 
     def digest(self) -> str:
-        """What tells these rows from others: of the files, not of what they mean."""
+        """What tells these rows from others, by what is in the files."""
         raise NotImplementedError
 
     @overload
@@ -48,48 +46,70 @@ class IndexedRows(Sequence[Row]):
         return self.read(range(len(self)))
 
 
-class FileRows(IndexedRows):
-    """A file's rows, by where they begin (8 bytes a row, and 8 more where rows and their numbers do not run alike).
+class Index:
+    """Where rows begin in a file, 8 bytes each, and the number that each has for people.
 
-    source  the file that people named, where `path` is what was unpacked of it
+    end  where the last row ends; a row ends where the next begins
     """
 
-    def __init__(self, path: Path, layout: Layout, max_rows: int | None = None, source: Path | None = None) -> None:
-        """Scan the file. Raises DataError where it holds no rows."""
-        self.path, self.layout, self.source = path, layout, source or path
-        self._stamps = {each: stamp(each) for each in {self.path, self.source}}
-        self.starts, numbers = array("q"), array("q")
-        with open(path, "rb") as file:
-            self.end = os.fstat(file.fileno()).st_size
-            for start, number in layout.bounds(file):
-                if len(self.starts) == max_rows:
-                    self.end = start
-                    break
-                self.starts.append(start)
-                numbers.append(number)
-        if not self.starts:
-            raise DataError(f"{path} holds no rows; expected at least one (is the file empty?)")
-        self.first = numbers[0]
-        self.numbers = None if numbers[-1] - self.first == len(numbers) - 1 else numbers
+    def __init__(self) -> None:
+        self.starts, self.end = array("q"), 0
+        self._numbers = array("q")
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def add(self, start: int, number: int) -> None:
+        """One more row."""
+        self.starts.append(start)
+        self._numbers.append(number)
+
+    def close(self, end: int) -> None:
+        """There are no more. Numbers that run on with the rows, as they nearly always do, are not kept."""
+        self.end = end
+        if self._numbers and self._numbers[-1] - self._numbers[0] == len(self) - 1:
+            self._numbers = self._numbers[:1]
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Where a row begins, and its length with what is between it and the next."""
+        start = self.starts[at]
+        return start, (self.starts[at + 1] if at + 1 < len(self.starts) else self.end) - start
+
+    def number(self, at: int) -> int:
+        """The row's number for people."""
+        return self._numbers[at] if len(self._numbers) > 1 else self._numbers[0] + at
+
+
+class FileRows(IndexedRows):
+    """A file's rows. `row` makes one of its bytes and its number for people; `sources` are what the file is made of,
+    where it is a copy."""
+
+    def __init__(
+        self, path: Path, index: Index, row: Callable[[bytes, int], Row], sources: Sequence[Path] = ()
+    ) -> None:
+        self.path, self.where, self._row = path, index, row
+        self._stamps = {each: stamp(each) for each in (path, *sources)}
+
+    def __len__(self) -> int:
+        return len(self.where)
 
     def read(self, numbers: Iterable[int]) -> Iterator[Row]:
         with open(self.path, "rb") as file:
             handle = file.fileno()
             for at in numbers:
-                start = self.starts[at]
-                stop = self.starts[at + 1] if at + 1 < len(self.starts) else self.end
-                number = self.first + at if self.numbers is None else self.numbers[at]
-                yield self.layout.row(os.pread(handle, stop - start, start), number)
+                start, length = self.where.place(at)
+                yield self._row(os.pread(handle, length, start), self.where.number(at))
 
     def check_unchanged(self) -> None:
         for path, before in self._stamps.items():
-            refuse_changed(path, before)
+            if not path.exists() or stamp(path) != before:
+                raise RunError(
+                    f"{path} changed while its rows were being streamed: what is read now are not the rows that were "
+                    "indexed. Bring the file back and go on with --resume, or begin anew with what it is now"
+                )
 
     def digest(self) -> str:
-        return sha256_file(self.source)
+        return sha256_file(self.path)
 
 
 class Joined(IndexedRows):
@@ -97,13 +117,14 @@ class Joined(IndexedRows):
 
     def __init__(self, parts: Sequence[IndexedRows]) -> None:
         self.parts = parts
-        self.firsts = [sum(map(len, parts[:at])) for at in range(len(parts))]
+        self._firsts = [sum(map(len, parts[:at])) for at in range(len(parts))]
+        self._count = sum(map(len, parts))
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._count
 
     def read(self, numbers: Iterable[int]) -> Iterator[Row]:
-        for owner, own in by_owner(self.firsts, numbers):
+        for owner, own in by_owner(self._firsts, numbers):
             yield from self.parts[owner].read(own)
 
     def check_unchanged(self) -> None:
@@ -131,19 +152,7 @@ def by_owner(firsts: Sequence[int], numbers: Iterable[int]) -> Iterator[tuple[in
         yield owner, own
 
 
-_RUN = 1 << 14
-
-
 def stamp(path: Path) -> tuple[int, int, int]:
-    """What tells a file from another under its name, and from itself after a change."""
+    """What tells a file from another under its name, and from itself after a change; a folder by its entries."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def refuse_changed(path: Path, before: tuple[int, int, int]) -> None:
-    """Raises RunError where a file is gone, or its `stamp` is another."""
-    if not path.exists() or stamp(path) != before:
-        raise RunError(
-            f"{path} changed while its rows were being streamed: what is read now are not the rows that were indexed. "
-            "Bring the file back and go on with --resume, or begin anew with what it is now"
-        )

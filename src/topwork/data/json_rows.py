@@ -14,7 +14,7 @@ _WHOLE = re.compile(r"\d+\Z")
 _SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 
 
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 """NaN and Infinity, which pandas writes where a table holds nothing, are no value."""
 
 
@@ -29,7 +29,7 @@ def jsonl_rows(file: DataFile) -> Found:
         if not text.strip():
             continue
         try:
-            value = _DECODER.decode(text)
+            value = DECODER.decode(text)
         except RecursionError as error:
             raise DataError(_too_deep(file, number)) from error
         except ValueError as error:
@@ -92,7 +92,7 @@ def _values(file: DataFile, first: int, text: str, cause: ValueError) -> Iterato
         if start == len(text):
             return
         try:
-            value, at = _DECODER.raw_decode(text, start)
+            value, at = DECODER.raw_decode(text, start)
         except RecursionError as error:
             raise DataError(_too_deep(file, line)) from error
         except json.JSONDecodeError as error:
@@ -163,7 +163,7 @@ def json_rows(file: DataFile) -> Found:
     """A list of objects; an object that holds it, or columns in place of rows; or one object a line after all."""
     text = read_text(file)
     try:
-        value = _DECODER.decode(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{") and text[error.pos] == "{":
             yield from jsonl_rows(DataFile(file.path, file.name, file.encoding, notes=file.notes))

@@ -1,13 +1,12 @@
 """Where the rows of a training step come from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from topwork.common.errors import DataError, RunError
 from topwork.data.batches import Order
-from topwork.data.examples import Counts, Example, grouped, line
-from topwork.data.stream import StreamedExamples
+from topwork.data.examples import Example, grouped
+from topwork.data.streaming import StreamedExamples, Visits
 
 
 class RowSource(Protocol):
@@ -68,8 +67,7 @@ class StreamedRows:
     """
 
     def __init__(self, rows: StreamedExamples, batch_size: int, seed: int) -> None:
-        self.rows = rows
-        self.counts = Counts()
+        self.rows, self.read = rows, Visits()
         self._order = Order(len(rows), batch_size, seed)
 
     @property
@@ -80,31 +78,24 @@ class StreamedRows:
         """Raises RunError for a row that the recipe refuses, and where a file has changed."""
         self.rows.check_unchanged()
         for later in range(step, step + self.steps_per_epoch):
-            found = self._taken(self._order.step(later), step)
-            if found:
-                return found
-        raise RunError(f"step {step + 1}: no row is left to learn from ({line('train', self.counts)})")
-
-    def _taken(self, places: Sequence[int], step: int) -> list[Example]:
-        try:
-            found, counts = self.rows.take(places)
-        except DataError as error:
-            raise RunError(
-                f"step {step + 1}: {error}\nWith streaming, such rows are found when a step needs them. The "
-                "checkpoints before it stay: go on with --resume, and data.too_long or data.on_bad_row other than refuse"
-            ) from error
-        self.counts = self.counts + counts
-        return found
+            try:
+                taken = self.rows.take(self._order.step(later))
+            except DataError as error:
+                raise RunError(
+                    f"step {step + 1}: {error}\nWith streaming, such rows are found when a step needs them. The "
+                    "checkpoints before it stay: go on with --resume, and with data.too_long or data.on_bad_row other "
+                    "than refuse"
+                ) from error
+            self.read.add(taken.counts, taken.notes)
+            if taken.examples:
+                return taken.examples
+        raise RunError(f"step {step + 1}: no row is left to learn from\n" + "\n".join(self.read.told()))
 
     def state(self) -> dict[str, Any]:
-        return {"counts": asdict(self.counts)}
+        return self.read.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.counts = Counts(**state.get("counts", {}))
-
-    def told(self) -> str:
-        """What became of the rows that were read, for people."""
-        return line("train, as far as it was streamed", self.counts)
+        self.read = Visits.of(state)
 
 
 def rows_of(rows: Sequence[Example], batch_size: int, seed: int) -> FixedRows | StreamedRows:

@@ -180,6 +180,8 @@ def _read(
         return _Read(list(loaded.eval_conversations), list(loaded.eval))
     loaded = load_data(data.reading(named), tokenizer, room, seed, lambda _: None)
     log(f"{told(named)}: {loaded.summary.recognised}")
+    for note in loaded.summary.told():
+        log(note.line())
     return _Read(list(loaded.train_conversations), list(loaded.train))
 
 

@@ -83,15 +83,18 @@ def figures(
         },
         "data": _summary(data),
         "system": _common_system(data),
-        "warnings": [record["text"] for record in records if record["kind"] == "note"],
+        "warnings": [
+            *(note.line().removeprefix("warning: ") for note in data.summary.told() if note.warning),
+            *(record["text"] for record in records if record["kind"] == "note"),
+        ],
     }
 
 
-def _summary(data: Data) -> dict[str, str]:
+def _summary(data: Data) -> dict[str, Any]:
     """The data's lines by what they are about, for the report."""
-    recognised, *lines = data.summary.lines()
-    parts = [line.partition(": ") for line in lines]
-    return {"recognised": recognised, **{head: rest for head, _, rest in parts}}
+    summary = data.summary
+    sides = {name: counts.line(name).removeprefix(f"{name}: ") for name, counts in summary.sides.items()}
+    return {"recognised": summary.recognised, **sides, "notes": [note.line() for note in summary.told()]}
 
 
 def _last(history: Sequence[Any]) -> float | None:

@@ -146,7 +146,8 @@ def _trained(
         outcomes = loop.run(stop_at)
     for trial in trials:
         if isinstance(trial.rows, StreamedRows):
-            log(trial.rows.told())
+            for line in trial.rows.read.told():
+                log(line)
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
