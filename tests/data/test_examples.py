@@ -231,8 +231,12 @@ def test_a_tokenizer_of_another_kind(small_llama: Path, write: Write) -> None:
         {"prompt": "a", "completion": "\n b"},
     ]
     config = DataConfig(train=write("a.jsonl", lines(rows)), eval_fraction=0)
+    talk = [{"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]}]
     with pytest.raises(DataError, match="no chat template"):
-        load_data(config, tokenizer, 512, 0, lambda _: None)
+        load_data(DataConfig(train=write("b.jsonl", lines(talk))), tokenizer, 512, 0, lambda _: None)
+    said: list[str] = []
+    load_data(config, tokenizer, 512, 0, said.append)
+    assert said[2] == "prompt and completion one after the other as they are", "which reading was taken"
     for name in ("plain", "chatml"):
         data = load_data(config.model_copy(update={"chat_template": name}), tokenizer, 512, 0, lambda _: None)
         for example, row in zip(data.train, rows):

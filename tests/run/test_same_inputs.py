@@ -111,7 +111,10 @@ def test_plain_text_is_scored_by_its_loss(make_recipe: MakeRecipe, tmp_path: Pat
     text.write_text(
         "\n\n".join(f"The {product} stands on shelf {n}." for n, product in enumerate(tiny.PRODUCTS * 4)), "utf-8"
     )
-    recipe = make_recipe(data={"train": str(text), "eval_fraction": 0.2}, training={"max_steps": 4, "eval_steps": 2})
+    recipe = make_recipe(
+        data={"train": str(text), "documents": "paragraph", "eval_fraction": 0.2},
+        training={"max_steps": 4, "eval_steps": 2},
+    )
     scores = evaluate(train(recipe, log=quiet).folder, log=quiet)
     assert scores["grader"] == "loss alone"
     assert scores["after"]["loss"] < scores["before"]["loss"]

@@ -27,8 +27,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
     **dict.fromkeys(CALL_ROLES, CALL_ROLES[0]),
 }
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")

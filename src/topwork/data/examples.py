@@ -86,7 +86,7 @@ def load_data(
     `log` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
     out in silence.
     """
-    template = ChatTemplate(tokenizer, config.chat_template, config.fold_system)
+    template = ChatTemplate.from_config(tokenizer, config)
     max_length = min(config.max_length, context_length)
     config = with_held_out(config)
     for line in memory_notes(config):
@@ -96,7 +96,8 @@ def load_data(
 
         return load_streamed(config, template, max_length, seed, log)
     train = read_side(config, config.train, template, max_length, config.max_rows)
-    notes = [*train.notes, *without_copies(train.rows, config)]
+    notes = [Note(template.reading)] if template.reading else []
+    notes += [*train.notes, *without_copies(train.rows, config)]
     if config.eval is not None:
         evaluation = read_side(config, config.eval, template, max_length)
         notes += evaluation.notes

@@ -13,20 +13,24 @@ from topwork.data.advice import refuse_lost_answers, refuse_unread_material, unr
 from topwork.data.columns import Columns, speaks
 from topwork.data.config import DataConfig
 from topwork.data.conversations import (
+    ROLE_KEYS,
     BadRow,
     Conversation,
     Message,
     Spelling,
+    first_of,
     read_calls,
     read_messages,
     read_tools,
 )
 from topwork.data.fields import FIELDS, NEEDED
 from topwork.data.mapping import columns_of, value_of
+from topwork.data.pair_shapes import as_talk
 from topwork.data.recognition import Found, check_options, found_in, keys_in
+from topwork.data.refusals import no_answers, refuse_preferences
 from topwork.data.rows import Row
-from topwork.data.turns import hashed, prompt_group, usable
-from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of
+from topwork.data.usable import hashed, prompt_group, usable
+from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of, written
 
 _SHOWN = 5  # bad rows named in a message
 
@@ -122,9 +126,12 @@ def _alpaca(row: _Reading) -> tuple[Message, ...]:
     return _with_system(row, [*_history(row), asked, _answer(row, "output")])
 
 
+_SIDES = ("prompt", "completion")
+
+
 def _prompt_completion(row: _Reading) -> tuple[Message, ...]:
     """Two texts, or two lists of messages."""
-    prompt, completion = _talk(row.value("prompt")), _talk(row.value("completion"))
+    prompt, completion = (_talk(row.value(name), row.columns.get(name, name), row.spelling) for name in _SIDES)
     if prompt is None:
         before: Sequence[Message] = [*_history(row), Message("user", _asked(row, "prompt"))]
     else:
@@ -168,11 +175,15 @@ def _history(row: _Reading) -> list[Message]:
     return [Message(role, text_of(text, "history")) for turn in value for role, text in zip(roles, turn)]
 
 
-def _talk(value: object) -> list[Any] | None:
-    """A list of messages, or that as text; None for all else."""
+def _talk(value: object, name: str, spelling: Spelling) -> list[Any] | None:
+    """A list of messages, a message alone, OpenAI's {messages: …}, or such as text; None for all else."""
     if isinstance(value, str) and not opens(value):
         return None
-    return parsed(value) if speaks(value) else None
+    given = parsed(value)
+    if isinstance(given, Mapping):
+        key = first_of(given, ROLE_KEYS)
+        given = as_talk(given, name) if "messages" in given or (key and spelling.role(given[key])) else None
+    return given if speaks(given, spelling) else None
 
 
 FORMATS: dict[str, tuple[Callable[[_Reading], tuple[Message, ...]] | None, tuple[str, ...]]] = {
@@ -221,7 +232,7 @@ def _group(row: Row, config: DataConfig, prompt: Callable[[], str]) -> str | Non
     if config.hold_out_by == "prompt":
         return prompt()
     value = value_of(row.fields, config.hold_out_by)
-    return None if is_blank(value) else hashed(text_of(value, config.hold_out_by))
+    return None if is_blank(value) else hashed(written(value, config.hold_out_by))
 
 
 # Which format it is
@@ -238,8 +249,7 @@ def recognise(rows: Sequence[Row], config: DataConfig) -> Format:
 def recognise_from(survey: Columns, config: DataConfig) -> Format:
     """As `recognise`, from what all rows have, for rows that are not at hand."""
     sample = [row.fields for row in survey.sample]
-    if config.format == "auto" and not config.columns:
-        _refuse_preferences(sample, survey.names)
+    refuse_preferences(config, sample, survey.names)
     check_options(survey, config)
     found = found_in(survey, config)
 
@@ -247,7 +257,8 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
         return _works(survey, config.model_copy(update=dict(options)))
 
     if not found:
-        raise DataError(unrecognised(survey, config, works))
+        prompts = no_answers(survey.names) if config.format == "auto" else None
+        raise DataError(prompts or unrecognised(survey, config, works))
     format = _format(found, survey)
     refuse_lost_answers(found[0], survey, config, works)
     seen, _ = read_conversations(survey.sample, format, config)
@@ -309,26 +320,6 @@ def _sentence(found: Found, survey: Columns) -> str:
     also = [field for field in ("system", "history", "tools", "tool_calls", "reasoning") if field in columns]
     more = [_told(columns[field], survey) for field in also]
     return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}"
-
-
-def _refuse_preferences(sample: list[dict[str, Any]], found: list[str]) -> None:
-    pairs = (
-        ("chosen", "rejected"),
-        ("chosen_messages", "rejected_messages"),
-        ("preferred_output", "non_preferred_output"),
-        ("response_j", "response_k"),
-    )
-    why = next((f"columns {a} and {b}" for a, b in pairs if a in found and b in found), "")
-    label = next((name for name in ("label", "kto_tag") if name in found), "")
-    answers = {"messages", "completion", "conversations"} & set(found)
-    if not why and label and answers and all(isinstance(fields.get(label), bool) for fields in sample):
-        why = f"true/false column {label} beside {', '.join(sorted(answers))}"
-    if why:
-        raise DataError(
-            f"these rows are preference data ({why}): they compare or judge answers and need a preference objective "
-            "(DPO, KTO), while training.objective is sft. To learn one of the answers as it stands, name data.format "
-            "and, where needed, data.columns, for example {prompt: prompt, completion: chosen}"
-        )
 
 
 def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:

@@ -55,8 +55,8 @@ def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) 
 
 
 def look_for(config: DataConfig, named: Sources) -> None:
-    """Whether every source is there and can be begun to read. Raises DataError where one cannot."""
-    for source in config.sources(named):
+    """Whether every source to evaluate on is there and can be begun to read. Raises DataError where one cannot."""
+    for source in config.sources(config.reading(named).train):
         read_rows(source, config.documents, 1)
 
 

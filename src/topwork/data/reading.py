@@ -80,6 +80,7 @@ def read_side(
     refuse_bad(bad, found.count, config)
     waiting = [part.conversations for part in parts]
     del parts  # the rows as they were read, which nobody needs any more
+    template.survey([row for conversations in waiting for row in conversations])
     fitting, tally = Fitting(config, template, max_length), Tally()
     for number, conversations in enumerate(waiting):
         for start in range(0, len(conversations), _CHUNK):

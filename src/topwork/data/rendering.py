@@ -1,18 +1,17 @@
-"""A chat template as text and token ids: which one, how it renders, and with what it closes the assistant's turn."""
+"""A chat template as text: how it renders, and with what it closes the assistant's turn."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import DataError, did_you_mean
+from topwork.common.errors import DataError
+from topwork.data.chosen import adds_bos, check_variables
 from topwork.data.conversations import Message
+from topwork.data.markup import Tokens
 
-_SHIPPED = Path(__file__).parent / "templates"
 _USER, _ANSWER, _TOOL = "topworkprobeuser", "topworkprobeanswer", "topworkprobetool"
 
 
@@ -42,12 +41,12 @@ def _on_one_day(jinja: str) -> str:
 
 
 class Renderer:
-    """A tokenizer and a template: None (the tokenizer's own), `chatml`, `plain`, a file, or Jinja itself."""
+    """A tokenizer and a template's Jinja; None where there is no template."""
 
-    def __init__(self, tokenizer: Any, template: str | None, fold_system: bool) -> None:
+    def __init__(self, tokenizer: Any, jinja: str | None, fold_system: bool = False) -> None:
         self.tokenizer = tokenizer
         self.fold_system = fold_system
-        self.jinja = _load(tokenizer, template)
+        self.jinja = jinja
         self.adds_bos = adds_bos(tokenizer)
 
     def render(
@@ -60,77 +59,93 @@ class Renderer:
         is no valid Jinja or a variable is not to be set, and TemplateRejects where the template raises on these
         messages.
         """
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+        from jinja2.exceptions import TemplateError
 
         if self.jinja is None:
             raise DataError(
                 "this model's tokenizer has no chat template, and the data are conversations; set data.chat_template: "
-                "chatml, plain (question, new line, answer), or a Jinja FILE"
+                "chatml, plain (question, new line, answer), raw (prompt and completion as they are), or a Jinja FILE"
             )
         given = [_as_dict(message) for message in (folded(messages) if self.fold_system else messages)]
-        self._check_variables(variables or {})
+        if not given:
+            raise TemplateRejects("there is no message")
+        check_variables(self.tokenizer, variables or {})
+        compiled = self._compiled
         try:
-            text = self.tokenizer.apply_chat_template(
-                given,
-                tools=tools,
-                chat_template=_on_one_day(self.jinja),
-                add_generation_prompt=prompt,
-                continue_final_message=goes_on,
-                tokenize=False,
-                **(variables or {}),
-            )
-        except TemplateSyntaxError as error:
-            raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+            if goes_on:
+                return self._left_open(given, tools, variables or {})
+            return str(compiled.render(
+                messages=given, tools=tools, documents=None, add_generation_prompt=prompt,
+                **{**self._named, **(variables or {})},
+            ))  # fmt: skip
         except RecursionError as error:
             raise TemplateRejects("they are nested too deep") from error
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRejects(str(error)[:_TOLD]) from error
-        return str(text)
-
-    def _check_variables(self, variables: Mapping[str, Any]) -> None:
-        """Raises DataError for names that the renderer or the tokenizer gives to the template."""
-        own = {*signature(self.tokenizer.apply_chat_template).parameters, *self.tokenizer.special_tokens_map}
-        for name in variables:
-            if name in own | {"self", "messages", "raise_exception", "strftime_now"}:
-                raise DataError(
-                    f"the template's variable {name!r} is not to be set from outside; leave it out, and give only what "
-                    "the template reads beside messages and tools, as enable_thinking"
-                )
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts. Nothing is added: the template writes the BOS itself where there is one."""
-        if not texts:
-            return []
-        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"])
-
-    def ids_after(self, text: str) -> list[int]:
-        """The ids of a text that continues another, without the space that some tokenizers put at a text's head."""
-        for anchor in ("\n", ":", self.tokenizer.eos_token or ""):
-            whole, head = self.ids([anchor + text, anchor]) if anchor else (self.ids([text])[0], [])
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
-        return self.ids([text])[0]
 
     @cached_property
+    def _compiled(self) -> Any:
+        """Compiled as transformers does, with its filters and functions, and kept."""
+        from jinja2.exceptions import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(_on_one_day(self.jinja or ""))
+        except TemplateSyntaxError as error:
+            raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+
+    @cached_property
+    def _named(self) -> dict[str, Any]:
+        return dict(self.tokenizer.special_tokens_map)
+
+    def _left_open(
+        self, given: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                given, tools=tools, chat_template=_on_one_day(self.jinja or ""), continue_final_message=True,
+                tokenize=False, **variables,
+            )  # fmt: skip
+        )
+
+    def generated(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it the template's `{% generation %}` marks begin and end."""
+        blocks: list[str] = []
+        marks: list[tuple[int, int]] = []
+        given = [_as_dict(message) for message in (folded(messages) if self.fold_system else messages)]
+        with self._compiled.environment.activate_tracker(blocks, marks):
+            for block in self._compiled.generate(
+                messages=given, tools=tools, documents=None, add_generation_prompt=False, **self._named
+            ):
+                blocks.append(block)
+        return "".join(blocks), marks
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether the template says by `{% generation %}` what is to be learned."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja or "") is not None
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The tokenizer, told what the template writes around messages."""
+        return Tokens(self.tokenizer, self._around())
+
+    @property
     def special(self) -> dict[str, int]:
         """Text -> id of the tokens that no ordinary text becomes."""
-        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items()}
-        named = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
-        return {text: index for text, index in {**added, **named}.items() if text.strip()}
+        return self.tokens.special
 
-    def pieces(self, text: str) -> list[str]:
-        """The text cut at special tokens, these included."""
-        return [piece for piece in self._cut_at.split(text) if piece]
-
-    @cached_property
-    def _cut_at(self) -> re.Pattern[str]:
-        known = sorted(self.special, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, known))})" if known else "(?!)")
-
-    def ends_turn(self, text: str) -> bool:
-        """Whether the text ends in a special token, by which generation can stop."""
-        pieces = self.pieces(text)
-        return bool(pieces) and pieces[-1] in self.special
+    def _around(self) -> str:
+        """What the template writes around a conversation's messages; "" where it renders none."""
+        chat = [Message("system", "x"), Message("user", "x"), Message("assistant", "x"), Message("user", "x")]
+        for tried in (chat, chat[1:], chat[1:2]):
+            try:
+                return self.render(tried, None, True)
+            except (TemplateRejects, DataError):
+                continue
+        return ""
 
     @cached_property
     def closing(self) -> Closing:
@@ -147,15 +162,15 @@ class Renderer:
         return Closing(tail, self._closing_text(tail, between))
 
     def _closing_text(self, tail: str, between: str) -> str:
-        pieces, shared = self.pieces(tail), 0
-        for ours, theirs in zip(pieces, self.pieces(between)):
+        pieces, shared = self.tokens.pieces(tail), 0
+        for ours, theirs in zip(pieces, self.tokens.pieces(between)):
             if ours != theirs:
                 break
             shared += 1
         common = "".join(pieces[:shared]).rstrip()
-        if self.ends_turn(common):
+        if self.tokens.ends_turn(common):
             return common
-        first = next((number for number, piece in enumerate(pieces, 1) if piece in self.special), 0)
+        first = next((number for number, piece in enumerate(pieces, 1) if piece in self.tokens.control), 0)
         if first:
             return "".join(pieces[:first])
         return tail.rstrip() if between.startswith(tail) else ""
@@ -173,7 +188,7 @@ class Renderer:
                 texts += [self.cut(rendered.rpartition(_TOOL)[2])] if _TOOL in rendered else []
             except TemplateRejects:
                 pass
-            ends |= {self.special[self.pieces(text)[-1]] for text in texts if self.ends_turn(text)}
+            ends |= {self.special[self.tokens.pieces(text)[-1]] for text in texts if self.tokens.ends_turn(text)}
         return frozenset(ends)
 
     def cut(self, text: str) -> str:
@@ -182,7 +197,7 @@ class Renderer:
         if closing.tail and text.endswith(closing.tail):
             return text[: len(text) - len(closing.tail)] + closing.text
         bare = text.rstrip()
-        return bare if self.ends_turn(bare) else text
+        return bare if self.tokens.ends_turn(bare) else text
 
 
 class TemplateRejects(Exception):
@@ -202,33 +217,7 @@ def folded(messages: Sequence[Message]) -> list[Message]:
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    return {**message.extra, "role": message.role, "content": message.content}
-
-
-def _load(tokenizer: Any, template: str | None) -> str | None:
-    """The template's Jinja; None where the tokenizer has none. Raises DataError for a file that is not there."""
-    if template is None:
-        own = getattr(tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            return str(own.get("default") or next(iter(own.values())))
-        return own
-    if "{{" in template or "{%" in template:
-        return template
-    shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
-    path = shipped.get(template, Path(template).expanduser())
-    if not path.is_file():
-        raise DataError(
-            f"data.chat_template is {template!r}, which is no file{did_you_mean(template, shipped)}; "
-            f"expected {', '.join(sorted(shipped))}, or a Jinja file"
-        )
-    try:
-        jinja = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"the chat template {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    return "{{- bos_token }}" + jinja if template in shipped and adds_bos(tokenizer) else jinja
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS before a plain text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if not message.extra:
+        return {"role": message.role, "content": message.content}
+    extra = {key: value for key, value in message.extra.items() if value is not None}
+    return {**extra, "role": message.role, "content": message.content}

@@ -22,6 +22,7 @@ from topwork.data.sources import locate
 from topwork.data.splitting import held_rows, is_first, no_such_column, times, unit_numbers, unit_of
 from topwork.data.summary import NAMED, Note, Tally, dropped_notes
 from topwork.data.tables import dataset_rows
+from topwork.data.template import ChatTemplate
 
 Log = Callable[[str], None]
 _CHUNK = 2000  # rows that are conversations at the same time while all are checked
@@ -80,6 +81,7 @@ class StreamedPart:
     grouped   how many of these have something that they must not be parted from
     bad       the first of the others, by name; `bad_count` is of all
     systems   up to two conversations whose system messages differ
+    shown     conversations that show a template everything that it looks at in all of them
     """
 
     source: SourceConfig
@@ -95,12 +97,13 @@ class StreamedPart:
     bad_count: int = 0
     tally: Tally = field(default_factory=Tally)
     systems: dict[str | None, Conversation] = field(default_factory=dict)
+    shown: dict[tuple[str, bool], Conversation] = field(default_factory=dict)
 
     def conversations(self, numbers: Sequence[int]) -> tuple[list[Conversation], list[BadRow]]:
         """Rows as conversations, and those that cannot be used."""
         return read_conversations(self.rows.read(numbers), self.format, self.own)
 
-    def check(self) -> None:
+    def check(self, template: ChatTemplate) -> None:
         """Make a conversation of every row, once, and keep what is held of it."""
         by = self.own.hold_out_by
         for start in range(0, len(self.rows), _CHUNK):
@@ -118,6 +121,7 @@ class StreamedPart:
                     self.units.append(_hash("row", row.source) if unit is None else _hash(unit))
                 self.contents.append(content_of(row))
                 self.tally.add(row.notes, row.source)
+                self.shown.setdefault(template.surveyed(row), row)
                 if len(self.systems) < 2:
                     self.systems.setdefault(_system(row), row)
             if self.own.on_bad_row == "refuse" and len(self.bad) == _BAD:
@@ -139,7 +143,9 @@ def _system(row: Conversation) -> str | None:
     return row.messages[0].content if row.messages and row.messages[0].role == "system" else None
 
 
-def read_streamed(config: DataConfig, named: Sources, max_rows: int | None, log: Log) -> "Streamed":
+def read_streamed(
+    config: DataConfig, named: Sources, max_rows: int | None, template: ChatTemplate, log: Log
+) -> "Streamed":
     """Every source of `data.train` or `data.eval`, found and checked.
 
     max_rows  of all sources together
@@ -161,9 +167,10 @@ def read_streamed(config: DataConfig, named: Sources, max_rows: int | None, log:
         except DataError as error:
             raise DataError("; ".join([f"{source.path}: {error}", *notes])) from error
         found.append(StreamedPart(source, own, format, rows, notes))
-        found[-1].check()
+        found[-1].check(template)
     bad = [row for part in found for row in part.bad]
     refuse_bad(bad, sum(len(part.rows) for part in found), config)
+    template.survey([row for part in found for row in part.shown.values()])
     return Streamed(found)
 
 

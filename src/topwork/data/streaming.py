@@ -21,11 +21,11 @@ from topwork.data.formats import refuse_bad
 from topwork.data.reading import encoded
 from topwork.data.stream import Log, Split, Streamed, content_of, drawn_rows, read_streamed, split_streamed
 from topwork.data.summary import NAMED, Counts, DataSummary, Note, Tally, added, dropped_notes
-from topwork.data.template import ChatTemplate
+from topwork.data.template import PROVED, ChatTemplate
 
 EVAL_ROWS = 2000
 """Rows that are validated on while training rows are streamed, drawn by seed where more are held out."""
-_CHUNK = 128  # rows that are texts and lists of ids at the same time
+_CHUNK = PROVED  # rows that are encoded at a time: of so many each is proved, so that none depends on those before it
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,17 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
             "data.too_long is split, which makes many sequences of a row, and streaming keeps those of a row in one "
             "step; set data.documents: paragraph or line for shorter rows, and data.too_long: truncate or drop"
         )
-    read = read_streamed(config, config.train, config.max_rows, log)
+    read = read_streamed(config, config.train, config.max_rows, template, log)
     split = split_streamed(read, config, seed)
     if not len(split.train):
         raise DataError(f"{told(config.train)}: no row is left to train on")
-    apart = read if config.eval is None else read_streamed(config, config.eval, None, log)
+    apart = read if config.eval is None else read_streamed(config, config.eval, None, template, log)
     candidates = split.held if config.eval is None else apart.numbers()
     drawn = drawn_rows(candidates, EVAL_ROWS, seed if config.eval is None else 0)
     held = take(apart, drawn.tolist(), config, template, max_length)
     if config.eval is not None and not held.examples:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({held.counts.line('eval')})")
-    summary = _summary(config, read, apart, split, held, len(candidates))
+    summary = _summary(config, template, read, apart, split, held, len(candidates))
     for line in summary.lines():
         log(line)
     train = StreamedExamples(read, split.train, config, template, max_length)
@@ -153,11 +153,18 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
 
 
 def _summary(
-    config: DataConfig, read: Streamed, apart: Streamed, split: Split, held: Taken, candidates: int
+    config: DataConfig,
+    template: ChatTemplate,
+    read: Streamed,
+    apart: Streamed,
+    split: Split,
+    held: Taken,
+    candidates: int,
 ) -> DataSummary:
     rows = read.count - (candidates if apart is read else 0)
     counts = Counts(rows, read.bad_count, split.copies, sequences=len(split.train), streamed=True)
-    notes = [*read.notes, *split.notes, *([] if apart is read else apart.notes), *held.notes]
+    reading = [Note(template.reading)] if template.reading else []
+    notes = [*reading, *read.notes, *split.notes, *([] if apart is read else apart.notes), *held.notes]
     if candidates > len(held.rows) + held.counts.bad_rows + held.counts.long_dropped:
         notes.append(Note(f"{EVAL_ROWS:,} of {candidates:,} rows that are held out are validated on, drawn by seed"))
     sentences = read.sentences if apart is read else (*read.sentences, *_others(read, apart))

@@ -7,67 +7,103 @@ before a learned answer are always the tokens that generation is prompted with. 
 one sequence per answer.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
 from topwork.common.errors import DataError
 from topwork.data.calls import CallFormat, call_format
+from topwork.data.chosen import is_raw, jinja_of, raw_jinja, with_variables
+from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
-from topwork.data.rendering import Renderer, TemplateRejects, folded
+from topwork.data.prepared import Preparer, Tools
+from topwork.data.rendering import Renderer, TemplateRejects
+from topwork.data.spans import (
+    Document,
+    Pieces,
+    Turn,
+    Whole,
+    holds,
+    learned_parts,
+    of_document,
+    of_turns,
+    of_whole,
+    texts_of,
+)
+from topwork.data.spans import Encoded as Encoded
+from topwork.data.turns import LETTERS, Turns
 
 TrainOn = Literal["answers", "last_answer", "all"]
-Tools = list[dict[str, Any]] | None
+PROVED = 32
+"""So many conversations of a call are tokenized a second time, whole, to prove that their pieces make the same ids."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A sequence. weights[i] is the weight with which tokens[i] is learned from tokens[:i]; weights[0] is 0.
+class Reading:
+    """How rows are read, as the options of the same names in DataConfig have it."""
 
-    notes  what of the conversation the template left out, as `Conversation.notes`
-    """
+    thinking: Literal["learn", "inline", "drop"] = "learn"
+    lost_text: Literal["refuse", "allow"] = "refuse"
+    split_special_tokens: bool | None = None
+    separator: str = ""
+    response_part: str | None = None
+    instruction_part: str | None = None
 
-    tokens: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be tokenized of a conversation: turns, or one part of another kind; and what is told of it."""
+
+    parts: Sequence[Turn | Whole | Document] = ()
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """The texts of one learned answer: what generation is prompted with, and the same through the end of the turn."""
+class ChatTemplate:
+    """`template` is None (the tokenizer's own), `chatml`, `plain`, `raw`, a file, or Jinja; `fold_system` as in
+    DataConfig.
 
-    prompt: str
-    through: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A conversation or a document of which everything is learned.
-
-    Where messages have weights of their own: `upto` are the conversation's beginnings through each message.
+    text_markup  whether special tokens that plain text spells are markup; None until it is known
     """
 
-    text: str
-    upto: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    document: bool = False
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, fold_system: bool = False, options: Reading = Reading(),
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.options = tokenizer, options
+        jinja = raw_jinja(tokenizer, options.separator) if template == "raw" else jinja_of(tokenizer, template)
+        self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
+        self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
+        if options.separator and jinja is not None and not is_raw(jinja):
+            raise DataError(
+                "data.separator stands between prompt and completion that are read raw, and here a chat template puts "
+                "them together; set data.chat_template: raw, or leave data.separator out"
+            )
 
-
-class ChatTemplate:
-    """`template` is None (the tokenizer's own), `chatml`, `plain`, a file, or Jinja; `fold_system` see DataConfig."""
-
-    def __init__(self, tokenizer: Any, template: str | None = None, fold_system: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, template, fold_system)
+    @classmethod
+    def from_config(cls, tokenizer: Any, config: DataConfig, stored: Path | None = None) -> "ChatTemplate":
+        """As a recipe has it; `stored` is a run's own, which goes before where it is there. Raises DataError."""
+        options = Reading(
+            config.thinking, config.lost_text, config.split_special_tokens, config.separator, config.response_part,
+            config.instruction_part,
+        )  # fmt: skip
+        if stored is not None and stored.exists():  # its variables stand in it
+            return cls(tokenizer, str(stored), config.fold_system, options)
+        return cls(tokenizer, config.chat_template, config.fold_system, options, config.chat_template_kwargs)
 
     @property
     def jinja(self) -> str | None:
         """The template's text, to be saved with a model; None where there is none."""
         return self.renderer.jinja
+
+    @property
+    def reading(self) -> str:
+        """How prompt and completion are put together, for people; "" where a chat template does it."""
+        if not is_raw(self.jinja):
+            return ""
+        between = self.renderer.render([Message("user", "x")], None, True).rpartition("x")[2]
+        return "prompt and completion one after the other as they are" + (f", separator {between!r}" if between else "")
 
     @cached_property
     def takes_system(self) -> bool:
@@ -84,6 +120,14 @@ class ChatTemplate:
         """How the template writes tool calls; None where it has no way of its own."""
         return call_format(self.renderer)
 
+    @cached_property
+    def _preparer(self) -> Preparer:
+        return Preparer(self.renderer, self.options.thinking, self.options.split_special_tokens is not False)
+
+    @cached_property
+    def _turns(self) -> Turns:
+        return Turns(self.renderer, self._preparer, self.options.lost_text == "allow")
+
     def prompt_ids(
         self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None,
         goes_on: bool = False,
@@ -99,13 +143,16 @@ class ChatTemplate:
             last = messages[-1].role + "'s" if messages else "not there"
             raise DataError(f"an answer goes on with the assistant's text, and the last message is the {last}")
         try:
-            text = self._rendered(messages, tools, not goes_on, variables, goes_on)
+            prepared = self._preparer.prepared(messages, tools, goes_on)
+            text = self._turns.rendered(prepared.messages, prepared.tools, not goes_on, variables, goes_on)
             text.encode()
         except RowProblem as problem:
             raise DataError(f"these messages cannot be put to the model: {problem}") from problem
         except UnicodeEncodeError as error:
             raise DataError("these messages cannot be put to the model: half a surrogate pair is no text") from error
-        return self.renderer.ids([text])[0]
+        except RecursionError as error:
+            raise DataError("these messages cannot be put to the model: they are nested too deep") from error
+        return self.renderer.tokens.ids([text])[0]
 
     def encode(self, conversation: Conversation, train_on: TrainOn = "answers") -> list[Encoded]:
         """One sequence, or one per learned answer where the template rewrites history. Raises DataError."""
@@ -114,6 +161,26 @@ class ChatTemplate:
             raise DataError(f"{bad[0].source}: {bad[0].reason}")
         return encoded
 
+    def survey(self, conversations: Sequence[Conversation]) -> None:
+        """Settle what rows decide that recipes leave open, by all of them: whether plain text brings its own markup,
+        and whether prompt and completion are read raw, where the model has no template. The first call settles it."""
+        seen = {self.surveyed(conversation) for conversation in conversations}
+        kinds = {kind for kind, _ in seen}
+        if self.text_markup is None and "text" in kinds:
+            self.text_markup = ("text", False) not in seen
+        if self.jinja is None and "chat" in kinds and ("chat", False) not in seen:
+            jinja = raw_jinja(self.tokenizer, self.options.separator)
+            self.renderer = Renderer(self.tokenizer, jinja, self.renderer.fold_system)
+            self.__dict__.pop("_preparer", None)
+            self.__dict__.pop("_turns", None)
+
+    def surveyed(self, conversation: Conversation) -> tuple[str, bool]:
+        """What `survey` looks at in a row: its kind, and whether it begins with markup, or is a prompt and an answer."""
+        if conversation.kind == "text":
+            begin = tuple(self.renderer.tokens.control)
+            return "text", bool(begin) and (conversation.text or "").startswith(begin)
+        return "chat", _is_pair(conversation)
+
     def encode_all(
         self, conversations: Sequence[Conversation], train_on: TrainOn = "answers"
     ) -> tuple[list[list[Encoded]], list[BadRow]]:
@@ -121,142 +188,67 @@ class ChatTemplate:
 
         Raises DataError where the template cannot do at all what the recipe asks.
         """
-        plans: list[Sequence[_Turn | _Rendered]] = []
+        self.survey(conversations)
+        plans: list[_Plan] = []
         bad: list[BadRow] = []
-        for conversation in conversations:
+        for number, conversation in enumerate(conversations):
             try:
-                plans.append(self._plan(conversation, train_on))
+                plans.append(self._plan(conversation, train_on, number < PROVED))
             except RowProblem as problem:
-                plans.append(())
+                plans.append(_Plan())
                 bad.append(BadRow(conversation.source, str(problem)))
-        texts = list(dict.fromkeys(text for plan in plans for part in plan for text in _texts(part)))
-        ids = dict(zip(texts, self.renderer.ids(texts)))
+        tokens = self.renderer.tokens
+        texts = list(dict.fromkeys(text for plan in plans for part in plan.parts for text in texts_of(part)))
+        ids = dict(zip(texts, tokens.ids(texts)))
+        if not all(holds([part for part in plan.parts if isinstance(part, Turn)], ids) for plan in plans[:PROVED]):
+            tokens.never_join()
+            return self.encode_all(conversations, train_on)
         return [self._encoded(plan, ids) for plan in plans], bad
 
-    # What is rendered
-
-    def _plan(self, conversation: Conversation, train_on: TrainOn) -> Sequence[_Turn | _Rendered]:
+    def _plan(self, conversation: Conversation, train_on: TrainOn, proved: bool) -> _Plan:
         if conversation.kind == "text":
-            return (_Rendered(conversation.text or "", document=True),)
-        messages, tools = conversation.messages, conversation.tools
+            return self._document(conversation.text or "")
+        prepared = self._preparer.prepared(conversation.messages, conversation.tools)
         if train_on == "all":
-            return (self._whole(messages, tools),)
-        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-        chosen = answers[-1:] if train_on == "last_answer" else answers
-        learned = [number for number in chosen if messages[number].weight != 0]
-        if not learned:
-            raise RowProblem("nothing to learn: every answer has the weight 0")
-        turns = [self._turn(messages, number, tools) for number in learned]
-        self._check_complete(messages[: learned[-1]], tools, turns[-1].prompt)
-        return turns
-
-    def _turn(self, messages: Sequence[Message], number: int, tools: Tools) -> _Turn:
-        if number == 0:
-            raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
-        prompt = self._rendered(messages[:number], tools, True)
-        whole = self._rendered(messages[: number + 1], tools, False)
-        if not whole.startswith(prompt):
-            near = max(0, _shared(prompt, whole) - 20)
-            fold = "data.fold_system: true, or " if messages[0].role == "system" else ""
-            raise RowProblem(
-                f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
-                f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
-                f"generated; set {fold}data.chat_template to one that does the same in both, for example chatml"
+            whole, notes = self._turns.whole(prepared)
+            return _Plan((whole,), notes)
+        turns, notes = self._turns.learned(prepared, train_on == "last_answer")
+        pieces = Pieces(self.renderer.tokens)
+        parts = [
+            Turn(
+                pieces.after(turn.prompt), pieces.after(turn.prompt + turn.answer), turn.answer,
+                self.renderer.tokens.ends_turn(turn.answer), turn.weight,
+                turn.prompt + turn.answer if proved and turn is turns[-1] else None,
             )
-        answer = messages[number]
-        for call in answer.extra.get("tool_calls", ()):
-            if call["function"]["name"] not in whole[len(prompt) :]:
-                raise RowProblem(
-                    f"the chat template leaves out the tool call {call['function']['name']}; {_TRY_CHATML}"
-                )
-        weight = 1.0 if answer.weight is None else answer.weight
-        return _Turn(prompt, prompt + self.renderer.cut(whole[len(prompt) :]), weight)
+            for turn in turns
+        ]  # fmt: skip
+        return _Plan(parts, notes)
 
-    def _whole(self, messages: Sequence[Message], tools: Tools) -> _Rendered:
-        text = self._rendered(messages, tools, False)
-        self._check_complete(messages[:-1], tools, text)
-        weights = tuple(1.0 if message.weight is None else message.weight for message in messages)
-        if not any(weights):
-            raise RowProblem("nothing to learn: every message has the weight 0")
-        if all(weight == 1.0 for weight in weights):
-            return _Rendered(text)
-        upto = [self._rendered(messages[: number + 1], tools, False) for number in range(len(messages) - 1)]
-        return _Rendered(text, (*upto, text), weights)
+    def _document(self, text: str) -> _Plan:
+        tokens, letters, options = self.renderer.tokens, not self.text_markup, self.options
+        learned = None
+        if options.response_part is not None:
+            learned = learned_parts(text, options.response_part, options.instruction_part)
+        bos = self.tokenizer.bos_token
+        begins = not letters and bool(bos) and text.startswith(bos)
+        ends = not letters and tokens.ends_turn(text.rstrip())
+        notes = (LETTERS,) if letters and options.split_special_tokens is None and tokens.spells(text) else ()
+        return _Plan((Document(tokens.document(text, letters), begins, ends, learned, text, letters),), notes)
 
-    def _rendered(
-        self, messages: Sequence[Message], tools: Tools, prompt: bool, variables: Mapping[str, Any] | None = None,
-        goes_on: bool = False,
-    ) -> str:  # fmt: skip
-        """Raises DataError where the template rejects a system message, RowProblem where it rejects these messages."""
-        try:
-            return self.renderer.render(messages, tools, prompt, variables, goes_on)
-        except TemplateRejects as error:
-            reason = str(error)
-        if not self.renderer.fold_system and any(message.role == "system" for message in messages):
-            try:
-                self.renderer.render(folded(messages), tools, prompt, variables, goes_on)
-            except TemplateRejects:
-                pass
-            else:
-                raise DataError(
-                    f"the chat template rejects a system message ({reason!r}); set data.fold_system: true, which puts "
-                    "it at the head of the first user turn, or leave system messages out"
-                )
-        raise RowProblem(f"the chat template rejects these messages: {reason!r}")
-
-    def _check_complete(self, messages: Sequence[Message], tools: Tools, rendered: str) -> None:
-        """Raises RowProblem where the template passes over a message or the tools in silence."""
-        for tool in tools or ():
-            name = tool["function"].get("name")
-            if name and name not in rendered:
-                raise RowProblem(f"the chat template leaves out the tools, {name} among them; {_TRY_CHATML}")
-        for number, message in enumerate(messages):
-            content = message.content.strip()
-            if message.role == "assistant" or content in rendered or json.dumps(content)[1:-1] in rendered:
-                continue
-            marked = list(messages)
-            marked[number] = Message(message.role, "topworkprobecontent", None, message.extra)
-            if "topworkprobecontent" not in self._rendered(marked, tools, True):
-                raise RowProblem(f"the chat template leaves out message {number + 1} ({message.role})")
-
-    # What is learned
-
-    def _encoded(self, plan: Sequence[_Turn | _Rendered], ids: dict[str, list[int]]) -> list[Encoded]:
-        sequences: list[Encoded] = []
-        for part in plan:
-            if isinstance(part, _Rendered):
-                sequences.append(self._everything(part, ids))
-                continue
-            prompt, answer = ids[part.prompt], self._answer(part, ids)
-            # An answer joins the sequence before it only if that sequence is what generation would be prompted with.
-            if not sequences or prompt[: len(sequences[-1].tokens)] != sequences[-1].tokens:
-                sequences.append(Encoded())
-            tokens, weights = sequences[-1].tokens, sequences[-1].weights
-            new = prompt[len(tokens) :]
-            tokens += new + answer
-            weights += [0.0] * len(new) + [part.weight] * len(answer)
-        return [_first_unlearned(sequence) for sequence in sequences]
-
-    def _answer(self, turn: _Turn, ids: dict[str, list[int]]) -> list[int]:
-        prompt, through = ids[turn.prompt], ids[turn.through]
-        if through[: len(prompt)] == prompt:
-            answer = through[len(prompt) :]
-        else:  # the answer's first letters would merge with the prompt's last
-            answer = self.renderer.ids_after(turn.through[len(turn.prompt) :])
-        return answer if self.renderer.ends_turn(turn.through) else [*answer, self._eos()]
-
-    def _everything(self, whole: _Rendered, ids: dict[str, list[int]]) -> Encoded:
-        tokens = list(ids[whole.text])
-        weights, start = [1.0] * len(tokens), 0
-        for text, weight in zip(whole.upto, whole.weights):
-            stop = max(start, _shared(ids[text], tokens))
-            weights[start:stop] = [weight] * (stop - start)
-            start = stop
-        if whole.document and self.renderer.adds_bos:
-            tokens, weights = [self.tokenizer.bos_token_id, *tokens], [0.0, *weights]
-        if not self.renderer.ends_turn(whole.text.rstrip()):
-            tokens, weights = [*tokens, self._eos()], [*weights, whole.weights[-1] if whole.weights else 1.0]
-        return _first_unlearned(Encoded(tokens, weights))
+    def _encoded(self, plan: _Plan, ids: dict[str, list[int]]) -> list[Encoded]:
+        tokens, bos = self.renderer.tokens, self.tokenizer.bos_token_id if self.renderer.adds_bos else None
+        if not plan.parts:
+            return []
+        first = plan.parts[0]
+        if isinstance(first, Document):
+            found = [of_document(first, ids, tokens, bos, self._eos)]
+        elif isinstance(first, Whole):
+            found = [of_whole(first, ids, self._eos)]
+        else:
+            found = of_turns([part for part in plan.parts if isinstance(part, Turn)], ids, tokens, self._eos)
+        if not plan.notes:
+            return found
+        return [Encoded(each.tokens, each.weights, plan.notes) for each in found]
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -267,25 +259,10 @@ class ChatTemplate:
         return int(self.tokenizer.eos_token_id)
 
 
-_TRY_CHATML = "data.chat_template: chatml renders them"
-
-
 def stop_ids(template: ChatTemplate) -> set[int]:
     """The token ids that end the assistant's turn, for generation: those that are learned, and the tokenizer's EOS."""
     return set(template.renderer.end_ids)
 
 
-def _texts(part: _Turn | _Rendered) -> Iterable[str]:
-    return (part.prompt, part.through) if isinstance(part, _Turn) else (part.text, *part.upto)
-
-
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The length of the common beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
-
-
-def _first_unlearned(sequence: Encoded) -> Encoded:
-    """Nothing stands before the first token from which it could be learned."""
-    if sequence.weights:
-        sequence.weights[0] = 0.0
-    return sequence
+def _is_pair(conversation: Conversation) -> bool:
+    return not conversation.tools and [message.role for message in conversation.messages] == ["user", "assistant"]

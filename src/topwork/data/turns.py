@@ -1,188 +1,260 @@
-"""What of a conversation is learned, and what of it is cut, left out or only read: told in notes, never in silence."""
+"""A conversation's learned turns as text: what generation is prompted with, and what is to be said then."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 from typing import Any
 
-from topwork.data.config import DataConfig
-from topwork.data.conversations import Message
-from topwork.data.marks import EXTRA_KEYS
-from topwork.data.values import RowProblem
+from topwork.common.errors import DataError
+from topwork.data import complete, thinking
+from topwork.data.conversations import Message, RowProblem
+from topwork.data.prepared import LETTERS as LETTERS
+from topwork.data.prepared import Prepared, Preparer, Tools
+from topwork.data.rendering import Renderer, TemplateRejects, folded
+from topwork.data.spans import Pieces, Whole, shared
 
-Turns = tuple[Message, ...]
-
-
-def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tuple[str, ...]]:
-    """The messages as they are put to the template, with `data.system` in front where there is no other, and notes on
-    what was changed. Raises RowProblem where nothing could be learned."""
-    turns, notes = tuple(messages), dict.fromkeys(unread_keys(messages))
-    if any(turn.role == "system" and not turn.content.strip() for turn in turns):
-        turns = tuple(turn for turn in turns if turn.role != "system" or turn.content.strip())
-        notes["an empty system message is left out"] = None
-    if config.system and not any(turn.role == "system" for turn in turns):
-        turns = (Message("system", config.system), *turns)
-    if config.merge_turns:
-        merged = merged_turns(turns)
-        if len(merged) != len(turns):
-            notes["turns of one role in a row are made one"] = None
-        turns = merged
-    turns = _cut(turns, notes)
-    turns = _weighed(turns, config, notes)
-    return turns, tuple(notes)
+FIRST = "the assistant's first turn answers nothing and is not learned"
+CUT = "the assistant's first turn is cut: the chat template wants the user to begin"
+OTHERWISE = "the template's {% generation %} marks something else than what generation has to say, which is learned"
+_SAID = "topworkprobeanswer"
+_TRY_CHATML = "data.chat_template: chatml renders them"
 
 
-def unread_keys(messages: Sequence[Message]) -> list[str]:
-    """A note for each key of a message that means nothing here; templates are given them all the same."""
-    keys = {key for message in messages for key in message.extra if key not in EXTRA_KEYS}
-    return [f"message key {key!r} is not read, unless by the template" for key in sorted(map(str, keys))]
+@dataclass(frozen=True)
+class TurnText:
+    """What generation is prompted with, and what it then has to say, the end of the turn included."""
+
+    prompt: str
+    answer: str
+    weight: float
 
 
-def _says_nothing(turn: Message) -> bool:
-    """Whether there is no text and no call. Thinking alone is no answer."""
-    return not turn.extra.get("tool_calls") and not turn.content.strip()
+class _Rejected(RowProblem):
+    """The template does not take these messages."""
 
 
-def _cut(turns: Turns, notes: dict[str, None]) -> Turns:
-    """Through the last answer that says something: what follows asks for nothing that the row holds."""
-    last = len(turns)
-    while last and (turns[last - 1].role != "assistant" or _says_nothing(turns[last - 1])):
-        last -= 1
-    if not last:
-        raise RowProblem(_no_answer(turns))
-    for turn in turns[last:]:
-        if turn.role == "assistant":
-            notes["an empty answer at the end is cut"] = None
-        elif turns[-1].role != "assistant":
-            notes[f"a {turn.role} turn at the end is cut"] = None
-    return turns[:last]
+class Turns:
+    """Renders what is learned. `allow`: answers of which the template leaves something out are learned all the same."""
 
+    def __init__(self, renderer: Renderer, preparer: Preparer, allow: bool = False) -> None:
+        self.renderer, self.preparer, self.allow = renderer, preparer, allow
 
-def _no_answer(turns: Turns) -> str:
-    empty = next((number for number, turn in enumerate(turns, 1) if turn.role == "assistant"), 0)
-    if empty:
-        return f"no answer: message {empty} (assistant) is empty"
-    if not turns:
-        return "no answer: there is no message but an empty system message"
-    return f"no answer: the last message is the {turns[-1].role}'s, expected the assistant's"
+    def learned(self, prepared: Prepared, last: bool) -> tuple[list[TurnText], tuple[str, ...]]:
+        """The learned answers, or the last alone, and what is told of them. Raises RowProblem."""
+        try:
+            return self._learned(prepared, last)
+        except _Rejected:
+            first = next((n for n, message in enumerate(prepared.messages) if message.role != "system"), 0)
+            if prepared.messages[first].role != "assistant":
+                raise
+            kept = prepared.messages[:first] + prepared.messages[first + 1 :]
+            if not any(message.role == "assistant" for message in kept):
+                raise
+            return self._learned(replace(prepared, messages=kept, notes=(*prepared.notes, CUT)), last)
 
+    def _learned(self, prepared: Prepared, last: bool) -> tuple[list[TurnText], tuple[str, ...]]:
+        messages, notes = prepared.messages, list(prepared.notes)
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        chosen = [number for number in (answers[-1:] if last else answers) if messages[number].weight != 0]
+        if not chosen:
+            raise RowProblem("nothing to learn: every answer has the weight 0")
+        if chosen[0] == 0:
+            if len(chosen) == 1:
+                raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
+            chosen, notes = chosen[1:], [*notes, FIRST]
+        turns = []
+        for number in chosen:
+            turn, told = self._turn(messages, number, prepared.tools)
+            turns.append(turn)
+            notes += told
+        notes += self._check_context(messages[: chosen[-1]], prepared.tools, turns[-1].prompt)
+        return turns, tuple(dict.fromkeys(notes))
 
-def _weighed(turns: Turns, config: DataConfig, notes: dict[str, None]) -> Turns:
-    """The answers that nothing asks for, and those that say nothing, with the weight 0.
-
-    An assistant who speaks first is context: in use an application puts the greeting there, many templates cannot
-    prompt for it, and what is learned of a row must not hang on the template or on `data.system`. Where a system
-    message asks for all that the row holds, that is learned, and so is an opening whose own weight says so.
-    """
-    if config.train_on == "all":
-        why: list[str | None] = [_EMPTY_TURN if _lost(turn) else None for turn in turns]
-    else:
-        why = _unlearned(turns)
-    if all(reason for turn, reason in zip(turns, why) if turn.role == "assistant"):
-        why = [None if reason is OPENING and turns[0].role == "system" else reason for reason in why]
-        if all(reason for turn, reason in zip(turns, why) if turn.role == "assistant"):
-            raise RowProblem(_nothing_learned(turns))
-    for turn, reason in zip(turns, why):
-        if reason and turn.weight != 0 and config.train_on != "last_answer":
-            notes[reason] = None
-        if turn.weight and turn.role != "assistant" and config.train_on != "all":
-            notes[f"a {turn.role} turn has a weight, and data.train_on learns answers alone"] = None
-    return tuple(replace(turn, weight=0.0) if reason else turn for turn, reason in zip(turns, why))
-
-
-OPENING = "the opening answer is context: nothing asks for it"
-_EMPTY = "an empty answer is not learned"
-_EMPTY_TURN = "an empty turn is not learned"
-_UNASKED = "the answer to an empty user turn is not learned"
-
-
-def _lost(turn: Message) -> bool:
-    return turn.role in ("user", "assistant") and _says_nothing(turn)
-
-
-def _unlearned(turns: Turns) -> list[str | None]:
-    """Why an answer is not learned; None for one that is, and for other turns."""
-    found: list[str | None] = []
-    asked = False
-    for number, turn in enumerate(turns):
-        reason = None
-        if turn.role in ("user", "tool"):
-            asked = True
-        elif turn.role == "assistant":
-            if _says_nothing(turn):
-                reason = _EMPTY
-            elif number and turns[number - 1].role == "user" and _says_nothing(turns[number - 1]):
-                reason = _UNASKED
-            elif not asked and not (turn.weight and turns[0].role == "system"):
-                reason = OPENING
-        found.append(reason)
-    return found
-
-
-def _nothing_learned(turns: Turns) -> str:
-    empty = next((number for number, turn in enumerate(turns, 1) if turn.role == "user" and _says_nothing(turn)), 0)
-    if empty:
-        return f"message {empty} (user) is empty"
-    return "nothing asks for the answer: there is no user's turn before it, and no system message"
-
-
-def merged_turns(turns: Sequence[Message]) -> Turns:
-    """One turn of several of one role in a row, an empty line between their contents.
-
-    A tool's results stay apart, since each belongs to its own call, and so does text after a call. Raises RowProblem
-    for turns of different weights, and for keys of which only one value can stand.
-    """
-    found: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        before = found[-1] if found else None
-        apart = before is None or before.role != turn.role or turn.role == "tool"
-        if before is None or apart or (before.extra.get("tool_calls") and turn.content.strip()):
-            found.append(turn)
+    def _turn(self, messages: Sequence[Message], number: int, tools: Tools) -> tuple[TurnText, list[str]]:
+        message, prompt = messages[number], self.rendered(messages[:number], tools, True)
+        whole = self.rendered(messages[: number + 1], tools, False)
+        if thinking.has_thinking(message.content) and self.preparer.form.strips:
+            answer = self._verbatim(messages[: number + 1], tools, prompt)
+        elif whole.startswith(prompt):
+            answer = self.renderer.cut(whole[len(prompt) :])
         else:
-            found[-1] = _merged(before, turn, number)
-    return tuple(found)
+            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+        if not self.preparer.split:
+            answer = self._ended_once(answer)
+        notes = self._lost(message, complete.missing(message, answer))
+        if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
+            notes = [*notes, OTHERWISE]
+        return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
+
+    def _verbatim(self, messages: Sequence[Message], tools: Tools, prompt: str) -> str:
+        """An answer as it stands, in place of what a template writes that takes its thinking out: after what generation
+        is prompted with, which may have opened the thinking already, and with the template's end of the turn."""
+        answer = messages[-1]
+        plain = replace(answer, content=_SAID, extra={k: v for k, v in answer.extra.items() if k not in thinking.KEYS})
+        whole = self.rendered([*messages[:-1], plain], tools, False)
+        start = shared(prompt, whole)
+        opening = prompt[start:]
+        head, found, tail = whole[start:].partition(_SAID)
+        if not found or head.strip() or (opening.strip() and not thinking.is_opening(opening)):
+            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+        content = answer.content
+        if opening.strip():
+            content, head = thinking.after_opening(content, opening), ""
+        return head + content + self.renderer.cut(_SAID + tail)[len(_SAID) :]
+
+    def _ended_once(self, answer: str) -> str:
+        """Where rows bring their own markup, an answer may bring the end of its turn."""
+        end = self.renderer.closing.text
+        return answer[: -len(end)] if end and answer.endswith(end * 2) else answer
+
+    def _marks_agree(self, messages: Sequence[Message], tools: Tools, answer: str) -> bool:
+        """Whether the template's own marks mark the answer, its end and white space aside."""
+        whole, marks = self.renderer.generated(messages, tools)
+        if not marks:
+            return False
+        end = self.renderer.closing.text.strip()
+        said, marked = answer.strip(), whole[marks[-1][0] : marks[-1][1]].strip()
+        return said.removesuffix(end).strip() == marked.removesuffix(end).strip()
+
+    def whole(self, prepared: Prepared) -> tuple[Whole, tuple[str, ...]]:
+        """A conversation of which everything is learned. Raises RowProblem."""
+        messages, tools = prepared.messages, prepared.tools
+        text = self.rendered(messages, tools, False)
+        weights = tuple(1.0 if message.weight is None else message.weight for message in messages)
+        if not any(weights):
+            raise RowProblem("nothing to learn: every message has the weight 0")
+        notes = [*prepared.notes, *self._check_context(messages[:-1], tools, text)]
+        notes += self._lost(messages[-1], complete.missing(messages[-1], text))
+        if all(weight == 1.0 for weight in weights):
+            upto, weights = [text], (1.0,)
+        else:
+            upto = [self.rendered(messages[: number + 1], tools, False) for number in range(len(messages) - 1)]
+            upto.append(text)
+        pieces, ends = Pieces(self.renderer.tokens), self.renderer.tokens.ends_turn(text.rstrip())
+        return Whole(tuple(map(pieces.after, upto)), weights, ends), tuple(dict.fromkeys(notes))
+
+    def rendered(
+        self, messages: Sequence[Message], tools: Tools, prompt: bool, variables: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
+    ) -> str:  # fmt: skip
+        """Raises DataError where the template rejects a system message, RowProblem where it rejects these messages."""
+        try:
+            text = self.renderer.render(messages, tools, prompt, variables, goes_on)
+            return text if self.preparer.split else self._begun_once(text)
+        except TemplateRejects as error:
+            reason = str(error)
+
+        def takes(others: Sequence[Message]) -> bool:
+            try:
+                return bool(self.renderer.render(others, tools, prompt, variables, goes_on))
+            except TemplateRejects:
+                return False
+
+        has_system = any(message.role == "system" for message in messages)
+        if not self.renderer.fold_system and has_system and takes(folded(messages)):
+            raise DataError(
+                f"the chat template rejects a system message ({reason!r}); set data.fold_system: true, which puts "
+                "it at the head of the first user turn, or leave system messages out"
+            )
+        raise _Rejected(f"the chat template rejects these messages: {reason!r}{self._remedy(messages, takes)}")
+
+    def _remedy(self, messages: Sequence[Message], takes: Any) -> str:
+        merged = _merged(messages)
+        if len(merged) < len(messages) and takes(merged):
+            return "; set data.merge_turns: true, which makes one turn of several of one role"
+        if len(merged) < len(messages) and takes(folded(merged)):
+            return (
+                "; set data.merge_turns: true, which makes one turn of several of one role, and data.fold_system: "
+                "true, which puts the system message at the head of the first user turn"
+            )
+        rest = [message for message in messages if message.role != "system"]
+        if rest and rest[0].role == "assistant":
+            return "; it wants the user to begin, so leave the first turn out, or set data.chat_template: chatml"
+        return ""
+
+    def _begun_once(self, text: str) -> str:
+        bos = self.renderer.tokenizer.bos_token
+        return text[len(bos) :] if bos and self.renderer.adds_bos and text.startswith(bos * 2) else text
+
+    # What is lost
+
+    def _lost(self, message: Message, gone: Sequence[str], earlier: bool = False) -> list[str]:
+        """Notes on what the template leaves out, where that is allowed. Raises RowProblem."""
+        if not gone:
+            return []
+        which = "an earlier answer's" if earlier else "the answer's"
+        if not earlier and len(gone) == len(complete.kinds(message)) or not self.allow:
+            raise RowProblem(_remedied(gone[0], which))
+        return [f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone]
+
+    def _check_context(self, messages: Sequence[Message], tools: Tools, rendered: str) -> list[str]:
+        """Notes on, or RowProblem for, what the template passes over in silence: messages or tools."""
+        notes: list[str] = []
+        for tool in tools or ():
+            name = tool["function"].get("name")
+            if name and name not in rendered:
+                raise RowProblem(f"the chat template leaves out the tools, {name} among them; {_TRY_CHATML}")
+        at = 0
+        for number, message in enumerate(messages):
+            plain = message.role != "assistant" or not (message.extra or thinking.has_thinking(message.content))
+            end = complete.stands_in(message.content, rendered, at) if plain else -1
+            if end >= 0:
+                at = end
+            elif message.role == "assistant":
+                notes += self._lost(message, complete.missing(message, rendered, False), True)
+            else:
+                self._check_rendered(messages, number, tools)
+        return notes
+
+    def _check_rendered(self, messages: Sequence[Message], number: int, tools: Tools) -> None:
+        """A template may write a message in other words; it must not write nothing of it."""
+        marked = list(messages)
+        marked[number] = replace(messages[number], content="topworkprobecontent", weight=None)
+        if "topworkprobecontent" not in self.rendered(marked, tools, True):
+            raise RowProblem(f"the chat template leaves out message {number + 1} ({messages[number].role})")
 
 
-def _merged(first: Message, second: Message, number: int) -> Message:
-    weights = [1.0 if turn.weight is None else turn.weight for turn in (first, second)]
-    if weights[0] != weights[1] and not _says_nothing(first) and not _says_nothing(second):
-        raise RowProblem(
-            f"data.merge_turns makes message {number} one with the turn before it, and their weights are not the same "
-            f"({weights[0]:g} and {weights[1]:g})"
+def _remedied(what: str, which: str) -> str:
+    if what == complete.THINKING:
+        return (
+            f"the chat template leaves out {which} thinking; set data.thinking: inline, which puts it into <think> "
+            "tags before the answer, or drop, which leaves it out"
         )
-    parts = [turn.content for turn in (first, second) if turn.content.strip()]
-    weight = second.weight if _says_nothing(first) else first.weight
-    extra = dict(first.extra)
-    for key, value in second.extra.items():
-        extra[key] = _both(extra[key], value, key, number) if key in extra else value
-    return Message(first.role, "\n\n".join(parts), weight, extra)
+    if what == complete.BESIDE:
+        return (
+            f"the chat template leaves out {which} text beside a tool call; set data.lost_text: allow to learn the "
+            "call alone, or data.chat_template to one that writes both, for example chatml"
+        )
+    if what == complete.TEXT:
+        return (
+            f"the chat template leaves out {which} text, or changes it; set data.lost_text: allow to learn the rest, "
+            "or another data.chat_template"
+        )
+    return f"the chat template leaves out {what}; {_TRY_CHATML}"
 
 
-def _both(first: object, second: object, key: str, number: int) -> object:
-    if isinstance(first, list) and isinstance(second, list):
-        return [*first, *second]
-    if first == second or key not in EXTRA_KEYS:
-        return first
-    if isinstance(first, str) and isinstance(second, str) and key != "name":
-        return f"{first}\n\n{second}"
-    raise RowProblem(f"data.merge_turns makes message {number} one with the turn before it, and their {key} differ")
+def _opens_otherwise(prompt: str, whole: str, system: bool) -> str:
+    at = shared(prompt, whole)
+    near = max(0, at - 20)
+    if thinking.is_opening(prompt[at:]):
+        return (
+            f"the chat template opens an answer's thinking ({prompt[at:]!r}) when generating, and this answer has "
+            "none, so what is learned would never be generated; give answers their thinking, or set "
+            "data.chat_template to one that opens none, for example chatml"
+        )
+    fold = "data.fold_system: true, or " if system else ""
+    return (
+        f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
+        f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
+        f"generated; set {fold}data.chat_template to one that does the same in both, for example chatml"
+    )
 
 
-def prompt_group(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """A short hash of what the last answer is an answer to: the same for the same prompt."""
-    asked = messages[: _last(messages)]
-    said = [part for turn in asked for part in (turn.role, turn.content)]
-    called = [turn.extra["tool_calls"] for turn in asked if "tool_calls" in turn.extra]
-    more = json.dumps([called, tools], ensure_ascii=False, sort_keys=True, default=str) if called or tools else ""
-    return hashed("\x1f".join([*said, more]))
-
-
-def hashed(text: str) -> str:
-    """A short name that is the same for the same text, on every machine."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-
-
-def _last(messages: Sequence[Message]) -> int:
-    """The number of messages before the last answer."""
-    return max((number for number, turn in enumerate(messages) if turn.role == "assistant"), default=len(messages))
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    found: list[Message] = []
+    for message in messages:
+        alike = found and found[-1].role == message.role and message.role in ("user", "assistant")
+        if alike and not (message.extra or found[-1].extra):
+            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(message)
+    return found

@@ -16,6 +16,7 @@ from topwork.common.files import write_json
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Example, load_data
+from topwork.data.sources import with_held_out
 from topwork.data.template import ChatTemplate
 from topwork.evaluation.config import EvaluationConfig
 from topwork.evaluation.grade import pick_grader
@@ -131,7 +132,7 @@ def _score_group(
     recipe, folder = members[0].recipe, members[0].folder
     config, stored = recipe.evaluation, folder / TEMPLATE
     template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
-    named = config.data or recipe.data.eval
+    named = config.data or (None if recipe.data.eval is None else with_held_out(recipe.data).eval)
     seed = seed if named else recipe.training.seed
     read = _read(recipe.data, named, base.tokenizer, _room(base, arms), seed, log)
     rows = _rows(read, template, seed, config)
@@ -158,7 +159,8 @@ def _asked(recipe: Recipe) -> str:
     data = recipe.data.model_dump(mode="json")
     named = recipe.evaluation.data or recipe.data.eval
     if named is not None:
-        data |= {"train": "", "eval": told(named), "eval_fraction": 0.0, "max_rows": None}
+        rows = None if recipe.evaluation.data else data["eval"]  # with its splits and columns
+        data |= {"train": "", "eval": rows, "eval_fraction": 0.0, "max_rows": None}
     seed = None if named is not None else recipe.training.seed
     return json.dumps([data, recipe.evaluation.model_dump(mode="json"), seed])
 

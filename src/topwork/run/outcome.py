@@ -83,10 +83,7 @@ def figures(
         },
         "data": _summary(data),
         "system": _common_system(data),
-        "warnings": [
-            *(note.line().removeprefix("warning: ") for note in data.summary.told() if note.warning),
-            *(record["text"] for record in records if record["kind"] == "note"),
-        ],
+        "warnings": [record["text"] for record in records if record["kind"] == "note"],
     }
 
 
