@@ -13,17 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from topwork.common.errors import DataError, RunError
 from topwork.data import plain
+from topwork.data.batches import permuted
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Data, Example, load_data
 from topwork.data.rows import Row
 from topwork.data.source import StreamedRows, rows_of
+from topwork.data.splitting import is_first, unit_numbers
 from topwork.data.streaming import StreamedExamples
 
 Step = list[tuple[str, list[int], list[float]]]
@@ -188,6 +193,16 @@ def test_rows_held_apart_are_streamed_too(load: Callable[..., Data], write: Call
     held, streamed = load(train, eval=apart), load(train, eval=apart, streaming=True)
     assert content(list(streamed.eval)) == content(list(held.eval))
     assert steps(streamed) == steps(held)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(0, 9))
+def test_units_and_orders_take_little_memory_and_are_what_they_were(keys: list[int], seed: int) -> None:
+    numbers: dict[int, int] = {}
+    told = [numbers.setdefault(key, len(numbers)) for key in keys]
+    assert unit_numbers(np.array(keys)).tolist() == told
+    assert is_first(np.array(keys)).tolist() == [key not in keys[:at] for at, key in enumerate(keys)]
+    assert permuted(len(keys), seed).tolist() == np.random.default_rng(seed).permutation(len(keys)).tolist()
+    assert permuted(len(keys), seed).itemsize == 4
 
 
 def test_no_more_than_so_many_rows_are_held_to_validate_on(
@@ -438,6 +453,8 @@ def test_rows_are_told_from_others_by_their_files_and_how_they_are_read(
     same = digest(first)
     assert digest(moved) == same
     assert digest(first, too_long="drop") == same  # what is left out had not been met
+    packed = [write(f"{name}.jsonl.gz", gzip.compress(jsonl(PAIRS).encode(), mtime=0)) for name in ("a", "b")]
+    assert digest(packed[0]) == digest(packed[1])  # though rows are named after their file
     changed = [
         digest(other), digest(first, "llama3"), digest(first, max_length=400), digest(first, system="Be brief."),
         digest([{"path": first, "max_rows": 44}]),

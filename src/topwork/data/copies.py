@@ -35,13 +35,15 @@ def copied_rows(
 
     name    what people call the source
     notes   what was noticed while the rows were read; gets what was noticed when the copy was made
-    files   what the rows are from
+    files   what the rows are from, or folders of it
     key     what else they follow from
     before  goes in front of the rows' names
 
     Raises DataError for what cannot be read or copied.
     """
-    made = json.dumps([key, limit, *([str(path.resolve()), *stamp(path)] for path in _all(files))])
+    sources = [inner for path in files for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    sources = [path for path in sources if path.is_file()]
+    made = json.dumps([key, limit, *([str(path.resolve()), *stamp(path)] for path in sources)])
     folder = copies_root() / sha256_bytes(made.encode())[:24]
     if not (folder / _NOTES).exists() or not (folder / _ROWS).exists():
         _write(folder, islice(rows(), limit), name)
@@ -50,12 +52,7 @@ def copied_rows(
         log(f"{name}: its rows are streamed from a copy, {folder / _ROWS} ({size:,} bytes), which may be deleted after")
     else:
         notes[:] = json.loads((folder / _NOTES).read_text("utf-8"))
-    return FileRows(folder / _ROWS, _index(folder / _ROWS), partial(_row, before), files)
-
-
-def _all(files: Sequence[Path]) -> list[Path]:
-    """The files, and those in folders."""
-    return [inner for path in files for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return FileRows(folder / _ROWS, _index(folder / _ROWS), partial(_row, before), sources)
 
 
 def _write(folder: Path, rows: Iterable[Row], name: str) -> None:

@@ -88,6 +88,7 @@ class FileRows(IndexedRows):
         self, path: Path, index: Index, row: Callable[[bytes, int], Row], sources: Sequence[Path] = ()
     ) -> None:
         self.path, self.where, self._row = path, index, row
+        self._sources = list(sources)
         self._stamps = {each: stamp(each) for each in (path, *sources)}
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class FileRows(IndexedRows):
                 )
 
     def digest(self) -> str:
-        return sha256_file(self.path)
+        return sha256_bytes(" ".join(map(sha256_file, self._sources or [self.path])).encode())
 
 
 class Joined(IndexedRows):
@@ -153,6 +154,6 @@ def by_owner(firsts: Sequence[int], numbers: Iterable[int]) -> Iterator[tuple[in
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """What tells a file from another under its name, and from itself after a change; a folder by its entries."""
+    """What tells a file from another under its name, and from itself after a change."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -143,7 +143,7 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
     held = take(apart, drawn.tolist(), config, template, max_length)
     if config.eval is not None and not held.examples:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({held.counts.line('eval')})")
-    summary = _summary(config, template, read, apart, split, held, len(candidates))
+    summary = _summary(config, template, read, apart, split, held, len(drawn), len(candidates))
     for line in summary.lines():
         log(line)
     train = StreamedExamples(read, split.train, config, template, max_length)
@@ -153,20 +153,15 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
 
 
 def _summary(
-    config: DataConfig,
-    template: ChatTemplate,
-    read: Streamed,
-    apart: Streamed,
-    split: Split,
-    held: Taken,
+    config: DataConfig, template: ChatTemplate, read: Streamed, apart: Streamed, split: Split, held: Taken, drawn: int,
     candidates: int,
-) -> DataSummary:
+) -> DataSummary:  # fmt: skip
     rows = read.count - (candidates if apart is read else 0)
     counts = Counts(rows, read.bad_count, split.copies, sequences=len(split.train), streamed=True)
     reading = [Note(template.reading)] if template.reading else []
     notes = [*reading, *read.notes, *split.notes, *([] if apart is read else apart.notes), *held.notes]
-    if candidates > len(held.rows) + held.counts.bad_rows + held.counts.long_dropped:
-        notes.append(Note(f"{EVAL_ROWS:,} of {candidates:,} rows that are held out are validated on, drawn by seed"))
+    if drawn < candidates:
+        notes.append(Note(f"{drawn:,} of {candidates:,} rows that are held out are validated on, drawn by seed"))
     sentences = read.sentences if apart is read else (*read.sentences, *_others(read, apart))
     across = sum(content_of(row) in _Sorted(split.contents) for row in held.rows)
     return DataSummary(sentences, counts, held.counts, config.eval is None, across, 0, tuple(notes))
