@@ -80,6 +80,14 @@ SHAPES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a list of answers": (rows(question="qN", answer=["aN", "b"]), "q1 -> a1"),
     "a misspelt name": (rows(instuction="qN", output="a"), "q1 -> a"),
     "two languages": (rows(translation={"en": "hi N", "de": "hallo N"}), "hi 1 -> hallo 1"),
+    "choices by letter": (rows(question="qN?", options={"A": "x", "B": "y"}, answer="A"), "q1?\n\nx\n\ny -> A"),
+    "two sentences": (rows(sentence1="a N", sentence2="b N", label=0), "a 1\n\nb 1 -> 0"),
+    "requests": (rows(custom_id="N", body={"model": "x", "messages": [{**U, "content": "N"}, A]}), "1 -> a"),
+    "passages": (
+        rows(query="qN", passages={"is_selected": [1, 0], "passage_text": ["pN", "r"]}, answers=["aN"], query_id=1),
+        "q1\n\np1\nr -> a1",
+    ),
+    "flan": (rows(inputs="qN", targets="aN", task="x"), "q1 -> a1"),
     "an unknown mark": (rows(messages=[{**U, "content": "N"}, {**A, "loss_flag": True}]), "1 -> a"),
 }
 

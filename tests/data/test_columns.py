@@ -95,6 +95,9 @@ def test_the_survey_can_be_fed_and_used_without_the_rows() -> None:
         ({"source": "q", "target": "a"}, [("user", "q"), ("assistant", "a")]),
         ({"dialogue": [U, A], "id": 1}, [("user", "q"), ("assistant", "a")]),
         ({"data": [U, A], "id": 1}, [("user", "q"), ("assistant", "a")]),
+        ({"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+         [("user", "q"), ("assistant", "a")]),
+        ({"messages": [json.dumps(U), json.dumps(A)]}, [("user", "q"), ("assistant", "a")]),
         ({"data": json.dumps([U, A]), "n": 2}, [("user", "q"), ("assistant", "a")]),
     ],
 )  # fmt: skip

@@ -157,6 +157,25 @@ def test_openais_older_functions() -> None:
     assert read({"messages": [U, padded]})[0].messages[1].extra == {}
 
 
+def test_only_the_assistant_calls_tools() -> None:
+    with pytest.raises(DataError, match=r"message 1 has tool calls, and it is the user's"):
+        read({"messages": [{**U, "tool_calls": [{"name": "f"}]}, A]})
+
+
+def test_other_peoples_names_for_arguments() -> None:
+    for key in ("arguments", "args", "parameters", "input"):
+        call = {"name": "f", key: {"x": 1}, "id": "c1", "type": "tool_call"}
+        (row,) = read({"messages": [U, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+        expected = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+        assert row.messages[1].extra["tool_calls"] == [expected]
+    call = {"name": "f", "kwargs": {"x": 1}}
+    with pytest.raises(DataError, match=r"tool call f of message 2 has no arguments; its keys are name, kwargs"):
+        read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
+    for nothing in ({}, {"arguments": ""}, {"arguments": None}, {"arguments": "{}"}):
+        (row,) = read({"messages": [U, {"role": "assistant", "tool_calls": [{"name": "f", **nothing}]}]})
+        assert row.messages[1].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_messages_and_tools_as_text() -> None:
     talk = "[{'role': 'user', 'content': \"it's\"}\n {'role': 'assistant', 'content': None, 'tool_calls': " + (
         "[{'function': {'name': 'f', 'arguments': \"{'x': 1}\"}}]}]"

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from topwork.common.errors import DataError, did_you_mean
-from topwork.data.columns import Columns
+from topwork.data.columns import Columns, speaks
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Spelling, suggested_keys, suggested_roles
 from topwork.data.fields import FIELDS, LABELS, NEEDED, explains, is_about, is_material, plain, sounds_like
 from topwork.data.mapping import columns_of, in_yaml
-from topwork.data.recognition import Found, keys_in, mapping
+from topwork.data.recognition import Found, mapping
 from topwork.data.values import RowProblem, is_blank, parsed, text_of
 
 Options = Mapping[str, Any]
@@ -18,6 +18,7 @@ Works = Callable[[Options], bool]
 """Whether most of the rows seen can be read with these options in the place of the recipe's."""
 
 _MOST = 0.8  # of the rows seen, where something is said of all
+_FEW = 4  # texts that may be one question
 _LISTED = 10  # elements of a list that a suggestion may name
 
 
@@ -185,11 +186,12 @@ def _ways(survey: Columns, config: DataConfig) -> Iterable[Options]:
     asks = sounds_like(texts, True)
     answers = [name for name in sounds_like(survey.names, False) if name not in asks]
     material = [name for name in survey.names if is_material(name) and name not in (*asks, *answers)]
+    if not asks and not material and len(texts) < _FEW:
+        material = [name for name in texts if name not in answers]
     if len(answers) == 1 and len(asks) < 2:
         yield from _pairs(asks, answers[0], material, survey, names)
-    if len(texts) == 2 and not asks[1:] and not answers[1:]:
-        first, second = texts if texts[0] not in answers and texts[1] not in asks else reversed(texts)
-        yield {"columns": {names[0]: first, names[1]: second}}
+    if len(texts) == 2 and not asks[1:] and set(answers) <= {texts[1]}:
+        yield {"columns": dict(zip(names, texts if texts[1] not in asks else reversed(texts)))}
     others = [name for name in survey.names if survey.by_name[name].is_text and not is_about(name)]
     if len(texts) == len(others) == 1 and config.format in ("auto", "text") and not answers:
         yield {"columns": {"text": texts[0]}}
@@ -250,18 +252,27 @@ def _answer(name: str, survey: Columns) -> str:
 
 
 def _talks(survey: Columns, config: DataConfig) -> Iterable[Options]:
-    """A column of messages under a name that is not known, or with keys or roles that are not."""
-    for name in survey.names:
-        values = [parsed(row.fields.get(name)) for row in survey.sample]
+    """A column of messages under a name that is not known or inside of an object, or with unknown keys or roles."""
+    for path, values in _lists(survey):
         talks = [value for value in values if isinstance(value, list) and value and isinstance(value[0], Mapping)]
         if not talks or config.format not in ("auto", "messages", "sharegpt"):
             continue
         field = "conversations" if config.format == "sharegpt" else "messages"
-        keys = {} if keys_in(name, survey, Spelling(config.roles, config.message_keys)) else suggested_keys(talks[0][0])
-        spelling = Spelling(config.roles, {**config.message_keys, **keys})
-        roles = suggested_roles(talks, spelling)
+        spelling = Spelling(config.roles, config.message_keys)
+        keys = {} if speaks(talks[0], spelling) else suggested_keys(talks[0][0])
+        roles = suggested_roles(talks, Spelling(config.roles, {**config.message_keys, **keys}))
         yield {
-            "columns": {field: name},
+            "columns": {field: path},
             "message_keys": {**config.message_keys, **keys},
             "roles": {**config.roles, **roles},
         }
+
+
+def _lists(survey: Columns) -> Iterable[tuple[str, list[Any]]]:
+    """Columns, and what stands one step inside of objects, as a path and its values in the rows seen."""
+    for name in survey.names:
+        values = [parsed(row.fields.get(name)) for row in survey.sample]
+        yield name, values
+        objects = [value for value in values if isinstance(value, Mapping)]
+        for key in objects[0] if objects else ():
+            yield f"{name}.{key}", [parsed(value.get(key)) for value in objects]

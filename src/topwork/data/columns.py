@@ -160,9 +160,10 @@ def _kind_of_list(items: list[Any]) -> str:
 def speaks(value: object, spelling: Spelling = OURS) -> tuple[str, str] | None:
     """(the key that says who speaks, the key of what is said) in a list of messages, or that as text; else None."""
     items = parsed(value)
-    if not isinstance(items, list) or not items or not isinstance(items[0], Mapping):
+    first = parsed(items[0]) if isinstance(items, list) and items else None
+    if not isinstance(first, Mapping):
         return None
-    first = spelling.renamed(items[0]) if spelling.keys else items[0]
+    first = spelling.renamed(first) if spelling.keys else first
     role = first_of(first, ROLE_KEYS)
     if role is None or not isinstance(first[role], str):
         return None

@@ -31,7 +31,8 @@ ROLES = {
     **dict.fromkeys(CALL_ROLES, CALL_ROLES[0]),
 }
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
-CONTENT_KEYS = ("content", "value", "text", "utterance", "message")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "parts")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 
 def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
     """(the role as it is written, the message)."""
+    item = parsed(item)
     if not isinstance(item, Mapping):
         raise RowProblem(f"{name} is {kind(item)}, expected an object with role and content")
     if spelling.keys:
@@ -147,6 +149,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
     called = "tool_calls" in item or "function_call" in item
     calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
+        if ROLES[role] not in ("assistant", *CALL_ROLES):
+            raise RowProblem(f"{name} has tool calls, and it is the {role}'s; only the assistant calls tools")
         extra["tool_calls"] = read_calls(calls, name)
         content = None if role in CALL_ROLES else content
     elif content_key is None:
@@ -168,10 +172,10 @@ def _content(content: object, role: str, name: str) -> str:
 
 
 def _check_content(item: Mapping[str, Any], extra: Mapping[str, Any], name: str, role: str) -> None:
-    """Raises RowProblem for a text under a key that is not known, which must not become an empty turn, and for a user
-    without a word."""
+    """Raises RowProblem for what may be said under a key that is not known, which must not become an empty turn, and
+    for a user without a word."""
     for key, value in extra.items():
-        if isinstance(value, str) and value.strip() and key not in EXTRA_KEYS:
+        if isinstance(value, str | list | Mapping) and not is_blank(value) and key not in EXTRA_KEYS:
             raise RowProblem(
                 f"{name} has no content; its keys are {', '.join(map(str, item))}. If {key} is the content, set "
                 f"data.message_keys: {in_yaml({key: 'content'})}"
@@ -198,7 +202,7 @@ def suggested_roles(conversations: list[list[Any]], spelling: Spelling) -> dict[
     Empty where there are more than can be told from each other."""
     given = [_role_of(message, spelling) for messages in conversations for message in messages]
     known = {spelling.role(role) for role in given}
-    unknown = [str(role) for role in dict.fromkeys(given) if role is not None and spelling.role(role) is None]
+    unknown = [role for role in dict.fromkeys(given) if role is not None and spelling.role(role) is None]
     found: dict[str, str] = {}
     for role in unknown:
         near = did_you_mean(role, ROLES, 1)
@@ -229,12 +233,12 @@ def suggested_keys(message: Mapping[str, Any]) -> dict[str, str]:
     return {key: ours for key, ours in given.items() if key and key not in (*ROLE_KEYS, *CONTENT_KEYS)}
 
 
-def _role_of(message: object, spelling: Spelling) -> object:
+def _role_of(message: object, spelling: Spelling) -> str | None:
     if not isinstance(message, Mapping):
         return None
     item = spelling.renamed(message) if spelling.keys else message
     key = first_of(item, ROLE_KEYS)
-    return item[key] if key else None
+    return str(item[key]) if key and isinstance(item[key], str | int) else None
 
 
 # Calls and tools
@@ -272,11 +276,24 @@ def read_calls(calls: object, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowProblem(f"a tool call of {name} is not {{name, arguments}}: {str(given)[:60]!r}")
-        arguments = parsed(function.get("arguments", function.get("parameters")))
-        inner = {"name": function["name"], "arguments": {} if is_blank(arguments) else arguments}
+        inner = {"name": function["name"], "arguments": _arguments(function, name)}
         outer = {key: value for key, value in call.items() if key == "id" and value is not None}
         found.append({**outer, "type": "function", "function": inner})
     return found
+
+
+def _arguments(function: Mapping[str, Any], name: str) -> Any:
+    """A call's arguments, an object where they are one. Raises RowProblem where they may stand under an unknown key."""
+    key = first_of(function, ARGUMENT_KEYS)
+    if key is None:
+        for other, value in function.items():
+            if isinstance(value, Mapping) and value:
+                raise RowProblem(
+                    f"the tool call {function['name']} of {name} has no arguments; its keys are "
+                    f"{', '.join(map(str, function))}; expected {' or '.join(ARGUMENT_KEYS)} in the place of {other}"
+                )
+    arguments = parsed(function[key]) if key else None
+    return {} if is_blank(arguments) else arguments
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:

@@ -21,7 +21,7 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Without which a format cannot be read: of each group, one."""
 
-_TALKS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
+_TALKS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns", "contents")
 _ANSWERS = ("completion", "response", "answer", "output", "target", "solution")
 KNOWN_AS: dict[str, tuple[str, ...]] = {
     "messages": _TALKS,

@@ -308,7 +308,7 @@ def _sentence(found: Found, survey: Columns) -> str:
         material = columns.get("input", columns[question])
         share = survey.share(material) if material in survey.by_name else ""
         beside = f" (+ {material}{', ' + share if share else ''})" if material != columns[question] else ""
-        how = f"{columns[question]}{beside} -> {columns.get(answer) or columns['tool_calls']}"
+        how = f"{columns[question]}{beside} -> {columns.get(answer, columns.get('tool_calls'))}"
         kinds = survey.by_name[columns[answer]].kinds if columns.get(answer) in survey.by_name else {}
         how += " (objects as JSON)" if "object" in kinds else ""
     else:

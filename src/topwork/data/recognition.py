@@ -234,7 +234,9 @@ def _spelling(config: DataConfig) -> Spelling:
 def _holds_talks(column: str, survey: Columns, spelling: Spelling) -> bool:
     """Whether every value seen is a list of messages of known roles, and the assistant speaks."""
     facts = survey.by_name[column]
-    if not facts.kinds or not all(kind in ("opens", "list", "parts") or kind[:8] == "messages" for kind in facts.kinds):
+    if not facts.kinds or not all(
+        kind in ("opens", "list", "parts", "texts") or kind[:8] == "messages" for kind in facts.kinds
+    ):
         return False
     roles: set[str | None] = set()
     for row in survey.sample:
@@ -243,7 +245,8 @@ def _holds_talks(column: str, survey: Columns, spelling: Spelling) -> bool:
             continue
         if speaks(value, spelling) is None:
             return False
-        for message in parsed(value):
+        for given in parsed(value):
+            message = parsed(given)
             item = spelling.renamed(message) if isinstance(message, Mapping) else {}
             key = first_of(item, ROLE_KEYS)
             roles.add(spelling.role(item[key]) if key else None)

@@ -17,12 +17,14 @@ Turns = tuple[Message, ...]
 def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tuple[str, ...]]:
     """The messages as they are put to the template, with `data.system` in front where there is no other, and notes on
     what was changed. Raises RowProblem where nothing could be learned."""
-    turns, notes = tuple(messages), dict.fromkeys(unread_keys(messages))
+    turns = tuple(messages)
+    if not config.merge_turns and _is_plain(turns):
+        return _with_system(turns, config.system), ()
+    notes = dict.fromkeys(unread_keys(messages))
     if any(turn.role == "system" and not turn.content.strip() for turn in turns):
         turns = tuple(turn for turn in turns if turn.role != "system" or turn.content.strip())
         notes["an empty system message is left out"] = None
-    if config.system and not any(turn.role == "system" for turn in turns):
-        turns = (Message("system", config.system), *turns)
+    turns = _with_system(turns, config.system)
     if config.merge_turns:
         merged = merged_turns(turns)
         if len(merged) != len(turns):
@@ -31,6 +33,23 @@ def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tupl
     turns = _cut(turns, notes)
     turns = _weighed(turns, config, notes)
     return turns, tuple(notes)
+
+
+def _with_system(turns: Turns, system: str | None) -> Turns:
+    """With the recipe's system message in front where there is no other."""
+    if not system or any(turn.role == "system" for turn in turns):
+        return turns
+    return (Message("system", system), *turns)
+
+
+def _is_plain(turns: Turns) -> bool:
+    """Whether there is nothing to be changed or told: most rows are so, and this is quick."""
+    if turns[-1].role != "assistant" or turns[turns[0].role == "system"].role != "user":
+        return False
+    for turn in turns:
+        if turn.weight is not None or turn.extra or not turn.content or turn.content.isspace():
+            return False
+    return True
 
 
 def unread_keys(messages: Sequence[Message]) -> list[str]:
