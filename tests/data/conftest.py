@@ -38,3 +38,14 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
         return str(path)
 
     return to
+
+
+@pytest.fixture
+def open_case(small_llama: Path, tmp_path: Path) -> Callable[[str], Any]:
+    """open_case(number) -> a Case (`case_folders`); its tokenizer is of llama 2's kind and has no template."""
+    from transformers import AutoTokenizer
+
+    from data.case_folders import Case
+
+    tokenizer = AutoTokenizer.from_pretrained(small_llama)
+    return lambda number: Case(number, tmp_path, small_llama, tokenizer)

@@ -22,6 +22,41 @@ FAMILIES: dict[str, tuple[str | None, str | None, tuple[str, ...]]] = {
     "no_end": ("<s>", "</s>", ()),
 }
 
+# Those of which only the learned spans are tested.
+OTHERS: dict[str, tuple[str | None, str | None, tuple[str, ...]]] = {
+    "llama2": ("<s>", "</s>", ()),
+    "llama3_1": ("<s>", "</s>", ()),
+    "mistral_tools": ("<s>", "</s>", ()),
+    "tekken": (
+        "<s>", "</s>",
+        (
+            "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+            "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+        ),
+    ),
+    "zephyr": ("<s>", "</s>", ()),
+    "vicuna": ("<s>", "</s>", ()),
+    "command_r": (
+        "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>",
+        ("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+    ),
+    "granite": (
+        "<|end_of_text|>", "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+    ),
+    "olmo": ("<|endoftext|>", "<|endoftext|>", ()),
+    "falcon": (None, "<|endoftext|>", ()),
+    "smollm3": (None, "<|im_end|>", ("<|im_start|>", "<|begin_of_text|>", "<|end_of_text|>")),
+    "harmony": (
+        None, "<|return|>",
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|endoftext|>"),
+    ),
+    "r1": ("<s>", "</s>", ("<|User|>", "<|Assistant|>")),
+    "r1_old": ("<s>", "</s>", ("<|User|>", "<|Assistant|>")),
+    "r1_tools": ("<s>", "</s>", ("<|User|>", "<|Assistant|>", "<|call|>", "<|endcall|>", "<|out|>")),
+    "generation": ("<s>", "</s>", ()),
+    "generation_chatml": (None, "<|im_end|>", ("<|im_start|>", "<|endoftext|>")),
+}  # fmt: skip
+
 
 @cache
 def _trained(special: tuple[str, ...], adds_bos: str | None, words: bool) -> Any:
@@ -54,7 +89,7 @@ def build_tokenizer(
     """Without `words`, letters merge with the white space around them: the hard case at boundaries."""
     from transformers import PreTrainedTokenizerFast
 
-    bos, eos, other = FAMILIES[family]
+    bos, eos, other = (FAMILIES | OTHERS)[family]
     special = tuple(token for token in (bos, eos, *other) if token)
     return PreTrainedTokenizerFast(
         tokenizer_object=_trained(special, bos if adds_bos else None, words),

@@ -23,11 +23,13 @@ class CallNeeds:
     """What a template wants of calls.
 
     as_text    arguments as JSON text, not as an object
-    short_ids  every call and result has an id, of nine letters and digits (mistral)
+    ids        every call and result has an id
+    short_ids  of nine letters and digits (mistral)
     one        a turn has one call at most (llama 3.1)
     """
 
     as_text: bool = False
+    ids: bool = False
     short_ids: bool = False
     one: bool = False
 
@@ -38,9 +40,9 @@ def call_needs(renderer: Renderer) -> CallNeeds:
     arguments: Any = json.dumps({_KEY: 1}) if as_text else {_KEY: 1}
     if not _rendered(renderer, arguments, _IDS[:1]):
         return CallNeeds()
-    one = not _rendered(renderer, arguments, _IDS) and bool(_rendered(renderer, arguments, _IDS[:1]))
-    short = not _rendered(renderer, arguments, (_LONG,)) or not _rendered(renderer, arguments, (None,))
-    return CallNeeds(as_text, short, one)
+    one = not _rendered(renderer, arguments, _IDS)
+    ids, short = not _rendered(renderer, arguments, (None,)), not _rendered(renderer, arguments, (_LONG,))
+    return CallNeeds(as_text, ids or short, short, one)
 
 
 def _proof(renderer: Renderer, arguments: Any) -> int:
@@ -69,7 +71,8 @@ def as_taken(messages: Sequence[Message], needs: CallNeeds) -> tuple[list[Messag
     notes: tuple[str, ...] = ()
     if needs.one and any(len(message.extra.get("tool_calls") or ()) > 1 for message in taken):
         taken, notes = _one_by_one(taken), (SPLIT,)
-    return (with_short_ids(_with_ids(taken)) if needs.short_ids else taken), notes
+    taken = _with_ids(taken) if needs.ids else taken
+    return (with_short_ids(taken) if needs.short_ids else taken), notes
 
 
 def _formed(extra: dict[str, Any], as_text: bool) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def with_variables(tokenizer: Any, jinja: str | None, variables: Mapping[str, An
 
     Raises DataError for a variable that the template does not read, or that is not to be set.
     """
-    from jinja2 import TemplateSyntaxError, meta
+    from jinja2 import TemplateSyntaxError, meta, nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     if not variables:
@@ -68,13 +68,14 @@ def with_variables(tokenizer: Any, jinja: str | None, variables: Mapping[str, An
         raise DataError("data.chat_template_kwargs sets variables of a chat template, and this model has none")
     check_variables(tokenizer, variables, "data.chat_template_kwargs: ")
     try:
-        environment = _compile_jinja_template(jinja).environment
-        read = meta.find_undeclared_variables(environment.parse(jinja)) - not_to_be_set(tokenizer)
+        parsed = _compile_jinja_template(jinja).environment.parse(jinja)
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+    read = meta.find_undeclared_variables(parsed) - not_to_be_set(tokenizer)
+    own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
     for name in variables:
         if name not in read:
-            known = f"; it reads {', '.join(sorted(read))}" if read else ", nor any other"
+            known = f"; it reads {', '.join(sorted(read - own))}" if read - own else ", nor any other"
             raise DataError(
                 f"data.chat_template_kwargs sets {name!r}, which the chat template never reads"
                 f"{did_you_mean(name, sorted(read))}{known}"
@@ -99,7 +100,7 @@ def not_to_be_set(tokenizer: Any) -> frozenset[str]:
 
 
 def _set(jinja: str, variables: Mapping[str, Any]) -> str:
-    """The line feed after the last block is Jinja's to drop, and what follows stands at the head of a line as before."""
+    """The line feed after the last block is Jinja's to drop, and what follows begins a line as before."""
     defaults = (
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in variables.items()

@@ -19,7 +19,7 @@ def missing(message: Message, text: str, thinking: bool = True) -> list[str]:
     if not message.extra and not has_thinking(message.content):
         return [] if _spelling(message.content.strip(), text) is not None else [TEXT]
     gone: list[str] = []
-    pieces = sorted(_pieces(message, thinking), key=lambda piece: -len(piece[1]))
+    pieces = sorted(_pieces(message, thinking), key=lambda piece: (-len(piece[1]), piece[0] == THINKING))
     for kind, piece in pieces:
         spelling = _spelling(piece, text)
         if spelling is None:

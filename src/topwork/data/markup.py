@@ -15,7 +15,9 @@ from secrets import token_hex
 from typing import Any
 
 _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stands twice
-_IN_ANSWERS = re.compile(r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]")
+_IN_ANSWERS = re.compile(
+    r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
+)
 """Tokens that belong into what is said, whoever flagged them: a model writes them, and no turn begins or ends there."""
 
 
@@ -49,7 +51,8 @@ class Tokens:
         self._joints = [
             text
             for text in around & plain
-            if getattr(tokenizer, "is_fast", False) and not any(text in other for other in self.special if other != text)
+            if getattr(tokenizer, "is_fast", False)
+            and not any(text in other for other in self.special if other != text)
         ]
 
     # Marks
@@ -67,6 +70,10 @@ class Tokens:
         if isinstance(value, list | tuple):
             return [self.marked(each) for each in value]
         return value
+
+    def unmarked(self, text: str) -> str:
+        """The text as people wrote it."""
+        return _unmarked(text)
 
     def _broken(self, text: str) -> str:
         return self._breaks.sub(rf"\2{_MARK}", text.replace(_MARK, _MARK * 2))
@@ -96,9 +103,9 @@ class Tokens:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template writes the BOS itself where there is one."""
-        plain = [text for text in texts if _MARK not in text]
-        found = iter(self._plain(plain))
-        return [self._of_marked(text) if _MARK in text else next(found) for text in texts]
+        plain = iter(self._plain([text for text in texts if _MARK not in text]))
+        marked = iter(self._of_marked([text for text in texts if _MARK in text]))
+        return [next(marked if _MARK in text else plain) for text in texts]
 
     def document(self, text: str, letters: bool) -> str:
         """A text as `ids` takes it that is no markup at all, whatever it spells, or else brings its own."""
@@ -118,14 +125,17 @@ class Tokens:
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        backend = self._backend
+        if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
+            return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return list(self._asked(list(texts), add_special_tokens=False)["input_ids"])
 
-    def _of_marked(self, text: str) -> list[int]:
-        if self._backend is None:
-            return self._of_pieces(text)
-        renamed = self._markup.sub(lambda found: self._names[found[0]], text)
-        ids: list[int] = self._marked_backend[1].encode(_unmarked(renamed), add_special_tokens=False).ids
-        return ids
+    def _of_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts or self._backend is None:
+            return list(map(self._of_pieces, texts))
+        names = self._names
+        renamed = [_unmarked(self._markup.sub(lambda found: names[found[0]], text)) for text in texts]
+        return [each.ids for each in self._marked_backend[1].encode_batch_fast(renamed, add_special_tokens=False)]
 
     def _of_pieces(self, text: str) -> list[int]:
         """For tokenizers of which no copy can be made: piece by piece between markup."""
@@ -134,9 +144,13 @@ class Tokens:
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:
-                asked = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-                ids += self.tokenizer([_unmarked(piece)], **asked)["input_ids"][0]
+                asked = {"add_special_tokens": False, "split_special_tokens": True}
+                ids += self._asked([_unmarked(piece)], **asked)["input_ids"][0]
         return ids
+
+    def _asked(self, texts: list[str], **how: bool) -> Mapping[str, list[list[int]]]:
+        found: Mapping[str, list[list[int]]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **how)
+        return found
 
     def ids_after(self, text: str) -> list[int]:
         """The ids of a text that continues another, without the space that some tokenizers put at a text's head."""

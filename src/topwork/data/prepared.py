@@ -28,10 +28,10 @@ class Prepared:
 
 
 class Preparer:
-    """`thinking` as in DataConfig; `split`: special tokens that rows spell are letters."""
+    """`thinking` and `merge` (turns) as in DataConfig; `split`: special tokens that rows spell are letters."""
 
-    def __init__(self, renderer: Renderer, thinking: Mode = "learn", split: bool = True) -> None:
-        self.renderer, self.thinking, self.split = renderer, thinking, split
+    def __init__(self, renderer: Renderer, thinking: Mode = "learn", split: bool = True, merge: bool = False) -> None:
+        self.renderer, self.thinking, self.split, self.merge = renderer, thinking, split, merge
 
     @cached_property
     def form(self) -> ThinkingForm:
@@ -48,6 +48,7 @@ class Preparer:
         notes: tuple[str, ...] = ()
         last = [messages[-1]] if goes_on else []
         ready = list(messages[: len(messages) - len(last)])
+        ready = merged_turns(ready) if self.merge else ready
         if any(_thinks(message) for message in ready):
             ready, notes = self._with_thinking(ready)
         if any(message.role == "tool" or message.extra.get("tool_calls") for message in ready):
@@ -59,7 +60,8 @@ class Preparer:
         return self._marked([*ready, *last], tools, notes)
 
     def _with_thinking(self, messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]:
-        found, notes = [], []
+        found: list[Message] = []
+        notes: tuple[str, ...] = ()
         for message in messages:
             if _thinks(message):
                 message, told = written(message, self.form, self.thinking)
@@ -88,3 +90,15 @@ def _thinks(message: Message) -> bool:
     return message.role == "assistant" and (
         has_thinking(message.content) or (bool(message.extra) and not message.extra.keys().isdisjoint(KEYS))
     )
+
+
+def merged_turns(messages: Sequence[Message]) -> list[Message]:
+    """One turn of several of one role in a row, an empty line between them; turns that call or answer calls stay."""
+    found: list[Message] = []
+    for message in messages:
+        alike = bool(found) and found[-1].role == message.role and message.role in ("user", "assistant")
+        if alike and not (message.extra or found[-1].extra) and found[-1].weight == message.weight:
+            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(message)
+    return found

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from topwork.common.errors import DataError
+from topwork.data.beginnings import Beginnings, Whole
 from topwork.data.chosen import adds_bos, check_variables
 from topwork.data.conversations import Message
 from topwork.data.markup import Tokens
@@ -94,6 +95,24 @@ class Renderer:
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
 
+    def whole(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> Whole | None:
+        """The conversation with all its beginnings, each as `render` has it; None where they must be rendered one by
+        one."""
+        if not self._beginnings.possible or (self.fold_system and any(each.role == "system" for each in messages)):
+            return None
+        given = [_as_dict(message) for message in messages]
+        variables = {"tools": tools, "documents": None, **self._named}
+        try:
+            parts = self._beginnings.parts(given, {"add_generation_prompt": False, **variables})
+            opened = self._beginnings.parts(given[:1], {"add_generation_prompt": True, **variables})
+        except Exception:  # a template may raise anything; rendered one by one, it is told of what
+            return None
+        return Whole(parts, opened[-1]) if parts is not None and opened is not None else None
+
+    @cached_property
+    def _beginnings(self) -> Beginnings:
+        return Beginnings(self._compiled, _on_one_day(self.jinja or ""))
+
     @cached_property
     def _named(self) -> dict[str, Any]:
         return dict(self.tokenizer.special_tokens_map)
@@ -103,9 +122,13 @@ class Renderer:
     ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                given, tools=tools, chat_template=_on_one_day(self.jinja or ""), continue_final_message=True,
-                tokenize=False, **variables,
-            )  # fmt: skip
+                given,
+                tools=tools,
+                chat_template=_on_one_day(self.jinja or ""),
+                continue_final_message=True,
+                tokenize=False,
+                **variables,
+            )
         )
 
     def generated(

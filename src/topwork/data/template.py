@@ -8,7 +8,7 @@ one sequence per answer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,8 @@ from topwork.data.spans import Encoded as Encoded
 from topwork.data.turns import LETTERS, Turns
 
 TrainOn = Literal["answers", "last_answer", "all"]
+_AT_ONCE = 4096
+"""Conversations that are rendered before their texts are tokenized: more would only be held."""
 PROVED = 32
 """So many conversations of a call are tokenized a second time, whole, to prove that their pieces make the same ids."""
 
@@ -47,9 +49,14 @@ class Reading:
     thinking: Literal["learn", "inline", "drop"] = "learn"
     lost_text: Literal["refuse", "allow"] = "refuse"
     split_special_tokens: bool | None = None
-    separator: str = ""
+    merge_turns: bool = False
     response_part: str | None = None
     instruction_part: str | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Reading":
+        """A recipe's."""
+        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,22 @@ class _Plan:
 
 
 class ChatTemplate:
-    """`template` is None (the tokenizer's own), `chatml`, `plain`, `raw`, a file, or Jinja; `fold_system` as in
-    DataConfig.
+    """`template` is None (the tokenizer's own), `chatml`, `plain`, `raw`, a file, or Jinja; `fold_system`, `separator`
+    and `variables` (chat_template_kwargs) as in DataConfig.
 
     text_markup  whether special tokens that plain text spells are markup; None until it is known
     """
 
     def __init__(
         self, tokenizer: Any, template: str | None = None, fold_system: bool = False, options: Reading = Reading(),
-        variables: Mapping[str, Any] | None = None,
+        separator: str = "", variables: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.options = tokenizer, options
-        jinja = raw_jinja(tokenizer, options.separator) if template == "raw" else jinja_of(tokenizer, template)
+        self.tokenizer, self.options, self.separator = tokenizer, options, separator
+        jinja = raw_jinja(tokenizer, separator) if template == "raw" else jinja_of(tokenizer, template)
         self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
+        self._has_seen_chats = False
         self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
-        if options.separator and jinja is not None and not is_raw(jinja):
+        if separator and jinja is not None and not is_raw(jinja):
             raise DataError(
                 "data.separator stands between prompt and completion that are read raw, and here a chat template puts "
                 "them together; set data.chat_template: raw, or leave data.separator out"
@@ -84,13 +92,10 @@ class ChatTemplate:
     @classmethod
     def from_config(cls, tokenizer: Any, config: DataConfig, stored: Path | None = None) -> "ChatTemplate":
         """As a recipe has it; `stored` is a run's own, which goes before where it is there. Raises DataError."""
-        options = Reading(
-            config.thinking, config.lost_text, config.split_special_tokens, config.separator, config.response_part,
-            config.instruction_part,
-        )  # fmt: skip
-        if stored is not None and stored.exists():  # its variables stand in it
-            return cls(tokenizer, str(stored), config.fold_system, options)
-        return cls(tokenizer, config.chat_template, config.fold_system, options, config.chat_template_kwargs)
+        fold, options = config.fold_system, Reading.of(config)
+        if stored is not None and stored.exists():  # its separator and variables stand in it
+            return cls(tokenizer, str(stored), fold, options)
+        return cls(tokenizer, config.chat_template, fold, options, config.separator, config.chat_template_kwargs)
 
     @property
     def jinja(self) -> str | None:
@@ -122,7 +127,8 @@ class ChatTemplate:
 
     @cached_property
     def _preparer(self) -> Preparer:
-        return Preparer(self.renderer, self.options.thinking, self.options.split_special_tokens is not False)
+        options = self.options
+        return Preparer(self.renderer, options.thinking, options.split_special_tokens is not False, options.merge_turns)
 
     @cached_property
     def _turns(self) -> Turns:
@@ -163,13 +169,21 @@ class ChatTemplate:
 
     def survey(self, conversations: Sequence[Conversation]) -> None:
         """Settle what rows decide that recipes leave open, by all of them: whether plain text brings its own markup,
-        and whether prompt and completion are read raw, where the model has no template. The first call settles it."""
+        and whether prompt and completion are read raw, where the model has no template. The first call with rows of a
+        kind settles it. Raises DataError for marker strings where no row is plain text."""
         seen = {self.surveyed(conversation) for conversation in conversations}
         kinds = {kind for kind, _ in seen}
         if self.text_markup is None and "text" in kinds:
             self.text_markup = ("text", False) not in seen
-        if self.jinja is None and "chat" in kinds and ("chat", False) not in seen:
-            jinja = raw_jinja(self.tokenizer, self.options.separator)
+        asked = "chat" in kinds
+        if self.options.response_part is not None and asked and self.text_markup is None:
+            raise DataError(
+                "data.response_part says what is learned of plain text, and these rows are conversations, of which the "
+                "answers are learned as it is; leave it out"
+            )
+        undecided, self._has_seen_chats = not self._has_seen_chats, self._has_seen_chats or asked
+        if undecided and self.jinja is None and asked and ("chat", False) not in seen:
+            jinja = raw_jinja(self.tokenizer, self.separator)
             self.renderer = Renderer(self.tokenizer, jinja, self.renderer.fold_system)
             self.__dict__.pop("_preparer", None)
             self.__dict__.pop("_turns", None)
@@ -184,16 +198,27 @@ class ChatTemplate:
     def encode_all(
         self, conversations: Sequence[Conversation], train_on: TrainOn = "answers"
     ) -> tuple[list[list[Encoded]], list[BadRow]]:
-        """Each conversation's sequences, none for a bad row; all texts are tokenized in one call.
+        """Each conversation's sequences, none for a bad row. Texts are tokenized many at a time.
 
         Raises DataError where the template cannot do at all what the recipe asks.
         """
         self.survey(conversations)
+        encoded: list[list[Encoded]] = []
+        bad: list[BadRow] = []
+        for start in range(0, len(conversations), _AT_ONCE):
+            some, unusable = self._encode_some(conversations[start : start + _AT_ONCE], train_on, not start)
+            encoded += some
+            bad += unusable
+        return encoded, bad
+
+    def _encode_some(
+        self, conversations: Sequence[Conversation], train_on: TrainOn, proved: bool
+    ) -> tuple[list[list[Encoded]], list[BadRow]]:
         plans: list[_Plan] = []
         bad: list[BadRow] = []
         for number, conversation in enumerate(conversations):
             try:
-                plans.append(self._plan(conversation, train_on, number < PROVED))
+                plans.append(self._plan(conversation, train_on, proved and number < PROVED))
             except RowProblem as problem:
                 plans.append(_Plan())
                 bad.append(BadRow(conversation.source, str(problem)))
@@ -202,7 +227,7 @@ class ChatTemplate:
         ids = dict(zip(texts, tokens.ids(texts)))
         if not all(holds([part for part in plan.parts if isinstance(part, Turn)], ids) for plan in plans[:PROVED]):
             tokens.never_join()
-            return self.encode_all(conversations, train_on)
+            return self._encode_some(conversations, train_on, proved)
         return [self._encoded(plan, ids) for plan in plans], bad
 
     def _plan(self, conversation: Conversation, train_on: TrainOn, proved: bool) -> _Plan:

@@ -1,4 +1,4 @@
-"""Thinking in answers: the names that rows have for it, and the way in which a chat template writes it, found by asking.
+"""Thinking in answers: the names that rows have for it, and how a chat template writes it, found by asking.
 
 Rows hold it in a field of the message (`reasoning_content`, `thinking` ...) or in the answer (`<think>…</think>`).
 Templates write a field, or keep what stands in the answer, or take it out (R1's, for earlier turns), or know none.
@@ -14,8 +14,10 @@ from topwork.data.rendering import Renderer, TemplateRejects
 
 Mode = Literal["learn", "inline", "drop"]
 KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
-_OPEN, _CLOSE = "<think>", "</think>"
+THINKS = _CLOSE = "</think>"
+_OPEN = "<think>"
 _BLOCK = re.compile(r"(?s)<think>.*?</think>\s*")
+_CLOSED = re.compile(r"<think>\s*</think>\s*$")
 _OPENED = re.compile(r"<think>\s*$")
 _THOUGHT, _SAID = "topworkprobethought", "topworkprobeanswer"
 DROPPED = "thinking is left out (data.thinking: drop)"
@@ -78,7 +80,8 @@ def written(message: Message, form: ThinkingForm, mode: Mode) -> tuple[Message, 
             raise RowProblem("nothing to learn: the answer is thinking alone, and data.thinking is drop")
         dropped = bool(fields) or content != message.content
         return replace(message, content=content, extra=extra), (DROPPED,) if dropped else ()
-    texts = [text for text in dict.fromkeys(fields.values()) if text.strip() and text.strip() not in message.content]
+    known = {"", *map(str.strip, parts(message.content)[0])}
+    texts = [text for text in dict.fromkeys(fields.values()) if text.strip() not in known]
     if not texts:
         return replace(message, extra=extra), ()
     thought = "\n\n".join(texts)
@@ -103,9 +106,15 @@ def without_thinking(content: str) -> str:
     return left.rpartition(_CLOSE)[2].lstrip() if _CLOSE in left else left
 
 
-def is_opening(text: str) -> bool:
-    """Whether it opens thinking and no more, as some templates do when they prompt for an answer."""
-    return _OPENED.fullmatch(text) is not None
+def opening(prompt: str) -> str:
+    """The text by which a prompt opens the thinking of an answer, as some templates do; "" where it does not."""
+    found = _OPENED.search(prompt)
+    return found[0] if found else ""
+
+
+def is_closed(prompt: str) -> bool:
+    """Whether a prompt has thinking opened and closed again, empty."""
+    return _CLOSED.search(prompt) is not None
 
 
 def after_opening(content: str, opening: str) -> str:

@@ -1,20 +1,23 @@
 """A conversation's learned turns as text: what generation is prompted with, and what is to be said then."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from topwork.common.errors import DataError
 from topwork.data import complete, thinking
 from topwork.data.conversations import Message, RowProblem
 from topwork.data.prepared import LETTERS as LETTERS
-from topwork.data.prepared import Prepared, Preparer, Tools
+from topwork.data.prepared import Prepared, Preparer, Tools, merged_turns
 from topwork.data.rendering import Renderer, TemplateRejects, folded
 from topwork.data.spans import Pieces, Whole, shared
 
 FIRST = "the assistant's first turn answers nothing and is not learned"
 CUT = "the assistant's first turn is cut: the chat template wants the user to begin"
 OTHERWISE = "the template's {% generation %} marks something else than what generation has to say, which is learned"
+_ENOUGH = 3
+"""Answers from which on one rendering of the whole is sooner than one of each beginning."""
 _SAID = "topworkprobeanswer"
 _TRY_CHATML = "data.chat_template: chatml renders them"
 
@@ -26,6 +29,9 @@ class TurnText:
     prompt: str
     answer: str
     weight: float
+
+
+Texts = Callable[[int, bool], str]
 
 
 class _Rejected(RowProblem):
@@ -62,28 +68,70 @@ class Turns:
                 raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
             chosen, notes = chosen[1:], [*notes, FIRST]
         turns = []
+        text = self._texts(messages, prepared.tools, len(chosen))
         for number in chosen:
-            turn, told = self._turn(messages, number, prepared.tools)
+            turn, told = self._turn(messages, number, prepared.tools, text)
             turns.append(turn)
             notes += told
         notes += self._check_context(messages[: chosen[-1]], prepared.tools, turns[-1].prompt)
         return turns, tuple(dict.fromkeys(notes))
 
-    def _turn(self, messages: Sequence[Message], number: int, tools: Tools) -> tuple[TurnText, list[str]]:
-        message, prompt = messages[number], self.rendered(messages[:number], tools, True)
-        whole = self.rendered(messages[: number + 1], tools, False)
+    def _texts(self, messages: Sequence[Message], tools: Tools, answers: int) -> Texts:
+        """The text of the first so many messages, and whether the assistant's turn is opened behind them."""
+        whole = self.renderer.whole(messages, tools) if answers >= _ENOUGH and self.preparer.split else None
+        if whole is not None and all(
+            whole.beginning(count, prompt) == self.rendered(messages[:count], tools, prompt)
+            for count, prompt in ((len(messages), False), (len(messages) // 2 + 1, True))
+        ):
+            return whole.beginning
+        return lambda count, prompt: self.rendered(messages[:count], tools, prompt)
+
+    def _turn(self, messages: Sequence[Message], number: int, tools: Tools, text: Texts) -> tuple[TurnText, list[str]]:
+        message, prompt, whole = messages[number], text(number, True), text(number + 1, False)
         if thinking.has_thinking(message.content) and self.preparer.form.strips:
             answer = self._verbatim(messages[: number + 1], tools, prompt)
         elif whole.startswith(prompt):
             answer = self.renderer.cut(whole[len(prompt) :])
         else:
-            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+            answer = self._behind_opening(messages[: number + 1], tools, prompt, whole)
         if not self.preparer.split:
             answer = self._ended_once(answer)
         notes = self._lost(message, complete.missing(message, answer))
         if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
             notes = [*notes, OTHERWISE]
         return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
+
+    def _behind_opening(self, messages: Sequence[Message], tools: Tools, prompt: str, whole: str) -> str:
+        """An answer behind the opening of its turn, where the template writes turns before it otherwise once it is
+        there, as Qwen 3 does with an answer that another one follows: the prompt is what generation is given."""
+        before = self.rendered(messages[:-1], tools, False)
+        opening = prompt[len(before) :] if prompt.startswith(before) else ""
+        at = whole.rfind(opening) if any(text in opening for text in self.renderer.tokens.control) else -1
+        if at < 0:
+            raise RowProblem(self._opens_otherwise(messages, prompt, whole))
+        return self.renderer.cut(whole[at + len(opening) :])
+
+    def _opens_otherwise(self, messages: Sequence[Message], prompt: str, whole: str) -> str:
+        opened = thinking.opening(prompt)
+        if opened and whole.startswith(prompt[: -len(opened)]):
+            return (
+                f"the chat template opens an answer's thinking ({opened!r}) when generating, and this answer has "
+                "none, so what is learned would never be generated; give answers their thinking, or set "
+                "data.chat_template to one that opens none, for example chatml"
+            )
+        if thinking.is_closed(prompt) and thinking.THINKS in whole:
+            return (
+                "the prompt for an answer says that there is no thinking (as with enable_thinking: false), and this "
+                "answer has some; set data.thinking: drop, or leave out data.chat_template_kwargs"
+            )
+        near = max(0, shared(prompt, whole) - 20)
+        fold = "data.fold_system: true, or " if messages[0].role == "system" else ""
+        merge = "data.merge_turns: true, or " if len(merged_turns(messages)) < len(messages) else ""
+        return self.renderer.tokens.unmarked(
+            f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
+            f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
+            f"generated; set {fold}{merge}data.chat_template to one that does the same in both, for example chatml"
+        )
 
     def _verbatim(self, messages: Sequence[Message], tools: Tools, prompt: str) -> str:
         """An answer as it stands, in place of what a template writes that takes its thinking out: after what generation
@@ -94,8 +142,8 @@ class Turns:
         start = shared(prompt, whole)
         opening = prompt[start:]
         head, found, tail = whole[start:].partition(_SAID)
-        if not found or head.strip() or (opening.strip() and not thinking.is_opening(opening)):
-            raise RowProblem(_opens_otherwise(prompt, whole, messages[0].role == "system"))
+        if not found or head.strip() or (opening.strip() and thinking.opening(opening) != opening):
+            raise RowProblem(self._opens_otherwise(messages, prompt, whole))
         content = answer.content
         if opening.strip():
             content, head = thinking.after_opening(content, opening), ""
@@ -119,6 +167,9 @@ class Turns:
         """A conversation of which everything is learned. Raises RowProblem."""
         messages, tools = prepared.messages, prepared.tools
         text = self.rendered(messages, tools, False)
+        if thinking.has_thinking(messages[-1].content) and self.preparer.form.strips:
+            prompt = self.rendered(messages[:-1], tools, True)
+            text = prompt + self._verbatim(messages, tools, prompt)
         weights = tuple(1.0 if message.weight is None else message.weight for message in messages)
         if not any(weights):
             raise RowProblem("nothing to learn: every message has the weight 0")
@@ -158,7 +209,7 @@ class Turns:
         raise _Rejected(f"the chat template rejects these messages: {reason!r}{self._remedy(messages, takes)}")
 
     def _remedy(self, messages: Sequence[Message], takes: Any) -> str:
-        merged = _merged(messages)
+        merged = merged_turns(messages)
         if len(merged) < len(messages) and takes(merged):
             return "; set data.merge_turns: true, which makes one turn of several of one role"
         if len(merged) < len(messages) and takes(folded(merged)):
@@ -182,16 +233,18 @@ class Turns:
         if not gone:
             return []
         which = "an earlier answer's" if earlier else "the answer's"
-        if not earlier and len(gone) == len(complete.kinds(message)) or not self.allow:
+        if not self.allow or (not earlier and len(gone) == len(complete.kinds(message))):
             raise RowProblem(_remedied(gone[0], which))
-        return [f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone]
+        return [
+            f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone
+        ]
 
     def _check_context(self, messages: Sequence[Message], tools: Tools, rendered: str) -> list[str]:
         """Notes on, or RowProblem for, what the template passes over in silence: messages or tools."""
         notes: list[str] = []
         for tool in tools or ():
             name = tool["function"].get("name")
-            if name and name not in rendered:
+            if name and (name not in rendered or not self._tells_tools):
                 raise RowProblem(f"the chat template leaves out the tools, {name} among them; {_TRY_CHATML}")
         at = 0
         for number, message in enumerate(messages):
@@ -204,6 +257,19 @@ class Turns:
             else:
                 self._check_rendered(messages, number, tools)
         return notes
+
+    @cached_property
+    def _tells_tools(self) -> bool:
+        """Whether the template writes tools at all: a call among the messages names one too."""
+        name = "topworkprobetool"
+        tools = [{"type": "function", "function": {"name": name, "description": name, "parameters": {}}}]
+        for chat in ([Message("user", "x")], [Message("system", "x"), Message("user", "x")]):
+            try:
+                if name in self.renderer.render(chat, tools, True):
+                    return True
+            except TemplateRejects:
+                continue
+        return False
 
     def _check_rendered(self, messages: Sequence[Message], number: int, tools: Tools) -> None:
         """A template may write a message in other words; it must not write nothing of it."""
@@ -230,31 +296,3 @@ def _remedied(what: str, which: str) -> str:
             "or another data.chat_template"
         )
     return f"the chat template leaves out {what}; {_TRY_CHATML}"
-
-
-def _opens_otherwise(prompt: str, whole: str, system: bool) -> str:
-    at = shared(prompt, whole)
-    near = max(0, at - 20)
-    if thinking.is_opening(prompt[at:]):
-        return (
-            f"the chat template opens an answer's thinking ({prompt[at:]!r}) when generating, and this answer has "
-            "none, so what is learned would never be generated; give answers their thinking, or set "
-            "data.chat_template to one that opens none, for example chatml"
-        )
-    fold = "data.fold_system: true, or " if system else ""
-    return (
-        f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
-        f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
-        f"generated; set {fold}data.chat_template to one that does the same in both, for example chatml"
-    )
-
-
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    found: list[Message] = []
-    for message in messages:
-        alike = found and found[-1].role == message.role and message.role in ("user", "assistant")
-        if alike and not (message.extra or found[-1].extra):
-            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
-        else:
-            found.append(message)
-    return found

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from topwork.common.errors import RequestError, did_you_mean
-from topwork.data.calls import HERMES, in_text, with_short_ids
+from topwork.data.calls import HERMES, in_text
 from topwork.data.conversations import Message
 from topwork.data.rendering import folded
 from topwork.data.template import ChatTemplate
@@ -165,8 +165,6 @@ class ToolUse:
         if (tools or calls) and self._form is None:
             messages, tools = in_text(messages, tools), None
             messages = messages if self.template.takes_system else folded(messages)
-        elif calls and self.form.short_ids:
-            messages = with_short_ids(messages)
         return self.template.prompt_ids(messages, tools, template_kwargs, continue_final)
 
     def constraint(self, grammars: Grammars, stop_ids: Collection[int]) -> Grammar | None:

@@ -193,8 +193,7 @@ def _side(
         log(f"warning: {warning}")
     if kind == "peft":
         return Side(name, grafted, ChatTemplate(base.tokenizer))
-    stored, fold = folder / TEMPLATE, read_recipe(folder).data.fold_system
-    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, fold)
+    template = ChatTemplate.from_config(base.tokenizer, read_recipe(folder).data, folder / TEMPLATE)
     return Side(name, grafted, template, read_json(folder / RESULT).get("system"))
 
 

@@ -44,6 +44,7 @@ class _Read:
 
     conversations: list[Conversation]
     examples: list[Example]
+    template: ChatTemplate
 
 
 def evaluate(
@@ -85,7 +86,7 @@ def evaluate_model(
     room = length - (0 if saved is None else saved.config.virtual_tokens)
     read = _read(data, config.data, tokenizer, room, seed, log)
     base = load_base(model, log, None, tokenizer)
-    template = ChatTemplate(base.tokenizer, data.chat_template, data.fold_system)
+    template = ChatTemplate.from_config(base.tokenizer, data)
     arms: dict[str, str | None] = {"before": None}
     if saved is not None:
         warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
@@ -130,8 +131,8 @@ def _score_group(
     """Members that are asked the same rows, and the bare base."""
     arms: dict[str, str | None] = {"before": None, **{member.name: member.adapter for member in members}}
     recipe, folder = members[0].recipe, members[0].folder
-    config, stored = recipe.evaluation, folder / TEMPLATE
-    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
+    config = recipe.evaluation
+    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
     named = config.data or (None if recipe.data.eval is None else with_held_out(recipe.data).eval)
     seed = seed if named else recipe.training.seed
     read = _read(recipe.data, named, base.tokenizer, _room(base, arms), seed, log)
@@ -179,12 +180,12 @@ def _read(
         loaded = load_data(data, tokenizer, room, seed, lambda _: None)
         if not loaded.eval:
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
-        return _Read(list(loaded.eval_conversations), list(loaded.eval))
+        return _Read(list(loaded.eval_conversations), list(loaded.eval), loaded.template)
     loaded = load_data(data.reading(named), tokenizer, room, seed, lambda _: None)
     log(f"{told(named)}: {loaded.summary.recognised}")
     for note in loaded.summary.told():
         log(note.line())
-    return _Read(list(loaded.train_conversations), list(loaded.train))
+    return _Read(list(loaded.train_conversations), list(loaded.train), loaded.template)
 
 
 def _rows(read: _Read, template: ChatTemplate, seed: int, config: EvaluationConfig) -> Rows:
@@ -193,7 +194,8 @@ def _rows(read: _Read, template: ChatTemplate, seed: int, config: EvaluationConf
         return Rows([], read.examples[: config.max_rows])
     chosen = _drawn(read.conversations, config.max_rows, seed)
     sources = {row.source for row in chosen}
-    return Rows(questions_of(chosen, template), [example for example in read.examples if example.source in sources])
+    asked = template if template.jinja is not None else read.template  # the rows may be read raw
+    return Rows(questions_of(chosen, asked), [example for example in read.examples if example.source in sources])
 
 
 def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> list[Conversation]:

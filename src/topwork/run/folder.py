@@ -125,8 +125,7 @@ def open_run(
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
     if warning:
         log(f"warning: {warning}")
-    stored = folder / TEMPLATE
-    template = ChatTemplate(base.tokenizer, str(stored) if stored.exists() else None, recipe.data.fold_system)
+    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
     return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))
 
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
-from topwork.data.template import ChatTemplate
+from topwork.data.template import ChatTemplate, Reading
 from topwork.generation.engine import Engine, EngineSettings
 from topwork.generation.registry import Registry
 from topwork.generation.versions import Capacity
@@ -49,6 +49,7 @@ class Named:
     """What the configuration names; a run's folder brings its base as it was held, its template and its adapter.
 
     template  None is the tokenizer's own
+    reading   how its rows were read, and messages are
     """
 
     model: ModelConfig
@@ -56,6 +57,7 @@ class Named:
     template: str | None
     fold_system: bool
     adapters: Mapping[str, Path]
+    reading: Reading | None = None
 
 
 def open_service(config: ServeConfig, say: Say = print) -> Opened:
@@ -89,6 +91,7 @@ def named_by(config: ServeConfig) -> Named:
         config.chat_template or (str(stored) if stored.is_file() else None),
         recipe.data.fold_system if config.fold_system is None else config.fold_system,
         adapters,
+        Reading.of(recipe.data),
     )
 
 
@@ -138,7 +141,8 @@ def _local(config: ServeConfig, named: Named, base: Base, names: Sequence[str], 
     engine = Engine(base, settings, contents=registry.contents)
     registry.on_change(lambda change: engine.forget(change.version.adapter) if change.kind == "removed" else None)
     return LocalBackend(
-        base, names[0], ChatTemplate(base.tokenizer, named.template, named.fold_system), Reader(base, config.limits),
+        base, names[0], ChatTemplate(base.tokenizer, named.template, named.fold_system, named.reading or Reading()),
+        Reader(base, config.limits),
         Worker(engine, parts.meter.stepped), registry, config.engine.batch_size + config.engine.max_waiting,
         _within(config), config.force, lambda folder: _own_template(base, folder, config),
     )  # fmt: skip
@@ -189,4 +193,4 @@ def _own_template(base: Base, folder: Path, config: ServeConfig) -> ChatTemplate
         return None
     recipe = read_recipe(folder)
     fold = recipe.data.fold_system if config.fold_system is None else config.fold_system
-    return ChatTemplate(base.tokenizer, str(folder / TEMPLATE), fold)
+    return ChatTemplate(base.tokenizer, str(folder / TEMPLATE), fold, Reading.of(recipe.data))
