@@ -85,7 +85,8 @@ LONG = [*ROWS[:4], {"prompt": "short", "completion": "long " * 300}, {"prompt": 
 def test_longer_sequences_are_refused_with_the_ways_out(load: Any, write: Write) -> None:
     train = write("a.jsonl", lines(LONG))
     ways = (
-        r"2 of 6 sequences are longer than 256 tokens.*longest has [\d,]+ \(a\.jsonl:\d\)\. Set .*truncate.*drop, or s"
+        r"2 of 6 sequences are longer than 256 tokens.*longest has [\d,]+ \(a\.jsonl:\d\)\. Set data\.max_length: \d+ "
+        r"or more, or data\.too_long: oldest_turns or middle \(which keep answers whole\), truncate .* or drop$"
     )
     with pytest.raises(DataError, match=ways):
         load(train, eval_fraction=0, max_length=256)

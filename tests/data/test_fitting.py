@@ -243,7 +243,7 @@ def test_dropped_sequences_are_named(load: Any) -> None:
 
 @pytest.mark.parametrize("way", ["oldest_turns", "middle"])
 def test_plain_text_is_not_shortened_as_a_conversation(load: Any, way: str) -> None:
-    with pytest.raises(DataError, match=rf"plain text, and data\.too_long is {way}.*split, truncate or drop"):
+    with pytest.raises(DataError, match=rf"plain text, and data\.too_long is {way}.*split .*, truncate .* or drop$"):
         load([{"text": STORY}], max_length=100, too_long=way)
     data, _ = load([{"text": "short"}], max_length=100, too_long=way)
     assert len(data.train) == 1
@@ -261,6 +261,25 @@ def test_refused_with_the_ways_that_keep_answers(load: Any) -> None:
     told = r"1 of 2 sequences are longer than 100 tokens.*oldest_turns or middle \(which keep answers whole\), truncate"
     with pytest.raises(DataError, match=told):
         load([turns(STORY, "Long."), turns("hi", "hello")], max_length=100)
+    with pytest.raises(
+        DataError, match=r"\(a\.jsonl:1\)\. Set data.* data\.too_long: split \(which cuts them up\), trunc"
+    ):
+        load([{"text": STORY}], max_length=100)
+
+
+@pytest.mark.parametrize("way", ["oldest_turns", "middle", "truncate", "drop", "split"])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_every_way_that_is_advised_is_taken(load: Any, way: str, kind: str) -> None:
+    long = turns("a", "b", STORY, "Long.") if kind == "chat" else {"text": STORY}
+    rows = [long, turns("hi", "hello") if kind == "chat" else {"text": "short"}]
+    with pytest.raises(DataError) as refused:
+        load(rows, max_length=100)
+    if way in str(refused.value).partition("data.too_long: ")[2]:
+        data, _ = load(rows, max_length=100, too_long=way)
+        assert max(len(example.tokens) for example in data.train) <= 100
+    else:
+        with pytest.raises(DataError, match=way):
+            load(rows, max_length=100, too_long=way)
 
 
 def test_a_row_of_several_sequences_is_parted_by_the_answers_they_learn(make_tokenizer: Any) -> None:

@@ -71,6 +71,21 @@ def test_a_prompt_is_never_on_both_sides(load: Load, write: Write, seed: int) ->
     assert asked[0] & asked[1]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_columns_value_is_never_on_both_sides(load: Load, write: Write, seed: int) -> None:
+    rows = [pair(f"question {number}", "answer", author=f"author {number % 6}", year=2000) for number in range(30)]
+    train = write("a.jsonl", lines(rows))
+    data, said = load(train, seed, eval_fraction=0.2, hold_out_by="author")
+    sides = [{(int(source.split(":")[1]) - 1) % 6 for source in sources(side)} for side in (data.train, data.eval)]
+    assert (len(data.eval), len(sides[1])) == (5, 1), "five of six are as near to a fifth of thirty as ten"
+    assert not sides[0] & sides[1]
+    assert said[-1] == "5 rows are held out instead of 6, because rows with one value of author stay together"
+    with pytest.raises(DataError, match="hold_out_by is year, and all rows have one value there"):
+        load(train, seed, eval_fraction=0.2, hold_out_by="year")
+    with pytest.raises(DataError, match=r"autor.*did you mean 'author'"):
+        load(train, seed, eval_fraction=0.2, hold_out_by="autor")
+
+
 def test_copies_are_never_on_both_sides(load: Load, write: Write) -> None:
     rows = [row for row in DISTINCT[:20] for _ in range(2)]
     data, said = load(write("a.jsonl", lines(rows)), eval_fraction=0.2)

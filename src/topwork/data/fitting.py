@@ -44,7 +44,7 @@ class Fitting:
 
     def __init__(self, config: DataConfig, template: ChatTemplate, max_length: int) -> None:
         self.config, self.template, self.max_length = config, template, max_length
-        self._refused: list[tuple[int, str]] = []  # length and source
+        self._refused: list[tuple[int, str, str]] = []  # length, source and kind
         self._sequences = 0
 
     def fit(self, rows: Sequence[tuple[Conversation, list[Encoded]]]) -> list[Fitted]:
@@ -60,23 +60,21 @@ class Fitting:
         """Raises DataError where rows were too long for the recipe."""
         if not self._refused:
             return
-        long, (longest, source) = len(self._refused), max(self._refused)
-        maximum, own = self.max_length, self.max_length == self.config.max_length
+        (longest, source, _), maximum = max(self._refused), self.max_length
+        own = maximum == self.config.max_length
         bound = "data.max_length" if own else "the model's context, below data.max_length,"
-        told = (
-            f"{long:,} of {self._sequences:,} sequences are longer than {maximum:,} tokens ({bound} is {maximum:,}); "
-            f"the longest has {longest:,} ({source}). "
+        talks = any(kind == "chat" for _, _, kind in self._refused)
+        way = self.config.too_long
+        why = "" if way == "refuse" else f"They are plain text, and data.too_long is {way}, which shortens talks. "
+        ways = (
+            "oldest_turns or middle (which keep answers whole), truncate (their ends are not learned) or drop"
+            if talks
+            else "split (which cuts them up), truncate (their ends are not learned) or drop"
         )
-        longer = f"Set data.max_length: {longest} or more, or " if own else "Set "
-        if self.config.too_long in _SHORTER:
-            way = self.config.too_long
-            raise DataError(
-                f"{told}They are plain text, and data.too_long is {way}, which shortens conversations. {longer}"
-                "data.too_long: split, truncate or drop"
-            )
         raise DataError(
-            f"{told}{longer}data.too_long: oldest_turns or middle (which keep answers whole), truncate (their ends are "
-            "not learned), drop, or split (plain text only)"
+            f"{len(self._refused):,} of {self._sequences:,} sequences are longer than {maximum:,} tokens ({bound} is "
+            f"{maximum:,}); the longest has {longest:,} ({source}). {why}Set "
+            f"{f'data.max_length: {longest} or more, or ' if own else ''}data.too_long: {ways}"
         )
 
     def _plainly(self, row: Conversation, items: list[Encoded]) -> Fitted | None:
@@ -86,7 +84,7 @@ class Fitting:
             return Fitted(items, row)
         way, fates = self.config.too_long, {"long": len(long)}
         if way == "refuse" or (way in _SHORTER and row.kind == "text"):
-            self._refused += [(len(item.tokens), row.source) for item in long]
+            self._refused += [(len(item.tokens), row.source, row.kind) for item in long]
             return Fitted([item for item in items if len(item.tokens) <= self.max_length], row, fates)
         if way == "split":
             pieces = [piece for item in items for piece in _pieces(item, self.max_length)]
