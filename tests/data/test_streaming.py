@@ -22,13 +22,12 @@ from hypothesis import strategies as st
 
 from topwork.common.errors import DataError, RunError
 from topwork.data import plain
-from topwork.data.batches import permuted
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Data, Example, load_data
 from topwork.data.rows import Row
 from topwork.data.source import StreamedRows, rows_of
-from topwork.data.splitting import is_first, unit_numbers
+from topwork.data.splitting import is_first, permuted, unit_numbers
 from topwork.data.streaming import StreamedExamples
 
 Step = list[tuple[str, list[int], list[float]]]
@@ -295,6 +294,33 @@ def test_a_row_that_is_refused_stops_the_step_that_needs_it(
         RunError, match=rf"step {bad + 1}: .*rows.jsonl:21(?s:.)*The checkpoints before it stay: go on with --resume"
     ):
         source.examples(bad)
+
+
+def test_a_row_that_the_template_refuses_stops_or_is_dropped(
+    load: Callable[..., Data], write: Callable[[str, str | bytes], str]
+) -> None:
+    template = write(
+        "own.jinja",
+        "{% for m in messages %}{% if 'Nr. 7:' in m.content %}{{ raise_exception('no seven') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    path, options = (
+        write("rows.jsonl", jsonl(PAIRS)),
+        {"chat_template": template, "eval_fraction": 0, "streaming": True},
+    )
+    refusing = rows_of(load(path, **options).train, 45, 5)
+    with pytest.raises(
+        RunError, match=r"(?s)step 1: 1 of 45 rows cannot be used:.*rows\.jsonl:8: .*no seven.*--resume"
+    ):
+        refusing.examples(0)
+    dropping = rows_of(load(path, on_bad_row="drop", **options).train, 45, 5)
+    assert sorted(row.source for row in dropping.examples(0)) == sorted(
+        f"rows.jsonl:{n}" for n in range(1, 46) if n != 8
+    )
+    assert isinstance(dropping, StreamedRows)
+    assert "45 rows -> 44 sequences, 1 bad rows dropped; " in dropping.read.told()[0]
+    assert re.search(r"^1 row dropped: .*no seven.* \(rows\.jsonl:8\)$", dropping.read.told()[1])
 
 
 def test_a_file_that_changes_is_an_error(load: Callable[..., Data], write: Callable[[str, str | bytes], str]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from topwork.common.errors import DataError
 from topwork.data.examples import Example, grouped
+from topwork.data.splitting import permuted
 from topwork.ops.batch import Batch, Labels, Segment
 
 AdapterRows = tuple[str | None, Sequence[Example]]
@@ -17,13 +18,6 @@ AdapterRows = tuple[str | None, Sequence[Example]]
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch sees the rows; decided by seed and epoch alone, so a resumed run finds it again."""
     return permuted(count, [seed, epoch])
-
-
-def permuted(count: int, seed: int | list[int]) -> np.ndarray:
-    """`np.random.default_rng(seed).permutation(count)` in half of its memory, where four bytes hold the numbers."""
-    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-    np.random.default_rng(seed).shuffle(numbers)
-    return numbers
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

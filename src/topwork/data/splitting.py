@@ -11,6 +11,8 @@ from topwork.common.errors import DataError
 from topwork.data.conversations import Conversation, Message
 from topwork.data.summary import Note
 
+_BLOCK = 1 << 18  # keys that are looked up at a time
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -82,18 +84,19 @@ def held_rows(
     wanted = min(max(1, round(count * fraction)), count - 1) if fraction > 0 else 0
     if wanted <= 0:
         return np.zeros(len(units), dtype=bool), ()
-    sizes = np.bincount(units[usable], minlength=int(units.max()) + 1)
+    alone = int(units.max()) + 1 == len(units)
+    sizes = usable.astype(np.int8) if alone else np.bincount(units[usable], minlength=int(units.max()) + 1)
     if sizes.max() == count:
         if by != "prompt":
             raise DataError(
                 f"data.hold_out_by is {by}, and all rows have one value there, so none can be held out; set it to "
                 "prompt or row, name data.eval, or set data.eval_fraction: 0"
             )
-        alone, _ = held_rows(np.arange(len(units)), usable, fraction, seed, "row")
+        each, _ = held_rows(np.arange(len(units)), usable, fraction, seed, "row")
         text = "all rows have the same prompt, so they are held out each by itself, and validation sees that prompt too"
-        return alone, (Note(text, warning=True),)
+        return each, (Note(text, warning=True),)
     chosen = np.zeros(len(sizes), dtype=bool)
-    chosen[_taken(np.random.default_rng(seed).permutation(len(sizes)), sizes, wanted)] = True
+    chosen[_taken(permuted(len(sizes), seed), sizes, wanted)] = True
     total = int(sizes[chosen].sum())
     held = chosen[units] & usable
     if total == wanted:
@@ -116,34 +119,50 @@ def _taken(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> list[int]:
     return held or [int(np.where(sizes > 0, sizes, sizes.max() + 1).argmin())]
 
 
+def permuted(count: int, seed: int | list[int]) -> np.ndarray:
+    """`np.random.default_rng(seed).permutation(count)` in half of its memory, where four bytes hold the numbers."""
+    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    np.random.default_rng(seed).shuffle(numbers)
+    return numbers
+
+
 def unit_numbers(keys: np.ndarray) -> np.ndarray:
-    """For each row the number of its key, counted in the order of their first rows; [rows] int32 or int64."""
+    """For each row the number of its key [rows] int64, counted in the order of their first rows; [rows] int32 or
+    int64."""
     first = is_first(keys)
-    numbers = np.cumsum(first, dtype=_whole(len(keys))) - 1
+    numbers = np.cumsum(first, dtype=_whole(len(keys)))
+    numbers -= 1
     if first.all():
         return numbers
-    rows = np.flatnonzero(_among(keys, np.unique(keys[~first])))
+    rows = _among(keys, np.unique(keys[~first]))
     _, earliest, inverse = np.unique(keys[rows], return_index=True, return_inverse=True)
     numbers[rows] = numbers[rows[earliest]][inverse]
     return numbers
 
 
 def is_first(keys: np.ndarray) -> np.ndarray:
-    """Whether no earlier row has the row's key; [rows] bool. Needs little memory where few stand more than once."""
-    ordered = np.sort(keys)
-    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    del ordered
+    """Whether no earlier row has the row's key [rows] int64; [rows] bool. Needs little memory beside the keys where few
+    stand more than once: of each key the half is looked at first."""
+    halves = keys.astype(np.uint32)
+    halves.sort()
+    several = np.unique(halves[1:][halves[1:] == halves[:-1]])
+    del halves
+    rows = _among(keys, several)
     first = np.ones(len(keys), dtype=bool)
-    if len(several):
-        rows = np.flatnonzero(_among(keys, several))
-        first[rows] = False
-        first[rows[np.unique(keys[rows], return_index=True)[1]]] = True
+    first[rows] = False
+    first[rows[np.unique(keys[rows], return_index=True)[1]]] = True
     return first
 
 
 def _among(keys: np.ndarray, few: np.ndarray) -> np.ndarray:
-    """Whether each key is one of a few, which are sorted."""
-    return few[np.minimum(np.searchsorted(few, keys), len(few) - 1)] == keys
+    """The numbers of the rows whose key, in the type of `few`, is one of these, which are sorted."""
+    if not len(few):
+        return np.empty(0, dtype=np.int64)
+    found = []
+    for start in range(0, len(keys), _BLOCK):
+        own = keys[start : start + _BLOCK].astype(few.dtype)
+        found.append(start + np.flatnonzero(few[np.minimum(np.searchsorted(few, own), len(few) - 1)] == own))
+    return np.concatenate(found)
 
 
 def _whole(count: int) -> type[np.signedinteger]:

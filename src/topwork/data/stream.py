@@ -25,7 +25,7 @@ from topwork.data.tables import dataset_rows
 from topwork.data.template import ChatTemplate
 
 Log = Callable[[str], None]
-_CHUNK = 2000  # rows that are conversations at the same time while all are checked
+_CHUNK = 1000  # rows that are conversations at the same time while all are checked
 _BAD = 1000  # bad rows that are kept by name
 _LARGEST_DOCUMENT = 1 << 26  # bytes of a text file that is one row
 
@@ -263,6 +263,9 @@ def split_streamed(read: Streamed, config: DataConfig, seed: int) -> Split:
     """What is learned and what is held out, as without streaming but for what only rendering would find."""
     contents = read.contents()
     first = is_first(contents)
+    apart = config.eval is None and config.hold_out_by == "prompt"
+    if apart:  # before more is made of as many rows
+        contents = np.empty(0, dtype=np.int64)
     numbers, copies = read.numbers(), np.flatnonzero(~first)
     notes = list(_copies(read, numbers[copies[:NAMED]], len(copies), config)) if len(copies) else []
     usable = first if config.duplicates == "drop" else np.ones(len(numbers), dtype=bool)
@@ -270,8 +273,7 @@ def split_streamed(read: Streamed, config: DataConfig, seed: int) -> Split:
     kept = usable & ~held
     train, weighted = _weighted(read, numbers[kept], seed)
     dropped = len(copies) if config.duplicates == "drop" else 0
-    apart = config.eval is None and config.hold_out_by == "prompt"
-    learned = np.empty(0, dtype=np.int64) if apart else np.sort(contents[kept])
+    learned = contents if apart else np.sort(contents[kept])
     return Split(train, int(kept.sum()), numbers[held], dropped, (*notes, *told, *weighted), learned)
 
 

@@ -189,7 +189,7 @@ class ChatTemplate:
             self.__dict__.pop("_turns", None)
 
     def surveyed(self, conversation: Conversation) -> tuple[str, bool]:
-        """What `survey` looks at in a row: its kind, and whether it begins with markup, or is a prompt and an answer."""
+        """What `survey` looks at in a row: its kind, and whether it begins with markup or is a prompt and an answer."""
         if conversation.kind == "text":
             begin = tuple(self.renderer.tokens.control)
             return "text", bool(begin) and (conversation.text or "").startswith(begin)
