@@ -170,6 +170,34 @@ def test_rows_that_have_no_place_of_their_own_are_copied_once(
     assert len(list((tmp_path / "cache").rglob("rows.jsonl"))) == 3
 
 
+def test_data_sets_of_the_hub_and_saved_ones_are_copied_once(
+    load: Callable[..., Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(PAIRS)
+    made.save_to_disk(tmp_path / "saved")
+    asked: list[str] = []
+
+    def from_hub(name: str, config: str | None, split: str) -> Any:
+        asked.append(f"{name} {config} {split}")
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    for name in (str(tmp_path / "saved"), "owner/name:config"):
+        said: list[list[str]] = [[], []]
+        held, streamed = load(name, log=said[0].append), load(name, streaming=True, log=said[1].append)
+        assert steps(streamed) == steps(held)
+        copied = [line for line in said[1] if "streamed from a copy" in line]
+        assert len(copied) == 1
+        assert [line for line in said[1] if line not in copied and not line.startswith("train")] == [
+            line for line in said[0] if not line.startswith("train")
+        ]
+        load(name, streaming=True, log=said[1].append)
+        assert len([line for line in said[1] if "streamed from a copy" in line]) == 1
+    assert asked == ["owner/name config train"] * 3
+
+
 def test_folders_lists_and_limits(
     load: Callable[..., Data], write: Callable[[str, str | bytes], str], tmp_path: Path
 ) -> None:
