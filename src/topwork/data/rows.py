@@ -110,6 +110,19 @@ def _txt(file: DataFile) -> Found:
 
 
 def _hub_rows(source: SourceConfig, max_rows: int | None) -> tuple[list[Row], list[str]]:
+    table, note = hub_table(source, max_rows)
+    file = hub_file(source)
+    rows = [Row(fields, f"{source.path}{place}") for fields, place in dataset_rows(file, table)]
+    return rows, [note, *file.notes]
+
+
+def hub_file(source: SourceConfig) -> DataFile:
+    """A data set of the Hub as what its rows are told from."""
+    return DataFile(Path(source.path), source.path, chosen=bool(source.columns) or source.format not in (None, "auto"))
+
+
+def hub_table(source: SourceConfig, max_rows: int | None) -> tuple[Any, str]:
+    """A data set of the Hub, as `datasets` loads it, and which split it is. Raises DataError."""
     repository, _, rest = source.path.partition(":")
     config, _, split = rest.partition(":")
     several = [split] if split else [name or "train" for name in (source.split or "").split("|")]
@@ -126,9 +139,7 @@ def _hub_rows(source: SourceConfig, max_rows: int | None) -> tuple[list[Row], li
                 f"{source.path} is no local file or folder, and loading it from the Hub failed ({_reason(error)}). "
                 "Expected an existing path, or owner/name[:config[:split]] and a network connection"
             ) from error
-    file = DataFile(Path(source.path), source.path, chosen=bool(source.columns) or source.format not in (None, "auto"))
-    rows = [Row(fields, f"{source.path}{place}") for fields, place in dataset_rows(file, table)]
-    return rows, [f"{source.path}: its {part} split is read", *file.notes]
+    return table, f"{source.path}: its {part} split is read"
 
 
 def _reason(error: Exception) -> str:

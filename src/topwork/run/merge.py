@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +80,4 @@ def _inputs(recipe: Recipe, log: Callable[[str], None]) -> tuple[PreTrainedToken
     """The base's tokenizer, and up to a hundred real sequences: held-out rows first, then training rows."""
     tokenizer, context_length = open_tokenizer(recipe.model, log)
     data = load_data(recipe.data, tokenizer, context_length, recipe.training.seed, lambda _: None)
-    return tokenizer, [example.tokens.tolist() for example in (*data.eval, *data.train)[:INPUTS]]
+    return tokenizer, [example.tokens.tolist() for example in islice(chain(data.eval, data.train), INPUTS)]

@@ -13,7 +13,7 @@ from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
-from topwork.data.source import FixedRows
+from topwork.data.source import StreamedRows, rows_of
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.tokenizer import open_tokenizer
@@ -145,6 +145,10 @@ def _trained(
             loop.resume(start)
             log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
         outcomes = loop.run(stop_at)
+    for trial in trials:
+        if isinstance(trial.rows, StreamedRows):
+            for line in trial.rows.read.told():
+                log(line)
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
@@ -231,7 +235,7 @@ def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
 def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) -> Trial:
     training = run.recipe.training
     keep = max(2, training.save_total_limit) if several else training.save_total_limit
-    rows = FixedRows(run.data.train, training.batch_size, training.seed)
+    rows = rows_of(run.data.train, training.batch_size, training.seed)
     objective = objective_of(training.objective)
     return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
 
