@@ -8,7 +8,7 @@ from topwork.common.errors import DataError, did_you_mean
 from topwork.data.columns import Columns, speaks
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Spelling, suggested_keys, suggested_roles
-from topwork.data.fields import FIELDS, LABELS, NEEDED, explains, is_about, is_material, plain, sounds_like
+from topwork.data.fields import FIELDS, KNOWN_AS, LABELS, NEEDED, explains, is_about, is_material, plain, sounds_like
 from topwork.data.mapping import columns_of, in_yaml
 from topwork.data.recognition import Found, mapping
 from topwork.data.values import RowProblem, is_blank, parsed, text_of
@@ -169,12 +169,24 @@ def unrecognised(survey: Columns, config: DataConfig, works: Works) -> str:
         said += near
     else:
         said = f"the data has the columns {survey.listed()}, which is none of the known formats ({', '.join(FIELDS)})"
+        said += _no_talks(survey)
     if way is not None:
         told = " and ".join(f"data.{option}: {in_yaml(value)}" for option, value in way.items() if value)
         return f"{said.removesuffix('?')}{'? ' if said.endswith('?') else '. '}Say which is which, for example {told}"
     fields = "; ".join(f"{name}: {', '.join(FIELDS[name])}" for name in FIELDS if config.format in ("auto", name))
     end = " " if said.endswith("?") else ". "
     return f"{said}{end}Say in data.columns, as field: column, which is which; the fields are, by format, {fields}"
+
+
+def _no_talks(survey: Columns) -> str:
+    """What a column holds that is called as conversations are, and holds none."""
+    kinds = {"texts": "texts", "list": "objects that do not say who speaks", "parts": "parts of text"}
+    for name in survey.names:
+        column = survey.by_name[name]
+        found = [kinds[kind] for kind in column.kinds if kind in kinds]
+        if plain(name) in KNOWN_AS["messages"] and found:
+            return f"; {name} holds lists of {found[0]} ({column.first}), expected messages, each with role and content"
+    return ""
 
 
 def _ways(survey: Columns, config: DataConfig) -> Iterable[Options]:

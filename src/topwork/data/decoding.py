@@ -242,7 +242,7 @@ def _undecodable(file: DataFile, codec: str) -> str:
     where = f"byte 0x{scan.byte:02x} at offset {scan.offset:,}, line {scan.line:,}"
     if scan.last and scan.reason == "unexpected end of data" and scan.good_lines:
         return f"{file.path} ends in the middle of a character ({where}): it was cut off; fetch it again"
-    if scan.good_lines > scan.bad_lines:
+    if scan.good_lines and scan.good_lines >= scan.bad_lines:
         return _mixed(file, scan, where)
     if b"\0" in scan.bad or b"\0" in scan.sample:
         return f"{file.path} is not UTF-8: {where}. {_wide(file, codec)}"
