@@ -10,8 +10,9 @@ def test_rows_are_all_different_and_the_page_tells_peak_and_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    from common import surroundings
     from streaming_memory import text, write_rows
+
+    from common import surroundings
 
     write_rows(tmp_path / "rows.jsonl", 60_000)
     lines = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
