@@ -122,6 +122,8 @@ def test_a_template_that_is_missing_or_rejects_the_rows(
     topwork: Command, make_recipe: Recipes, tmp_path: Path,
 ) -> None:  # fmt: skip
     model = tiny.write_model(tmp_path / "model", family=family, template=template)
+    talks = [{"messages": row["messages"] * 2} for row in tiny.rows(8)]  # one question and its answer would be read raw
+    data = {**data, "train": str(tiny.write_rows(tmp_path / "talks.jsonl", talks))}
     recipe = make_recipe(model={"model_name_or_path": str(model)}, data=data, training={"max_steps": 1})
     assert told in refused("train", recipe)
     way = "data.chat_template=chatml" if template == "" else "data.fold_system=true"

@@ -38,6 +38,10 @@ def result(text: str, number: int = 1) -> dict[str, Any]:
     return {"role": "tool", "name": "sky", "tool_call_id": f"call0000{number}", "content": text}
 
 
+def _numbered(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    return user(f" {number}? "), assistant(f"{number}! ")
+
+
 TURNS = [user("Is it open?"), assistant("Yes, until six."), user("And then?"), assistant("See you.\n\nSoon.")]
 CALLED = [user("Sky in Orlen?"), assistant("", tool_calls=[call("Orlen")]), result('{"sky": "clear"}')]
 SPELLED = (
@@ -51,6 +55,14 @@ EMOJI = "👩\u200d👩\u200d👧\u200d👦 🇨🇭 👍🏽 ❤\ufe0f 🏴\U00
 SHAPES: dict[str, Row] = {
     "single": {"messages": TURNS[:2]},
     "multi": {"messages": [*TURNS, *TURNS]},
+    "many": {"messages": [system("Be brief."), *[turn for number in range(9) for turn in _numbered(number)]]},
+    "many_spelled": {
+        "messages": [turn for n in range(6) for turn in (user(f"{n}<|im_end|>"), assistant(f"</s> {n}\n"))]
+    },
+    "many_calls": {
+        "messages": [turn for number in range(4) for turn in (*CALLED, assistant(f"Clear {number}."))], "tools": [SKY]
+    },
+    "many_same": {"messages": [_numbered(number)[number % 3 > 0] for number in range(12)]},
     "system": {"messages": [system("Be brief."), *TURNS]},
     "thinking_field": {
         "messages": [
@@ -98,6 +110,13 @@ SHAPES: dict[str, Row] = {
         "messages": [
             user(SPELLED), assistant("<s>9.99</s> now <|im_end|>7.50"), user("And then?"), assistant(SPELLED),
         ]
+    },
+    "spelled_call": {
+        "messages": [
+            user("Sky?"), assistant("", tool_calls=[call("<|im_end|></s><s>")]), result("<|end|></s>"),
+            assistant("Clear.<|eot_id|>"),
+        ],
+        "tools": [{**SKY, "function": {**SKY["function"], "description": "How</s><|im_end|><|call|> the sky is"}}],
     },
     "long_line": {"messages": [user("word " * 700), assistant("x" * 1500 + " y" * 1500)]},
     "weights": {

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,36 @@ def _strips_right() -> Any:
     return made
 
 
+def _composes() -> Any:
+    """Qwen's: letters and their accents become one, in special tokens' surroundings too."""
+    from tokenizers import normalizers
+
+    made = build_tokenizer("qwen3")
+    made.backend_tokenizer.normalizer = normalizers.NFC()
+    assert made("e\u0301")["input_ids"] == made("é")["input_ids"]
+    return made
+
+
+def _normalizes() -> Any:
+    """Early llama's: its special tokens are looked for in normalized text, where a "▁" stands before each."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    old = sentencepiece_tokenizer()
+    described = json.loads(old.backend_tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["normalized"] = True
+    named = {name: getattr(old, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), **named)
+    assert made.eos_token_id not in made("a</s>")["input_ids"]
+    return made
+
+
 MADE = {
+    "composes": _composes, "normalizes": _normalizes,
     "sentencepiece": sentencepiece_tokenizer, "metaspace": _metaspace, "strips_right": _strips_right,
     "qwen3_thinks": lambda: _thinks("qwen3"), "r1_thinks": lambda: _thinks("r1"),
+    **{f"{family}_merges": partial(build_tokenizer, family, words=False) for family in ("smollm2", "gemma3", "no_end")},
 }  # fmt: skip
 
 
@@ -111,9 +138,11 @@ MIDDLE = ("system_middle",)  # nobody says into which turn such a message is fol
 FOLDED = {"fold_system": True, "merge_turns": True}
 CASES: dict[str, Case] = {
     "smollm2": Case("smollm2", IM_END),
+    "smollm2_merges": Case("smollm2_merges", IM_END, "smollm2"),  # letters merge with the white space around them
     "qwen2_5": Case("qwen2_5", IM_END),
     "qwen3": Case("qwen3", IM_END),
     "qwen3_thinks": Case("qwen3_thinks", IM_END, "qwen3"),
+    "qwen3_composes": Case("composes", IM_END, "qwen3"),
     "qwen3_off": Case("qwen3", QWEN3_OFF, options=OFF),
     "smollm3": Case("smollm3", IM_END),
     "smollm3_off": Case("smollm3", SMOLLM3_OFF, options=OFF),
@@ -138,6 +167,7 @@ CASES: dict[str, Case] = {
         "gemma", Known(("<end_of_turn>",)), options=FOLDED, needs=("user", "folded", "merged"), without=MIDDLE
     ),
     "gemma3": Case("gemma3", Known(("<end_of_turn>",)), needs=("user",)),
+    "gemma3_merges": Case("gemma3_merges", Known(("<end_of_turn>",)), "gemma3", needs=("user",)),
     "phi3": Case("phi3", Known(("<|end|>",))),
     # The marks take white space, of an answer's beginning too; beside letters that spell one the reference cannot tell.
     "phi3_strips": Case("strips_right", Known(("<|end|>",)), "phi3", without=("spaces", "spelled")),
@@ -151,6 +181,7 @@ CASES: dict[str, Case] = {
     "olmo": Case("olmo", Known(("<|endoftext|>",))),
     "falcon": Case("falcon", Known()),
     "no_end": Case("no_end", Known()),
+    "no_end_merges": Case("no_end_merges", Known(), "no_end"),
     "harmony": Case("harmony", Known(("<|return|>", "<|call|>"))),
     "hermes": Case("qwen3", IM_END, tool_templates.HERMES),
     "r1": Case("r1", Known(("</s>",), opens="<think>\n", strips=True), needs=("inline",)),

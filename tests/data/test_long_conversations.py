@@ -82,6 +82,7 @@ LOOKS = """{{ bos_token }}{% for m in messages %}{{ m.role }}:BODY{% endfor %}AF
         ("{% set a = m.content %}{{ a }}{% if loop['index'] > 3 %}{% continue %}{% endif %}", "", True),
         ("{{ m.content }}{% if loop.last %}!{% endif %}", "", False),
         ("{{ m.content }}{{ loop.length }}", "", False),
+        ("{{ m.content }}{% if add_generation_prompt %}!{% endif %}", "", False),
         ("{{ m.content }}{{ loop['revindex'] }}", "", False),
         ("{{ m.content }}{% if loop.nextitem is defined %}!{% endif %}", "", False),
         ("{{ m.content }}{% if loop.index == messages | length %}!{% endif %}", "", False),

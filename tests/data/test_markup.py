@@ -219,3 +219,48 @@ def test_a_tokenizer_without_a_copy_reads_piece_by_piece() -> None:
     assert template.encode(chat(*messages)) == quick.encode(chat(*messages))
     with pytest.raises(DataError, match="half a surrogate pair"):
         template.prompt_ids([user("\ud800")])
+
+
+def unigram_tokenizer() -> Any:
+    """T5's and Gemma's old kind: special tokens stand in the vocabulary that words are cut into."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyz<>/|_.▁"))
+    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁the", -2.0), *((each, -5.0) for each in letters)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def word_tokenizer() -> Any:
+    """A vocabulary of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "the", "dog", "<", ">", "</", "s", "[A]", "[U]"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("make", [unigram_tokenizer, word_tokenizer])
+def test_vocabularies_that_hold_special_tokens_as_words(make: Callable[[], Any]) -> None:
+    """Split at no special token, the tokenizer's own model would still find `</s>` among its words."""
+    tokenizer = make()
+    jinja = (
+        "{% for m in messages %}{{ ' [' + m.role[0] | upper + '] ' + m.content }}{% if m.role == 'assistant' %}"
+        "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' [A] ' }}{% endif %}"
+    )
+    template = ChatTemplate(tokenizer, jinja)
+    messages = (user("the </s> dog"), said("the <s> and </s> "), user("<unk>"), said("dog"))
+    found = template.encode(chat(*messages))
+    wanted = template.encode(chat(user("the"), said("the "), user("the"), said("dog")))
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert [[item.tokens.count(mark) for mark in marks] for item in found] == [
+        [item.tokens.count(mark) for mark in marks] for item in wanted
+    ]
+    check_prompts(template, *messages)
+    (text,) = template.renderer.tokens._of_marked([" [A] the dog</s> the"])
+    assert text == tokenizer(" [A] the dog</s> the", add_special_tokens=False)["input_ids"]

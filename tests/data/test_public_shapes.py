@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from data.public_shapes import SHAPES, Shape
+from data.public_columns import COLUMNS
+from data.public_shapes import CHATS
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
@@ -43,6 +45,19 @@ def read(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Callable[..., tu
     return loaded
 
 
+SHAPES = CHATS | COLUMNS
+OPTION = re.compile(r'data\.(\w+): ({(?:"(?:\\.|[^"])*"|[^}"])*}|"(?:\\.|[^"])*"|\w+)')
+
+
+def advised(message: str) -> dict[str, Any]:
+    """The options that a refusal says to set; of two ways the first. None where it leaves a part of them open."""
+    options: dict[str, Any] = {}
+    for name, value in OPTION.findall(re.split(", or data\\.|; to learn ", message)[0]):
+        if name in ("columns", "format", "response_part", "instruction_part", "roles"):
+            options.setdefault(name, yaml.safe_load(value))
+    return {} if "COLUMN" in str(options) else options
+
+
 def one_line(message: str) -> bool:
     """A sentence, or a sentence over named rows."""
     return len([line for line in message.splitlines() if not re.match(r"\s+\S+(:\d+|\[\d+\]): ", line)]) <= 2
@@ -50,7 +65,7 @@ def one_line(message: str) -> bool:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_public_shapes(name: str, read: Any) -> None:
-    shape: Shape = SHAPES[name]
+    shape = SHAPES[name]
     if shape.read:
         texts, told = read(shape.row)
         assert texts == [shape.read] * 3
@@ -59,6 +74,8 @@ def test_public_shapes(name: str, read: Any) -> None:
         with pytest.raises(DataError, match=re.compile(shape.words, re.DOTALL)) as refused:
             read(shape.row)
         assert one_line(str(refused.value)), refused.value
+        if options := advised(str(refused.value)):
+            read(shape.row, **options)  # no advice that the same data refuse
     if shape.advice:
         texts, _ = read(shape.row, **shape.advice)
         assert texts == [shape.then] * 3

@@ -16,7 +16,8 @@ Every such spelling, in whatever text of messages and tools, gives way to a mark
 comes back into the pieces between the special tokens of the rendered text, which a copy of the tokenizer that knows no
 special tokens turns into ids. This covers templates that copy, trim, escape as JSON or look for `<think>`, and not
 those that look for special tokens in content or cut text by its length; and tokenizers in which each piece between
-special tokens is tokenized for itself: all fast ones but those whose special tokens take the white space beside them.
+special tokens is tokenized for itself: all fast ones but those whose special tokens take the white space beside them
+(or are pieces of a Unigram model).
 Added tokens that are not special (`<think>` of many models) are tokens wherever they stand.
 """
 

@@ -86,7 +86,12 @@ def _looks_back(parsed: Any) -> bool:
     if any(stored.count(name) > (name != "messages") for name in aliases) or "loop" in stored:
         return False
     uses = _uses(parsed, aliases)  # the loop is one, and each assignment of another name
-    after = {node.name for each in parsed.body[at + 1 :] for node in each.find_all(nodes.Name)}
+    after, through = (
+        {node.name for each in some for node in each.find_all(nodes.Name)}
+        for some in (parsed.body[at + 1 :], parsed.body[: at + 1])
+    )
+    if "add_generation_prompt" in through:
+        return False
     return uses == len(aliases) and _asks_behind(loop) and not after & (set(stored) | {"loop"})
 
 

@@ -14,7 +14,11 @@ from functools import cached_property
 from secrets import token_hex
 from typing import Any
 
+from topwork.common.errors import DataError
+
 _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stands twice
+_END = 8
+"""Tokens at a text's end among which what ends it stands, white space behind it."""
 _IN_ANSWERS = re.compile(
     r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
 )
@@ -84,9 +88,29 @@ class Tokens:
         """The text cut at special tokens, these included."""
         return [piece for piece in self._cut_at.split(text) if piece]
 
+    def said(self, text: str) -> str:
+        """The text without its markup, whose letters are nobody's words."""
+        return self._markup.sub("\0", text)
+
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends in markup, by which generation can stop."""
         return any(text.endswith(each) for each in self.control)
+
+    def check_ended(self, ids: Sequence[int], text: str) -> None:
+        """Raises DataError where the end of a text is markup, and its ids are letters: some tokenizers look for special
+        tokens in normalized text, and miss them behind other letters."""
+        if not self._marks.isdisjoint(ids[-_END:]):
+            return
+        end = next((each for each in self.control if text.rstrip().endswith(each)), "")
+        raise DataError(
+            f"the tokenizer reads {end!r}, by which the chat template ends a turn, as letters, so the model could not "
+            "learn to stop; set normalized: false for this token in the base's tokenizer.json, or a data.chat_template "
+            "that ends turns otherwise"
+        )
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
     def joint(self, text: str) -> int:
         """Where the text's last token stands at which it can be cut and tokenized apart; -1 where there is none.
@@ -118,8 +142,7 @@ class Tokens:
         the tokenizer cannot tell."""
         if self._backend is None:
             return None
-        whole, copy = self._marked_backend
-        encoded = (copy if letters else whole).encode(text, add_special_tokens=False)
+        encoded = (self._renamed if letters else self._bare).encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -135,7 +158,7 @@ class Tokens:
             return list(map(self._of_pieces, texts))
         names = self._names
         renamed = [_unmarked(self._markup.sub(lambda found: names[found[0]], text)) for text in texts]
-        return [each.ids for each in self._marked_backend[1].encode_batch_fast(renamed, add_special_tokens=False)]
+        return [each.ids for each in self._renamed.encode_batch_fast(renamed, add_special_tokens=False)]
 
     def _of_pieces(self, text: str) -> list[int]:
         """For tokenizers of which no copy can be made: piece by piece between markup."""
@@ -170,17 +193,27 @@ class Tokens:
         secret = token_hex(12)
         return {text: f"<{secret}{number}>" for number, text in enumerate(self.control)}
 
+    def _described(self) -> dict[str, Any]:
+        """The tokenizer as its file has it, without what it adds or cuts off."""
+        description: dict[str, Any] = json.loads(self._backend.to_str())
+        return description | {"truncation": None, "padding": None, "post_processor": None}
+
     @cached_property
-    def _marked_backend(self) -> tuple[Any, Any]:
-        """The tokenizer without what it adds or cuts off, and the same with markup under other names."""
+    def _bare(self) -> Any:
+        """The tokenizer without what it adds or cuts off."""
         from tokenizers import Tokenizer
 
-        description = json.loads(self._backend.to_str())
-        description |= {"truncation": None, "padding": None, "post_processor": None}
-        whole = Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(self._described()))
+
+    @cached_property
+    def _renamed(self) -> Any:
+        """The same, with markup under other names."""
+        from tokenizers import Tokenizer
+
+        description, names = self._described(), self._names
         for token in description["added_tokens"]:
-            token["content"] = self._names.get(token["content"], token["content"])
-        model, names = description["model"], self._names
+            token["content"] = names.get(token["content"], token["content"])
+        model = description["model"]
         if isinstance(model.get("vocab"), dict):
             model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
         elif model.get("vocab"):
@@ -189,7 +222,7 @@ class Tokens:
             model["merges"] = [pair for pair in model["merges"] if _merged(pair) not in names]
         if model.get("unk_token"):
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return whole, Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(description))
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:

@@ -121,7 +121,9 @@ def of_turns(turns: Sequence[Turn], ids: Ids, tokens: Tokens, eos: Callable[[], 
             answer = through[len(prompt) :]
         else:  # the answer's first letters would merge with the prompt's last
             answer = tokens.ids_after(turn.answer)
-        if not turn.ends:
+        if turn.ends:
+            tokens.check_ended(answer, turn.answer)
+        else:
             answer = [*answer, eos()]
         if not sequences or prompt[: len(sequences[-1].tokens)] != sequences[-1].tokens:
             sequences.append(Encoded())
@@ -142,7 +144,7 @@ def holds(turns: Sequence[Turn], ids: Ids) -> bool:
     return True
 
 
-def of_whole(whole: Whole, ids: Ids, eos: Callable[[], int]) -> Encoded:
+def of_whole(whole: Whole, ids: Ids, tokens_of: Tokens, eos: Callable[[], int]) -> Encoded:
     """Every token with the weight of the message that it is in."""
     upto: list[list[int]] = []
     for piece in whole.upto:
@@ -153,7 +155,9 @@ def of_whole(whole: Whole, ids: Ids, eos: Callable[[], int]) -> Encoded:
         stop = max(start, _shared(known, tokens))
         weights[start:stop] = [weight] * (stop - start)
         start = stop
-    if not whole.ends:
+    if whole.ends:
+        tokens_of.check_ended(tokens, whole.upto[-1].text)
+    else:
         tokens, weights = [*tokens, eos()], [*weights, whole.weights[-1]]
     return _first_unlearned(Encoded(tokens, weights))
 
@@ -168,7 +172,9 @@ def of_document(document: Document, ids: Ids, tokens: Tokens, bos: int | None, e
         last = 1.0 if document.learned[-1][1] == len(document.raw) else 0.0
     if not document.begins and bos is not None:
         found, weights = [bos, *found], [0.0, *weights]
-    if not document.ends:
+    if document.ends:
+        tokens.check_ended(found, document.text)
+    else:
         found, weights = [*found, eos()], [*weights, last]
     return _first_unlearned(Encoded(list(found), weights))
 

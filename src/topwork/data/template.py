@@ -268,7 +268,7 @@ class ChatTemplate:
         if isinstance(first, Document):
             found = [of_document(first, ids, tokens, bos, self._eos)]
         elif isinstance(first, Whole):
-            found = [of_whole(first, ids, self._eos)]
+            found = [of_whole(first, ids, tokens, self._eos)]
         else:
             found = of_turns([part for part in plan.parts if isinstance(part, Turn)], ids, tokens, self._eos)
         if not plan.notes:

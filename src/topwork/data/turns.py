@@ -96,7 +96,7 @@ class Turns:
             answer = self._behind_opening(messages[: number + 1], tools, prompt, whole)
         if not self.preparer.split:
             answer = self._ended_once(answer)
-        notes = self._lost(message, complete.missing(message, answer))
+        notes = self._lost(message, complete.missing(message, self.renderer.tokens.said(answer)))
         if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
             notes = [*notes, OTHERWISE]
         return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
@@ -192,7 +192,7 @@ class Turns:
             text = self.renderer.render(messages, tools, prompt, variables, goes_on)
             return text if self.preparer.split else self._begun_once(text)
         except TemplateRejects as error:
-            reason = str(error)
+            reason = self.renderer.tokens.unmarked(str(error))
 
         def takes(others: Sequence[Message]) -> bool:
             try:
@@ -234,7 +234,7 @@ class Turns:
             return []
         which = "an earlier answer's" if earlier else "the answer's"
         if not self.allow or (not earlier and len(gone) == len(complete.kinds(message))):
-            raise RowProblem(_remedied(gone[0], which))
+            raise RowProblem(self.renderer.tokens.unmarked(_remedied(gone[0], which)))
         return [
             f"the chat template leaves out {each if each.startswith('the ') else f'{which} {each}'}" for each in gone
         ]
