@@ -23,6 +23,7 @@ from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.begin import check_folder, check_shared, clear
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.run.session import Session, open_session
@@ -189,6 +190,8 @@ def _load_data(
         key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
         if key not in known:
             known[key] = load_data(config, tokenizer, room, seed, log)
+            if not config.streaming:
+                log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
     return found
 
