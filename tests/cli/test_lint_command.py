@@ -76,8 +76,8 @@ def test_json_has_names_that_stay(topwork: Command, make_recipe: Make, rows: Cal
     found = json.loads(done.out)
     assert done.code == 1
     assert set(found) == {
-        "model", "formats", "limit", "context_length", "trained_parameters", "sides", "lengths", "errors", "warnings",
-        "notices", "findings", "shown",
+        "model", "files", "formats", "limit", "context_length", "trained_parameters", "sides", "lengths", "errors",
+        "warnings", "notices", "findings", "shown",
     }  # fmt: skip
     assert found["errors"] == 1
     assert found["limit"] == tiny.CONTEXT

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ def lint(
 
     read = load_recipe(recipe, overrides or [])
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here, and all texts are tokenized at once
-    wanted = int(rows) if rows.strip().isdigit() else [name.strip() for name in rows.split(",") if name.strip()]
+    wanted = int(rows) if rows.strip().isdigit() else re.split(",(?! )", rows)
     from topwork.run.lint import lint as run
 
     result = run(read, rows=wanted, log=lambda text: print(text, file=sys.stderr))

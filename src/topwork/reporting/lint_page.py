@@ -110,11 +110,11 @@ def histogram(lengths: Found) -> Histogram | None:
     ]  # fmt: skip
     every = max(1, len(counted) // 8)
     ticks = [(number * step, f"{edges[number]:,}") for number in range(0, len(counted), every)]
-    return Histogram(bars, ticks, _place(lengths["limit"], edges, step))
+    return Histogram(bars, ticks, _place(lengths["limit"] + 1, edges, step))
 
 
-def _place(limit: int, edges: list[int], step: float) -> float | None:
+def _place(beyond: int, edges: list[int], step: float) -> float | None:
     for number, (low, high) in enumerate(zip(edges, edges[1:])):
-        if low <= limit < high:
-            return step * (number + (limit - low) / (high - low))
+        if low <= beyond < high:
+            return step * (number + (beyond - low) / (high - low))
     return None

@@ -60,7 +60,7 @@ def _print(console: Console, text: Text) -> None:
 
 def counts(found: Found) -> list[str]:
     """What was read, in a line for each part."""
-    lines = [visible(sentence) for sentence in found["formats"]]
+    lines = [visible(told) for told in (*found["files"], *found["formats"])]
     for name, side in found["sides"].items():
         told = f"{name}: {side['rows']:,} rows of {side['named']}"
         if side["bad_rows"]:

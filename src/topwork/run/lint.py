@@ -19,6 +19,7 @@ from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, totals
 from topwork.plan.lint.rules import check
 from topwork.plan.lint.shown import ShownRow, shown_rows
+from topwork.plan.lint.unusable import WARNING
 from topwork.recipe.recipe import Recipe, load_recipe
 
 Log = Callable[[str], None]
@@ -51,6 +52,11 @@ class LintResult:
         return {
             "model": self.recipe.model.model_name_or_path,
             "formats": list(dict.fromkeys(told for side in self.examined.sides for told in side.formats)),
+            "files": [
+                told
+                for told in dict.fromkeys(r for side in self.examined.sides for r in side.remarks)
+                if not told.startswith(WARNING)
+            ],
             "limit": self.examined.limit,
             "context_length": self.examined.context_length,
             "trained_parameters": self.examined.trainable,

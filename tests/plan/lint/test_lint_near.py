@@ -53,6 +53,13 @@ def test_what_all_texts_share_makes_none_near() -> None:
     assert near_pairs(shingles_of([*texts, texts[0] + " please"])) == [(0, 40)]
 
 
+def test_signs_are_words_where_no_spaces_are_written() -> None:
+    text = "我家厨房桌子上方的灯自从上周的暴风雨以来一直不亮请问应该怎么办才好呢"
+    assert near_pairs(shingles_of([text, "您好" + text, "今天北京的天气非常好我们一起去公园散步吧怎么样呢"])) == [
+        (0, 1)
+    ]
+
+
 def test_only_pairs_over_the_split() -> None:
     text = " ".join(WORDS[:40])
     other = " ".join(WORDS[60:100])

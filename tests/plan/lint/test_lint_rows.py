@@ -98,7 +98,10 @@ PLANTED: dict[str, tuple[str, str, dict[int, Any], tuple[int, ...]]] = {
     "a card": ("payment-numbers", "warning", {5: pair("My card is 4111 1111 1111 1111.", "Thank you.")}, (5,)),
     "an account": ("payment-numbers", "warning", {5: pair("It is DE89 3704 0044 0532 0130 00.", "Thanks.")}, (5,)),
     "a mail address": ("personal-data", "notice", {5: asked(5, "Ask sonja.weiss@example.org about it.")}, (5,)),
-    "no text in a system message": ("empty-rows", "warning", {5: pair("Is it number 5?", "It is.", system=" ")}, (5,)),
+    "no text in a question": (
+        "empty-rows", "warning",
+        {5: turns(("user", "Is it 5?"), ("assistant", "Yes."), ("user", " "), ("assistant", "It is."))}, (5,),
+    ),
     "no answer": ("empty-rows", "error", {5: asked(5, ""), 9: asked(9, " \n")}, (5, 9)),
     "half a surrogate pair": ("encoding-damage", "error", {5: asked(5, "Done \ud83d.")}, (5,)),
     "an unknown role": ("role-order", "error", {5: turns(("user", "Hi."), ("wizard", "Ho."))}, (5,)),

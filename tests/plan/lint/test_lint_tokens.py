@@ -225,6 +225,24 @@ def test_what_was_changed_on_the_way_is_told_by_kind(read: Read) -> None:
     assert "a user turn at the end is cut" in finding.message
 
 
+def test_what_reading_warns_of_is_a_warning(read: Read) -> None:
+    examined = read()
+    remarks = ("12 files are read", "warning: a.jsonl and a.csv have one name")
+    found = Linted(replace(examined, train=replace(examined.train, remarks=remarks)))
+    assert found.grave == [("warning", "file-warnings")]
+    assert found.of("file-warnings").message == "a.jsonl and a.csv have one name"
+
+
+def test_thinking_that_the_prompt_opens_is_not_lost(lint: Lint) -> None:
+    opens = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    row = pair("Is it number 5?", "<think>\nSix, or five?\n</think>\nIt is.")
+    found = lint([row] * 12, tokenizer=build_tokenizer("smollm2", opens))
+    assert "content-lost" not in {finding.rule for finding in found.findings}
+
+
 def test_streamed_data_say_how_much_was_looked_at(read: Read) -> None:
     found = Linted(replace(read(), only_first=100_000))
     assert "first 100,000 rows" in found.of("not-all-rows").message

@@ -13,6 +13,7 @@ from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example
 from topwork.data.parts import Part, read_parts
+from topwork.data.sources import with_held_out
 from topwork.data.template import ChatTemplate, stop_ids
 from topwork.plan.lint.examined import EMPTY, Examined, Facts, Sequences, Side
 from topwork.recipe.recipe import Recipe
@@ -28,14 +29,15 @@ def examine(recipe: Recipe, tokenizer: Any, context_length: int, trainable: int 
 
     Raises DataError for what cannot be read at all.
     """
-    config = recipe.data
+    config = with_held_out(recipe.data)
     template = template_of(config, tokenizer)
     first = STREAMED if config.streaming else None
     limits = [limit for limit in (config.max_rows, first) if limit is not None]
     train = _side("train", config.train, config, min(limits, default=None))
     evaluation = None if config.eval is None else _side("eval", config.eval, config, first)
     scored = recipe.evaluation.data
-    test = None if scored is None else _side("test", scored, config.reading(scored), first)
+    asked = None if scored is None else config.reading(scored)
+    test = None if asked is None else _side("test", asked.train, asked, first)
     found = Examined(
         recipe, tokenizer, facts_of(tokenizer, template), template, context_length,
         min(config.max_length, context_length - recipe.adapter.virtual_tokens), train, evaluation, test, trainable,
@@ -101,6 +103,7 @@ def _side(name: str, named: Sources, config: DataConfig, max_rows: int | None) -
         name, called(named), sum(len(part.rows) for part in parts),
         [row for part in parts for row in part.conversations], [row for part in parts for row in part.bad],
         formats=tuple(dict.fromkeys(part.format.sentence for part in parts)),
+        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.notes)),
         notes=[(row.source, note) for part in parts for row in part.conversations for note in row.notes],
     )  # fmt: skip
 

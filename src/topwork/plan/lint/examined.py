@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -76,6 +76,8 @@ class Side:
     bad: Sequence[BadRow] = ()
     sequences: Sequences = EMPTY
     formats: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What reading says of the files: which were read, what was noticed in them."""
     notes: Sequence[tuple[str, str]] = ()
     """(source, what of the row was left out or changed on the way)"""
 
@@ -147,8 +149,6 @@ class Examined:
     trainable: int | None = None
     refused: str | None = None
     only_first: int | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-    """What one rule worked out and another needs (near-duplicates)."""
 
     @property
     def sides(self) -> list[Side]:

@@ -55,11 +55,6 @@ def graded(count: int, total: int, warning: float = 0.01, error: float | None = 
     return "warning" if share >= warning else "notice"
 
 
-def listed(sources: Sequence[str], limit: int = 3) -> str:
-    """The first few, and that there are more."""
-    return ", ".join(sources[:limit]) + (", …" if len(sources) > limit else "")
-
-
 def ordered(findings: Sequence[Finding]) -> list[Finding]:
     """The gravest first; those of one severity stay in the order of the rules."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from topwork.plan.lint.examined import Examined, Side
-from topwork.plan.lint.finding import Finding, Severity, graded, listed, of_rows
+from topwork.plan.lint.finding import Finding, Severity, graded, of_rows
 
 OUTLIER = 8
 """Times the median from which a length is told."""
@@ -95,19 +95,3 @@ def short_of_rows(examined: Examined) -> Iterator[Finding]:
             f"data.streaming is on, so only the first {examined.only_first:,} rows were looked at",
             "lint a file of it with --set data.streaming=false to look at all of its rows",
         )  # fmt: skip
-
-
-def twice_named(examined: Examined) -> Iterator[Finding]:
-    """Rows of different files that have one name cannot be told apart in findings."""
-    for side in examined.sides:
-        names = [row.source for row in side.conversations]
-        if len(set(names)) < len(names):
-            seen: set[str] = set()
-            twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-            yield Finding(
-                "rows-of-one-name", "notice",
-                f"{len(twice):,} rows of {side.named} have the name of another ({listed(twice)}): several files are "
-                "called alike, or one is read twice",
-                "give the files different names, or name each file once",
-                tuple(dict.fromkeys(twice)), len(twice),
-            )  # fmt: skip

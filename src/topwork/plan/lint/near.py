@@ -25,7 +25,9 @@ _BACK = 4
 """Of a bucket, each text is compared with the first and with so many before it: all pairs of ten thousand alike are too
 many, and one is enough to tell a text."""
 _ROWS_AT_ONCE = 5000
-_WORD = re.compile(r"\w+")
+_SIGN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(f"[{_SIGN}]|[^\\W{_SIGN}]+")
+"""A word; of Chinese, Japanese and Korean, which write none apart, a sign."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,15 +46,13 @@ class Shingles:
 def shingles_of(texts: Iterable[str]) -> Shingles:
     """The shingles of each text, less those that half of all texts share; none of a short one."""
     known: dict[str, int] = {}
-    values, sizes = [], []
+    values, sizes = bytearray(), [np.zeros(0, np.int64)]
     coming = iter(texts)
     while some := list(islice(coming, _ROWS_AT_ONCE)):
         found, counts = _hashed(some, known)
-        values.append(found)
+        values += found.data
         sizes.append(counts)
-    if not values:
-        return Shingles(np.zeros(0, np.uint64), np.zeros(1, np.int64))
-    return _without_boilerplate(np.concatenate(values), np.concatenate(sizes))
+    return _without_boilerplate(np.frombuffer(values, np.uint64), np.concatenate(sizes))
 
 
 def _hashed(texts: Sequence[str], known: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -88,9 +88,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def _without_boilerplate(values: np.ndarray, sizes: np.ndarray) -> Shingles:
     texts = int((sizes > 0).sum())
     if texts >= 20:
-        found, counts = np.unique(values, return_counts=True)
-        shared = found[counts > _BOILERPLATE * texts]
-        del found, counts
+        often = int(_BOILERPLATE * texts)
+        ordered = np.sort(values)
+        shared = np.unique(ordered[often:][ordered[often:] == ordered[: len(ordered) - often]])
+        del ordered
         if len(shared):
             kept = ~np.isin(values, shared)
             owner = np.repeat(np.arange(len(sizes)), sizes)[kept]

@@ -19,6 +19,7 @@ class Rule(NamedTuple):
 
 RULES: tuple[Rule, ...] = (
     Rule(unusable.refused, False, ("template-refuses",)),
+    Rule(unusable.remarks, False, ("file-warnings",)),
     Rule(
         unusable.unusable,
         False,
@@ -96,7 +97,6 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(lengths.outliers, False, ("length-outliers",)),
-    Rule(lengths.twice_named, False, ("rows-of-one-name",)),
     Rule(lengths.short_of_rows, False, ("not-all-rows",)),
     Rule(amount.few_for_the_rank, False, ("few-rows-for-the-rank",)),
     Rule(

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ _KINDS = (
 """Rule -> what the reason of a bad row says. The reasons are sentences for people, so the first that fits."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 _TAGS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_TAG = re.compile(r"</?think>")
 AT_ONCE = 2000
 
 
@@ -72,6 +74,21 @@ def refused(examined: Examined) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def remarks(examined: Examined) -> Iterator[Finding]:
+    """What reading the files warned of."""
+    for side in examined.sides:
+        for remark in side.remarks:
+            if remark.startswith(WARNING):
+                yield Finding(
+                    "file-warnings", "warning", remark.removeprefix(WARNING),
+                    f"look at what {side.named} is, and name the files that are meant",
+                )  # fmt: skip
+
+
+WARNING = "warning: "
+"""How reading begins a remark that is more than one."""
+
+
 # An own look, at the tokens, whatever the rendering says
 
 
@@ -99,9 +116,7 @@ def _lost(examined: Examined, side: Side) -> list[str]:
         spans = [found.bounds[firsts[number]] for number in numbers]
         stops = [found.bounds[firsts[number + 1]] for number in numbers]
         learned = [found.tokens[a:b][found.learned[a:b]].tolist() for a, b in zip(spans, stops)]
-        texts = examined.tokenizer.batch_decode(
-            learned, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )  # fmt: skip
+        texts = _decoded(examined.tokenizer, learned)
         for number, text in zip(numbers, texts):
             row = side.conversations[number]
             if text and not _holds(text, row, examined):
@@ -109,11 +124,20 @@ def _lost(examined: Examined, side: Side) -> list[str]:
     return lost
 
 
+def _decoded(tokenizer: Any, tokens: list[list[int]]) -> list[str]:
+    """Texts of token ids, special tokens included; by the library below transformers where there is one, which looks
+    at every number to find out what it is."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return list(backend.decode_batch(tokens, skip_special_tokens=False))
+    return list(tokenizer.batch_decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def _holds(text: str, row: Conversation, examined: Examined) -> bool:
     wanted = _said(row, examined)
     if all(said in text for said in wanted):
         return True
-    bare = _bare(text)
+    bare = _bare(text)  # without the tags: a template may open the thinking itself, in the prompt
     return all(_bare(said) in bare or _bare(json.dumps(said, ensure_ascii=False)[1:-1]) in bare for said in wanted)
 
 
@@ -131,5 +155,5 @@ def _said(row: Conversation, examined: Examined) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    """Letters as any tokenizer gives them back: no white space, one way of writing each."""
-    return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    """Letters as any tokenizer gives them back: no white space, no tags of thinking, one way of writing each."""
+    return "".join(unicodedata.normalize("NFKC", _TAG.sub("", text)).split()).casefold()
