@@ -32,6 +32,14 @@ def test_an_answer_that_the_template_shortens() -> None:
     assert learned(ChatTemplate(tokenizer, SHORTENS), user("x"), said("  short ")) == ["  short <|im_end|>"]
 
 
+def test_the_letters_of_markup_prove_nothing() -> None:
+    """An answer "end" does not stand in `<|im_end|>`."""
+    template = ChatTemplate(build_tokenizer("smollm2"), SHORTENS.replace("[:12]", "[:0]"))
+    for content in ("end", "im", "|", "a"):
+        with pytest.raises(DataError, match="leaves out the answer's text"):
+            template.encode(chat(user("x"), said(content)))
+
+
 def test_an_earlier_answer_that_the_template_forgets() -> None:
     tokenizer = build_tokenizer("smollm2")
     messages = (user("x"), said("one"), user("y"), said("two"))

@@ -88,6 +88,10 @@ class Tokens:
         """The text cut at special tokens, these included."""
         return [piece for piece in self._cut_at.split(text) if piece]
 
+    def said(self, text: str) -> str:
+        """The text without its markup, whose letters are nobody's words."""
+        return self._markup.sub("\0", text)
+
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends in markup, by which generation can stop."""
         return any(text.endswith(each) for each in self.control)
