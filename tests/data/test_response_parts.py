@@ -22,6 +22,7 @@ def made(tokenizer: Any, response: str = ANSWER, instruction: str | None = ASK) 
 
 def test_only_the_answers_are_learned() -> None:
     template = made(build_tokenizer("mistral", adds_bos=True))
+    assert template.reading == "of plain text, only what follows '### Assistant:' until '### Human:' is learned"
     (item,) = template.encode(text("### Human: say 0### Assistant: 0### Human: again### Assistant: 0 0"))
     assert shown(template, item) == ("<s>### Human: say 0### Assistant:⟦ 0⟧### Human: again### Assistant:⟦ 0 0</s>⟧")
 

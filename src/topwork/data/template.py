@@ -104,7 +104,12 @@ class ChatTemplate:
 
     @property
     def reading(self) -> str:
-        """How prompt and completion are put together, for people; "" where a chat template does it."""
+        """How prompt and completion are put together, or which part of plain text is learned, for people; "" where a
+        chat template does it, and all of a text is."""
+        response, instruction = self.options.response_part, self.options.instruction_part
+        if response is not None:
+            until = f" until {instruction!r}" if instruction is not None else ""
+            return f"of plain text, only what follows {response!r}{until} is learned"
         if not is_raw(self.jinja):
             return ""
         between = self.renderer.render([Message("user", "x")], None, True).rpartition("x")[2]

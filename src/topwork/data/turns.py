@@ -94,9 +94,9 @@ class Turns:
             answer = self.renderer.cut(whole[len(prompt) :])
         else:
             answer = self._behind_opening(messages[: number + 1], tools, prompt, whole)
-        if not self.preparer.split:
-            answer = self._ended_once(answer)
-        notes = self._lost(message, complete.missing(message, self.renderer.tokens.said(answer)))
+        answer = answer if self.preparer.split else self._ended_once(answer)
+        said = self.renderer.tokens.said(answer) if self.preparer.split else answer
+        notes = self._lost(message, complete.missing(message, said))
         if self.renderer.marks_generation and not self._marks_agree(messages[: number + 1], tools, answer):
             notes = [*notes, OTHERWISE]
         return TurnText(prompt, answer, 1.0 if message.weight is None else message.weight), notes
