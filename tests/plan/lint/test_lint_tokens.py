@@ -10,6 +10,7 @@ import pytest
 
 from data.family_tokenizers import TEMPLATES, build_tokenizer, sentencepiece_tokenizer
 from plan.lint.linted import CONTEXT, Linted, clean_rows, pair
+from topwork.data.examples import load_data
 from topwork.plan.lint.examined import Examined
 
 Lint = Callable[..., Linted]
@@ -250,3 +251,17 @@ def test_streamed_data_say_how_much_was_looked_at(read: Read) -> None:
 
 def test_the_limit_is_what_training_has(read: Read) -> None:
     assert read(max_length=4000).limit == CONTEXT
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on": "last_answer"}, {"train_on": "all"}, {"chat_template": "chatml"}])
+def test_lint_looks_at_what_training_learns(read: Read, options: dict[str, Any]) -> None:
+    talk = {"messages": [*clean_rows()[5]["messages"], *clean_rows()[6]["messages"][1:]]}
+    examined = read({5: talk, 9: pair("Is it there?", "")}, on_bad_row="drop", eval_fraction=0.0, **options)
+    data = load_data(examined.recipe.data, examined.tokenizer, CONTEXT, 0, lambda _: None)
+    found = examined.train.sequences
+    assert len(found) == len(data.train) == 59
+    for number, example in enumerate(data.train):
+        at = slice(found.bounds[number], found.bounds[number + 1])
+        assert found.tokens[at].tolist() == example.tokens.tolist()
+        assert found.weights[at].tolist() == example.weights.tolist()
+        assert examined.train.conversations[found.rows[number]].source == example.source
