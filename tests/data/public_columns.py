@@ -174,6 +174,6 @@ COLUMNS: dict[str, Shape] = {
             "data_source": "gsm8k", "prompt": [BRAID[0]], "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": "5"}, "extra_info": {"index": 0},
         },
-        words=r"prompts.*without answers",
+        words=r"no answers: these rows are prompts.*completion: COLUMN",
     ),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Shapes of conversation as rows of OpenAI's kind: what people's data sets hold, one row of each."""
 
+import re
 import unicodedata
 from collections.abc import Collection, Mapping
 from itertools import groupby
@@ -131,8 +132,10 @@ SHAPES: dict[str, Row] = {
 
 def taken(messages: list[dict[str, Any]], needs: Collection[str]) -> list[dict[str, Any]]:
     """The messages as a template needs them: its `user` first, its system message `folded` into the first user's, turns
-    of one role `merged`, thinking `inline`, `one_call` a turn with the result behind it."""
-    found = [_inline(turn) for turn in messages] if "inline" in needs else list(messages)
+    of one role `merged`, thinking `inline` or `dropped`, `one_call` a turn with the result behind it."""
+    found = [_inline(turn) for turn in messages] if {"inline", "dropped"} & set(needs) else list(messages)
+    if "dropped" in needs:
+        found = [{**turn, "content": re.sub(r"(?s)<think>.*?</think>\s*", "", turn["content"])} for turn in found]
     if "user" in needs and found[0]["role"] == "assistant":
         found = found[1:]
     if "folded" in needs and found[0]["role"] == "system":

@@ -17,8 +17,9 @@ from reference.families import randomise, tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
-from topwork.data.config import DataConfig
+from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.conversations import BadRow, Message
+from topwork.data.examples import grouped
 from topwork.data.pair_shapes import Kind
 from topwork.data.preference_data import PreferenceData, load_preferences
 from topwork.data.preference_examples import Coded, encode_judged, encode_pairs, prompt_ids
@@ -187,7 +188,10 @@ def test_rows_are_held_out_by_a_column_or_alone(write: Callable[..., str], templ
     assert len({unit.source for unit in data.eval_units}) == 3
     same = [{"prompt": "Number?", "chosen": f"Good {n}.", "rejected": "Bad."} for n in range(9)]
     assert len(load(write, template, same, eval_fraction=0.1, hold_out_by="row").eval_units) == 1
-    assert not load(write, template, same, eval_fraction=0.1).eval_units, "all of one prompt"
+    assert (
+        "all rows have the same prompt, so they are held out each by itself"
+        in load(write, template, same, eval_fraction=0.1).lines[-1]
+    )
     with pytest.raises(
         DataError, match=r"hold_out_by is 'topics', which rows\.jsonl:1 does not have; did you mean 'topic'"
     ):
@@ -205,7 +209,10 @@ def test_bad_rows_refuse_or_are_dropped_and_named(write: Callable[..., str], tem
     ):
         load(write, template, rows)
     data = load(write, template, rows, on_bad_row="drop", eval_fraction=0)
-    assert "2 of 6 rows cannot be used and are dropped: rows.jsonl:5, rows.jsonl:6" in data.lines
+    assert data.lines[2:] == (
+        "1 row dropped: the chosen and the rejected answer are equal, so neither is better (rows.jsonl:5)",
+        "1 row dropped: no answer: rejected is empty (rows.jsonl:6)",
+    )
     assert len(data.train) == 8
 
 
@@ -215,14 +222,14 @@ def test_long_pairs_refuse_are_dropped_or_cut(write: Callable[..., str], templat
         load(write, template, rows, max_length=64)
     data = load(write, template, rows, max_length=64, too_long="drop", eval_fraction=0)
     assert len(data.train_units) == 3
-    assert "1 longer than 64 tokens and dropped" in data.lines
+    assert "1 row dropped: longer than 64 tokens (rows.jsonl:4)" in data.lines
     data = load(write, template, rows, too_long="truncate", context=64, eval_fraction=0)
     assert len(data.train[6].tokens) == 64
     assert all(len(column) == 64 for column in data.train[6].columns.values())
-    assert "1 longer than 64 tokens and truncated" in data.lines
+    assert "1 row: longer than 64 tokens, and its end is cut off (rows.jsonl:4)" in data.lines
     late = {"prompt": "Number" * 80, "chosen": "Yes.", "rejected": "No."}
     assert (
-        "1 longer than 64 tokens and dropped"
+        "1 row dropped: longer than 64 tokens (rows.jsonl:4)"
         in load(write, template, [*rows[:3], late], too_long="truncate", max_length=64, eval_fraction=0).lines
     )
     with pytest.raises(DataError, match="too_long is middle, which is for answers that stand alone"):
@@ -233,7 +240,10 @@ def test_pairs_that_stand_twice_are_told_or_dropped(write: Callable[..., str], t
     rows = [*many(3), *many(2)]
     kept = load(write, template, rows, eval_fraction=0)
     assert len(kept.train_units) == 5
-    assert any(line.startswith("2 pairs stand there before, token for token: kept") for line in kept.lines)
+    assert kept.lines[-1] == (
+        "warning: 2 rows: the same, token for token, as an earlier one; data.duplicates: drop keeps the first alone "
+        "(rows.jsonl:4, rows.jsonl:5)"
+    )
     dropped = load(write, template, rows, eval_fraction=0, duplicates="drop")
     assert [unit.source for unit in dropped.train_units] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
 
@@ -298,16 +308,17 @@ def test_several_sources_are_of_one_kind(write: Callable[..., str], template: Ch
     two = write("two.jsonl", json.dumps({**PAIRS["orca"], "question": "Who?"}) + "\n")
     other = write("other.jsonl", json.dumps(JUDGED["trl"]) + "\n")
 
-    def loaded(*paths: str, **options: Any) -> PreferenceData:
+    def loaded(*paths: str | SourceConfig, **options: Any) -> PreferenceData:
         config = DataConfig(train=list(paths), chat_template="chatml", **options)
         return load_preferences(config, template.tokenizer, 512, 0, lambda _: None)
 
     data = loaded(one, two, eval_fraction=0)
     assert [unit.source for unit in data.train_units] == ["one.jsonl:1", "two.jsonl:1"]
-    assert data.lines[:2] == (
-        "read as preference: columns chosen and rejected, 1 row",
-        "train: 2 pairs; " + data.lines[1].partition("; ")[2],
-    )
+    assert data.lines[0] == f"{one}: read as preference: columns chosen and rejected, 1 row"
+    assert data.lines[2].startswith("train: 2 pairs; ")
+    more = loaded(one, SourceConfig(path=two, weight=3), eval_fraction=0)
+    assert [unit.source for unit in more.train_units] == ["one.jsonl:1", *["two.jsonl:1"] * 3]
+    assert [len(own) for own in grouped(more.train)] == [2, 2, 2, 2], "a pair that comes again is a pair of its own"
     assert len(loaded(one, eval=two).eval_units) == 1
     with pytest.raises(DataError, match="the sources hold kto and preference rows"):
         loaded(one, other)

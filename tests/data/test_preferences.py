@@ -92,11 +92,14 @@ def test_under_sft_a_pair_is_refused_and_the_advice_learns_the_chosen_answer(
     )  # fmt: skip
 
 
-def test_what_no_option_learns_is_told() -> None:
-    with pytest.raises(
-        DataError, match=r"column answers, with ranks.* write the answer .* column of its own, completion"
-    ):
+def test_the_advice_for_ranked_answers_is_the_first_where_it_is_the_best(make_tokenizer: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column answers, with ranks.* completion: COLUMN\}, after writing the best"):
         recognise(rows_of(PAIRS["nectar"]), DataConfig(train="a"))
+    ordered = sorted(PAIRS["nectar"]["answers"], key=lambda answer: float(answer["rank"]))
+    fields = {**PAIRS["nectar"], "answers": ordered}
+    options = advised(fields, "column answers, with ranks")
+    assert options == {"columns": {"prompt": "prompt", "completion": "answers[0].answer"}}
+    assert learned(make_tokenizer("qwen2_5"), fields, **options)[1] == "Four.<|im_end|>"
 
 
 def test_the_advice_for_talks_as_text_are_markers(make_tokenizer: Callable[..., Any]) -> None:
@@ -147,10 +150,11 @@ def test_a_prompt_of_every_shape(name: str) -> None:
 def test_under_sft_prompts_have_no_answers() -> None:
     for fields in (PROMPTS["verl"][0], {"prompt": "Two and two?", "level": 3}):
         with pytest.raises(
-            DataError, match=r"prompts \(column prompt\) without answers.* \{prompt: prompt, completion"
+            DataError,
+            match=r"no answers: these rows are prompts \(column prompt\) .*holds them, set data.columns: \{prompt",
         ):
             recognise(rows_of(fields), DataConfig(train="a"))
-    with pytest.raises(DataError, match=r"there are none; give each row one"):
+    with pytest.raises(DataError, match=r"no answers: .* Give each row one, and set"):
         recognise(rows_of({"prompt": "Two and two?"}), DataConfig(train="a"))
     with pytest.raises(DataError, match=r"prompts without answers \(column prompt\): .* \(GRPO\), while .* is sft"):
         recognise(rows_of(PROMPTS["verl"][0]), DataConfig(train="a", format="prompts"))
@@ -219,6 +223,30 @@ def test_the_columns_are_those_that_the_recipe_names() -> None:
         read(fields, format="alpaca")
 
 
+def test_talks_as_json_text_and_in_other_words() -> None:
+    text = {name: json.dumps(value) for name, value in PAIRS["whole_talks"].items()}
+    assert turns(pair(text).chosen) == [("assistant", "Four.")]
+    text = {"prompt": json.dumps([ASKED]), "chosen": json.dumps(GOOD), "rejected": json.dumps([POOR])}
+    assert turns(pair(text).rejected) == [("assistant", "Five!")]
+    assert turns(pair({"prompt": "[1, 2]?", "chosen": "{}", "rejected": "[]"}).prompt) == [("user", "[1, 2]?")]
+    asked, good, poor = (
+        {"who": "client", "said": "Two and two?"},
+        *({"who": "bard", "said": text} for text in ("Four.", "Five!")),
+    )
+    names: dict[str, Any] = {
+        "message_keys": {"who": "role", "said": "content"},
+        "roles": {"bard": "assistant", "client": "user"},
+    }
+    for fields in (
+        {"chosen": [asked, good], "rejected": [asked, poor]},
+        {"prompt": [asked], "chosen": good, "rejected": poor},
+    ):
+        found = pair(fields, **names)
+        assert turns(found.prompt + found.chosen) == [("user", "Two and two?"), ("assistant", "Four.")]
+        with pytest.raises(DataError, match="preference data"):
+            recognise(rows_of(fields), DataConfig(train="a", **names))
+
+
 def test_system_tools_margin_and_answers_that_call() -> None:
     call = {
         "role": "assistant",
@@ -253,9 +281,11 @@ def test_several_turns_before_the_answer() -> None:
             "chosen": hh("Hi", "Hello!", "Two and two?", "Four."),
             "rejected": hh("Hi", "Hello!", "Two and two?", "Five!"),
         },
+        {"prompt": hh("Hi", "Hello!", "Two and two?") + "\n\nAssistant:", "chosen": " Four.", "rejected": " Five!"},
         {**PAIRS["nectar"], "prompt": hh("Hi", "Hello!", "Two and two?") + "\n\nAssistant:"},
     ):
         assert turns(pair(fields).prompt) == before
+        assert turns(pair(fields).chosen) == [("assistant", "Four.")]
 
 
 def test_answers_that_begin_alike_are_never_cut_inside() -> None:
@@ -287,7 +317,7 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ),
         ("whole_talks", {"rejected": [{"role": "user", "content": "Three?"}, POOR]}, "different prompts"),
         ("whole_talks", {"rejected": [*BEFORE, ASKED, POOR]}, "different prompts"),
-        ("whole_talks", {"chosen": [ASKED, GOOD, ASKED, GOOD]}, "differ before the last answer, from message 2 on"),
+        ("whole_talks", {"chosen": [ASKED, GOOD, ASKED, GOOD]}, "differ before the last answer, so"),
         ("whole_talks", {"chosen": [ASKED, {**GOOD, "content": ""}]}, "no answer: the last turn is empty"),
         ("hh", {"rejected": hh("Two and two?", "Four.")}, "are equal"),
         ("hh", {"rejected": hh("Two and two?", "")}, "no answer"),
@@ -295,12 +325,24 @@ def test_answers_that_begin_alike_are_never_cut_inside() -> None:
         ("hh", {"rejected": hh("Three?", "Five!")}, "different prompts"),
         ("hh", {"rejected": "Five!"}, "rejected is no talk of Human: and Assistant:"),
         ("swift", {"rejected_response": None}, "no answer"),
+        ("swift", {"messages": [ASKED, "Four."]}, "no answer: the last turn is empty"),
+        ("nectar", {"answers": [{"answer": "x", "rank": [1]}, "y"]}, "fewer than two ranks"),
         ("factory", {"rejected": {"from": "gpt", "value": ""}}, "no answer"),
         ("nectar", {"answers": [{"answer": "x", "rank": 1}]}, "fewer than two ranks"),
+        ("nectar", {"answers": [{"answer": "x", "rank": 1}, {"answer": "y"}]}, "fewer than two ranks"),
     ],
 )
 def test_what_is_wrong_with_a_pair(good: str, change: dict[str, Any], reason: str) -> None:
     assert reason in problem({**PAIRS[good], **change}, PAIRS[good])
+
+
+def test_the_advice_can_be_pasted_whatever_columns_are_called(make_tokenizer: Callable[..., Any]) -> None:
+    fields = {"The question: which?": "Two and two?", "a, b": "Four.", "c": "Five!"}
+    columns = {"prompt": "The question: which?", "chosen": "a, b", "rejected": "c"}
+    with pytest.raises(DataError, match="preference data") as refused:
+        recognise(rows_of(fields), DataConfig(train="a", columns=columns))
+    said = str(refused.value).partition("set data.columns: ")[2]
+    assert learned(make_tokenizer("qwen2_5"), fields, columns=yaml.safe_load(said))[1] == "Four.<|im_end|>"
 
 
 def test_what_is_wrong_with_judged_answers_and_prompts() -> None:
@@ -359,6 +401,21 @@ def test_real_files(name: str) -> None:
     assert len(good) == count
     assert Counter(reason for row in bad for reason in problems if reason in row.reason) == problems
     assert len(bad) == sum(problems.values())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")
+@pytest.mark.parametrize("name", [name for name in REAL if "hh_rlhf/" not in name and "countdown" not in name])
+def test_the_advice_learns_the_chosen_answers_of_real_files(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    rows, config, tokenizer = real(name)[:20], DataConfig(train=name), make_tokenizer("qwen2_5")
+    options = {**advised(rows[0].fields, "preference data"), "train_on": "last_answer"}
+    units, _ = read_preferences(rows, recognise_preferences(rows, config), config)
+    good = {row.source: row.fields for row in rows}
+    assert len(units) > len(rows) / 2
+    for unit in units:
+        assert isinstance(unit, Pair | Judged)
+        answer = unit.chosen if isinstance(unit, Pair) else unit.completion
+        expected = "".join(message.content for message in answer) + "<|im_end|>"
+        assert learned(tokenizer, good[unit.source], **options)[1] == expected
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not stand beside this checkout")

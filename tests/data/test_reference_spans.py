@@ -173,6 +173,22 @@ def test_what_is_left_of_a_long_conversation_is_learned_as_such(name: str, tmp_p
     assert sorted(found) == list(range(1, len(turns), 2))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_thinking_is_put_before_the_answer_or_left_out(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    tokenizer = case.load_tokenizer()
+    refused = {"inline": ("qwen3_off",), "drop": ("r1", "r1_thinks")}
+    for thinking, needs in (("inline", "inline"), ("drop", "dropped")):
+        for row in (SHAPES["thinking_field"], SHAPES["thinking_inline"]):
+            if name in refused[thinking]:
+                with pytest.raises(DataError, match=r"data\.(thinking|chat_template)"):
+                    load(case, row, tmp_path, thinking=thinking)
+                continue
+            answers = expected(case, taken(row["messages"], (needs, *case.needs)), None)
+            data = load(case, row, tmp_path, thinking=thinking)
+            check(data, answers, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+
+
 TOLD: list[tuple[str, str, dict[str, Any], str | None]] = [
     # case, shape, options, what is told beside the numbers
     ("smollm2", "assistant_first", {}, "the opening answer is context"),

@@ -36,6 +36,8 @@ def test_jsonl_names_lines_and_passes_over_blank_ones(write: Write) -> None:
     rows = reading(path).rows
     assert [(row.fields["text"], row.source) for row in rows] == [("é\u2028x", "a.jsonl:1"), ("b", "a.jsonl:3")]
     assert len(reading(path, max_rows=1).rows) == 1
+    joined = write("b.jsonl", '\ufeff\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n')
+    assert fields(joined) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_text_is_one_document_unless_asked_otherwise(write: Write) -> None:
@@ -73,6 +75,7 @@ def test_empty_files(write: Write) -> None:
     refused(write("d.csv", "prompt,completion\n"), "holds no rows")
     refused(write("e.csv", b"\xef\xbb\xbf"), "is empty")
     refused(write("f.txt", "\n\n"), "is empty")
+    refused(write("g.csv", "sep=;\n"), "names no column")
 
 
 # JSON
@@ -129,6 +132,7 @@ def test_nan_is_no_value(write: Write) -> None:
     assert fields(write("a.json", '[{"instruction": "x", "input": NaN, "output": -Infinity}]')) == [
         {"instruction": "x", "input": None, "output": None}
     ]
+    assert fields(write("c.jsonl", '{"a": 1e999, "b": 1e3}')) == [{"a": None, "b": 1000.0}]
     assert fields(write("b.jsonl", '{"a": NaN, "b": [1, NaN], "c": "NaN"}')) == [
         {"a": None, "b": [1, None], "c": "NaN"}
     ]
@@ -193,6 +197,7 @@ def test_what_people_write_in_place_of_json(write: Write, text: str, hint: str) 
 
 def test_trailing_commas_in_a_json_list(write: Write) -> None:
     refused(write("a.json", '[{"a": 1},\n{"a": 2},\n]'), "line 3, column 1", "no comma before ]")
+    refused(write("c.json", '[{"a": 1}\n{"a": 2}]'), "line 2, column 1", "a comma is missing before it")
     refused(write("b.json", '[{"a": 1},\n // more\n{"a": 2}]'), "line 2", "no comments")
 
 
@@ -213,6 +218,12 @@ def test_csv_with_bom_semicolons_quotes_and_line_breaks(write: Write) -> None:
     assert [row.source for row in rows] == ["a.csv:2", "a.csv:5"]
     assert fields(write("a.tsv", "prompt\tcompletion\na, b\tc\n")) == [{"prompt": "a, b", "completion": "c"}]
     assert fields(write("b.csv", 'prompt,completion\n"a;b","c;d;e"\n')) == [{"prompt": "a;b", "completion": "c;d;e"}]
+    quotes = 'prompt\tcompletion\n"Hello," he said\tfoo "bar"\nx\t"y"\n'
+    assert fields(write("b.tsv", quotes)) == [
+        {"prompt": '"Hello," he said', "completion": 'foo "bar"'},
+        {"prompt": "x", "completion": '"y"'},
+    ]
+    assert fields(write("c.tsv", 'prompt\tcompletion\n"a\nb"\t"c\td"\n')) == [{"prompt": "a\nb", "completion": "c\td"}]
     assert fields(write("c.csv", "prompt,completion\rhi,hello\rbye,ciao\r")) == PAIRS
 
 
@@ -248,6 +259,8 @@ def test_what_spreadsheets_leave_behind(write: Write) -> None:
     assert fields(write("a.csv", text)) == PAIRS
     assert fields(write("b.csv", "prompt,completion\nhi,hello,,\nbye,ciao,,\n")) == PAIRS
     refused(write("c.csv", "prompt,completion,,\nhi,hello,,\nbye,ciao,really,\n"), "line 3", "'really'", "no name")
+    assert fields(write("e.csv", "sep=;\r\nprompt;completion\r\nhi;hello\r\n")) == PAIRS[:1]
+    refused(write("f.csv", ",prompt,,completion\n0,hi,odd,hello\n"), "line 2", "'odd' stands in column 3")
     index = reading(write("d.csv", ",prompt,completion\n0,hi,hello\n1,bye,ciao\n"))  # pandas' to_csv
     assert [row.fields for row in index.rows] == PAIRS
     assert index.notes == ("d.csv: its first column, which has no name, is not read",)

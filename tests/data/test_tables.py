@@ -177,6 +177,14 @@ def test_broken_tables(tmp_path: Path) -> None:
         fields(tmp_path / "b.parquet")
 
 
+def test_a_table_whose_text_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """Other writers than Arrow's do not look."""
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ab\xe9c"))
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet cannot be read as parquet \(.*UTF8"):
+        fields(tmp_path / "a.parquet")
+
+
 def test_rows_are_read_in_batches_and_no_further_than_asked(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [str(n) for n in range(2500)]}), tmp_path / "a.parquet")
     found = reading(tmp_path / "a.parquet").rows

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.lint import EPILOG as LINT_EPILOG
+from topwork.cli.lint import lint
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
@@ -66,6 +68,9 @@ def train(
         raise typer.Exit(1)
     if not as_json:
         _print_trained(done.folder, done.result)
+
+
+app.command(epilog=LINT_EPILOG)(lint)
 
 
 app.command(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from topwork.common.errors import DataError
 from topwork.data.examples import Example, grouped
+from topwork.data.splitting import permuted
 from topwork.ops.batch import Batch, Labels, Segment
 
 AdapterRows = tuple[str | None, Sequence[Example]]
@@ -16,7 +17,7 @@ AdapterRows = tuple[str | None, Sequence[Example]]
 
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch sees the rows; decided by seed and epoch alone, so a resumed run finds it again."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return permuted(count, [seed, epoch])
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -26,8 +27,27 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimizer step `step`, counted from 0 across epochs."""
-    epoch, within = divmod(step, steps_per_epoch(count, batch_size))
-    return [int(row) for row in order(count, seed, epoch)[within * batch_size : (within + 1) * batch_size]]
+    return Order(count, batch_size, seed).step(step)
+
+
+class Order:
+    """`step_indices` of one data set, with the order of the epoch that was last asked for at hand."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._epoch, self._rows = -1, np.empty(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.count, self.batch_size)
+
+    def step(self, step: int) -> list[int]:
+        """The rows of optimizer step `step`, counted from 0 across epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._rows = order(self.count, self.seed, epoch)
+            self._epoch = epoch
+        return [int(row) for row in self._rows[within * self.batch_size : (within + 1) * self.batch_size]]
 
 
 def pack(lengths: Sequence[int], budget: int, owners: Sequence[int] | None = None) -> list[list[int]]:

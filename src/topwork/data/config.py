@@ -18,8 +18,8 @@ class SourceConfig(Options):
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; also .gz, .zst, .bz2, .xz), a glob (`part-*.jsonl`),
     a folder of such files or of `save_to_disk`, or a Hub data set: `owner/name`, `owner/name:config:split`."""
     split: str | None = None
-    """Which split of a folder or a Hub data set is read; left out, its training split (to evaluate on: its test split).
-    Several with | between them are the first of these that it has."""
+    """Which split of a folder or a Hub data set is read; left out, its training split, as `data.eval` its validation
+    split, as `evaluation.data` its test split. Of several with | between them, the first that it has."""
     format: FormatName | None = None
     """How a row is read, where it is not as in `data.format`."""
     columns: dict[str, str] | None = None

@@ -1,8 +1,9 @@
 """Rows of .csv and .tsv files, as spreadsheets, pandas and people write them."""
 
 import csv
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from topwork.data.decoding import DataFile, read_lines, unpacked_name
 Found = Iterator[tuple[dict[str, Any], str]]
 _SNIFFED_LINES = 200
 _LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
+_SEPARATOR = re.compile(r"sep=(.)\r?\n")
 _LONGEST_NAME = 80  # a longer header cell is a sentence
 
 
@@ -23,13 +25,18 @@ def csv_rows(file: DataFile) -> Found:
     csv.field_size_limit(_LONGEST_CELL)
     lines = read_lines(file, newline="")
     first = list(islice(lines, _SNIFFED_LINES))
+    said = _SEPARATOR.match(first[0]) if first else None
     tab = unpacked_name(file.path).suffix.lower() == ".tsv"
-    delimiter = "\t" if tab else _delimiter(first)
+    delimiter = said.group(1) if said else "\t" if tab else _delimiter(first)
     spaced = _spaced(first, delimiter)
     if spaced:
         file.note("the spaces after its separators are left out")
-    records = _records(file, chain(first, lines), delimiter, spaced)
-    _, cells = next(records)
+    if said:
+        first[0] = "\n"  # Excel's own line; a blank one keeps the others' numbers
+    quotes: Any = csv.QUOTE_NONE if tab and _has_no_quoting(first) else csv.QUOTE_MINIMAL
+    reader = csv.reader(chain(first, lines), delimiter=delimiter, strict=True, skipinitialspace=spaced, quoting=quotes)
+    records = _records(file, reader)
+    _, cells = next(records, (0, []))
     header = [name.strip() for name in cells]
     _check_header(file, header)
     width = max((number for number, name in enumerate(header, 1) if name), default=0)
@@ -48,7 +55,7 @@ def _fields(
             f"({', '.join(header)}; separator {delimiter!r}): {_shown(delimiter.join(cells))}. "
             "A cell that holds the separator or a line break must stand in double quotes"
         )
-    unnamed = next((number for number, name in enumerate(header) if not name and cells[number : number + 1] > [""]), 0)
+    unnamed = next((at for at, name in enumerate(header) if at and not name and cells[at : at + 1] > [""]), 0)
     if unnamed:  # the first may be pandas' numbers of the rows
         raise DataError(
             f"{file.path}, line {line:,}: {_shown(cells[unnamed])} stands in column {unnamed + 1}, which has no "
@@ -82,9 +89,8 @@ def _is_no_name(cell: str) -> bool:
     return number or len(cell) > _LONGEST_NAME or "\n" in cell or cell[-1] in ".!?。！？" or len(cell.split()) > 5
 
 
-def _records(file: DataFile, lines: Iterable[str], delimiter: str, spaced: bool) -> Iterator[tuple[int, list[str]]]:
+def _records(file: DataFile, reader: Any) -> Iterator[tuple[int, list[str]]]:
     """(line on which the record starts, its cells); blank lines are passed over."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     line = 1
     try:
         for cells in reader:
@@ -118,6 +124,14 @@ def _delimiter(lines: list[str]) -> str:
         return len(set(widths)) == 1 and widths[0] > 1, widths[0] if widths else 0
 
     return max(",;\t|", key=score)
+
+
+def _has_no_quoting(lines: list[str]) -> bool:
+    """Whether a cell begins with a quote that does not enclose it, where lines are whole rows: quotes are text then."""
+    rows = [line.rstrip("\r\n").split("\t") for line in lines if not line.isspace()]
+    quoted = [cell for cells in rows for cell in cells if cell.startswith('"')]
+    opened = any(len(cell) < 2 or not cell.endswith('"') for cell in quoted)
+    return opened and len({len(cells) for cells in rows}) == 1
 
 
 def _spaced(lines: list[str], delimiter: str) -> bool:

@@ -110,6 +110,8 @@ def read_lines(file: DataFile, newline: str = "\n") -> Iterator[str]:
     try:
         with open_bytes(file.path) as raw, io.TextIOWrapper(raw, encoding=codec, newline=newline) as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.lstrip("\ufeff")
                 if "\0" in line:
                     raise DataError(_nul(file, codec, number))
                 some = some or not line.isspace()

@@ -55,18 +55,25 @@ def grouped(examples: Sequence[Example]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to learn from and to validate on; the conversations are the same rows before the template."""
+    """Examples to learn from and to validate on; the conversations are the same rows before the template.
 
-    train: tuple[Example, ...]
+    bound  of streamed rows, which nobody has counted, what no sequence is longer than. `train` then reads them when
+           they are asked for, and `train_conversations` are but one for each system message, up to two
+    """
+
+    train: Sequence[Example]
     eval: tuple[Example, ...]
     train_conversations: tuple[Conversation, ...]
     eval_conversations: tuple[Conversation, ...]
     template: ChatTemplate
     summary: DataSummary
+    bound: int | None = None
 
     def longest(self, virtual: int = 0) -> int:
         """Tokens of the longest sequence, or of the longest group that stays together; `virtual` tokens stand before
         every sequence."""
+        if self.bound is not None:
+            return self.bound + virtual
         rows = (*self.train, *self.eval)
         return max(sum(len(rows[number].tokens) + virtual for number in own) for own in grouped(rows))
 
@@ -84,6 +91,10 @@ def load_data(
     config = with_held_out(config)
     for line in memory_notes(config):
         log(line)
+    if config.streaming:
+        from topwork.data.streaming import load_streamed  # which is made of the same examples
+
+        return load_streamed(config, template, max_length, seed, log)
     train = read_side(config, config.train, template, max_length, config.max_rows)
     notes = [Note(template.reading)] if template.reading else []
     notes += [*train.notes, *without_copies(train.rows, config)]

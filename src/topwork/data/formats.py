@@ -25,10 +25,10 @@ from topwork.data.conversations import (
 )
 from topwork.data.fields import FIELDS, NEEDED
 from topwork.data.mapping import columns_of, value_of
-from topwork.data.pair_shapes import as_talk
 from topwork.data.recognition import Found, check_options, found_in, keys_in
 from topwork.data.refusals import no_answers, refuse_preferences
 from topwork.data.rows import Row
+from topwork.data.talks import as_talk
 from topwork.data.usable import hashed, prompt_group, usable
 from topwork.data.values import RowProblem, is_blank, opens, parsed, text_of, written
 

@@ -1,6 +1,7 @@
 """Rows of .jsonl and .json files, in every shape that programs write them in."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,12 @@ _WHOLE = re.compile(r"\d+\Z")
 _SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 
 
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+def _finite(number: str) -> float | None:
+    value = float(number)
+    return value if math.isfinite(value) else None
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
 """NaN and Infinity, which pandas writes where a table holds nothing, are no value."""
 
 
@@ -25,11 +31,11 @@ def jsonl_rows(file: DataFile) -> Found:
     """
     lines = read_lines(file)
     for number, line in enumerate(lines, 1):
-        text = line.removesuffix("\n").removesuffix("\r")
+        text = line.removesuffix("\n").removesuffix("\r").lstrip("\ufeff")  # files put together keep their marks
         if not text.strip():
             continue
         try:
-            value = _DECODER.decode(text)
+            value = DECODER.decode(text)
         except RecursionError as error:
             raise DataError(_too_deep(file, number)) from error
         except ValueError as error:
@@ -92,7 +98,7 @@ def _values(file: DataFile, first: int, text: str, cause: ValueError) -> Iterato
         if start == len(text):
             return
         try:
-            value, at = _DECODER.raw_decode(text, start)
+            value, at = DECODER.raw_decode(text, start)
         except RecursionError as error:
             raise DataError(_too_deep(file, line)) from error
         except json.JSONDecodeError as error:
@@ -138,7 +144,9 @@ def _json_hint(rest: str, before: str, line: str, reason: str) -> str:
     if rest.startswith(("//", "/*", "#")):
         return "; JSON has no comments"
     if rest.startswith(",") and before.rstrip().endswith("}"):
-        return "; a line holds one object and no comma after it"
+        return "; a line holds one object and no comma after it, or all of them stand in one [ ]"
+    if reason.startswith("Expecting ','") and rest.strip():
+        return "; a comma is missing before it"
     if rest.startswith("{") and before.rstrip().endswith("}"):
         return "; every object stands on a line of its own"
     if reason.startswith("Unterminated string"):
@@ -163,7 +171,7 @@ def json_rows(file: DataFile) -> Found:
     """A list of objects; an object that holds it, or columns in place of rows; or one object a line after all."""
     text = read_text(file)
     try:
-        value = _DECODER.decode(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{") and text[error.pos] == "{":
             yield from jsonl_rows(DataFile(file.path, file.name, file.encoding, notes=file.notes))
@@ -207,7 +215,7 @@ def _rows_of_object(file: DataFile, value: dict[str, Any]) -> list[Any]:
     if len(rows) > 1:
         raise DataError(
             f"{file.path}: expected a list of objects, or an object that holds one such list; found an object with "
-            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: {{path: {file.name}, split: {next(iter(rows))}}}"
+            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: {{path: {file.path}, split: {next(iter(rows))}}}"
         )
     lengths = {len(item) for item in lists.values()}
     if lists and len(lists) == len(value) and len(lengths) == 1 and len(rows) < len(lists):

@@ -4,12 +4,13 @@ A shape says how each of its answers is read in one of the formats of `formats.p
 same code in a pair and alone, and what a recipe has to say to learn it alone follows from the shape.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from topwork.data.conversations import RowProblem
+from topwork.data.mapping import in_yaml
+from topwork.data.talks import SPEAKS, is_talk, role_of, transcript
 
 Kind = Literal["preference", "kto", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -37,8 +38,6 @@ _TALKS = ("messages", "conversations", "conversation", "dialog", "chat")
 _QUESTIONS = ("prompt", "question", "instruction", "input", "query", *_TALKS)
 ANSWERS = ("completion", "response", "answer", "output")
 _MARGINS = (("margin",), ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-SPEAKS = ("assistant", "gpt", "chatgpt", "bot", "model")
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def shape_of(kind: Kind, rows: Sequence[Fields], found: Sequence[str], mapped: C
 
 def _alone(format: str, columns: Columns) -> str:
     """What a recipe says for rows to be read so."""
-    pairs = f"data.columns: {{{', '.join(f'{name}: {column}' for name, column in columns.items())}}}"
+    pairs = f"data.columns: {in_yaml(columns)}"
     if format == "prompt_completion":
         return pairs
     own = all(name == column for name, column in columns.items())
@@ -104,7 +103,7 @@ def _pair(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shap
     else:
         question, format, answer = {"prompt": prompt}, "prompt_completion", "completion"
     answers = [{**question, answer: column} for column in (chosen, rejected)]
-    return _read_as("preference", format, answers, told, margin, _opens(prompt))
+    return _read_as("preference", format, answers, told, margin, _opens(prompt, chosen, rejected))
 
 
 def _transcripts(chosen: str, rejected: str, margin: Mapping[str, tuple[str, ...]]) -> Shape:
@@ -118,7 +117,7 @@ def _transcripts(chosen: str, rejected: str, margin: Mapping[str, tuple[str, ...
         return {**fields, TALK: turns}
 
     parts = r'data.response_part: "\n\nAssistant:" and data.instruction_part: "\n\nHuman:"'
-    alone = f"data.format: text, data.columns: {{text: {chosen}}}, {parts}"
+    alone = f"data.format: text, data.columns: {in_yaml({'text': chosen})}, {parts}"
     told = f"columns {chosen} and {rejected}, talks of Human: and Assistant:"
     return Shape("preference", "messages", ({"messages": TALK},) * 2, told, alone, opened, margin)
 
@@ -133,7 +132,7 @@ def _swift(rows: Sequence[Fields], found: Sequence[str]) -> Shape | None:
 
     def opened(fields: Fields, number: int) -> Fields:
         turns = fields.get(talk)
-        if number == 0 or not is_talk(turns):
+        if number == 0 or not is_talk(turns) or not isinstance(turns[-1], Mapping):
             return fields
         if fields.get(rejected) is None:
             raise RowProblem(f"no answer: {rejected} is missing")
@@ -155,15 +154,23 @@ def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
         return None
 
     def opened(fields: Fields, number: int) -> Fields:
-        given = fields.get("answers")
-        ranks = {item["rank"]: item["answer"] for item in given or () if isinstance(item, Mapping) and item.get("rank")}
+        ranks = _ranks(fields)
         if len(ranks) < 2:
-            raise RowProblem("answers has fewer than two ranks, so none is better than another")
+            raise RowProblem("answers has fewer than two ranks that are numbers, so none is better than another")
         return {**_opens(prompt)(fields, number), ANSWER: ranks[(min, max)[number](ranks)]}
 
     answers = ({"prompt": prompt, "completion": ANSWER},) * 2
-    alone = "write the answer to be learned into a column of its own, completion"
+    in_order = all(min(ranks) == next(iter(ranks)) for ranks in map(_ranks, rows) if ranks)
+    best = {"prompt": prompt, "completion": "answers[0].answer" if in_order else "COLUMN"}
+    alone = f"data.columns: {in_yaml(best)}" + ("" if in_order else ", after writing the best answers into a COLUMN")
     return Shape("preference", "prompt_completion", answers, "column answers, with ranks", alone, opened)
+
+
+def _ranks(fields: Fields) -> dict[float, Any]:
+    """The answers of a row by their ranks, in its order; none where a rank is no number."""
+    given = fields.get("answers")
+    items = [item for item in given if isinstance(item, Mapping)] if isinstance(given, list) else []
+    return {item["rank"]: item.get("answer") for item in items if isinstance(item.get("rank"), int | float)}
 
 
 # Judged answers, and prompts
@@ -186,7 +193,7 @@ def _judged(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
     if prompt == "instruction" and isinstance(_first(rows, answer), str):
         return _read_as("kto", "alpaca", [{"instruction": prompt, "output": answer}], told, columns)
     return _read_as(
-        "kto", "prompt_completion", [{"prompt": prompt, "completion": answer}], told, columns, _opens(prompt)
+        "kto", "prompt_completion", [{"prompt": prompt, "completion": answer}], told, columns, _opens(prompt, answer)
     )
 
 
@@ -196,7 +203,7 @@ def _asked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sha
         return None
     own = _opens(prompt)
     answers = ({"prompt": prompt, "completion": ANSWER},)
-    alone = f"data.columns: {{prompt: {prompt}, completion: COLUMN}}, where a column holds the answers"
+    alone = f"data.columns: {in_yaml({'prompt': prompt, 'completion': 'COLUMN'})}, where a column holds the answers"
 
     def opened(fields: Fields, number: int) -> Fields:
         return {**own(fields, number), ANSWER: "."}
@@ -205,24 +212,6 @@ def _asked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sha
 
 
 # What values are
-
-
-def as_talk(value: Any, name: str) -> Any:
-    """A message alone as a list of it, OpenAI's {messages: …} as the list; anything else as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    if value.get("tools"):
-        raise RowProblem(f"{name} has tools beside its messages; put them into a column of their own, tools")
-    return [value] if role_of(value) else value.get("messages", value)
-
-
-def transcript(value: object) -> list[dict[str, str]] | None:
-    """The turns of a text that begins with `Human:` or `Assistant:` and goes on so; None where it does not."""
-    before, *parts = _TURN.split(value) if isinstance(value, str) else [""]
-    if before.strip() or not parts:
-        return None
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
 
 
 def judgement(value: object) -> bool | None:
@@ -241,9 +230,9 @@ def _judges(rows: Sequence[Fields], label: str) -> bool:
     return bool(given) and sum(judgement(value) is not None for value in given) >= 0.9 * len(given)
 
 
-def _opens(prompt: str) -> Callable[[Fields, int], Fields]:
-    """A prompt that is a talk as text, up to the answer that is wanted, becomes its turns; OpenAI's tools, which stand
-    beside its messages, become a column."""
+def _opens(prompt: str, *answers: str) -> Callable[[Fields, int], Fields]:
+    """A prompt that is a talk as text, up to the answer that is wanted, becomes its turns, and the answers lose the
+    space behind `Assistant:`. OpenAI's tools, which stand beside its messages, become a column."""
 
     def opened(fields: Fields, number: int) -> Fields:  # noqa: ARG001
         value = fields.get(prompt)
@@ -251,7 +240,10 @@ def _opens(prompt: str) -> Callable[[Fields, int], Fields]:
             return {"tools": value["tools"], **fields, prompt: value.get("messages")}
         turns = transcript(value) or [{}]
         wants = turns[-1].get("role") == "assistant" and not turns[-1]["content"]
-        return {**fields, prompt: turns[:-1]} if wants and len(turns) > 1 else fields
+        if not wants or len(turns) == 1:
+            return fields
+        texts = {name: text.strip() for name in answers if isinstance(text := fields.get(name), str)}
+        return {**fields, **texts, prompt: turns[:-1]}
 
     return opened
 
@@ -272,16 +264,6 @@ def _known(names: Sequence[str], found: Sequence[str]) -> str | None:
 def _first(rows: Sequence[Fields], column: str) -> Any:
     """The column's first value that is there."""
     return next((value for fields in rows if (value := fields.get(column)) is not None), None)
-
-
-def is_talk(value: object) -> TypeGuard[list[Any]]:
-    """Whether it is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and role_of(value[0]) != ""
-
-
-def role_of(turn: object) -> str:
-    """As the message spells it; empty where it is none."""
-    return str(turn.get("role", turn.get("from", ""))) if isinstance(turn, Mapping) else ""
 
 
 def _talk_format(value: list[Any]) -> tuple[str, str]:

@@ -28,7 +28,7 @@ SPLIT_WORDS = {
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|requirements|(sha|md5|check)\w*sums?)\..*"
-    r"|(dataset_infos?|dataset_dict|state|croissant)\.json",
+    r"|(dataset_infos?|dataset_dict|state|croissant|config)\.json",
     re.IGNORECASE,
 )
 _INSTEAD = {

@@ -1,25 +1,27 @@
 """A recipe's data for objectives that compare, judge or reward answers: read, encoded, held out, counted, reported."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig, SourceConfig, Sources, told
-from topwork.data.conversations import BadRow, Conversation, Message
+from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.examples import Example, grouped
 from topwork.data.formats import refuse_bad
+from topwork.data.mapping import value_of
 from topwork.data.pair_shapes import Kind
 from topwork.data.preference_examples import encode_judged, encode_pairs, prompt_ids
 from topwork.data.preferences import Judged, Pair, Prompt, Unit, read_preferences, recognise_preferences, unpaired
-from topwork.data.rows import read_rows
+from topwork.data.rows import Row, read_rows
+from topwork.data.sources import with_held_out
+from topwork.data.splitting import hold_out, repeats, times
+from topwork.data.summary import Note, Tally, dropped_notes
 from topwork.data.template import ChatTemplate
 
 _UNITS: dict[Kind, str] = {"preference": "pairs", "kto": "answers", "prompts": "prompts"}
-_SHOWN = 5  # rows named in a notice
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,32 @@ class PreferenceData:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A unit that can be used, what it is for an objective, and its tokens by which it is told from others."""
+    """A unit that can be used, what it is for an objective, and the tokens by which it is told from others.
+
+    group   what it shares with others that must not be held out apart from it
+    source  the number of its source
+    """
 
     unit: Unit
     examples: tuple[Example, ...]
     tokens: tuple[bytes, ...]
     longest: int
-    group: str = ""
     notes: tuple[str, ...] = ()
+    group: str = ""
+    source: int = 0
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What the sources of `data.train` or `data.eval` hold."""
+@dataclass
+class _Side:
+    """What the sources of `data.train` or of `data.eval` hold: units, with the group and the source of each."""
 
-    kind: Kind
-    sentences: tuple[str, ...]
-    units: tuple[Unit, ...]
-    groups: tuple[str, ...]
-    rows: int
-    bad: tuple[BadRow, ...]
+    kind: Kind = "preference"
+    sources: list[SourceConfig] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    units: list[tuple[Unit, str, int]] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    count: int = 0
+    notes: list[Note] = field(default_factory=list)
 
 
 def load_preferences(
@@ -83,30 +91,31 @@ def load_preferences(
     DataError for whatever the recipe does not allow; nothing is left out in silence.
     """
     _check(config)
+    config = with_held_out(config)
     template = ChatTemplate.from_config(tokenizer, config)
-    most = min(config.max_length, context_length)
-    read = _read(config, config.train, config.max_rows, kind)
-    train, lines = _entries(read, config, template, most)
-    evaluation: list[_Entry] = []
-    held = ""
-    if config.eval is not None:
-        other = _read(config, config.eval, None, read.kind)
-        evaluation, more = _entries(other, config, template, most)
-        lines += [f"eval: {line}" for line in more]
+    side = _read(config, config.train, config.max_rows, kind)
+    entries, notes = _entries(side, config, template, context_length)
+    entries, copies = _without_copies(entries, config)
+    if config.eval is None:
+        train, evaluation, more = _held_out(entries, config, seed)
     else:
-        train, evaluation = _hold_out(train, config.eval_fraction, seed)
-        held = " (held out by seed)"
+        other = _read(config, config.eval, None, side.kind)
+        train, (evaluation, more) = entries, _entries(other, config, template, context_length)
+    notes += [*copies, *more]
     if not train:
-        raise DataError(f"{told(config.train)}: no row is left to train on ({'; '.join(lines)})")
+        raise DataError(f"{told(config.train)}: no row is left to train on; {'; '.join(note.line() for note in notes)}")
+    train = _weighted(train, side.sources, seed)
     raw = [template.reading] if template.reading else []
-    lines = [*read.sentences, *raw, *lines, _line("train", train, read.kind)]
-    lines += [_line("eval" + held, evaluation, read.kind)] if evaluation else []
+    lines = [*side.sentences, *raw, _line("train", train, side.kind)]
+    if evaluation:
+        lines.append(_line("eval" if config.eval is not None else "eval (held out by seed)", evaluation, side.kind))
+    lines += [note.line() for note in notes]
     for line in lines:
         log(line)
+    units = [tuple(entry.unit for entry in entries) for entries in (train, evaluation)]
     return PreferenceData(
-        read.kind, _examples(train), _examples(evaluation), tuple(entry.unit for entry in train),
-        tuple(entry.unit for entry in evaluation), template, tuple(lines),
-    )  # fmt: skip
+        side.kind, _examples(train), _examples(evaluation), units[0], units[1], template, tuple(lines)
+    )
 
 
 def _check(config: DataConfig) -> None:
@@ -122,46 +131,46 @@ def _check(config: DataConfig) -> None:
 # Rows
 
 
-def _read(config: DataConfig, named: Sources, max_rows: int | None, kind: Kind | None) -> _Read:
+def _read(config: DataConfig, named: Sources, max_rows: int | None, kind: Kind | None) -> _Side:
     """All sources together. Raises DataError where they hold different kinds."""
-    found: list[_Read] = []
+    side = _Side()
+    kinds: dict[Kind, None] = {}
     left = max_rows
     for source in config.sources(named):
         if left == 0:
             break
-        if source.weight != 1.0:
-            raise DataError(f"{source.path}: a weight is for objective sft; leave it out, and see max_rows")
-        found.append(_source(config, source, left, kind))
-        left = None if left is None else left - found[-1].rows
-    kinds = sorted({one.kind for one in found})
+        limits = [limit for limit in (source.max_rows, left) if limit is not None]
+        found = read_rows(source, config.documents, min(limits, default=None))
+        left = None if left is None else left - len(found.rows)
+        kinds[_take(side, config, source, found.rows, kind)] = None
+        side.notes += [
+            Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in found.notes
+        ]
     if len(kinds) > 1:
-        raise DataError(f"{told(named)}: the sources hold {' and '.join(kinds)} rows; one run learns from one kind")
-    return _Read(
-        found[0].kind,
-        tuple(dict.fromkeys(sentence for one in found for sentence in one.sentences)),
-        tuple(unit for one in found for unit in one.units),
-        tuple(group for one in found for group in one.groups),
-        sum(one.rows for one in found),
-        tuple(row for one in found for row in one.bad),
-    )
+        raise DataError(f"{told(named)}: the sources hold {' and '.join(sorted(kinds))} rows; one run learns one kind")
+    return replace(side, kind=next(iter(kinds)))
 
 
-def _source(config: DataConfig, source: SourceConfig, left: int | None, kind: Kind | None) -> _Read:
-    limits = [limit for limit in (source.max_rows, left) if limit is not None]
-    rows = read_rows(source, config.documents, min(limits, default=None)).rows
+def _take(side: _Side, config: DataConfig, source: SourceConfig, rows: Sequence[Row], kind: Kind | None) -> Kind:
+    """One source's units, added to the others'; their kind."""
     own = config.of_source(source)
     try:
         format = recognise_preferences(rows, own, kind)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from error
     units, bad = read_preferences(rows, format, own)
-    sentence = format.sentence
+    sentence = format.sentence if isinstance(config.train, str) else f"{source.path}: {format.sentence}"
     if kind == "kto" and format.kind == "preference":
-        pairs = [unit for unit in units if isinstance(unit, Pair)]
-        units, sentence = [*unpaired(pairs)], f"{sentence}; each pair is a good and a bad answer"
+        units = [*unpaired([unit for unit in units if isinstance(unit, Pair)])]
+        sentence += "; each pair is a good and a bad answer"
     by_source = {row.source: row.fields for row in rows}
-    groups = [_group(unit, by_source[unit.source], config.hold_out_by) for unit in units]
-    return _Read(kind or format.kind, (sentence,), tuple(units), tuple(groups), len(rows), tuple(bad))
+    number = len(side.sources)
+    side.units += [(unit, _group(unit, by_source[unit.source], config.hold_out_by), number) for unit in units]
+    side.sources.append(source)
+    side.sentences.append(sentence)
+    side.bad += bad
+    side.count += len(rows)
+    return kind or format.kind
 
 
 def _group(unit: Unit, fields: Mapping[str, Any], by: str) -> str:
@@ -171,66 +180,53 @@ def _group(unit: Unit, fields: Mapping[str, Any], by: str) -> str:
     if by == "prompt":
         messages = unit.messages if isinstance(unit, Prompt) else unit.prompt
         return repr([(message.role, message.content) for message in messages])
-    if by not in fields:
+    try:
+        value = value_of(fields, by)
+    except RowProblem:
+        value = None
+    if value is None and by not in fields:
         raise DataError(
             f"data.hold_out_by is {by!r}, which {unit.source} does not have{did_you_mean(by, fields)}; expected "
             f"prompt, row, or a column: {', '.join(fields)}"
         )
-    return repr(fields[by])
-
-
-def _hold_out(entries: Sequence[_Entry], fraction: float, seed: int) -> tuple[list[_Entry], list[_Entry]]:
-    """The entries in their order, less groups drawn by seed until they are that share of the rows."""
-    wanted = max(1, round(len(entries) * fraction)) if fraction > 0 else 0
-    names = list(dict.fromkeys(entry.group for entry in entries))
-    sizes = Counter(entry.group for entry in entries)
-    out: set[str] = set()
-    for at in np.random.default_rng(seed).permutation(len(names))[: len(names) - 1]:
-        if sum(sizes[name] for name in out) >= wanted:
-            break
-        out.add(names[at])
-    return [entry for entry in entries if entry.group not in out], [entry for entry in entries if entry.group in out]
+    return repr(value)
 
 
 # What they become
 
 
-def _entries(read: _Read, config: DataConfig, template: ChatTemplate, most: int) -> tuple[list[_Entry], list[str]]:
-    """The rows that can be used, and what is to be said of the others."""
-    encoded = _encode(read, template)
-    bad = [*read.bad, *(one for one in encoded if isinstance(one, BadRow))]
-    refuse_bad(bad, read.rows, config)
-    entries = [replace(one, group=group) for one, group in zip(encoded, read.groups) if isinstance(one, _Entry)]
-    lines = [f"{len(bad):,} of {read.rows:,} rows cannot be used and are dropped: {_named(row.source for row in bad)}"]
-    lines = lines if bad else []
-    notes: dict[str, list[str]] = {}
+def _entries(
+    side: _Side, config: DataConfig, template: ChatTemplate, context_length: int
+) -> tuple[list[_Entry], list[Note]]:
+    """The units that can be used, and what is to be told of them and of the others."""
+    encoded = _encoded(side, template)
+    bad = [*side.bad, *(one for one in encoded if isinstance(one, BadRow))]
+    refuse_bad(bad, side.count, config)
+    entries = [
+        replace(one, group=group, source=source)
+        for one, (_, group, source) in zip(encoded, side.units)
+        if isinstance(one, _Entry)
+    ]
+    tally = Tally()
     for entry in entries:
-        for note in dict.fromkeys((*entry.unit.notes, *entry.notes)):
-            notes.setdefault(note, []).append(entry.unit.source)
-    lines += [f"{len(sources):,} rows: {note} ({_named(sources)})" for note, sources in notes.items()]
-    fitted, more = _fit(entries, config, most)
-    seen: dict[tuple[bytes, ...], _Entry] = {}
-    for entry in fitted:
-        seen.setdefault(entry.tokens, entry)
-    again = len(fitted) - len(seen)
-    if again:
-        what = "dropped" if config.duplicates == "drop" else "kept; data.duplicates: drop leaves them out"
-        more.append(f"{again:,} {_UNITS[read.kind]} stand there before, token for token: {what}")
-    return list(seen.values()) if config.duplicates == "drop" else fitted, lines + more
+        tally.add((*entry.unit.notes, *entry.notes), entry.unit.source)
+    fitted, fates = _fit(entries, config, min(config.max_length, context_length))
+    return fitted, [*side.notes, *dropped_notes(bad), *tally.notes(), *fates]
 
 
-def _encode(read: _Read, template: ChatTemplate) -> list[_Entry | BadRow]:
-    if read.kind == "prompts":
-        prompts = [unit for unit in read.units if isinstance(unit, Prompt)]
+def _encoded(side: _Side, template: ChatTemplate) -> list[_Entry | BadRow]:
+    units = [unit for unit, _, _ in side.units]
+    if side.kind == "prompts":
+        prompts = [unit for unit in units if isinstance(unit, Prompt)]
         template.survey([Conversation((*unit.messages, Message("assistant", ".")), unit.tools, "") for unit in prompts])
         return [_asked(template, unit) for unit in prompts]
-    pairs = [unit for unit in read.units if isinstance(unit, Pair)]
-    judged = [unit for unit in read.units if isinstance(unit, Judged)]
-    encoded = encode_pairs(template, pairs) if read.kind == "preference" else encode_judged(template, judged)
+    if side.kind == "preference":
+        found = encode_pairs(template, [unit for unit in units if isinstance(unit, Pair)])
+    else:
+        found = encode_judged(template, [unit for unit in units if isinstance(unit, Judged)])
     return [
-        one if isinstance(one, BadRow) else _entry(unit, one.examples, one.notes)
-        for unit, one in zip(read.units, encoded)
-    ]  # fmt: skip
+        one if isinstance(one, BadRow) else _entry(unit, one.examples, one.notes) for unit, one in zip(units, found)
+    ]
 
 
 def _asked(template: ChatTemplate, unit: Prompt) -> _Entry | BadRow:
@@ -244,10 +240,10 @@ def _asked(template: ChatTemplate, unit: Prompt) -> _Entry | BadRow:
 def _entry(unit: Unit, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> _Entry:
     label = bytes([unit.label]) if isinstance(unit, Judged) else b""
     tokens = (label, *(example.tokens.tobytes() for example in examples))
-    return _Entry(unit, examples, tokens, max(len(example.tokens) for example in examples), notes=notes)
+    return _Entry(unit, examples, tokens, max(len(example.tokens) for example in examples), notes)
 
 
-def _fit(entries: Sequence[_Entry], config: DataConfig, most: int) -> tuple[list[_Entry], list[str]]:
+def _fit(entries: Sequence[_Entry], config: DataConfig, most: int) -> tuple[list[_Entry], list[Note]]:
     """Those of at most so many tokens, by the recipe's way with longer ones."""
     long = [entry for entry in entries if entry.longest > most]
     if not long:
@@ -259,12 +255,15 @@ def _fit(entries: Sequence[_Entry], config: DataConfig, most: int) -> tuple[list
             f"{longest.longest:,} ({longest.unit.source}). Set data.max_length: {longest.longest} (the model's context "
             "bounds it too), or data.too_long: drop, or truncate, which cuts off the ends of answers"
         )
-    cut = {id(entry): _cut(entry, most) for entry in long} if config.too_long == "truncate" else {}
-    kept = [cut.get(id(entry)) if entry.longest > most else entry for entry in entries]
-    left = [entry for entry in kept if entry is not None]
-    truncated = len(left) - (len(entries) - len(long))
-    told = [(truncated, "truncated"), (len(long) - truncated, "dropped")]
-    return left, [f"{number:,} longer than {most:,} tokens and {what}" for number, what in told if number]
+    kept: list[_Entry] = []
+    dropped, truncated = Tally(), Tally()
+    for entry in entries:
+        fits = entry if entry.longest <= most else _cut(entry, most) if config.too_long == "truncate" else None
+        kept += [fits] if fits is not None else []
+        if fits is not entry:
+            what = f"longer than {most:,} tokens" + ("" if fits is None else ", and its end is cut off")
+            (dropped if fits is None else truncated).add([what], entry.unit.source)
+    return kept, [*dropped.notes(dropped=True), *truncated.notes()]
 
 
 def _cut(entry: _Entry, most: int) -> _Entry | None:
@@ -279,16 +278,50 @@ def _cut(entry: _Entry, most: int) -> _Entry | None:
     tokens = {example.tokens.tobytes() for example in examples}
     if not examples or len(tokens) < len(examples) or not all(example.weights.any() for example in examples):
         return None
-    return replace(_entry(entry.unit, examples), group=entry.group)
+    return replace(_entry(entry.unit, examples), group=entry.group, source=entry.source)
+
+
+def _without_copies(entries: list[_Entry], config: DataConfig) -> tuple[list[_Entry], list[Note]]:
+    """Entries that are an earlier one again, told, or left out where the recipe says so."""
+    copies = repeats([entry.tokens for entry in entries])
+    tally, drop = Tally(), config.duplicates == "drop"
+    text = "the same, token for token, as an earlier one"
+    for at in copies:
+        tally.add([text + ("" if drop else "; data.duplicates: drop keeps the first alone")], entries[at].unit.source)
+    left = [entry for at, entry in enumerate(entries) if not drop or at not in set(copies)]
+    return left, tally.notes(dropped=drop, warning=not drop)
+
+
+def _held_out(entries: list[_Entry], config: DataConfig, seed: int) -> tuple[list[_Entry], list[_Entry], list[Note]]:
+    """The entries in their order, less a share drawn by seed, and that share."""
+    groups = [entry.group for entry in entries]
+    held = hold_out(groups, [True] * len(entries), config.eval_fraction, seed, config.hold_out_by)
+    kept = [entry for at, entry in enumerate(entries) if at not in held.rows]
+    return kept, [entry for at, entry in enumerate(entries) if at in held.rows], [*held.notes]
+
+
+def _weighted(entries: Sequence[_Entry], sources: Sequence[SourceConfig], seed: int) -> list[_Entry]:
+    """Each as often as an epoch sees it by its source's weight; a pair that comes again is a pair of its own."""
+    often = [1] * len(entries)
+    for number, source in enumerate(sources):
+        own = [at for at, entry in enumerate(entries) if entry.source == number]
+        if source.weight != 1.0:
+            for at, count in zip(own, times(len(own), source.weight, seed, number).tolist()):
+                often[at] = count
+    return [
+        entry if not turn else replace(entry, examples=tuple(_again(example, turn) for example in entry.examples))
+        for turn in range(max(often, default=0))
+        for entry, count in zip(entries, often)
+        if count > turn
+    ]
+
+
+def _again(example: Example, turn: int) -> Example:
+    return example if example.group is None else replace(example, group=f"{example.group} again {turn}")
 
 
 def _examples(entries: Sequence[_Entry]) -> tuple[Example, ...]:
     return tuple(example for entry in entries for example in entry.examples)
-
-
-def _named(sources: Iterable[str]) -> str:
-    names = list(dict.fromkeys(sources))
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _line(name: str, entries: Sequence[_Entry], kind: Kind) -> str:

@@ -9,8 +9,9 @@ from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.formats import FORMATS, Format, read_conversations
-from topwork.data.pair_shapes import FIELDS, KINDS, Kind, Shape, is_talk, judgement, role_of, shape_of
+from topwork.data.pair_shapes import FIELDS, KINDS, Kind, Shape, judgement, shape_of
 from topwork.data.rows import Row
+from topwork.data.talks import is_talk, respelled, role_of
 
 Tools = list[dict[str, Any]] | None
 _REPEATED = 16  # letters of a prompt at the head of both answers that are no chance
@@ -76,7 +77,7 @@ def recognise_preferences(rows: Sequence[Row], config: DataConfig, kind: Kind | 
 
     Raises DataError for columns that do not exist and for rows that hold nothing of the kind.
     """
-    fields = [row.fields for row in rows]
+    fields = [respelled(row.fields, config) for row in rows]
     found = list(dict.fromkeys(name for row in fields for name in row))
     wanted = config.format if config.format != "auto" else kind
     if wanted is not None and wanted not in KINDS:
@@ -93,7 +94,7 @@ def recognise_preferences(rows: Sequence[Row], config: DataConfig, kind: Kind | 
     if shape is None:
         raise DataError(_unrecognised(kinds, found))
     return PreferenceFormat(
-        shape, f"read as {shape.kind}: {_sentence(shape)}, {len(rows):,} row{'s'[: len(rows) != 1]}"
+        shape, f"read as {shape.kind}: {_sentence(shape)}, {len(rows):,} row{'s' if len(rows) != 1 else ''}"
     )
 
 
@@ -139,6 +140,8 @@ def read_preferences(
     Unusable is a row without an answer or a label, and one whose two answers are the same or answer different prompts.
     """
     shape, make = format.shape, _MAKE[format.kind]
+    rows = [Row(dict(respelled(row.fields, config)), row.source) for row in rows]
+    config = config.model_copy(update={"message_keys": {}, "roles": {}})
     talks = [_talks(rows, shape, number, config) for number in range(len(shape.answers))]
     good: list[Unit] = []
     bad: list[BadRow] = []
@@ -250,8 +253,7 @@ def _prompt_length(chosen: Sequence[Message], rejected: Sequence[Message], given
         raise RowProblem("the chosen and the rejected answer have different prompts, or none")
     if not all(_one_answer(talk[starts[-1] :]) for talk in (chosen, rejected)):
         raise RowProblem(
-            f"the chosen and the rejected talk differ before the last answer, from message {shared + 1} on, so these "
-            "are answers to different prompts"
+            "the chosen and the rejected talk differ before the last answer, so these are answers to different prompts"
         )
     return starts[-1]
 

@@ -6,13 +6,12 @@ from hashlib import blake2b
 
 import numpy as np
 
-from topwork.common.errors import DataError
 from topwork.data.config import DataConfig, SourceConfig, Sources
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.fitting import Fitted, Fitting
 from topwork.data.formats import Format, refuse_bad
 from topwork.data.parts import read_parts
-from topwork.data.splitting import hold_out, prompt_key, repeats, units
+from topwork.data.splitting import hold_out, no_such_column, prompt_key, repeats, units
 from topwork.data.summary import NAMED, Note, Tally, dropped_notes
 from topwork.data.template import ChatTemplate, Encoded
 
@@ -153,10 +152,7 @@ def held_out(read: Read, config: DataConfig, seed: int) -> tuple[Read, Read, Seq
         and config.eval_fraction
         and all(row.conversation.group is None for row in read.rows)
     ):
-        raise DataError(
-            f"data.hold_out_by is {by!r}, and no row has a value in a column of this name; name one that is there, or "
-            "say prompt (rows with the same prompt stay together) or row"
-        )
+        raise no_such_column(by)
     usable = [bool(row.sequences) for row in read.rows]
     keys = units([row.conversation for row in read.rows], by)
     held = hold_out(keys, usable, config.eval_fraction, seed, by)

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
-from topwork.data.pair_shapes import ANSWERS, KINDS, SPEAKS, Fields, Kind, Shape, is_talk, role_of, shape_of
+from topwork.data.mapping import in_yaml
+from topwork.data.pair_shapes import ANSWERS, KINDS, Fields, Kind, Shape, shape_of
+from topwork.data.talks import SPEAKS, is_talk, respelled, role_of
 
 
 def refuse_preferences(config: DataConfig, rows: Sequence[Fields], found: Sequence[str]) -> None:
@@ -14,6 +16,7 @@ def refuse_preferences(config: DataConfig, rows: Sequence[Fields], found: Sequen
     asked = next((named[name] for name in config.columns if name in named), config.format)
     if asked not in KINDS and (config.format != "auto" or config.columns):
         return
+    rows = [respelled(fields, config) for fields in rows]
     kinds: Sequence[Kind] = [kind for kind in KINDS if asked == kind] or ["preference", "kto"]
     for kind in kinds:
         shape = shape_of(kind, rows, found, config.columns)
@@ -60,8 +63,9 @@ def no_answers(found: Sequence[str]) -> str | None:
     if "prompt" not in found or set(ANSWERS) & set(found):
         return None
     rest = [name for name in found if name != "prompt"]
-    where = f"; if one of {', '.join(rest)} holds them, set" if rest else "; give each row one, and set"
+    way = in_yaml({"prompt": "prompt", "completion": rest[0] if len(rest) == 1 else "COLUMN"})
+    where = f"If {'one of ' if len(rest) > 1 else ''}{', '.join(rest)} holds them" if rest else "Give each row one, and"
     return (
-        f"these rows are prompts (column prompt) without answers, which training.objective sft learns: there are none"
-        f"{where} data.columns: {{prompt: prompt, completion: COLUMN}}"
+        "no answers: these rows are prompts (column prompt) beside which no column is known to hold any, while "
+        f"training.objective is sft, which learns answers. {where}{',' if rest else ''} set data.columns: {way}"
     )

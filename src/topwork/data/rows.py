@@ -12,7 +12,7 @@ from topwork.data.csv_rows import csv_rows
 from topwork.data.decoding import DataFile, read_lines, read_text
 from topwork.data.json_rows import json_rows, jsonl_rows
 from topwork.data.places import kind_of
-from topwork.data.sources import locate
+from topwork.data.sources import Located, locate
 from topwork.data.tables import arrow_rows, dataset_rows, parquet_rows
 
 Found = Iterator[tuple[dict[str, Any], str]]
@@ -43,12 +43,31 @@ def read_rows(source: SourceConfig, documents: str = "file", max_rows: int | Non
     if located is None:
         rows, notes = _hub_rows(source, max_rows)
     else:
-        reader = saved_rows if located.saved else file_rows
-        rows = list(islice((row for file in located.files for row in reader(file)), max_rows))
+        rows = list(islice(_all_rows(located), max_rows))
         notes = [*located.notes, *(note for file in located.files for note in file.notes)]
     if not rows:
         raise DataError(f"{source.path} holds no rows; expected at least one (is the file empty?)")
     return Reading(rows, tuple(notes))
+
+
+def _all_rows(located: Located) -> Iterator[Row]:
+    """The rows of one file after the other. Raises DataError where a file's columns are all others than the first's."""
+    reader = saved_rows if located.saved else file_rows
+    first: tuple[DataFile, list[str]] | None = None
+    for file in located.files:
+        rows = reader(file)
+        begin = next(rows, None)
+        if begin is None:
+            continue
+        if begin.fields:
+            first = first or (file, list(begin.fields))
+        if first and begin.fields and set(begin.fields).isdisjoint(first[1]):
+            raise DataError(
+                f"{first[0].name} has the columns {', '.join(first[1])}, and {file.name} {', '.join(begin.fields)}: "
+                f"files of one source hold rows of one kind; name each as a source: [{first[0].path}, {file.path}]"
+            )
+        yield begin
+        yield from rows
 
 
 def file_rows(file: DataFile) -> Iterator[Row]:
@@ -91,6 +110,19 @@ def _txt(file: DataFile) -> Found:
 
 
 def _hub_rows(source: SourceConfig, max_rows: int | None) -> tuple[list[Row], list[str]]:
+    table, note = hub_table(source, max_rows)
+    file = hub_file(source)
+    rows = [Row(fields, f"{source.path}{place}") for fields, place in dataset_rows(file, table)]
+    return rows, [note, *file.notes]
+
+
+def hub_file(source: SourceConfig) -> DataFile:
+    """A data set of the Hub as what its rows are told from."""
+    return DataFile(Path(source.path), source.path, chosen=bool(source.columns) or source.format not in (None, "auto"))
+
+
+def hub_table(source: SourceConfig, max_rows: int | None) -> tuple[Any, str]:
+    """A data set of the Hub, as `datasets` loads it, and which split it is. Raises DataError."""
     repository, _, rest = source.path.partition(":")
     config, _, split = rest.partition(":")
     several = [split] if split else [name or "train" for name in (source.split or "").split("|")]
@@ -107,9 +139,7 @@ def _hub_rows(source: SourceConfig, max_rows: int | None) -> tuple[list[Row], li
                 f"{source.path} is no local file or folder, and loading it from the Hub failed ({_reason(error)}). "
                 "Expected an existing path, or owner/name[:config[:split]] and a network connection"
             ) from error
-    file = DataFile(Path(source.path), source.path, chosen=bool(source.columns) or source.format not in (None, "auto"))
-    rows = [Row(fields, f"{source.path}{place}") for fields, place in dataset_rows(file, table)]
-    return rows, [f"{source.path}: its {part} split is read", *file.notes]
+    return table, f"{source.path}: its {part} split is read"
 
 
 def _reason(error: Exception) -> str:

@@ -93,17 +93,17 @@ def without_oldest(whole: Made, train_on: TrainOn, max_length: int) -> Steps:
     found: list[Made] = []
     stop = len(exchanges)
     while stop := _through_learned(exchanges, stop, train_on):
-        best, low, high = stop, 0, stop - 1
+        best, low, high, more = stop, 0, stop - 1, 1  # the first exchange: found, and where it is looked for
         kept = Made(whole.conversation, [])
         while low <= high:
-            start = (low + high) // 2
+            start = max(low, best - more) if more else (low + high) // 2  # twice as many, until they are too many
             messages = (*head, *(message for exchange in exchanges[start:stop] for message in exchange))
             tried = replace(whole.conversation, messages=messages)
             items = yield tried
             if _fits(items, max_length):
-                best, kept, high = start, Made(tried, items), start - 1
+                best, kept, high, more = start, Made(tried, items), start - 1, 2 * more
             else:
-                low = start + 1
+                low, more = start + 1, 0
         found.append(kept)
         stop = best if kept.sequences else stop - 1
     return found[::-1]

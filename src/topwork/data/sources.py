@@ -96,7 +96,7 @@ def _training(place: Place) -> list[str]:
     held = ", ".join(f"{name} ({_names(place, [name])})" for name in place.splits)
     raise DataError(
         f"{place.name} holds nothing to train on, only the split{'s' if len(place.splits) > 1 else ''} {held}; to "
-        f"learn it nevertheless, say so: {{path: {_short(place)}, split: {next(iter(place.splits))}}}"
+        f"learn it nevertheless, say so: {{path: {place.name}, split: {next(iter(place.splits))}}}"
     )
 
 
@@ -105,7 +105,7 @@ def _one(place: Place, names: list[str], what: str) -> list[str]:
     if len(names) > 1:
         raise DataError(
             f"{place.name} holds several {what + ' ' if what else ''}splits: {', '.join(names)}; name one: "
-            f"{{path: {_short(place)}, split: {names[0]}}}"
+            f"{{path: {place.name}, split: {names[0]}}}"
         )
     return names
 

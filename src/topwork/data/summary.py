@@ -21,6 +21,7 @@ class Counts:
     truncated, cut_answers       cut off; of these, the ones that end in the middle of an answer
     shortened, split             made of a shortened conversation; cut up into pieces
     sequences, tokens            what an epoch sees, rows of a source with a weight as often as it says
+    streamed                     they are read as steps need them, so that only rows are counted
     """
 
     rows: int = 0
@@ -38,6 +39,7 @@ class Counts:
     learned_tokens: int = 0
     longest: int = 0
     median: int = 0
+    streamed: bool = False
 
     def line(self, name: str) -> str:
         """One line for people."""
@@ -52,7 +54,13 @@ class Counts:
             (self.split, "split"),
         ]
         notes = "".join(f", {number:,} {what}" for number, what in lost if number)
-        sizes = f"{self.tokens:,} tokens, {self.learned_tokens:,} learned; median {self.median}, longest {self.longest}"
+        if self.streamed:
+            return (
+                f"{name}: {self.rows:,} rows{notes}, streamed: an epoch reads {self.sequences:,}, and one that is too "
+                "long, or that the chat template refuses, is found when a step needs it"
+            )
+        median = f"median {self.median}, " if self.median else ""
+        sizes = f"{self.tokens:,} tokens, {self.learned_tokens:,} learned; {median}longest {self.longest}"
         return f"{name}: {self.rows:,} rows -> {self.sequences:,} sequences{notes}; {sizes}"
 
 

@@ -24,7 +24,7 @@ def parquet_rows(file: DataFile) -> Found:
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             yield from _batches_rows(file, table.iter_batches(_BATCH_ROWS), table.schema_arrow)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.path} cannot be read as parquet ({_first_line(error)}); fetch it again") from error
 
 
@@ -42,7 +42,7 @@ def arrow_rows(file: DataFile) -> Found:
                 table = pyarrow.ipc.open_stream(source)
                 batches = iter(table)
             yield from _batches_rows(file, batches, table.schema)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.path} cannot be read as arrow ({_first_line(error)}); fetch it again") from error
 
 
@@ -70,6 +70,7 @@ def _rows(file: DataFile, batches: Iterator[Any], readers: dict[str, _Reader | N
     index = 0
     for batch in batches:
         wide = batch.select([name for name in batch.schema.names if name in readers])
+        wide.validate(full=True)  # what a damaged file says of itself may lie outside of it
         for row in wide.to_pylist():
             fields = {}
             for name, value in row.items():

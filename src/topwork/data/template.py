@@ -38,7 +38,7 @@ from topwork.data.turns import LETTERS, Turns
 TrainOn = Literal["answers", "last_answer", "all"]
 _AT_ONCE = 4096
 """Conversations that are rendered before their texts are tokenized: more would only be held."""
-_PROVED = 32
+PROVED = 32
 """So many conversations of a call are tokenized a second time, whole, to prove that their pieces make the same ids."""
 
 
@@ -176,22 +176,29 @@ class ChatTemplate:
         """Settle what rows decide that recipes leave open, by all of them: whether plain text brings its own markup,
         and whether prompt and completion are read raw, where the model has no template. The first call with rows of a
         kind settles it. Raises DataError for marker strings where no row is plain text."""
-        texts = [conversation.text or "" for conversation in conversations if conversation.kind == "text"]
-        if self.text_markup is None and texts:
-            begin = tuple(self.renderer.tokens.control)
-            self.text_markup = bool(begin) and all(text.startswith(begin) for text in texts)
-        asked = [conversation for conversation in conversations if conversation.kind == "chat"]
+        seen = {self.surveyed(conversation) for conversation in conversations}
+        kinds = {kind for kind, _ in seen}
+        if self.text_markup is None and "text" in kinds:
+            self.text_markup = ("text", False) not in seen
+        asked = "chat" in kinds
         if self.options.response_part is not None and asked and self.text_markup is None:
             raise DataError(
                 "data.response_part says what is learned of plain text, and these rows are conversations, of which the "
                 "answers are learned as it is; leave it out"
             )
-        undecided, self._has_seen_chats = not self._has_seen_chats, self._has_seen_chats or bool(asked)
-        if undecided and self.jinja is None and asked and all(map(_is_pair, asked)):
+        undecided, self._has_seen_chats = not self._has_seen_chats, self._has_seen_chats or asked
+        if undecided and self.jinja is None and asked and ("chat", False) not in seen:
             jinja = raw_jinja(self.tokenizer, self.separator)
             self.renderer = Renderer(self.tokenizer, jinja, self.renderer.fold_system)
             self.__dict__.pop("_preparer", None)
             self.__dict__.pop("_turns", None)
+
+    def surveyed(self, conversation: Conversation) -> tuple[str, bool]:
+        """What `survey` looks at in a row: its kind, and whether it begins with markup or is a prompt and an answer."""
+        if conversation.kind == "text":
+            begin = tuple(self.renderer.tokens.control)
+            return "text", bool(begin) and (conversation.text or "").startswith(begin)
+        return "chat", _is_pair(conversation)
 
     def encode_all(
         self, conversations: Sequence[Conversation], train_on: TrainOn = "answers"
@@ -216,14 +223,14 @@ class ChatTemplate:
         bad: list[BadRow] = []
         for number, conversation in enumerate(conversations):
             try:
-                plans.append(self._plan(conversation, train_on, proved and number < _PROVED))
+                plans.append(self._plan(conversation, train_on, proved and number < PROVED))
             except RowProblem as problem:
                 plans.append(_Plan())
                 bad.append(BadRow(conversation.source, str(problem)))
         tokens = self.renderer.tokens
         texts = list(dict.fromkeys(text for plan in plans for part in plan.parts for text in texts_of(part)))
         ids = dict(zip(texts, tokens.ids(texts)))
-        if not all(holds([part for part in plan.parts if isinstance(part, Turn)], ids) for plan in plans[:_PROVED]):
+        if not all(holds([part for part in plan.parts if isinstance(part, Turn)], ids) for plan in plans[:PROVED]):
             tokens.never_join()
             return self._encode_some(conversations, train_on, proved)
         return [self._encoded(plan, ids) for plan in plans], bad

@@ -160,8 +160,8 @@ def _scalar(text: str) -> Any:
 
 
 def _value(key: str, value: Any) -> Any:
-    """Several names in one text (`q_proj+v_proj`) as a list, where the key takes one."""
-    if isinstance(value, str) and _NAMES.fullmatch(value) and _takes(key, list):
+    """Several names in one text (`q_proj+v_proj`) as a list, where the key takes one; a path may have a + in it."""
+    if isinstance(value, str) and _NAMES.fullmatch(value) and _takes(key, list) and not key.startswith("data."):
         return value.split("+")
     if isinstance(value, str) and re.fullmatch(_NUMBER, value.strip()) and not _takes(key, str):
         return _scalar(value)

@@ -21,6 +21,9 @@ FREE_TO_CHANGE = {
 """What may differ when a run is resumed; anything else would make it another run. Files may have moved: whether they
 are the same is told by their hashes (`run/provenance.py`)."""
 
+FOUND_ON_THE_WAY = ("data.too_long", "data.on_bad_row")
+"""Streamed rows that are refused are met in the midst of a run. It had none before, so it may go on without them."""
+
 SHARED = ("training.tokens_per_pass", "training.activation_checkpointing")
 """Options that are the pass's, beside the sections `model` and `quantization`."""
 
@@ -67,6 +70,7 @@ def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
         changed = [
             key for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE and not key.startswith("evaluation.")
+            and not (key in FOUND_ON_THE_WAY and now.get("data.streaming") and before.get(key) == "refuse")
         ]  # fmt: skip
         if changed:
             told = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed[:5])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, finished_recipe
 
 INPUTS = 100
 BASES = ("dequantized", "16bit")
+_DEQUANTIZED = (
+    "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
+    "(--base 16bit takes those from before)"
+)
 LARGEST_FP32_DIFFERENCE = 1e-5
 """Of merged and unmerged logits, relative to the largest logit."""
 
@@ -44,18 +49,13 @@ def merge(
     if base not in (None, *BASES):
         raise RequestError(f"--base {base}: expected {' or '.join(BASES)}")
     out = Path(out)
-    recipe = read_recipe(Path(run))
+    read_recipe(Path(run))
     check_out(out, Path(run), "the run's own folder", overwrite)
-    finished_recipe(Path(run))
-    tokenizer, context_length = open_tokenizer(recipe.model, log)
-    inputs = _inputs(recipe, tokenizer, context_length)  # before the weights: the rows may be gone
+    tokenizer, inputs = _inputs(finished_recipe(Path(run)), log)  # before the weights: the rows may be gone
     opened = open_run(Path(run), dtype, force, log, base != "16bit", tokenizer)
     if packed_modules(opened.base.module):
         _refuse_packed(opened, base)
-        log(
-            "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
-            "(--base 16bit takes those from before)"
-        )
+        log(_DEQUANTIZED)
     verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, inputs))
     verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
     if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
@@ -76,7 +76,8 @@ def _refuse_packed(opened: OpenRun, base: str | None) -> None:
         )
 
 
-def _inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[list[int]]:
-    """Up to a hundred real sequences: held-out rows first, then training rows."""
+def _inputs(recipe: Recipe, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
+    """The base's tokenizer, and up to a hundred real sequences: held-out rows first, then training rows."""
+    tokenizer, context_length = open_tokenizer(recipe.model, log)
     data = load_data(recipe.data, tokenizer, context_length, recipe.training.seed, lambda _: None)
-    return [example.tokens.tolist() for example in (*data.eval, *data.train)[:INPUTS]]
+    return tokenizer, [example.tokens.tolist() for example in islice(chain(data.eval, data.train), INPUTS)]

@@ -17,6 +17,7 @@ from topwork.common.files import sha256_bytes, sha256_file, write_json
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.examples import Data, Example
 from topwork.data.sources import locate, with_held_out
+from topwork.data.streaming import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
@@ -28,7 +29,8 @@ PROVENANCE = "provenance.json"
 def provenance(
     recipe: Recipe, base: Base, data: Data, tokens_per_pass: int, together: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned.
+    """What the adapter is made of. `examples_sha256` covers the very tokens and weights that are learned; of
+    streamed rows it covers the files and how they are read.
 
     `together` are the folders' names of all that were trained in the same passes: rounding follows from them too.
     """
@@ -86,16 +88,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _rows(config: DataConfig, named: Sources | None, examples: Sequence[Example]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.tokens.tobytes())
-        digest.update(example.weights.tobytes())
     files = {} if named is None else _file_hashes(config, named)
     single = {"sha256": next(iter(files.values()))} if len(files) == 1 else {"files": files} if files else {}
     return {
         "name": None if named is None else told(named),
         "rows": len(examples),
-        "examples_sha256": digest.hexdigest(),
+        "examples_sha256": _digest(examples),
         **single,
     }
 
@@ -109,6 +107,16 @@ def _file_hashes(config: DataConfig, named: Sources) -> dict[str, str]:
             inner = sorted(file.path.rglob("*")) if file.path.is_dir() else [file.path]
             found |= {str(path): sha256_file(path) for path in inner if path.is_file()}
     return found
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    if isinstance(examples, StreamedExamples):  # its tokens are not known before they are needed
+        return examples.digest
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.weights.tobytes())
+    return digest.hexdigest()
 
 
 def _surroundings(base: Base) -> dict[str, Any]:

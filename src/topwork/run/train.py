@@ -13,7 +13,7 @@ from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
-from topwork.data.source import FixedRows
+from topwork.data.source import StreamedRows, rows_of
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.tokenizer import open_tokenizer
@@ -23,6 +23,7 @@ from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.begin import check_folder, check_shared, clear
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.run.session import Session, open_session
@@ -144,6 +145,10 @@ def _trained(
             loop.resume(start)
             log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
         outcomes = loop.run(stop_at)
+    for trial in trials:
+        if isinstance(trial.rows, StreamedRows):
+            for line in trial.rows.read.told():
+                log(line)
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
@@ -185,6 +190,8 @@ def _load_data(
         key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
         if key not in known:
             known[key] = load_data(config, tokenizer, room, seed, log)
+            if not config.streaming:
+                log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
     return found
 
@@ -228,7 +235,7 @@ def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
 def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) -> Trial:
     training = run.recipe.training
     keep = max(2, training.save_total_limit) if several else training.save_total_limit
-    rows = FixedRows(run.data.train, training.batch_size, training.seed)
+    rows = rows_of(run.data.train, training.batch_size, training.seed)
     objective = objective_of(training.objective)
     return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
 
