@@ -112,6 +112,24 @@ def test_thinking_and_calls_stay_tokens_whoever_flagged_them() -> None:
         assert shown(template, item).endswith("assistant\n⟦<think>\nfive\n</think>\n\n5<|im_end|>⟧")
 
 
+@pytest.mark.parametrize(
+    ("token", "letters"),
+    [
+        ("<think>", False), ("</think>", False), ("<|think|>", False), ("[THINK]", False), ("[/THINK]", False),
+        ("<tool_call>", False), ("</tool_call>", False), ("<|begin_of_thought|>", False), ("<|end_of_thought|>", False),
+        ("<|tool|>", True), ("<|tool_call|>", True), ("<|tool_response|>", True), ("<|user|>", True), ("[INST]", True),
+        ("<|channel|>", True), ("<image>", True), ("<|fim_prefix|>", True),
+    ],
+)  # fmt: skip
+def test_which_special_tokens_are_markup(token: str, letters: bool) -> None:
+    """Those by which turns begin and end, or that nobody writes; not those that are a part of what a model says."""
+    tokenizer = build_tokenizer("smollm2")
+    tokenizer.add_tokens([token], special_tokens=True)
+    (item,) = ChatTemplate(tokenizer).encode(chat(user("x"), said(f"a{token}b")))
+    assert item.tokens.count(tokenizer.convert_tokens_to_ids(token)) == (0 if letters else 1)
+    assert item.notes == ((LETTERS,) if letters else ())
+
+
 def test_tokens_that_end_turns_are_markup_though_nobody_flagged_them() -> None:
     """As in models that were taught ChatML later: <|im_end|> is an added token, and no special one."""
     tokenizer = build_tokenizer("mistral", (build_tokenizer("smollm2").chat_template))

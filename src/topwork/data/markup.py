@@ -20,7 +20,8 @@ _MARK = "\ue0b5"  # of the private use area; where a row has it itself, it stand
 _END = 8
 """Tokens at a text's end among which what ends it stands, white space behind it."""
 _IN_ANSWERS = re.compile(
-    r"</?\|?(think|thinking|thought|reasoning|answer|tools?|tool_(call|response)s?)\|?>|\[/?THINK\]"
+    r"</?(think|thinking|thought|reasoning|answer|tool_(call|response)s?)>|</?\|?think\|?>|<\|/?think\|>|\[/?THINK\]"
+    r"|<\|(begin|end)_of_(thought|solution)\|>"
 )
 """Tokens that belong into what is said, whoever flagged them: a model writes them, and no turn begins or ends there."""
 
