@@ -52,8 +52,8 @@ def measured(tree: Path, given: argparse.Namespace) -> list[float]:
 
 def seconds(turns: int, rows: int) -> float:
     """Processor time for a row of so many turns."""
+    from topwork.data.chat.template import ChatTemplate
     from topwork.data.conversations import Conversation, Message
-    from topwork.data.template import ChatTemplate
     from topwork.models.config import ModelConfig
     from topwork.models.source import find_source
     from topwork.models.tokenizer import load_tokenizer

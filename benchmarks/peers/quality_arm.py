@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from topwork.data.batches import step_indices, steps_per_epoch
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
-from topwork.data.template import ChatTemplate
 from topwork.evaluation.score import questions_of, score
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from topwork.data.config import DataConfig
 from topwork.data.examples import load_data
 from topwork.data.source import StreamedRows
-from topwork.data.streaming import StreamedExamples
+from topwork.data.streaming.examples import StreamedExamples
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 

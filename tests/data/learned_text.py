@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from topwork.data.chat.template import ChatTemplate, Encoded
 from topwork.data.conversations import Conversation, Message
-from topwork.data.template import ChatTemplate, Encoded
 
 
 def user(text: str) -> Message:

@@ -4,8 +4,8 @@ from typing import Any
 
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
-from topwork.data.formats import Format, read_conversations, recognise, refuse_bad
-from topwork.data.rows import Row
+from topwork.data.files.rows import Row
+from topwork.data.meaning.formats import Format, read_conversations, recognise, refuse_bad
 
 U: dict[str, Any] = {"role": "user", "content": "q"}
 A: dict[str, Any] = {"role": "assistant", "content": "a"}

@@ -8,11 +8,11 @@ from data import tool_templates
 from data.calls_cases import ASKED, CALLED, TOOLS
 from data.family_tokenizers import FAMILIES, build_tokenizer
 from topwork.common.errors import DataError
-from topwork.data import calls
-from topwork.data.calls import HERMES, CallFormat, in_text, with_short_ids
+from topwork.data.chat import calls
+from topwork.data.chat.calls import HERMES, CallFormat, in_text, with_short_ids
+from topwork.data.chat.rendering import TemplateRejects
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
-from topwork.data.rendering import TemplateRejects
-from topwork.data.template import ChatTemplate
 
 LLAMA = CallFormat("", '{"name": "', '", "parameters": ', "}", "", None)
 MISTRAL = CallFormat("[TOOL_CALLS] ", '{"name": "', '", "arguments": ', "}", "", ", ", listed=True, short_ids=True)

@@ -9,10 +9,10 @@ from learned_text import chat, check_prompts, learned, said, shown, user
 from tool_templates import HERMES, LLAMA, MISTRAL, XML
 
 from topwork.common.errors import DataError
-from topwork.data.call_turns import SPLIT, CallNeeds, call_needs
-from topwork.data.calls import with_short_ids
+from topwork.data.chat.call_turns import SPLIT, CallNeeds, call_needs
+from topwork.data.chat.calls import with_short_ids
+from topwork.data.chat.template import ChatTemplate, Reading
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate, Reading
 
 GLUED = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[U]' + m.content }}
 {%- elif m.tool_calls %}{{- '[A]' }}{% for c in m.tool_calls %}

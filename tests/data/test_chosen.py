@@ -11,10 +11,10 @@ from learned_text import chat, check_prompts, learned, said, shown, text, user
 from thinking_templates import R1_OPENS
 
 from topwork.common.errors import DataError
-from topwork.data.chosen import with_variables
+from topwork.data.chat.chosen import with_variables
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate
 
 TURNS = (user("hi"), said("hello"), user("bye"), said("ciao"))
 

@@ -7,9 +7,9 @@ import pytest
 from meaning import A, U, load, read, rows_of, turns
 
 from topwork.common.errors import DataError
-from topwork.data.columns import Columns
 from topwork.data.config import DataConfig
-from topwork.data.formats import recognise_from
+from topwork.data.meaning.columns import Columns
+from topwork.data.meaning.formats import recognise_from
 
 HI = [{"from": "human", "value": "hi"}, {"from": "bot", "value": "ho"}]
 

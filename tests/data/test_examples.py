@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Message
 from topwork.data.examples import Data, load_data
-from topwork.data.formats import read_conversations
-from topwork.data.template import ChatTemplate
+from topwork.data.meaning.formats import read_conversations
 
 encode_all = ChatTemplate.encode_all
 Write = Callable[[str, str | bytes], str]

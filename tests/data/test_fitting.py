@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Message
 from topwork.data.examples import Data, Example, load_data
 from topwork.data.shortening import MARK, Made, alone, without_middle
-from topwork.data.template import ChatTemplate
 
 Write = Callable[[str, str | bytes], str]
 FAMILIES = ("smollm2", "llama3", "qwen2_5", "qwen3", "gemma3", "mistral_v3", "phi3")

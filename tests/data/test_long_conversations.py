@@ -7,10 +7,10 @@ from family_tokenizers import FAMILIES, build_tokenizer, sentencepiece_tokenizer
 from learned_text import chat, check_prompts, said, user
 from thinking_templates import R1_OPENS
 
+from topwork.data.chat.markup import Tokens
+from topwork.data.chat.spans import Pieces
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
-from topwork.data.markup import Tokens
-from topwork.data.spans import Pieces
-from topwork.data.template import ChatTemplate
 
 WORDS = ["Hello", " there\n", "  é", "\n\n", "Yes.", " 12", "<|im_end|>"]
 
@@ -117,7 +117,7 @@ def test_all_beginnings_by_one_rendering(body: str, after: str, possible: bool) 
 def test_one_rendering_learns_what_many_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = build_tokenizer(family)
     found = ChatTemplate(tokenizer).encode(chat(*turns(20)))
-    monkeypatch.setattr("topwork.data.rendering.Renderer.whole", lambda *_: None)
+    monkeypatch.setattr("topwork.data.chat.rendering.Renderer.whole", lambda *_: None)
     assert found == ChatTemplate(tokenizer).encode(chat(*turns(20)))
 
 

@@ -7,10 +7,10 @@ from family_tokenizers import build_tokenizer
 from learned_text import chat, check_prompts, learned, said, shown, user
 
 from topwork.common.errors import DataError
-from topwork.data import complete
+from topwork.data.chat import complete
+from topwork.data.chat.template import ChatTemplate, Reading
+from topwork.data.chat.turns import CUT, FIRST, OTHERWISE
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate, Reading
-from topwork.data.turns import CUT, FIRST, OTHERWISE
 
 ALLOW = Reading(lost_text="allow")
 SHORTENS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}

@@ -6,8 +6,8 @@ import pytest
 from meaning import load, read, turns
 
 from topwork.common.errors import DataError
-from topwork.data.mapping import in_yaml, value_of
-from topwork.data.values import RowProblem
+from topwork.data.meaning.mapping import in_yaml, value_of
+from topwork.data.meaning.values import RowProblem
 
 ROW = {
     "Body": "Bo has 3 hens.", "Question": "How many?", "Answer": 3.0, "n": 7, "a b": "spaced", "none": None,

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from learned_text import chat, check_prompts, learned, said, shown, text, user
 
 from topwork.common.errors import DataError
+from topwork.data.chat.markup import Tokens
+from topwork.data.chat.template import ChatTemplate, Reading
+from topwork.data.chat.turns import LETTERS
 from topwork.data.conversations import Message
-from topwork.data.markup import Tokens
-from topwork.data.template import ChatTemplate, Reading
-from topwork.data.turns import LETTERS
 
 MAKERS: dict[str, Callable[[], Any]] = {family: (lambda family=family: build_tokenizer(family)) for family in FAMILIES}
 AS_MARKUP = Reading(split_special_tokens=False)

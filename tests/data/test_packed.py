@@ -11,7 +11,7 @@ import pytest
 
 from topwork.common.errors import DataError
 from topwork.data.config import SourceConfig
-from topwork.data.rows import read_rows
+from topwork.data.files.rows import read_rows
 
 
 def zst(data: bytes) -> bytes:

@@ -17,15 +17,15 @@ from reference.families import randomise, tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.conversations import BadRow, Message
 from topwork.data.examples import grouped
-from topwork.data.pair_shapes import Kind
-from topwork.data.preference_data import PreferenceData, load_preferences
-from topwork.data.preference_examples import Coded, encode_judged, encode_pairs, prompt_ids
-from topwork.data.preferences import Judged, Pair, Prompt
+from topwork.data.preferences.examples import Coded, encode_judged, encode_pairs, prompt_ids
+from topwork.data.preferences.load import PreferenceData, load_preferences
+from topwork.data.preferences.reading import Judged, Pair, Prompt
+from topwork.data.preferences.shapes import Kind
 from topwork.data.source import FixedRows
-from topwork.data.template import ChatTemplate
 from topwork.objectives.objective import Loss, NonlinearObjective
 from topwork.ops.batch import Labels
 from topwork.training.passes import step_passes

@@ -12,12 +12,20 @@ import yaml
 from preference_rows import ASKED, BEFORE, GOOD, JUDGED, PAIRS, POOR, PROMPTS, SYSTEM, hh
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Message
-from topwork.data.formats import read_conversations, recognise
-from topwork.data.preferences import Judged, Pair, Prompt, Unit, read_preferences, recognise_preferences, unpaired
-from topwork.data.rows import Row
-from topwork.data.template import ChatTemplate
+from topwork.data.files.rows import Row
+from topwork.data.meaning.formats import read_conversations, recognise
+from topwork.data.preferences.reading import (
+    Judged,
+    Pair,
+    Prompt,
+    Unit,
+    read_preferences,
+    recognise_preferences,
+    unpaired,
+)
 
 
 def rows_of(*fields: dict[str, Any]) -> list[Row]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from learned_text import chat, said, shown, text, user
 
 from topwork.common.errors import DataError
-from topwork.data.spans import learned_parts
-from topwork.data.template import ChatTemplate, Reading
-from topwork.data.turns import LETTERS
+from topwork.data.chat.spans import learned_parts
+from topwork.data.chat.template import ChatTemplate, Reading
+from topwork.data.chat.turns import LETTERS
 
 ANSWER, ASK = "### Assistant:", "### Human:"
 

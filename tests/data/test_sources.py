@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from topwork.common.errors import DataError
-from topwork.data import sources
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.examples import Data, load_data
-from topwork.data.places import split_of
-from topwork.data.rows import Reading, read_rows
-from topwork.data.sources import implied_eval, memory_notes
+from topwork.data.files import sources
+from topwork.data.files.places import split_of
+from topwork.data.files.rows import Reading, read_rows
+from topwork.data.files.sources import implied_eval, memory_notes
 from topwork.recipe.recipe import make_recipe
 
 Make = Callable[..., Path]

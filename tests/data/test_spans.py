@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate, Encoded, stop_ids
 from topwork.data.conversations import Conversation, Message
-from topwork.data.template import ChatTemplate, Encoded, stop_ids
 
 SYSTEM = Message("system", "Be brief.")
 TURNS = (

@@ -21,14 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topwork.common.errors import DataError, RunError
-from topwork.data import plain
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Data, Example, load_data
-from topwork.data.rows import Row
+from topwork.data.files.rows import Row
 from topwork.data.source import StreamedRows, rows_of
 from topwork.data.splitting import is_first, permuted, unit_numbers
-from topwork.data.streaming import StreamedExamples
+from topwork.data.streaming import plain
+from topwork.data.streaming.examples import StreamedExamples
 
 Step = list[tuple[str, list[int], list[float]]]
 COUNT = 45
@@ -235,7 +235,7 @@ def test_units_and_orders_take_little_memory_and_are_what_they_were(keys: list[i
 def test_no_more_than_so_many_rows_are_held_to_validate_on(
     load: Callable[..., Data], write: Callable[[str, str | bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("topwork.data.streaming.EVAL_ROWS", 4)
+    monkeypatch.setattr("topwork.data.streaming.examples.EVAL_ROWS", 4)
     path, said = write("rows.jsonl", jsonl(PAIRS)), list[str]()
     held = load(path, eval_fraction=0.5)
     streamed = load(path, eval_fraction=0.5, streaming=True, log=said.append)
@@ -420,7 +420,7 @@ def test_what_does_not_go_with_streaming_is_refused(
     path = write("notes.txt", "a\n\nb" * 30)
     with pytest.raises(DataError, match=r"too_long is split, .*data\.documents: paragraph or line"):
         load(path, streaming=True, too_long="split")
-    monkeypatch.setattr("topwork.data.stream._LARGEST_DOCUMENT", 100)
+    monkeypatch.setattr("topwork.data.streaming.sources._LARGEST_DOCUMENT", 100)
     with pytest.raises(
         DataError, match=r"notes\.txt has 120 bytes and is a single row, .*documents: paragraph or line"
     ):

@@ -12,7 +12,7 @@ import pytest
 
 from topwork.common.errors import DataError
 from topwork.data.config import SourceConfig
-from topwork.data.rows import Reading, read_rows
+from topwork.data.files.rows import Reading, read_rows
 
 datasets.disable_progress_bars()
 

@@ -8,8 +8,8 @@ from learned_text import chat, check_prompts, learned, said, shown, user
 from thinking_templates import NAMED, R1_OLDER, R1_OPENS
 
 from topwork.common.errors import DataError
-from topwork.data.template import ChatTemplate, Reading
-from topwork.data.thinking import DROPPED, KEYS, ThinkingForm, parts, thinking_form, without_thinking
+from topwork.data.chat.template import ChatTemplate, Reading
+from topwork.data.chat.thinking import DROPPED, KEYS, ThinkingForm, parts, thinking_form, without_thinking
 
 Q = user("2+3?")
 THOUGHT = "two and three make five"

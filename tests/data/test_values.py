@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from topwork.data.values import RowProblem, is_blank, parsed, text_of
+from topwork.data.meaning.values import RowProblem, is_blank, parsed, text_of
 
 
 @pytest.mark.parametrize(

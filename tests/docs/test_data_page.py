@@ -14,9 +14,9 @@ from data.family_tokenizers import build_tokenizer
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.examples import Example, load_data
-from topwork.data.pair_shapes import KINDS
-from topwork.data.preferences import recognise_preferences
-from topwork.data.rows import Row
+from topwork.data.files.rows import Row
+from topwork.data.preferences.reading import recognise_preferences
+from topwork.data.preferences.shapes import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topwork.data.calls import HERMES, CallFormat
+from topwork.data.chat.calls import HERMES, CallFormat
 from topwork.generation.calls import CallParser, Delta, Said, together
 
 MISTRAL = CallFormat("[TOOL_CALLS] ", '{"name": "', '", "arguments": ', "}", "", ", ", listed=True, short_ids=True)

@@ -15,7 +15,7 @@ import torch
 
 from data.family_tokenizers import build_tokenizer, sentencepiece_tokenizer
 from topwork.common.errors import RequestError
-from topwork.data.calls import HERMES, CallFormat
+from topwork.data.chat.calls import HERMES, CallFormat
 from topwork.generation import grammar
 from topwork.generation.grammar import Grammar, Grammars, check_json
 from topwork.generation.requests import Constraint

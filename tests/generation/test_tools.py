@@ -10,9 +10,9 @@ from data import tool_templates
 from data.calls_cases import ASKED, CALLED, TOOLS
 from data.family_tokenizers import build_tokenizer
 from topwork.common.errors import RequestError
-from topwork.data.calls import call_format
+from topwork.data.chat.calls import call_format
+from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate, stop_ids
 from topwork.generation.calls import Said, together
 from topwork.generation.grammar import Grammar, Grammars
 from topwork.generation.text import TextStream

@@ -7,7 +7,7 @@ import numpy as np
 
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.examples import Example
-from topwork.data.sources import with_held_out
+from topwork.data.files.sources import with_held_out
 from topwork.run.provenance import _rows
 
 EXAMPLES = [Example(np.array([1, 2], np.int32), np.array([0.0, 1.0], np.float32), "a.jsonl:1")]

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from data.family_tokenizers import build_tokenizer
 from run import tiny
 from topwork.common.errors import ModelError, RequestError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.recipe.recipe import load_recipe

@@ -19,7 +19,7 @@ from run.tiny import write_model
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, write_adapter
-from topwork.data.template import ChatTemplate
+from topwork.data.chat.template import ChatTemplate
 from topwork.generation.registry import Registry
 from topwork.generation.requests import Event, Request
 from topwork.models.base import Base

@@ -9,8 +9,8 @@ import pytest
 from serving.scripted import BASE, Scripted, scripted, words
 from serving.test_completions import events
 from serving.test_refusals import check
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate
 from topwork.generation.requests import Request
 from topwork.models.base import Base
 

@@ -8,7 +8,7 @@ from typing import Any
 from serving.scripted import BASE, Scripted, adapter_folder, scripted, words
 from serving.test_refusals import COMPLETIONS, LOAD, UNLOAD, check
 from topwork.adapters.graft import Adapters
-from topwork.data.template import ChatTemplate
+from topwork.data.chat.template import ChatTemplate
 from topwork.generation.versions import Capacity
 from topwork.models.base import Base
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
-from topwork.data.mapping import in_yaml
-from topwork.data.marks import EXTRA_KEYS, mark_of, weight_of
-from topwork.data.values import RowProblem as RowProblem
-from topwork.data.values import is_blank, kind, parsed, text_of, written
+from topwork.data.meaning.mapping import in_yaml
+from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, weight_of
+from topwork.data.meaning.values import RowProblem as RowProblem
+from topwork.data.meaning.values import is_blank, kind, parsed, text_of, written
 
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of an assistant turn that is a tool call
 ROLES = {

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, told
 from topwork.data.conversations import Conversation
+from topwork.data.files.sources import memory_notes, with_held_out
 from topwork.data.reading import FittedRow, Read, across, held_out, read_side, without_copies
-from topwork.data.sources import memory_notes, with_held_out
 from topwork.data.splitting import times
 from topwork.data.summary import Counts, DataSummary, Note, added
-from topwork.data.template import ChatTemplate
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def load_data(
     for line in memory_notes(config):
         log(line)
     if config.streaming:
-        from topwork.data.streaming import load_streamed  # which is made of the same examples
+        from topwork.data.streaming.examples import load_streamed  # which is made of the same examples
 
         return load_streamed(config, template, max_length, seed, log)
     train = read_side(config, config.train, template, max_length, config.max_rows)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate, Encoded
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.shortening import Made, alone, shorten
-from topwork.data.template import ChatTemplate, Encoded
 
 
 @dataclass(frozen=True)

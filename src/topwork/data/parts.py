@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig, SourceConfig, Sources
 from topwork.data.conversations import BadRow, Conversation
-from topwork.data.formats import Format, read_conversations, recognise
-from topwork.data.rows import Row, read_rows
+from topwork.data.files.rows import Row, read_rows
+from topwork.data.meaning.formats import Format, read_conversations, recognise
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from topwork.data.chat.template import ChatTemplate, Encoded, TrainOn
 from topwork.data.conversations import Conversation, Message
-from topwork.data.template import ChatTemplate, Encoded, TrainOn
 
 MARK = " … "
 """Stands where the middle of a message was."""

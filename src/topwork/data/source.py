@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from topwork.common.errors import DataError, RunError
 from topwork.data.batches import Order
 from topwork.data.examples import Example, grouped
-from topwork.data.streaming import StreamedExamples, Visits
+from topwork.data.streaming.examples import StreamedExamples, Visits
 
 
 class RowSource(Protocol):

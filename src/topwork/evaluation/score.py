@@ -9,9 +9,9 @@ import torch
 
 from topwork.common.errors import DataError
 from topwork.data.batches import collate, pack
+from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Example
-from topwork.data.template import ChatTemplate, stop_ids
 from topwork.evaluation.grade import Grade, Grader, grade, summarise
 from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling

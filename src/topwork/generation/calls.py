@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from secrets import choice
 from string import ascii_letters, digits
 
-from topwork.data.calls import CallFormat
+from topwork.data.chat.calls import CallFormat
 from topwork.generation.call_object import CallObject
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topwork.common.errors import RequestError
-from topwork.data.calls import CallFormat
+from topwork.data.chat.calls import CallFormat
 from topwork.generation.text import pieces_of
 
 LARGEST_GRAMMAR = 65_536

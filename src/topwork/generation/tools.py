@@ -16,8 +16,8 @@ For one request, whatever its tools (none included):
 An answer in one piece is the sum of its deltas, so what streams and what does not are the same.
 
 Tools, calls and their results are put to a model as its own chat template does it, where it does (Qwen, Hermes, llama
-3.1, mistral: `data/calls.py` asks the template). Where it leaves any of them out (SmolLM2, gemma), the tools are told
-of in the system message in Qwen's words, calls are asked for as `<tool_call>{"name": …, "arguments": …}</tool_call>`,
+3.1, mistral: `data/chat/calls.py` asks the template). Where it leaves any of them out (SmolLM2, gemma), the tools are
+told of in the system message in Qwen's words, calls are asked for as `<tool_call>{"name": …, "arguments": …}</tool_call>`,
 and results come from the user. A model may never have learned that, but held to a grammar (required, named) it calls
 all the same. An answer that is held to one has no thinking before it.
 """
@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from topwork.common.errors import RequestError, did_you_mean
-from topwork.data.calls import HERMES, in_text
+from topwork.data.chat.calls import HERMES, in_text
+from topwork.data.chat.rendering import folded
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
-from topwork.data.rendering import folded
-from topwork.data.template import ChatTemplate
 from topwork.generation.calls import CallParser
 from topwork.generation.grammar import Grammar, Grammars
 

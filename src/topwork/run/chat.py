@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from topwork.data.chat.template import stop_ids
 from topwork.data.conversations import Message
-from topwork.data.template import stop_ids
 from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling
 from topwork.generation.text import TextStream

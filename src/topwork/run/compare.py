@@ -7,8 +7,8 @@ from pathlib import Path
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
+from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
-from topwork.data.template import ChatTemplate, stop_ids
 from topwork.generation.engine import Engine
 from topwork.generation.requests import Request
 from topwork.generation.sampling import Sampling

@@ -13,11 +13,11 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Example, load_data
-from topwork.data.sources import with_held_out
-from topwork.data.template import ChatTemplate
+from topwork.data.files.sources import with_held_out
 from topwork.evaluation.config import EvaluationConfig
 from topwork.evaluation.grade import pick_grader
 from topwork.evaluation.score import Question, Scores, questions_of, score, score_together

@@ -25,7 +25,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
-from topwork.data.template import ChatTemplate
+from topwork.data.chat.template import ChatTemplate
 from topwork.models.base import Base
 from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base

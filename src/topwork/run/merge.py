@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
+from topwork.data.chat.template import stop_ids
 from topwork.data.examples import load_data
-from topwork.data.template import stop_ids
 from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
 from topwork.models.tokenizer import open_tokenizer

@@ -16,8 +16,8 @@ from topwork.common.errors import RequestError
 from topwork.common.files import sha256_bytes, sha256_file, write_json
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.examples import Data, Example
-from topwork.data.sources import locate, with_held_out
-from topwork.data.streaming import StreamedExamples
+from topwork.data.files.sources import locate, with_held_out
+from topwork.data.streaming.examples import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml

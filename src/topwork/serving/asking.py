@@ -7,8 +7,8 @@ from secrets import randbits
 from typing import Any
 
 from topwork.common.seeds import hashed
+from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message, RowProblem, read_messages
-from topwork.data.template import ChatTemplate, stop_ids
 from topwork.generation.grammar import Grammars
 from topwork.generation.requests import Constraint
 from topwork.generation.sampling import Sampling

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
-from topwork.data.template import ChatTemplate, Reading
+from topwork.data.chat.template import ChatTemplate, Reading
 from topwork.generation.engine import Engine, EngineSettings
 from topwork.generation.registry import Registry
 from topwork.generation.versions import Capacity

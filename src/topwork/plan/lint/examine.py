@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import DataError
-from topwork.data.chosen import adds_bos
+from topwork.data.chat.chosen import adds_bos
+from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example
+from topwork.data.files.sources import with_held_out
 from topwork.data.parts import Part, read_parts
-from topwork.data.sources import with_held_out
-from topwork.data.template import ChatTemplate, stop_ids
 from topwork.plan.lint.examined import EMPTY, Examined, Facts, Sequences, Side
 from topwork.recipe.recipe import Recipe
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import BadRow, Conversation, Message
-from topwork.data.template import ChatTemplate
 from topwork.recipe.recipe import Recipe
 
 

@@ -6,8 +6,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Conversation, Message
-from topwork.data.template import ChatTemplate
 from topwork.plan.lint.examined import Examined
 from topwork.plan.lint.finding import Finding, share_of
 

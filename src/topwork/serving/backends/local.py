@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from topwork.adapters.foreign import adapter_folder
 from topwork.common.errors import AdapterError, RequestError, RunError, UnknownAdapterError, quoted
-from topwork.data.template import ChatTemplate
+from topwork.data.chat.template import ChatTemplate
 from topwork.generation.registry import Registry
 from topwork.generation.requests import Request
 from topwork.generation.text import TextStream

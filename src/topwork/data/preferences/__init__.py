@@ -1,0 +1,1 @@
+"""Rows for objectives that compare answers, judge them or ask for them."""

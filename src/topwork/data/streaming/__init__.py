@@ -1,0 +1,1 @@
+"""Rows that stay on disk until a step needs them (`data.streaming`)."""
