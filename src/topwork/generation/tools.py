@@ -17,9 +17,10 @@ An answer in one piece is the sum of its deltas, so what streams and what does n
 
 Tools, calls and their results are put to a model as its own chat template does it, where it does (Qwen, Hermes, llama
 3.1, mistral: `data/chat/calls.py` asks the template). Where it leaves any of them out (SmolLM2, gemma), the tools are
-told of in the system message in Qwen's words, calls are asked for as `<tool_call>{"name": …, "arguments": …}</tool_call>`,
-and results come from the user. A model may never have learned that, but held to a grammar (required, named) it calls
-all the same. An answer that is held to one has no thinking before it.
+told of in the system message in Qwen's words, calls are asked for as
+`<tool_call>{"name": …, "arguments": …}</tool_call>`, and results come from the user. A model may never have learned
+that, but held to a grammar (required, named) it calls all the same. An answer that is held to one has no thinking
+before it.
 """
 
 import json
