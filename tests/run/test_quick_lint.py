@@ -39,3 +39,14 @@ def test_what_is_found_is_named_and_training_goes_on(make_recipe: Make, tmp_path
 def test_recipes_on_the_same_data_are_told_once(make_recipe: Make) -> None:
     recipes = [make_recipe("one", training=SHORT), make_recipe("two", training=SHORT, adapter={"r": 2})]
     assert len(lint_lines(recipes)) == 1
+
+
+def test_plain_text_that_is_cut_in_pieces_is_no_fault(make_recipe: Make, tmp_path: Path) -> None:
+    rows = [{"text": f"Story {number}. " + "The lamp is dark. " * 12} for number in range(12)]
+    path = tiny.write_rows(tmp_path / "stories.jsonl", rows)
+    data = {"train": str(path), "too_long": "split", "max_length": 64, "eval_fraction": 0.0}
+    (line,) = lint_lines([make_recipe("cut", training={"max_steps": 1}, data=data)])
+    assert line == "lint: nothing found by the quick checks"
+    path = tiny.write_rows(tmp_path / "stories.jsonl", [*rows, *rows[:6]])
+    (line,) = lint_lines([make_recipe("twice", training={"max_steps": 1}, data=data)])
+    assert line == "lint: 1 warning (duplicates 6): topwork lint RECIPE shows it"

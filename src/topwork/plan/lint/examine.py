@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,20 @@ def examine(recipe: Recipe, tokenizer: Any, context_length: int, trainable: int 
     return replace(found, train=train, eval=evaluation)
 
 
-def examine_loaded(recipe: Recipe, data: Data, tokenizer: Any, context_length: int, trainable: int | None) -> Examined:
+def examine_loaded(recipe: Recipe, data: Data, tokenizer: Any, room: int, trainable: int | None) -> Examined:
     """The same of what `load_data` gave; its rows are used as they are, and nothing is read or encoded again.
 
-    Rows that were dropped, and sequences before they were cut, are no longer there.
+    Rows that were dropped, and sequences that were cut, are no longer there. `room` is what the context has for text.
     """
-    train = _loaded("train", called(recipe.data.train), data.train_conversations, data.train)
-    named = called(recipe.data.eval) if recipe.data.eval is not None else "held out"
-    evaluation = _loaded("eval", named, data.eval_conversations, data.eval) if data.eval else None
+    config, limit = recipe.data, min(recipe.data.max_length, room)
+    cut = limit if config.too_long in ("truncate", "split") else None
+    train = _loaded("train", called(config.train), data.train_conversations, data.train, cut)
+    named = "the validation split" if config.eval is None else called(config.eval)
+    named = "the rows held out" if data.summary.held_out else named
+    evaluation = _loaded("eval", named, data.eval_conversations, data.eval, cut) if data.eval else None
     return Examined(
-        recipe, tokenizer, facts_of(tokenizer, data.template), data.template, context_length,
-        min(recipe.data.max_length, context_length - recipe.adapter.virtual_tokens), train, evaluation, None, trainable,
+        recipe, tokenizer, facts_of(tokenizer, data.template), data.template, room, limit, train, evaluation, None,
+        trainable,
     )  # fmt: skip
 
 
@@ -150,15 +154,23 @@ class _Gathered:
         return Sequences(tokens, weights, bounds, np.asarray(self.rows, np.int32))
 
 
-def _loaded(name: str, named: str, conversations: Sequence[Conversation], examples: Sequence[Example]) -> Side:
-    """Conversations are chats alone there: an example of plain text has a row without its text."""
+def _loaded(
+    name: str, named: str, conversations: Sequence[Conversation], examples: Sequence[Example], cut: int | None
+) -> Side:
+    """Conversations are chats alone there: a row of plain text is known by a digest of its tokens in its text's place.
+
+    cut  sequences of so many tokens are pieces of something longer, whose beginning or end is elsewhere or nowhere
+    """
     known = {row.source: number for number, row in enumerate(conversations)}
-    rows = list(conversations)
+    texts: dict[str, Any] = {}
     for example in examples:
         if example.source not in known:
-            known[example.source] = len(rows)
-            rows.append(Conversation((), None, example.source, "text", None))
+            texts.setdefault(example.source, blake2b(digest_size=12)).update(example.tokens.tobytes())
+    rows = [*conversations, *(Conversation((), None, name, "text", text.hexdigest()) for name, text in texts.items())]
+    known = {row.source: number for number, row in enumerate(rows)}
+    pieces = {example.source for example in examples if cut is not None and len(example.tokens) >= cut}
     gathered = _Gathered()
     for example in examples:
-        gathered.add(known[example.source], example.tokens, example.weights)
+        if example.source not in pieces:
+            gathered.add(known[example.source], example.tokens, example.weights)
     return Side(name, named, len(rows), rows, sequences=gathered.sequences())
