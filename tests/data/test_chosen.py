@@ -189,3 +189,16 @@ def test_all_options_reach_the_template() -> None:
     assert "s\n\na\n\nb" in template.tokenizer.decode(template.prompt_ids(messages[:3]))
     assert learned(template, *messages) == ["<think>\nt\n</think>\n\nc<end_of_turn>"]
     assert of(build_tokenizer("mistral"), chat_template=R1_OPENS).jinja == R1_OPENS
+
+
+def test_of_a_tokenizers_several_templates_tools_take_theirs() -> None:
+    plain = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tools = "{% for t in tools %}[{{ t.function.name }}]{% endfor %}" + plain
+    own = build_tokenizer("mistral", template={"default": plain + "\n", "tool_use": tools + "\n"})
+    renderer = ChatTemplate(own).renderer
+    assert renderer.render([Message("user", "x")], None, False) == "<s><user>x"
+    tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
+    assert renderer.render([Message("user", "x")], [tool], False) == "[sky]<s><user>x"
+    for given in (None, [tool]):
+        asked = own.apply_chat_template([{"role": "user", "content": "x"}], tools=given, tokenize=False)
+        assert renderer.render([Message("user", "x")], given, False) == asked

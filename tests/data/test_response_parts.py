@@ -105,7 +105,20 @@ def test_rendered_text_with_its_own_markup() -> None:
     ((item,), _), _ = template.encode_all([text(row), text(row)])
     assert item.notes == ()
     letters = made(build_tokenizer("smollm2"), "<|im_start|>assistant\n", "<|im_start|>user\n")
-    ((item,), _), _ = letters.encode_all([text(row), text("x " + row, 2)])
+    ((item,), _), _ = letters.encode_all([text(row), text(f"x {row} y", 2)])
     assert item.notes == (LETTERS,)
     assert shown(letters, item) == f"{ask}⟦Yes<|im_end|>\n<|im_end|>⟧"
     assert item.tokens.count(letters.tokenizer.eos_token_id) == 1
+
+
+def test_text_that_only_ends_in_markup_brings_its_own() -> None:
+    """What people write by hand: text + eos_token."""
+    template = ChatTemplate(build_tokenizer("smollm2"))
+    rows = [text("Hi.<|im_end|>"), text("Bye.<|im_end|>\n", 2)]
+    (first, second), _ = template.encode_all(rows)
+    end = template.tokenizer.eos_token_id
+    assert [each.tokens.count(end) for (each,) in (first, second)] == [1, 1]
+    assert template.reading == "plain text brings its own markup: special tokens that it spells are these tokens"
+    letters = ChatTemplate(build_tokenizer("smollm2"))
+    letters.encode_all([*rows, text("No end", 3)])
+    assert letters.reading == ""

@@ -1,5 +1,6 @@
 """What a recipe may say about data."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -92,7 +93,7 @@ class DataConfig(Options):
     rest. They are counted and named in both cases."""
     split_special_tokens: bool | None = None
     """Whether special tokens that a row's own text spells (`</s>`) are its letters (true) or markup (false). Left out,
-    they are letters in messages, and markup in plain text of which every row begins with one."""
+    they are letters in messages, and markup in plain text of which every row begins or ends with one."""
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     """Which tokens are learned: every assistant turn, only the last, or everything."""
     response_part: str | None = None
@@ -166,4 +167,10 @@ class DataConfig(Options):
 def told(named: Sources) -> str:
     """Sources as people call them."""
     several = named if isinstance(named, list) else [named]
-    return ", ".join(each if isinstance(each, str) else each.path for each in several)
+    return ", ".join(called(each if isinstance(each, str) else each.path) for each in several)
+
+
+def called(path: str) -> str:
+    """A path as people write it: from the working directory on, where it lies there."""
+    own = Path(path)
+    return str(own.relative_to(Path.cwd())) if own.is_absolute() and own.is_relative_to(Path.cwd()) else path

@@ -302,6 +302,7 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     if is_blank(tools) or (isinstance(tools, str) and tools.strip() in ("None", "null", "nan")):
         return None
     tools = [parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowProblem(f"tools is {kind(value)}, expected a list of tool definitions")
+    wrong = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
+    if wrong is not None:
+        raise RowProblem(f"tools holds {wrong!r:.40}, expected tool definitions: objects with a name and parameters")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]

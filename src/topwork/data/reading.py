@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from topwork.data.chat.template import ChatTemplate, Encoded
-from topwork.data.config import DataConfig, SourceConfig, Sources
+from topwork.data.config import DataConfig, SourceConfig, Sources, called
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.fitting import Fitted, Fitting
 from topwork.data.meaning.formats import Format, refuse_bad
@@ -55,14 +55,14 @@ class Read:
         """How each source was read; which one is said where there are several."""
         if len(self.sources) == 1:
             return (self.formats[0].sentence,)
-        return tuple(f"{source.path}: {format.sentence}" for source, format in zip(self.sources, self.formats))
+        return tuple(f"{called(source.path)}: {format.sentence}" for source, format in zip(self.sources, self.formats))
 
     def others(self, side: "Read") -> tuple[str, ...]:
         """How sources were read, where that is not as those of the other side."""
         known = [(format.name, format.columns) for format in side.formats]
         if all((format.name, format.columns) in known for format in self.formats):
             return ()
-        return tuple(f"{source.path}: {format.sentence}" for source, format in zip(self.sources, self.formats))
+        return tuple(f"{called(source.path)}: {format.sentence}" for source, format in zip(self.sources, self.formats))
 
 
 def read_side(

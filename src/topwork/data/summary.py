@@ -61,7 +61,11 @@ class Counts:
             )
         median = f"median {self.median}, " if self.median else ""
         sizes = f"{self.tokens:,} tokens, {self.learned_tokens:,} learned; {median}longest {self.longest}"
-        return f"{name}: {self.rows:,} rows -> {self.sequences:,} sequences{notes}; {sizes}"
+        rows, sequences = (
+            f"{number:,} {what}{'' if number == 1 else 's'}"
+            for number, what in ((self.rows, "row"), (self.sequences, "sequence"))
+        )
+        return f"{name}: {rows} -> {sequences}{notes}; {sizes}"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ def jinja_of(tokenizer: Any, template: str | None) -> str | None:
     """The template's Jinja; None where the tokenizer has none. Raises DataError for a file that is not there."""
     if template is None:
         own = getattr(tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            return str(own.get("default") or next(iter(own.values())))
-        return own
+        return _of_several(own) if isinstance(own, dict) else own
     if "{{" in template or "{%" in template:
         return template
     shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
@@ -33,6 +31,15 @@ def jinja_of(tokenizer: Any, template: str | None) -> str | None:
     except UnicodeDecodeError as error:
         raise DataError(f"the chat template {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     return "{{- bos_token }}" + jinja if template in shipped and adds_bos(tokenizer) else jinja
+
+
+def _of_several(named: Mapping[str, str]) -> str:
+    """A tokenizer's templates as one: `tool_use` where there are tools, as transformers chooses, else `default`."""
+    default = named.get("default") or next(iter(named.values()))
+    if named.get("tool_use", default) == default:
+        return default
+    for_tools, without = (text.removesuffix("\n") for text in (named["tool_use"], default))
+    return f"{{% if tools %}}\n{for_tools}{{% else %}}\n{without}{{% endif %}}"
 
 
 def is_raw(jinja: str | None) -> bool:

@@ -104,12 +104,14 @@ class ChatTemplate:
 
     @property
     def reading(self) -> str:
-        """How prompt and completion are put together, or which part of plain text is learned, for people; "" where a
-        chat template does it, and all of a text is."""
+        """How prompt and completion are put together, or how plain text is read, for people; "" where a chat template
+        does it, and a text is its letters, all of them learned."""
         response, instruction = self.options.response_part, self.options.instruction_part
         if response is not None:
             until = f" until {instruction!r}" if instruction is not None else ""
             return f"of plain text, only what follows {response!r}{until} is learned"
+        if self.text_markup and self.options.split_special_tokens is None:
+            return "plain text brings its own markup: special tokens that it spells are these tokens"
         if not is_raw(self.jinja):
             return ""
         between = self.renderer.render([Message("user", "x")], None, True).rpartition("x")[2]
@@ -194,10 +196,11 @@ class ChatTemplate:
             self.__dict__.pop("_turns", None)
 
     def surveyed(self, conversation: Conversation) -> tuple[str, bool]:
-        """What `survey` looks at in a row: its kind, and whether it begins with markup or is a prompt and an answer."""
+        """What `survey` looks at in a row: its kind, and whether it begins or ends in markup, or is a prompt and an
+        answer."""
         if conversation.kind == "text":
-            begin = tuple(self.renderer.tokens.control)
-            return "text", bool(begin) and (conversation.text or "").startswith(begin)
+            tokens, text = self.renderer.tokens, conversation.text or ""
+            return "text", text.startswith(tuple(tokens.control)) or tokens.ends_turn(text.rstrip())
         return "chat", _is_pair(conversation)
 
     def encode_all(

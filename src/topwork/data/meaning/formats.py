@@ -259,7 +259,7 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
     if not found:
         prompts = no_answers(survey.names) if config.format == "auto" else None
         raise DataError(prompts or unrecognised(survey, config, works))
-    format = _format(found, survey)
+    format = _format(found, survey, config)
     refuse_lost_answers(found[0], survey, config, works)
     seen, _ = read_conversations(survey.sample, format, config)
     for each in found:
@@ -272,17 +272,17 @@ def _works(survey: Columns, config: DataConfig) -> bool:
     try:
         check_options(survey, config)
         found = found_in(survey, config)
-        good = read_conversations(survey.sample, _format(found, survey), config)[0] if found else []
+        good = read_conversations(survey.sample, _format(found, survey, config), config)[0] if found else []
     except DataError:
         return False
     return 2 * len(good) > len(survey.sample)
 
 
-def _format(found: Sequence[Found], survey: Columns) -> Format:
+def _format(found: Sequence[Found], survey: Columns, config: DataConfig) -> Format:
     used = {name for each in found for spec in each.columns.values() for name in columns_of(spec, survey.by_name)}
     unread = [_told(name, survey) for name in survey.names if name not in used and survey.filled(name)]
     rest = f"; not read: {', '.join(unread[:6])}{', …' if len(unread) > 6 else ''}" if unread else ""
-    told = [f"{_sentence(each, survey)}, {_rows(each, survey, len(found) > 1)}" for each in found]
+    told = [f"{_sentence(each, survey, config)}, {_rows(each, survey, len(found) > 1)}" for each in found]
     others = tuple(Format(each.name, each.columns, f"read as {one}") for each, one in zip(found[1:], told[1:]))
     return Format(found[0].name, found[0].columns, f"read as {'; others as '.join(told)}{rest}", others)
 
@@ -293,12 +293,15 @@ def _rows(found: Found, survey: Columns, several: bool) -> str:
     return f"{count:,} row{'s' if count != 1 else ''}{first}"
 
 
+_LEARNED = {"answers": "every assistant turn", "last_answer": "the last assistant turn", "all": "every token"}
+
+
 def _told(name: str, survey: Columns) -> str:
     share = survey.share(name) if name in survey.by_name else ""
     return f"{name} ({share})" if share else name
 
 
-def _sentence(found: Found, survey: Columns) -> str:
+def _sentence(found: Found, survey: Columns, config: DataConfig) -> str:
     """`alpaca: instruction (+ input, in 8 of 60 rows) -> output, with system`."""
     columns = found.columns
     question, answer = next(
@@ -315,11 +318,13 @@ def _sentence(found: Found, survey: Columns) -> str:
         column = next(iter(columns[field] for group in NEEDED[found.name] for field in group))
         keys = keys_in(column, survey) or (("from", "value") if found.name == "sharegpt" else ("role", "content"))
         spelled = "" if keys == ("role", "content") else f" ({', '.join(keys)})"
-        how = f"{column}{spelled} -> every assistant turn" if found.name != "text" else f"every token of {column}"
+        how = f"{column}{spelled} -> {_LEARNED[config.train_on]}"
+        if found.name == "text":
+            how = f"{'every token' if config.response_part is None else 'marked parts'} of {column}"
         how += " (which are messages, as JSON text)" if found.name == "text" and keys_in(column, survey) else ""
     also = [field for field in ("system", "history", "tools", "tool_calls", "reasoning") if field in columns]
     more = [_told(columns[field], survey) for field in also]
-    return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}"
+    return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}".replace("\n", "\\n")
 
 
 def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:

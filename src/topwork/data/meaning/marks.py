@@ -30,7 +30,7 @@ _KNOWN = {
     "mask": Mark.MASKED,
 }
 _SOUNDS = ("loss", "train", "mask", "weight", "learn")
-THINKING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")
+THINKING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 EXTRA_KEYS = ("name", "tool_call_id", "tool_name", "tool_calls", "function_call", *THINKING_KEYS)
 """Keys of a message that templates are known to read."""
 MESSAGE_KEYS = ("role", "content", *EXTRA_KEYS, *_KNOWN, "unread")
