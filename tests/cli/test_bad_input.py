@@ -46,8 +46,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     ),
     "empty_answer.jsonl": ((JSONL * 2 + json.dumps(row("")) + "\n").encode(), "empty_answer.jsonl:3: no answer"),
     "malformed.jsonl": ((JSONL * 4 + '{"messages": [\n' + JSONL).encode(), "line 5, column 15: malformed JSON"),
-    "utf16.jsonl": (JSONL.encode("utf-16"), "is not UTF-8"),
-    "latin.jsonl": (JSONL.replace("Hello!", "K\xe4se").encode("latin-1"), "iconv -f cp1252"),
+    "utf16.jsonl": (JSONL.encode("utf-16-le"), "data.encoding: utf-16-le"),
+    "latin.jsonl": (JSONL.replace("Hello!", "K\xe4se").encode("latin-1"), "Say data.encoding: cp1252"),
     "unknown.jsonl": (b'{"a": "x", "b": "y"}\n', "data.columns: {prompt: a, completion: b}"),
     "preference.jsonl": (b'{"prompt": "x", "chosen": "y", "rejected": "z"}\n', "preference data"),
 }

@@ -58,7 +58,7 @@ def read(folder: Path, dtype: str = "float32", **options: Any) -> Base:
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama."""
-    return write_base(tmp_path_factory.mktemp("wide") / "base", "llama", **WIDE)
+    return write_base(tmp_path_factory.mktemp("wide") / "base", "llama", **WIDE, max_position_embeddings=tiny.CONTEXT)
 
 
 @pytest.fixture(scope="session")
