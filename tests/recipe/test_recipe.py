@@ -346,3 +346,16 @@ def test_sources_are_written_back_as_they_were_given() -> None:
     assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
     first, second = recipe.data.sources(recipe.data.train)
     assert (first.path, first.weight, second.path, second.weight) == ("a.jsonl", 1.0, "b.jsonl", 2.0)
+
+
+def test_a_data_file_that_is_nowhere_is_missed_beside_the_recipe(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "rows.jsonl").write_text("{}")
+    path = written(MINIMAL)
+
+    def train(name: str) -> object:
+        return load_recipe(path, [f"data.train={name}"]).data.train
+
+    assert train("row.jsonl") == str(tmp_path / "row.jsonl"), "its error then tells of rows.jsonl"
+    assert train("b*.jsonl") == str(tmp_path / "b*.jsonl"), "its error then tells what is there"
+    assert train("tickets.csv") == "tickets.csv"
+    assert train("owner/name") == "owner/name"

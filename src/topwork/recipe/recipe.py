@@ -34,6 +34,7 @@ PEERS_NAMES = {
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 SEVERAL = ("sweep", "jobs")
 """Sections that describe several runs (`recipe/sweep_config.py`)."""
 
@@ -201,7 +202,8 @@ def _found_in(value: Any, folder: Path) -> Any:
 
 def _found(value: str, folder: Path) -> str:
     """The absolute path of a file or folder, or of a glob that matches some, so that a run can be opened from anywhere;
-    else the value as it is. What follows a folder's name, `:configuration:split`, stays."""
+    else the value as it is. What follows a folder's name, `:configuration:split`, stays. A data file that is nowhere is
+    missed beside the recipe where something there has nearly its name."""
     if "\n" in value or "{" in value or len(value) > 255:  # a template's text, not a path
         return value
     head, colon, rest = value.partition(":")
@@ -211,6 +213,10 @@ def _found(value: str, folder: Path) -> str:
             return str((place / value).resolve())
         if colon and (place / head).is_dir():
             return f"{(place / head).resolve()}:{rest}"
+    missed = folder / value
+    if missed.suffix in _DATA_SUFFIXES and missed.parent.is_dir():
+        near = glob.has_magic(value) or did_you_mean(missed.name, [entry.name for entry in missed.parent.iterdir()])
+        return str(missed.resolve()) if near else value
     return value
 
 
