@@ -11,7 +11,7 @@ import topwork.run.evaluate
 import topwork.run.folder
 import topwork.run.session
 from run import tiny
-from topwork.common.errors import DataError, ModelError
+from topwork.common.errors import AdapterError, DataError, ModelError
 from topwork.models.config import ModelConfig
 from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import load_recipe
@@ -59,6 +59,12 @@ def test_rows_are_told_before_the_base_is_loaded(
         changes = {"data": {"train": [str(tickets), *changes["data"]["train"][1:]]}}
     with pytest.raises(DataError, match=told):
         train(make_recipe(**changes), log=quiet)
+    assert bases == []
+
+
+def test_a_target_is_told_before_rows_and_base_are_read(make_recipe: MakeRecipe, bases: list[str]) -> None:
+    with pytest.raises(AdapterError, match=r"q_prj.*did you mean 'q_proj'"):
+        train(make_recipe(adapter={"target_modules": ["q_prj"]}, data={"train": "nowhere.jsonl"}), log=quiet)
     assert bases == []
 
 

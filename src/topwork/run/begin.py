@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import RequestError
+from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import clear_leftovers
+from topwork.plan.count import config_of, count_adapter, skeleton
 from topwork.recipe.recipe import Recipe
 from topwork.run.folder import ADAPTER, EVALUATION, RECIPE, RESULT, TEMPLATE, TRIAL, check_place, read_recipe
 from topwork.run.provenance import PROVENANCE
@@ -51,6 +52,20 @@ def check_shared(recipes: Sequence[Recipe]) -> None:
                 f"{recipes[0].output_dir} and {recipe.output_dir} cannot train in one pass: {'; '.join(told)}. Give "
                 "both the same, or train them apart"
             )
+
+
+def check_targets(recipes: Sequence[Recipe]) -> None:
+    """Raises AdapterError where an adapter does not fit the base that the first recipe names, told by its config alone.
+    A base that cannot be built so is for its loading to speak of."""
+    model = recipes[0].model
+    try:
+        shape = skeleton(
+            config_of(model.model_name_or_path, model.revision, model.trust_remote_code), model.trust_remote_code
+        )
+    except ModelError:
+        return
+    for recipe in recipes:
+        count_adapter(shape, recipe.adapter)
 
 
 def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:

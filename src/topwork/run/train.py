@@ -20,7 +20,7 @@ from topwork.models.tokenizer import open_tokenizer
 from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
-from topwork.run.begin import check_folder, check_shared, clear
+from topwork.run.begin import check_folder, check_shared, check_targets, clear
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.lint import quick_line
@@ -111,10 +111,12 @@ def train_together(
 
 
 def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[list[Data], Session]:
-    """The recipes' data and their base, in this order: what is wrong with rows is told before any weight is read."""
+    """The recipes' data and their base, in this order: what is wrong with a target or with rows is told before any
+    weight is read."""
     if on is not None:
         on.check(recipes[0])
         return _load_data(recipes, on.base.tokenizer, on.base.context_length, log), on
+    check_targets(recipes)
     tokenizer, context_length = open_tokenizer(recipes[0].model, log)
     loaded = _load_data(recipes, tokenizer, context_length, log)
     return loaded, open_session(recipes[0], log, tokenizer)
