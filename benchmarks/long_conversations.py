@@ -52,7 +52,10 @@ def measured(tree: Path, given: argparse.Namespace) -> list[float]:
 
 def seconds(turns: int, rows: int) -> float:
     """Processor time for a row of so many turns."""
-    from topwork.data.chat.template import ChatTemplate
+    try:
+        from topwork.data.chat.template import ChatTemplate
+    except ImportError:  # a tree of before
+        from topwork.data.template import ChatTemplate
     from topwork.data.conversations import Conversation, Message
     from topwork.models.config import ModelConfig
     from topwork.models.source import find_source

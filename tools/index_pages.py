@@ -47,6 +47,8 @@ COMMANDS = {
     "many_adapters_batch1": "many_adapters.py --batch 1 --rounds 12",
     "many_adapters_batch1_nf4": "many_adapters.py --batch 1 --quantized --rounds 12",
     "products": "products.py",
+    "lint_speed": "lint_speed.py",
+    "long_conversations": "long_conversations.py BEFORE --out long_conversations",
     "profile_step": "profile_step.py",
     "profile_step_six_adapters": "profile_step.py --ranks 2,4,8,16,32,64 --steps 3",
     "qlora_quality_banking77": "qlora_quality.py --data banking77",
