@@ -8,10 +8,11 @@ from typing import Any
 from topwork.common.errors import DataError
 from topwork.data.chat import complete, thinking
 from topwork.data.chat.prepared import LETTERS as LETTERS
-from topwork.data.chat.prepared import Prepared, Preparer, Tools, merged_turns
+from topwork.data.chat.prepared import Prepared, Preparer, Tools
 from topwork.data.chat.rendering import Renderer, TemplateRejects, folded
 from topwork.data.chat.spans import Pieces, Whole, shared
 from topwork.data.conversations import Message, RowProblem
+from topwork.data.meaning.usable import merged_turns
 
 FIRST = "the assistant's first turn answers nothing and is not learned"
 CUT = "the assistant's first turn is cut: the chat template wants the user to begin"
@@ -126,7 +127,7 @@ class Turns:
             )
         near = max(0, shared(prompt, whole) - 20)
         fold = "data.fold_system: true, or " if messages[0].role == "system" else ""
-        merge = "data.merge_turns: true, or " if len(merged_turns(messages)) < len(messages) else ""
+        merge = "data.merge_turns: true, or " if len(_merged(messages)) < len(messages) else ""
         return self.renderer.tokens.unmarked(
             f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
             f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
@@ -209,7 +210,7 @@ class Turns:
         raise _Rejected(f"the chat template rejects these messages: {reason!r}{self._remedy(messages, takes)}")
 
     def _remedy(self, messages: Sequence[Message], takes: Any) -> str:
-        merged = merged_turns(messages)
+        merged = _merged(messages)
         if len(merged) < len(messages) and takes(merged):
             return "; set data.merge_turns: true, which makes one turn of several of one role"
         if len(merged) < len(messages) and takes(folded(merged)):
@@ -277,6 +278,14 @@ class Turns:
         marked[number] = replace(messages[number], content="topworkprobecontent", weight=None)
         if "topworkprobecontent" not in self.rendered(marked, tools, True):
             raise RowProblem(f"the chat template leaves out message {number + 1} ({messages[number].role})")
+
+
+def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+    """As `data.merge_turns` would have them; as they are where it would refuse them."""
+    try:
+        return merged_turns(messages)
+    except RowProblem:
+        return messages
 
 
 def _remedied(what: str, which: str) -> str:
