@@ -45,8 +45,9 @@ def examine(recipe: Recipe, tokenizer: Any, context_length: int, trainable: int 
         only_first=first if first is not None and train.rows >= first else None,
     )  # fmt: skip
     try:
-        template.survey([*train.conversations, *(evaluation.conversations if evaluation else ())])
+        template.survey(train.conversations)  # by these alone, as in training
         train = _encoded(train, template, config)
+        template.survey(evaluation.conversations if evaluation else ())
         evaluation = None if evaluation is None else _encoded(evaluation, template, config)
     except DataError as error:
         return replace(found, refused=str(error))
