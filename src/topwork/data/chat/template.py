@@ -81,7 +81,7 @@ class ChatTemplate:
         self.tokenizer, self.options, self.separator = tokenizer, options, separator
         jinja = raw_jinja(tokenizer, separator) if template == "raw" else jinja_of(tokenizer, template)
         self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
-        self._has_seen_chats = False
+        self._has_seen_chats = self._has_seen_text = False
         self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
         if separator and jinja is not None and not is_raw(jinja):
             raise DataError(
@@ -183,7 +183,8 @@ class ChatTemplate:
         if self.text_markup is None and "text" in kinds:
             self.text_markup = ("text", False) not in seen
         asked = "chat" in kinds
-        if self.options.response_part is not None and asked and self.text_markup is None:
+        self._has_seen_text = self._has_seen_text or "text" in kinds
+        if self.options.response_part is not None and asked and not self._has_seen_text:
             raise DataError(
                 "data.response_part says what is learned of plain text, and these rows are conversations, of which the "
                 "answers are learned as it is; leave it out"
