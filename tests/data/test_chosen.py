@@ -199,6 +199,6 @@ def test_of_a_tokenizers_several_templates_tools_take_theirs() -> None:
     assert renderer.render([Message("user", "x")], None, False) == "<s><user>x"
     tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
     assert renderer.render([Message("user", "x")], [tool], False) == "[sky]<s><user>x"
-    for given in (None, [tool]):
-        asked = own.apply_chat_template([{"role": "user", "content": "x"}], tools=given, tokenize=False)
-        assert renderer.render([Message("user", "x")], given, False) == asked
+    for tools in (None, [tool]):
+        asked = own.apply_chat_template([{"role": "user", "content": "x"}], tools=tools, tokenize=False)
+        assert renderer.render([Message("user", "x")], tools, False) == asked

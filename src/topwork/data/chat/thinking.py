@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from topwork.data.chat.rendering import Renderer, TemplateRejects
 from topwork.data.conversations import Message, RowProblem
+from topwork.data.meaning.marks import THINKING_KEYS as KEYS
 
 Mode = Literal["learn", "inline", "drop"]
-KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 THINKS = _CLOSE = "</think>"
 _OPEN = "<think>"
 _BLOCK = re.compile(r"(?s)<think>.*?</think>\s*")
