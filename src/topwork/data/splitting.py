@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from topwork.common.errors import DataError
+from topwork.data.config import SourceConfig, called
 from topwork.data.conversations import Conversation
 from topwork.data.meaning.usable import hashed, prompt_group
 from topwork.data.summary import Note
@@ -182,3 +183,8 @@ def times(count: int, weight: float, seed: int, source: int) -> np.ndarray:
     if count and more:
         found[np.random.default_rng([seed, source]).permutation(count)[:more]] += 1
     return found
+
+
+def weight_note(source: SourceConfig, seen: int, rows: int) -> Note:
+    """What a source's weight comes to."""
+    return Note(f"{called(source.path)} has the weight {source.weight:g}: an epoch sees {seen:,} rows, from {rows:,}")
