@@ -171,8 +171,13 @@ class DataConfig(Options):
 
 def told(named: Sources) -> str:
     """Sources as people call them."""
+    return ", ".join(map(called, paths_of(named)))
+
+
+def paths_of(named: Sources) -> list[str]:
+    """The path of each source."""
     several = named if isinstance(named, list) else [named]
-    return ", ".join(called(each if isinstance(each, str) else each.path) for each in several)
+    return [each if isinstance(each, str) else each.path for each in several]
 
 
 def called(path: str) -> str:
