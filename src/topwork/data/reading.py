@@ -13,7 +13,7 @@ from topwork.data.fitting import Fitted, Fitting
 from topwork.data.meaning.formats import Format, refuse_bad
 from topwork.data.parts import Formats, read_parts
 from topwork.data.splitting import hold_out, no_such_column, prompt_key, repeats, units
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
 
 _CHUNK = 1000  # rows that are texts and lists of ids at the same time
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -65,9 +65,7 @@ def read_side(
     found = Read([part.source for part in parts], [part.format for part in parts], [], bad, 0, [])
     for part in parts:
         found.count += len(part.rows)
-        found.notes += [
-            Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in part.notes
-        ]
+        found.notes += file_notes(part.notes)
     refuse_bad(bad, found.count, config)
     waiting = [part.conversations for part in parts]
     del parts  # the rows as they were read, which nobody needs any more

@@ -23,7 +23,7 @@ from topwork.data.splitting import held_rows, is_first, no_such_column, times, u
 from topwork.data.streaming.copies import copied_rows
 from topwork.data.streaming.index import IndexedRows, Joined, by_owner
 from topwork.data.streaming.plain import plain_rows
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
 
 Log = Callable[[str], None]
 _CHUNK = 1000  # rows that are conversations at the same time while all are checked
@@ -193,10 +193,8 @@ class Streamed:
     @property
     def notes(self) -> list[Note]:
         """What was noticed in the files, and in the rows before they meet a template."""
-        texts = [text for part in self.parts for text in part.notes]
-        told = [Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in texts]
         return [
-            *dict.fromkeys(told),
+            *file_notes(text for part in self.parts for text in part.notes),
             *dropped_notes([row for part in self.parts for row in part.bad]),
             *(note for part in self.parts for note in part.tally.notes()),
         ]

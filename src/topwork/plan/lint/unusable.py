@@ -10,6 +10,7 @@ import numpy as np
 
 from topwork.data.chat.thinking import extra_thought, without_thinking
 from topwork.data.conversations import BadRow, Conversation, Message
+from topwork.data.summary import WARNING
 from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, graded, of_rows
 
@@ -82,10 +83,6 @@ def remarks(examined: Examined) -> Iterator[Finding]:
                     "file-warnings", "warning", remark.removeprefix(WARNING),
                     f"look at what {side.named} is, and name the files that are meant",
                 )  # fmt: skip
-
-
-WARNING = "warning: "
-"""How reading begins a remark that is more than one."""
 
 
 # An own look, at the tokens, whatever the rendering says
