@@ -143,12 +143,13 @@ class ChatTemplate:
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None,
-        goes_on: bool = False,
+        goes_on: bool = False, as_learned: bool = False,
     ) -> list[int]:  # fmt: skip
         """What generation is prompted with: the messages and the opened assistant's turn.
 
-        variables  what else the template reads (`enable_thinking`)
-        goes_on    the last message is the assistant's and is left open, for the answer to go on with it
+        variables   what else the template reads (`enable_thinking`)
+        goes_on     the last message is the assistant's and is left open, for the answer to go on with it
+        as_learned  an assistant's opening that the template refuses is cut, as it is where rows are learned
 
         Raises DataError.
         """
@@ -157,7 +158,7 @@ class ChatTemplate:
             raise DataError(f"an answer goes on with the assistant's text, and the last message is the {last}")
         try:
             prepared = self._preparer.prepared(messages, tools, goes_on)
-            text = self._turns.rendered(prepared.messages, prepared.tools, not goes_on, variables, goes_on)
+            text = self._turns.prompt(prepared, variables, goes_on, as_learned)
             text.encode()
         except RowProblem as problem:
             raise DataError(f"these messages cannot be put to the model: {problem}") from problem

@@ -50,13 +50,22 @@ class Turns:
         try:
             return self._learned(prepared, last)
         except _Rejected:
-            first = next((n for n, message in enumerate(prepared.messages) if message.role != "system"), 0)
-            if prepared.messages[first].role != "assistant":
+            kept = _without_opening(prepared)
+            if kept is None or not any(message.role == "assistant" for message in kept.messages):
                 raise
-            kept = prepared.messages[:first] + prepared.messages[first + 1 :]
-            if not any(message.role == "assistant" for message in kept):
+            return self._learned(kept, last)
+
+    def prompt(
+        self, prepared: Prepared, variables: Mapping[str, Any] | None, goes_on: bool, as_learned: bool
+    ) -> str:  # fmt: skip
+        """What generation is prompted with; `as_learned` cuts the opening that `learned` cuts. Raises RowProblem."""
+        try:
+            return self.rendered(prepared.messages, prepared.tools, not goes_on, variables, goes_on)
+        except _Rejected:
+            kept = _without_opening(prepared) if as_learned else None
+            if kept is None:
                 raise
-            return self._learned(replace(prepared, messages=kept, notes=(*prepared.notes, CUT)), last)
+            return self.rendered(kept.messages, kept.tools, not goes_on, variables, goes_on)
 
     def _learned(self, prepared: Prepared, last: bool) -> tuple[list[TurnText], tuple[str, ...]]:
         messages, notes = prepared.messages, list(prepared.notes)
@@ -278,6 +287,15 @@ class Turns:
         marked[number] = replace(messages[number], content="topworkprobecontent", weight=None)
         if "topworkprobecontent" not in self.rendered(marked, tools, True):
             raise RowProblem(f"the chat template leaves out message {number + 1} ({messages[number].role})")
+
+
+def _without_opening(prepared: Prepared) -> Prepared | None:
+    """Without an assistant's turn that stands before all others but the system's; None where there is none."""
+    messages = prepared.messages
+    first = next((n for n, message in enumerate(messages) if message.role != "system"), 0)
+    if not messages or messages[first].role != "assistant":
+        return None
+    return replace(prepared, messages=messages[:first] + messages[first + 1 :], notes=(*prepared.notes, CUT))
 
 
 def _merged(messages: Sequence[Message]) -> Sequence[Message]:
