@@ -459,6 +459,10 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(
     streamed = load(path, on_bad_row="drop", streaming=True, log=said.append)
     assert steps(streamed) == steps(held)
     assert any("2 bad rows dropped" in line for line in said), said
+    apart = write("eval.jsonl", BAD)
+    held, streamed = (load(path, eval=apart, on_bad_row="drop", streaming=streaming) for streaming in (False, True))
+    assert streamed.summary.eval == held.summary.eval
+    assert (held.summary.eval.bad_rows, held.summary.eval.rows - held.summary.eval.sequences) == (2, 2)
 
 
 def test_rows_that_say_the_same_are_told_or_dropped(

@@ -142,6 +142,9 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
     candidates = split.held if config.eval is None else apart.numbers()
     drawn = drawn_rows(candidates, EVAL_ROWS, seed if config.eval is None else 0)
     held = take(apart, drawn.tolist(), config, template, max_length)
+    if apart is not read:  # as where rows are held, with those that became no conversation
+        rows, bad = held.counts.rows + apart.bad_count, held.counts.bad_rows + apart.bad_count
+        held = replace(held, counts=replace(held.counts, rows=rows, bad_rows=bad))
     if config.eval is not None and not held.examples:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({held.counts.line('eval')})")
     summary = _summary(config, template, read, apart, split, held, len(drawn), len(candidates))
