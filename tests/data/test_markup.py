@@ -8,6 +8,8 @@ from family_tokenizers import FAMILIES, build_tokenizer, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learned_text import chat, check_prompts, learned, said, shown, text, user
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from topwork.common.errors import DataError
 from topwork.data.chat.markup import Tokens
@@ -282,3 +284,17 @@ def test_vocabularies_that_hold_special_tokens_as_words(make: Callable[[], Any])
     check_prompts(template, *messages)
     (text,) = template.renderer.tokens._of_marked([" [A] the dog</s> the"])
     assert text == tokenizer(" [A] the dog</s> the", add_special_tokens=False)["input_ids"]
+
+
+def test_letters_of_a_token_that_merges_would_make() -> None:
+    """Some vocabularies reach a special token from its letters, pair by pair."""
+    words = [*"<>s/abcdu", "<s", "<s>"]
+    bpe = models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[("<", "s"), ("<s", ">")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), bos_token="<s>", eos_token="</s>")
+    turns = "{% for m in messages %}<s>{{ m.role[0] + m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    template = ChatTemplate(tokenizer, turns + "{% if add_generation_prompt %}<s>a{% endif %}")
+    (item,) = template.encode(chat(user("a<s>b"), said("c<s>d")))
+    assert tokenizer.convert_ids_to_tokens(item.tokens) == [
+        "<s>", "u", "a", "<s", ">", "b", "<s>", "a", "c", "<s", ">", "d", "</s>",
+    ]  # fmt: skip
+    assert item.weights == [0.0] * 8 + [1.0] * 5

@@ -192,10 +192,10 @@ def test_rows_are_held_out_by_a_column_or_alone(write: Callable[..., str], templ
         "all rows have the same prompt, so they are held out each by itself"
         in load(write, template, same, eval_fraction=0.1).lines[-1]
     )
-    with pytest.raises(
-        DataError, match=r"hold_out_by is 'topics', which rows\.jsonl:1 does not have; did you mean 'topic'"
-    ):
+    with pytest.raises(DataError, match=r"hold_out_by is 'topics', and no row has a value there; did you mean 'topic'"):
         load(write, template, rows, hold_out_by="topics")
+    some = [*({**row, "topic": None} for row in many(8)), *many(16)[8:], {**many(17)[16], "topic": "a"}]
+    assert len(load(write, template, some, eval_fraction=0.1, hold_out_by="topic").eval_units) == 2, "each by itself"
 
 
 def test_bad_rows_refuse_or_are_dropped_and_named(write: Callable[..., str], template: ChatTemplate) -> None:

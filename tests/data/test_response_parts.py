@@ -91,6 +91,10 @@ def test_marker_strings_are_for_plain_text() -> None:
     talk = chat(user("a"), said("b"))
     with pytest.raises(DataError, match=r"data\.response_part .*these rows are conversations.* leave it out"):
         template.encode(talk)
+    with pytest.raises(DataError, match=r"these rows are conversations"):
+        ChatTemplate(build_tokenizer("smollm2"), options=Reading(response_part="b", split_special_tokens=True)).encode(
+            talk
+        )
     found, _ = template.encode_all([text("### Assistant: b"), talk])
     assert [len(each) for each in found] == [1, 1]
 

@@ -230,8 +230,9 @@ def test_the_validation_split_of_a_folder_validates(folder: Make, make_tokenizer
     ]
     whole = load(DataConfig(train=str(path), eval=str(path)), tokenizer)
     assert learned(whole, tokenizer) == (["train.jsonl"], ["validation.jsonl"])
-    tested = load(DataConfig(train=str(path), eval=SourceConfig(path=str(path), split="test")), tokenizer)
-    assert learned(tested, tokenizer) == (["train.jsonl"], ["test.jsonl"])
+    for test in (SourceConfig(path=str(path), split="test"), f"{path}::test"):
+        tested = load(DataConfig(train=str(path), eval=test), tokenizer)
+        assert learned(tested, tokenizer) == (["train.jsonl"], ["test.jsonl"])
 
 
 def test_evaluation_reads_the_test_split(folder: Make, make_tokenizer: Callable[..., Any]) -> None:
@@ -239,6 +240,8 @@ def test_evaluation_reads_the_test_split(folder: Make, make_tokenizer: Callable[
     path = folder("train.jsonl", "validation.jsonl", "test.jsonl")
     config = DataConfig(train=str(path))
     assert learned(load(config.reading(str(path)), tokenizer), tokenizer) == (["test.jsonl"], [])
+    assert learned(load(config.reading(f"{path}::train"), tokenizer), tokenizer)[0] == ["train.jsonl"]
+    assert learned(load(config.reading(f"{path}:dev"), tokenizer), tokenizer)[0] == ["validation.jsonl"]
     only = folder("test.jsonl", under="b")
     assert learned(load(config.reading(str(only)), tokenizer), tokenizer) == (["test.jsonl"], [])
     plain = folder("a.jsonl", under="c")

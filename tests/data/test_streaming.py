@@ -9,7 +9,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from topwork.data.files.rows import Row
 from topwork.data.source import StreamedRows, rows_of
 from topwork.data.splitting import is_first, permuted, unit_numbers
 from topwork.data.streaming import plain
+from topwork.data.streaming.copies import copied_rows
 from topwork.data.streaming.examples import StreamedExamples
+from topwork.data.streaming.index import FileRows
 
 Step = list[tuple[str, list[int], list[float]]]
 COUNT = 45
@@ -106,6 +108,8 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "lines under .json": ("rows.json", jsonl(PAIRS)),
     "a list": ("rows.json", json.dumps(PAIRS)),
     "a list for people": ("rows.json", json.dumps(PAIRS, indent=2, ensure_ascii=False) + "\n"),
+    "an object that holds a list": ("rows.json", json.dumps({"rows": PAIRS})),
+    "columns": ("rows.json", json.dumps({name: [row[name] for row in PAIRS] for name in PAIRS[0]})),
     "messages": ("rows.jsonl", jsonl(CHATS)),
     "cells": ("rows.csv", table(PAIRS)),
     "cells all quoted, with a mark": ("rows.csv", "\ufeff" + table(PAIRS, quoting=csv.QUOTE_ALL, lineterminator="\n")),
@@ -351,6 +355,25 @@ def test_a_row_that_the_template_refuses_stops_or_is_dropped(
     assert re.search(r"^1 row dropped: .*no seven.* \(rows\.jsonl:8\)$", dropping.read.told()[1])
 
 
+def test_two_that_make_the_same_copy_at_once_both_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
+    others = []
+
+    def made(by_another: bool) -> FileRows:
+        def rows() -> Iterator[Row]:
+            if by_another:
+                others.append(made(False))
+            yield from (Row(row, f"rows:{n}") for n, row in enumerate(PAIRS))
+
+        return copied_rows("rows", rows, [], None, (), "key", lambda _: None)
+
+    for copy in (made(True), *others):
+        copy.check_unchanged()
+        assert [row.fields for row in copy] == PAIRS
+    assert len(others) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*.json*")) == ["notes.json", "rows.jsonl"]
+
+
 def test_a_file_that_changes_is_an_error(load: Callable[..., Data], write: Callable[[str, str | bytes], str]) -> None:
     path = write("rows.jsonl", jsonl(PAIRS))
     source = rows_of(load(path, streaming=True).train, 4, 5)
@@ -436,6 +459,10 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(
     streamed = load(path, on_bad_row="drop", streaming=True, log=said.append)
     assert steps(streamed) == steps(held)
     assert any("2 bad rows dropped" in line for line in said), said
+    apart = write("eval.jsonl", BAD)
+    held, streamed = (load(path, eval=apart, on_bad_row="drop", streaming=streaming) for streaming in (False, True))
+    assert streamed.summary.eval == held.summary.eval
+    assert (held.summary.eval.bad_rows, held.summary.eval.rows - held.summary.eval.sequences) == (2, 2)
 
 
 def test_rows_that_say_the_same_are_told_or_dropped(

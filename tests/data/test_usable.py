@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from family_tokenizers import build_tokenizer
 from meaning import A, U, learned, read, turns
 
 from topwork.common.errors import DataError
-from topwork.data.conversations import Conversation
+from topwork.data.chat.template import ChatTemplate, Reading
+from topwork.data.conversations import Conversation, read_messages
 
 S = {"role": "system", "content": "s"}
 HELLO = {"role": "assistant", "content": "hello"}
@@ -159,3 +161,21 @@ def test_a_column_to_hold_out_by_has_to_be_there() -> None:
         read(row, hold_out_by="autor")
     assert len(read(row, hold_out_by="autor", eval_fraction=0)) == 1
     assert read(row, {"messages": [U, A], "author": None}, hold_out_by="author")[1].group is None
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [U, {**U, "content": "r"}, A],
+        [{**U, "content": " "}, U, A],
+        [S, {**S, "content": "t"}, U, A],
+        [U, A, {**CALLS, "content": "b"}, RESULT, RESULT, A],
+        [U, CALLS, {**A, "content": "b"}, U, A],
+        [HELLO, HELLO, U, A],
+    ],
+)
+def test_generation_merges_turns_as_training_does(messages: list[Any]) -> None:
+    template = ChatTemplate(build_tokenizer("smollm2"), "chatml", options=Reading(merge_turns=True))
+    (item,) = template.encode(one(*messages, merge_turns=True), "last_answer")
+    prompt = item.tokens[: item.weights.index(1.0)]
+    assert template.prompt_ids(read_messages(messages[:-1], "messages")) == prompt

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from data.family_tokenizers import build_tokenizer
 from reference.families import randomise
 from run import tiny
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Message
 from topwork.data.examples import Data, load_data
@@ -96,3 +98,19 @@ def test_rows_of_which_none_can_be_asked(data: Data) -> None:
     with pytest.raises(DataError, match="nothing can be asked"):
         questions_of([text], data.template)
     assert len(questions_of([text, *data.train_conversations], data.template)) == 9
+
+
+@pytest.mark.parametrize("family", ["gemma", "mistral", "llama2", "smollm2"])
+def test_a_talk_that_the_assistant_opens_is_asked_as_it_was_learned(family: str) -> None:
+    """Some templates reject the greeting, which then is cut of what is learned; serving refuses it still."""
+    template = ChatTemplate(build_tokenizer(family))
+    talk = (("assistant", "Welcome."), ("user", "A room?"), ("assistant", "Two coins."))
+    row = Conversation(
+        tuple(Message(role, text, 0.0 if text == "Welcome." else None) for role, text in talk), None, "x"
+    )
+    (item,) = template.encode(row)
+    (question,) = questions_of([row], template)
+    assert list(question.tokens) == item.tokens[: item.weights.index(1.0)]
+    if family != "smollm2":
+        with pytest.raises(DataError, match="it wants the user to begin"):
+            template.prompt_ids(row.messages[:-1])

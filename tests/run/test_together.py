@@ -24,7 +24,7 @@ from topwork.ops.workspace import Workspace
 from topwork.plan.count import count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.fit import trials_that_fit
-from topwork.run.folder import open_run
+from topwork.run.folder import open_run, read_json
 from topwork.run.outcome import TrainedRun
 from topwork.run.session import open_session
 from topwork.run.train import train_together
@@ -320,6 +320,17 @@ def test_data_that_is_named_alike_is_loaded_once(recipes: Recipes, monkeypatch: 
         recipes("other.rows", training={**short, "seed": 0}),
     )  # fmt: skip
     assert calls == [0, 3, 0]  # narrow's seed holds out other rows
+
+
+def test_of_a_source_with_a_weight_the_seed_decides_which_rows_are_learned(recipes: Recipes, tickets: Path) -> None:
+    """Though what validates is named: members that differ in the seed alone learn what each would alone."""
+    weighed = {"train": [{"path": str(tickets), "weight": 0.5}], "eval": str(tickets)}
+    changes = {"data": weighed, "training": {"max_steps": 1, "batch_size": 4, "num_train_epochs": 1}}
+    digests = []
+    for names in (("wide", "narrow"), ("narrow",)):
+        runs = quietly(*(recipes(name, f"{len(names)}", **changes) for name in names))
+        digests.append(read_json(runs[-1].folder / "provenance.json")["data"]["train"]["examples_sha256"])
+    assert digests[0] == digests[1]
 
 
 def test_what_cannot_share_a_pass_is_refused_before_anything_is_written(recipes: Recipes, tmp_path: Path) -> None:

@@ -152,6 +152,11 @@ class DataConfig(Options):
             for source in found
         ]
 
+    @property
+    def seed_decides(self) -> bool:
+        """Whether the seed decides which rows are learned, or how often: by holding some out, or by a weight."""
+        return self.eval is None or any(source.weight != 1.0 for source in self.sources(self.train))
+
     def of_source(self, source: SourceConfig) -> "DataConfig":
         """These options with a (filled in) source's own in their place."""
         return self.model_copy(
@@ -166,8 +171,13 @@ class DataConfig(Options):
 
 def told(named: Sources) -> str:
     """Sources as people call them."""
+    return ", ".join(map(called, paths_of(named)))
+
+
+def paths_of(named: Sources) -> list[str]:
+    """The path of each source."""
     several = named if isinstance(named, list) else [named]
-    return ", ".join(called(each if isinstance(each, str) else each.path) for each in several)
+    return [each if isinstance(each, str) else each.path for each in several]
 
 
 def called(path: str) -> str:

@@ -10,8 +10,9 @@ from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, told
 from topwork.data.conversations import Conversation
 from topwork.data.files.sources import memory_notes, with_held_out
+from topwork.data.parts import other_sentences, sentences
 from topwork.data.reading import FittedRow, Read, across, held_out, read_side, without_copies
-from topwork.data.splitting import times
+from topwork.data.splitting import times, weight_note
 from topwork.data.summary import Counts, DataSummary, Note, added
 
 
@@ -113,9 +114,9 @@ def load_data(
         raise DataError(f"{told(config.train)}: no row is left to train on ({counts.line('train')})")
     if config.eval is not None and not held:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({eval_counts.line('eval')})")
-    sentences = train.sentences if config.eval is None else (*train.sentences, *evaluation.others(train))
+    told_of = (*sentences(train.ways), *other_sentences(evaluation.ways, train.ways))
     both = across(seen, evaluation.rows)
-    summary = DataSummary(sentences, counts, eval_counts, config.eval is None, *both, (*notes, *weighted))
+    summary = DataSummary(told_of, counts, eval_counts, config.eval is None, *both, (*notes, *weighted))
     for line in summary.lines():
         log(line)
     return Data(tuple(examples), tuple(held), _chats(seen), _chats(evaluation.rows), template, summary)
@@ -136,8 +137,7 @@ def _weighted(train: Read, seed: int) -> tuple[list[int], list[Note]]:
         counts = times(len(own), source.weight, seed, number).tolist()
         for at, count in zip(own, counts):
             often[at] = count
-        rows = f"{sum(counts):,} rows, from {len(own):,}"
-        notes.append(Note(f"{source.path} has the weight {source.weight:g}: an epoch sees {rows}"))
+        notes.append(weight_note(source, sum(counts), len(own)))
     return often, notes
 
 

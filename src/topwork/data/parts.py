@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from topwork.common.errors import DataError
-from topwork.data.config import DataConfig, SourceConfig, Sources
+from topwork.data.config import DataConfig, SourceConfig, Sources, called
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.files.rows import Row, read_rows
 from topwork.data.meaning.formats import Format, read_conversations, recognise
@@ -66,7 +66,7 @@ def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Pa
     try:
         format = recognise(rows, own)
     except DataError as error:
-        raise DataError(f"{source.path}: {error}") from error
+        raise DataError(f"{called(source.path)}: {error}") from error
     if config.too_long == "split" and format.name != "text":
         raise DataError(
             f"data.too_long is split, which cuts plain text in pieces, but {source.path} was {format.sentence}; "
@@ -74,3 +74,22 @@ def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Pa
         )
     conversations, bad = read_conversations(rows, format, own)
     return Part(source, format, rows, conversations, bad)
+
+
+Formats = Sequence[tuple[SourceConfig, Format]]
+"""The sources of one side, and how each was read."""
+
+
+def sentences(read: Formats) -> tuple[str, ...]:
+    """How each source was read; which one is said where there are several."""
+    return (read[0][1].sentence,) if len(read) == 1 else _named(read)
+
+
+def other_sentences(read: Formats, known: Formats) -> tuple[str, ...]:
+    """How sources were read, where that is not as those of the other side."""
+    before = [(format.name, format.columns) for _, format in known]
+    return _named([each for each in read if (each[1].name, each[1].columns) not in before])
+
+
+def _named(read: Formats) -> tuple[str, ...]:
+    return tuple(f"{called(source.path)}: {format.sentence}" for source, format in read)

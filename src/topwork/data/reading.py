@@ -7,13 +7,13 @@ from hashlib import blake2b
 import numpy as np
 
 from topwork.data.chat.template import ChatTemplate, Encoded
-from topwork.data.config import DataConfig, SourceConfig, Sources, called
+from topwork.data.config import DataConfig, SourceConfig, Sources
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.fitting import Fitted, Fitting
 from topwork.data.meaning.formats import Format, refuse_bad
-from topwork.data.parts import read_parts
+from topwork.data.parts import Formats, read_parts
 from topwork.data.splitting import hold_out, no_such_column, prompt_key, repeats, units
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
 
 _CHUNK = 1000  # rows that are texts and lists of ids at the same time
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -51,18 +51,9 @@ class Read:
     notes: list[Note]
 
     @property
-    def sentences(self) -> tuple[str, ...]:
-        """How each source was read; which one is said where there are several."""
-        if len(self.sources) == 1:
-            return (self.formats[0].sentence,)
-        return tuple(f"{called(source.path)}: {format.sentence}" for source, format in zip(self.sources, self.formats))
-
-    def others(self, side: "Read") -> tuple[str, ...]:
-        """How sources were read, where that is not as those of the other side."""
-        known = [(format.name, format.columns) for format in side.formats]
-        if all((format.name, format.columns) in known for format in self.formats):
-            return ()
-        return tuple(f"{called(source.path)}: {format.sentence}" for source, format in zip(self.sources, self.formats))
+    def ways(self) -> Formats:
+        """How each source was read."""
+        return list(zip(self.sources, self.formats))
 
 
 def read_side(
@@ -74,9 +65,7 @@ def read_side(
     found = Read([part.source for part in parts], [part.format for part in parts], [], bad, 0, [])
     for part in parts:
         found.count += len(part.rows)
-        found.notes += [
-            Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in part.notes
-        ]
+        found.notes += file_notes(part.notes)
     refuse_bad(bad, found.count, config)
     waiting = [part.conversations for part in parts]
     del parts  # the rows as they were read, which nobody needs any more

@@ -1,14 +1,14 @@
 """Which rows are held out, which say the same, and how often an epoch sees each: decided by numbers of rows alone."""
 
-import hashlib
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from topwork.common.errors import DataError
-from topwork.data.conversations import Conversation, Message
+from topwork.data.config import SourceConfig, called
+from topwork.data.conversations import Conversation
+from topwork.data.meaning.usable import hashed, prompt_group
 from topwork.data.summary import Note
 
 _BLOCK = 1 << 18  # keys that are looked up at a time
@@ -46,16 +46,7 @@ def no_such_column(by: str) -> DataError:
 def prompt_key(row: Conversation) -> str:
     """The same for rows with the same prompt: the messages before the last answer, and the tools. A document is one by
     itself, and the same as its copies."""
-    if row.kind == "text":
-        told: object = ["text", row.text]
-    else:
-        last = max((n for n, message in enumerate(row.messages) if message.role == "assistant"), default=0)
-        told = [[_said(message) for message in row.messages[:last]], row.tools]
-    return hashlib.blake2b(json.dumps(told, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _said(message: Message) -> list[object]:
-    return [message.role, message.content, message.extra]
+    return hashed(row.text or "") if row.kind == "text" else prompt_group(row.messages, row.tools)
 
 
 def hold_out(units: Sequence[Hashable], usable: Sequence[bool], fraction: float, seed: int, by: str) -> HeldOut:
@@ -192,3 +183,8 @@ def times(count: int, weight: float, seed: int, source: int) -> np.ndarray:
     if count and more:
         found[np.random.default_rng([seed, source]).permutation(count)[:more]] += 1
     return found
+
+
+def weight_note(source: SourceConfig, seen: int, rows: int) -> Note:
+    """What a source's weight comes to."""
+    return Note(f"{called(source.path)} has the weight {source.weight:g}: an epoch sees {seen:,} rows, from {rows:,}")

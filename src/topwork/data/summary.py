@@ -92,6 +92,17 @@ class Note:
         return f"{'warning: ' if self.warning else ''}{count if self.rows else ''}{self.text}{named}"
 
 
+WARNING = "warning: "
+"""How reading begins a remark on files that is more than one."""
+
+
+def file_notes(remarks: Iterable[str]) -> list[Note]:
+    """What was noticed in files, each once."""
+    return [
+        Note(text.removeprefix(WARNING), warning=text.startswith(WARNING)) for text in dict.fromkeys(remarks)
+    ]  # fmt: skip
+
+
 class Tally:
     """Counts rows by what is said of them, and remembers the first of each."""
 

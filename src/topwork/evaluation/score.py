@@ -47,7 +47,7 @@ def questions_of(conversations: Sequence[Conversation], template: ChatTemplate) 
             continue
         before = row.messages[:-1]
         shown = "\n\n".join(message.content for message in before if message.role != "system")
-        ids = tuple(template.prompt_ids(before, row.tools))
+        ids = tuple(template.prompt_ids(before, row.tools, as_learned=True))
         asked.append(Question(shown, ids, row.messages[-1].content, row.source))
     if not asked:
         raise DataError("no row ends with an assistant's answer, so nothing can be asked and graded")

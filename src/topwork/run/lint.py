@@ -10,6 +10,7 @@ import numpy as np
 
 from topwork.common.errors import AdapterError, ModelError
 from topwork.data.examples import Data
+from topwork.data.summary import WARNING
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config, load_tokenizer, usable_length
@@ -19,7 +20,6 @@ from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, totals
 from topwork.plan.lint.rules import check
 from topwork.plan.lint.shown import ShownRow, shown_rows
-from topwork.plan.lint.unusable import WARNING
 from topwork.recipe.recipe import Recipe, load_recipe
 
 Log = Callable[[str], None]

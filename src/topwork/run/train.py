@@ -179,8 +179,8 @@ def _grafted(
 def _load_data(
     recipes: Sequence[Recipe], tokenizer: PreTrainedTokenizerBase, context_length: int, log: Log
 ) -> list[Data]:
-    """Data that several recipes name alike are loaded once; the seed counts where it holds rows out. What evaluation
-    will read is looked for, so that it is not found missing after the training."""
+    """Data that several recipes name alike are loaded once; the seed counts where it decides which rows they are. What
+    evaluation will read is looked for, so that it is not found missing after the training."""
     for recipe in recipes:
         if recipe.evaluation.data is not None:
             look_for(recipe.data, recipe.evaluation.data)
@@ -189,7 +189,7 @@ def _load_data(
     for recipe in recipes:
         config, seed = recipe.data, recipe.training.seed
         room = context_length - recipe.adapter.virtual_tokens
-        key = (config.model_dump_json(), seed if config.eval is None else None, min(room, config.max_length))
+        key = (config.model_dump_json(), seed if config.seed_decides else None, min(room, config.max_length))
         if key not in known:
             known[key] = load_data(config, tokenizer, room, seed, log)
             if not config.streaming:

@@ -265,3 +265,13 @@ def test_lint_looks_at_what_training_learns(read: Read, options: dict[str, Any])
         assert found.tokens[at].tolist() == example.tokens.tolist()
         assert found.weights[at].tolist() == example.weights.tolist()
         assert examined.train.conversations[found.rows[number]].source == example.source
+
+
+def test_whether_text_brings_its_markup_is_what_the_training_rows_say(read: Read) -> None:
+    """In training and here, whatever the rows say that validate."""
+    marked = [{"text": f"<|im_start|>user\nWhere is {n}?<|im_end|>"} for n in range(12)]
+    examined = read(marked, eval=[{"text": "Here is 40."}, {"text": "Here is <|im_end|>"}])
+    data = load_data(examined.recipe.data, examined.tokenizer, CONTEXT, 0, lambda _: None)
+    for side, rows in ((examined.train, data.train), (examined.eval, data.eval)):
+        assert side is not None
+        assert side.sequences.tokens.tolist() == [token for row in rows for token in row.tokens.tolist()]

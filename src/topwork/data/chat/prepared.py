@@ -13,6 +13,7 @@ from topwork.data.chat.call_turns import CallNeeds, as_taken, call_needs
 from topwork.data.chat.rendering import Renderer
 from topwork.data.chat.thinking import KEYS, Mode, ThinkingForm, has_thinking, thinking_form, written
 from topwork.data.conversations import Message, RowProblem
+from topwork.data.meaning.usable import merged_turns
 
 Tools = list[dict[str, Any]] | None
 LETTERS = "special tokens that its text spells are read as letters (data.split_special_tokens)"
@@ -48,7 +49,7 @@ class Preparer:
         notes: tuple[str, ...] = ()
         last = [messages[-1]] if goes_on else []
         ready = list(messages[: len(messages) - len(last)])
-        ready = merged_turns(ready) if self.merge else ready
+        ready = list(merged_turns(ready)) if self.merge else ready
         if any(_thinks(message) for message in ready):
             ready, notes = self._with_thinking(ready)
         if any(message.role == "tool" or message.extra.get("tool_calls") for message in ready):
@@ -90,15 +91,3 @@ def _thinks(message: Message) -> bool:
     return message.role == "assistant" and (
         has_thinking(message.content) or (bool(message.extra) and not message.extra.keys().isdisjoint(KEYS))
     )
-
-
-def merged_turns(messages: Sequence[Message]) -> list[Message]:
-    """One turn of several of one role in a row, an empty line between them; turns that call or answer calls stay."""
-    found: list[Message] = []
-    for message in messages:
-        alike = bool(found) and found[-1].role == message.role and message.role in ("user", "assistant")
-        if alike and not (message.extra or found[-1].extra) and found[-1].weight == message.weight:
-            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
-        else:
-            found.append(message)
-    return found

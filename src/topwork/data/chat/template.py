@@ -81,7 +81,7 @@ class ChatTemplate:
         self.tokenizer, self.options, self.separator = tokenizer, options, separator
         jinja = raw_jinja(tokenizer, separator) if template == "raw" else jinja_of(tokenizer, template)
         self.renderer = Renderer(tokenizer, with_variables(tokenizer, jinja, variables or {}), fold_system)
-        self._has_seen_chats = False
+        self._has_seen_chats = self._has_seen_text = False
         self.text_markup = None if options.split_special_tokens is None else not options.split_special_tokens
         if separator and jinja is not None and not is_raw(jinja):
             raise DataError(
@@ -143,12 +143,13 @@ class ChatTemplate:
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None,
-        goes_on: bool = False,
+        goes_on: bool = False, as_learned: bool = False,
     ) -> list[int]:  # fmt: skip
         """What generation is prompted with: the messages and the opened assistant's turn.
 
-        variables  what else the template reads (`enable_thinking`)
-        goes_on    the last message is the assistant's and is left open, for the answer to go on with it
+        variables   what else the template reads (`enable_thinking`)
+        goes_on     the last message is the assistant's and is left open, for the answer to go on with it
+        as_learned  an assistant's opening that the template refuses is cut, as it is where rows are learned
 
         Raises DataError.
         """
@@ -157,7 +158,7 @@ class ChatTemplate:
             raise DataError(f"an answer goes on with the assistant's text, and the last message is the {last}")
         try:
             prepared = self._preparer.prepared(messages, tools, goes_on)
-            text = self._turns.rendered(prepared.messages, prepared.tools, not goes_on, variables, goes_on)
+            text = self._turns.prompt(prepared, variables, goes_on, as_learned)
             text.encode()
         except RowProblem as problem:
             raise DataError(f"these messages cannot be put to the model: {problem}") from problem
@@ -183,7 +184,8 @@ class ChatTemplate:
         if self.text_markup is None and "text" in kinds:
             self.text_markup = ("text", False) not in seen
         asked = "chat" in kinds
-        if self.options.response_part is not None and asked and self.text_markup is None:
+        self._has_seen_text = self._has_seen_text or "text" in kinds
+        if self.options.response_part is not None and asked and not self._has_seen_text:
             raise DataError(
                 "data.response_part says what is learned of plain text, and these rows are conversations, of which the "
                 "answers are learned as it is; leave it out"

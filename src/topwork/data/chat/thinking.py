@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from topwork.data.chat.rendering import Renderer, TemplateRejects
 from topwork.data.conversations import Message, RowProblem
+from topwork.data.meaning.marks import THINKING_KEYS
 
 Mode = Literal["learn", "inline", "drop"]
-KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
+KEYS = THINKING_KEYS
 THINKS = _CLOSE = "</think>"
 _OPEN = "<think>"
 _BLOCK = re.compile(r"(?s)<think>.*?</think>\s*")

@@ -8,10 +8,11 @@ from typing import Any
 from topwork.common.errors import DataError
 from topwork.data.chat import complete, thinking
 from topwork.data.chat.prepared import LETTERS as LETTERS
-from topwork.data.chat.prepared import Prepared, Preparer, Tools, merged_turns
+from topwork.data.chat.prepared import Prepared, Preparer, Tools
 from topwork.data.chat.rendering import Renderer, TemplateRejects, folded
 from topwork.data.chat.spans import Pieces, Whole, shared
 from topwork.data.conversations import Message, RowProblem
+from topwork.data.meaning.usable import merged_turns
 
 FIRST = "the assistant's first turn answers nothing and is not learned"
 CUT = "the assistant's first turn is cut: the chat template wants the user to begin"
@@ -49,13 +50,22 @@ class Turns:
         try:
             return self._learned(prepared, last)
         except _Rejected:
-            first = next((n for n, message in enumerate(prepared.messages) if message.role != "system"), 0)
-            if prepared.messages[first].role != "assistant":
+            kept = _without_opening(prepared)
+            if kept is None or not any(message.role == "assistant" for message in kept.messages):
                 raise
-            kept = prepared.messages[:first] + prepared.messages[first + 1 :]
-            if not any(message.role == "assistant" for message in kept):
+            return self._learned(kept, last)
+
+    def prompt(
+        self, prepared: Prepared, variables: Mapping[str, Any] | None, goes_on: bool, as_learned: bool
+    ) -> str:  # fmt: skip
+        """What generation is prompted with; `as_learned` cuts the opening that `learned` cuts. Raises RowProblem."""
+        try:
+            return self.rendered(prepared.messages, prepared.tools, not goes_on, variables, goes_on)
+        except _Rejected:
+            kept = _without_opening(prepared) if as_learned else None
+            if kept is None:
                 raise
-            return self._learned(replace(prepared, messages=kept, notes=(*prepared.notes, CUT)), last)
+            return self.rendered(kept.messages, kept.tools, not goes_on, variables, goes_on)
 
     def _learned(self, prepared: Prepared, last: bool) -> tuple[list[TurnText], tuple[str, ...]]:
         messages, notes = prepared.messages, list(prepared.notes)
@@ -126,7 +136,7 @@ class Turns:
             )
         near = max(0, shared(prompt, whole) - 20)
         fold = "data.fold_system: true, or " if messages[0].role == "system" else ""
-        merge = "data.merge_turns: true, or " if len(merged_turns(messages)) < len(messages) else ""
+        merge = "data.merge_turns: true, or " if len(_merged(messages)) < len(messages) else ""
         return self.renderer.tokens.unmarked(
             f"the chat template opens the assistant's turn with {prompt[near : near + 60]!r} when generating, but "
             f"writes {whole[near : near + 60]!r} where the answer is given, so what is learned would never be "
@@ -209,7 +219,7 @@ class Turns:
         raise _Rejected(f"the chat template rejects these messages: {reason!r}{self._remedy(messages, takes)}")
 
     def _remedy(self, messages: Sequence[Message], takes: Any) -> str:
-        merged = merged_turns(messages)
+        merged = _merged(messages)
         if len(merged) < len(messages) and takes(merged):
             return "; set data.merge_turns: true, which makes one turn of several of one role"
         if len(merged) < len(messages) and takes(folded(merged)):
@@ -277,6 +287,23 @@ class Turns:
         marked[number] = replace(messages[number], content="topworkprobecontent", weight=None)
         if "topworkprobecontent" not in self.rendered(marked, tools, True):
             raise RowProblem(f"the chat template leaves out message {number + 1} ({messages[number].role})")
+
+
+def _without_opening(prepared: Prepared) -> Prepared | None:
+    """Without an assistant's turn that stands before all others but the system's; None where there is none."""
+    messages = prepared.messages
+    first = next((n for n, message in enumerate(messages) if message.role != "system"), 0)
+    if not messages or messages[first].role != "assistant":
+        return None
+    return replace(prepared, messages=messages[:first] + messages[first + 1 :], notes=(*prepared.notes, CUT))
+
+
+def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+    """As `data.merge_turns` would have them; as they are where it would refuse them."""
+    try:
+        return merged_turns(messages)
+    except RowProblem:
+        return messages
 
 
 def _remedied(what: str, which: str) -> str:

@@ -35,7 +35,7 @@ def locate(source: SourceConfig, documents: str = "file") -> Located | None:
     place = find_place(source.path)
     if place is None:
         return None
-    asked = source.split or place.split
+    asked = place.split or source.split  # what the path says is for this source; the other may be a default
     names = list(place.splits) if place.alone else _chosen(place, asked)
     paths = [path for name in names for path in place.splits[name]]
     listed = None
@@ -170,7 +170,7 @@ def implied_eval(config: DataConfig) -> list[SourceConfig] | None:
     found: list[SourceConfig] = []
     for source in config.sources(config.train):
         place = find_place(source.path)
-        if place is None or place.alone or split_of(source.split or place.split or "train") != "train":
+        if place is None or place.alone or split_of(place.split or source.split or "train") != "train":
             continue
         held = [name for name in place.splits if split_of(name) == "validation"]
         if len(held) == 1:

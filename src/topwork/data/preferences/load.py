@@ -15,19 +15,13 @@ from topwork.data.files.rows import Row, read_rows
 from topwork.data.files.sources import with_held_out
 from topwork.data.meaning.formats import refuse_bad
 from topwork.data.meaning.mapping import value_of
+from topwork.data.meaning.values import is_blank
+from topwork.data.preferences import reading
 from topwork.data.preferences.examples import encode_judged, encode_pairs, prompt_ids
-from topwork.data.preferences.reading import (
-    Judged,
-    Pair,
-    Prompt,
-    Unit,
-    read_preferences,
-    recognise_preferences,
-    unpaired,
-)
+from topwork.data.preferences.reading import Judged, Pair, Prompt, Unit
 from topwork.data.preferences.shapes import Kind
 from topwork.data.splitting import hold_out, repeats, times
-from topwork.data.summary import Note, Tally, dropped_notes
+from topwork.data.summary import Note, Tally, dropped_notes, file_notes
 
 _UNITS: dict[Kind, str] = {"preference": "pairs", "kto": "answers", "prompts": "prompts"}
 
@@ -86,13 +80,9 @@ class _Side:
 
 
 def load_preferences(
-    config: DataConfig,
-    tokenizer: object,
-    context_length: int,
-    seed: int,
-    log: Callable[[str], None],
+    config: DataConfig, tokenizer: object, context_length: int, seed: int, log: Callable[[str], None],
     kind: Kind | None = None,
-) -> PreferenceData:
+) -> PreferenceData:  # fmt: skip
     """Everything that a recipe's `data` names, for an objective that needs rows of this kind.
 
     Where `kto` is wanted and the rows are pairs, both answers of each are judged ones. `log` gets the lines. Raises
@@ -151,9 +141,7 @@ def _read(config: DataConfig, named: Sources, max_rows: int | None, kind: Kind |
         found = read_rows(source, config.documents, min(limits, default=None))
         left = None if left is None else left - len(found.rows)
         kinds[_take(side, config, source, found.rows, kind)] = None
-        side.notes += [
-            Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in found.notes
-        ]
+        side.notes += file_notes(found.notes)
     if len(kinds) > 1:
         raise DataError(f"{told(named)}: the sources hold {' and '.join(sorted(kinds))} rows; one run learns one kind")
     return replace(side, kind=next(iter(kinds)))
@@ -163,13 +151,14 @@ def _take(side: _Side, config: DataConfig, source: SourceConfig, rows: Sequence[
     """One source's units, added to the others'; their kind."""
     own = config.of_source(source)
     try:
-        format = recognise_preferences(rows, own, kind)
+        _check_column(rows, config)
+        format = reading.recognise_preferences(rows, own, kind)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from error
-    units, bad = read_preferences(rows, format, own)
+    units, bad = reading.read_preferences(rows, format, own)
     sentence = format.sentence if isinstance(config.train, str) else f"{source.path}: {format.sentence}"
     if kind == "kto" and format.kind == "preference":
-        units = [*unpaired([unit for unit in units if isinstance(unit, Pair)])]
+        units = [*reading.unpaired([unit for unit in units if isinstance(unit, Pair)])]
         sentence += "; each pair is a good and a bad answer"
     by_source = {row.source: row.fields for row in rows}
     number = len(side.sources)
@@ -188,16 +177,27 @@ def _group(unit: Unit, fields: Mapping[str, Any], by: str) -> str:
     if by == "prompt":
         messages = unit.messages if isinstance(unit, Prompt) else unit.prompt
         return repr([(message.role, message.content) for message in messages])
+    value = _value(fields, by)
+    return unit.source if is_blank(value) else repr(value)
+
+
+def _value(fields: Mapping[str, Any], spec: str) -> Any:
     try:
-        value = value_of(fields, by)
+        return value_of(fields, spec)
     except RowProblem:
-        value = None
-    if value is None and by not in fields:
-        raise DataError(
-            f"data.hold_out_by is {by!r}, which {unit.source} does not have{did_you_mean(by, fields)}; expected "
-            f"prompt, row, or a column: {', '.join(fields)}"
-        )
-    return repr(value)
+        return None
+
+
+def _check_column(rows: Sequence[Row], config: DataConfig) -> None:
+    """Raises DataError where no row has a value in the column that rows are to be held out by."""
+    by, held_out = config.hold_out_by, config.eval is None and config.eval_fraction > 0
+    if not held_out or by in ("prompt", "row") or any(not is_blank(_value(row.fields, by)) for row in rows):
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row.fields))
+    raise DataError(
+        f"data.hold_out_by is {by!r}, and no row has a value there{did_you_mean(by, names)}; expected prompt, row, or "
+        f"a column: {', '.join(names)}"
+    )
 
 
 # What they become
@@ -292,11 +292,11 @@ def _cut(entry: _Entry, most: int) -> _Entry | None:
 def _without_copies(entries: list[_Entry], config: DataConfig) -> tuple[list[_Entry], list[Note]]:
     """Entries that are an earlier one again, told, or left out where the recipe says so."""
     copies = repeats([entry.tokens for entry in entries])
-    tally, drop = Tally(), config.duplicates == "drop"
+    tally, drop, again = Tally(), config.duplicates == "drop", set(copies)
     text = "the same, token for token, as an earlier one"
     for at in copies:
         tally.add([text + ("" if drop else "; data.duplicates: drop keeps the first alone")], entries[at].unit.source)
-    left = [entry for at, entry in enumerate(entries) if not drop or at not in set(copies)]
+    left = [entry for at, entry in enumerate(entries) if not drop or at not in again]
     return left, tally.notes(dropped=drop, warning=not drop)
 
 

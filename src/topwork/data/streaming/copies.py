@@ -1,7 +1,7 @@
 """Copies of rows that cannot be found by their place: of packed files, tables, text, other encodings and data sets.
 
 They are written once, one JSON line a row, below `$TOPWORK_CACHE`, under a name that follows from the files as they are
-and from how they are read; they may be deleted.
+and from how, and by which version, they are read; they may be deleted.
 """
 
 import json
@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import topwork
 from topwork.common.errors import DataError
 from topwork.common.files import sha256_bytes, write_json
 from topwork.data.files.rows import Row
@@ -43,7 +44,7 @@ def copied_rows(
     """
     sources = [inner for path in files for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     sources = [path for path in sources if path.is_file()]
-    made = json.dumps([key, limit, *([str(path.resolve()), *stamp(path)] for path in sources)])
+    made = json.dumps([topwork.__version__, key, limit, *([str(path.resolve()), *stamp(path)] for path in sources)])
     folder = copies_root() / sha256_bytes(made.encode())[:24]
     if not (folder / _NOTES).exists() or not (folder / _ROWS).exists():
         _write(folder, islice(rows(), limit), name)
@@ -62,7 +63,9 @@ def _write(folder: Path, rows: Iterable[Row], name: str) -> None:
         with open(aside, "w", encoding="utf-8") as out:
             for row in rows:
                 out.write(json.dumps([row.source, row.fields]) + "\n")
-        os.replace(aside, folder / _ROWS)
+            out.flush()
+            os.fsync(out.fileno())
+        _put(aside, folder / _ROWS)
     except OSError as error:
         free = shutil.disk_usage(folder).free
         raise DataError(
@@ -75,6 +78,16 @@ def _write(folder: Path, rows: Iterable[Row], name: str) -> None:
         ) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _put(aside: Path, target: Path) -> None:
+    """A copy that another process made meanwhile stays: it is the same, and is read by its place already."""
+    try:
+        os.link(aside, target)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        os.replace(aside, target)
 
 
 def _index(path: Path) -> Index:

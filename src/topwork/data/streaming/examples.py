@@ -19,6 +19,7 @@ from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example
 from topwork.data.fitting import Fitting
 from topwork.data.meaning.formats import refuse_bad
+from topwork.data.parts import other_sentences, sentences
 from topwork.data.reading import encoded
 from topwork.data.streaming.sources import Log, Split, Streamed, content_of, drawn_rows, read_streamed, split_streamed
 from topwork.data.summary import NAMED, Counts, DataSummary, Note, Tally, added, dropped_notes
@@ -141,6 +142,9 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
     candidates = split.held if config.eval is None else apart.numbers()
     drawn = drawn_rows(candidates, EVAL_ROWS, seed if config.eval is None else 0)
     held = take(apart, drawn.tolist(), config, template, max_length)
+    if apart is not read:  # as where rows are held, with those that became no conversation
+        rows, bad = held.counts.rows + apart.bad_count, held.counts.bad_rows + apart.bad_count
+        held = replace(held, counts=replace(held.counts, rows=rows, bad_rows=bad))
     if config.eval is not None and not held.examples:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({held.counts.line('eval')})")
     summary = _summary(config, template, read, apart, split, held, len(drawn), len(candidates))
@@ -162,9 +166,9 @@ def _summary(
     notes = [*reading, *read.notes, *split.notes, *([] if apart is read else apart.notes), *held.notes]
     if drawn < candidates:
         notes.append(Note(f"{drawn:,} of {candidates:,} rows that are held out are validated on, drawn by seed"))
-    sentences = read.sentences if apart is read else (*read.sentences, *_others(read, apart))
+    told_of = (*sentences(read.ways), *other_sentences(apart.ways, read.ways))
     across = sum(content_of(row) in _Sorted(split.contents) for row in held.rows)
-    return DataSummary(sentences, counts, held.counts, config.eval is None, across, 0, tuple(notes))
+    return DataSummary(told_of, counts, held.counts, config.eval is None, across, 0, tuple(notes))
 
 
 class _Sorted:
@@ -176,16 +180,6 @@ class _Sorted:
     def __contains__(self, number: int) -> bool:
         at = int(np.searchsorted(self.numbers, number))
         return at < len(self.numbers) and int(self.numbers[at]) == number
-
-
-def _others(read: Streamed, apart: Streamed) -> list[str]:
-    """How sources were read, where that is not as those of the other side."""
-    known = [(part.format.name, part.format.columns) for part in read.parts]
-    return [
-        f"{part.source.path}: {part.format.sentence}"
-        for part in apart.parts
-        if (part.format.name, part.format.columns) not in known
-    ]
 
 
 def _digest(read: Streamed, config: DataConfig, template: ChatTemplate, longest: int) -> str:

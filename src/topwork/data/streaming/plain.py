@@ -35,7 +35,9 @@ def plain_rows(file: DataFile, limit: int | None, name: str) -> FileRows | None:
             index = _index(opened, scan(opened), limit)
     except (NotPlain, ValueError, RecursionError):
         return None
-    return FileRows(file.path, index, partial(row, name)) if len(index) else None
+    if not len(index) or (len(index) == 1 and not as_list and kind_of(file.path) == ".json"):
+        return None  # an object alone may hold the rows
+    return FileRows(file.path, index, partial(row, name))
 
 
 def _index(file: BinaryIO, found: Iterator[tuple[int, int]], limit: int | None) -> Index:

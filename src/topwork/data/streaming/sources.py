@@ -10,7 +10,7 @@ import numpy as np
 
 from topwork.common.errors import DataError
 from topwork.data.chat.template import ChatTemplate
-from topwork.data.config import DataConfig, SourceConfig, Sources
+from topwork.data.config import DataConfig, SourceConfig, Sources, called
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.files.decoding import DataFile
 from topwork.data.files.places import kind_of
@@ -18,11 +18,12 @@ from topwork.data.files.rows import Row, file_rows, hub_file, hub_table, saved_r
 from topwork.data.files.sources import locate
 from topwork.data.files.tables import dataset_rows
 from topwork.data.meaning.formats import Format, read_conversations, recognise, refuse_bad
-from topwork.data.splitting import held_rows, is_first, no_such_column, times, unit_numbers, unit_of
+from topwork.data.parts import Formats
+from topwork.data.splitting import held_rows, is_first, no_such_column, times, unit_numbers, unit_of, weight_note
 from topwork.data.streaming.copies import copied_rows
 from topwork.data.streaming.index import IndexedRows, Joined, by_owner
 from topwork.data.streaming.plain import plain_rows
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
 
 Log = Callable[[str], None]
 _CHUNK = 1000  # rows that are conversations at the same time while all are checked
@@ -165,7 +166,7 @@ def read_streamed(
         try:
             format = recognise(rows, own)
         except DataError as error:
-            raise DataError("; ".join([f"{source.path}: {error}", *notes])) from error
+            raise DataError("; ".join([f"{called(source.path)}: {error}", *notes])) from error
         found.append(StreamedPart(source, own, format, rows, notes))
         found[-1].check(template)
     bad = [row for part in found for row in part.bad]
@@ -185,19 +186,15 @@ class Streamed:
         self._firsts = [0, *accumulate(len(part.rows) for part in parts[:-1])]
 
     @property
-    def sentences(self) -> tuple[str, ...]:
-        """How each source was read; which one is said where there are several."""
-        if len(self.parts) == 1:
-            return (self.parts[0].format.sentence,)
-        return tuple(f"{part.source.path}: {part.format.sentence}" for part in self.parts)
+    def ways(self) -> Formats:
+        """How each source was read."""
+        return [(part.source, part.format) for part in self.parts]
 
     @property
     def notes(self) -> list[Note]:
         """What was noticed in the files, and in the rows before they meet a template."""
-        texts = [text for part in self.parts for text in part.notes]
-        told = [Note(text.removeprefix("warning: "), warning=text.startswith("warning: ")) for text in texts]
         return [
-            *dict.fromkeys(told),
+            *file_notes(text for part in self.parts for text in part.notes),
             *dropped_notes([row for part in self.parts for row in part.bad]),
             *(note for part in self.parts for note in part.tally.notes()),
         ]
@@ -306,8 +303,7 @@ def _weighted(read: Streamed, numbers: np.ndarray, seed: int) -> tuple[np.ndarra
         if part.source.weight != 1.0:
             own = read.part_numbers(numbers, at)
             often[own] = times(len(own), part.source.weight, seed, at)
-            rows = f"{int(often[own].sum()):,} rows, from {len(own):,}"
-            notes.append(Note(f"{part.source.path} has the weight {part.source.weight:g}: an epoch sees {rows}"))
+            notes.append(weight_note(part.source, int(often[own].sum()), len(own)))
     return np.concatenate([numbers[often > turn] for turn in range(int(often.max(initial=0)))]), notes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from topwork.common.errors import DataError
 from topwork.data.chat.chosen import adds_bos
 from topwork.data.chat.template import ChatTemplate, stop_ids
-from topwork.data.config import DataConfig, Sources, told
+from topwork.data.config import DataConfig, Sources, paths_of
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example
 from topwork.data.files.sources import with_held_out
@@ -45,8 +45,9 @@ def examine(recipe: Recipe, tokenizer: Any, context_length: int, trainable: int 
         only_first=first if first is not None and train.rows >= first else None,
     )  # fmt: skip
     try:
-        template.survey([*train.conversations, *(evaluation.conversations if evaluation else ())])
+        template.survey(train.conversations)  # by these alone, as in training
         train = _encoded(train, template, config)
+        template.survey(evaluation.conversations if evaluation else ())
         evaluation = None if evaluation is None else _encoded(evaluation, template, config)
     except DataError as error:
         return replace(found, refused=str(error))
@@ -97,7 +98,7 @@ def facts_of(tokenizer: Any, template: ChatTemplate) -> Facts:
 
 def called(named: Sources) -> str:
     """Sources by their names alone; those on disk without their folders."""
-    return ", ".join(Path(each).name if Path(each).exists() else each for each in told(named).split(", "))
+    return ", ".join(Path(each).name if Path(each).exists() else each for each in paths_of(named))
 
 
 def _side(name: str, named: Sources, config: DataConfig, max_rows: int | None) -> Side:

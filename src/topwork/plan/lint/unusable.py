@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from topwork.data.chat.thinking import extra_thought, without_thinking
 from topwork.data.conversations import BadRow, Conversation, Message
+from topwork.data.summary import WARNING
 from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, graded, of_rows
 
@@ -20,8 +22,6 @@ _KINDS = (
     ("empty-rows", ("empty", "missing", "no answer", "no question", "no text")),
 )
 """Rule -> what the reason of a bad row says. The reasons are sentences for people, so the first that fits."""
-_THINKING = ("reasoning_content", "reasoning", "thinking")
-_TAGS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _TAG = re.compile(r"</?think>")
 AT_ONCE = 2000
 
@@ -85,10 +85,6 @@ def remarks(examined: Examined) -> Iterator[Finding]:
                 )  # fmt: skip
 
 
-WARNING = "warning: "
-"""How reading begins a remark that is more than one."""
-
-
 # An own look, at the tokens, whatever the rendering says
 
 
@@ -147,10 +143,10 @@ def _said(row: Conversation, examined: Examined) -> list[str]:
     learned: Sequence[Message] = [each for each in row.messages if each.role == "assistant" and each.weight != 0]
     if data.train_on == "last_answer":
         learned = learned[-1:]
-    said = [_TAGS.sub("", each.content) if data.thinking == "drop" else each.content for each in learned]
-    if data.thinking != "drop":
-        thoughts = [each.extra.get(key) for each in learned for key in _THINKING]
-        said += [thought for thought in thoughts if isinstance(thought, str)]
+    if data.thinking == "drop":
+        said = [without_thinking(each.content) for each in learned]
+    else:
+        said = [text for each in learned for text in (each.content, *extra_thought(each.extra))]
     return [text.strip() for text in said if text.strip()]
 
 
