@@ -27,6 +27,7 @@ from topwork.data.meaning.columns import Columns, speaks
 from topwork.data.meaning.fields import FIELDS, NEEDED
 from topwork.data.meaning.mapping import columns_of, value_of
 from topwork.data.meaning.recognition import Found, check_options, found_in, keys_in
+from topwork.data.meaning.transcripts import refuse_lone_messages
 from topwork.data.meaning.usable import hashed, prompt_group, usable
 from topwork.data.meaning.values import RowProblem, is_blank, opens, parsed, text_of, written
 from topwork.data.preferences.refusals import no_answers, refuse_preferences
@@ -252,6 +253,8 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
     refuse_preferences(config, sample, survey.names)
     check_options(survey, config)
     found = found_in(survey, config)
+    if not found or found[0].name == "text":
+        refuse_lone_messages(survey, config)
 
     def works(options: Mapping[str, Any]) -> bool:
         return _works(survey, config.model_copy(update=dict(options)))
