@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
 from topwork.data.meaning.mapping import in_yaml
-from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, weight_of
+from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, refuse_thought, weight_of
 from topwork.data.meaning.values import RowProblem as RowProblem
 from topwork.data.meaning.values import is_blank, kind, parsed, text_of, written
 
@@ -147,6 +147,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
         if value is None or key in (role_key, content_key, "tool_calls", "function_call"):
             continue
         (extra if mark_of(key) is None else marks)[key] = value
+        if role == "assistant":
+            refuse_thought(key, value, name)
     called = "tool_calls" in item or "function_call" in item
     calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
@@ -306,4 +308,22 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     wrong = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
     if wrong is not None:
         raise RowProblem(f"tools holds {wrong!r:.40}, expected tool definitions: objects with a name and parameters")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+    return [_tool(one) for tool in tools for one in _declared(tool)]
+
+
+def _declared(tool: Mapping[str, Any]) -> list[Any]:
+    """Google has several definitions in one."""
+    found = next((parsed(tool[key]) for key in ("functionDeclarations", "function_declarations") if key in tool), None)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else [tool]
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """One definition, also as OpenAI's newer interface, Anthropic's and MCP have them: no object of their own, the
+    schema under another name."""
+    if "function" in tool:
+        return dict(tool)
+    own = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
+    for key in ("input_schema", "inputSchema"):
+        if key in own and "parameters" not in own:
+            own = {("parameters" if name == key else name): value for name, value in own.items()}
+    return {"type": "function", "function": own}

@@ -57,7 +57,7 @@ _MATERIAL = {
 _ABOUT = {
     "id", "uid", "uuid", "idx", "index", "type", "len", "length", "count", "num", "number", "url", "link", "name",
     "title", "lang", "language", "date", "time", "hash", "source", "token", "score", "format", "category", "level",
-    "path", "filename", "filepath", "repo", "repository", "license", "domain", "dataset", "subset", "split", "timestamp",
+    "path", "filename", "filepath", "repo", "repository", "license", "domain", "dataset", "subset", "split",
 }  # fmt: skip
 _ANSWERED = {
     "explanation",

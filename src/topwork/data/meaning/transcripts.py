@@ -40,8 +40,8 @@ def refuse_lone_messages(survey: Columns, config: DataConfig) -> None:
     belongs = next((n for n in survey.names if any(word in plain(n) for word in _BELONGS)), None)
     by = f", those with the same {belongs}" if belongs else ""
     raise DataError(
-        f"each row is one message (its columns {role} and {content} say who speaks and what), and a row must be a whole "
-        f"conversation; put the messages of one{by} into a list: "
+        f"each row is one message (its columns {role} and {content} say who speaks and what), and a row must be a "
+        f"whole conversation; put the messages of one{by} into a list: "
         '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
     )
 
