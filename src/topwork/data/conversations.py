@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
+from topwork.data.meaning.content_parts import unfolded
 from topwork.data.meaning.mapping import in_yaml
 from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, refuse_thought, weight_of
 from topwork.data.meaning.values import RowProblem as RowProblem
@@ -111,7 +112,7 @@ def read_messages(items: object, name: str, spelling: Spelling = OURS) -> tuple[
         what = "empty" if is_blank(given) and given is not None else kind(given)
         raise RowProblem(f"{name} is {what}, expected a list of messages")
     found: list[Message] = []
-    for number, item in enumerate(given, 1):
+    for number, item in ((n, item) for n, folded in enumerate(given, 1) for item in unfolded(folded, f"message {n}")):
         role, message = _read_message(item, f"message {number}", spelling, given)
         if role in CALL_ROLES and found and found[-1].role == "assistant":
             found[-1] = _with_calls(found[-1], message, f"message {number}")

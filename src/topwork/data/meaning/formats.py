@@ -11,6 +11,7 @@ from typing import Any
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import (
+    CONTENT_KEYS,
     ROLE_KEYS,
     BadRow,
     Conversation,
@@ -88,6 +89,12 @@ class _Reading:
         value = self.value(name)
         return "" if is_blank(value) else text_of(value, self.columns[name], name)
 
+    def said(self, name: str) -> str:
+        """A field's text, which may stand in a message of its own; empty where there is none."""
+        value = self.value(name)
+        key = first_of(value, CONTENT_KEYS) if isinstance(value, Mapping) else None
+        return self.text(name) if key is None or is_blank(value[key]) else text_of(value[key], self.columns[name], name)
+
     def needed(self, name: str, missing: str) -> str:
         """A text without which the row cannot be used."""
         text = self.text(name)
@@ -102,7 +109,7 @@ class _Reading:
 
 
 def _with_system(row: _Reading, messages: Sequence[Message]) -> tuple[Message, ...]:
-    system = row.text("system")
+    system = row.said("system")
     if not system.strip() or (messages[0].role == "system" and messages[0].content == system):
         return tuple(messages)
     if messages[0].role == "system" and messages[0].content.strip():
@@ -173,7 +180,7 @@ def _history(row: _Reading) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         raise RowProblem("history is not a list of [user, assistant] pairs")
     roles = ("user", "assistant")
-    return [Message(role, text_of(text, "history")) for turn in value for role, text in zip(roles, turn)]
+    return [Message(role, text_of(text, "a turn of history")) for turn in value for role, text in zip(roles, turn)]
 
 
 def _talk(value: object, name: str, spelling: Spelling) -> list[Any] | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig
-from topwork.data.conversations import OURS, ROLE_KEYS, ROLES, Spelling, first_of
+from topwork.data.conversations import CONTENT_KEYS, OURS, ROLE_KEYS, ROLES, Spelling, first_of
 from topwork.data.meaning.columns import Columns, Shape, speaks
 from topwork.data.meaning.fields import FIELDS, KNOWN_AS, NEEDED, STANDARD, TOGETHER, plain
 from topwork.data.meaning.mapping import columns_of, in_yaml
@@ -126,6 +126,9 @@ def _with_shapes(found: Found, items: Sequence[tuple[tuple[str, ...], Shape]], s
 def _fits(field: str, column: str, survey: Columns) -> bool:
     """Whether an optional field may be read there without having been asked: what is no text must not become one."""
     facts = survey.by_name[column]
+    if field == "system" and facts.kinds.keys() <= {"object", "text"}:  # Google's is a message of its own
+        values = (row.fields.get(column) for row in survey.sample)
+        return all(first_of(value, CONTENT_KEYS) is not None for value in values if isinstance(value, Mapping))
     return field not in ("input", "system", "reasoning") or facts.is_plain or not facts.filled
 
 
