@@ -1,5 +1,6 @@
-"""Messages of parts that are more than text: what they say is read under the keys that templates know."""
+"""Messages of parts that are more than text, and objects that are a question and its answer: read as the turns they are."""
 
+import json
 from typing import Any
 
 import pytest
@@ -85,3 +86,21 @@ def test_a_list_in_a_template_is_told_with_what_to_write() -> None:
 def test_a_column_of_thinking_under_its_public_name() -> None:
     (row,) = read({"Question": "q", "Complex_CoT": "let me see", "Response": "a"})
     assert row.messages[1].extra == {"reasoning_content": "let me see"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"), [("input", "output"), ("human", "assistant"), ("question", "answer"), ("human", "gpt")]
+)
+def test_a_question_and_its_answer_in_one_object_are_two_turns(asked: str, answered: str) -> None:
+    talk = [{"system": "Be brief.", asked: "q", answered: "a"}, {asked: "r", answered: "b", "train": False}]
+    format, (row,) = load({"conversation": talk})
+    assert turns(row) == [("system", "Be brief."), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert [turn.weight for turn in row.messages] == [None, None, None, None, 0.0]
+    assert f"conversation ({asked}, {answered}) -> every assistant turn" in format.sentence
+
+
+def test_questions_and_answers_that_are_the_answer_stay_one() -> None:
+    made = [{"question": "When?", "answer": "1830."}]
+    for answer in (made, json.dumps(made)):
+        (row,) = read({"prompt": "Make questions.", "completion": answer})
+        assert turns(row) == [("user", "Make questions."), ("assistant", json.dumps(made))]

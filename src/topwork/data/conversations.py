@@ -112,12 +112,13 @@ def read_messages(items: object, name: str, spelling: Spelling = OURS) -> tuple[
         what = "empty" if is_blank(given) and given is not None else kind(given)
         raise RowProblem(f"{name} is {what}, expected a list of messages")
     found: list[Message] = []
-    for number, item in ((n, item) for n, folded in enumerate(given, 1) for item in unfolded(folded, f"message {n}")):
-        role, message = _read_message(item, f"message {number}", spelling, given)
-        if role in CALL_ROLES and found and found[-1].role == "assistant":
-            found[-1] = _with_calls(found[-1], message, f"message {number}")
-        else:
-            found.append(message)
+    for number, folded in enumerate(given, 1):
+        for item in unfolded(parsed(folded), f"message {number}", spelling.keys):
+            role, message = _read_message(item, f"message {number}", spelling, given)
+            if role in CALL_ROLES and found and found[-1].role == "assistant":
+                found[-1] = _with_calls(found[-1], message, f"message {number}")
+            else:
+                found.append(message)
     return tuple(found)
 
 
@@ -131,7 +132,6 @@ def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 
 def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
     """(the role as it is written, the message)."""
-    item = parsed(item)
     if not isinstance(item, Mapping):
         raise RowProblem(f"{name} is {kind(item)}, expected an object with role and content")
     if spelling.keys:
