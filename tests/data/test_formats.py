@@ -243,3 +243,13 @@ def test_tools_of_other_interfaces_read_alike(tools: list[Any]) -> None:
     (row,) = read({"messages": [U, A], "tools": tools})
     assert row.tools == [{"type": "function", "function": function}]
     assert list(row.tools[0]["function"]) == ["name", "description", "parameters"]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1', '{"x": 1}}', '{"x": tru}', '[{"x": 1}'])
+def test_arguments_that_are_broken_json_are_not_learned(arguments: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(DataError, match="the arguments of the tool call f of message 2 are no JSON: "):
+        read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
+    call = {"function": {"name": "f", "arguments": "SELECT 1"}}
+    (row,) = read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
+    assert row.messages[1].extra["tool_calls"][0]["function"]["arguments"] == "SELECT 1"
