@@ -66,6 +66,21 @@ def _refuse_ignored_label(found: Found, survey: Columns, works: Works) -> None:
 
 # Material of the question that nothing would read
 
+_SEEN = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def _refuse_pictures(found: Found, survey: Columns, config: DataConfig) -> None:
+    """Raises DataError for pictures and sound beside the text, unless the recipe says which columns are read: an answer
+    must not be learned without what it speaks of."""
+    used = {name for spec in found.columns.values() for name in columns_of(spec, survey.by_name)}
+    name = next((n for n in found.names if plain(n) in _SEEN and n not in used and survey.filled(n)), None)
+    if name is None or config.columns or survey.by_name[name].kinds.keys() <= {"number", "bool"}:
+        return
+    raise DataError(
+        f"the column {name} holds what the questions are about ({survey.by_name[name].first}), and only text is "
+        f"learned here; leave those rows out, or, to learn the text alone, set {mapping(found)}"
+    )
+
 
 def refuse_unread_material(
     found: Found, survey: Columns, config: DataConfig, works: Works, rows: Sequence[Conversation]
@@ -75,6 +90,7 @@ def refuse_unread_material(
 
     rows  the rows seen, as they are read now
     """
+    _refuse_pictures(found, survey, config)
     asked = all(any(field in config.columns for field in group) for group in NEEDED[found.name])
     if found.name not in ("alpaca", "prompt_completion") or asked:
         return
