@@ -89,7 +89,9 @@ CHATS: dict[str, Shape] = {
         + said(("assistant", "At seven.")),
     ),
     "capybara": Shape(
-        {"source": "Airoboros", "conversation": [{"input": "Hi there", "output": "Hello!"}]}, words=r"conversation"
+        {"source": "Airoboros", "conversation": [{"input": "Hi there", "output": "Hello!"}]},
+        said(("user", "Hi there"), ("assistant", "Hello!")),
+        r"read as messages: conversation \(input, output\) -> every assistant turn",
     ),
     "openthoughts": Shape(
         {

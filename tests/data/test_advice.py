@@ -162,3 +162,22 @@ def test_the_passage_is_missed_where_it_comes_late() -> None:
     way = next(advised(str(caught.value)))
     assert turns(read(*fields, **way)[62])[0] == ("user", "q2\n\ne")
     assert turns(read(*fields, **way)[0])[0] == ("user", "q0")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("images", ["a.png"]),
+        ("image", "https://brask.example/N.png"),
+        ("videos", ["a.mp4"]),
+        ("audio", {"path": "a.wav"}),
+    ],
+)
+def test_answers_are_not_learned_without_their_pictures(column: str, value: Any) -> None:
+    for row in ({"messages": [{**U, "content": "<image>N?"}, A]}, {"question": "N?", "answer": "a"}):
+        fields = rows(**row, **{column: value})
+        with pytest.raises(DataError, match=f"the column {column} holds what the questions are about") as caught:
+            load(*fields)
+        (way,) = advised(str(caught.value))
+        assert turns(read(*fields, **way)[1])[1] == ("assistant", "a")
+    assert len(read(*rows(question="N?", answer="a", **{column: None}))) == 3

@@ -91,6 +91,8 @@ def test_a_variable_that_the_template_never_reads() -> None:
         of(tokenizer, chat_template_kwargs={"enable_thinkng": False})
     with pytest.raises(DataError, match="never reads, nor any other"):
         of(build_tokenizer("gemma"), chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(DataError, match=r"text 'False', .* without quotes: \{enable_thinking: false\}"):
+        of(tokenizer, chat_template_kwargs={"enable_thinking": "False"})
     with pytest.raises(DataError, match="variable 'messages' is not to be set"):
         of(tokenizer, chat_template_kwargs={"messages": []})
     with pytest.raises(DataError, match="this model has none"):

@@ -247,3 +247,27 @@ def test_a_tokenizer_of_another_kind(small_llama: Path, write: Write) -> None:
             assert example.tokens[-1] == tokenizer.eos_token_id
             answer = tokenizer.decode(example.tokens[len(prompt) : -1]).removesuffix("<|im_end|>")
             assert answer.lstrip(" ") == row["completion"].lstrip(" ")
+
+
+def test_columns_that_one_of_several_sources_has_are_told_with_what_the_other_needs(
+    write: Any, make_tokenizer: Any
+) -> None:
+    german = write("a.csv", "Frage,Antwort\nq,a\n")
+    chats = write(
+        "b.jsonl", '{"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    columns = {"prompt": "Frage", "completion": "Antwort"}
+    tokenizer = make_tokenizer("smollm2")
+
+    def loaded(**data: Any) -> Any:
+        config = DataConfig(**{"columns": columns, "eval_fraction": 0, **data})
+        return load_data(config, tokenizer, 512, 0, lambda _: None)
+
+    for sides in ({"train": [german, chats]}, {"train": german, "eval": chats}):
+        with pytest.raises(DataError, match=r"give this one its own: \{path: .*b\.jsonl, columns: \{\}\}"):
+            loaded(**sides)
+    assert len(loaded(train=[german, {"path": chats, "columns": {}}]).train) == 2
+    assert len(loaded(train=german, eval={"path": chats, "columns": {}}).eval) == 1
+    with pytest.raises(DataError, match="which the data does not have") as error:
+        loaded(train=chats)
+    assert "give this one" not in str(error.value)

@@ -226,3 +226,30 @@ def test_a_file_without_answers(data_sets: Path) -> None:
     count = len(rows)
     with pytest.raises(DataError, match=rf"{count} of {count} rows cannot be used:\n  countdown_.*.jsonl:1: no answer"):
         refuse_bad(read_conversations(rows, recognise(rows, config), config)[1], count, config)
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}}],
+        [{"name": "f", "description": "d", "input_schema": {"type": "object"}}],
+        [{"type": "custom", "name": "f", "description": "d", "input_schema": {"type": "object"}}],
+        [{"name": "f", "description": "d", "inputSchema": {"type": "object"}}],
+        [{"functionDeclarations": [{"name": "f", "description": "d", "parameters": {"type": "object"}}]}],
+    ],
+)
+def test_tools_of_other_interfaces_read_alike(tools: list[Any]) -> None:
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    (row,) = read({"messages": [U, A], "tools": tools})
+    assert row.tools == [{"type": "function", "function": function}]
+    assert list(row.tools[0]["function"]) == ["name", "description", "parameters"]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1', '{"x": 1}}', '{"x": tru}', '[{"x": 1}'])
+def test_arguments_that_are_broken_json_are_not_learned(arguments: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(DataError, match="the arguments of the tool call f of message 2 are no JSON: "):
+        read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
+    call = {"function": {"name": "f", "arguments": "SELECT 1"}}
+    (row,) = read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
+    assert row.messages[1].extra["tool_calls"][0]["function"]["arguments"] == "SELECT 1"

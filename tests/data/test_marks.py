@@ -191,3 +191,35 @@ def test_messages_and_tools_as_text() -> None:
             ].tools
             is None
         )
+
+
+@pytest.mark.parametrize("key", ["ignore", "skip", "exclude_from_training", "masked_out", "no_supervise"])
+def test_other_keys_that_mean_not_to_learn_stop_the_run(key: str) -> None:
+    row = {"messages": [U, {**A, key: True}, U, {**A, "content": "b"}]}
+    with pytest.raises(DataError, match=rf"message 2 has the key '{key}', which sounds as if it said whether"):
+        read(row)
+    assert learned(read(row, message_keys={key: "masked"})[0]) == ["b"]
+    assert learned(read(row, message_keys={key: "unread"})[0]) == ["a", "b"]
+
+
+def test_the_example_for_a_key_that_leaves_out_leaves_out() -> None:
+    with pytest.raises(DataError, match=r"for example data\.message_keys: \{ignore: masked\}"):
+        read({"messages": [U, {**A, "ignore": True}]})
+    with pytest.raises(DataError, match=r"for example data\.message_keys: \{loss_flag: train\}"):
+        read({"messages": [U, {**A, "loss_flag": True}]})
+
+
+@pytest.mark.parametrize("key", ["chain_of_thought", "analysis", "reasoning_text", "thought_process", "cot"])
+def test_thinking_under_a_key_that_nothing_reads_stops_the_run(key: str) -> None:
+    row = {"messages": [U, {**A, key: "let me see"}]}
+    with pytest.raises(DataError, match=rf"'{key}', which sounds as .* data\.message_keys: \{{{key}: thinking\}} to"):
+        read(row)
+    assert read(row, message_keys={key: "thinking"})[0].messages[1].extra == {"thinking": "let me see"}
+    assert read(row, message_keys={key: "unread"})[0].messages[1].extra == {}
+
+
+def test_thinking_in_parts_stops_the_run_and_what_is_about_it_does_not() -> None:
+    parts = {"reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}
+    with pytest.raises(DataError, match="write it as text under reasoning_content, or data.message_keys: "):
+        read({"messages": [U, {**A, **parts}]})
+    assert learned(read({"messages": [U, {**A, "reasoning_effort": "high", "reasoning_tokens": 7}]})[0]) == ["a"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from topwork.common.errors import DataError
 from topwork.data.chat.markup import Tokens
+from topwork.data.chat.prepared import ENDED
 from topwork.data.chat.template import ChatTemplate, Reading
 from topwork.data.chat.turns import LETTERS
 from topwork.data.conversations import Message
@@ -183,6 +184,17 @@ def test_plain_text_that_brings_its_markup(adds_bos: bool) -> None:
         assert shown(template, item) == f"<s>⟦[INST] count to {n} [/INST] one to {n}</s>⟧"
         assert item.tokens.count(template.tokenizer.bos_token_id) == item.tokens.count(template.tokenizer.eos_token_id)
         assert item.notes == ()
+
+
+@pytest.mark.parametrize("content", ["A.<|im_end|>", "A. <|im_end|>\n", "A.<|endoftext|>"])
+def test_an_answer_that_spells_its_own_end_is_told(content: str) -> None:
+    template = ChatTemplate(build_tokenizer("smollm2"))
+    (encoded,) = template.encode(chat(user("q"), said(content)))
+    assert encoded.notes == (ENDED, LETTERS)
+    (encoded,) = template.encode(chat(user("<|im_end|>"), said("<|im_end|> ends a turn.")))
+    assert encoded.notes == (LETTERS,)
+    own = ChatTemplate(build_tokenizer("smollm2"), options=Reading(split_special_tokens=False))
+    assert learned(own, user("q"), said("A.<|im_end|>")) == ["A.<|im_end|>"]
 
 
 def test_plain_text_of_which_one_row_brings_none() -> None:

@@ -244,3 +244,12 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"no local file .*ConnectionError: no route.*owner/name\[:config\[:split\]\]"):
         read_rows(SourceConfig(path="owner/name"))
+
+
+@pytest.mark.parametrize(("kind", "values"), [("float", [0.1, 3.0, 1e-05]), ("halffloat", [0.1, 3.0, 1e-05])])
+def test_a_number_of_little_precision_is_its_shortest_text(tmp_path: Path, kind: str, values: list[float]) -> None:
+    numbers = pa.array(values, pa.float32() if kind == "float" else pa.float16())
+    lists = pa.array([[value] for value in values], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"number": numbers, "list": lists}), tmp_path / "a.parquet")
+    assert [row["number"] for row in fields(tmp_path / "a.parquet")] == values
+    assert [row["list"] for row in fields(tmp_path / "a.parquet")] == [[value] for value in values]

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
+from topwork.data.meaning.content_parts import unfolded
 from topwork.data.meaning.mapping import in_yaml
-from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, weight_of
+from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, refuse_thought, weight_of
 from topwork.data.meaning.values import RowProblem as RowProblem
-from topwork.data.meaning.values import is_blank, kind, parsed, text_of, written
+from topwork.data.meaning.values import is_blank, kind, opens, parsed, text_of, written
 
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of an assistant turn that is a tool call
 ROLES = {
@@ -17,6 +18,7 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -110,12 +112,13 @@ def read_messages(items: object, name: str, spelling: Spelling = OURS) -> tuple[
         what = "empty" if is_blank(given) and given is not None else kind(given)
         raise RowProblem(f"{name} is {what}, expected a list of messages")
     found: list[Message] = []
-    for number, item in enumerate(given, 1):
-        role, message = _read_message(item, f"message {number}", spelling, given)
-        if role in CALL_ROLES and found and found[-1].role == "assistant":
-            found[-1] = _with_calls(found[-1], message, f"message {number}")
-        else:
-            found.append(message)
+    for number, folded in enumerate(given, 1):
+        for item in unfolded(parsed(folded), f"message {number}", spelling.keys):
+            role, message = _read_message(item, f"message {number}", spelling, given)
+            if role in CALL_ROLES and found and found[-1].role == "assistant":
+                found[-1] = _with_calls(found[-1], message, f"message {number}")
+            else:
+                found.append(message)
     return tuple(found)
 
 
@@ -129,7 +132,6 @@ def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 
 def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
     """(the role as it is written, the message)."""
-    item = parsed(item)
     if not isinstance(item, Mapping):
         raise RowProblem(f"{name} is {kind(item)}, expected an object with role and content")
     if spelling.keys:
@@ -146,6 +148,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
         if value is None or key in (role_key, content_key, "tool_calls", "function_call"):
             continue
         (extra if mark_of(key) is None else marks)[key] = value
+        if role == "assistant":
+            refuse_thought(key, value, name)
     called = "tool_calls" in item or "function_call" in item
     calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
@@ -293,6 +297,8 @@ def _arguments(function: Mapping[str, Any], name: str) -> Any:
                     f"{', '.join(map(str, function))}; expected {' or '.join(ARGUMENT_KEYS)} in the place of {other}"
                 )
     arguments = parsed(function[key]) if key else None
+    if isinstance(arguments, str) and opens(arguments):
+        raise RowProblem(f"the arguments of the tool call {function['name']} of {name} are no JSON: {arguments[:60]!r}")
     return {} if is_blank(arguments) else arguments
 
 
@@ -305,4 +311,22 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     wrong = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
     if wrong is not None:
         raise RowProblem(f"tools holds {wrong!r:.40}, expected tool definitions: objects with a name and parameters")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+    return [_tool(one) for tool in tools for one in _declared(tool)]
+
+
+def _declared(tool: Mapping[str, Any]) -> list[Any]:
+    """Google has several definitions in one."""
+    found = next((parsed(tool[key]) for key in ("functionDeclarations", "function_declarations") if key in tool), None)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else [tool]
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """One definition, also as OpenAI's newer interface, Anthropic's and MCP have them: no object of their own, the
+    schema under another name."""
+    if "function" in tool:
+        return dict(tool)
+    own = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
+    for key in ("input_schema", "inputSchema"):
+        if key in own and "parameters" not in own:
+            own = {("parameters" if name == key else name): value for name, value in own.items()}
+    return {"type": "function", "function": own}

@@ -8,6 +8,7 @@ from topwork.data.config import DataConfig, SourceConfig, Sources, called
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.files.rows import Row, read_rows
 from topwork.data.meaning.formats import Format, read_conversations, recognise
+from topwork.data.meaning.mapping import columns_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Pa
     try:
         format = recognise(rows, own)
     except DataError as error:
-        raise DataError(f"{called(source.path)}: {error}") from error
+        raise DataError(f"{called(source.path)}: {error}{_own_columns(config, source, rows)}") from error
     if config.too_long == "split" and format.name != "text":
         raise DataError(
             f"data.too_long is split, which cuts plain text in pieces, but {source.path} was {format.sentence}; "
@@ -74,6 +75,19 @@ def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Pa
         )
     conversations, bad = read_conversations(rows, format, own)
     return Part(source, format, rows, conversations, bad)
+
+
+def _own_columns(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> str:
+    """What to say where `data.columns`, which one of several sources is meant by, is none of this one's."""
+    sides = [*config.sources(config.train), *(config.sources(config.eval) if config.eval is not None else [])]
+    if len(sides) < 2 or not config.columns or source.columns != config.columns:
+        return ""
+    names = dict.fromkeys(name for row in rows for name in row.fields)
+    if all(column in names for spec in config.columns.values() for column in columns_of(spec, names)):
+        return ""
+    return (
+        f". If data.columns is meant for another source, give this one its own: {{path: {source.path}, columns: {{}}}}"
+    )
 
 
 Formats = Sequence[tuple[SourceConfig, Format]]

@@ -87,7 +87,18 @@ def with_variables(tokenizer: Any, jinja: str | None, variables: Mapping[str, An
                 f"data.chat_template_kwargs sets {name!r}, which the chat template never reads"
                 f"{did_you_mean(name, sorted(read))}{known}"
             )
+    _refuse_quoted(variables)
     return _set(jinja, variables)
+
+
+def _refuse_quoted(variables: Mapping[str, Any]) -> None:
+    """Raises DataError for the words true and false as text: templates take both for true, or for neither."""
+    for name, value in variables.items():
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise DataError(
+                f"data.chat_template_kwargs sets {name} to the text {value!r}, which is no {value.lower()} to a "
+                f"template; write it without quotes: {{{name}: {value.lower()}}}"
+            )
 
 
 def check_variables(tokenizer: Any, variables: Mapping[str, Any], where: str = "") -> None:

@@ -17,6 +17,10 @@ from topwork.data.meaning.usable import merged_turns
 
 Tools = list[dict[str, Any]] | None
 LETTERS = "special tokens that its text spells are read as letters (data.split_special_tokens)"
+ENDED = (
+    "an answer's own text ends in a special token, whose letters are learned before the end of the turn; take them "
+    "out, or set data.split_special_tokens: false where all rows bring their own markup"
+)
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,14 @@ class Preparer:
             content = tokens.marked(message.content)
             extra = tokens.marked(message.extra) if message.extra else message.extra
             if content != message.content or extra != message.extra:
+                if message.role == "assistant" and tokens.ends_turn(message.content.rstrip()):
+                    notes = (*notes, ENDED)
                 message, spelled = replace(message, content=content, extra=extra), True
             found.append(message)
         told = tokens.marked(tools) if tools else tools
         spelled = spelled or told != tools
-        return Prepared(tuple(found), told, (*notes, LETTERS) if spelled else notes)
+        notes = (*dict.fromkeys(notes), LETTERS) if spelled else notes
+        return Prepared(tuple(found), told, notes)
 
 
 def _thinks(message: Message) -> bool:

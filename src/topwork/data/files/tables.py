@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from topwork.common.errors import DataError
 from topwork.data.files.decoding import DataFile
 
@@ -163,6 +165,8 @@ def _reader(kind: Any, feature: Any) -> _Reader | None:
 def _scalar(kind: Any) -> _Reader | None:
     import pyarrow.types as types
 
+    if types.is_float16(kind) or types.is_float32(kind):
+        return _short_number(np.float16 if types.is_float16(kind) else np.float32)
     if types.is_floating(kind):
         return lambda value: value if math.isfinite(value) else None
     if types.is_decimal(kind):
@@ -172,6 +176,11 @@ def _scalar(kind: Any) -> _Reader | None:
     if types.is_temporal(kind):
         return lambda value: value.isoformat() if hasattr(value, "isoformat") else str(value)
     return None
+
+
+def _short_number(kind: type[np.floating[Any]]) -> _Reader:
+    """The number of the fewest digits that is this one in the file's precision: 0.1, which as a double has 17."""
+    return lambda value: float(str(kind(value))) if math.isfinite(value) else None
 
 
 def _label(names: list[str]) -> _Reader:

@@ -19,8 +19,9 @@ from topwork.data.meaning.fields import (
     plain,
     sounds_like,
 )
-from topwork.data.meaning.mapping import columns_of, in_yaml
+from topwork.data.meaning.mapping import columns_of, in_yaml, quoted
 from topwork.data.meaning.recognition import Found, mapping
+from topwork.data.meaning.transcripts import rendered_talks
 from topwork.data.meaning.values import RowProblem, is_blank, parsed, text_of
 
 Options = Mapping[str, Any]
@@ -29,6 +30,7 @@ Works = Callable[[Options], bool]
 
 _MOST = 0.8  # of the rows seen, where something is said of all
 _FEW = 4  # texts that may be one question
+_NO_TEXT = {"number", "bool"}  # kinds of values that are no text
 _LISTED = 10  # elements of a list that a suggestion may name
 
 
@@ -64,6 +66,21 @@ def _refuse_ignored_label(found: Found, survey: Columns, works: Works) -> None:
 
 # Material of the question that nothing would read
 
+_SEEN = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def _refuse_pictures(found: Found, survey: Columns, config: DataConfig) -> None:
+    """Raises DataError for pictures and sound beside the text, unless the recipe says which columns are read: an answer
+    must not be learned without what it speaks of."""
+    used = {name for spec in found.columns.values() for name in columns_of(spec, survey.by_name)}
+    name = next((n for n in found.names if plain(n) in _SEEN and n not in used and survey.filled(n)), None)
+    if name is None or config.columns or survey.by_name[name].kinds.keys() <= {"number", "bool"}:
+        return
+    raise DataError(
+        f"the column {name} holds what the questions are about ({survey.by_name[name].first}), and only text is "
+        f"learned here; leave those rows out, or, to learn the text alone, set {mapping(found)}"
+    )
+
 
 def refuse_unread_material(
     found: Found, survey: Columns, config: DataConfig, works: Works, rows: Sequence[Conversation]
@@ -73,6 +90,7 @@ def refuse_unread_material(
 
     rows  the rows seen, as they are read now
     """
+    _refuse_pictures(found, survey, config)
     asked = all(any(field in config.columns for field in group) for group in NEEDED[found.name])
     if found.name not in ("alpaca", "prompt_completion") or asked:
         return
@@ -181,11 +199,15 @@ def unrecognised(survey: Columns, config: DataConfig, works: Works) -> str:
         said = f"the data has the columns {survey.listed()}, which is none of the known formats ({', '.join(FIELDS)})"
         said += _no_talks(survey)
     if way is not None:
-        told = " and ".join(f"data.{option}: {in_yaml(value)}" for option, value in way.items() if value)
+        told = " and ".join(f"data.{option}: {_in_yaml(value)}" for option, value in way.items() if value)
         return f"{said.removesuffix('?')}{'? ' if said.endswith('?') else '. '}Say which is which, for example {told}"
     fields = "; ".join(f"{name}: {', '.join(FIELDS[name])}" for name in FIELDS if config.format in ("auto", name))
     end = " " if said.endswith("?") else ". "
     return f"{said}{end}Say in data.columns, as field: column, which is which; the fields are, by format, {fields}"
+
+
+def _in_yaml(value: Any) -> str:
+    return in_yaml(value) if isinstance(value, Mapping) else quoted(value)
 
 
 def _no_talks(survey: Columns) -> str:
@@ -207,6 +229,9 @@ def _ways(survey: Columns, config: DataConfig) -> Iterable[Options]:
     texts = [name for name in survey.names if _is_text(name, survey)]
     asks = sounds_like(texts, True)
     answers = [name for name in sounds_like(survey.names, False) if name not in asks]
+    if not answers and not asks:
+        yield from rendered_talks(survey)
+    texts = [name for name in texts if plain(name) not in KNOWN_AS["system"]]
     material = [name for name in survey.names if is_material(name) and name not in (*asks, *answers)]
     if not asks and not material and len(texts) < _FEW:
         material = [name for name in texts if name not in answers]
@@ -214,7 +239,7 @@ def _ways(survey: Columns, config: DataConfig) -> Iterable[Options]:
         yield from _pairs(asks, answers[0], material, survey, names)
     if len(texts) == 2 and not asks[1:] and set(answers) <= {texts[1]}:
         yield {"columns": dict(zip(names, texts if texts[1] not in asks else reversed(texts)))}
-    others = [name for name in survey.names if survey.by_name[name].is_text and not is_about(name)]
+    others = [name for name in survey.names if not is_about(name) and survey.by_name[name].kinds.keys() - _NO_TEXT]
     if len(texts) == len(others) == 1 and config.format in ("auto", "text") and not answers:
         yield {"columns": {"text": texts[0]}}
 

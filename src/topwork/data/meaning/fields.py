@@ -32,11 +32,11 @@ KNOWN_AS: dict[str, tuple[str, ...]] = {
     "completion": _ANSWERS,
     "text": ("text",),
     "input": ("input", "context", "material", "passage"),
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction"),
     "history": ("history", "chat_history"),
     "tools": ("tools", "functions"),
     "tool_calls": ("tool_calls", "function_calls"),
-    "reasoning": ("reasoning", "thinking", "reasoning_content", "cot", "chain_of_thought", "thought"),
+    "reasoning": ("reasoning", "thinking", "reasoning_content", "cot", "chain_of_thought", "thought", "complex_cot"),
 }
 """What files call a field, the first that is there; capital letters and spaces do not matter."""
 TOGETHER = (("source", "target"), ("user", "assistant"), ("human", "assistant"))
@@ -57,6 +57,7 @@ _MATERIAL = {
 _ABOUT = {
     "id", "uid", "uuid", "idx", "index", "type", "len", "length", "count", "num", "number", "url", "link", "name",
     "title", "lang", "language", "date", "time", "hash", "source", "token", "score", "format", "category", "level",
+    "path", "filename", "filepath", "repo", "repository", "license", "domain", "dataset", "subset", "split",
 }  # fmt: skip
 _ANSWERED = {
     "explanation",

@@ -11,6 +11,7 @@ from typing import Any
 from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import (
+    CONTENT_KEYS,
     ROLE_KEYS,
     BadRow,
     Conversation,
@@ -27,6 +28,7 @@ from topwork.data.meaning.columns import Columns, speaks
 from topwork.data.meaning.fields import FIELDS, NEEDED
 from topwork.data.meaning.mapping import columns_of, value_of
 from topwork.data.meaning.recognition import Found, check_options, found_in, keys_in
+from topwork.data.meaning.transcripts import refuse_lone_messages
 from topwork.data.meaning.usable import hashed, prompt_group, usable
 from topwork.data.meaning.values import RowProblem, is_blank, opens, parsed, text_of, written
 from topwork.data.preferences.refusals import no_answers, refuse_preferences
@@ -87,6 +89,12 @@ class _Reading:
         value = self.value(name)
         return "" if is_blank(value) else text_of(value, self.columns[name], name)
 
+    def said(self, name: str) -> str:
+        """A field's text, which may stand in a message of its own; empty where there is none."""
+        value = self.value(name)
+        key = first_of(value, CONTENT_KEYS) if isinstance(value, Mapping) else None
+        return self.text(name) if key is None or is_blank(value[key]) else text_of(value[key], self.columns[name], name)
+
     def needed(self, name: str, missing: str) -> str:
         """A text without which the row cannot be used."""
         text = self.text(name)
@@ -101,7 +109,7 @@ class _Reading:
 
 
 def _with_system(row: _Reading, messages: Sequence[Message]) -> tuple[Message, ...]:
-    system = row.text("system")
+    system = row.said("system")
     if not system.strip() or (messages[0].role == "system" and messages[0].content == system):
         return tuple(messages)
     if messages[0].role == "system" and messages[0].content.strip():
@@ -172,7 +180,7 @@ def _history(row: _Reading) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         raise RowProblem("history is not a list of [user, assistant] pairs")
     roles = ("user", "assistant")
-    return [Message(role, text_of(text, "history")) for turn in value for role, text in zip(roles, turn)]
+    return [Message(role, text_of(text, "a turn of history")) for turn in value for role, text in zip(roles, turn)]
 
 
 def _talk(value: object, name: str, spelling: Spelling) -> list[Any] | None:
@@ -252,6 +260,8 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
     refuse_preferences(config, sample, survey.names)
     check_options(survey, config)
     found = found_in(survey, config)
+    if not found or found[0].name == "text":
+        refuse_lone_messages(survey, config)
 
     def works(options: Mapping[str, Any]) -> bool:
         return _works(survey, config.model_copy(update=dict(options)))

@@ -142,9 +142,10 @@ def _at(fields: Mapping[str, Any], named: Named) -> Any:
 
 def in_yaml(mapping: Mapping[str, str]) -> str:
     """A mapping as one may paste it into a recipe."""
-    return "{" + ", ".join(f"{_scalar(key)}: {_scalar(value)}" for key, value in mapping.items()) + "}"
+    return "{" + ", ".join(f"{quoted(key)}: {quoted(value)}" for key, value in mapping.items()) + "}"
 
 
-def _scalar(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as one may paste it into a recipe."""
     plain = _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT
     return text if plain else json.dumps(text, ensure_ascii=False)

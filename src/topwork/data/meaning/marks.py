@@ -1,5 +1,6 @@
 """Keys of a message that say whether it is learned, under the names that other tools gave them."""
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
@@ -29,12 +30,32 @@ _KNOWN = {
     "masked": Mark.MASKED,
     "mask": Mark.MASKED,
 }
-_SOUNDS = ("loss", "train", "mask", "weight", "learn")
+_LEFT_OUT = ("mask", "ignore", "skip", "exclude")
+_SOUNDS = ("loss", "train", "weight", "learn", "supervise", *_LEFT_OUT)
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 EXTRA_KEYS = ("name", "tool_call_id", "tool_name", "tool_calls", "function_call", *THINKING_KEYS)
 """Keys of a message that templates are known to read."""
 MESSAGE_KEYS = ("role", "content", *EXTRA_KEYS, *_KNOWN, "unread")
 """What a key of the file may be said to be; `unread` is nothing."""
+
+
+_THOUGHT = re.compile(r"reason|think|thought|rationale|scratchpad|monologue|(?:\A|_)(?:cot|analysis)(?:_|\Z)")
+
+
+def refuse_thought(key: str, value: object, name: str) -> None:
+    """Raises RowProblem for what an answer may hold of thinking under a key that nothing reads: it would be lost."""
+    if key in EXTRA_KEYS or not _THOUGHT.search(str(key).lower()):
+        return
+    if isinstance(value, str) and len(value.split()) > 1:
+        how = f"set data.message_keys: {{{key}: thinking}} to learn it"
+    elif isinstance(value, list | Mapping) and value:
+        how = "write it as text under reasoning_content"
+    else:
+        return
+    raise RowProblem(
+        f"{name} has the key {key!r}, which sounds as if it held the answer's thinking, and is not known; {how}, or "
+        f"data.message_keys: {{{key}: unread}} to leave it out"
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +105,9 @@ def _read(key: str, value: object, name: str) -> bool | float:
 
 
 def _doubtful(key: str, value: object, name: str) -> str:
-    example = "train" if isinstance(value, bool | int | float) and 0 <= value <= 1 else "unread"
+    says = isinstance(value, bool | int | float) and 0 <= value <= 1
+    masked = isinstance(value, bool) and any(sound in key.lower() for sound in _LEFT_OUT)
+    example = "masked" if masked else "train" if says else "unread"
     near = did_you_mean(key, _KNOWN, 2)
     return (
         f"{name} has the key {key!r}, which sounds as if it said whether the message is learned, and is not known"

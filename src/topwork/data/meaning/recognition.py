@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig
-from topwork.data.conversations import OURS, ROLE_KEYS, ROLES, Spelling, first_of
+from topwork.data.conversations import CONTENT_KEYS, OURS, ROLE_KEYS, ROLES, Spelling, first_of
 from topwork.data.meaning.columns import Columns, Shape, speaks
+from topwork.data.meaning.content_parts import exchange_keys
 from topwork.data.meaning.fields import FIELDS, KNOWN_AS, NEEDED, STANDARD, TOGETHER, plain
 from topwork.data.meaning.mapping import columns_of, in_yaml
 from topwork.data.meaning.marks import MESSAGE_KEYS
@@ -126,6 +127,9 @@ def _with_shapes(found: Found, items: Sequence[tuple[tuple[str, ...], Shape]], s
 def _fits(field: str, column: str, survey: Columns) -> bool:
     """Whether an optional field may be read there without having been asked: what is no text must not become one."""
     facts = survey.by_name[column]
+    if field == "system" and facts.kinds.keys() <= {"object", "text"}:  # Google's is a message of its own
+        values = (row.fields.get(column) for row in survey.sample)
+        return all(first_of(value, CONTENT_KEYS) is not None for value in values if isinstance(value, Mapping))
     return field not in ("input", "system", "reasoning") or facts.is_plain or not facts.filled
 
 
@@ -223,8 +227,16 @@ def _answers(answer: str, free: Sequence[str], survey: Columns) -> list[str]:
 
 
 def keys_in(column: str, survey: Columns, spelling: Spelling = OURS) -> tuple[str, str] | None:
-    """The keys of the messages in a column: who speaks and what is said; None where it holds none."""
-    return next((keys for row in survey.sample if (keys := speaks(row.fields.get(column), spelling))), None)
+    """The keys of the messages in a column: who speaks and what is said, or what is asked and what is answered; None
+    where it holds none."""
+    values = [row.fields.get(column) for row in survey.sample]
+    own = next((keys for value in values if (keys := speaks(value, spelling))), None)
+    return own or next((keys for value in values if (keys := _exchanged(value))), None)
+
+
+def _exchanged(value: object) -> tuple[str, str] | None:
+    items = parsed(value)
+    return exchange_keys(parsed(items[0])) if isinstance(items, list) and items else None
 
 
 def _spelling(config: DataConfig) -> Spelling:

@@ -102,6 +102,9 @@ def _text_of_list(items: list[Any] | tuple[Any, ...], name: str, field: str) -> 
     if not items:
         raise RowProblem(f"{name} is an empty list, expected text")
     how = "write them as one"
+    if not field and re.fullmatch(r"[^\s{}]+", name):
+        one, both = f"{{{name}[0]}}", f"{{{name}[0]}}, {{{name}[1]}}"
+        how = f"in a template, choose one, as {one}, or say what stands between them, as {both}"
     if field:
         ways = (f"{{{name}[0]}}", f"{{{name}[0]}}, {{{name}[1]}}")
         one, both = (f"data.columns: {{{field}: {json.dumps(way, ensure_ascii=False)}}}" for way in ways)

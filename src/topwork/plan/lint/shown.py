@@ -1,5 +1,6 @@
 """Real rows as the model will see them, token by token."""
 
+import codecs
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,12 +115,32 @@ def _shown(examined: Examined, side: Side, number: int) -> ShownRow:
 def _pieces(tokenizer: Any, at: range, tokens: list[int], weights: list[float], cut: int) -> list[Piece]:
     special = pieces_of(tokenizer).special
     stream = TextStream(tokenizer, shown=special)
-    found = [
-        Piece(tokens[number], stream.add(tokens[number]), weights[number], tokens[number] in special, number >= cut)
-        for number in at
-    ]
+    texts = [stream.add(tokens[number]) for number in at]
     rest = stream.finish()
-    if rest and found:
-        last = found[-1]
-        found[-1] = Piece(last.id, last.text + rest, last.weight, last.special, last.cut)
-    return found
+    if rest and texts:
+        texts[-1] += rest
+    if not pieces_of(tokenizer).byte_level:
+        _put_bytes_in_place(tokenizer, [tokens[number] for number in at], texts)
+    return [
+        Piece(tokens[number], text, weights[number], tokens[number] in special, number >= cut)
+        for number, text in zip(at, texts)
+    ]
+
+
+def _put_bytes_in_place(tokenizer: Any, tokens: Sequence[int], texts: list[str]) -> None:
+    """Letters of tokens that are bytes were held back until the next token; each goes where its last byte is, or a line
+    break before an answer would look learned."""
+    pieces, run = pieces_of(tokenizer), list[int]()
+    for number, token in enumerate(tokens):
+        is_byte, text = pieces.is_byte(token), texts[number]
+        run += [number] if is_byte else []
+        if not text or not run:
+            continue
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        letters = [decoder.decode(pieces.bytes_of(tokens[each])) for each in run]
+        said = "".join(letters)
+        if text.startswith(said) and (not is_byte or text == said):
+            texts[number] = "" if is_byte else text[len(said) :]
+            for each, letter in zip(run, letters):
+                texts[each] = letter
+        run = []
