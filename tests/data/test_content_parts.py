@@ -1,4 +1,4 @@
-"""Messages of parts that are more than text, and objects that are a question and its answer: read as the turns they are."""
+"""Messages of parts that are more than text, and objects that are a question and its answer: read as their turns."""
 
 import json
 from typing import Any

@@ -220,6 +220,6 @@ def test_thinking_under_a_key_that_nothing_reads_stops_the_run(key: str) -> None
 
 def test_thinking_in_parts_stops_the_run_and_what_is_about_it_does_not() -> None:
     parts = {"reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}
-    with pytest.raises(DataError, match="write it as text under reasoning_content, or data.message_keys: "):
+    with pytest.raises(DataError, match=r"write it as text under reasoning_content, or data\.message_keys: "):
         read({"messages": [U, {**A, **parts}]})
     assert learned(read({"messages": [U, {**A, "reasoning_effort": "high", "reasoning_tokens": 7}]})[0]) == ["a"]

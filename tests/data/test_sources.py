@@ -295,7 +295,7 @@ def test_lists_objects_and_globs_are_looked_for_beside_the_recipe(
     values: dict[str, Any] = {
         "model": {"model_name_or_path": "m"},
         "data": {
-            "train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}, "?.jsonl", ".:train", "no.jsonl"],
+            "train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}, "?.jsonl", ".:train", "gone.csv"],
             "eval": "*.jsonl",
         },
         "evaluation": {"data": "a.jsonl"},
@@ -306,7 +306,7 @@ def test_lists_objects_and_globs_are_looked_for_beside_the_recipe(
         SourceConfig(path=str(path / "b.jsonl"), weight=2),
         str(path / "?.jsonl"),
         f"{path}:train",
-        "no.jsonl",
+        "gone.csv",
     ]
     assert recipe.data.eval == str(path / "*.jsonl")
     assert recipe.evaluation.data == str(path / "a.jsonl")
