@@ -310,7 +310,7 @@ def test_lists_objects_and_globs_are_looked_for_beside_the_recipe(
     ]
     assert recipe.data.eval == str(path / "*.jsonl")
     assert recipe.evaluation.data == str(path / "a.jsonl")
-    assert make_recipe(values, folder=tmp_path).data.eval == "*.jsonl"
+    assert make_recipe(values, folder=tmp_path).data.eval == str(tmp_path / "*.jsonl"), "missed beside the recipe"
 
 
 def test_files_larger_than_memory_are_told_before_they_are_read(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
