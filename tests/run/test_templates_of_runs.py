@@ -64,3 +64,18 @@ def test_prompt_and_completion_are_asked_as_they_were_read(
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     given = [{"role": "user", "content": "Order 3: a"}]
     assert merged.apply_chat_template(given, add_generation_prompt=True, tokenize=False) == f"Order 3: a{separator}"
+
+
+def test_a_template_file_that_is_gone_is_not_missed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Nor is another in its place taken: rows are read by the one that the run keeps."""
+    own = tmp_path / "own.jinja"
+    turns = "{% for m in messages %}<|im_start|>SIGN{{ m.content }}<|im_end|>{% endfor %}"
+    opened = "{% if add_generation_prompt %}<|im_start|>SIGN{% endif %}"
+    own.write_text((turns + opened).replace("SIGN", "a"), "utf-8")
+    folder = train(make_recipe(data={"chat_template": str(own)}, training=FEW), log=quiet).folder
+    before = evaluate(folder, max_rows=2, log=quiet)
+    own.write_text((turns + opened).replace("SIGN", "Your turn: "), "utf-8")
+    assert evaluate(folder, max_rows=2, log=quiet)["after"]["loss"] == before["after"]["loss"]
+    own.unlink()
+    assert evaluate(folder, max_rows=2, log=quiet)["after"]["loss"] == before["after"]["loss"]
+    merge(folder, tmp_path / "out", log=quiet)

@@ -27,7 +27,7 @@ from topwork.models.load import load_base
 from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, finished_recipe, open_run
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, data_of, finished_recipe, open_run
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def evaluate(
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
     named, seed = data or config.data, recipe.training.seed
     tokenizer, length = open_tokenizer(recipe.model, log)
-    read = _read(recipe.data, named, tokenizer, length - recipe.adapter.virtual_tokens, seed, log)
+    way = data_of(Path(run), recipe)
+    read = _read(way, named, tokenizer, length - recipe.adapter.virtual_tokens, seed, log)
     opened = open_run(Path(run), force=force, log=log, tokenizer=tokenizer)
     rows = _rows(read, opened.template, seed, config)
     result = _score_arms(opened.base, arms, rows, opened.template, config, log)
@@ -135,7 +136,7 @@ def _score_group(
     template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
     named = config.data or (None if recipe.data.eval is None else with_held_out(recipe.data).eval)
     seed = seed if named else recipe.training.seed
-    read = _read(recipe.data, named, base.tokenizer, _room(base, arms), seed, log)
+    read = _read(data_of(folder, recipe), named, base.tokenizer, _room(base, arms), seed, log)
     rows = _rows(read, template, seed, config)
     references = [question.reference for question in rows.questions]
     grader = pick_grader(references) if config.grader == "auto" else config.grader

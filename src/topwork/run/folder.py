@@ -26,6 +26,7 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
 from topwork.data.chat.template import ChatTemplate
+from topwork.data.config import DataConfig
 from topwork.models.base import Base
 from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base
@@ -95,6 +96,16 @@ def finished_recipe(folder: Path) -> Recipe:
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
     return recipe
+
+
+def data_of(folder: Path, recipe: Recipe) -> DataConfig:
+    """A run's way to read rows, with the template that it learned them by, which it keeps: the file that the recipe
+    names may be gone or another since, and rows that were read raw are none of the tokenizer's."""
+    stored = folder / TEMPLATE
+    if not stored.exists():
+        return recipe.data
+    own = {"chat_template": str(stored), "separator": "", "chat_template_kwargs": {}}  # both stand in it
+    return recipe.data.model_copy(update=own)
 
 
 def open_run(

@@ -16,8 +16,7 @@ from topwork.merging.merge import save_merged
 from topwork.merging.verify import merge_and_verify
 from topwork.models.tokenizer import open_tokenizer
 from topwork.quantization.linear import packed_modules
-from topwork.recipe.recipe import Recipe
-from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, finished_recipe, open_run, read_recipe
+from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, data_of, finished_recipe, open_run, read_recipe
 
 INPUTS = 100
 BASES = ("dequantized", "16bit")
@@ -51,7 +50,7 @@ def merge(
     out = Path(out)
     read_recipe(Path(run))
     check_out(out, Path(run), "the run's own folder", overwrite)
-    tokenizer, inputs = _inputs(finished_recipe(Path(run)), log)  # before the weights: the rows may be gone
+    tokenizer, inputs = _inputs(Path(run), log)  # before the weights: the rows may be gone
     opened = open_run(Path(run), dtype, force, log, base != "16bit", tokenizer)
     if packed_modules(opened.base.module):
         _refuse_packed(opened, base)
@@ -76,8 +75,9 @@ def _refuse_packed(opened: OpenRun, base: str | None) -> None:
         )
 
 
-def _inputs(recipe: Recipe, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
+def _inputs(run: Path, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
     """The base's tokenizer, and up to a hundred real sequences: held-out rows first, then training rows."""
+    recipe = finished_recipe(run)
     tokenizer, context_length = open_tokenizer(recipe.model, log)
-    data = load_data(recipe.data, tokenizer, context_length, recipe.training.seed, lambda _: None)
+    data = load_data(data_of(run, recipe), tokenizer, context_length, recipe.training.seed, lambda _: None)
     return tokenizer, [example.tokens.tolist() for example in islice(chain(data.eval, data.train), INPUTS)]

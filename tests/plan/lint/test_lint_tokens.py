@@ -10,6 +10,7 @@ import pytest
 
 from data.family_tokenizers import TEMPLATES, build_tokenizer, sentencepiece_tokenizer
 from plan.lint.linted import CONTEXT, Linted, clean_rows, pair
+from topwork.common.errors import DataError
 from topwork.data.examples import load_data
 from topwork.plan.lint.examined import Examined
 
@@ -275,3 +276,24 @@ def test_whether_text_brings_its_markup_is_what_the_training_rows_say(read: Read
     for side, rows in ((examined.train, data.train), (examined.eval, data.eval)):
         assert side is not None
         assert side.sequences.tokens.tolist() == [token for row in rows for token in row.tokens.tolist()]
+
+
+@pytest.mark.parametrize(("way", "left"), [("drop", "nothing is left"), ("truncate", "so nothing is left")])
+def test_nothing_that_is_left_to_train_on_is_an_error(lint: Lint, way: str, left: str) -> None:
+    found = lint(too_long=way, max_length=3)
+    assert (found.of("truncation").severity, left in found.of("truncation").message) == ("error", True)
+    config = found.examined.recipe.data
+    with pytest.raises(DataError, match="no row is left to train on"):
+        load_data(config, found.examined.tokenizer, CONTEXT, 0, lambda _: None)
+
+
+def test_plain_text_that_would_be_shortened_as_a_talk_is_an_error(lint: Lint) -> None:
+    found = lint([{"text": f"A long text, number {n}."} for n in range(30)], too_long="middle", max_length=4)
+    assert found.of("truncation").severity == "error"
+
+
+def test_who_refuses_a_row_is_told(lint: Lint) -> None:
+    assert (
+        "(evaluation refuses them)"
+        in lint(test=[pair("Is it?", ""), pair("Where is it?", "Here.")]).of("empty-rows").message
+    )

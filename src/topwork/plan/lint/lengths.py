@@ -47,13 +47,20 @@ def _way(examined: Examined, side: Side, over: np.ndarray, way: str) -> tuple[Se
     )  # fmt: skip
     if way == "refuse":
         return "error", "data.too_long: refuse ends the run", f"{raised}, or say by data.too_long what becomes of them"
+    if way in ("oldest_turns", "middle") and side.conversations[int(found.rows[over[0]])].kind == "text":
+        told = f"data.too_long: {way} shortens talks, so training refuses these, which are plain text"
+        return "error", told, f"{raised}, or data.too_long: split"
+    if way == "drop" and len(over) == len(found):
+        return "error", "data.too_long: drop leaves them out, and nothing is left", raised
     if way == "drop":
         return graded(len(over), len(found)), "data.too_long: drop leaves them out", raised
     if way == "truncate":
         lost, whole, ends = _cut(side, over, limit)
         told = f"cutting them loses {lost:,} of {whole:,} learned tokens and the ends of {len(over):,} sequences"
         told += f"; {ends:,} of them lose every answer and are dropped" if ends else ""
-        return "warning", told, f"{raised}, or data.too_long: middle or oldest_turns, which keep answers whole"
+        told += ", so nothing is left" if ends == len(found) else ""
+        severity: Severity = "error" if ends == len(found) else "warning"
+        return severity, told, f"{raised}, or data.too_long: middle or oldest_turns, which keep answers whole"
     if way == "split":
         return "notice", "they are cut in pieces, and every token is learned once", f"nothing, or {raised}"
     return "notice", f"data.too_long: {way} shortens what stands before their answers", f"nothing, or {raised}"

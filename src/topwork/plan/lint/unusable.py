@@ -35,7 +35,8 @@ def unusable(examined: Examined) -> Iterator[Finding]:
             groups.setdefault((_rule_of(bad.reason), _alike(bad.reason)), []).append(bad)
         for (rule, _), rows in groups.items():
             severity: Severity = graded(len(rows), side.rows) if dropped else "error"
-            does = "data.on_bad_row: drop leaves them out" if dropped else "training refuses them"
+            who = "evaluation" if side.name == "test" else "training"
+            does = "data.on_bad_row: drop leaves them out" if dropped else f"{who} refuses them"
             yield of_rows(
                 rule, severity, [row.source for row in rows], side.rows,
                 f"cannot be used ({does}): {rows[0].reason}",
