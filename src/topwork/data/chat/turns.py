@@ -88,6 +88,8 @@ class Turns:
 
     def _turn(self, messages: Sequence[Message], number: int, tools: Tools, text: Texts) -> tuple[TurnText, list[str]]:
         message, prompt, whole = messages[number], text(number, True), text(number + 1, False)
+        if thinking.is_cut_off(message.content):
+            raise RowProblem("the answer begins with <think> and never ends it, as one that was cut off")
         if thinking.has_thinking(message.content) and self.preparer.form.strips:
             answer = self._verbatim(messages[: number + 1], tools, prompt)
         elif whole.startswith(prompt):
