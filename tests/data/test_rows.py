@@ -398,3 +398,12 @@ def test_japanese_mail_encoding_is_not_read_as_ascii(write: Write) -> None:
     path = write("a.jsonl", '{"text": "東京"}\n'.encode("iso2022_jp"))
     refused(path, "data.encoding: iso2022_jp")
     assert fields(path, encoding="iso2022_jp") == [{"text": "東京"}]
+
+
+def test_a_key_that_stands_twice_with_two_values_is_refused(write: Write) -> None:
+    twice = '{"prompt": "q", "completion": "a", "completion": "b"}'
+    said = "an object has the key 'completion' twice, with different values"
+    refused(write("a.jsonl", '{"prompt": "q", "completion": "a"}\n' + twice + "\n"), "a.jsonl, line 2: ", said)
+    refused(write("b.json", f"[{twice}]"), "b.json: ", said)
+    refused(write("c.jsonl", twice.replace(", ", ",\n")), said)
+    assert fields(write("d.jsonl", '{"text": "a", "text": "a"}\n')) == [{"text": "a"}]
