@@ -62,7 +62,10 @@ class Turns:
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         chosen = [number for number in (answers[-1:] if last else answers) if messages[number].weight != 0]
         if not chosen:
-            raise RowProblem("nothing to learn: every answer has the weight 0")
+            alone = (
+                "the last answer, which data.train_on learns alone," if len(answers) > 1 and last else "every answer"
+            )
+            raise RowProblem(f"nothing to learn: {alone} has the weight 0")
         if chosen[0] == 0:
             if len(chosen) == 1:
                 raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
