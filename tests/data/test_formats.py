@@ -1,5 +1,6 @@
 """What rows mean: recognition, the column map, bad rows, and files of each format."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,11 @@ def test_arguments_that_are_broken_json_are_not_learned(arguments: str) -> None:
     call = {"function": {"name": "f", "arguments": "SELECT 1"}}
     (row,) = read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]})
     assert row.messages[1].extra["tool_calls"][0]["function"]["arguments"] == "SELECT 1"
+
+
+def test_an_answer_of_objects_is_told_to_be_json() -> None:
+    for answer in ({"x": 1}, [{"x": 1}, {"x": 2}]):
+        (row,) = read({"prompt": "q", "response": answer})
+        format = recognise(rows_of({"prompt": "q", "response": answer}), DataConfig(train="a.jsonl"))
+        assert row.messages[1].content == json.dumps(answer)
+        assert "prompt -> response (objects as JSON)" in format.sentence

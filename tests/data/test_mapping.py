@@ -107,3 +107,17 @@ def test_what_is_told_may_be_pasted() -> None:
 
     given = {"prompt": "{a}\n{b?}", "completion": " no", "text": "yes", "x": 'say "hi": {y}', "plain": "plain-name_1"}
     assert yaml.safe_load(in_yaml(given)) == given
+
+
+def test_the_first_of_a_list_is_the_one_value_of_rows_that_have_one() -> None:
+    rows = (
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "r", "completion": ["b", "c"]},
+        {"prompt": "s", "completion": 3},
+    )
+    with pytest.raises(DataError, match=r"choose one with data\.columns: \{completion: \"\{completion\[0\]\}\"\}"):
+        read(*rows)
+    read_rows = read(*rows, columns={"completion": "{completion[0]}"})
+    assert [row.messages[-1].content for row in read_rows] == ["a", "b", "3"]
+    with pytest.raises(DataError, match="no answer: .* is missing"):
+        read(*rows[:1], columns={"completion": "completion[1]"})

@@ -236,6 +236,14 @@ def test_blank_cells_stay_empty_text(write: Write) -> None:
     ]
 
 
+@pytest.mark.parametrize("comma", "，；、؛،")
+def test_a_comma_of_another_script_separates_nothing(write: Write, comma: str) -> None:
+    said = f"'问题{comma}答案', is one name; if {comma!r} parts several, write , or ; or a tab in its place"
+    refused(write("a.csv", f"问题{comma}答案\n你好{comma}再见\n"), said)
+    named = fields(write("b.csv", f"text,label{comma}x\na{comma}b,c\n"))
+    assert named == [{"text": f"a{comma}b", f"label{comma}x": "c"}]
+
+
 def test_a_csv_cell_may_be_as_long_as_it_likes(write: Write) -> None:
     long = "long words, " * 20_000
     assert fields(write("b.csv", f'prompt,completion\nshort,yes\n"{long}",no\n')) == [
@@ -390,3 +398,12 @@ def test_japanese_mail_encoding_is_not_read_as_ascii(write: Write) -> None:
     path = write("a.jsonl", '{"text": "東京"}\n'.encode("iso2022_jp"))
     refused(path, "data.encoding: iso2022_jp")
     assert fields(path, encoding="iso2022_jp") == [{"text": "東京"}]
+
+
+def test_a_key_that_stands_twice_with_two_values_is_refused(write: Write) -> None:
+    twice = '{"prompt": "q", "completion": "a", "completion": "b"}'
+    said = "an object has the key 'completion' twice, with different values"
+    refused(write("a.jsonl", '{"prompt": "q", "completion": "a"}\n' + twice + "\n"), "a.jsonl, line 2: ", said)
+    refused(write("b.json", f"[{twice}]"), "b.json: ", said)
+    refused(write("c.jsonl", twice.replace(", ", ",\n")), said)
+    assert fields(write("d.jsonl", '{"text": "a", "text": "a"}\n')) == [{"text": "a"}]

@@ -326,3 +326,14 @@ def test_files_larger_than_memory_are_told_before_they_are_read(folder: Make, mo
     assert "data.streaming: true" in memory_notes(config)[0]
     assert not memory_notes(config.model_copy(update={"streaming": True}))
     assert not memory_notes(config.model_copy(update={"max_rows": 10}))
+
+
+def test_shards_that_are_missing_are_told(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00003", "test-00000-of-00001"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    found = read_rows(SourceConfig(path=str(tmp_path)))
+    assert found.notes[1:] == (f"warning: {tmp_path.name}: of 3 files train-…-of-00003 2 are missing",)
+    assert read_rows(SourceConfig(path=str(tmp_path / "train-00000-of-00003.jsonl"))).notes == ()
+    for number in (1, 2):
+        (tmp_path / f"train-0000{number}-of-00003.jsonl").write_text('{"text": "b"}\n', "utf-8")
+    assert len(read_rows(SourceConfig(path=str(tmp_path))).notes) == 1

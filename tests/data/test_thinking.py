@@ -172,3 +172,16 @@ def test_thinking_and_the_rest() -> None:
     assert parts("<think>never closed") == ([], ["<think>never closed"])
     assert without_thinking("a <think>b</think> c") == "a c"
     assert without_thinking("b\n</think>\n\nc") == "c"
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3", "gemma"])
+def test_thinking_that_was_cut_off_is_no_answer(family: str) -> None:
+    for content in ("<think>\nTwo and", "\n<think>"):
+        with pytest.raises(DataError, match="begins with <think> and never ends it, as one that was cut off"):
+            made(family).encode(chat(Q, said(content)))
+    (answer,) = learned(made(family), Q, said("Write <think> before it."))
+    assert answer.split("<think>")[-1].startswith(" before it.")
+    first, last = said("<think>\nTwo and", 0.0), said("5")
+    assert len(made(family).encode(chat(Q, first, Q, last))) == 1
+    with pytest.raises(DataError, match="the last answer, which data.train_on learns alone, has the weight 0"):
+        made(family).encode(chat(Q, last, Q, said("6", 0.0)), "last_answer")

@@ -111,7 +111,7 @@ def load_data(
     held = [example for row in evaluation.rows for example in _examples(row)]
     counts, eval_counts = _counted(train, examples), _counted(evaluation, held)
     if not examples:
-        raise DataError(f"{told(config.train)}: no row is left to train on ({counts.line('train')})")
+        raise DataError(f"{told(config.train)}: no row is left to train on ({_why(counts, notes)})")
     if config.eval is not None and not held:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({eval_counts.line('eval')})")
     told_of = (*sentences(train.ways), *other_sentences(evaluation.ways, train.ways))
@@ -146,6 +146,11 @@ def _epoch(rows: Sequence[FittedRow], often: Sequence[int]) -> list[Example]:
     own = [_examples(row) for row in rows]
     turns = range(max(often, default=0))
     return [example for turn in turns for each, count in zip(own, often) if count > turn for example in each]
+
+
+def _why(counts: Counts, notes: Sequence[Note]) -> str:
+    """What became of the rows."""
+    return "; ".join([counts.line("train"), *[note.line() for note in notes if note.rows and not note.warning][:3]])
 
 
 def _counted(read: Read, examples: Sequence[Example]) -> Counts:

@@ -126,6 +126,11 @@ def after_opening(content: str, opening: str) -> str:
     return begun.removeprefix(_OPEN).removeprefix(opening.partition(_OPEN)[2])
 
 
+def is_cut_off(content: str) -> bool:
+    """Whether the answer begins with thinking that does not end: there is no answer, and its end would be learned."""
+    return content.lstrip().startswith(_OPEN) and _CLOSE not in content
+
+
 def has_thinking(content: str) -> bool:
     """Whether the answer holds thinking between tags."""
     return _CLOSE in content

@@ -72,7 +72,10 @@ class Turns:
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         chosen = [number for number in (answers[-1:] if last else answers) if messages[number].weight != 0]
         if not chosen:
-            raise RowProblem("nothing to learn: every answer has the weight 0")
+            alone = (
+                "the last answer, which data.train_on learns alone," if len(answers) > 1 and last else "every answer"
+            )
+            raise RowProblem(f"nothing to learn: {alone} has the weight 0")
         if chosen[0] == 0:
             if len(chosen) == 1:
                 raise RowProblem("the first message is the assistant's, so there is nothing that it answers")
@@ -98,6 +101,8 @@ class Turns:
 
     def _turn(self, messages: Sequence[Message], number: int, tools: Tools, text: Texts) -> tuple[TurnText, list[str]]:
         message, prompt, whole = messages[number], text(number, True), text(number + 1, False)
+        if thinking.is_cut_off(message.content):
+            raise RowProblem("the answer begins with <think> and never ends it, as one that was cut off")
         if thinking.has_thinking(message.content) and self.preparer.form.strips:
             answer = self._verbatim(messages[: number + 1], tools, prompt)
         elif whole.startswith(prompt):

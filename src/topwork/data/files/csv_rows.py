@@ -17,6 +17,10 @@ _SEPARATOR = re.compile(r"sep=(.)\r?\n")
 _LONGEST_NAME = 80  # a longer header cell is a sentence
 
 
+_WIDE = "，；、؛،"
+"""Commas and semicolons of other scripts, which separate nothing in a CSV."""
+
+
 def csv_rows(file: DataFile) -> Found:
     """Rows under a header of column names. Cells are text as it stands; a blank one is empty text.
 
@@ -69,6 +73,12 @@ def _check_header(file: DataFile, header: list[str]) -> None:
     if twice:
         raise DataError(
             f"{file.path}: the header names {', '.join(map(repr, twice))} twice; expected one name per column"
+        )
+    wide = next((each for each in _WIDE if len(header) == 1 and each in header[0]), None)
+    if wide:
+        raise DataError(
+            f"{file.path}: its first line, {_shown(header[0])}, is one name; if {wide!r} parts several, write , or ; "
+            "or a tab in its place, in all rows"
         )
     if not any(header):
         raise DataError(f"{file.path}: its first line names no column; expected names such as prompt, completion")

@@ -20,7 +20,20 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
+class SaidTwice(DataError):
+    """An object gives one key two values, of which a reader would lose one."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next((key for key, value in pairs if found[key] != value), None)
+        if twice is not None:
+            raise SaidTwice(f"an object has the key {twice!r} twice, with different values; give each its own name")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None, object_pairs_hook=_once)
 """NaN and Infinity, which pandas writes where a table holds nothing, are no value."""
 
 
@@ -36,6 +49,8 @@ def jsonl_rows(file: DataFile) -> Found:
             continue
         try:
             value = DECODER.decode(text)
+        except SaidTwice as error:
+            raise DataError(f"{file.path}, line {number:,}: {error}") from error
         except RecursionError as error:
             raise DataError(_too_deep(file, number)) from error
         except ValueError as error:
@@ -178,6 +193,8 @@ def json_rows(file: DataFile) -> Found:
             return
         line = text.split("\n")[error.lineno - 1]
         raise DataError(_bad_json(file, error.lineno, line, error, text[: error.pos])) from error
+    except SaidTwice as error:
+        raise DataError(f"{file.path}: {error}") from error
     except RecursionError as error:
         raise DataError(_too_deep(file, 1)) from error
     except ValueError as error:

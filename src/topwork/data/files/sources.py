@@ -1,6 +1,7 @@
 """Which files a source is: the split that is read of a folder, what is left out of it, and what validates."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,13 +119,33 @@ def _told(place: Place, names: Sequence[str], asked: str | None, labels: Sequenc
     apart = [path.relative_to(place.root).as_posix() for each in others for path in place.splits[each]]
     apart += [path.relative_to(place.root).as_posix() for path in place.passed]
     left = f"; not learned: {_list(apart)}" if apart and (asked is None or not others) else ""
-    name = _short(place)
+    name, gone = _short(place), _missing_shards(place, names)
     if not others and names == [""]:
         counted = f"{len(labels)} files are read" if len(labels) > 1 else "one file is read"
-        return [f"{name}: {counted} ({_list(labels)}){left}"] if len(labels) > 1 or left else []
+        return [*([f"{name}: {counted} ({_list(labels)}){left}"] if len(labels) > 1 or left else []), *gone]
     which = "training" if split_of(names[0]) == "train" and names[0] == "train" else names[0]
     read = f"its {which} split is read" if which else "what is named after no split is read"
-    return [f"{name}: {read} ({_names(place, names)}){left}"]
+    return [f"{name}: {read} ({_names(place, names)}){left}", *gone]
+
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b")
+
+
+def _missing_shards(place: Place, names: Sequence[str]) -> list[str]:
+    """A line for each set of files (x-00000-of-00002) of which some are not there, as where a download ended early."""
+    found: dict[tuple[str, int], int] = {}
+    if not Path(place.name).is_dir():
+        return []  # whoever names files means these
+    for path in (path for name in names for path in place.splits[name]):
+        shard = _SHARD.match(path.relative_to(place.root).as_posix())
+        if shard:
+            found[shard[1], int(shard[3])] = found.get((shard[1], int(shard[3])), 0) + 1
+    return [
+        f"warning: {_short(place)}: of {count} files {start}-…-of-{count:05} {count - here} "
+        f"{'is' if count - here == 1 else 'are'} missing"
+        for (start, count), here in found.items()
+        if here < count
+    ]
 
 
 def _short(place: Place) -> str:

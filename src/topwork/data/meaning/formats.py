@@ -323,7 +323,7 @@ def _sentence(found: Found, survey: Columns, config: DataConfig) -> str:
         beside = f" (+ {material}{', ' + share if share else ''})" if material != columns[question] else ""
         how = f"{columns[question]}{beside} -> {columns.get(answer, columns.get('tool_calls'))}"
         kinds = survey.by_name[columns[answer]].kinds if columns.get(answer) in survey.by_name else {}
-        how += " (objects as JSON)" if "object" in kinds else ""
+        how += " (objects as JSON)" if {"object", "list"} & set(kinds) else ""
     else:
         column = next(iter(columns[field] for group in NEEDED[found.name] for field in group))
         keys = keys_in(column, survey) or (("from", "value") if found.name == "sharegpt" else ("role", "content"))

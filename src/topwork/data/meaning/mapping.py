@@ -132,7 +132,8 @@ def _at(fields: Mapping[str, Any], named: Named) -> Any:
     for step in named.steps:
         value = parsed(value)
         if isinstance(step, int):
-            value = value[step] if isinstance(value, list | tuple) and step < len(value) else None
+            alone = step == 0 and isinstance(value, str | int | float)  # of rows with one value, and rows with a list
+            value = value if alone else value[step] if isinstance(value, list | tuple) and step < len(value) else None
         elif isinstance(value, Mapping):
             value = value.get(step)
         else:
