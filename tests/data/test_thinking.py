@@ -183,5 +183,5 @@ def test_thinking_that_was_cut_off_is_no_answer(family: str) -> None:
     assert answer.split("<think>")[-1].startswith(" before it.")
     first, last = said("<think>\nTwo and", 0.0), said("5")
     assert len(made(family).encode(chat(Q, first, Q, last))) == 1
-    with pytest.raises(DataError, match="the last answer, which data.train_on learns alone, has the weight 0"):
+    with pytest.raises(DataError, match=r"the last answer, which data\.train_on learns alone, has the weight 0"):
         made(family).encode(chat(Q, last, Q, said("6", 0.0)), "last_answer")
