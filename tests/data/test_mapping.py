@@ -119,5 +119,5 @@ def test_the_first_of_a_list_is_the_one_value_of_rows_that_have_one() -> None:
         read(*rows)
     read_rows = read(*rows, columns={"completion": "{completion[0]}"})
     assert [row.messages[-1].content for row in read_rows] == ["a", "b", "3"]
-    with pytest.raises(DataError, match="no answer: .* is missing"):
+    with pytest.raises(DataError, match=r"no answer: .* is missing"):
         read(*rows[:1], columns={"completion": "completion[1]"})
