@@ -387,7 +387,7 @@ def test_merged_onto_the_dequantized_weights_it_answers_as_the_run_does(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = our_logits(opened.base, ADAPTER_NAME)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
-    checked = [torch.tensor(tokens) for tokens in _inputs(opened.recipe, silent)[1]]
+    checked = [torch.tensor(tokens) for tokens in _inputs(run, silent)[1]]
     limit = apart_by_rounding(merged, lambda model: plain_logits(model, checked), draws=2)
     assert 0 < verified["largest_logit_difference"] <= limit
 

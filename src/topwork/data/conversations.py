@@ -10,7 +10,7 @@ from topwork.data.meaning.content_parts import unfolded
 from topwork.data.meaning.mapping import in_yaml
 from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, refuse_thought, weight_of
 from topwork.data.meaning.values import RowProblem as RowProblem
-from topwork.data.meaning.values import is_blank, kind, opens, parsed, text_of, written
+from topwork.data.meaning.values import is_blank, kind, parsed, text_of, written
 
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of an assistant turn that is a tool call
 ROLES = {
@@ -297,8 +297,6 @@ def _arguments(function: Mapping[str, Any], name: str) -> Any:
                     f"{', '.join(map(str, function))}; expected {' or '.join(ARGUMENT_KEYS)} in the place of {other}"
                 )
     arguments = parsed(function[key]) if key else None
-    if isinstance(arguments, str) and opens(arguments):
-        raise RowProblem(f"the arguments of the tool call {function['name']} of {name} are no JSON: {arguments[:60]!r}")
     return {} if is_blank(arguments) else arguments
 
 

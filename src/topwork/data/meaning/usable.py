@@ -9,7 +9,7 @@ from typing import Any
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Message
 from topwork.data.meaning.marks import EXTRA_KEYS
-from topwork.data.meaning.values import RowProblem
+from topwork.data.meaning.values import RowProblem, opens
 
 Turns = tuple[Message, ...]
 
@@ -21,6 +21,7 @@ def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tupl
     if not config.merge_turns and _is_plain(turns):
         return _with_system(turns, config.system), ()
     notes = dict.fromkeys(unread_keys(messages))
+    _refuse_broken_calls(turns)
     if any(turn.role == "system" and not turn.content.strip() for turn in turns):
         turns = tuple(turn for turn in turns if turn.role != "system" or turn.content.strip())
         notes["an empty system message is left out"] = None
@@ -33,6 +34,18 @@ def usable(messages: Sequence[Message], config: DataConfig) -> tuple[Turns, tupl
     turns = _cut(turns, notes)
     turns = _weighed(turns, config, notes)
     return turns, tuple(notes)
+
+
+def _refuse_broken_calls(turns: Turns) -> None:
+    """Raises RowProblem for arguments that begin as JSON and are none: they would be learned so. A client's history may
+    have them, from a model whose answer was cut."""
+    for number, turn in enumerate(turns, 1):
+        for call in turn.extra.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if isinstance(arguments, str) and opens(arguments):
+                raise RowProblem(
+                    f"the arguments of the tool call {name} of message {number} are no JSON: {arguments!r:.62}"
+                )
 
 
 def _with_system(turns: Turns, system: str | None) -> Turns:
