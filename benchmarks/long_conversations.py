@@ -35,7 +35,7 @@ def main() -> None:
         print(json.dumps([seconds(*size) for size in sizes]))
         return
     here = Path(__file__).parents[1]
-    found = {str(tree): measured(tree, given) for tree in (*given.trees, here)}
+    found = {tree.resolve().name: measured(tree, given) for tree in (*given.trees, here)}
     record = {"sizes": sizes, "seconds_per_row": found, "surroundings": surroundings()}
     if given.out:
         write_record(given.out, record, text(record))
@@ -84,7 +84,7 @@ def text(record: dict[str, Any]) -> str:
         [f"{turns:,}", f"{count:,}", *(f"{each[number] * 1000:,.2f}" for each in trees.values())]
         for number, (turns, count) in enumerate(record["sizes"])
     ]
-    head = ["turns", "rows", *(f"{Path(tree).resolve().name}, ms a row" for tree in trees)]
+    head = ["turns", "rows", *(f"{tree}, ms a row" for tree in trees)]
     return (
         "\n\n".join(["# Conversations as learned tokens", table(head, rows), surroundings_text(record["surroundings"])])
         + "\n"
