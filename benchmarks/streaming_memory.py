@@ -1,9 +1,10 @@
 """What streaming a large file takes: memory, the seconds of the index, rows a second, and the same rows after a resume.
 
-    python benchmarks/streaming_memory.py [--gigabytes 2] [--steps 300] [--batch-size 32]
+    python benchmarks/streaming_memory.py [--gigabytes 2] [--steps 300] [--batch-size 32] [--tokenizer plain]
 
 Writes a JSONL of made conversations in a folder of its own, which is removed in the end. A fresh process reads it
-through `load_data` and its row source, as training does but for the model. Writes benchmarks/results/streaming_memory.*
+through `load_data` and its row source, as training does but for the model. Its tokenizer is read alone (`plain`), or as
+`topwork train` opens it (`auto`). Writes benchmarks/results/streaming_memory.*, or streaming_memory_auto.*
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokenizer", choices=("plain", "auto"), default="plain")
     given = parser.parse_args()
     wanted = round(given.gigabytes * 10**9)
     free = shutil.disk_usage(tempfile.gettempdir()).free
@@ -50,11 +52,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "rows.jsonl"
         write_rows(file, wanted)
-        streamed = run_process("peers.stream_rows", str(file), str(given.steps), str(given.batch_size))
+        streamed = run_process("peers.stream_rows", str(file), str(given.steps), str(given.batch_size), given.tokenizer)
     if "error" in streamed:
         sys.exit(streamed["error"])
     record = {"surroundings": surroundings(), **streamed}
-    write_record(BENCHMARKS / "results" / "streaming_memory", record, text(record))
+    name = "streaming_memory" if given.tokenizer == "plain" else "streaming_memory_auto"
+    write_record(BENCHMARKS / "results" / name, record, text(record))
     print(text(record))
 
 

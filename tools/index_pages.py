@@ -61,6 +61,7 @@ COMMANDS = {
     "serving_alone": "serving_speed.py --rounds 5 --threads 2 --systems bandwidth,topwork,topwork_nf4",
     "soak": "soak.py",
     "streaming_memory": "streaming_memory.py",
+    "streaming_memory_auto": "streaming_memory.py --tokenizer auto",
     "sweep_banking77_rank": "sweeps.py --data banking77 --preset rank --rows 800 --test-rows 160",
     **{
         f"sweep_banking77_{preset}": f"sweeps.py --data banking77 --preset {preset} --rows 480 --test-rows 120"

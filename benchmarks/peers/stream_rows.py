@@ -1,6 +1,6 @@
 """A file streamed as training streams it, but for the model. Prints one JSON line.
 
-python -m peers.stream_rows FILE STEPS BATCH_SIZE      (in benchmarks/)
+python -m peers.stream_rows FILE STEPS BATCH_SIZE TOKENIZER      (in benchmarks/)
 """
 
 import json
@@ -17,15 +17,18 @@ from topwork.data.source import StreamedRows
 from topwork.data.streaming.examples import StreamedExamples
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
+from topwork.models.tokenizer import open_tokenizer
 
 MODEL = "smollm2-135m"
 
 
-def main(file: str, steps: int, batch_size: int) -> dict[str, object]:
+def main(file: str, steps: int, batch_size: int, kind: str) -> dict[str, object]:
     """Index the file, ask for the first steps, and for the later half of them again of a source that begins there."""
-    # not by AutoTokenizer, which imports what a model needs (torch's compiler, 160 MB) to find the class
-    folder = find_source(ModelConfig(model_name_or_path=MODEL), lambda _: None).folder
-    tokenizer, length = PreTrainedTokenizerFast.from_pretrained(folder), 2048
+    config, length = ModelConfig(model_name_or_path=MODEL), 2048
+    if kind == "auto":  # as `topwork train` opens it; AutoConfig imports what a model needs, torch's compiler too
+        tokenizer, _ = open_tokenizer(config)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(find_source(config, lambda _: None).folder)
     tokenizer(["a"])
     before, start = peak_bytes(), time.perf_counter()
     data = load_data(DataConfig(train=file, streaming=True), tokenizer, length, 0, lambda _: None)
@@ -41,6 +44,7 @@ def main(file: str, steps: int, batch_size: int) -> dict[str, object]:
     return {
         "file_bytes": Path(file).stat().st_size,
         "model": MODEL,
+        "tokenizer": kind,
         "rows": len(data.train),
         "batch_size": batch_size,
         "steps": steps,
@@ -64,4 +68,4 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
