@@ -541,3 +541,20 @@ def test_rows_are_told_from_others_by_their_files_and_how_they_are_read(
         digest([{"path": first, "max_rows": 44}]),
     ]  # fmt: skip
     assert len({same, *changed}) == 6
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_one_of_several_sources_has_are_told_alike(
+    streaming: bool, load: Callable[..., Data], write: Callable[[str, str | bytes], str]
+) -> None:
+    first = write("first.jsonl", json.dumps({"Body": "2+2?", "Reply": "4"}) + "\n")
+    second = write("second.jsonl", json.dumps(PAIRS[0]) + "\n")
+    columns = {"prompt": "Body", "completion": "Reply"}
+    with pytest.raises(DataError) as refused:
+        load([first, second], streaming=streaming, columns=columns, eval_fraction=0.0)
+    told = f"{second}: data.columns maps prompt to the column 'Body', which the data does not have"
+    assert str(refused.value).startswith(told)
+    own = f"give this one its own: {{path: {second}, columns: {{}}}}"
+    assert own in str(refused.value)
+    sources = [{"path": first, "columns": columns}, {"path": second, "columns": {}}]
+    assert len(load(sources, streaming=streaming, eval_fraction=0.0).train) == 2

@@ -34,6 +34,10 @@ class SourceConfig(Options):
     encoding: str | None = None
     """The encoding of its text files, where it is not as in `data.encoding`."""
 
+    def at_most(self, left: int | None) -> int | None:
+        """How many of its rows are read where `left` rows of all sources are still wanted; None is all."""
+        return min((count for count in (self.max_rows, left) if count is not None), default=None)
+
 
 def _kind(value: object) -> str:
     """By what a source is given, so that an error speaks of that alone."""

@@ -1,7 +1,7 @@
 """A recipe's data as examples: token ids and the weights with which they are learned, counted and reported."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -154,17 +154,21 @@ def _why(counts: Counts, notes: Sequence[Note]) -> str:
 
 
 def _counted(read: Read, examples: Sequence[Example]) -> Counts:
+    counts = measured(Counts(read.count, len(read.bad)), examples)
+    return added(counts, (row.fates for row in read.rows if row.fates))
+
+
+def measured(counts: Counts, examples: Sequence[Example]) -> Counts:
+    """The counts with what the sequences themselves tell: how many, and how long they are."""
     lengths = [len(example.tokens) for example in examples]
-    counts = Counts(
-        rows=read.count,
-        bad_rows=len(read.bad),
+    return replace(
+        counts,
         sequences=len(examples),
         tokens=sum(lengths),
         learned_tokens=sum(int(np.count_nonzero(example.weights)) for example in examples),
         longest=max(lengths, default=0),
         median=int(np.median(lengths)) if lengths else 0,
     )
-    return added(counts, (row.fates for row in read.rows if row.fates))
 
 
 def _chats(rows: Sequence[FittedRow]) -> tuple[Conversation, ...]:

@@ -41,8 +41,7 @@ def read_parts(config: DataConfig, named: Sources, max_rows: int | None = None) 
     for number, source in enumerate(config.sources(named), 1):
         if left == 0:
             break
-        limits = [limit for limit in (source.max_rows, left) if limit is not None]
-        reading = read_rows(source, config.documents, min(limits, default=None))
+        reading = read_rows(source, config.documents, source.at_most(left))
         rows = reading.rows
         left = None if left is None else left - len(rows)
         if not names.isdisjoint(row.source for row in rows):  # files of one name in two folders, or one file twice
@@ -63,11 +62,7 @@ def look_for(config: DataConfig, named: Sources) -> None:
 
 def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Part:
     """What rows of a source become. Raises DataError where their format is not known or is not what is asked for."""
-    own = config.of_source(source)
-    try:
-        format = recognise(rows, own)
-    except DataError as error:
-        raise DataError(f"{called(source.path)}: {error}{_own_columns(config, source, rows)}") from error
+    own, format = config.of_source(source), format_of(config, source, rows)
     if config.too_long == "split" and format.name != "text":
         raise DataError(
             f"data.too_long is split, which cuts plain text in pieces, but {source.path} was {format.sentence}; "
@@ -75,6 +70,14 @@ def part_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Pa
         )
     conversations, bad = read_conversations(rows, format, own)
     return Part(source, format, rows, conversations, bad)
+
+
+def format_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> Format:
+    """How a source's rows are read. Raises DataError where that is not known, naming the source."""
+    try:
+        return recognise(rows, config.of_source(source))
+    except DataError as error:
+        raise DataError(f"{called(source.path)}: {error}{_own_columns(config, source, rows)}") from error
 
 
 def _own_columns(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> str:

@@ -77,7 +77,7 @@ def read_side(
             bad += unusable
             for row in fitted:
                 tally.add(row.notes, row.conversation.source)
-                sequences = tuple(map(_arrays, row.sequences))
+                sequences = tuple(map(arrays, row.sequences))
                 found.rows.append(FittedRow(row.conversation, sequences, row.fates, number))
     refuse_bad(bad, found.count, config)
     fitting.check()
@@ -103,7 +103,8 @@ def encoded(
     return found, bad
 
 
-def _arrays(item: Encoded) -> Arrays:
+def arrays(item: Encoded) -> Arrays:
+    """A sequence as it is kept."""
     return np.asarray(item.tokens, dtype=np.int32), np.asarray(item.weights, dtype=np.float32)
 
 

@@ -137,8 +137,7 @@ def _read(config: DataConfig, named: Sources, max_rows: int | None, kind: Kind |
     for source in config.sources(named):
         if left == 0:
             break
-        limits = [limit for limit in (source.max_rows, left) if limit is not None]
-        found = read_rows(source, config.documents, min(limits, default=None))
+        found = read_rows(source, config.documents, source.at_most(left))
         left = None if left is None else left - len(found.rows)
         kinds[_take(side, config, source, found.rows, kind)] = None
         side.notes += file_notes(found.notes)

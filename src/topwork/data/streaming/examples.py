@@ -16,11 +16,11 @@ from topwork.common.files import sha256_bytes
 from topwork.data.chat.template import PROVED, ChatTemplate
 from topwork.data.config import DataConfig, told
 from topwork.data.conversations import BadRow, Conversation
-from topwork.data.examples import Data, Example
+from topwork.data.examples import Data, Example, measured
 from topwork.data.fitting import Fitting
 from topwork.data.meaning.formats import refuse_bad
 from topwork.data.parts import other_sentences, sentences
-from topwork.data.reading import encoded
+from topwork.data.reading import arrays, encoded
 from topwork.data.streaming.sources import Log, Split, Streamed, content_of, drawn_rows, read_streamed, split_streamed
 from topwork.data.summary import NAMED, Counts, DataSummary, Note, Tally, added, dropped_notes
 
@@ -106,25 +106,11 @@ def take(read: Streamed, numbers: Sequence[int], config: DataConfig, template: C
         for row, before in zip(fitted, conversations):
             tally.add([note for note in row.notes if note not in before.notes], before.source)
             rows += [row.conversation] if row.sequences else []
-            for item in row.sequences:
-                weights = np.asarray(item.weights, dtype=np.float32)
-                examples.append(Example(np.asarray(item.tokens, dtype=np.int32), weights, before.source))
+            examples += [Example(*arrays(item), before.source) for item in row.sequences]
     refuse_bad(bad, len(numbers), config)
     fitting.check()
     counts = replace(counts, rows=len(numbers), bad_rows=len(bad))
-    return Taken(examples, rows, _counted(counts, examples), [*dropped_notes(bad), *tally.notes()])
-
-
-def _counted(counts: Counts, examples: Sequence[Example]) -> Counts:
-    lengths = [len(example.tokens) for example in examples]
-    return replace(
-        counts,
-        sequences=len(examples),
-        tokens=sum(lengths),
-        learned_tokens=sum(int(np.count_nonzero(example.weights)) for example in examples),
-        longest=max(lengths, default=0),
-        median=int(np.median(lengths)) if lengths else 0,
-    )
+    return Taken(examples, rows, measured(counts, examples), [*dropped_notes(bad), *tally.notes()])
 
 
 def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, seed: int, log: Log) -> Data:

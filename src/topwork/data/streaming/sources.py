@@ -10,15 +10,15 @@ import numpy as np
 
 from topwork.common.errors import DataError
 from topwork.data.chat.template import ChatTemplate
-from topwork.data.config import DataConfig, SourceConfig, Sources, called
+from topwork.data.config import DataConfig, SourceConfig, Sources
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.files.decoding import DataFile
 from topwork.data.files.places import kind_of
 from topwork.data.files.rows import Row, file_rows, hub_file, hub_table, saved_rows
 from topwork.data.files.sources import locate
 from topwork.data.files.tables import dataset_rows
-from topwork.data.meaning.formats import Format, read_conversations, recognise, refuse_bad
-from topwork.data.parts import Formats
+from topwork.data.meaning.formats import Format, read_conversations, refuse_bad
+from topwork.data.parts import Formats, format_of
 from topwork.data.splitting import held_rows, is_first, no_such_column, times, unit_numbers, unit_of, weight_note
 from topwork.data.streaming.copies import copied_rows
 from topwork.data.streaming.index import IndexedRows, Joined, by_owner
@@ -159,15 +159,13 @@ def read_streamed(
     for number, source in enumerate(config.sources(named), 1):
         if left == 0:
             break
-        limits = [limit for limit in (source.max_rows, left) if limit is not None]
-        own = config.of_source(source)
-        rows, notes = source_rows(source, config, names, number, min(limits, default=None), log)
+        rows, notes = source_rows(source, config, names, number, source.at_most(left), log)
         left = None if left is None else left - len(rows)
         try:
-            format = recognise(rows, own)
-        except DataError as error:
-            raise DataError("; ".join([f"{called(source.path)}: {error}", *notes])) from error
-        found.append(StreamedPart(source, own, format, rows, notes))
+            format = format_of(config, source, rows)
+        except DataError as error:  # what was noticed is often why
+            raise DataError("; ".join([str(error), *notes])) from error
+        found.append(StreamedPart(source, config.of_source(source), format, rows, notes))
         found[-1].check(template)
     bad = [row for part in found for row in part.bad]
     refuse_bad(bad, sum(len(part.rows) for part in found), config)
