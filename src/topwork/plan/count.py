@@ -21,6 +21,7 @@ from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
+from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, HUB_ID
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -102,6 +103,12 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
         raise ModelError(
             f"no causal language model can be built from this {config.model_type!r} config: {error}"
         ) from error
+
+
+def base_skeleton(model: ModelConfig) -> PreTrainedModel:
+    """`skeleton` of the base that a recipe names. Raises ModelError."""
+    known = config_of(model.model_name_or_path, model.revision, model.trust_remote_code)
+    return skeleton(known, model.trust_remote_code)
 
 
 def config_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import clear_leftovers
-from topwork.plan.count import config_of, count_adapter, skeleton
+from topwork.plan.count import base_skeleton, count_adapter
 from topwork.recipe.recipe import Recipe
 from topwork.run.folder import ADAPTER, EVALUATION, RECIPE, RESULT, TEMPLATE, TRIAL, check_place, read_recipe
 from topwork.run.provenance import PROVENANCE
@@ -57,11 +57,8 @@ def check_shared(recipes: Sequence[Recipe]) -> None:
 def check_targets(recipes: Sequence[Recipe]) -> None:
     """Raises AdapterError where an adapter does not fit the base that the first recipe names, told by its config alone.
     A base that cannot be built so is for its loading to speak of."""
-    model = recipes[0].model
     try:
-        shape = skeleton(
-            config_of(model.model_name_or_path, model.revision, model.trust_remote_code), model.trust_remote_code
-        )
+        shape = base_skeleton(recipes[0].model)
     except ModelError:
         return
     for recipe in recipes:

@@ -5,7 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from topwork.plan.count import RANKS, CountRow, ParameterCount, config_of, count_adapter, count_table, skeleton
+from topwork.plan.count import (
+    RANKS,
+    CountRow,
+    ParameterCount,
+    base_skeleton,
+    config_of,
+    count_adapter,
+    count_table,
+    skeleton,
+)  # fmt: skip
 from topwork.recipe.recipe import load_recipe
 
 
@@ -44,10 +53,9 @@ def count(what: str, ranks: Sequence[int] | None = None, overrides: Sequence[str
     if Path(what).suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(Path(what), overrides)
         model = recipe.model
-        name = model.model_name_or_path
-        bare = skeleton(config_of(name, model.revision, model.trust_remote_code), model.trust_remote_code)
+        bare = base_skeleton(model)
         own = count_adapter(bare, recipe.adapter)
-        return Counted(name, own.frozen, count_table(bare, ranks), own)
+        return Counted(model.model_name_or_path, own.frozen, count_table(bare, ranks), own)
     bare = skeleton(config_of(what))
     table = count_table(bare, ranks)
     return Counted(what, sum(p.numel() for p in bare.parameters()), table)

@@ -13,7 +13,7 @@ from topwork.data.batches import steps_per_epoch
 from topwork.data.examples import load_data
 from topwork.models.source import find_source
 from topwork.models.tokenizer import open_tokenizer
-from topwork.plan.count import config_of, skeleton
+from topwork.plan.count import base_skeleton
 from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
 from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, expand, load_sweep
@@ -117,9 +117,7 @@ def _skeleton(request: SweepRequest) -> PreTrainedModel:
     else:
         model = request.base().model
     find_source(model, lambda _: None)  # says what is wrong with the name, or where its weights are missing
-    return skeleton(
-        config_of(model.model_name_or_path, model.revision, model.trust_remote_code), model.trust_remote_code
-    )
+    return base_skeleton(model)
 
 
 def _one_base(trials: Sequence[PlannedTrial]) -> None:
