@@ -13,6 +13,7 @@ from topwork.cli.chat import chat
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
+from topwork.cli.merge import merge
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
 from topwork.cli.sweep import sweep
@@ -121,35 +122,7 @@ app.command(
 )(chat)
 
 
-@app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")
-def merge(
-    run: Run,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out, the recipe's.")] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="After QLoRA: `dequantized`, the weights that were trained on, or `16bit`, the original."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    force: Force = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fold the adapter into its base and write an ordinary Hugging Face folder."""
-    from topwork.run.merge import merge as fold
-
-    result = fold(run, out, dtype, base, overwrite, force, teller(as_json))
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"merged in {result['dtype']} and compared on {result['sequences']} inputs:")
-    for key, value in result.items():
-        if isinstance(value, float):
-            print(
-                f"  {key.replace('_', ' '):32} {value:.3g}"
-                if abs(value) < 1
-                else f"  {key.replace('_', ' '):32} {value:,.1f}"
-            )
-    print(f"written to {out}")
+app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
 
 
 @app.command(
