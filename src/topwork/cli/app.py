@@ -12,8 +12,8 @@ import typer
 from topwork.cli.chat import chat
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
-from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.merge import merge
+from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
 from topwork.cli.sweep import sweep
