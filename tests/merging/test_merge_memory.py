@@ -47,7 +47,9 @@ def test_a_merge_takes_the_memory_of_one_tensor_and_one_shard(tmp_path: Path) ->
     adapters.add("a", AdapterConfig(r=2))
     write_adapter(tmp_path / "adapter", adapters, "a", BaseId("made up"))
     (tmp_path / "out").mkdir()
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # what is let go of is not kept in the heap's holes
+    settings = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20)
+    }  # what is let go of is not kept in the heap's holes
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr
     taken, largest, whole = map(int, done.stdout.split())
