@@ -2,9 +2,9 @@
 
     python benchmarks/merge_rounding.py [--model smollm2-135m]
 
-The adapters are random, of a size that the adapter moves the base by what short trainings do (`adapter KL`). The inputs
-are the texts that `topwork merge` brings. The last row is the base in bf16 against itself in fp32: what storing it costs.
-The limits of `merging/threshold.py` follow from this. Writes benchmarks/results/merge_rounding.*
+The adapters are random, of sizes that move the base by what short trainings do (`adapter KL`). The inputs are the texts
+that `topwork merge` brings. The last row is the base in bf16 against itself in fp32: what storing it costs. The limits
+of `merging/threshold.py` follow from this. Writes benchmarks/results/merge_rounding.*
 """
 
 import argparse
