@@ -57,6 +57,9 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
+    base_folder = Path(adapter.model.model_name_or_path).expanduser()
+    if base_folder.is_dir():
+        check_out(out, base_folder, "the base's own folder", overwrite)
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     refuse_small_disk(out, plan.nbytes)
