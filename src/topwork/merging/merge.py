@@ -1,10 +1,5 @@
 """Folding one adapter into its base, and writing the result as an ordinary Hugging Face folder.
 
-    LoRA    W' = W + s B A                  computed in fp32, stored in W's own type
-    DoRA    W' = m / |W + s B A| (W + s B A)
-    IA3     W' = l W, b' = l b, or W' = W l for a module whose inputs are scaled
-    BitFit  b' the learned bias
-
 A module that was trained whole (`modules_to_save`, full fine-tuning) takes the place of the base's. Merging is for the
 last adapter of a base: others grafted beside it were trained on W and not on W'.
 """
@@ -17,19 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.methods.full import TiedHead
 from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
-from topwork.common.errors import AdapterError, RunError
+from topwork.common.errors import AdapterError
 from topwork.common.files import write_folder
+from topwork.merging.fold import MERGEABLE, as_stored, folded
 from topwork.models.base import Base
 from topwork.models.writing import write_model
 from topwork.quantization.linear import PackedModule, packed_modules
-
-MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge(base: Base, adapters: Adapters, name: str) -> None:
@@ -97,7 +91,7 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
     """Every packed weight as a dense one of the model's type, in place, under whatever is grafted."""
-    dtype = model.dtype
+    dtype = _own_type(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = isinstance(head, PackedModule) and isinstance(embedding, PackedModule) and head.weight is embedding.weight
     for path, module in packed_modules(model).items():
@@ -110,20 +104,20 @@ def dequantize(model: PreTrainedModel) -> None:
 def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: AdapterModule) -> None:
     weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
     turned = isinstance(own, Conv1D)  # gpt2's, which holds its weight as [in, out]
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    whole, whole_bias = part.merged((weight.t() if turned else weight).to(exact), bias)
-    merged = (whole.t() if turned else whole).to(weight.dtype)
-    if not torch.isfinite(merged).all():
-        raise RunError(
-            f"{path}: weight and adapter add up to a value that is not finite in {merged.dtype}; load the base anew "
-            "(it is partly merged now) as float32, and look whether the adapter holds NaN"
-        )
+    whole, whole_bias = folded(part, weight.t() if turned else weight, bias)
+    merged = as_stored(f"{path}.weight", whole.t() if turned else whole, weight.dtype)
     if _is_shared(model, weight):
         own.weight = nn.Parameter(merged, requires_grad=False)  # what was tied to it stays as it is
     else:
         weight.copy_(merged)
     if bias is not None:
         bias.copy_(whole_bias)
+
+
+def _own_type(model: PreTrainedModel) -> torch.dtype:
+    """The base's own; `model.dtype` is an adapter's, where head and embedding are packed and so come in no type."""
+    own = (p.dtype for module in bare_modules(model).values() for p in module.parameters(recurse=False))
+    return next((dtype for dtype in own if dtype.is_floating_point), model.dtype)
 
 
 def _is_shared(model: PreTrainedModel, weight: torch.Tensor) -> bool:
