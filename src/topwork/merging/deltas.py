@@ -48,7 +48,7 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """ΔW that is no product of small factors. values [out, in]; a vector's (a norm's, a bias') [1, n]."""
+    """ΔW that is no product of small factors. values [out, in], fp32 or fp64; a vector's (a norm's, a bias') [1, n]."""
 
     values: Tensor
 
@@ -78,7 +78,39 @@ def inner(first: Delta, second: Delta) -> float:
 
 def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
     """Σ cᵢ ΔWᵢ: exact in factors of rank Σ rᵢ where all have some, else dense."""
-    if all(isinstance(delta, LowRankDelta) for delta in deltas):
-        b = torch.cat([c * delta.b for delta, c in zip(deltas, coefficients)], 1)  # type: ignore[union-attr]
-        return LowRankDelta(b, torch.cat([delta.a for delta in deltas]))  # type: ignore[union-attr]
-    return DenseDelta(sum(c * delta.dense() for delta, c in zip(deltas, coefficients)))  # type: ignore[arg-type]
+    factors = [(delta, c) for delta, c in zip(deltas, coefficients) if isinstance(delta, LowRankDelta)]
+    if len(factors) == len(deltas):
+        factors = [pair for pair in factors if pair[1]] or [(factors[0][0], 0.0)]
+        return LowRankDelta(torch.cat([c * delta.b for delta, c in factors], 1), torch.cat([d.a for d, _ in factors]))
+    total = torch.zeros(deltas[0].shape, dtype=torch.float64)
+    for delta, c in zip(deltas, coefficients):
+        total += c * delta.dense()
+    return DenseDelta(total)
+
+
+def as_factors(delta: Delta) -> LowRankDelta:
+    """A dense one with its shorter side's identity as the other factor."""
+    if isinstance(delta, LowRankDelta):
+        return delta
+    rows, columns = delta.shape
+    values, identity = delta.dense(), torch.eye(min(rows, columns), dtype=torch.float64)
+    return LowRankDelta(identity, values) if rows <= columns else LowRankDelta(values, identity)
+
+
+def singular_values(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, k], S [k], V' [k, in] of ΔW, k the least of rank, out and in, without a dense matrix: QR of both factors
+    and the SVD of the small product of what is left of them."""
+    q_b, r_b = torch.linalg.qr(delta.b)
+    q_a, r_a = torch.linalg.qr(delta.a.t())
+    u, s, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    return q_b @ u, s, v @ q_a.t()
+
+
+def reduced(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, float]:
+    """The best approximation of ΔW of this rank, both factors equally large, and the energy that it leaves out: the
+    sum of the squares of the singular values behind it, which is ‖ΔW - it‖²."""
+    if rank >= delta.rank:
+        return delta, 0.0
+    u, s, v = singular_values(delta)
+    root = s[:rank].sqrt()
+    return LowRankDelta(u[:, :rank] * root, root[:, None] * v[:rank]), float(s[rank:].square().sum())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TiesWeights = Literal["peft", "mergekit"]
+TIES_WEIGHTS: tuple[TiesWeights, ...] = ("mergekit", "peft")
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,7 @@ class Settings:
 
     weights       one for each source, of any sign
     density       one for each source: the share of its values that are kept, over 0 and at most 1
-    ties_weights  what a weight means where signs are elected. mergekit: the sign of the weighted sum, divided by the
-                  sum of the agreeing weights; peft: the sign of the plain sum, divided by how many agree
+    ties_weights  whose meaning weights and rescaling have where libraries differ (`entrywise.py`)
     scale         λ, which the combined change is multiplied by
     epsilon       DELLA: how far the least and the greatest chance to be kept lie from the density
     gamma         Breadcrumbs: the share of the largest values that is dropped
