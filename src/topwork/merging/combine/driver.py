@@ -8,7 +8,7 @@ does over a matrix, and nothing of them is left out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,11 @@ def combine_changes(
 ) -> Combined:
     """The sources' changes by one method; `on_module` is called after each module. `bare` is the sources' base.
 
-    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has.
+    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has and for weights
+    that are all zero.
     """
     way = way_of(settings.method)
+    sources, settings = _counted(sources, settings, way)
     places = places_of(sources, bare)
     if way.meets and len(sources) > 1:
         refuse_apart(sources, way.name)
@@ -85,6 +87,22 @@ def combine_changes(
         on_module()
     whole = {key: _whole(method, sources, key) for key in places.whole}
     return Combined(rank, deltas, energies, whole, _tokens(method, sources))
+
+
+def _counted(sources: Sequence[Changes], settings: Settings, way: Way) -> tuple[Sequence[Changes], Settings]:
+    """Without the sources of weight 0, which are as if they had not been named, and in an order that is theirs: sums
+    are rounded in it, so the order in which they were named changes no bit."""
+    if not any(settings.weights):
+        told = ",".join(f"{weight:g}" for weight in settings.weights)
+        raise RequestError(f"--weights {told}: nothing would be left of the adapters; give at least one another weight")
+    given = [
+        (source.content, weight, density, source)
+        for source, weight, density in zip(sources, settings.weights, settings.density)
+        if weight or way.sources is not None
+    ]
+    given.sort(key=lambda each: each[:3])
+    _, weights, densities, kept = zip(*given)
+    return kept, replace(settings, weights=weights, density=densities)
 
 
 @dataclass(frozen=True)
@@ -131,18 +149,17 @@ def _deltas(sources: Sequence[Changes], path: str, module: nn.Module) -> list[De
 
 
 def _rank_of_result(sources: Sequence[Changes], settings: Settings, way: Way, full: Mapping[str, int]) -> int:
-    """What was asked for, or what holds the combined change; sources of weight 0 need none of it."""
+    """What was asked for, or what holds the combined change."""
     most = max(full.values())
     if settings.rank is not None:
         if settings.rank > most:
             raise RequestError(f"--rank {settings.rank} is over {most}, the largest that a module of this base has")
         return settings.rank
-    counted = [source for source, weight in zip(sources, settings.weights) if weight]
-    ranks = [source.rank or RANK_OF_DENSE for source in counted]
+    ranks = [source.rank or RANK_OF_DENSE for source in sources]
     if way.largest_rank:
         return min(max(ranks), most)
     by_path = [
-        (path, [source.rank_at(path) for source in counted if path in source.adapted]) for path in full
+        (path, [source.rank_at(path) for source in sources if path in source.adapted]) for path in full
     ]  # fmt: skip
     if way.entrywise is not None or any(None in found for _, found in by_path):
         return min(sum(ranks), most)
