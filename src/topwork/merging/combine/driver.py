@@ -8,7 +8,7 @@ does over a matrix, and nothing of them is left out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,11 @@ def combine_changes(
     Raises AdapterError for sources that do not go together, RequestError for a rank that no module has.
     """
     way = way_of(settings.method)
-    places = places_of(sources, bare)
     if way.meets and len(sources) > 1:
         refuse_apart(sources, way.name)
+    if way.sources is None:
+        sources, settings = _that_count(sources, settings)
+    places = places_of(sources, bare)
     full = {path: min(features(bare.modules[path])) for path in places.adapted}
     rank = _rank_of_result(sources, settings, way, full)
     method = _Method(way, settings, [source.content for source in sources])
@@ -85,6 +87,13 @@ def combine_changes(
         on_module()
     whole = {key: _whole(method, sources, key) for key in places.whole}
     return Combined(rank, deltas, energies, whole, _tokens(method, sources))
+
+
+def _that_count(sources: Sequence[Changes], settings: Settings) -> tuple[list[Changes], Settings]:
+    """Without those of weight 0, which give no change, no sign and no direction."""
+    kept = [at for at, weight in enumerate(settings.weights) if weight]
+    weights, density = (tuple(values[at] for at in kept) for values in (settings.weights, settings.density))
+    return [sources[at] for at in kept], replace(settings, weights=weights, density=density)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def _deltas(sources: Sequence[Changes], path: str, module: nn.Module) -> list[De
 
 
 def _rank_of_result(sources: Sequence[Changes], settings: Settings, way: Way, full: Mapping[str, int]) -> int:
-    """What was asked for, or what holds the combined change; sources of weight 0 need none of it."""
+    """What was asked for, or what holds the combined change; slerp's source of weight 0 needs none of it."""
     most = max(full.values())
     if settings.rank is not None:
         if settings.rank > most:
