@@ -69,14 +69,13 @@ def combine_changes(
 ) -> Combined:
     """The sources' changes by one method; `on_module` is called after each module. `bare` is the sources' base.
 
-    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has and for weights
-    that are all zero.
+    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has.
     """
     way = way_of(settings.method)
-    sources, settings = _counted(sources, settings, way)
-    places = places_of(sources, bare)
     if way.meets and len(sources) > 1:
         refuse_apart(sources, way.name)
+    sources, settings = _that_count(sources, settings, way)
+    places = places_of(sources, bare)
     full = {path: min(features(bare.modules[path])) for path in places.adapted}
     rank = _rank_of_result(sources, settings, way, full)
     method = _Method(way, settings, [source.content for source in sources])
@@ -89,12 +88,9 @@ def combine_changes(
     return Combined(rank, deltas, energies, whole, _tokens(method, sources))
 
 
-def _counted(sources: Sequence[Changes], settings: Settings, way: Way) -> tuple[Sequence[Changes], Settings]:
-    """Without the sources of weight 0, which are as if they had not been named, and in an order that is theirs: sums
-    are rounded in it, so the order in which they were named changes no bit."""
-    if not any(settings.weights):
-        told = ",".join(f"{weight:g}" for weight in settings.weights)
-        raise RequestError(f"--weights {told}: nothing would be left of the adapters; give at least one another weight")
+def _that_count(sources: Sequence[Changes], settings: Settings, way: Way) -> tuple[Sequence[Changes], Settings]:
+    """Without those of weight 0, which give no change, no sign and no direction (slerp needs its two); and in an order
+    of their own, in which sums are rounded: so the order in which they were named changes no bit."""
     given = [
         (source.content, weight, density, source)
         for source, weight, density in zip(sources, settings.weights, settings.density)
@@ -149,17 +145,18 @@ def _deltas(sources: Sequence[Changes], path: str, module: nn.Module) -> list[De
 
 
 def _rank_of_result(sources: Sequence[Changes], settings: Settings, way: Way, full: Mapping[str, int]) -> int:
-    """What was asked for, or what holds the combined change."""
+    """What was asked for, or what holds the combined change; slerp's source of weight 0 needs none of it."""
     most = max(full.values())
     if settings.rank is not None:
         if settings.rank > most:
             raise RequestError(f"--rank {settings.rank} is over {most}, the largest that a module of this base has")
         return settings.rank
-    ranks = [source.rank or RANK_OF_DENSE for source in sources]
+    counted = [source for source, weight in zip(sources, settings.weights) if weight]
+    ranks = [source.rank or RANK_OF_DENSE for source in counted]
     if way.largest_rank:
         return min(max(ranks), most)
     by_path = [
-        (path, [source.rank_at(path) for source in sources if path in source.adapted]) for path in full
+        (path, [source.rank_at(path) for source in counted if path in source.adapted]) for path in full
     ]  # fmt: skip
     if way.entrywise is not None or any(None in found for _, found in by_path):
         return min(sum(ranks), most)
