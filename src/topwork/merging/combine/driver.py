@@ -27,7 +27,7 @@ from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_factors, 
 RANK_OF_DENSE = 16
 """What a source counts that has no rank of its own (IA3)."""
 LARGEST_DENSE = 2**28
-"""Values of one matrix that an entrywise method goes over; with three sources it takes about 15 GiB."""
+"""Values of one matrix that an entrywise method goes over; with three sources it takes about 10 GiB."""
 
 
 @dataclass(frozen=True)
