@@ -81,7 +81,7 @@ def test_what_has_no_delta_is_refused_by_name(options: dict[str, Any], told: str
 
 def test_biases_are_refused(tmp_path: Path) -> None:
     base = tiny_base("qwen2")
-    with pytest.raises(AdapterError, match="IA3 scales the bias of .*k_proj too"):
+    with pytest.raises(AdapterError, match=r"IA3 scales the bias of .*k_proj too"):
         changes(write_one(tmp_path / "ia3", base, {"method": "ia3"}), base)
     with pytest.raises(AdapterError, match="bitfit changes biases alone"):
         changes(write_one(tmp_path / "bitfit", base, {"method": "bitfit"}), base)
