@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging.adapters_of import CASES, changes, write_one
+from merging.adapters_of import changes, write_one
 from reference.families import tiny_base
 from topwork.adapters.graft import bare_base
 from topwork.common.errors import AdapterError, RequestError
@@ -90,6 +90,9 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         ("breadcrumbs", 2, {"gamma": 1.0}, "--gamma 1: "),
         ("slerp", 3, {}, "slerp goes between 2 adapters, and 3 were given"),
         ("slerp", 1, {}, "slerp goes between 2 adapters, and 1 were given"),
+        ("linear", 2, {"weights": [1.0, -1.0]}, "--weights 1,-1 sum to zero, and linear divides by the sum"),
+        ("slerp", 2, {"weights": [1.0, -1.0]}, "--weights 1,-1: slerp goes from the first source"),
+        ("slerp", 2, {"weights": [2.0, -1.0]}, "--weights 2,-1: slerp goes from the first source"),
         ("cat", 0, {}, "no adapter was given"),
         ("cat", 2, {"rank": 0}, "--rank 0"),
     ],
@@ -97,17 +100,3 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 def test_requests(method: str, count: int, options: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError, match=told):
         settings_for(method, [f"s{at}" for at in range(count)], **options)
-
-
-@pytest.mark.parametrize(
-    ("method", "weights", "told"),
-    [
-        ("linear", [1.0, -1.0], "--weights 1,-1 sum to zero, and linear divides by the sum"),
-        ("slerp", [1.0, -1.0], "--weights 1,-1: slerp goes from the first source"),
-        ("slerp", [0.0, -1.0], "--weights 0,-1: slerp goes from the first source"),
-    ],
-)
-def test_weights_that_a_method_cannot_take(method: str, weights: list[float], told: str, tmp_path: Path) -> None:
-    found = sources(tmp_path, CASES["plain"], CASES["rslora"])
-    with pytest.raises(RequestError, match=told):
-        combined(found, method, weights=weights)

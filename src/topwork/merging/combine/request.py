@@ -33,6 +33,8 @@ def settings_for(
     weights = _for_each("--weights", weights, labels, 1.0)
     if not any(weights):
         raise RequestError("--weights are all zero, which leaves nothing; give one that is not")
+    if way.check is not None:
+        way.check(weights)
     if density is not None and len(density) == 1:
         density = [*density] * len(labels)
     shares = _for_each("--density", density, labels, way.density)
