@@ -134,10 +134,15 @@ def test_folders_are_scored_on_named_rows(pair: tuple[Path, Path], tickets: Path
     assert list(tested["scores"]) == ["base", "first", "second", "combined"]
 
 
-def test_templates_that_differ_are_told(trained: Path, other_run: Path, tmp_path: Path) -> None:
+def test_templates_that_differ_are_told(
+    trained: Path, other_run: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    combine([trained, pair[0]], tmp_path / "known", log=said.append)
+    assert not any("chat templates" in line for line in said)
+    assert (tmp_path / "known" / "chat_template.jinja").exists()
     shutil.copytree(other_run, tmp_path / "changed")
     (tmp_path / "changed" / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
-    said: list[str] = []
     combine([trained, tmp_path / "changed"], tmp_path / "out", log=said.append)
     assert any(f"different chat templates ({trained.name}, changed)" in line for line in said)
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
@@ -234,7 +239,7 @@ def test_the_base_may_be_elsewhere(pair: tuple[Path, Path], tiny_llama: Path, tm
 
 
 def test_dora_after_qlora_is_taken_from_the_weights_it_was_trained_on(
-    tiny_llama: Path, tickets: Path, tmp_path: Path
+    tiny_llama: Path, tickets: Path, trained: Path, tmp_path: Path
 ) -> None:
     adapter, training = {"use_dora": True, "lora_dropout": 0.0}, {"max_steps": 2, "learning_rate": 0.02}
     values = tiny.recipe_values(tiny_llama, tickets, tmp_path / "run", adapter=adapter, training=training)
@@ -244,6 +249,10 @@ def test_dora_after_qlora_is_taken_from_the_weights_it_was_trained_on(
     scores = record["evaluation"][0]["scores"]
     assert scores["combined"]["loss"] == pytest.approx(scores[run.name]["loss"], rel=1e-4)
     assert scores["combined"]["loss"] != pytest.approx(scores["base"]["loss"], rel=1e-3)
+    shutil.copytree(trained, tmp_path / "dense")
+    said: list[str] = []
+    combine([run, tmp_path / "dense"], tmp_path / "both", log=said.append)
+    assert any("run, dense were trained on the same base held in different bits" in line for line in said)
 
 
 def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +286,21 @@ def test_compare_tells_kinds_layers_and_json(pair: tuple[Path, Path], trained: P
     assert "A / W" in layers.out
     found = json.loads(topwork("compare", *pair, "--json").out)
     assert found["labels"] == ["first", "second"]
+    assert found["only"] == {"first": 10, "second": 0}
     assert len(found["modules"]) == 14
     assert found["modules"]["model.layers.0.self_attn.q_proj"]["cosine"] is not None
     same = compare_adapters(trained, trained / "adapter", log=SILENT)
     assert same.overall.cosine == pytest.approx(1)
     assert same.overall.columns == pytest.approx((1, 1))
+
+
+def test_a_run_knows_the_base_of_folders_beside_it(pair: tuple[Path, Path], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "theirs")
+    config = json.loads((pair[0] / "adapter_config.json").read_text("utf-8"))
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    said: list[str] = []
+    record = combine([tmp_path / "theirs", trained], tmp_path / "out", log=said.append)
+    assert record["base"] == {"name": str(read_adapter(trained / "adapter").base.name), "fingerprint": None}
+    assert any(line.startswith("warning") and "None" in line for line in said)
+    with pytest.raises(RequestError, match="is a run and names its base itself"):
+        combine([tmp_path / "theirs", trained], tmp_path / "again", model="elsewhere", log=SILENT)
