@@ -10,6 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.combine import EPILOG as COMBINE_EPILOG
+from topwork.cli.combine import combine
+from topwork.cli.compare import EPILOG as COMPARE_EPILOG
+from topwork.cli.compare import compare
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -124,6 +128,10 @@ app.command(
 
 
 app.command(epilog=MERGE_EPILOG)(merge)
+
+app.command(epilog=COMBINE_EPILOG)(combine)
+
+app.command(epilog=COMPARE_EPILOG)(compare)
 
 
 @app.command(
