@@ -22,6 +22,7 @@ _WHERE = {
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",
+    "push": "topwork.run.push",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",
     "serve": "topwork.serving.extra",

@@ -14,6 +14,7 @@ from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
+from topwork.cli.push import push
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
 from topwork.cli.sweep import sweep
@@ -123,6 +124,12 @@ app.command(
 
 
 app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+
+
+app.command(
+    epilog="Example: topwork push runs/support ada/support-tickets --private\n\n"
+    "topwork push runs/support ada/support-tickets --dry-run to-be-pushed"
+)(push)
 
 
 @app.command(

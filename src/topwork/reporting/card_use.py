@@ -1,0 +1,236 @@
+"""How to load what a card is of: a piece of code or a command for each reader, right for this very adapter."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from topwork.reporting.card_facts import ranks
+from topwork.reporting.card_source import CardSource
+from topwork.reporting.markdown import code, fenced, text
+from topwork.reporting.readers import section
+
+PLACE, BASE = "OWNER/NAME", "BASE_MODEL"
+"""What stands for a repository that has no name yet, and for a base that is not on the Hub."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be (vLLM 0.32)."""
+DTYPES = ("bfloat16", "float16", "float32")
+QUESTION = "Your question"
+VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A reader, what is to be known first, and code or a command in Markdown; empty where it reads nothing of this."""
+
+    reader: str
+    note: str
+    block: str
+
+
+def uses(source: CardSource) -> list[Use]:
+    """How each reader loads it, in the order in which people look for them."""
+    if source.kind == "gguf":
+        return [_llama_cpp_files(source)]
+    if source.kind == "model":
+        return [_transformers_model(source), _vllm_model(source), _llama_cpp_model(source)]
+    return [_peft(source), _vllm(source), _llama_cpp(source)]
+
+
+def vllm_refuses(adapter: Mapping[str, object]) -> str | None:
+    """Why vLLM (0.32) does not load an adapter, or None where it does."""
+    kind = adapter.get("peft_type")
+    if kind != "LORA":
+        return f"it reads LoRA alone, and this is {kind or adapter.get('topwork_method')}"
+    if adapter.get("use_dora"):
+        return "it refuses DoRA"
+    if modules := adapter.get("modules_to_save"):
+        return f"it refuses modules that were trained whole ({', '.join(map(str, modules))})"  # type: ignore[call-overload]
+    if adapter.get("trainable_token_indices"):
+        return "it knows no rows of single tokens"
+    if adapter.get("bias", "none") != "none" or adapter.get("lora_bias"):
+        return "it refuses biases"
+    return None
+
+
+def _peft(source: CardSource) -> Use:
+    if not source.adapter.get("peft_type"):
+        note = "PEFT has no form for this method; fold it into its base and load that: "
+        return Use("transformers", note + "`topwork merge RUN OUT`", "")
+    place, bits = _place(source), _bits(source)
+    lines = [
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if bits else ''}",
+        "",
+        *bits,
+        f"base = AutoModelForCausalLM.from_pretrained({quoted(source.base or BASE)}{_options(source, bool(bits))})",
+        f"model = PeftModel.from_pretrained(base, {quoted(place)}).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted(place)})",
+        *_asking(source),
+    ]
+    return Use("transformers and PEFT", _base_note(source), fenced("\n".join(lines), "python"))
+
+
+def _transformers_model(source: CardSource) -> Use:
+    place = quoted(_place(source))
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto").eval()',
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        *_asking(source),
+    ]
+    return Use("transformers", "", fenced("\n".join(lines), "python"))
+
+
+def _vllm(source: CardSource) -> Use:
+    if source.adapter.get("peft_type") in VIRTUAL:
+        return Use("vLLM", "Not at all: vLLM knows no learned tokens before the text, and they cannot be merged.", "")
+    reason = vllm_refuses(source.adapter)
+    needed = max(ranks(source), default=1)
+    rank = next((rank for rank in VLLM_RANKS if rank >= needed), None)
+    if rank is None:
+        reason = reason or f"its rank {needed} is over the largest that vLLM takes, {VLLM_RANKS[-1]}"
+    if reason:
+        note = f"Not as it is: {text(reason)}. Fold it into its base, and serve the result as a model of its own:"
+        return Use(
+            "vLLM", note, _shell(_download(source), *_merged(source), f"vllm serve {_word(_merged_name(source))}")
+        )
+    name, base = _word(source.name), source.base or BASE
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_place(source)}"
+    model = section(source.recipe, "model")
+    command += f" --revision {_word(str(model['revision']))}" if model.get("revision") else ""
+    command += " --trust-remote-code" if model.get("trust_remote_code") else ""
+    note = f"Requests name the model {code(source.name)}. {_base_note(source)}".strip()
+    if section(source.recipe, "data").get("chat_template") is None:
+        return Use("vLLM", note, _shell(command))
+    note += " vLLM takes the base's own chat template unless it is given this one:"
+    fetch = f"hf download {_place(source)} chat_template.jinja --local-dir ."
+    return Use("vLLM", note, _shell(fetch, f"{command} --chat-template chat_template.jinja"))
+
+
+def _vllm_model(source: CardSource) -> Use:
+    return Use("vLLM", "", _shell(f"vllm serve {_place(source)}"))
+
+
+def _llama_cpp(source: CardSource) -> Use:
+    """llama.cpp knows one alpha for all modules, so that the scale has to be folded whatever the method."""
+    kind = source.adapter.get("peft_type")
+    if kind in VIRTUAL:
+        note = "Not at all: it knows no learned tokens before the text, and they cannot be merged."
+        return Use("llama.cpp and Ollama", note, "")
+    reason = vllm_refuses(source.adapter)  # what is no plain pair of A and B
+    if reason:
+        note = "It reads plain LoRA alone; fold this into its base first:"
+        gguf = f"topwork export {_word(_merged_name(source))} {_word(source.name)}-gguf --format gguf"
+        return Use("llama.cpp and Ollama", note, _shell(_download(source), *_merged(source), gguf))
+    adapter = f"topwork export {_word(source.name)} {_word(source.name)}-gguf --format gguf-adapter"
+    base = f"topwork export {source.base or BASE} base-gguf --format gguf"
+    serve = f"llama-server -m base-gguf/*.gguf --lora {_word(source.name)}-gguf/*.gguf"
+    note = "Its files hold one scale for all modules, which `topwork export` folds into the weights:"
+    return Use("llama.cpp", note, _shell(_download(source), adapter, base, serve))
+
+
+def _llama_cpp_model(source: CardSource) -> Use:
+    name = _word(source.name)
+    export = f"topwork export {name} {name}-gguf --format gguf"
+    return Use("llama.cpp", "", _shell(_download(source), export, f"llama-server -m {name}-gguf/*.gguf"))
+
+
+def _llama_cpp_files(source: CardSource) -> Use:
+    files = ", ".join(map(code, source.files))
+    first = _word(source.files[0]) if source.files else "*.gguf"
+    if source.made.get("format") in ("gguf-adapter", "ollama"):
+        note = f"{files}: an adapter, which goes on a GGUF of its base, {code(source.base or source.local)}."
+        return Use(
+            "llama.cpp",
+            note,
+            _shell(_download(source), f"llama-server -m BASE.gguf --lora {_word(source.name)}/{first}"),
+        )
+    return Use("llama.cpp", f"{files}.", _shell(_download(source), f"llama-server -m {_word(source.name)}/{first}"))
+
+
+def _merged(source: CardSource) -> list[str]:
+    return [f"topwork merge {_word(source.name)} {_word(_merged_name(source))}"]
+
+
+def _merged_name(source: CardSource) -> str:
+    return f"{source.name}-merged"
+
+
+def _download(source: CardSource) -> str:
+    return f"hf download {_place(source)} --local-dir {_word(source.name)}"
+
+
+def _base_note(source: CardSource) -> str:
+    return "" if source.base else f"`{BASE}` stands for the base model, {code(source.local)}, which is not on the Hub."
+
+
+def _place(source: CardSource) -> str:
+    return source.repo or PLACE
+
+
+def _word(value: str) -> str:
+    """One word of a shell's line."""
+    return shlex.quote(value)
+
+
+def _shell(*lines: str) -> str:
+    return fenced("\n".join(lines), "sh")
+
+
+def quoted(value: str) -> str:
+    """A text as Python writes it, in double quotes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _options(source: CardSource, quantized: bool) -> str:
+    """What the base is loaded with."""
+    model = section(source.recipe, "model")
+    dtype = str(model.get("dtype") or "")
+    found = f", dtype=torch.{dtype}" if dtype in DTYPES else ', dtype="auto"'
+    found += f", revision={quoted(str(model['revision']))}" if model.get("revision") else ""
+    found += ", trust_remote_code=True" if model.get("trust_remote_code") else ""
+    return found + (", quantization_config=bits" if quantized else "")
+
+
+def _bits(source: CardSource) -> list[str]:
+    """The base as training held it, where bitsandbytes holds it so."""
+    held = section(source.recipe, "quantization")
+    if held.get("load_in_8bit"):
+        return ["bits = BitsAndBytesConfig(load_in_8bit=True)"]
+    if not held.get("load_in_4bit") or held.get("block_size", 64) != 64:
+        return []
+    kind, twice = str(held.get("bnb_4bit_quant_type", "nf4")), bool(held.get("bnb_4bit_use_double_quant", True))
+    dtype = section(source.recipe, "model").get("dtype")
+    return [
+        "bits = BitsAndBytesConfig(",
+        f"    load_in_4bit=True, bnb_4bit_quant_type={quoted(kind)}, bnb_4bit_use_double_quant={twice},",
+        f"    bnb_4bit_compute_dtype=torch.{dtype if dtype in DTYPES else 'bfloat16'},",
+        ")",
+    ]
+
+
+def _asking(source: CardSource) -> list[str]:
+    """One question, rendered as training rendered it."""
+    if source.recipe and not source.template:  # plain text
+        ask = ['inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)']
+    else:
+        system = source.result.get("system")
+        turns = [("system", system)] if isinstance(system, str) and system else []
+        shown = [*turns, ("user", QUESTION)]
+        ask = [
+            "",
+            "messages = [",
+            *(f'    {{"role": "{role}", "content": {quoted(content)}}},' for role, content in shown),
+            "]",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ").to(model.device)",
+        ]
+    return [
+        *ask,
+        "answer = model.generate(**inputs, max_new_tokens=256, do_sample=False)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
