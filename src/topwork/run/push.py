@@ -73,7 +73,7 @@ def push(
     before = standing(api, repo, revision)
     _refuse_other(repo, upload.source, before, private, force)
     removed = _removed(before, files)
-    log(f"{repo}: {len(files)} files, {size(sum(told.values()))}")
+    log(f"uploading {len(files)} files, {size(sum(told.values()))}, to {repo}")
     text = message or f"{upload.source.name}: {_what(upload.source)}"
     address = commit(api, repo, files, removed, before, private, revision, text)
     return done | {"removed": list(removed), "commit": address}
