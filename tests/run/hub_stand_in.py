@@ -102,7 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
         if asked["organization"] not in self.server.owners:
-            return self._send(403, {"error": f"You don't have the rights to create a model under {asked['organization']}"})
+            return self._send(
+                403, {"error": f"You don't have the rights to create a model under {asked['organization']}"}
+            )
         if name in self.server.repos:
             return self._send(409, {"error": "You already created this model repo"})
         self.server.put(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, asked.get("visibility") == "private")

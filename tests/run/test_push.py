@@ -1,6 +1,7 @@
 """`topwork push`: real requests of huggingface_hub's own client to a stand-in of the Hub."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from run import tiny
 from run.fixtures import Said
 from run.hub_stand_in import TOKEN, HubStandIn
 from topwork.common.errors import RequestError, RunError
+from topwork.generation.sampling import Sampling
+from topwork.run.chat import answer
 from topwork.run.push import push
 
 BASE = "somebody/tiny-llama"
@@ -83,6 +86,22 @@ def test_peft_reads_what_was_pushed_and_writes_prompts_as_training_did(
     assert torch.equal(ours, kept)
     assert not torch.equal(ours, before)
     assert AutoTokenizer.from_pretrained(out).chat_template == (trained / "chat_template.jinja").read_text("utf-8")
+
+
+def test_the_cards_code_answers_as_the_run_does(
+    trained: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    push(trained, REPO, base_name=BASE, dry_run=out, log=quiet)
+    (block,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text("utf-8"), re.DOTALL)
+    question = "Order 3: my lamp leaks."
+    for written, here in {BASE: tiny_llama, REPO: out, "Your question": question, "=256": "=12"}.items():
+        assert written in block
+        block = block.replace(written, str(here))
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    said = answer(trained, question, sampling=Sampling(max_new_tokens=12))
+    assert capsys.readouterr().out.strip() == said.strip() != ""
 
 
 def test_a_dry_run_sends_nothing_and_its_folder_pushes_as_the_run_does(
@@ -240,7 +259,9 @@ def test_a_key_in_the_rows_stays_here(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "training" / "evaluation.json").read_text("utf-8"))["samples"] == []
 
 
-def test_a_model_folder_goes_up_without_what_is_not_the_models(hub: HubStandIn, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_folder_goes_up_without_what_is_not_the_models(
+    hub: HubStandIn, tiny_llama: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(tiny_llama, tmp_path / "merged")
     config = json.loads((model / "config.json").read_text("utf-8"))
     (model / "config.json").write_text(json.dumps({**config, "_name_or_path": str(tiny_llama)}), "utf-8")

@@ -88,30 +88,40 @@ def _template(data: Mapping[str, Any]) -> str:
 
 def method_rows(source: CardSource) -> Rows:
     """(name, value) of what decides a training."""
-    adapter, training = section(source.recipe, "adapter"), section(source.recipe, "training")
-    result = source.result
+    training, provenance = section(source.recipe, "training"), source.provenance
     found: Rows = [("Method", text(method_name(source)))] if method_name(source) else []
-    found += _adapter_rows(source.adapter or adapter)
-    trainable, share = number(result, "parameters", "trainable"), number(result, "parameters", "share")
+    found += _adapter_rows(source.adapter or section(source.recipe, "adapter"))
+    found += _base_rows(source)
+    found += [(title, text(_value(training[key]))) for key, title in TRAINING.items() if _told(training.get(key))]
+    found += _step_rows(source.result)
+    told = {"seed": "Seed", "tokens_per_pass": "Tokens per pass", "hardware": "Hardware"}
+    found += [(title, text(provenance[key])) for key, title in told.items() if provenance.get(key) is not None]
+    versions = ", ".join(f"{name} {version}" for name, version in section(provenance, "versions").items())
+    return found + ([("Versions", text(versions))] if versions else [])
+
+
+def _base_rows(source: CardSource) -> Rows:
+    trainable, share = (number(source.result, "parameters", name) for name in ("trainable", "share"))
+    found: Rows = []
     if trainable is not None and share is not None:
         found.append(("Trained parameters", f"{wording.whole(trainable)} ({wording.share(share)})"))
     if fingerprint := section(source.provenance, "base").get("fingerprint"):
         found.append(("Base weights", code(fingerprint)))
     if copied := _copied(source):
         found.append(("Base as named", copied))
-    if held := result.get("base_held_as"):
+    if held := source.result.get("base_held_as"):
         found.append(("Base held", text(held)))
-    found += [(title, text(_value(training[key]))) for key, title in TRAINING.items() if _told(training.get(key))]
-    steps, planned = number(result, "steps"), number(result, "planned_steps")
-    if steps is not None:
-        of = f" of {wording.whole(planned)}" if planned not in (None, steps) else ""
-        found.append(("Steps", f"{wording.whole(steps)}{of}, {wording.whole(number(result, 'tokens') or 0)} tokens"))
-    found += [("Kept", f"the adapter of step {text(result['best_step'])}")] if result.get("best_step") else []
-    found += [("Tokens per pass", text(source.provenance["tokens_per_pass"]))] if result and source.provenance else []
-    found += [("Hardware", text(source.provenance["hardware"]))] if source.provenance.get("hardware") else []
-    versions = section(source.provenance, "versions")
-    found += [("Versions", text(", ".join(f"{name} {version}" for name, version in versions.items())))] * bool(versions)
     return found
+
+
+def _step_rows(result: Mapping[str, Any]) -> Rows:
+    steps, planned, tokens = (number(result, name) for name in ("steps", "planned_steps", "tokens"))
+    if steps is None:
+        return []
+    of = f" of {wording.whole(planned)}" if planned is not None and planned != steps else ""
+    found: Rows = [("Steps", f"{wording.whole(steps)}{of}, {wording.whole(tokens or 0)} tokens")]
+    best = number(result, "best_step")
+    return [*found, ("Kept", f"the adapter of step {wording.whole(best)}")] if best else found
 
 
 def _copied(source: CardSource) -> str | None:
@@ -125,7 +135,7 @@ TRAINING = {
     "objective": "Objective", "learning_rate": "Learning rate", "lr_scheduler_type": "Schedule",
     "warmup_ratio": "Warm-up (share)", "warmup_steps": "Warm-up (steps)", "optim": "Optimizer",
     "weight_decay": "Weight decay", "batch_size": "Sequences a step", "num_train_epochs": "Epochs (at most)",
-    "max_grad_norm": "Largest gradient norm", "seed": "Seed",
+    "max_grad_norm": "Largest gradient norm",
 }  # fmt: skip
 
 
