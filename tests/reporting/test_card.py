@@ -256,17 +256,35 @@ def test_a_quantized_base_is_loaded_as_training_held_it(tmp_path: Path) -> None:
     assert "BitsAndBytesConfig" not in other, "bitsandbytes in transformers has blocks of 64 alone"
 
 
-def test_folders_that_commands_wrote(tmp_path: Path) -> None:
+def test_a_combined_adapter_tells_its_sources_and_what_it_kept_of_each(tmp_path: Path) -> None:
     record = {
-        "method": "ties",
-        "sources": [{"name": "/home/ada/one", "content": "sha256:aa", "weight": -1.0}],
-        "base": "own/b",
-    }
-    combined = card_of(write(tmp_path / "combined", adapter_config=LORA, combine=record))
-    assert "combined from several" in combined
-    assert "ties" in combined
-    assert "weight: -1" in combined
-    assert front_of(combined)["tags"] == ["lora", "combine", "topwork"]
+        "method": "ties", "settings": {"ties_weights": "mergekit"},
+        "base": {"name": "own/b", "fingerprint": "sha256:ab"},
+        "sources": [
+            {"name": "/home/ada/one", "content": "sha256:aa", "method": "lora", "rank": 8, "weight": 1.0},
+            {"name": "signer", "content": "sha256:bb", "method": "dora", "rank": 4, "weight": -1.0},
+        ],
+        "discarded_energy": {"overall": 0.0312, "modules": {f"m{n}": 0.1 for n in range(210)}},
+        "evaluation": [
+            {
+                "data": "/home/ada/rows.jsonl", "rows": 50, "grader": "exact_match",
+                "scores": {"result": {"exact_match": 0.5, "loss": 0.3}, "one": {"exact_match": 0.75, "loss": 0.2}},
+            }
+        ],
+    }  # fmt: skip
+    card = card_of(write(tmp_path / "combined", adapter_config=LORA, combine=record, chat_template__jinja="x"))
+    for told in (
+        "combined from several", "| `one` | lora, rank 8 | +1 | `aa` |", "| `signer` | dora, rank 4 | -1 | `bb` |",
+        "| method | ties |", "ties\\_weights: mergekit", "overall: 0.0312; modules: 210 entries",
+        "50 rows (rows.jsonl):", "| exact match | 50.0 % | 75.0 % |", "| loss | 0.300 | 0.200 |",
+        'AutoTokenizer.from_pretrained("own/b")', 'hf_hub_download("OWNER/NAME", "chat_template.jinja")',
+    ):  # fmt: skip
+        assert told in card, told
+    assert front_of(card)["tags"] == ["lora", "combine", "topwork"]
+    assert "/home" not in card
+
+
+def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     merged = card_of(write(tmp_path / "merged", config={}, merge={"base": "own/b", "dtype": "bfloat16"}))
     assert (front_of(merged)["library_name"], front_of(merged)["base_model_relation"]) == ("transformers", "finetune")
     gguf = card_of(write(tmp_path / "gguf", x__gguf="", export={"format": "gguf", "base": "own/b"}))

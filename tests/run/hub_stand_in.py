@@ -171,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"commitUrl": f"{self.server.address}/{name}/commit/{commit}", "commitOid": commit})
 
     def file(self, body: bytes, name: str, commit: str, file: str) -> None:
+        if name not in self.server.repos:
+            return self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         for commits in self.server.repos[name].branches.values():
             for known, files in commits:
                 if known == commit and file in files:
@@ -190,6 +192,6 @@ _ROUTES = {
     rf"POST /{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     r"PUT /objects/(\w+)": _Handler.store,
     rf"POST /api/models/{_NAME}/commit/(.+)": _Handler.commit,
-    rf"(?:GET|HEAD) /{_NAME}/resolve/(\w+)/(.+)": _Handler.file,
+    rf"(?:GET|HEAD) /{_NAME}/resolve/([\w.-]+)/(.+)": _Handler.file,
 }
 """METHOD /path -> what answers it."""

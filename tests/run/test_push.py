@@ -132,6 +132,23 @@ def test_a_card_that_somebody_wrote_is_kept(hub: HubStandIn, trained: Path, tmp_
             push(out, REPO, log=quiet)
 
 
+def test_an_adapter_alone_brings_its_bases_tokenizer_where_that_is_here(
+    hub: HubStandIn, trained: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("its own", "utf-8")
+    push(adapter, REPO, base_name=BASE, log=quiet)
+    assert {"tokenizer.json", "tokenizer_config.json", "adapter_model.safetensors"} <= set(pushed(hub))
+    assert pushed(hub)["chat_template.jinja"] == b"its own"
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": BASE}), "utf-8")
+    told: list[str] = []
+    push(adapter, "ada/other", log=told.append)
+    assert told[0].startswith("without a tokenizer, which is the base's: ")
+    assert "tokenizer.json" not in pushed(hub, repo="ada/other")
+    assert b'AutoTokenizer.from_pretrained("somebody/tiny-llama")' in pushed(hub, repo="ada/other")["README.md"]
+
+
 def test_what_an_earlier_push_left_is_removed_and_what_others_put_there_stays(hub: HubStandIn, trained: Path) -> None:
     before = {"adapter_model.bin": b"x", "training/evaluation.json": b"{}", "picture.png": b"p", "LICENSE": b"MIT"}
     hub.put(REPO, {**before, "adapter_config.json": json.dumps({"base_model_name_or_path": BASE}).encode()})

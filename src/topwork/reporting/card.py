@@ -12,6 +12,8 @@ import yaml
 from topwork.common.errors import shortened
 from topwork.reporting import markdown
 from topwork.reporting.card_facts import (
+    combined_rows,
+    combined_scores,
     data_notes,
     data_rows,
     made_rows,
@@ -68,6 +70,8 @@ def render_card(source: CardSource, samples: int = SAMPLES) -> str:
             scores=score_rows(source),
             evaluated=_evaluated(source),
             made=made_rows(source),
+            combined=combined_rows(source),
+            combined_scores=combined_scores(source),
             data=data_rows(source),
             notes=data_notes(source),
             method=method_rows(source) if source.recipe or source.kind == "adapter" else [],

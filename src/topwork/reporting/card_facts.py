@@ -203,8 +203,45 @@ def made_rows(source: CardSource) -> Rows:
     return [
         (text(name.replace("_", " ")), shown)
         for name, value in sorted(without_places(source.made).items())
-        if (shown := _shown(value)) is not None
+        if name not in TABLED and (shown := _shown(value)) is not None
     ]
+
+
+TABLED = ("sources", "evaluation")
+"""What of it has a table of its own."""
+
+
+def combined_rows(source: CardSource) -> Rows:
+    """(adapter, method, weight, SHA-256 of its content) of what was combined."""
+    found: Rows = []
+    for each in _mappings(source.made, "sources"):
+        rank = f", rank {each['rank']}" if each.get("rank") else ""
+        weight = number(each, "weight")
+        shown = f"{weight:+g}" if weight is not None else "–"
+        content = code(str(each["content"]).removeprefix("sha256:")) if each.get("content") else "–"
+        found.append((code(last_part(each.get("name"))), text(f"{each.get('method') or ''}{rank}"), shown, content))
+    return found
+
+
+def combined_scores(source: CardSource) -> list[tuple[str, Rows]]:
+    """For each source's rows what they are, and a table: (measure, the result, the source, the base …)."""
+    found = []
+    for tested in _mappings(source.made, "evaluation"):
+        arms = section(tested, "scores")
+        measures = [name for name in ("exact_match", "json_valid", "loss") if any(name in arm for arm in arms.values())]
+        rows: Rows = [("", *(text(last_part(name)) for name in arms))]
+        for name in measures:
+            values = [number(arm, name) for arm in arms.values()]
+            worded = wording.loss if name == "loss" else wording.share
+            told = [worded(value) if value is not None else "–" for value in values]
+            rows.append((text(name.replace("_", " ").replace("json", "JSON")), *told))
+        named = data_name(one_line(tested.get("data", "")), {})
+        found.append((f"{wording.whole(number(tested, 'rows') or 0)} rows ({text(named)})", rows))
+    return found
+
+
+def _mappings(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    return [each for each in entries(values, key) if isinstance(each, Mapping)]
 
 
 def _shown(value: Any) -> str | None:

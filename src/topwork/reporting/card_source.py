@@ -32,6 +32,7 @@ class CardSource:
     made      what that command tells of it
     files     the names of the GGUF files in it
     template  whether a chat template of its own stands in it
+    tokenizer whether its tokenizer does, or will where it is pushed
     """
 
     name: str
@@ -48,6 +49,7 @@ class CardSource:
     made: Mapping[str, Any]
     files: tuple[str, ...]
     template: bool
+    tokenizer: bool
 
 
 def read_source(folder: Path, run: Path | None, name: str | None, repo: str | None, base: str | None) -> CardSource:
@@ -76,6 +78,7 @@ def read_source(folder: Path, run: Path | None, name: str | None, repo: str | No
         made_by=made_by,
         made=made,
         files=tuple(sorted(path.name for path in folder.glob("*.gguf"))),
+        tokenizer=own != folder or (folder / "tokenizer_config.json").is_file(),
         template=any((place / "chat_template.jinja").is_file() for place in (trained, folder)),
     )
 

@@ -60,16 +60,28 @@ def _peft(source: CardSource) -> Use:
     place, bits = _place(source), _bits(source)
     lines = [
         "import torch",
+        *(["from huggingface_hub import hf_hub_download"] if source.template and not source.tokenizer else []),
         "from peft import PeftModel",
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if bits else ''}",
         "",
         *bits,
         f"base = AutoModelForCausalLM.from_pretrained({quoted(source.base or BASE)}{_options(source, bool(bits))})",
         f"model = PeftModel.from_pretrained(base, {quoted(place)}).eval()",
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted(place)})",
+        *_tokenizer(source),
         *_asking(source),
     ]
     return Use("transformers and PEFT", _base_note(source), fenced("\n".join(lines), "python"))
+
+
+def _tokenizer(source: CardSource) -> list[str]:
+    """With the chat template that the adapter was trained with, wherever it stands."""
+    if source.tokenizer:
+        return [f"tokenizer = AutoTokenizer.from_pretrained({quoted(_place(source))})"]
+    base = f"tokenizer = AutoTokenizer.from_pretrained({quoted(source.base or BASE)})"
+    if not source.template:
+        return [base]
+    template = f'hf_hub_download({quoted(_place(source))}, "chat_template.jinja")'
+    return [base, f"tokenizer.chat_template = open({template}).read()"]
 
 
 def _transformers_model(source: CardSource) -> Use:
@@ -103,7 +115,7 @@ def _vllm(source: CardSource) -> Use:
     command += f" --revision {_word(str(model['revision']))}" if model.get("revision") else ""
     command += " --trust-remote-code" if model.get("trust_remote_code") else ""
     note = f"Requests name the model {code(source.name)}. {_base_note(source)}".strip()
-    if section(source.recipe, "data").get("chat_template") is None:
+    if not (section(source.recipe, "data").get("chat_template") if source.recipe else source.template):
         return Use("vLLM", note, _shell(command))
     note += " vLLM takes the base's own chat template unless it is given this one:"
     fetch = f"hf download {_place(source)} chat_template.jinja --local-dir ."

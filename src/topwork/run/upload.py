@@ -5,7 +5,7 @@ Names and contents tell nothing of this machine: paths in configurations and rec
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +15,9 @@ import yaml
 
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
-from topwork.common.errors import AdapterError, CheckpointError, RequestError
+from topwork.common.errors import AdapterError, CheckpointError, ModelError, RequestError, shortened
 from topwork.common.files import MANIFEST, verify_folder
+from topwork.models.config import ModelConfig
 from topwork.models.tokenizer import open_tokenizer
 from topwork.plan.lint.secrets import keys, masked
 from topwork.reporting.card_source import (
@@ -31,6 +32,7 @@ from topwork.reporting.card_source import (
     without_places,
 )  # fmt: skip
 from topwork.run.folder import EVALUATION, RECIPE, RESULT, TEMPLATE, finished_recipe
+from topwork.run.given import given_adapter
 from topwork.run.provenance import PROVENANCE
 
 Content = Path | bytes
@@ -74,8 +76,11 @@ def gather(folder: Path, repo: str, base: str | None, samples: int, log: Log) ->
     own = adapter_folder(folder)
     files = _adapter(own, source) | _known(own / TRAINING, None, f"{TRAINING}/")
     if own != folder:
-        files |= _tokenizer(folder, log)
+        files |= _tokenizer(finished_recipe(folder).model, folder / TEMPLATE, log)
         files |= _training(source, samples)
+    elif not source.tokenizer:
+        added = _tokenizer_of_base(folder, log)
+        files, source = files | added, replace(source, tokenizer=bool(added))
     return Upload(source, files, _left(own, source))
 
 
@@ -117,13 +122,23 @@ def _refuse_unreadable(saved: SavedAdapter, source: CardSource) -> None:
         raise AdapterError(f"{saved.path}: {broken[0]} holds NaN or infinity; train it again, or take a checkpoint")
 
 
-def _tokenizer(run: Path, log: Log) -> dict[str, Content]:
-    """The base's tokenizer with the template that the run learned by: readers then write prompts as training did."""
-    tokenizer, _ = open_tokenizer(finished_recipe(run).model, log)
-    tokenizer.chat_template = (run / TEMPLATE).read_text("utf-8") if (run / TEMPLATE).exists() else None
+def _tokenizer(model: ModelConfig, template: Path, log: Log) -> dict[str, Content]:
+    """The base's tokenizer with the template that the adapter learned by: readers write prompts as training did."""
+    tokenizer, _ = open_tokenizer(model, log)
+    if template.is_file():
+        tokenizer.chat_template = template.read_text("utf-8")
     with TemporaryDirectory() as place:
         tokenizer.save_pretrained(place)
         return {name: _clean(name, path.read_bytes()) for name, path in _files(Path(place))}
+
+
+def _tokenizer_of_base(adapter: Path, log: Log) -> dict[str, Content]:
+    """The same for an adapter alone, where its base is to be found here."""
+    try:
+        return _tokenizer(given_adapter(adapter).model, adapter / TEMPLATE, log)
+    except ModelError as error:
+        log(f"without a tokenizer, which is the base's: {shortened(str(error), 200)}")
+        return {}
 
 
 def _training(source: CardSource, samples: int) -> dict[str, Content]:
