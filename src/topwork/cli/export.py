@@ -28,7 +28,9 @@ def export(
     kind: Annotated[
         str | None, typer.Option("--type", help="Of a GGUF: f16, bf16, f32, q8_0, q4_0, q4_1, q5_0 or q5_1.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base of a PEFT folder, where its own name is not enough.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base of a PEFT folder, where its own name is not enough.")
+    ] = None,
     check: Annotated[
         int, typer.Option(min=0, max=8, help="Compare the reader's logits on so many prompts; 0 loads no base.")
     ] = 4,

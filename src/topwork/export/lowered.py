@@ -1,10 +1,11 @@
-"""A LoRA in its plainest form, which every reader takes alike: one rank R for all modules, lora_alpha = R, and the scale
-in B. rsLoRA, patterns, unequal ranks, chosen layers and expressions, PiSSA and its kin are no more than that.
-"""
+"""A LoRA in its plainest form, which every reader takes alike: one rank R for all modules, lora_alpha = R, the scale in
+B. rsLoRA, patterns, unequal ranks, chosen layers and expressions, PiSSA and its kin are no more than that."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from topwork.adapters.fitting import Parts
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
@@ -55,7 +56,5 @@ def _any_layer(path: str) -> str:
 
 
 def _zeros(path: str, bare: Bare) -> LowRankUpdate:
-    import torch
-
     inputs, outputs = features(bare.modules[path])
     return LowRankUpdate(torch.zeros(1, inputs), torch.zeros(outputs, 1), 1.0)

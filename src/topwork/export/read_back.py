@@ -1,5 +1,6 @@
 """What was written, read again: by the reader itself where it is at hand, by our own reader always, and compared."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -17,6 +18,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import fitted_shapes, read_adapter
 from topwork.common.errors import RunError
 from topwork.export.lowered import Lowered
+from topwork.models.quiet import without_bars
 from topwork.models.source import Source
 
 LARGEST, LEAST = 1e-4, 1e-5
@@ -78,12 +80,14 @@ class Asked:
 def by_peft(folder: Path, source: Source, trust_remote_code: bool, asked: Asked) -> ReadBack:
     """By PEFT, on the base in fp32 as transformers loads it. Raises RunError where the logits are apart. Only where
     PEFT is installed (`has_peft`)."""
-    peft: Any = import_module("peft")
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, revision=source.revision, trust_remote_code=trust_remote_code, dtype=torch.float32
-    ).eval()
-    model = peft.PeftModel.from_pretrained(model, folder).eval()
-    theirs = [_logits(model, prompt) for prompt in asked.prompts]
+    with without_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what PEFT calls; what matters are the logits
+        peft: Any = import_module("peft")
+        base = AutoModelForCausalLM.from_pretrained(
+            source.folder, revision=source.revision, trust_remote_code=trust_remote_code, dtype=torch.float32
+        ).eval()
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+        theirs = [_logits(model, prompt) for prompt in asked.prompts]
     moved = _furthest(asked.bare, asked.ours)
     found = ReadBack(f"PEFT {peft.__version__}", len(theirs), _furthest(theirs, asked.ours), moved)
     return _checked(found, min(LARGEST, max(LEAST, moved / 20)))

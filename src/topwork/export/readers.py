@@ -94,11 +94,11 @@ def _by_action(actions: Mapping[Action, str], unseen: Mapping[str, str]) -> dict
 _SCALES = "scales every module by lora_alpha / r of the config"
 _UNKNOWN = "knows LoRA alone"
 _ALWAYS = {
-    "loftq": "needs the base as PEFT's LoftQ quantized it, which is in no file",
-    "prefix": "learned keys and values before the text are no part of any weight",
-    "prompt": "learned embeddings before the text are no part of any weight",
-    "grown_vocabulary": "the adapter's embedding has other rows than this base's",
-    "not_finite": "every answer would be NaN",
+    "loftq": "needs the base as PEFT's LoftQ quantized it, which no file holds",
+    "prefix": "has no place for learned keys and values before the text",
+    "prompt": "has no place for learned embeddings before the text",
+    "grown_vocabulary": "would find rows that this base has not",
+    "not_finite": "would answer NaN",
     "quantized_base": "serves the base's 16-bit weights; the adapter was trained against the quantized ones",
 }
 _BEGINNING = "would take A and B for an update of the whole base, which they were trained without"
@@ -135,8 +135,8 @@ VLLM = Reader(
             "refused": "prefix prompt loftq grown_vocabulary not_finite",
         },
         _ALWAYS | {
-            "rslora": "its experts' layers scale by alpha / r", "alpha_pattern": "older versions overlook it",
-            "unequal_ranks": "older versions overlook rank_pattern and scale by alpha / r of the config",
+            "rslora": "scales the update of experts by alpha / r (#55545)", "alpha_pattern": "overlooks it in older versions",
+            "unequal_ranks": "scales by the config's r in older versions",
             "fractional_alpha": "declares lora_alpha a whole number",
             "beginning": "refuses the folder",
             "dora": "refuses it", "modules_to_save": "refuses them",
@@ -220,8 +220,8 @@ OLLAMA = Reader(
 )
 _MERGED = _by_action(
     {
-        "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning quantized_base "
-                  "dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 bitfit full",
+        "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
+                  "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 bitfit full",
         "refused": "prefix prompt loftq grown_vocabulary not_finite",
     },
     _ALWAYS,

@@ -114,12 +114,13 @@ class _How:
 
 def _adapter(given: Given, out: Path, how: _How) -> Exported:
     """A format that carries an adapter."""
-    bare = bare_base(base_skeleton(given.model))
+    skeleton = base_skeleton(given.model)
+    bare = bare_base(skeleton)
     findings = _looked_at(given, bare, how)
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, how.log)
-    reading = Reading(given, tokenizer, how.check, how.force, how.log)
+    reading = Reading(given, tokenizer, skeleton.num_parameters(), how.check, how.force, how.log)
     parts = exported_parts(given.saved, bare, reading.bare)
     compared = reading.asked()
     reading.close()
@@ -144,7 +145,7 @@ def _looked_at(given: Given, bare: Bare, how: _How) -> list[Finding]:
     quantized = given.quantization.active or stored_quantization(bare.config) is not None
     findings = preflight(given.saved, bare, how.reader, quantized)
     for finding in findings:
-        if not finding.refused:
+        if not finding.refused and (finding.unseen or finding.action != "kept"):
             how.log(finding.line(how.reader))
     refuse(findings, given.saved, how.reader)
     return findings

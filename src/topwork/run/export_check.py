@@ -1,10 +1,14 @@
 """What an exported adapter is compared on: a few prompts through the base and our reading of the adapter."""
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from topwork.adapters.graft import Adapters, bare_base
 from topwork.adapters.method import Bare
@@ -30,6 +34,8 @@ PROMPTS = (
     "Dear Sir or Madam,\n\nI am writing to",
     "The opposite of hot is cold, and the opposite of up is",
 )
+MOST_OF_MEMORY = 0.6
+"""The share that the base's fp32 weights may take."""
 WITHOUT_WORDS = 24
 """Random tokens in a prompt, where there is no tokenizer."""
 
@@ -38,11 +44,12 @@ class Reading:
     """The base in fp32 on the CPU, loaded when somebody first asks for it, and let go by `close`."""
 
     def __init__(
-        self, given: Given, tokenizer: PreTrainedTokenizerBase | None, count: int, force: bool,
+        self, given: Given, tokenizer: PreTrainedTokenizerBase | None, parameters: int, count: int, force: bool,
         log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """count: on how many prompts the adapter is to be compared; 0 for none."""
-        self.given, self.tokenizer, self.count, self.force, self.log = given, tokenizer, count, force, log
+        """parameters: how many the base has; count: on how many prompts the adapter is to be compared, 0 for none."""
+        self.given, self.tokenizer, self.parameters = given, tokenizer, parameters
+        self.count, self.force, self.log = count, force, log
         self._base: Base | None = None
 
     def base(self) -> Base:
@@ -61,11 +68,10 @@ class Reading:
         """Some prompts through the base, with and without the adapter; None, and said why, without its weights."""
         if not self.count:
             return None
-        try:
-            base = self.base()
-        except (ModelError, OSError) as error:
-            self.log(f"no prompts are compared, since the base's weights are not at hand: {str(error).splitlines()[0]}")
+        if self._base is None and (why := _not_loaded(self.given.model, self.parameters, self.log)):
+            self.log(f"no prompts are compared: {why}")
             return None
+        base = self.base()
         adapters = Adapters(base.module, base.tokenizer)
         load_adapter(adapters, ADAPTER_NAME, self.given.saved, BaseId(base.name, base.fingerprint), self.force)
         room = base.context_length - base.virtual_tokens(ADAPTER_NAME)
@@ -77,6 +83,24 @@ class Reading:
     def close(self) -> None:
         """The memory is the reader's now."""
         self._base = None
+
+
+def _not_loaded(model: ModelConfig, parameters: int, log: Callable[[str], None]) -> str:
+    """Why a base's weights are not read for a comparison alone; empty where they are."""
+    try:
+        source = find_source(model, log)
+    except ModelError as error:
+        return str(error).splitlines()[0]
+    there = Path(source.folder).is_dir() or any(
+        isinstance(try_to_load_from_cache(source.folder, name, revision=source.revision), str)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if not there:
+        return f"the weights of {source.name} are not on this machine; name a copy of it with --model"
+    needed, memory = 4 * parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > MOST_OF_MEMORY * memory:
+        return f"{source.name} in fp32 takes {needed / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}"
+    return ""
 
 
 def tokenizer_of(
