@@ -31,6 +31,7 @@ class Family:
     window_period  every how many layers one attends to everything, where the others slide; None: no layer slides
     fixed_scale    layers whose number makes the attention's scale hidden ÷ heads instead of the head size
     rope_types     rotary scalings that it reads
+    biases         modules of which it reads a bias
     """
 
     architecture: str
@@ -42,22 +43,27 @@ class Family:
     window_period: int | None = None
     fixed_scale: int | None = None
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    biases: tuple[str, ...] = ()
 
 
-_LLAMA = Family("llama", pairs_rotary=True, rope_types=("default", "linear", "yarn", "llama3"))
+_QKV = ("q_proj", "k_proj", "v_proj")
+_LLAMA = Family(
+    "llama", pairs_rotary=True, rope_types=("default", "linear", "yarn", "llama3"),
+    biases=(*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj"),
+)  # fmt: skip
 _PLAIN = ("default", "linear")
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2", square=True),
+    "qwen2": Family("qwen2", square=True, biases=_QKV),
     "qwen3": Family("qwen3"),
     "gemma": Family(
         "gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", head="tied", rope_types=_PLAIN
     ),
     "gemma2": Family(
         "gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh", head="tied", window_period=2, fixed_scale=46,
-        rope_types=_PLAIN,
+        rope_types=("default",),
     ),
     "gemma3_text": Family(
         "gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh", window_period=6, fixed_scale=62, rope_types=_PLAIN

@@ -17,8 +17,8 @@ ADAPTERS_NOT_READ = {
     "qwen3", "qwen3moe", "qwen35", "qwen35moe", "qwen3next", "qwen3vl", "qwen3vlmoe", "glm4moelite", "glmocr",
     "lfm2", "lfm2moe",
 }  # fmt: skip
-"""Architectures that Ollama runs on its own engine, which answers a Modelfile with an ADAPTER by "loras are not yet
-implemented", and only when the model is asked (`fs/ggml/ggml.go`, `runner/ollamarunner`); these need the merged model."""
+"""Architectures that Ollama runs on its own engine, which takes an ADAPTER and answers "loras are not yet
+implemented" when the model is asked (`fs/ggml/ggml.go`, `runner/ollamarunner`); these need the merged model."""
 
 
 @dataclass(frozen=True)
