@@ -38,27 +38,25 @@ class LlamaCpp:
         except (RuntimeError, ValueError) as error:
             raise RunError(f"llama.cpp does not load {path}: {error}") from error
 
-    def logprobs(self, prompt: Sequence[int], top: int, scale: float | None = None) -> dict[int, float]:
-        """Of the `top` likeliest tokens after a prompt of ids, the likeliest first. `scale` is the first adapter's."""
-        found = self._complete(prompt, 1, top, scale)
-        return {int(each["id"]): float(each["logprob"]) for each in found[0]["top_logprobs"]}
-
-    def greedy(self, prompt: Sequence[int], length: int, stop: bool = False) -> list[int]:
-        """The likeliest tokens one after the other; with `stop`, until one ends the answer, which is not among them."""
-        return [int(each["id"]) for each in self._complete(prompt, length, 1, None, stop)]
-
-    def _complete(
-        self, prompt: Sequence[int], length: int, top: int, scale: float | None, stop: bool = False
-    ) -> list[dict[str, Any]]:
+    def places(
+        self, prompt: Sequence[int], length: int, top: int, scale: float | None = None
+    ) -> list[dict[int, float]]:
+        """Greedy: of each place of an answer of at most `length` tokens, the `top` likeliest tokens' log-probabilities,
+        the likeliest (which is taken) first. A token that ends the answer is the last. `scale` is the first adapter's.
+        """
         answer: Any = self._server.handle_completions({
-            "prompt": list(prompt), "n_predict": length, "max_tokens": length, "temperature": 0, "logprobs": top,
-            "n_probs": top, "cache_prompt": False, "ignore_eos": not stop,
+            "prompt": list(prompt), "max_tokens": length, "temperature": 0, "logprobs": top, "cache_prompt": True,
             "lora": [] if scale is None else [{"id": 0, "scale": scale}],
         })  # fmt: skip
         answer = json.loads(answer) if isinstance(answer, str) else answer
         if "choices" not in answer:
             raise RunError(f"llama.cpp answers nothing: {str(answer)[:300]}")
-        return list((answer["choices"][0]["logprobs"] or {}).get("content") or [])
+        content = (answer["choices"][0]["logprobs"] or {}).get("content") or []
+        return [{int(each["id"]): float(each["logprob"]) for each in place["top_logprobs"]} for place in content]
+
+    def greedy(self, prompt: Sequence[int], length: int) -> list[int]:
+        """The likeliest tokens one after the other, to one that ends the answer or to `length`."""
+        return [next(iter(place)) for place in self.places(prompt, length, 1)]
 
     def tokens(self, text: str, special: bool = True) -> list[int]:
         """A text's ids, with what the tokenizer adds before and after; `special` tokens that it spells are read."""
