@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.export import EPILOG as EXPORT_EPILOG
+from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import merge
@@ -124,6 +126,8 @@ app.command(
 
 
 app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+
+app.command(epilog=EXPORT_EPILOG)(export)
 
 
 app.command(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from topwork.common.errors import ModelError
@@ -32,12 +32,17 @@ def write_model(base: Base, folder: Path, template: str | None = None, end_ids: 
         base.module.generation_config.eos_token_id = _ends(base.module.generation_config.eos_token_id, end_ids)
     with without_bars():
         base.module.save_pretrained(folder, state_dict=_state(base.module), max_shard_size=SHARD_SIZE)
-    tokenizer = copy.deepcopy(base.tokenizer)
+    write_tokenizer(base.tokenizer, folder, template)
+    _clean_config(folder / "config.json", stored_config(base.module))
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:
+    """Its files and the chat template (its own where none is given), which say nothing of where it was loaded from."""
+    tokenizer = copy.deepcopy(tokenizer)
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        _clean_config(folder / name, stored_config(base.module) if name == "config.json" else {})
+    _clean_config(folder / "tokenizer_config.json", {})
 
 
 def stored_config(model: PreTrainedModel) -> dict[str, Any]:

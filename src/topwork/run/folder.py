@@ -35,6 +35,8 @@ from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
 RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
+WRITTEN = ("config.json", "export.json")
+"""One of these stands in every model and every export."""
 EVALUATION, TRIAL = "evaluation.json", "evaluation-trial.json"
 
 
@@ -65,8 +67,8 @@ def check_place(folder: Path, called: str) -> None:
 
 
 def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None:
-    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model that
-    was written by Topwork is ever replaced. Raises RequestError."""
+    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model or
+    an export that was written by Topwork is ever replaced. Raises RequestError."""
     check_place(out, "OUT")
     place, inside = out.resolve(), own.resolve() if own is not None else None
     if inside is not None and (place == inside or place in inside.parents or inside in place.parents):
@@ -75,10 +77,10 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None
         return
     if not overwrite:
         raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
-    if not ((out / MANIFEST).is_file() and (out / "config.json").is_file()):
+    if not ((out / MANIFEST).is_file() and any((out / name).is_file() for name in WRITTEN)):
         raise RequestError(
-            f"{out} holds files that Topwork has not written; --overwrite replaces a model it wrote only. Name another "
-            "OUT"
+            f"{out} holds files that Topwork has not written; --overwrite replaces only what it wrote itself. Name "
+            "another OUT"
         )
 
 

@@ -1,0 +1,120 @@
+"""A folder for `ollama create`: the Modelfile beside the GGUF files that it names."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from topwork.common.errors import RequestError, RunError
+from topwork.common.files import write_text
+from topwork.data.chat.rendering import Renderer, TemplateRejects
+from topwork.data.chat.template import ChatTemplate, stop_ids
+from topwork.data.conversations import Message
+from topwork.export.ollama.evaluator import form_text
+from topwork.export.ollama.form import TemplateForm, compare, talk, template_form
+from topwork.export.ollama.go_template import go_template
+from topwork.export.ollama.modelfile import Modelfile, parsed, stands_in_modelfile
+
+MODELFILE = "Modelfile"
+CONTEXT = 4096
+"""num_ctx where nothing asks for more: Ollama reserves memory for all of it."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is to be asked.
+
+    system       the message that all rows it learned from shared, or None
+    longest      the longest sequence it learned from, in tokens; 0 where that is not known
+    context      the longest sequence its base takes
+    temperature  0 is greedy, as scores are measured here
+    """
+
+    system: str | None
+    longest: int
+    context: int
+    temperature: float = 0.0
+
+    @property
+    def num_ctx(self) -> int:
+        return min(self.context, max(CONTEXT, self.longest))
+
+
+def write_modelfile(
+    folder: Path, model: str, adapter: str | None, tokenizer: Any, template: str | None, asking: Asking,
+    log: Callable[[str], None], chats: Sequence[Sequence[Message]] = (),
+) -> int:  # fmt: skip
+    """Write `folder`/Modelfile, its TEMPLATE held to the chat template on conversations of its own making and on
+    `chats`. Returns on how many.
+
+    model, adapter  files in the folder
+    template        Jinja; None for the tokenizer's own
+
+    Raises RequestError for a chat template that the TEMPLATE cannot say, naming where they differ.
+    """
+    chat = ChatTemplate(tokenizer, template)
+    form = template_form(chat.renderer, form_text)
+    system = _checked_system(form, asking.system)
+    compared = compare(chat.renderer, form, form_text, [*_chats(form, system), *chats])
+    for told in _notes(chat.renderer, form):
+        log(told)
+    written, system = _with_default(form, system)
+    stops = [tokenizer.decode([number]) for number in sorted(stop_ids(chat))]
+    parameters: dict[str, str | int | float | Sequence[str]] = {
+        "stop": stops, "num_ctx": asking.num_ctx, "temperature": asking.temperature, "repeat_penalty": 1,
+    }  # fmt: skip
+    file = Modelfile(model, adapter, go_template(written), parameters, system)
+    write_text(folder / MODELFILE, file.text())
+    _read_back(folder / MODELFILE, file)
+    return compared
+
+
+def _chats(form: TemplateForm, system: str | None) -> list[list[Message]]:
+    """With and without a system message, one turn and several, words that meet no white space at their ends."""
+    texts = ["What is the order's number?", "4711", "And the product?\n\nIn one word.", "kettle", 'Thanks: "{}" ü 😀']
+    found = [talk(*texts[:1]), talk(*texts[:3]), talk(*texts)]
+    if form.system is not None:
+        found += [talk(*texts[:1], system=system or "Answer in one word."), talk(*texts, system=system or "Be brief.")]
+    return found
+
+
+def _checked_system(form: TemplateForm, system: str | None) -> str | None:
+    if system is not None and form.system is None:
+        raise RequestError(
+            "the rows that this was trained on share a system message, and their chat template puts it where an Ollama "
+            "TEMPLATE cannot; serve it with llama.cpp (topwork export … --format gguf, then llama-server --jinja)"
+        )
+    return system
+
+
+def _with_default(form: TemplateForm, system: str | None) -> tuple[TemplateForm, str | None]:
+    """A shared system message that a Modelfile's SYSTEM cannot say goes into the TEMPLATE, which has escapes."""
+    if system is None or stands_in_modelfile(system):
+        return form, system
+    if form.system is None or form.joined:
+        return form, system
+    turn = form.system.before + system + form.system.behind
+    return replace(form, default=turn), None
+
+
+def _notes(renderer: Renderer, form: TemplateForm) -> list[str]:
+    """Where Ollama may yet write another prompt than training did."""
+    notes = []
+    spaced = talk("  a \n", " b ", " c ")
+    try:
+        if renderer.render(spaced, None, True) != form_text(form, spaced):
+            notes.append("the chat template takes white space off messages, which Ollama does not; send them without")
+    except TemplateRejects:
+        pass
+    if form.system is None:
+        notes.append("the TEMPLATE takes no system message: Ollama answers one with an error")
+    notes.append("the TEMPLATE has no tools: Ollama answers requests that bring some with an error")
+    return notes
+
+
+def _read_back(path: Path, written: Modelfile) -> None:
+    found = parsed(path.read_text("utf-8"))
+    if ("TEMPLATE", written.template) not in found or (written.system or "") not in [
+        value for name, value in found if name == "SYSTEM"
+    ] + [""]:
+        raise RunError(f"{path} reads otherwise than it was to be written; this is a mistake in topwork, report it")
