@@ -10,6 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.combine import EPILOG as COMBINE_EPILOG
+from topwork.cli.combine import combine
+from topwork.cli.compare import EPILOG as COMPARE_EPILOG
+from topwork.cli.compare import compare
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import merge
@@ -123,6 +127,10 @@ app.command(
 
 
 app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+
+app.command(epilog=COMBINE_EPILOG)(combine)
+
+app.command(epilog=COMPARE_EPILOG)(compare)
 
 
 @app.command(

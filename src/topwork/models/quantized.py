@@ -122,7 +122,11 @@ def written_here(folder: str) -> str | None:
 
 def is_packed(config: PreTrainedConfig, name: str) -> bool:
     """Whether a checkpoint is bitsandbytes-quantized. Raises ModelError naming any other kind of quantization."""
-    given = stored_quantization(config)
+    return check_quantization(stored_quantization(config), name)
+
+
+def check_quantization(given: dict[str, Any] | None, name: str) -> bool:
+    """`is_packed` for a quantization_config alone."""
     if given is None:
         return False
     method = str(given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") else "an unnamed method"))
