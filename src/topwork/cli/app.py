@@ -10,12 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.combine import EPILOG as COMBINE_EPILOG
+from topwork.cli.combine import combine
+from topwork.cli.compare import EPILOG as COMPARE_EPILOG
+from topwork.cli.compare import compare
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
+from topwork.cli.push import EPILOG as PUSH_EPILOG
 from topwork.cli.push import push
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
@@ -127,13 +132,13 @@ app.command(
 
 app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
 
+app.command(epilog=COMBINE_EPILOG)(combine)
+
+app.command(epilog=COMPARE_EPILOG)(compare)
+
 app.command(epilog=EXPORT_EPILOG)(export)
 
-
-app.command(
-    epilog="Example: topwork push runs/support ada/support-tickets --private\n\n"
-    "topwork push runs/support ada/support-tickets --dry-run to-be-pushed"
-)(push)
+app.command(epilog=PUSH_EPILOG)(push)
 
 
 @app.command(

@@ -8,6 +8,11 @@ import typer
 
 from topwork.cli.options import AsJson, teller
 
+EPILOG = (
+    "Example: topwork push runs/support ada/support-tickets --private\n\n"
+    "topwork push runs/support ada/support-tickets --dry-run to-be-pushed"
+)
+
 
 def push(
     run: Annotated[

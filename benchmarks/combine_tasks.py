@@ -1,0 +1,295 @@
+"""Adapters of two tasks and of a signature, added to and taken from each other: what is kept, beside PEFT's results.
+
+    python benchmarks/combine_tasks.py --data-dir DATA --work WORK
+
+Trains banking77, E2E NLG, a signer (`trained_tasks.py`; WORK keeps what is finished) and both tasks with signed
+answers on one bf16 base, combines them with `topwork combine` and with PEFT's `add_weighted_adapter`, and asks every
+result the same test rows by the same code. Writes benchmarks/results/combine_tasks.{json,md}.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from task_scores import Rows, apart, asked, figures
+from trained_tasks import MODEL, SIGNATURE, TASKS, TRAINING, prepared, trained
+
+from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
+from topwork.adapters.graft import Adapters
+from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.models.base import Base
+from topwork.models.config import ModelConfig
+from topwork.models.load import load_base
+from topwork.models.source import find_source
+from topwork.run.combine import combine
+
+BOTH = ("banking77", "e2e_nlg")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An adapter: one that was trained, or what `by` made of others with these weights.
+
+    by      "" for a trained one, "topwork", or "peft"
+    asks    the tasks whose test rows it is asked
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    method: str = ""
+    by: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    asks: tuple[str, ...] = BOTH
+
+
+def _both(method: str, by: str, name: str = "", weights: tuple[float, ...] = (1.0, 1.0), **options: Any) -> Arm:
+    return Arm(f"{by}-{name or method}", BOTH, weights, method, by, options)
+
+
+ALL = (*BOTH, "signer")
+SINGLE = [
+    Arm("base", (), asks=ALL),
+    *(Arm(name, (name,), asks=ALL) for name in ("banking77", "e2e_nlg", "signer")),
+    Arm("banking77-signed", ("banking77-signed",), asks=("banking77",)),
+    Arm("e2e_nlg-signed", ("e2e_nlg-signed",), asks=("e2e_nlg",)),
+]
+ADDED = [
+    _both("cat", "topwork"),
+    _both("svd", "topwork"),
+    _both("linear", "topwork"),
+    _both("ties", "topwork", "ties-0.5", density=[0.5]),
+    _both("ties", "topwork", "ties-0.2", density=[0.2]),
+    _both("dare", "topwork", "dare-0.5", density=[0.5]),
+    _both("dare-ties", "topwork", "dare-ties-0.5", density=[0.5]),
+    _both("magnitude-prune", "topwork", "magnitude-prune-0.5", density=[0.5]),
+    _both("della", "topwork", "della-0.5", density=[0.5]),
+    _both("breadcrumbs", "topwork", "breadcrumbs-0.9", density=[0.9]),
+    _both("knots", "topwork", "knots-0.5", density=[0.5]),
+    _both("linear", "peft"),
+    _both("cat", "peft"),
+    _both("svd", "peft"),
+    _both("ties", "peft", "ties-0.5", density=0.5),
+    _both("dare_ties", "peft", "dare_ties-0.5", density=0.5),
+    _both("ties_svd", "peft", "ties_svd-0.5", density=0.5),
+]
+SIGNED = [
+    Arm("all-three", (*BOTH, "signer"), (1, 1, 1), "cat", "topwork"),
+    *(Arm(f"{task}-and-signer", (task, "signer"), (1, 1), "cat", "topwork", asks=(task, "signer")) for task in BOTH),
+    *(
+        Arm(f"{task}-and-signer-off", (f"{task}-and-signer", "signer"), (1, -1), "cat", "topwork", asks=(task,))
+        for task in BOTH
+    ),
+    *(
+        Arm(f"{task}-signed-minus-{share}", (f"{task}-signed", "signer"), (1, -share), "cat", "topwork", asks=(task,))
+        for task in BOTH
+        for share in (0.5, 1)
+    ),
+    *(
+        Arm(f"{task}-signed-minus-peft-{method}", (f"{task}-signed", "signer"), (1, -1), method, "peft", asks=(task,))
+        for task in BOTH
+        for method in ("linear", "cat")
+    ),
+    *(
+        Arm(f"{task}-and-signer-peft-{method}", (task, "signer"), (1, 1), method, "peft", asks=(task, "signer"))
+        for task in BOTH
+        for method in ("linear",)
+    ),
+]  # fmt: skip
+ARMS = [*SINGLE, *ADDED, *SIGNED]
+
+
+def main() -> None:
+    given = arguments()
+    failed = made(given)
+    rows = scored(given, [arm for arm in ARMS if arm.name not in failed])
+    record = {
+        "surroundings": surroundings(),
+        "question": {
+            "model": MODEL, "training": TRAINING, "signature": SIGNATURE,
+            "rows": {task: TASKS[task].rows for task in ALL},
+            "signed_rows": {task: TASKS[task].fewer_rows for task in BOTH},
+            "asked": {task: TASKS[task].questions for task in ALL},
+        },
+        "failed": failed,
+        "arms": [told(given, arm, rows) for arm in ARMS if arm.name in rows],
+    }  # fmt: skip
+    write_record(given.out, record, text(record))
+    print(text(record))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds banking77/train.csv, e2e_nlg/devset.csv …")
+    parser.add_argument("--work", type=Path, required=True, help="where rows, runs, adapters and answers are kept")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "combine_tasks", help="without its ending")
+    given = parser.parse_args()
+    given.work = given.work.resolve()
+    return given
+
+
+def place(given: argparse.Namespace, name: str) -> Path:
+    """Where an arm's adapter lies."""
+    own = next(arm for arm in ARMS if arm.name == name)
+    return given.work / "combined" / name if own.by else given.work / name / "adapter"
+
+
+def made(given: argparse.Namespace) -> dict[str, str]:
+    """Train and combine all that is not there yet. What PEFT refuses, with its reason."""
+    for name in {source for arm in SINGLE for source in arm.sources}:
+        trained(name, given.data_dir, given.work)
+    for arm in ARMS:
+        out = place(given, arm.name)
+        if arm.by == "topwork" and not out.exists():
+            sources = [place(given, source) for source in arm.sources]
+            combine(sources, out, arm.method, arm.weights, log=quiet, **arm.options)
+    jobs = [
+        {
+            "adapters": [str(place(given, source)) for source in arm.sources], "weights": arm.weights,
+            "type": arm.method, "out": str(place(given, arm.name)), **arm.options,
+        }
+        for arm in ARMS
+        if arm.by == "peft" and not place(given, arm.name).exists()
+    ]  # fmt: skip
+    if not jobs:
+        return {}
+    (given.work / "peft-jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    folder = find_source(ModelConfig(model_name_or_path=MODEL), quiet).folder
+    told_by = run_process("peers.peft_combine", str(folder), str(given.work / "peft-jobs.json"))
+    if "error" in told_by:
+        raise SystemExit(told_by["error"])
+    return {Path(out).name: error for out, error in told_by.items() if error}
+
+
+def scored(given: argparse.Namespace, arms: list[Arm]) -> dict[str, dict[str, Rows]]:
+    """The rows of each arm and task, from WORK where they are."""
+    base: Base | None = None
+    found: dict[str, dict[str, Rows]] = {}
+    for arm in arms:
+        for task in arm.asks:
+            out = given.work / f"combine-{arm.name}-on-{task}.rows.json"
+            if not out.exists():
+                base = base or load_base(MODEL, quiet)
+                rows = through(given, base, arm, task)
+                rows.write(out)
+                print(f"{arm.name} on {task}: {figures(rows)}", flush=True)
+            found.setdefault(arm.name, {})[task] = Rows.read(out)
+    return found
+
+
+def through(given: argparse.Namespace, base: Base, arm: Arm, task: str) -> Rows:
+    adapters = Adapters(base.module)
+    test = prepared(task, given.data_dir, given.work, signed=task == "signer")["test"]
+    if not arm.sources:
+        return asked(base, None, task, test, given.data_dir)
+    saved = read_adapter(place(given, arm.name))
+    load_adapter(adapters, "arm", saved, BaseId(base.name, base.fingerprint), force=arm.by == "peft")
+    try:
+        return asked(base, "arm", task, test, given.data_dir)
+    finally:
+        adapters.remove("arm")
+
+
+def told(given: argparse.Namespace, arm: Arm, rows: dict[str, dict[str, Rows]]) -> dict[str, Any]:
+    """An arm's figures, beside those of the adapter that was trained on the same task alone."""
+    record = place(given, arm.name) / "combine.json"
+    lost = json.loads(record.read_text("utf-8")) if arm.by == "topwork" else {}
+    return {
+        "name": arm.name, "by": arm.by, "method": arm.method, "options": arm.options,
+        "sources": arm.sources, "weights": arm.weights,
+        "rank": lost.get("rank"), "discarded": lost.get("discarded_energy", {}).get("overall"),
+        "tasks": {task: figures(own) for task, own in rows[arm.name].items()},
+        "to_alone": {
+            task: apart(own, rows[task][task]) for task, own in rows[arm.name].items() if arm.name != task
+        },
+    }  # fmt: skip
+
+
+def text(record: dict[str, Any]) -> str:
+    """The record for people."""
+    asked_for = record["question"]
+    sizes = ", ".join(f"{task} {count:,}" for task, count in asked_for["rows"].items())
+    signed_sizes = ", ".join(f"{task} {count:,}" for task, count in asked_for["signed_rows"].items())
+    arms = {arm["name"]: arm for arm in record["arms"]}
+    parts = [
+        f"# Two tasks and a signature, combined: {asked_for['model']}, LoRA r = 16 on all linear layers, bf16",
+        f"Rows trained on once: {sizes} (with signed answers {signed_sizes}); 16 a step, learning rate "
+        f"{asked_for['training']['learning_rate']:g}, one seed. Greedy answers to the same test rows for all: "
+        + ", ".join(f"{task} {count}" for task, count in asked_for["asked"].items())
+        + ". banking77: exact answers; E2E NLG: best F1 of the words with a person's sentence; without the signature, "
+        f"where there is one (“{asked_for['signature']}”). Differences are to the adapter of that task alone, row by "
+        "row, ± one standard error.",
+        "## Each alone",
+        singles([arms[arm.name] for arm in SINGLE if arm.name in arms]),
+        "## Both tasks added, weights 1 and 1",
+        *both(record, [arms[arm.name] for arm in ADDED if arm.name in arms]),
+        "## The signature, added and taken away",
+        signed([arms[arm.name] for arm in SIGNED if arm.name in arms]),
+        surroundings_text(record["surroundings"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def singles(arms: list[dict[str, Any]]) -> str:
+    head = ["adapter", "banking77 right", "loss", "E2E NLG F1", "loss", "signed: banking77", "E2E NLG", "general"]
+    rows = []
+    for arm in arms:
+        banking, e2e = (arm["tasks"].get(task) for task in BOTH)
+        signs = [arm["tasks"].get(task) for task in ALL]
+        rows.append([
+            arm["name"], *_share_and_loss(banking), *_share_and_loss(e2e),
+            *(f"{own['signed']:.0%}" if own else "" for own in signs),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def _share_and_loss(own: dict[str, Any] | None) -> tuple[str, str]:
+    return (f"{own['share']:.1%}", f"{own['loss']:.3f}") if own else ("", "")
+
+
+def both(record: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
+    head = ["method", "rank", "energy left out", "banking77 right", "to alone", "E2E NLG F1", "to alone", "losses"]
+    rows = []
+    for arm in arms:
+        cells = []
+        for task in BOTH:
+            own, to = arm["tasks"][task], arm["to_alone"][task]
+            cells += [f"{own['share']:.1%}", f"{to['share']:+.1%} ± {to['share_error']:.1%}"]
+        lost = "" if arm["discarded"] is None else f"{arm['discarded']:.1%}"
+        losses = ", ".join(f"{arm['tasks'][task]['loss']:.3f}" for task in BOTH)
+        rows.append([_title(arm), str(arm["rank"] or ""), lost, *cells, losses])
+    refused = [f"{name}: {reason}" for name, reason in record["failed"].items()]
+    return [table(head, rows), *(["PEFT refused:\n\n" + "\n".join(f"- {line}" for line in refused)] if refused else [])]
+
+
+def signed(arms: list[dict[str, Any]]) -> str:
+    head = ["sum", "by", "asked", "right", "to alone", "loss", "signed"]
+    rows = [
+        [
+            " ".join(f"{weight:+g} {source}" for weight, source in zip(arm["weights"], arm["sources"])),
+            _title(arm), task, f"{own['share']:.1%}" if task in BOTH else "",
+            f"{to['share']:+.1%} ± {to['share_error']:.1%}" if task in BOTH else "",
+            f"{own['loss']:.3f}", f"{own['signed']:.0%}",
+        ]
+        for arm in arms
+        for task, own in arm["tasks"].items()
+        for to in [arm["to_alone"][task]]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def _title(arm: dict[str, Any]) -> str:
+    chosen = ", ".join(
+        str(value[0] if isinstance(value, list) else value) for value in arm["options"].values()
+    )  # fmt: skip
+    return f"{'PEFT' if arm['by'] == 'peft' else 'Topwork'} {arm['method']}{f' ({chosen})' if chosen else ''}"
+
+
+def quiet(_: str) -> None:
+    """Nobody reads along."""
+
+
+if __name__ == "__main__":
+    main()
