@@ -18,6 +18,7 @@ from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
+from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.push import EPILOG as PUSH_EPILOG
@@ -130,7 +131,7 @@ app.command(
 )(chat)
 
 
-app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+app.command(epilog=MERGE_EPILOG)(merge)
 
 app.command(epilog=COMBINE_EPILOG)(combine)
 
