@@ -18,7 +18,7 @@ from topwork.export.readers import Reader, reader_of, type_of
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES
 from topwork.plan.count import base_skeleton
-from topwork.run.export_check import Reading, tokenizer_of
+from topwork.run.export_check import asked, stored_by, tokenizer_of
 from topwork.run.exporters import ADAPTER_WRITERS, MODEL_WRITERS, OUT, AdapterJob, Written
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter, is_adapter
@@ -120,10 +120,8 @@ def _adapter(given: Given, out: Path, how: _How) -> Exported:
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, how.log)
-    reading = Reading(given, tokenizer, skeleton.num_parameters(), how.check, how.force, how.log)
-    parts = exported_parts(given.saved, bare, reading.bare)
-    compared = reading.asked()
-    reading.close()
+    parts = exported_parts(given.saved, bare, lambda: stored_by(given.model, skeleton, how.log))
+    compared = asked(given, tokenizer, how.check, how.force, how.log)
     job = AdapterJob(given, how.reader, how.type, bare, parts, tokenizer, compared, how.log)
     done: list[Exported] = []
 
