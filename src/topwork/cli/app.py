@@ -14,6 +14,7 @@ from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
+from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.serve import serve
@@ -124,7 +125,7 @@ app.command(
 )(chat)
 
 
-app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+app.command(epilog=MERGE_EPILOG)(merge)
 
 app.command(epilog=EXPORT_EPILOG)(export)
 

@@ -20,16 +20,11 @@ from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
-from topwork.common.errors import AdapterError, RunError
+from topwork.common.errors import AdapterError
+from topwork.merging.fold import MERGEABLE, as_stored, folded
 from topwork.merging.rounding import Rounding
-from topwork.models.lazy import LazyModel, LazyTensor
+from topwork.models.lazy import LazyModel, LazyTensor, tie_as_stored
 from topwork.models.stored_names import key_for, stored_names
-
-MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class NotStoredError(AdapterError):
-    """An adapted weight has no tensor of its own in the base's files: reading computes it out of others."""
 
 
 def merged_lazily(
@@ -50,12 +45,10 @@ def merged_lazily(
     parts = LazyParts(bare_base(skeleton), saved, stored.tensor, methods)
     for part in parts.shapes.values():
         _refuse_unmergeable(part)
-    changed: dict[str, LazyTensor] = {}
+    apart = stored.tied and stored.splits(parts.shapes)
+    changed = stored.take_apart() if apart else {}
     for path, part in parts.shapes.items():
         changed |= _changed(stored, parts, path, part, rounding)
-    apart = stored.tied and stored.splits(parts.shapes)
-    if apart:
-        changed = stored.both_ends() | changed
     tensors = {key: changed.pop(key, tensor) for key, tensor in model.tensors.items() if not stored.repeats(key)}
     config = _untied(model.config) if apart else model.config
     return replace(model, tensors=tensors | changed, config=config)
@@ -65,6 +58,7 @@ class Stored:
     """A base's tensors by the names that they have in the model, with a head that may be the embedding's."""
 
     def __init__(self, model: LazyModel, skeleton: PreTrainedModel) -> None:
+        tie_as_stored(skeleton, model)
         self.model, self.skeleton, self.modules = model, skeleton, dict(skeleton.named_modules())
         self.names = stored_names(skeleton, model.tensors)
         head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
@@ -73,20 +67,12 @@ class Stored:
         """The names of a tied embedding's and head's weight."""
         if self.tied:
             self.ends = (_path(skeleton, embedding) + ".weight", _path(skeleton, head) + ".weight")
-            if not self._equal_ends():
-                head.weight = nn.Parameter(embedding.get_parameter("weight").detach(), requires_grad=False)
-                self.tied, self.ends = False, ()
 
     def lazy(self, name: str) -> LazyTensor:
         """A parameter of the model. Raises NotStoredError where the files have it in another form."""
-        for known in (name, *(self.ends if name in self.ends else ())):
-            if (key := self.names.keys.get(known)) is not None:
-                return self.model.tensors[key]
-        made = name in self.names.made
-        raise NotStoredError(
-            f"{self.model.name} holds no tensor for {name}"
-            f"{', which reading computes out of others' if made else '; is the download finished'}"
-        )
+        own = (name, *self.ends) if name in self.ends else (name,)
+        known = next((one for one in own if one in self.names.keys), name)
+        return self.model.tensors[self.names.key(known, self.model.name)]
 
     def tensor(self, path: str, kind: str) -> Tensor | None:
         """A module's tensor, fetched; None where it has none."""
@@ -95,7 +81,9 @@ class Stored:
 
     def key(self, name: str) -> str:
         """Under which key a parameter is stored, or is to be."""
-        return self.names.keys.get(name) or key_for(self.skeleton, name, self.model.tensors)
+        own = (name, *self.ends) if self.tied and name in self.ends else (name,)
+        found = next((self.names.keys[known] for known in own if known in self.names.keys), None)
+        return found or key_for(self.skeleton, name, self.model.tensors)
 
     def splits(self, parts: Mapping[str, AdapterModule]) -> bool:
         """Whether these parts leave a tied embedding and head unlike."""
@@ -103,21 +91,14 @@ class Stored:
         shared = any(isinstance(part, TiedHead | TiedTokens) for part in parts.values())
         return not shared and any(path in parts for path in paths)
 
-    def both_ends(self) -> dict[str, LazyTensor]:
-        """A tied embedding and head as two tensors of their own."""
+    def take_apart(self) -> dict[str, LazyTensor]:
+        """A tied embedding and head as two tensors of their own, from here on."""
+        self.tied = False
         return {self.key(name): self.lazy(name) for name in self.ends}
 
     def repeats(self, key: str) -> bool:
         """Whether a tied head stands beside the embedding once more."""
         return self.tied and key == self.names.keys.get(self.ends[1]) and self.ends[0] in self.names.keys
-
-    def _equal_ends(self) -> bool:
-        """transformers ties no head that the files hold beside another embedding."""
-        keys = [self.names.keys.get(name) for name in self.ends]
-        if keys[0] is None or keys[1] is None:
-            return True
-        one, other = (self.model.tensors[key].fetch() for key in keys if key is not None)
-        return torch.equal(one, other)
 
 
 def _changed(
@@ -152,9 +133,13 @@ def _copied(
     """The tensor of a module that was trained whole."""
     own, name = stored.lazy(f"{path}.{kind}"), f"{path}.{kind}"
 
+    @torch.no_grad()
     def fetch() -> Tensor:
         exact = parts.stored(path, kind).float()
-        return _rounded(name, exact, own.dtype, rounding, own.fetch)
+        found = as_stored(name, exact, own.dtype)
+        if rounding is not None:
+            rounding.add(name, exact, found, own.fetch())
+        return found
 
     return fetch
 
@@ -172,31 +157,17 @@ def _folded(
 
     @torch.no_grad()
     def fetch() -> Tensor:
-        part = parts.part(path, weight)
-        given = weight()
-        bias = own.fetch() if kind == "bias" else None
-        exact, exact_bias = part.merged(given.to(torch.promote_types(given.dtype, torch.float32)), bias)
+        part, given = parts.part(path, weight), weight()
+        exact = folded(part, given, own.fetch() if kind == "bias" else None)
         if kind == "bias":
-            assert exact_bias is not None
-            return _rounded(f"{path}.bias", exact_bias, own.dtype, None, own.fetch)
-        exact = exact.t() if turned else exact
-        return _rounded(f"{path}.weight", exact, own.dtype, rounding, lambda: given.t() if turned else given)
+            assert exact[1] is not None
+            return as_stored(f"{path}.bias", exact[1], own.dtype)
+        found = as_stored(f"{path}.weight", exact[0], own.dtype)
+        if rounding is not None:
+            rounding.add(f"{path}.weight", exact[0], found, given)
+        return (found.t() if turned else found).contiguous()
 
     return fetch
-
-
-def _rounded(
-    name: str, exact: Tensor, dtype: torch.dtype, rounding: Rounding | None, before: Callable[[], Tensor]
-) -> Tensor:  # fmt: skip
-    merged = exact.to(dtype)
-    if not torch.isfinite(merged).all():
-        raise RunError(
-            f"{name}: weight and adapter add up to a value that is not finite in {str(dtype).removeprefix('torch.')}; "
-            "merge as float32, and look whether the adapter holds NaN"
-        )
-    if rounding is not None and dtype.itemsize < 4:
-        rounding.add(name, exact, merged, before())
-    return merged.contiguous()
 
 
 def _refuse_unmergeable(part: AdapterModule) -> None:

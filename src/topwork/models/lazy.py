@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
@@ -29,7 +29,7 @@ from topwork.ops.packed import PackedInt8
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor's shape and type, and how to get it: `fetch` gives memory of the caller's own. Where it can be looked at
-    without reading all of it, `view` gives it in the file's pages."""
+    without reading all of it, `view` gives it in the file's pages and in the file's type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,9 +45,7 @@ class LazyTensor:
         """The same in another type."""
         if dtype == self.dtype:
             return self
-        fetch, view = self.fetch, self.view
-        cast_view = None if view is None else lambda: view().to(dtype)
-        return LazyTensor(self.shape, dtype, lambda: fetch().to(dtype), cast_view)
+        return replace(self, dtype=dtype, fetch=lambda: self.fetch().to(dtype))
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,18 @@ def in_type(model: LazyModel, bare: PreTrainedModel, dtype: torch.dtype) -> Lazy
 
     tensors = {key: cast(key, tensor) for key, tensor in model.tensors.items()}
     return replace(model, tensors=tensors, config=_with_type(model.config, dtype))
+
+
+def tie_as_stored(bare: PreTrainedModel, model: LazyModel) -> None:
+    """Take the tie off a skeleton whose files hold a head beside another embedding, as transformers does."""
+    head, embedding = bare.get_output_embeddings(), bare.get_input_embeddings()
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return
+    names = stored_names(bare, model.tensors).keys
+    named = [name for name, p in bare.named_parameters(remove_duplicate=False) if p is head.weight]
+    stored = [model.tensors[names[name]] for name in named if name in names]
+    if len(stored) == 2 and not torch.equal(*(tensor.fetch() for tensor in stored)):
+        head.weight = nn.Parameter(embedding.get_parameter("weight").detach(), requires_grad=False)
 
 
 def _plain(promise: Promise) -> LazyTensor:

@@ -10,6 +10,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from topwork.common.errors import ModelError
+
+
+class NotStoredError(ModelError):
+    """A weight has no tensor of its own in a model's files: reading computes it out of others."""
+
 
 @dataclass(frozen=True)
 class StoredNames:
@@ -21,6 +27,13 @@ class StoredNames:
 
     keys: dict[str, str]
     made: frozenset[str]
+
+    def key(self, name: str, model: str) -> str:
+        """A parameter's key. Raises NotStoredError, which calls the model by name."""
+        if name in self.keys:
+            return self.keys[name]
+        why = ", which reading computes out of others" if name in self.made else "; is the download finished?"
+        raise NotStoredError(f"{model} holds no tensor for {name}{why}")
 
 
 def stored_names(skeleton: PreTrainedModel, keys: Iterable[str]) -> StoredNames:
