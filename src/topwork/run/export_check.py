@@ -1,6 +1,5 @@
 """What an exported adapter is compared on: a few prompts through the base and our reading of the adapter."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from topwork.adapters.graft import Adapters
 from topwork.adapters.lazy_parts import Stored
 from topwork.adapters.peft_format import BaseId, load_adapter
+from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import ModelError
 from topwork.export.read_back import Asked
 from topwork.merging.stream import Stored as StoredTensors
@@ -26,20 +26,11 @@ from topwork.ops.batch import batch_of
 from topwork.plan.count import base_skeleton
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
+from topwork.run.merge_inputs import TEXTS, own_tokenizer
 
 Log = Callable[[str], None]
-PROMPTS = (
-    "The capital of France is",
-    "Order 4711 has not arrived. Please tell me where it is.",
-    '{"name": "Ada", "born": 1815}',
-    "def add(a, b):\n    return a + b\n",
-    "Es war einmal ein König, der hatte drei Töchter.",
-    "1, 1, 2, 3, 5, 8, 13,",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The opposite of hot is cold, and the opposite of up is",
-)
-MOST_OF_MEMORY = 0.6
-"""The share that the base's fp32 weights may take."""
+MOST = 8
+"""Prompts that are compared at most."""
 WITHOUT_WORDS = 24
 """Random tokens in a prompt, where there is no tokenizer."""
 
@@ -56,18 +47,20 @@ def asked(given: Given, tokenizer: PreTrainedTokenizerBase | None, count: int, f
     why, where the base's weights are not read for this alone."""
     if not count:
         return None
-    if why := _not_loaded(given.model, log):
+    if why := not_loaded(given.model, log):
         log(f"no prompts are compared: {why}")
         return None
     base = load_base(given.model.model_copy(update={"dtype": "float32", "device": "cpu"}), log, None, tokenizer)
     adapters = Adapters(base.module, base.tokenizer)
     load_adapter(adapters, ADAPTER_NAME, given.saved, BaseId(base.name, base.fingerprint), force)
-    prompts = [prompt[: base.context_length - base.virtual_tokens(ADAPTER_NAME)] for prompt in _prompts(base, count)]
+    prompts = [
+        prompt[: base.context_length - base.virtual_tokens(ADAPTER_NAME)] for prompt in _prompts(base, min(count, MOST))
+    ]
     with_it, without = (_logits(base, prompts, name) for name in (ADAPTER_NAME, None))
     return Asked(prompts, with_it, without)
 
 
-def _not_loaded(model: ModelConfig, log: Log) -> str:
+def not_loaded(model: ModelConfig, log: Log) -> str:
     """Why a base's weights are not read for a comparison alone; empty where they are."""
     try:
         source = find_source(model, log)
@@ -79,18 +72,20 @@ def _not_loaded(model: ModelConfig, log: Log) -> str:
     )
     if not there:
         return f"the weights of {source.name} are not on this machine; name a copy of it with --model"
-    needed, memory = 4 * base_skeleton(model).num_parameters(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > MOST_OF_MEMORY * memory:
-        return f"{source.name} in fp32 takes {needed / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}"
+    needed, free = 4 * base_skeleton(model).num_parameters(), free_memory_bytes(torch.device("cpu"))
+    if needed > free:
+        return f"{source.name} in fp32 takes {needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free"
     return ""
 
 
 def tokenizer_of(
-    model: ModelConfig, template: str | None, log: Callable[[str], None]
+    model: ModelConfig, template: str | None, beside: Path | None, log: Log
 ) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer with the adapter's own chat template; None, and said why, where it is not to be had."""
+    """The base's tokenizer, or the one that lies `beside` an adapter, with the `template` of a run; None, and said why,
+    where there is none."""
     try:
         tokenizer = load_tokenizer(find_source(model, log), model.trust_remote_code)
+        tokenizer = tokenizer if beside is None else own_tokenizer(beside, tokenizer, log)
     except ModelError as error:
         log(f"without a tokenizer: {_first_line(error)}")
         return None
@@ -105,12 +100,12 @@ def _first_line(error: Exception) -> str:
 
 def _prompts(base: Base, count: int) -> list[Tensor]:
     if base.tokenizer is not None:
-        ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS[:count]]
+        ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS[:count]]
         if all(ids):
             return [torch.tensor(each) for each in ids]
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.module.config.get_text_config().vocab_size
-    return [torch.randint(vocabulary, (WITHOUT_WORDS,), generator=generator) for _ in PROMPTS[:count]]
+    return [torch.randint(vocabulary, (WITHOUT_WORDS,), generator=generator) for _ in range(count)]
 
 
 def _logits(base: Base, prompts: Sequence[Tensor], adapter: str | None) -> list[Tensor]:
