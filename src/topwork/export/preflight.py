@@ -5,18 +5,22 @@ unseen, and what is done about it.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import LoraConfig, Targeted
 from topwork.adapters.fitting import Parts
+from topwork.adapters.lazy_parts import LazyParts, Stored
 from topwork.adapters.method import Bare
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import PAIRS
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.peft_format import SavedAdapter, fitted, fitted_shapes
+from topwork.adapters.peft_format import SavedAdapter, fitted_shapes
 from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.export.lowered import missing_layers
@@ -92,16 +96,24 @@ def refuse(findings: list[Finding], saved: SavedAdapter, reader: Reader) -> None
         )
 
 
-def exported_parts(saved: SavedAdapter, bare: Bare, with_weights: Callable[[], Bare]) -> Parts:
-    """An adapter's parts as they are exported. The base's weights are asked for only where the file says less than
-    that without them: what PiSSA and OLoRA began as, and copies of the base's own embedding that PEFT has written
-    beside an adapter of it, which may have been trained.
+def exported_parts(saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]) -> Parts:
+    """An adapter's parts as they are exported. `stored` gives the base's own tensors; it is asked for only where the
+    file says less than all without them: what PiSSA and OLoRA began as, and copies of the base's own embedding that
+    PEFT has written beside an adapter of it, which may have been trained.
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
-    if _begins_from_base(saved) or _base_copies(saved):
-        return fitted(with_weights(), saved)
-    return fitted_shapes(bare, saved)
+    if not (_begins_from_base(saved) or _base_copies(saved)):
+        return fitted_shapes(bare, saved)
+    tensors = stored()
+    parts = LazyParts(bare, saved, tensors)
+    return {path: parts.part(path, partial(_weight, bare, tensors, path)) for path in parts.shapes}
+
+
+def _weight(bare: Bare, stored: Stored, path: str) -> Tensor:
+    found = stored(path, "weight")
+    assert found is not None
+    return found.t() if isinstance(bare.modules[path], Conv1D) else found
 
 
 def _own_parts(saved: SavedAdapter, bare: Bare) -> Parts:

@@ -1,8 +1,8 @@
 """What was written, read again: by the reader itself where it is at hand, by our own reader always, and compared."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,12 +34,14 @@ class ReadBack:
     prompts     on how many prompts the logits were compared; 0 where updates were compared instead
     largest     the largest difference, relative to the largest value
     moved       by how much the adapter moves the base's logits, in the same measure; None where updates were compared
+    details     more, as the reader's own check has it
     """
 
     by: str
     prompts: int
     largest: float
     moved: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         """For people."""

@@ -85,7 +85,11 @@ class Reader:
 
 def _by_action(actions: Mapping[Action, str], unseen: Mapping[str, str]) -> dict[str, Verdict]:
     """Verdicts from lists of features under what is done about them; ValueError unless each feature stands once."""
-    found = {name: Verdict(action, unseen.get(name, "")) for action, names in actions.items() for name in names.split()}
+    found = {
+        name: Verdict(action, "" if action == "merged" else unseen.get(name, ""))
+        for action, names in actions.items()
+        for name in names.split()
+    }
     if found.keys() != FEATURES.keys() or sum(len(names.split()) for names in actions.values()) != len(FEATURES):
         raise ValueError(f"verdicts for {sorted(found.keys() ^ FEATURES.keys())} are missing, unknown or given twice")
     return found
@@ -109,8 +113,9 @@ PEFT = Reader(
     "peft", "PEFT", "adapter",
     _by_action(
         {
-            "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora modules_to_save "
-                    "trained_tokens embedding_lora head_lora tied_lora large_rank ia3 prefix prompt quantized_base",
+            "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora "
+                    "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 prefix prompt "
+                    "quantized_base",
             "folded": "beginning",
             "merge instead": "bitfit full",
             "refused": "loftq grown_vocabulary not_finite",
@@ -118,7 +123,8 @@ PEFT = Reader(
         _ALWAYS | {
             "beginning": "computes it again from whatever base it is given, and changes that base for every other "
                          "adapter",
-            "bitfit": "has no form for biases alone", "full": "has no form for a whole model",
+            "bitfit": "has no form for biases alone", "full": "has no form for a whole model", "prefix": "",
+            "prompt": "",
         },
     ),
     plain=False,
@@ -135,7 +141,8 @@ VLLM = Reader(
             "refused": "prefix prompt loftq grown_vocabulary not_finite",
         },
         _ALWAYS | {
-            "rslora": "scales the update of experts by alpha / r (#55545)", "alpha_pattern": "overlooks it in older versions",
+            "rslora": "scales the update of experts by alpha / r (#55545)",
+            "alpha_pattern": "overlooks it in older versions",
             "unequal_ranks": "scales by the config's r in older versions",
             "fractional_alpha": "declares lora_alpha a whole number",
             "beginning": "refuses the folder",
@@ -221,12 +228,13 @@ OLLAMA = Reader(
 _MERGED = _by_action(
     {
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
-                  "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 bitfit full",
+                  "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank "
+                  "ia3 bitfit full",
         "refused": "prefix prompt loftq grown_vocabulary not_finite",
     },
     _ALWAYS,
 )  # fmt: skip
-HF = Reader("hf", "transformers", "model", _MERGED, plain=False)
+HF = Reader("hf", "transformers", "model", _MERGED, plain=False, types=("auto", "bf16", "f16", "f32"))
 GGUF = Reader("gguf", "llama.cpp", "model", _MERGED, plain=False, types=MODEL_TYPES)
 READERS = {reader.format: reader for reader in (PEFT, HF, GGUF, GGUF_ADAPTER, OLLAMA, VLLM, SGLANG, LORAX)}
 

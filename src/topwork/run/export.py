@@ -1,8 +1,9 @@
 """`topwork export`: an adapter or a model in the format that another program reads, looked at with that program's eyes
 before it is written, and read back by it after."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,30 @@ from topwork.common.files import write_folder, write_json
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
 from topwork.export.readers import Reader, reader_of, type_of
+from topwork.models.config import ModelConfig
 from topwork.models.quantized import stored_quantization
-from topwork.models.source import ALIASES
+from topwork.models.source import ALIASES, Source, find_source
 from topwork.plan.count import base_skeleton
-from topwork.run.export_check import Reading, tokenizer_of
-from topwork.run.exporters import ADAPTER_WRITERS, MODEL_WRITERS, OUT, AdapterJob, Written
+from topwork.run.export_check import asked, stored_by, tokenizer_of
+from topwork.run.export_gguf import write_adapter_file
+from topwork.run.export_models import ModelJob, write_gguf, write_hf
+from topwork.run.export_peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter, is_adapter
+from topwork.run.merge import prepared_merge
+from topwork.run.written import OUT, Written
 
+ADAPTER_WRITERS: dict[str, Callable[[AdapterJob, Path], Written]] = {
+    "peft": write_peft, "vllm": write_vllm, "sglang": write_sglang, "lorax": write_lorax,
+    "gguf-adapter": write_adapter_file,
+}  # fmt: skip
+MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {"hf": write_hf, "gguf": write_gguf}
+"""By format: each fills an empty folder, which then appears whole or not at all."""
 Log = Callable[[str], None]
 RECORD = "export.json"
 CHECKED_PROMPTS = 4
+MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16"}
+"""In which type an adapter is merged, by what the result is written in: what is rounded anyway is rounded once."""
 
 
 @dataclass(frozen=True)
@@ -119,21 +133,11 @@ def _adapter(given: Given, out: Path, how: _How) -> Exported:
     findings = _looked_at(given, bare, how)
     if how.dry_run:
         return how.exported(out, findings)
-    tokenizer = tokenizer_of(given.model, given.template, how.log)
-    reading = Reading(given, tokenizer, skeleton.num_parameters(), how.check, how.force, how.log)
-    parts = exported_parts(given.saved, bare, reading.bare)
-    compared = reading.asked()
-    reading.close()
+    tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
+    parts = exported_parts(given.saved, bare, lambda: stored_by(given.model, skeleton, how.log))
+    compared = asked(given, tokenizer, how.check, how.force, how.log)
     job = AdapterJob(given, how.reader, how.type, bare, parts, tokenizer, compared, how.log)
-    done: list[Exported] = []
-
-    def fill(folder: Path) -> None:
-        written = ADAPTER_WRITERS[how.reader.format](job, folder)
-        done.append(how.exported(out, findings, written))
-        write_json(folder / RECORD, done[0].as_json())
-
-    write_folder(out, fill, how.overwrite)
-    return done[0]
+    return _written(out, findings, how, lambda folder: ADAPTER_WRITERS[how.reader.format](job, folder))
 
 
 def _looked_at(given: Given, bare: Bare, how: _How) -> list[Finding]:
@@ -152,17 +156,71 @@ def _looked_at(given: Given, bare: Bare, how: _How) -> list[Finding]:
 
 
 def _model(name: str, out: Path, how: _How) -> Exported:
-    """A whole model."""
+    """A model as it is."""
     if how.reader.format not in MODEL_WRITERS:
         raise RequestError(
             f"--format {how.reader.format} is for adapters, and {name} is a model, if anything; give a run's folder or "
             f"a PEFT folder, or one of {', '.join(MODEL_WRITERS)}"
         )
-    raise NotImplementedError
+    model = ModelConfig(model_name_or_path=name)
+    source = find_source(model, how.log)
+    if how.dry_run:
+        return how.exported(out, [])
+    job = ModelJob(
+        _stem(name), source, how.reader, how.type, tokenizer_of(model, None, None, how.log), how.check, how.log
+    )
+    return _written(out, [], how, lambda folder: MODEL_WRITERS[how.reader.format](job, folder))
 
 
 def _merged(given: Given, out: Path, how: _How) -> Exported:
-    raise NotImplementedError
+    """A format that carries a model: the adapter is merged, checked, and the result written in it."""
+    findings = _looked_at(given, bare_base(base_skeleton(given.model)), how)
+    if how.dry_run:
+        return how.exported(out, findings)
+    tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
+    merge = prepared_merge(
+        given, MERGED_TYPES.get(how.type or "auto", "float32"), "auto", how.force, how.log, how.check
+    )
+
+    def fill(folder: Path) -> Written:
+        if how.reader.format == "hf":
+            figures = merge(folder)
+            return Written(figures, [f'AutoModelForCausalLM.from_pretrained("{OUT}")'], _checked(figures))
+        whole = folder / "merged"
+        whole.mkdir()
+        figures = merge(whole)
+        source = Source(given.place.resolve().name, str(whole), None)
+        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log)
+        written = MODEL_WRITERS[how.reader.format](job, folder)
+        shutil.rmtree(whole)
+        return replace(written, figures={**written.figures, "merge": figures})
+
+    return _written(out, findings, how, fill)
+
+
+def _checked(figures: Mapping[str, Any]) -> list[ReadBack]:
+    """The merge's own check, which reads the folder as transformers does."""
+    if "sequences" not in figures:
+        return []
+    return [ReadBack("transformers", figures["sequences"], figures["largest_relative_difference"])]
+
+
+def _written(out: Path, findings: Sequence[Finding], how: _How, fill: Callable[[Path], Written]) -> Exported:
+    """The folder, whole or not at all, and what stands in its export.json."""
+    done: list[Exported] = []
+
+    def whole(folder: Path) -> None:
+        done.append(how.exported(out, findings, fill(folder)))
+        write_json(folder / RECORD, done[0].as_json())
+
+    write_folder(out, whole, how.overwrite)
+    return done[0]
+
+
+def _stem(name: str) -> str:
+    """What a model's files are called by."""
+    known = Path(ALIASES.get(name, name))
+    return known.stem if known.suffix == ".gguf" else known.resolve().name
 
 
 def _named(place: Path, log: Log) -> Path:

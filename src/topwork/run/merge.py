@@ -57,27 +57,38 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
+    fill = prepared_merge(adapter, dtype, base, force, log, check, data)
+    found: dict[str, Any] = {}
+    write_folder(out, lambda folder: found.update(fill(folder)), overwrite)
+    if adapter.recipe is not None:
+        write_json(adapter.place / REPORT, found | {"folder": out.name})
+    return found
+
+
+def prepared_merge(
+    adapter: Given, dtype: str | None = None, base: str = "auto", force: bool = False,
+    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
+) -> Callable[[Path], dict[str, Any]]:  # fmt: skip
+    """What fills an empty folder with the merged model, checks it there and returns what its merge.json says: for
+    `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
-    found: dict[str, Any] = {}
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         plan.write(folder)
-        found.update(_told(adapter, plan, inputs), merge_seconds=round(time.perf_counter() - started, 2))
+        found = _told(adapter, plan, inputs) | {"merge_seconds": round(time.perf_counter() - started, 2)}
         if before is not None:
             verified = after_merge(folder, adapter, plan, before, inputs)
-            found.update(asdict(verified))
+            found |= asdict(verified)
             _judge(verified, plan, force, log)
         write_json(folder / REPORT, found)
+        return found
 
-    write_folder(out, fill, overwrite)
-    if adapter.recipe is not None:
-        write_json(adapter.place / REPORT, found | {"folder": out.name})
-    return found
+    return fill
 
 
 def _refuse_request(base: str, check: int, data: str | None) -> None:

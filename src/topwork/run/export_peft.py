@@ -1,8 +1,7 @@
-"""How each format of `topwork export` is written and read back: a function for each, by the names that
-`export/readers.py` has."""
+"""Adapters as PEFT folders: for PEFT itself, and for the servers that read its plain form."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,12 @@ from topwork.export.peft import write_kept, write_plain
 from topwork.export.read_back import Asked, ReadBack, by_peft, has_peft, reread
 from topwork.export.readers import Reader
 from topwork.export.vllm import check_as_vllm, served_rank
-from topwork.models.lazy import LazyModel
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import find_source
 from topwork.models.writing import write_tokenizer
 from topwork.run.folder import TEMPLATE
 from topwork.run.given import Given
-
-OUT = "OUT"
-"""Where a line of use tells the folder, which stands aside while it is written."""
+from topwork.run.written import OUT, Written
 
 
 @dataclass(frozen=True)
@@ -58,29 +54,7 @@ class AdapterJob:
         return lowered(self.parts, self.bare, self.reader.ranks, self.reader.whole_layers)
 
 
-@dataclass(frozen=True)
-class ModelJob:
-    """A whole model that is to be written, an adapter merged into it or none."""
-
-    reader: Reader
-    type: str | None
-    model: LazyModel
-    tokenizer: PreTrainedTokenizerBase | None
-    template: str | None
-    log: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a writer tells of what it wrote: figures for export.json, how it is used (lines with OUT in them), and what
-    its reader made of it, where it was read."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    use: Sequence[str] = ()
-    read_back: Sequence[ReadBack] = ()
-
-
-def _peft(job: AdapterJob, folder: Path) -> Written:
+def write_peft(job: AdapterJob, folder: Path) -> Written:
     config = job.given.saved.config
     write_kept(folder, config, job.parts, job.bare, job.base)
     _write_tokenizer(job, folder)
@@ -88,7 +62,7 @@ def _peft(job: AdapterJob, folder: Path) -> Written:
     return Written({"method": config.method}, use, _read_back(job, folder, job.parts))
 
 
-def _vllm(job: AdapterJob, folder: Path) -> Written:
+def write_vllm(job: AdapterJob, folder: Path) -> Written:
     adapter = job.lowered()
     _write_plain(job, folder, adapter)
     rank = served_rank(adapter.rank)
@@ -101,14 +75,14 @@ def _vllm(job: AdapterJob, folder: Path) -> Written:
     return Written(figures, use[: 2 if job.tokenizer else 1], _read_back(job, folder, adapter))
 
 
-def _sglang(job: AdapterJob, folder: Path) -> Written:
+def write_sglang(job: AdapterJob, folder: Path) -> Written:
     adapter = job.lowered()
     _write_plain(job, folder, adapter)
     use = f"python -m sglang.launch_server --model-path {job.base.name} --enable-lora --lora-paths NAME={OUT}"
     return Written(_figures(adapter), [use], _read_back(job, folder, adapter))
 
 
-def _lorax(job: AdapterJob, folder: Path) -> Written:
+def write_lorax(job: AdapterJob, folder: Path) -> Written:
     adapter = job.lowered()
     _write_plain(job, folder, adapter)
     use = f'{{"parameters": {{"adapter_id": "{OUT}", "adapter_source": "local"}}}}'
@@ -144,11 +118,3 @@ def _read_back(job: AdapterJob, folder: Path, adapter: Lowered | Parts) -> list[
         model = job.given.model
         found.append(by_peft(folder, find_source(model, job.log), model.trust_remote_code, job.asked))
     return found
-
-
-ADAPTER_WRITERS: dict[str, Callable[[AdapterJob, Path], Written]] = {
-    "peft": _peft, "vllm": _vllm, "sglang": _sglang, "lorax": _lorax,
-}  # fmt: skip
-"""By format: each fills a folder, which then appears whole or not at all."""
-MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {}
-"""The same for whole models."""
