@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from task_scores import Rows, apart, asked, figures
-from trained_tasks import MODEL, SIGNATURE, TASKS, TRAINING, prepared, trained
+from trained_tasks import MODEL, SIGNATURE, TASKS, TRAINING, rows_to_ask, trained
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 from topwork.adapters.graft import Adapters
@@ -181,7 +181,7 @@ def scored(given: argparse.Namespace, arms: list[Arm]) -> dict[str, dict[str, Ro
 
 def through(given: argparse.Namespace, base: Base, arm: Arm, task: str) -> Rows:
     adapters = Adapters(base.module)
-    test = prepared(task, given.data_dir, given.work, signed=task == "signer")["test"]
+    test = rows_to_ask(task, given.data_dir, given.work, signed=task == "signer")
     if not arm.sources:
         return asked(base, None, task, test, given.data_dir)
     saved = read_adapter(place(given, arm.name))

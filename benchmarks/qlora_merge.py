@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from task_scores import Rows, apart, asked, figures
 from torch import Tensor
-from trained_tasks import HOW, MODEL, TASKS, TRAINING, prepared, trained
+from trained_tasks import HOW, MODEL, TASKS, TRAINING, rows_to_ask, trained
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, write_record
 from topwork.adapters.methods.lora.lora import Lora
@@ -97,7 +97,7 @@ def asked_rows(given: argparse.Namespace, task: str, name: str, build: Callable[
     """The rows of an arm, from WORK where they are."""
     out = given.work / f"merge-{name}.rows.json"
     if not out.exists():
-        test = prepared(task, given.data_dir, given.work)["test"]
+        test = rows_to_ask(task, given.data_dir, given.work)
         base, adapter = build()
         rows = asked(base, adapter, task, test, given.data_dir)
         rows.write(out)

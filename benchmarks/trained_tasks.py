@@ -107,8 +107,8 @@ def trained(name: str, data_dir: Path, work: Path) -> Path:
     if not (folder / "adapter").is_dir():
         task, _, how = name.partition("-")
         count = TASKS[task].fewer_rows if how else TASKS[task].rows
-        rows = prepared(task, data_dir, work, how == "signed" or task == "signer", count)
-        train(make_recipe(recipe(rows["train"], folder, how or "bf16")), overwrite=True)
+        rows = training_rows(task, data_dir, work, how == "signed" or task == "signer", count)
+        train(make_recipe(recipe(rows, folder, how or "bf16")), overwrite=True)
     return folder
 
 
@@ -123,16 +123,23 @@ def recipe(train: Path, folder: Path, how: str) -> dict[str, Any]:
     }
 
 
-def prepared(task: str, data_dir: Path, work: Path, signed: bool = False, rows: int = 0) -> dict[str, Path]:
-    """So many training rows of a task, and its test rows, as files of chats: of one shuffled order, whoever asks."""
+def training_rows(task: str, data_dir: Path, work: Path, signed: bool, count: int) -> Path:
+    """So many rows of a task as a file of chats."""
+    return _written(task, "train", data_dir, work, signed, count)
+
+
+def rows_to_ask(task: str, data_dir: Path, work: Path, signed: bool = False) -> Path:
+    """The rows that every arm is asked, as a file of chats."""
+    return _written(task, "test", data_dir, work, signed, TASKS[task].test_rows)
+
+
+def _written(task: str, split: str, data_dir: Path, work: Path, signed: bool, count: int) -> Path:
     work.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for split, count in (("train", rows), ("test", TASKS[task].test_rows)):
-        chats = CHATS[task](data_dir, split)
-        random.Random(0).shuffle(chats)
-        files[split] = work / f"{task}{'-signed' if signed else ''}-{split}-{count}.jsonl"
-        write_chats(files[split], [_signed(chat) if signed else chat for chat in chats[:count]])
-    return files
+    out = work / f"{task}{'-signed' if signed else ''}-{split}-{count}.jsonl"
+    chats = CHATS[task](data_dir, split)
+    random.Random(0).shuffle(chats)
+    write_chats(out, [_signed(chat) if signed else chat for chat in chats[:count]])
+    return out
 
 
 def _signed(chat: Chat) -> Chat:
