@@ -287,7 +287,13 @@ def test_a_combined_adapter_tells_its_sources_and_what_it_kept_of_each(tmp_path:
 def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     merged = card_of(write(tmp_path / "merged", config={}, merge={"base": "own/b", "dtype": "bfloat16"}))
     assert (front_of(merged)["library_name"], front_of(merged)["base_model_relation"]) == ("transformers", "finetune")
-    gguf = card_of(write(tmp_path / "gguf", x__gguf="", export={"format": "gguf", "base": "own/b"}))
+    exported = {
+        "format": "gguf", "figures": {"merge": {"base_model": "own/b"}}, "reader": "llama.cpp", "use": ["run /home/ada/x"],
+        "findings": [{"feature": "rslora", "found": "2", "unseen": "scales by alpha / r", "action": "folded"}],
+    }  # fmt: skip
+    gguf = card_of(write(tmp_path / "gguf", x__gguf="", export=exported))
+    assert "- rslora (2), which llama.cpp scales by alpha / r: folded." in gguf
+    assert "run " not in gguf
     assert front_of(gguf)["base_model_relation"] == "quantized"
     assert "llama-server -m gguf/x.gguf" in gguf
     with pytest.raises(RequestError, match="neither an adapter"):

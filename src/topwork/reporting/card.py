@@ -16,6 +16,7 @@ from topwork.reporting.card_facts import (
     combined_scores,
     data_notes,
     data_rows,
+    findings,
     made_rows,
     method_name,
     method_rows,
@@ -70,6 +71,7 @@ def render_card(source: CardSource, samples: int = SAMPLES) -> str:
             scores=score_rows(source),
             evaluated=_evaluated(source),
             made=made_rows(source),
+            findings=findings(source),
             combined=combined_rows(source),
             combined_scores=combined_scores(source),
             data=data_rows(source),
@@ -149,7 +151,8 @@ def _evaluated(source: CardSource) -> str:
     if rows is None:
         return ""
     graded = markdown.text(source.evaluation.get("grader", ""))
-    return f"{rows:,.0f} rows ({markdown.text(_rows_name(source))}), graded as {graded}."
+    beside = "" if source.kind == "adapter" else " Taken with the adapter beside its base, before it was folded in."
+    return f"{rows:,.0f} rows ({markdown.text(_rows_name(source))}), graded as {graded}.{beside}"
 
 
 def _summary(source: CardSource) -> str:

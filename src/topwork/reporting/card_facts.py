@@ -207,8 +207,18 @@ def made_rows(source: CardSource) -> Rows:
     ]
 
 
-TABLED = ("sources", "evaluation")
-"""What of it has a table of its own."""
+TABLED = ("sources", "evaluation", "findings", "use")
+"""What of it has a place of its own."""
+
+
+def findings(source: CardSource) -> list[str]:
+    """What an adapter had that its reader would have taken wrongly, and what was done about it."""
+    found = []
+    for each in _mappings(source.made, "findings"):
+        shown = f" ({text(each['found'])})" if each.get("found") else ""
+        unseen = f", which {text(source.made.get('reader'))} {text(each['unseen'])}" if each.get("unseen") else ""
+        found.append(f"{text(str(each.get('feature')).replace('_', ' '))}{shown}{unseen}: {text(each.get('action'))}.")
+    return found
 
 
 def combined_rows(source: CardSource) -> Rows:

@@ -148,8 +148,9 @@ def _kind(folder: Path) -> Kind:
     )
 
 
-def _base_name(*told: Mapping[str, Any]) -> str | None:
-    """The first name that one of these has: provenance.json, what a command tells, adapter_config.json."""
+def _base_name(provenance: Mapping[str, Any], made: Mapping[str, Any], adapter: Mapping[str, Any]) -> str | None:
+    """The first name that one of these has: a run, the command that wrote the folder, the adapter."""
+    told = (provenance, made, section(made, "figures", "merge"), adapter)
     for values in told:
         for found in (values.get("base"), values.get("base_model"), values.get("base_model_name_or_path")):
             name = (found.get("id") or found.get("name")) if isinstance(found, Mapping) else found

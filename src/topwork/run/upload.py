@@ -19,6 +19,7 @@ from topwork.common.errors import AdapterError, CheckpointError, ModelError, Req
 from topwork.common.files import MANIFEST, verify_folder
 from topwork.models.config import ModelConfig
 from topwork.models.tokenizer import open_tokenizer
+from topwork.models.writing import clean_config, write_tokenizer
 from topwork.plan.lint.secrets import keys, masked
 from topwork.reporting.card_source import (
     MADE,
@@ -125,11 +126,9 @@ def _refuse_unreadable(saved: SavedAdapter, source: CardSource) -> None:
 def _tokenizer(model: ModelConfig, template: Path, log: Log) -> dict[str, Content]:
     """The base's tokenizer with the template that the adapter learned by: readers write prompts as training did."""
     tokenizer, _ = open_tokenizer(model, log)
-    if template.is_file():
-        tokenizer.chat_template = template.read_text("utf-8")
     with TemporaryDirectory() as place:
-        tokenizer.save_pretrained(place)
-        return {name: _clean(name, path.read_bytes()) for name, path in _files(Path(place))}
+        write_tokenizer(tokenizer, Path(place), template.read_text("utf-8") if template.is_file() else None)
+        return {name: path.read_bytes() for name, path in _files(Path(place))}
 
 
 def _tokenizer_of_base(adapter: Path, log: Log) -> dict[str, Content]:
@@ -206,11 +205,7 @@ def _clean(name: str, content: bytes) -> bytes:
     values = json.loads(content)
     if name in RECORDS:
         return _json(without_places(values))
-    return _json({key: value for key, value in values.items() if not _is_ours(key)})
-
-
-def _is_ours(key: str) -> bool:
-    return key.endswith("name_or_path") or key in ("is_local", "local_files_only")
+    return _json({key: value for key, value in clean_config(values).items() if key != "name_or_path"})
 
 
 def _json(values: Any) -> bytes:
