@@ -1,5 +1,5 @@
-"""docs/delivery.md: its commands run as they stand there, one after the other, on runs of a tiny base; its tables say what
-the code says."""
+"""docs/delivery.md: its commands run as they stand there, one after the other, on runs of a tiny base; its tables say
+what the code says."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import pytest
 from run import tiny
 from run.fixtures import Said, topwork
 from topwork.merging.combine.table import WAYS
-from topwork.merging.threshold import LARGEST_16BIT_KL, LARGEST_FP32_DIFFERENCE, LEAST_16BIT_AGREEMENT
+from topwork.merging import threshold
 from topwork.run.train import train
 
 __all__ = ["topwork"]
@@ -76,6 +76,9 @@ def test_every_method_stands_in_the_table() -> None:
 
 
 def test_thresholds_are_those_of_the_check() -> None:
-    assert f"{LARGEST_FP32_DIFFERENCE:.0e}".replace("e-0", "e-") in PAGE
-    assert f"over {LARGEST_16BIT_KL} nats" in PAGE
-    assert f"under {LEAST_16BIT_AGREEMENT * 100:.0f} %" in PAGE
+    told = " ".join(PAGE.partition("**The check.**")[2].partition("\n\n")[0].split())
+    fp32 = f"{threshold.LARGEST_FP32_DIFFERENCE:.0e} of the largest logit or a KL over {threshold.LARGEST_FP32_KL:.0e}"
+    assert fp32.replace("e-0", "e-") in told
+    assert f"a KL over {threshold.FLOOR_16BIT_KL} that is also over {threshold.LARGEST_16BIT_KL}, or over half" in told
+    assert threshold.LARGEST_SHARE == 0.5
+    assert f"under {threshold.LEAST_16BIT_AGREEMENT * 100:.0f} %" in told

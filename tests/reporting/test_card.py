@@ -288,12 +288,19 @@ def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     merged = card_of(write(tmp_path / "merged", config={}, merge={"base": "own/b", "dtype": "bfloat16"}))
     assert (front_of(merged)["library_name"], front_of(merged)["base_model_relation"]) == ("transformers", "finetune")
     exported = {
-        "format": "gguf", "figures": {"merge": {"base_model": "own/b"}}, "reader": "llama.cpp", "use": ["run /home/ada/x"],
+        "format": "gguf", "figures": {"merge": {"base_model": "own/b"}}, "reader": "llama.cpp",
+        "use": ["run /home/ada/x"],
         "findings": [{"feature": "rslora", "found": "2", "unseen": "scales by alpha / r", "action": "folded"}],
     }  # fmt: skip
     gguf = card_of(write(tmp_path / "gguf", x__gguf="", export=exported))
     assert "- rslora (2), which llama.cpp scales by alpha / r: folded." in gguf
     assert "run " not in gguf
+    assert "llama-server -m gguf/x.gguf --jinja" in gguf
+    exported = {"format": "ollama", "figures": {"file": "a.gguf", "model": "b.gguf"}, "base_model": "own/b"}
+    ollama = card_of(write(tmp_path / "ollama", a__gguf="", b__gguf="", Modelfile="FROM", export=exported))
+    assert front_of(ollama)["base_model_relation"] == "adapter"
+    assert "llama-server -m ollama/b.gguf --lora ollama/a.gguf" in ollama
+    assert "ollama create ollama -f ollama/Modelfile" in ollama
     assert front_of(gguf)["base_model_relation"] == "quantized"
     assert "llama-server -m gguf/x.gguf" in gguf
     with pytest.raises(RequestError, match="neither an adapter"):

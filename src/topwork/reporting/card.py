@@ -106,7 +106,7 @@ def front_matter(source: CardSource) -> dict[str, Any]:
 
 def _relation(source: CardSource) -> str:
     """The Hub's words: a base with an adapter folded in is a finetune; a merge is one of several models."""
-    if source.kind == "adapter" or source.made.get("format") in ("gguf-adapter", "ollama"):
+    if source.kind == "adapter" or source.gguf_adapter:
         return "adapter"
     return "quantized" if source.kind == "gguf" else "finetune"
 

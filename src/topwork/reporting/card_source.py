@@ -51,6 +51,12 @@ class CardSource:
     template: bool
     tokenizer: bool
 
+    @property
+    def gguf_adapter(self) -> bool:
+        """Whether the GGUF files are an adapter's, alone or beside its base."""
+        beside = self.made.get("format") == "ollama" and "model" in section(self.made, "figures")
+        return self.kind == "gguf" and (self.made.get("format") == "gguf-adapter" or beside)
+
 
 def read_source(folder: Path, run: Path | None, name: str | None, repo: str | None, base: str | None) -> CardSource:
     """`run` is where the folder's training is told, where it is no run itself; `base` overrules the base's name.

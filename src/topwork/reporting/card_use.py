@@ -31,7 +31,7 @@ class Use:
 def uses(source: CardSource) -> list[Use]:
     """How each reader loads it, in the order in which people look for them."""
     if source.kind == "gguf":
-        return [_llama_cpp_files(source)]
+        return _llama_cpp_files(source)
     if source.kind == "model":
         return [_transformers_model(source), _vllm_model(source), _llama_cpp_model(source)]
     return [_peft(source), _vllm(source), _llama_cpp(source)]
@@ -150,17 +150,21 @@ def _llama_cpp_model(source: CardSource) -> Use:
     return Use("llama.cpp", "", _shell(_download(source), export, f"llama-server -m {name}-gguf/*.gguf"))
 
 
-def _llama_cpp_files(source: CardSource) -> Use:
-    files = ", ".join(map(code, source.files))
-    first = _word(source.files[0]) if source.files else "*.gguf"
-    if source.made.get("format") in ("gguf-adapter", "ollama"):
-        note = f"{files}: an adapter, which goes on a GGUF of its base, {code(source.base or source.local)}."
-        return Use(
-            "llama.cpp",
-            note,
-            _shell(_download(source), f"llama-server -m BASE.gguf --lora {_word(source.name)}/{first}"),
-        )
-    return Use("llama.cpp", f"{files}.", _shell(_download(source), f"llama-server -m {_word(source.name)}/{first}"))
+def _llama_cpp_files(source: CardSource) -> list[Use]:
+    name, figures = _word(source.name), section(source.made, "figures")
+    listed = ", ".join(map(code, source.files))
+    file = str(figures.get("file") or next(iter(source.files), "*.gguf"))
+    if not source.gguf_adapter:
+        serve, note = f"llama-server -m {name}/{_word(file)} --jinja", f"{listed}."
+    else:
+        base = f"{name}/{_word(str(figures['model']))}" if figures.get("model") else "BASE.gguf"
+        serve = f"llama-server -m {base} --lora {name}/{_word(file)} --jinja"
+        note = f"{listed}: an adapter goes on a GGUF of its base, {code(source.base or source.local)}."
+    found = [Use("llama.cpp", note, _shell(_download(source), serve))]
+    if source.made.get("format") == "ollama":
+        create = f"ollama create {name} -f {name}/Modelfile"
+        found.append(Use("Ollama", "", _shell(_download(source), create, f"ollama run {name}")))
+    return found
 
 
 def _merged(source: CardSource) -> list[str]:
