@@ -14,8 +14,8 @@ import pytest
 
 from run import tiny
 from run.fixtures import Said, topwork
-from topwork.merging.combine.table import WAYS
 from topwork.merging import threshold
+from topwork.merging.combine.table import WAYS
 from topwork.run.train import train
 
 __all__ = ["topwork"]

@@ -57,7 +57,7 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
-    fill = prepared_merge(adapter, dtype, base, force, log, check, data)
+    fill = prepared_merge(adapter, dtype, base, force, log, check, data, out)
     found: dict[str, Any] = {}
     write_folder(out, lambda folder: found.update(fill(folder)), overwrite)
     if adapter.recipe is not None:
@@ -67,13 +67,14 @@ def merge(
 
 def prepared_merge(
     adapter: Given, dtype: str | None = None, base: str = "auto", force: bool = False,
-    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
+    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None, out: Path | None = None,
 ) -> Callable[[Path], dict[str, Any]]:  # fmt: skip
     """What fills an empty folder with the merged model, checks it there and returns what its merge.json says: for
-    `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
+    `topwork merge`, and for exports of what it gives. Arguments and errors as there; `out` is where room is needed."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
-    refuse_small_disk(out, plan.nbytes)
+    if out is not None:
+        refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
