@@ -1,4 +1,4 @@
-"""Entrywise methods against what mergekit 0.1.5 made of full models: tools/mergekit_reference.py wrote it down."""
+"""Ways to combine against what mergekit 0.1.5 made of full models: tools/mergekit_reference.py wrote it down."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from reference.measure import ROUNDING, relative
-from reference.mergekit import MODULES, SOURCES, Run, base, delta, runs
+from reference.mergekit import MODULES, SOURCES, Run, base, delta, factors, runs
 from topwork.merging.combine import entrywise
+from topwork.merging.combine.linear import as_mean, as_weighted, on_the_arc
+from topwork.merging.deltas import DenseDelta, LowRankDelta, weighted_sum
 
 ROUNDED = 8 * ROUNDING
 """mergekit weights, adds, enlarges and divides in fp32, and adds the base, which is no larger than the change."""
@@ -75,3 +77,30 @@ def test_masks_are_what_mergekit_draws() -> None:
             for i, source in enumerate(SOURCES)
         }
         assert list(kept.values()) == pytest.approx(run.settings["density"], abs=0.08)
+
+
+LINEAR = {
+    "linear": as_mean, "task_arithmetic": as_weighted, "task_arithmetic_lambda": as_weighted, "nuslerp": on_the_arc,
+    "nuslerp_unnormalized": on_the_arc,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("module", MODULES)
+def test_mergekits_models_by_factors(name: str, module: str) -> None:
+    """mergekit's `nuslerp`, told the base, is what slerp is here: on the arc between two changes of it."""
+    run = runs()[name]
+    deltas = [LowRankDelta(*factors(source, module)) for source in run.sources]
+    total = weighted_sum(deltas, LINEAR[name](deltas, run.settings["weights"]))
+    assert isinstance(total, LowRankDelta)
+    found = base(module) + run.settings.get("lambda", 1.0) * total.dense()
+    assert relative(found, run.merged(module)) < ROUNDED
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_mergekits_slerp_of_whole_weights(module: str) -> None:
+    run = runs()["slerp"]
+    weights = [DenseDelta(base(module) + delta(source, module)) for source in run.sources]
+    t = run.settings["t"]
+    found = weighted_sum(weights, on_the_arc(weights, (1 - t, t))).dense()
+    assert relative(found, run.merged(module)) < ROUNDED

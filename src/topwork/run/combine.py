@@ -110,10 +110,9 @@ def read_sources(places: Sequence[Path], model: str | None = None, force: bool =
     labels = _labels(places)
     for other, label in zip(given[1:], labels[1:]):
         _check_bases(given[0], labels[0], other, label, force, log)
-    skeleton = base_skeleton(given[0].model)
-    bare = bare_base(skeleton)
+    bare = bare_base(base_skeleton(given[0].model))
     changes = tuple(
-        changes_of(label, g.saved, bare, base_weights(g, skeleton, log)) for g, label in zip(given, labels)
+        changes_of(label, g.saved, bare, base_weights(g, log)) for g, label in zip(given, labels)
     )  # fmt: skip
     return Sources(given, tuple(labels), changes, bare)
 

@@ -8,7 +8,7 @@ does over a matrix, and nothing of them is left out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from topwork.adapters.targets import EMBEDDINGS, features
 from topwork.common.errors import RequestError
 from topwork.merging.changes import Changes, Parameter
 from topwork.merging.combine import masks
-from topwork.merging.combine.places import places_of, refuse_apart
+from topwork.merging.combine.places import Places, places_of, refuse_apart
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import Way, way_of
 from topwork.merging.combine.truncate import truncated
@@ -26,6 +26,8 @@ from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_factors, 
 
 RANK_OF_DENSE = 16
 """What a source counts that has no rank of its own (IA3)."""
+LARGEST_DENSE = 2**28
+"""Values of one matrix that an entrywise method goes over; with three sources it takes about 10 GiB."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,18 @@ def combine_changes(
 ) -> Combined:
     """The sources' changes by one method; `on_module` is called after each module. `bare` is the sources' base.
 
-    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has.
+    Raises AdapterError for sources that do not go together, RequestError for a rank that no module has and for an
+    entrywise method over a matrix of more than LARGEST_DENSE values, which an embedding of a large model has.
     """
     way = way_of(settings.method)
-    places = places_of(sources, bare)
     if way.meets and len(sources) > 1:
         refuse_apart(sources, way.name)
+    sources, settings = _that_count(sources, settings, way)
+    places = places_of(sources, bare)
     full = {path: min(features(bare.modules[path])) for path in places.adapted}
     rank = _rank_of_result(sources, settings, way, full)
+    if way.entrywise is not None:
+        _refuse_large(way, places, bare)
     method = _Method(way, settings, [source.content for source in sources])
     deltas, energies = {}, {}
     for path in places.adapted:
@@ -85,6 +91,31 @@ def combine_changes(
         on_module()
     whole = {key: _whole(method, sources, key) for key in places.whole}
     return Combined(rank, deltas, energies, whole, _tokens(method, sources))
+
+
+def _that_count(sources: Sequence[Changes], settings: Settings, way: Way) -> tuple[Sequence[Changes], Settings]:
+    """Without those of weight 0, which give no change, no sign and no direction (slerp needs its two); and in an order
+    of their own, in which sums are rounded: so the order in which they were named changes no bit."""
+    given = [
+        (source.content, weight, density, source)
+        for source, weight, density in zip(sources, settings.weights, settings.density)
+        if weight or way.sources is not None
+    ]
+    given.sort(key=lambda each: each[:3])
+    _, weights, densities, kept = zip(*given)
+    return kept, replace(settings, weights=weights, density=densities)
+
+
+def _refuse_large(way: Way, places: Places, bare: Bare) -> None:
+    values = {path: math.prod(features(bare.modules[path])) for path in places.adapted}
+    values |= {path: bare.modules[path].get_parameter(name).numel() for path, name in places.whole}
+    for path, count in values.items():
+        if count > LARGEST_DENSE:
+            raise RequestError(
+                f"{way.name} goes over every value of a change, and that of {path} has {count:,}, more than "
+                f"fit ({LARGEST_DENSE:,}); take cat, linear, task-arithmetic, svd or knots, which stay in factors, or "
+                "combine adapters that leave it alone"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +149,9 @@ class _Method:
             return LowRankDelta(settings.scale * found.b, found.a)
         assert way.entrywise is not None
         generators = [masks.generator(settings.seed, path, content) for content in self.contents]
-        stacked = torch.stack([delta.dense().float() for delta in deltas])
+        stacked = torch.empty(len(deltas), *deltas[0].shape)
+        for values, delta in zip(stacked, deltas):
+            values.copy_(delta.dense())
         return DenseDelta(settings.scale * way.entrywise(stacked, settings, generators))
 
 
@@ -131,7 +164,7 @@ def _deltas(sources: Sequence[Changes], path: str, module: nn.Module) -> list[De
 
 
 def _rank_of_result(sources: Sequence[Changes], settings: Settings, way: Way, full: Mapping[str, int]) -> int:
-    """What was asked for, or what holds the combined change; sources of weight 0 need none of it."""
+    """What was asked for, or what holds the combined change; slerp's source of weight 0 needs none of it."""
     most = max(full.values())
     if settings.rank is not None:
         if settings.rank > most:

@@ -20,6 +20,7 @@ divide by, and of a negative one alone it turns the sign back. A tie of magnitud
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +109,8 @@ def largest(delta: Tensor, count: int) -> Tensor:
     sizes = delta.abs().flatten()
     if count <= 0 or count >= sizes.numel():
         return torch.full(delta.shape, count > 0, device=delta.device)
-    least = sizes.kthvalue(sizes.numel() - count + 1).values
+    place = sizes.numel() - count
+    least = float(np.partition(sizes.cpu().numpy(), place)[place])
     mask = sizes > least
     equal = (sizes == least).nonzero().flatten()
     mask[equal[: count - int(mask.sum())]] = True

@@ -24,24 +24,31 @@ def as_weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> list[float
 
 
 def as_mean(deltas: Sequence[Delta], weights: Sequence[float]) -> list[float]:  # noqa: ARG001
-    """The weights over their sum, of all sources: one that leaves the module alone counts as zero. Raises RequestError
-    where they sum to zero."""
+    """The weights over their sum, of all sources: one that leaves the module alone counts as zero."""
     total = math.fsum(weights)
-    if abs(total) < 1e-8:
-        raise RequestError(
-            f"--weights {_told(weights)} sum to zero, and linear divides by the sum; --method task-arithmetic does not"
-        )
     return [weight / total for weight in weights]
 
 
-def on_the_arc(deltas: Sequence[Delta], weights: Sequence[float]) -> list[float]:
-    """slerp's two coefficients. Raises RequestError for weights that give no t from 0 to 1."""
-    first, second = weights
-    if min(weights) < 0 or first + second < 1e-8:
+def check_mean(weights: Sequence[float]) -> None:
+    """RequestError for weights that sum to zero."""
+    if abs(math.fsum(weights)) < 1e-8:
+        raise RequestError(
+            f"--weights {_told(weights)} sum to zero, and linear divides by the sum; --method task-arithmetic does not"
+        )
+
+
+def check_arc(weights: Sequence[float]) -> None:
+    """RequestError for weights that give no t from 0 to 1."""
+    if min(weights) < 0:
         raise RequestError(
             f"--weights {_told(weights)}: slerp goes from the first source (1,0) to the second (0,1); give two weights "
-            "of zero or more, not both zero"
+            "of zero or more"
         )
+
+
+def on_the_arc(deltas: Sequence[Delta], weights: Sequence[float]) -> list[float]:
+    """slerp's two coefficients."""
+    first, second = weights
     t, norms = second / (first + second), [delta.norm() for delta in deltas]
     if min(norms) == 0:
         return [1 - t, t]

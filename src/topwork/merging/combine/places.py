@@ -31,16 +31,26 @@ def places_of(sources: Sequence[Changes], bare: Bare) -> Places:
                 "adapter holds the one or the other: train both with the same modules_to_save"
             )
     for source in sources:
-        if source.tokens is not None and source.tokens[0] in chosen | saved:
-            path = source.tokens[0]
-            raise AdapterError(
-                f"{source.label} trained some tokens' rows of {path} and {_who(sources, path)} changes all of it, "
-                "which one adapter cannot hold; merge one of them into the base first (`topwork merge`)"
-            )
+        if source.tokens is not None:
+            _refuse_beside_rows(source, sources, chosen | saved, bare)
     adapted = tuple(path for path in bare.modules if path in chosen - saved)
     if not adapted:
         raise AdapterError("the sources' modules are all trained whole; there is nothing that factors could hold")
     return Places(adapted, tuple(whole))
+
+
+def _refuse_beside_rows(source: Changes, sources: Sequence[Changes], changed: set[str], bare: Bare) -> None:
+    """Rows of an embedding, which a head tied to it shares."""
+    rows = {source.tokens[0]} if source.tokens is not None else set()
+    head, embedding = (bare.modules.get(path or "") for path in (bare.head, bare.embedding))
+    if bare.head is not None and getattr(head, "weight", head) is getattr(embedding, "weight", None):
+        rows.add(bare.head)
+    for path in sorted(rows & changed):
+        raise AdapterError(
+            f"{source.label} trained some tokens' rows (of the embedding, and of a head tied to it) and "
+            f"{_who(sources, path)} changes all of {path}, which one adapter cannot hold; merge one of them into the "
+            "base first (`topwork merge`)"
+        )
 
 
 def refuse_apart(sources: Sequence[Changes], method: str) -> None:
@@ -70,7 +80,7 @@ def _touched(source: Changes) -> set[str]:
 
 
 def _who(sources: Sequence[Changes], path: str) -> str:
-    return next(source.label for source in sources if path in _touched(source))
+    return next(s.label for s in sources if path in s.adapted or any(path == whole for whole, _ in s.whole))
 
 
 def _names(paths: set[str]) -> str:

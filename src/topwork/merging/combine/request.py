@@ -31,6 +31,10 @@ def settings_for(
     _check_sources(way, labels)
     _refuse_unread(way, given | ({} if density is None else {"density": density}))
     weights = _for_each("--weights", weights, labels, 1.0)
+    if not any(weights):
+        raise RequestError("--weights are all zero, which leaves nothing; give one that is not")
+    if way.check is not None:
+        way.check(weights)
     if density is not None and len(density) == 1:
         density = [*density] * len(labels)
     shares = _for_each("--density", density, labels, way.density)

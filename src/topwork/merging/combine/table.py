@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.merging.combine import entrywise, masks
 from topwork.merging.combine.knots import knots
-from topwork.merging.combine.linear import as_mean, as_weighted, on_the_arc
+from topwork.merging.combine.linear import as_mean, as_weighted, check_arc, check_mean, on_the_arc
 from topwork.merging.combine.settings import Settings
 from topwork.merging.deltas import Delta, LowRankDelta
 
@@ -28,6 +28,7 @@ class Way:
     coefficients   of a linear one, which needs no dense matrix where its sources have factors; or
     entrywise      what gives the dense result, which is then truncated; or
     factors        what goes over factors itself, and gives some
+    check          of the weights; raises RequestError for some that it cannot take
     reads          the options beside weights and rank that it knows
     density        the one that it takes where none is given
     sources        how many it needs; None for one or more
@@ -42,6 +43,7 @@ class Way:
     coefficients: Coefficients | None = None
     entrywise: Entrywise | None = None
     factors: Factors | None = None
+    check: Callable[[Sequence[float]], None] | None = None
     reads: tuple[str, ...] = ()
     density: float = 1.0
     sources: int | None = None
@@ -84,12 +86,12 @@ WAYS: dict[str, Way] = {
     way.name: way
     for way in (
         Way("cat", "Σ w ΔW, exact, of rank Σ r", "peft's cat", as_weighted),
-        Way("linear", "Σ w ΔW / Σ w, exact, of rank Σ r", "mergekit's linear", as_mean),
+        Way("linear", "Σ w ΔW / Σ w, exact, of rank Σ r", "mergekit's linear", as_mean, check=check_mean),
         Way("task-arithmetic", "λ Σ w ΔW, exact, of rank Σ r", "arXiv 2212.04089", as_weighted, reads=("scale",)),
         Way("svd", "the best approximation of Σ w ΔW in the sources' largest rank", "peft's svd", as_weighted,
             largest_rank=True),
         Way("slerp", "on the arc from ΔW₁ to ΔW₂, exact, of rank r₁ + r₂", "mergekit's slerp", on_the_arc,
-            sources=2, meets=True),
+            check=check_arc, sources=2, meets=True),
         Way("ties", "trimmed, a sign elected for each entry, those that agree averaged", "arXiv 2306.01708",
             entrywise=_ties, reads=("density", "ties_weights", "scale"), density=0.5, meets=True),
         Way("dare", "entries dropped at random, the others enlarged, added by weight", "arXiv 2311.03099",
