@@ -126,6 +126,7 @@ def test_a_card_that_somebody_wrote_is_kept(hub: HubStandIn, trained: Path, tmp_
     (out / "README.md").write_text("# Model Card\n\n[More Information Needed]\n", "utf-8")
     push(out, REPO, log=quiet)
     assert b"# tickets" in pushed(hub)["README.md"]
+    assert b"OWNER/NAME" not in pushed(hub)["README.md"]
     for front in ("base_model: /home/ada/models/base", "tags: [a", "- a\n- list"):
         (out / "README.md").write_text(f"---\n{front}\n---\n# Mine\n", "utf-8")
         with pytest.raises(RequestError, match=r"README\.md"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from topwork.common.errors import shortened
+from topwork.common.files import write_text
 from topwork.reporting import markdown
 from topwork.reporting.card_facts import (
     combined_rows,
@@ -56,6 +57,11 @@ def card_of(
     Raises RequestError for a folder that holds neither an adapter nor a model.
     """
     return render_card(read_source(folder, run, name, repo, base), samples)
+
+
+def add_card(folder: Path, name: str, run: Path | None = None) -> None:
+    """Write the card of a folder that is about to be put in place as `name`, without samples of anybody's rows."""
+    write_text(folder / CARD, card_of(folder, run, name, samples=0))
 
 
 def render_card(source: CardSource, samples: int = SAMPLES) -> str:

@@ -20,6 +20,7 @@ from topwork.merging.combine.result import RECORD, folder_of, write_combined
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import way_of
 from topwork.plan.count import base_skeleton
+from topwork.reporting.card import add_card
 from topwork.run.base_weights import base_weights
 from topwork.run.combine_scores import check_rows, scores_of
 from topwork.run.console import Counter
@@ -92,10 +93,10 @@ def combine(
         combined = combine_changes(read.changes, settings, read.bare, lambda: counter(1))
     folder, template = folder_of(combined, read.bare, read.base, DTYPES[dtype]), _template(read, log)
     record = _record(read, settings, combined, dtype)
-    write_combined(out, folder, record, template, overwrite)
+    write_combined(out, folder, record, template, overwrite, lambda place: add_card(place, out.name))
     if evaluate:
         record["evaluation"] = scores_of(read.given, read.labels, folder.saved(str(out)), data, max_rows, force, log)
-        write_combined(out, folder, record, template, replace=True)
+        write_combined(out, folder, record, template, True, lambda place: add_card(place, out.name))
     return record
 
 

@@ -15,6 +15,7 @@ from topwork.common.errors import RequestError, RunError
 from topwork.common.files import write_folder, write_json
 from topwork.merging.threshold import refusal
 from topwork.merging.verify import Verification
+from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
 from topwork.run.merge_check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
@@ -88,6 +89,7 @@ def prepared_merge(
             found |= asdict(verified)
             _judge(verified, plan, force, log)
         write_json(folder / REPORT, found)
+        add_card(folder, (out or folder).name, adapter.place if adapter.recipe is not None else None)
         return found
 
     return fill
