@@ -27,7 +27,6 @@ from topwork.export.lowered import missing_layers
 from topwork.export.readers import FEATURES, Action, Reader
 
 INSTEAD = {
-    "loftq": "save it as an ordinary LoRA (PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…))",
     "prefix": "use it where it was trained, or with PEFT (--format peft)",
     "prompt": "use it where it was trained, or with PEFT (--format peft)",
     "grown_vocabulary": "name the base whose embedding has grown with --model",
@@ -81,7 +80,7 @@ def preflight(saved: SavedAdapter, bare: Bare, reader: Reader, quantized: bool =
     found = _at_first_sight(saved, bare)
     if quantized:
         found["quantized_base"] = ""
-    if not found.keys() & {"grown_vocabulary", "not_finite", "loftq"}:
+    if not found.keys() & {"grown_vocabulary", "not_finite"}:
         found |= _of_parts(_own_parts(saved, bare), bare, reader, 2 if "beginning" in found else 1)
     order = [name for name in FEATURES if name in found]
     return [_finding(name, found[name], reader) for name in order]
@@ -156,8 +155,6 @@ def _at_first_sight(saved: SavedAdapter, bare: Bare) -> dict[str, str]:
         return found
     if _begins_from_base(saved):
         found["beginning"] = str(config.init_lora_weights)
-    if config.init_lora_weights == "loftq":
-        found["loftq"] = ""
     if config.use_dora:
         found["dora"] = ""
     if config.use_rslora:

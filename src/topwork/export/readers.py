@@ -6,7 +6,7 @@ rows. Read in the readers' sources: PEFT 0.21, vLLM 0.32, SGLang 0.5.23, llama.c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from topwork.common.errors import RequestError, did_you_mean
@@ -27,7 +27,6 @@ FEATURES: dict[str, str] = {
     "some_layers": "some layers only (layers_to_transform)",
     "regex_targets": "target_modules as an expression",
     "beginning": "a beginning taken out of the base (PiSSA, OLoRA)",
-    "loftq": "LoftQ as PEFT writes it",
     "quantized_base": "a base in 4 or 8 bits in training",
     "dora": "DoRA",
     "modules_to_save": "whole modules (modules_to_save)",
@@ -98,7 +97,6 @@ def _by_action(actions: Mapping[Action, str], unseen: Mapping[str, str]) -> dict
 _SCALES = "scales every module by lora_alpha / r of the config"
 _UNKNOWN = "knows LoRA alone"
 _ALWAYS = {
-    "loftq": "needs the base as PEFT's LoftQ quantized it, which no file holds",
     "prefix": "has no place for learned keys and values before the text",
     "prompt": "has no place for learned embeddings before the text",
     "grown_vocabulary": "would find rows that this base has not",
@@ -118,7 +116,7 @@ PEFT = Reader(
                     "quantized_base",
             "folded": "beginning",
             "merge instead": "bitfit full",
-            "refused": "loftq grown_vocabulary not_finite",
+            "refused": "grown_vocabulary not_finite",
         },
         _ALWAYS | {
             "beginning": "computes it again from whatever base it is given, and changes that base for every other "
@@ -138,7 +136,7 @@ VLLM = Reader(
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base",
             "merge instead": "dora modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full",
-            "refused": "prefix prompt loftq grown_vocabulary not_finite",
+            "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
             "rslora": "scales the update of experts by alpha / r (#55545)",
@@ -164,7 +162,7 @@ SGLANG = Reader(
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
             "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
-            "refused": "prefix prompt loftq grown_vocabulary not_finite",
+            "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
             "rslora": _SCALES, "alpha_pattern": _SCALES, "unequal_ranks": _SCALES, "beginning": _BEGINNING,
@@ -183,7 +181,7 @@ LORAX = Reader(
             "expanded": "regex_targets some_layers",
             "kept": "quantized_base head_lora",
             "merge instead": "dora modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 bitfit full",
-            "refused": "prefix prompt loftq grown_vocabulary not_finite",
+            "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
             "rslora": "scales by another rank than the adapter's where it pads (LoRAX #700)",
@@ -204,7 +202,7 @@ _LLAMA_CPP = _by_action(
         "expanded": "regex_targets",
         "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
         "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
-        "refused": "prefix prompt loftq grown_vocabulary not_finite",
+        "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS | {
         "rslora": "scales by alpha / r: use_rslora is not looked at", "beginning": _BEGINNING,
@@ -230,12 +228,14 @@ _MERGED = _by_action(
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
                   "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank "
                   "ia3 bitfit full",
-        "refused": "prefix prompt loftq grown_vocabulary not_finite",
+        "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS,
 )  # fmt: skip
 HF = Reader("hf", "transformers", "model", _MERGED, plain=False, types=("auto", "bf16", "f16", "f32"))
 GGUF = Reader("gguf", "llama.cpp", "model", _MERGED, plain=False, types=MODEL_TYPES)
+OLLAMA_MERGED = replace(GGUF, format="ollama", reader="Ollama")
+"""For families and features that Ollama has no adapters for."""
 READERS = {reader.format: reader for reader in (PEFT, HF, GGUF, GGUF_ADAPTER, OLLAMA, VLLM, SGLANG, LORAX)}
 
 

@@ -5,6 +5,7 @@ us is the file.
 """
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -37,26 +38,23 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except (RuntimeError, ValueError) as error:
             raise RunError(f"llama.cpp does not load {path}: {error}") from error
+        self._letter = self._post("tokenize", {"content": "a"})["tokens"][-1]
 
-    def places(
-        self, prompt: Sequence[int], length: int, top: int, scale: float | None = None
-    ) -> list[dict[int, float]]:
-        """Greedy: of each place of an answer of at most `length` tokens, the `top` likeliest tokens' log-probabilities,
-        the likeliest (which is taken) first. A token that ends the answer is the last. `scale` is the first adapter's.
-        """
-        answer: Any = self._server.handle_completions({
-            "prompt": list(prompt), "max_tokens": length, "temperature": 0, "logprobs": top, "cache_prompt": True,
-            "lora": [] if scale is None else [{"id": 0, "scale": scale}],
-        })  # fmt: skip
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        if "choices" not in answer:
-            raise RunError(f"llama.cpp answers nothing: {str(answer)[:300]}")
-        content = (answer["choices"][0]["logprobs"] or {}).get("content") or []
-        return [{int(each["id"]): float(each["logprob"]) for each in place["top_logprobs"]} for place in content]
+    def logprobs(self, prompt: Sequence[int], top: int, scale: float | None = None) -> dict[int, float]:
+        """Of the `top` likeliest tokens after a prompt of ids, the likeliest first. `scale` is the first adapter's."""
+        # the server tells nothing of a token that is half a letter, so it is made to take another after they are read
+        found = self._complete(prompt, 1, scale, n_probs=top, logit_bias=[[self._letter, 1e4]])
+        return {int(each["id"]): float(each["logprob"]) for each in found["completion_probabilities"][0]["top_logprobs"]}
 
-    def greedy(self, prompt: Sequence[int], length: int) -> list[int]:
+    def greedy(self, prompt: Sequence[int], length: int, scale: float | None = None) -> list[int]:
         """The likeliest tokens one after the other, to one that ends the answer or to `length`."""
-        return [next(iter(place)) for place in self.places(prompt, length, 1)]
+        return [int(number) for number in self._complete(prompt, length, scale)["tokens"]]
+
+    def _complete(self, prompt: Sequence[int], length: int, scale: float | None, **options: Any) -> dict[str, Any]:
+        lora = [] if scale is None else [{"id": 0, "scale": scale}]
+        body = {"prompt": list(prompt), "n_predict": length, "temperature": 0, "return_tokens": True, "lora": lora}
+        found: dict[str, Any] = self._post("completion", {**body, **options})
+        return found
 
     def tokens(self, text: str, special: bool = True) -> list[int]:
         """A text's ids, with what the tokenizer adds before and after; `special` tokens that it spells are read."""
@@ -70,5 +68,8 @@ class LlamaCpp:
         request = urllib.request.Request(
             f"{self._server.listening_address}/{endpoint}", json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.loads(response.read())
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            raise RunError(f"llama.cpp refuses {endpoint}: {error.read()[:300].decode(errors='replace')}") from error

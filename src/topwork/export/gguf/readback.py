@@ -96,32 +96,18 @@ def read_back(
     differences: list[float] = []
     agreed = equal = 0
     for each in answers:
-        found, alone = _beside(reader, each)
-        equal += alone
-        for row, taken, place in zip(each.logprobs, each.tokens, found, strict=True):
-            agreed += next(iter(place)) == taken
-            differences += [abs(value - float(row[number])) for number, value in place.items()]
+        for at, (row, taken) in enumerate(zip(each.logprobs, each.tokens, strict=True)):
+            found = reader.logprobs([*each.prompt, *each.tokens[:at]], TOP)
+            agreed += next(iter(found)) == taken
+            differences += [abs(value - float(row[number])) for number, value in found.items()]
+        alone = reader.greedy(each.prompt, len(each.tokens))
+        equal += bool(alone) and alone == each.tokens[: len(alone)]  # it ends where an answer ends
     return ReadBack(
         "llama.cpp", len(gguf_package().GGUFReader(path).tensors), len(texts),
         sum(reader.tokens(text) == list(tokenizer(text)["input_ids"]) for text in texts),
         sum(len(each.tokens) for each in answers), agreed, float(np.mean(differences)) if differences else 0.0,
         max(differences, default=0.0), len(answers), equal,
     )  # fmt: skip
-
-
-def _beside(reader: LlamaCpp, answer: Answer) -> tuple[list[dict[int, float]], bool]:
-    """llama.cpp's places after our tokens, and whether it says the same tokens (to where it ends) when left alone."""
-    found: list[dict[int, float]] = []
-    alone = True
-    while len(found) < len(answer.tokens):
-        at = len(found)
-        places = reader.places([*answer.prompt, *answer.tokens[:at]], len(answer.tokens) - at, TOP)
-        same = 0
-        while same < len(places) and next(iter(places[same])) == answer.tokens[at + same]:
-            same += 1
-        found += places[: same + 1]  # after another token than ours it goes on from ours
-        alone = alone and same == len(places)
-    return found, alone
 
 
 def _structure(path: Path) -> int:
