@@ -1,6 +1,7 @@
 """A whole model as a GGUF file: templates and ends, other readers, and how the file comes to be."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -170,27 +171,35 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
 
 
 FULL_DISK = f"""
-import shutil, sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]!r}
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2] / "src")!r})
 from pathlib import Path
+import torch
 from topwork.common.errors import RunError
-from topwork.export.gguf import model
-from export.gguf_models import tiny, written
-big = tiny("llama", intermediate_size=2048)
+from topwork.common.files import whole_file
+from topwork.export.gguf.model import _write
+from topwork.export.gguf.tensors import Planned
+from topwork.export.gguf.types import Stored
 place = Path(sys.argv[1])
-for room in (True, False):
-    if not room:
-        model._check_room = lambda *_: None
-    try:
-        written(place, big)
-    except RunError as error:
-        print("said" if ("MiB are free there" if room else "the disk is full") in str(error) else error)
-    print(len(list(place.iterdir())))
+weight = Planned("w", "w", (512, 1024), Stored("f32"), lambda: torch.ones(512, 1024))
+try:
+    with whole_file(place / "x.gguf") as aside:
+        _write(aside, "llama", {{"general.type": "model"}}, [weight])
+except RunError as error:
+    print("said" if "the disk is full" in str(error) else error)
+print(len(list(place.iterdir())))
 """
 
 
-def test_a_full_disk_is_told_before_and_leaves_nothing_after(tmp_path):
-    assert printed_on_a_tiny_disk(FULL_DISK, tmp_path) == ["said", "0", "said", "0"]
+def test_a_disk_that_becomes_full_is_told_and_nothing_is_left(tmp_path):
+    assert printed_on_a_tiny_disk(FULL_DISK, tmp_path) == ["said", "0"]
+
+
+def test_a_disk_without_the_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**16, 2**16))
+    with pytest.raises(RunError, match=r"f32\.gguf will take 0\.\d MiB, and 0\.1 MiB are free there"):
+        written(tmp_path, tiny("llama"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):

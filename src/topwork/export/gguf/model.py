@@ -84,7 +84,7 @@ def _check_room(out: Path, weights: Sequence[Planned]) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RunError(
-            f"{out} will take {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there; free some space "
+            f"{out} will take {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free there; free some space "
             "or name another disk"
         )
 

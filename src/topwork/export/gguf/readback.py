@@ -61,7 +61,8 @@ class ReadBack:
         return (
             f"read back by llama.cpp: {self.answers_equal} of {self.answers} greedy answers as ours, the likeliest "
             f"token as ours at {self.agreed} of {self.positions} places, log-probabilities "
-            f"{self.mean_difference:.1e} apart ({self.largest_difference:.1e} at most), {self.texts_equal} of {self.texts} texts cut alike"
+            f"{self.mean_difference:.1e} apart ({self.largest_difference:.1e} at most), "
+            f"{self.texts_equal} of {self.texts} texts cut alike"
         )
 
 
