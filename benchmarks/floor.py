@@ -104,7 +104,7 @@ def shape_of_config(given: "PretrainedConfig") -> Shape:
     """A model's shape from its config, without weights."""
     from topwork.adapters.graft import bare_base
     from topwork.adapters.targets import LINEAR, features
-    from topwork.plan.count import skeleton
+    from topwork.models.skeleton import skeleton
 
     model = skeleton(given)
     config, bare = model.config.get_text_config(), bare_base(model)

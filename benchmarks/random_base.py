@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from topwork.models.config import ModelConfig
+from topwork.models.skeleton import skeleton
 from topwork.models.source import find_source
-from topwork.plan.count import config_of, shape_names, skeleton
+from topwork.plan.count import config_of, shape_names
 
 SHARD_BYTES = 1 << 29
 """A shard holds this much, or one tensor that is larger: no more is in memory at a time."""

@@ -213,7 +213,7 @@ def test_a_failing_write_leaves_nothing(
         assert (path.parent / "model.safetensors").is_file(), "the failure was to come after the weights"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_clean_config", full)
+    monkeypatch.setattr(writing, "_clean_file", full)
     with pytest.raises(RunError, match="full"):
         save_merged(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The check of a merge: its figures against the formulas, its passes, and a model from a folder."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers
 from topwork.common.errors import AdapterError, DataError
 from topwork.merging import verify as verify_part
-from topwork.merging.verify import compare, measure, merge_and_verify
+from topwork.merging.merge import merge
+from topwork.merging.verify import Verification, compare, measure, verify
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
@@ -20,6 +22,14 @@ from topwork.ops.batch import batch_of
 
 def inputs() -> list[list[int]]:
     return [part.tolist() for part in sequences()]
+
+
+def merge_and_verify(base: Base, adapters: Adapters, name: str, given: list[list[int]]) -> Verification:
+    """Merged in memory, measured before and after."""
+    adapters.train(name, False)
+    before = measure(base, given, name)
+    merge(base, adapters, name)
+    return verify(before, measure(base, given, None), 0.0)
 
 
 def adapted(base: Base, **fields: object) -> Adapters:
@@ -44,13 +54,24 @@ def test_a_right_merge_differs_by_rounding_alone(family: str) -> None:
     assert not adapted_layers(base.module)
 
 
-def test_a_wrong_merge_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_shows() -> None:
     base = tiny_base("llama")
-    adapters = adapted(base)
-    monkeypatch.setattr(verify_part, "merge", lambda _, adapters, name: adapters.remove(name))
-    found = merge_and_verify(base, adapters, "a", inputs())
+    adapted(base)
+    found = verify(measure(base, inputs(), "a"), measure(base, inputs(), None), 0.0)
     assert found.largest_relative_difference > 1e-2
     assert found.mean_kl > 1e-5
+
+
+def test_perplexity_is_of_the_tokens_that_the_kept_rows_predict() -> None:
+    base = tiny_base("llama")
+    found = measure(base, inputs(), None)
+    losses = []
+    for tokens in sequences():
+        with torch.no_grad():
+            logits = base.logits(batch_of([tokens], None), torch.arange(len(tokens)))
+        losses += [float(-logits[i].log_softmax(-1)[tokens[i + 1]]) for i in range(len(tokens) - 1)]
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert measure(base, [[5]], None).perplexity is None
 
 
 def test_bfloat16_rounds_and_says_so() -> None:
@@ -99,10 +120,10 @@ def test_kept_logits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(part) for part in found] == [2, 1, 2, 2]
 
 
-def test_no_more_than_a_hundred_inputs_and_none_beyond_the_context() -> None:
+def test_what_is_longer_than_the_context_is_cut() -> None:
     base = tiny_base("llama")
-    found = merge_and_verify(base, adapted(base), "a", [[5] * (CONTEXT + 9), *([[7, 8]] * 120)])
-    assert found.sequences == 100
+    found = merge_and_verify(base, adapted(base), "a", [[5] * (CONTEXT + 9), [7, 8]])
+    assert found.sequences == 2
     assert found.largest_relative_difference <= 1e-5
 
 

@@ -11,9 +11,9 @@ from reference.families import tiny_model
 from topwork.common.errors import ModelError
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
+from topwork.models.skeleton import skeleton
 from topwork.models.source import Source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
-from topwork.plan.count import skeleton
 from topwork.plan.footprint import footprint
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules, weight_bytes

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import AdapterError, ModelError
+from topwork.models.skeleton import skeleton
 from topwork.plan import count as count_part
-from topwork.plan.count import config_of, count_adapter, count_table, shape_names, skeleton
+from topwork.plan.count import config_of, count_adapter, count_table, shape_names
 
 PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,

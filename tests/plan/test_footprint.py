@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from run import tiny
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
-from topwork.plan.count import config_of, skeleton
+from topwork.models.skeleton import skeleton
+from topwork.plan.count import config_of
 from topwork.plan.footprint import as_table, footprint
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes

@@ -35,7 +35,9 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
 from topwork.run import session
 from topwork.run.folder import ADAPTER_NAME, open_run
-from topwork.run.merge import _inputs, merge
+from topwork.run.given import given_adapter
+from topwork.run.merge import merge
+from topwork.run.merge_inputs import merge_inputs
 from topwork.run.quantize import quantize
 from topwork.run.train import train
 from topwork.training.step import Learner, StepResult, train_step
@@ -387,7 +389,7 @@ def test_merged_onto_the_dequantized_weights_it_answers_as_the_run_does(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = our_logits(opened.base, ADAPTER_NAME)
     assert furthest(plain_logits(merged), expected) <= apart_by_rounding(merged, plain_logits)
-    checked = [torch.tensor(tokens) for tokens in _inputs(run, silent)[1]]
+    checked = [torch.tensor(tokens) for tokens in merge_inputs(given_adapter(run), 100, None, silent).sequences]
     limit = apart_by_rounding(merged, lambda model: plain_logits(model, checked), draws=2)
     assert 0 < verified["largest_logit_difference"] <= limit
 
@@ -422,7 +424,7 @@ def test_merging_onto_nothing_that_is_there(topwork: Callable[..., Said], run_of
                                             packed_folder: Path, tmp_path: Path) -> None:  # fmt: skip
     said = topwork("merge", run_of(NF4), tmp_path / "out", "--base", "8bit")
     assert said.code == 2
-    assert "--base 8bit: expected dequantized or 16bit" in said.err
+    assert "--base 8bit: expected auto, 16bit or dequantized" in said.err
     said = topwork("merge", run_of({}, packed_folder), tmp_path / "out", "--base", "16bit")
     assert said.code == 2
     assert "is a quantized checkpoint" in said.err

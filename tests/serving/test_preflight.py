@@ -22,8 +22,8 @@ from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
+from topwork.models.skeleton import skeleton
 from topwork.ops.batch import batch_of
-from topwork.plan.count import skeleton
 from topwork.quantization.config import QuantizationConfig
 from topwork.serving.backends.preflight import Taken, allowed_rank, for_vllm
 from topwork.serving.backends.vllm_base import hand_over

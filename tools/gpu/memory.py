@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from gpu.bases import shaped
 from gpu.result import Result, main
-from topwork.plan.count import skeleton
+from topwork.models.skeleton import skeleton
 from topwork.plan.footprint import footprint
 from topwork.training.passes import activation_bytes_per_token, kept_bytes_per_token
 

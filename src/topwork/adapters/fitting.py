@@ -47,20 +47,27 @@ def fresh_parts(bare: Bare, plan: Plan, seed: int = 0) -> Parts:
 
 def parameters_of(parts: Mapping[str, AdapterModule]) -> dict[str, nn.Parameter]:
     """The trainable tensors by PEFT's names without the `base_model.model.` in front, sorted."""
-    found = {_key(path, key): p for path, part in parts.items() for key, p in part.tensors().items()}
+    found = {key_of(path, key): p for path, part in parts.items() for key, p in part.tensors().items()}
     return dict(sorted(found.items()))
 
 
 def state_of(parts: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
     """What the adapter's file holds, by the same names, sorted."""
-    found = {_key(path, key): t for path, part in parts.items() for key, t in part.state().items()}
+    found = {key_of(path, key): t for path, part in parts.items() for key, t in part.state().items()}
     return dict(sorted(found.items()))
 
 
 def fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> None:
     """Set the parts' tensors from what `state_of` gave. Raises AdapterError naming what is missing, unknown or of
     another shape; nothing is set then."""
-    own = state_of(parts)
+    tensors = checked(state_of(parts), tensors)
+    with torch.no_grad():
+        for path, part in parts.items():
+            part.load_state({key: tensors[key_of(path, key)] for key in part.state()})
+
+
+def checked(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by our names, as `own`, what `state_of` gives, has them. Raises AdapterError as `fill` does."""
     tensors = _placed(tensors, own)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
@@ -72,9 +79,7 @@ def fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> N
             f"{tuple(own[wrong[0]].shape)} here)"
         ] if wrong else []  # fmt: skip
         raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
-    with torch.no_grad():
-        for path, part in parts.items():
-            part.load_state({key: tensors[_key(path, key)] for key in part.state()})
+    return tensors
 
 
 def freeze(parts: Mapping[str, AdapterModule], bare: Bare, dtype: torch.dtype) -> None:
@@ -103,7 +108,8 @@ def _placed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     return {key if "." in key or key in own else places.get(key, key): tensor for key, tensor in tensors.items()}
 
 
-def _key(path: str, key: str) -> str:
+def key_of(path: str, key: str) -> str:
+    """PEFT's name, without the `base_model.model.` in front, of what a part calls `key`."""
     return f"{path}.{key}" if path else key
 
 

@@ -36,10 +36,12 @@ class AdapterModule(nn.Module):
     """One adapter's tensors at one module, in fp32: the masters that the optimizer steps.
 
     dropout     share of the input's values that its low-rank terms do not see while training
+    merges      which of its module's tensors `merged` gives another value
     """
 
     dropout = 0.0
     frozen = False
+    merges: tuple[str, ...] = ("weight", "bias")
 
     def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
         """Set the first weights; they depend on the module, the seed and its path alone."""

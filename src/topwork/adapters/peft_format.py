@@ -5,7 +5,7 @@ stand in `topwork.json` beside them, which PEFT and vLLM do not read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
@@ -103,10 +103,15 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
     Raises AdapterError where config, tensors and base do not fit one another.
     """
     plan = plan_on(bare, saved.config, methods)
-    _refuse_more_than_file(plan, saved)
+    refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
-    tensors = _without_base_copies(saved.tensors, parameters_of(parts), bare.modules)
-    fill(parts, _with_beginnings(tensors, state_of(parts)))
+
+    def stored(path: str, kind: str) -> Tensor | None:
+        found = getattr(bare.modules.get(path), kind, None)
+        return found.cpu() if isinstance(found, Tensor) else None
+
+    tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
+    fill(parts, with_beginnings(tensors, state_of(parts)))
     return parts
 
 
@@ -115,7 +120,7 @@ def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[
     base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
     """
     plan = plan_on(bare, saved.config, methods)
-    _refuse_more_than_file(plan, saved)
+    refuse_more_than_file(plan, saved)
     parts = {path: planned.make() for path, planned in plan.items()}
     copies = sorted(key for key in saved.tensors if ".base_layer." in key)
     if copies:
@@ -127,7 +132,7 @@ def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[
     return parts
 
 
-def _refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
+def refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
     """Before anything is made: a rank of a billion is one number in a config."""
     planned, there = sum(p.trained for p in plan.values()), sum(t.numel() for t in saved.tensors.values())
     if planned > 2 * there + SLACK_VALUES:
@@ -137,7 +142,7 @@ def _refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
         )
 
 
-def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's PiSSA and OLoRA folders hold A and B alone, for a base that lacks what they began as; a fresh adapter here
     has found that again from the base (`methods/lora/inits.py`): the second half of its A and B."""
     found = dict(tensors)
@@ -149,17 +154,18 @@ def _with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     return found
 
 
-def _without_base_copies(
-    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+def without_base_copies(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], stored: Callable[[str, str], Tensor | None]
 ) -> dict[str, Tensor]:
-    """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new."""
+    """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new. `stored`
+    gives the base's own tensor by a module's path and its name there."""
 
     def repeats_base(key: str, tensor: Tensor) -> bool:
         path, _, kind = key.replace(".base_layer.", ".").rpartition(".")
-        weight = getattr(modules.get(path), kind, None)
-        if key in own or not isinstance(weight, Tensor) or weight.shape != tensor.shape:
+        weight = None if key in own else stored(path, kind)
+        if weight is None or weight.shape != tensor.shape:
             return False
-        return bool((weight.cpu() == tensor.to(weight.dtype)).all())
+        return bool((weight == tensor.to(weight.dtype)).all())
 
     return {key: tensor for key, tensor in tensors.items() if not repeats_base(key, tensor)}
 

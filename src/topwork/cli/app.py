@@ -12,6 +12,7 @@ import typer
 from topwork.cli.chat import chat
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
+from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
 from topwork.cli.serve import serve
@@ -122,7 +123,7 @@ app.command(
 )(chat)
 
 
-app.command(epilog="Example: topwork merge runs/support merged/support --dtype float32")(merge)
+app.command(epilog=MERGE_EPILOG)(merge)
 
 
 @app.command(

@@ -2,38 +2,79 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Force, Run, teller
+from topwork.cli.options import AsJson, Force, teller
+
+EPILOG = (
+    "Example: topwork merge runs/support merged/support --dtype float32\n\n"
+    "topwork merge downloads/adapter merged/model --model models/base --data rows.jsonl"
+)
+WORTH_ADVICE = 0.1
+"""From which share on rounding takes enough of an adapter to say what to do."""
 
 
 def merge(
-    run: Run,
+    given: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder, or any PEFT folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out, the recipe's.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base of an ADAPTER that does not name it rightly.")] = None,
     base: Annotated[
-        str | None,
-        typer.Option(help="After QLoRA: `dequantized`, the weights that were trained on, or `16bit`, the original."),
+        str,
+        typer.Option(
+            help="After QLoRA: `dequantized`, the weights that were trained on, `16bit`, the original, or auto."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; left out, the recipe's or base's.")
     ] = None,
+    check: Annotated[int, typer.Option(min=0, help="Compare on so many inputs; 0 leaves it out.")] = 100,
+    data: Annotated[str | None, typer.Option(help="Rows for the check: a file, folder or Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold the adapter into its base and write an ordinary Hugging Face folder."""
+    """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""
     from topwork.run.merge import merge as fold
 
-    result = fold(run, out, dtype, base, overwrite, force, teller(as_json))
+    result = fold(
+        given, out, dtype, base, overwrite, force, teller(as_json), model=model, check=check, data=data
+    )  # fmt: skip
     if as_json:
         print(json.dumps(result))
         return
-    print(f"merged in {result['dtype']} and compared on {result['sequences']} inputs:")
-    for key, value in result.items():
-        if isinstance(value, float):
-            print(
-                f"  {key.replace('_', ' '):32} {value:.3g}"
-                if abs(value) < 1
-                else f"  {key.replace('_', ' '):32} {value:,.1f}"
-            )
+    for line in _lines(result):
+        print(line)
     print(f"written to {out}")
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """For people."""
+    lines = [f"merged in {result['dtype']}, {result['weight_bytes'] / 2**20:,.1f} MiB of weights"]
+    if "sequences" in result:
+        lines[0] = f"merged in {result['dtype']} and compared on {result['sequences']} inputs: {result['inputs']}"
+        keys = [
+            key
+            for key in result
+            if key.startswith(("largest_", "top1_", "mean_kl", "adapter_kl", "unmerged_", "merged_"))
+        ]
+        lines += [f"  {key.replace('_', ' '):32} {_figure(result[key])}" for key in keys if result[key] is not None]
+    return lines + _rounding(result)
+
+
+def _rounding(result: dict[str, Any]) -> list[str]:
+    lost = result["rounding"]
+    if lost is None:
+        return []
+    lines = [
+        f"rounding to {result['dtype']} took {lost['share']:.1%} of what the adapter adds "
+        f"(most in {lost['worst']}: {lost['worst_share']:.1%})"
+    ]
+    if lost["share"] >= WORTH_ADVICE:
+        lines.append("  --dtype float32 keeps all of it; or serve the adapter apart, beside its base: topwork serve")
+    return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.1f}"

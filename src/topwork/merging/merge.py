@@ -1,10 +1,5 @@
 """Folding one adapter into its base, and writing the result as an ordinary Hugging Face folder.
 
-    LoRA    W' = W + s B A                  computed in fp32, stored in W's own type
-    DoRA    W' = m / |W + s B A| (W + s B A)
-    IA3     W' = l W, b' = l b, or W' = W l for a module whose inputs are scaled
-    BitFit  b' the learned bias
-
 A module that was trained whole (`modules_to_save`, full fine-tuning) takes the place of the base's. Merging is for the
 last adapter of a base: others grafted beside it were trained on W and not on W'.
 """
@@ -23,13 +18,12 @@ from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
-from topwork.common.errors import AdapterError, RunError
+from topwork.common.errors import AdapterError
 from topwork.common.files import write_folder
+from topwork.merging.fold import MERGEABLE, as_stored, folded
 from topwork.models.base import Base
 from topwork.models.writing import write_model
 from topwork.quantization.linear import PackedModule, packed_modules
-
-MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge(base: Base, adapters: Adapters, name: str) -> None:
@@ -110,14 +104,8 @@ def dequantize(model: PreTrainedModel) -> None:
 def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: AdapterModule) -> None:
     weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
     turned = isinstance(own, Conv1D)  # gpt2's, which holds its weight as [in, out]
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    whole, whole_bias = part.merged((weight.t() if turned else weight).to(exact), bias)
-    merged = (whole.t() if turned else whole).to(weight.dtype)
-    if not torch.isfinite(merged).all():
-        raise RunError(
-            f"{path}: weight and adapter add up to a value that is not finite in {merged.dtype}; load the base anew "
-            "(it is partly merged now) as float32, and look whether the adapter holds NaN"
-        )
+    whole, whole_bias = folded(part, weight.t() if turned else weight, bias)
+    merged = as_stored(f"{path}.weight", whole.t() if turned else whole, weight.dtype)
     if _is_shared(model, weight):
         own.weight = nn.Parameter(merged, requires_grad=False)  # what was tied to it stays as it is
     else:

@@ -1,21 +1,21 @@
 """Is the merged model still the one that was trained? The same real inputs through both, logits against logits."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from topwork.adapters.graft import Adapters
 from topwork.common.errors import DataError
-from topwork.merging.merge import merge
 from topwork.models.base import Base
 from topwork.ops.batch import Batch, batch_of
 
-MOST_SEQUENCES = 100
 TOKENS_PER_PASS = 2048
+MOST_LOSS = 700.0
+"""Above which its exponential is no float."""
 KEPT_ROWS = 64
 KEPT_BYTES = 256 << 20
 """fp32 logits held per model; where vocabulary and sequences are many, fewer than KEPT_ROWS of each are kept."""
@@ -23,9 +23,11 @@ KEPT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """fp32 logits [≤ KEPT_ROWS, V] of the last rows of each sequence, on the CPU, and the median pass's speed."""
+    """fp32 logits [≤ KEPT_ROWS, V] of the last rows of each sequence, on the CPU; the perplexity of the tokens that
+    these rows predict (None where they predict none); and the median pass's speed."""
 
     logits: list[Tensor]
+    perplexity: float | None
     tokens_per_second: float
 
 
@@ -43,29 +45,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification(Comparison):
-    """A merged model against the unmerged one, over `sequences` inputs."""
+    """A merged model against the unmerged one, over `sequences` inputs. `adapter_kl` is of the bare base from base with
+    adapter: how far the adapter takes it."""
 
+    adapter_kl: float
+    unmerged_perplexity: float | None
+    merged_perplexity: float | None
     unmerged_tokens_per_second: float
     merged_tokens_per_second: float
     sequences: int
 
 
-def merge_and_verify(base: Base, adapters: Adapters, name: str, sequences: list[list[int]]) -> Verification:
-    """Merge adapter `name` in place, with the logits of up to 100 `sequences` of token ids taken before and after.
-
-    Raises as `merge` does, and DataError where there is no sequence.
-    """
-    adapters.train(name, False)
-    sequences = sequences[:MOST_SEQUENCES]
-    before = measure(base, sequences, name)
-    merge(base, adapters, name)
-    after = measure(base, sequences, None)
-    compared = compare(before.logits, after.logits)
+def verify(before: Measurement, after: Measurement, adapter_kl: float) -> Verification:
+    """What two measurements of the same inputs say, of base with adapter and of the merged model."""
     return Verification(
-        **vars(compared),
+        **vars(compare(before.logits, after.logits)),
+        adapter_kl=adapter_kl,
+        unmerged_perplexity=before.perplexity,
+        merged_perplexity=after.perplexity,
         unmerged_tokens_per_second=before.tokens_per_second,
         merged_tokens_per_second=after.tokens_per_second,
-        sequences=len(sequences),
+        sequences=len(before.logits),
     )
 
 
@@ -82,7 +82,8 @@ def measure(base: Base, sequences: list[list[int]], adapter: str | None) -> Meas
         start = time.perf_counter()
         logits += _run(base, batch, rows)
         speeds.append(batch.cu_seqlens[-1] / (time.perf_counter() - start))
-    return Measurement(logits, median(speeds))
+    cut = [sequence[: base.context_length] for sequence in sequences]
+    return Measurement(logits, _perplexity(logits, cut), median(speeds))
 
 
 def compare(before: list[Tensor], after: list[Tensor]) -> Comparison:
@@ -98,6 +99,13 @@ def compare(before: list[Tensor], after: list[Tensor]) -> Comparison:
     size, logit, logprob = (float(torch.stack(values).max()) for values in (sizes, logits, logprobs))
     top1 = float(torch.cat(agreed).double().mean())
     return Comparison(logit, logit / size if size else 0.0, logprob, top1, float(torch.cat(kls).mean()))
+
+
+def _perplexity(logits: list[Tensor], sequences: list[list[int]]) -> float | None:
+    """exp of the mean loss of the tokens that the kept rows predict; a sequence's last row predicts none."""
+    pairs = [(rows[:-1], torch.tensor(tokens[1 - len(rows) :])) for rows, tokens in zip(logits, sequences, strict=True)]
+    losses = [nn.functional.cross_entropy(rows, tokens, reduction="none") for rows, tokens in pairs if len(rows)]
+    return math.exp(min(float(torch.cat(losses).double().mean()), MOST_LOSS)) if losses else None
 
 
 def _run(base: Base, batch: Batch, kept: int) -> list[Tensor]:

@@ -122,7 +122,11 @@ def written_here(folder: str) -> str | None:
 
 def is_packed(config: PreTrainedConfig, name: str) -> bool:
     """Whether a checkpoint is bitsandbytes-quantized. Raises ModelError naming any other kind of quantization."""
-    given = stored_quantization(config)
+    return check_quantization(stored_quantization(config), name)
+
+
+def check_quantization(given: dict[str, Any] | None, name: str) -> bool:
+    """`is_packed` for a quantization_config alone."""
     if given is None:
         return False
     method = str(given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") else "an unnamed method"))
@@ -162,13 +166,14 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
         reading = self.quantization_config
-        for path in _layers_of(reading.packed, model) if reading.packed else _chosen(self, model, reading.wanted):
+        for path in _layers_of(reading.packed, model) if reading.packed else chosen_layers(model, reading.wanted):
             _replace(model, path)
 
 
-def _chosen(quantizer: HfQuantizer, model: PreTrainedModel, wanted: QuantizationConfig) -> list[str]:
-    """Every linear layer but the output head and what was asked to be left."""
-    kept = quantizer.get_modules_to_not_convert(
+def chosen_layers(model: PreTrainedModel, wanted: QuantizationConfig) -> list[str]:
+    """Every linear layer but the output head and what was asked to be left. The model may be a skeleton. Raises
+    ModelError where none is left, or what is to be left is not there."""
+    kept = HfQuantizer.get_modules_to_not_convert(
         model, wanted.llm_int8_skip_modules or None, list(model._keep_in_fp32_modules or []), add_default_skips=True
     )
     linear = quantizable(model)
@@ -271,15 +276,19 @@ def quantize_head(model: PreTrainedModel, kind: str) -> None:
             "quantization.head at 16bit"
         )
     weight = head.weight.detach()
-    packed = pack(
-        weight, QuantizationConfig(load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4"), "the output head"
-    )
+    packed = pack_head(weight, kind)
     quantized = QuantizedLinear(weight.shape[1], weight.shape[0], head.bias).hold(packed).train(False)
     model.set_output_embeddings(quantized)
     if tied:
         rows = QuantizedEmbedding(packed.shape).hold(packed).train(False)
         rows.weight = quantized.weight  # one parameter: counted once, moved once
         model.set_input_embeddings(rows)
+
+
+def pack_head(weight: Tensor, kind: str) -> Packed:
+    """A head's weight [V, d] in int8 or nf4."""
+    wanted = QuantizationConfig(load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4")
+    return pack(weight, wanted, "the output head")
 
 
 def left_dense(model: PreTrainedModel) -> str | None:

@@ -17,6 +17,13 @@ from topwork.common.errors import ModelError
 from topwork.ops.packed import Packed
 from topwork.quantization.bnb_format import from_tensors, layer_of
 
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""What safetensors calls torch's types."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -38,11 +45,15 @@ class _OpenFiles:
 
     def fetch(self, path: str, key: str) -> Tensor:
         """A tensor in memory of its own. Raises ModelError for a file that is cut short or not safetensors."""
+        return self.view(path, key).clone()
+
+    def view(self, path: str, key: str) -> Tensor:
+        """A tensor in the file's pages, of which those are read that are looked at. Raises ModelError as `fetch`."""
         try:
             if path != self.path:
                 self.opened, self.path = None, None
                 self.opened, self.path = safe_open(path, framework="pt"), path
-            return self.opened.get_tensor(key).clone()
+            return self.opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); was it altered, or the download not finished?"
@@ -50,12 +61,18 @@ class _OpenFiles:
 
 
 @dataclass(frozen=True)
-class _Promise:
-    """A tensor on disk; `[...]` fetches it."""
+class Promise:
+    """A tensor on disk; `[...]` fetches it, `view` looks at it where it lies."""
 
     files: _OpenFiles
     path: str
     key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self) -> Tensor:
+        """It, in the file's pages."""
+        return self.files.view(self.path, self.key)
 
     def __getitem__(self, _: Any) -> Tensor:
         tensor = self.files.fetch(self.path, self.key)
@@ -95,10 +112,14 @@ def promised(paths: Sequence[str]) -> dict[str, Any]:
     """Every weight of some safetensors files by its key; a packed one under its codes' key alone."""
     files = _OpenFiles()
     at: dict[str, str] = {}
+    said: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as opened:
-                at |= dict.fromkeys(opened.keys(), str(path))
+                for key in opened.keys():  # noqa: SIM118 - it is no dict
+                    slices = opened.get_slice(key)
+                    at[key] = str(path)
+                    said[key] = tuple(slices.get_shape()), _type(key, slices.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); was it altered, or the download not finished?"
@@ -108,7 +129,7 @@ def promised(paths: Sequence[str]) -> dict[str, Any]:
         found = layer_of(key)
         if found is not None:
             packed.setdefault(found[0], {})[found[1]] = (path, key)
-    plain = {key: _Promise(files, path, key) for key, path in at.items() if layer_of(key) is None}
+    plain = {key: Promise(files, path, key, *said[key]) for key, path in at.items() if layer_of(key) is None}
     for layer, parts in packed.items():
         weight = f"{layer}.weight"
         if weight not in plain:
@@ -116,3 +137,9 @@ def promised(paths: Sequence[str]) -> dict[str, Any]:
         parts["weight"] = (at[weight], weight)
         plain[weight] = PackedPromise(files, layer, parts)  # type: ignore[assignment]
     return plain
+
+
+def _type(key: str, name: str) -> torch.dtype:
+    if name not in TYPES:
+        raise ModelError(f"{key} is stored as {name}, expected one of {', '.join(TYPES)}; give the model in 16 bits")
+    return TYPES[name]

@@ -5,12 +5,12 @@ Packed layers are written in bitsandbytes' format, so that transformers and vLLM
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from topwork.common.errors import ModelError
@@ -29,15 +29,20 @@ SHARD_SIZE = "5GB"
 def write_model(base: Base, folder: Path, template: str | None = None, end_ids: Sequence[int] = ()) -> None:
     """Write `base` into an existing, empty folder. Generation stops at `end_ids` too, the tokens that end a turn."""
     if end_ids and base.module.generation_config is not None:
-        base.module.generation_config.eos_token_id = _ends(base.module.generation_config.eos_token_id, end_ids)
+        base.module.generation_config.eos_token_id = all_ends(base.module.generation_config.eos_token_id, end_ids)
     with without_bars():
         base.module.save_pretrained(folder, state_dict=_state(base.module), max_shard_size=SHARD_SIZE)
-    tokenizer = copy.deepcopy(base.tokenizer)
+    write_tokenizer(base.tokenizer, folder, template)
+    _clean_file(folder / "config.json", stored_config(base.module))
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:
+    """Write a tokenizer with a chat template, or with its own."""
+    copied = copy.deepcopy(tokenizer)
     if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        _clean_config(folder / name, stored_config(base.module) if name == "config.json" else {})
+        copied.chat_template = template
+    copied.save_pretrained(folder)
+    _clean_file(folder / "tokenizer_config.json", {})
 
 
 def stored_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -80,18 +85,21 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor] | None:
     return state
 
 
-def _ends(own: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int]:
+def all_ends(own: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int]:
     """The base's own end tokens and those of the template; one stays a number."""
     known = [own] if isinstance(own, int) else list(own or [])
     both = [*known, *(token for token in end_ids if token not in known)]
     return both[0] if len(both) == 1 else both
 
 
-def _clean_config(path: Path, added: dict[str, Any]) -> None:
-    """Drop what speaks of how and from where the base was loaded here (GGUF titles stand in `_model_name_or_path`)."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if not _is_ours(key)} | added
-    write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what speaks of how and from where a base was loaded here (GGUF titles stand in `_model_name_or_path`)."""
+    return {key: value for key, value in config.items() if not _is_ours(key)}
+
+
+def _clean_file(path: Path, added: dict[str, Any]) -> None:
+    config = clean_config(json.loads(path.read_text(encoding="utf-8"))) | added
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _is_ours(key: str) -> bool:

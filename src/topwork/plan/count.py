@@ -13,8 +13,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
@@ -22,6 +21,7 @@ from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.models.config import ModelConfig
+from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, HUB_ID
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -92,17 +92,6 @@ def count_table(
             count = count_adapter(model, LoraConfig(r=r, target_modules=targets))
             rows.append(CountRow(name, targets if isinstance(targets, str) else tuple(targets), r, count))
     return rows
-
-
-def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config on the meta device: every module and shape, no memory. Raises ModelError."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"no causal language model can be built from this {config.model_type!r} config: {error}"
-        ) from error
 
 
 def base_skeleton(model: ModelConfig) -> PreTrainedModel:

@@ -18,9 +18,10 @@ from topwork.evaluation.perplexity import read_windows, window_losses
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import DTYPES, load_base
+from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
-from topwork.plan.count import config_of, skeleton
+from topwork.plan.count import config_of
 from topwork.plan.footprint import FootprintRow, as_table, footprint
 from topwork.quantization.error import FormatErrors, Packing, Sums, dequantized, measure, normal_weights, sweep
 from topwork.reporting.curves import png_bytes

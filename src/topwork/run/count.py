@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from topwork.models.skeleton import skeleton
 from topwork.plan.count import (
     RANKS,
     CountRow,
@@ -13,7 +14,6 @@ from topwork.plan.count import (
     config_of,
     count_adapter,
     count_table,
-    skeleton,
 )  # fmt: skip
 from topwork.recipe.recipe import load_recipe
 

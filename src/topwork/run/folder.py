@@ -22,12 +22,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
+from topwork.models.config import ModelConfig
 from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base
 from topwork.quantization.config import QuantizationConfig
@@ -125,19 +126,33 @@ def open_run(
     if not quantized:
         recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
     asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
-    if recipe.quantization.active:  # packed from the very values that training packed, and only then cast
-        base = load_base(recipe.model, log, recipe.quantization, tokenizer)
-        _cast(base, DTYPES[asked.model.dtype])
-    else:
-        base = load_base(asked.model, log, None, tokenizer)
-    recipe = asked
-    adapters = Adapters(base.module)
     saved = read_adapter(folder / ADAPTER)
+    base, adapters = open_adapter(
+        recipe.model, recipe.quantization, saved, asked.model.dtype, force, log, tokenizer
+    )  # fmt: skip
+    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
+    return OpenRun(folder, asked, base, adapters, template, read_json(folder / RESULT))
+
+
+def open_adapter(
+    model: ModelConfig, quantization: QuantizationConfig, saved: SavedAdapter, dtype: str, force: bool,
+    log: Callable[[str], None], tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Base, Adapters]:  # fmt: skip
+    """Load a base in `dtype`, held as `quantization` says, and graft an adapter as ADAPTER_NAME.
+
+    What is packed is packed from the very values that training packed, in the type that `model` says. Raises
+    AdapterError for another base than the adapter's, unless `force`.
+    """
+    if quantization.active:
+        base = load_base(model, log, quantization, tokenizer)
+        _cast(base, DTYPES[dtype])
+    else:
+        base = load_base(model.model_copy(update={"dtype": dtype}), log, quantization, tokenizer)
+    adapters = Adapters(base.module)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
     if warning:
         log(f"warning: {warning}")
-    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
-    return OpenRun(folder, recipe, base, adapters, template, read_json(folder / RESULT))
+    return base, adapters
 
 
 def _cast(base: Base, dtype: torch.dtype | str) -> None:

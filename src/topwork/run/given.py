@@ -66,4 +66,5 @@ def given_adapter(place: Path | str, model: str | None = None) -> Given:
     named = model or saved.base.name
     if not named:
         raise RequestError(f"{place} does not name its base; give it with --model")
-    return Given(place, folder, saved, ModelConfig(model_name_or_path=named), QuantizationConfig(), None, None)
+    base = ModelConfig(model_name_or_path=named, dtype="auto")
+    return Given(place, folder, saved, base, QuantizationConfig(), None, None)

@@ -12,9 +12,10 @@ from topwork.common.errors import AdapterError, ModelError
 from topwork.data.examples import Data
 from topwork.data.summary import WARNING
 from topwork.models.config import ModelConfig
+from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config, load_tokenizer, usable_length
-from topwork.plan.count import config_of, count_adapter, skeleton
+from topwork.plan.count import config_of, count_adapter
 from topwork.plan.lint.examine import examine, examine_loaded
 from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, totals

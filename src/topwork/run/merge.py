@@ -1,83 +1,129 @@
-"""`topwork merge`: the adapter folded into its base, checked on real inputs, as an ordinary Hugging Face folder."""
+"""`topwork merge`: an adapter folded into its base, tensor by tensor, checked on real inputs, as an ordinary folder.
 
+Nothing but one tensor and what is merged into it is in memory, whatever the model's size; the check afterwards runs the
+model, and needs the memory that this takes.
+"""
+
+import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import chain, islice
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from topwork.common.errors import RequestError
-from topwork.common.files import write_json
-from topwork.data.chat.template import stop_ids
-from topwork.data.examples import load_data
-from topwork.merging.merge import save_merged
-from topwork.merging.verify import merge_and_verify
-from topwork.models.tokenizer import open_tokenizer
-from topwork.quantization.linear import packed_modules
-from topwork.run.folder import ADAPTER_NAME, OpenRun, check_out, data_of, finished_recipe, open_run, read_recipe
+from topwork.common.errors import RequestError, RunError
+from topwork.common.files import write_folder, write_json
+from topwork.merging.threshold import refusal
+from topwork.merging.verify import Verification
+from topwork.run.folder import check_out
+from topwork.run.given import Given, given_adapter
+from topwork.run.merge_check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
+from topwork.run.merge_inputs import Inputs, merge_inputs
+from topwork.run.merge_plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
 
 INPUTS = 100
-BASES = ("dequantized", "16bit")
-_DEQUANTIZED = (
-    "the base is quantized: merged onto its dequantized weights, which the adapter was trained on "
-    "(--base 16bit takes those from before)"
-)
-LARGEST_FP32_DIFFERENCE = 1e-5
-"""Of merged and unmerged logits, relative to the largest logit."""
+BASES = ("auto", ORIGINAL, DEQUANTIZED)
+REPORT = "merge.json"
 
 
 def merge(
-    run: Path | str,
+    given: Path | str,
     out: Path | str,
     dtype: str | None = None,
-    base: str | None = None,
+    base: str = "auto",
     overwrite: bool = False,
     force: bool = False,
     log: Callable[[str], None] = print,
+    *,
+    model: str | None = None,
+    check: int = INPUTS,
+    data: str | None = None,
 ) -> dict[str, Any]:
-    """Fold a run's adapter into its base and write `out`; returns what the check measured.
+    """Fold the adapter of a run, or of a PEFT folder, into its base and write `out`; returns what OUT/merge.json says.
 
-    dtype: the type of the merged weights; the recipe's where left out
-    base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, so that
-        the merged model answers as the run does (the default), or `16bit`, the base before it was quantized
+    dtype: the type of the merged weights; a run's own, or the base's, where left out
+    base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, or
+        `16bit`, the base before it was quantized; `auto` is `merge_plan.AUTO`
+    model: the base of an adapter alone, where it is not what its file names
+    check: so many inputs go through base + adapter and through the merged model; 0 leaves the check out
+    data: rows for the check; left out, a run's held-out rows and then its training rows, and for an adapter alone
+        texts that Topwork brings
+    force: merge an adapter of another base, and keep a result that the check refuses
 
-    Raises RequestError where `out` holds files.
+    Raises RequestError where `out` holds files, what is asked does not fit, or there is too little memory for the
+    check; RunError where the merged model is not the one that was trained; nothing is at `out` then.
     """
-    if base not in (None, *BASES):
-        raise RequestError(f"--base {base}: expected {' or '.join(BASES)}")
     out = Path(out)
-    read_recipe(Path(run))
-    check_out(out, Path(run), "the run's own folder", overwrite)
-    tokenizer, inputs = _inputs(Path(run), log)  # before the weights: the rows may be gone
-    opened = open_run(Path(run), dtype, force, log, base != "16bit", tokenizer)
-    if packed_modules(opened.base.module):
-        _refuse_packed(opened, base)
-        log(_DEQUANTIZED)
-    verified = asdict(merge_and_verify(opened.base, opened.adapters, ADAPTER_NAME, inputs))
-    verified["dtype"] = str(opened.base.module.dtype).removeprefix("torch.")
-    if verified["dtype"] == "float32" and verified["largest_relative_difference"] > LARGEST_FP32_DIFFERENCE:
-        log(
-            f"warning: in float32 the merged model differs by {verified['largest_relative_difference']:.1e} of the "
-            f"largest logit, more than the {LARGEST_FP32_DIFFERENCE:.0e} that rounding explains for an ordinary update"
-        )
-    save_merged(opened.base, out, opened.template.jinja, overwrite, sorted(stop_ids(opened.template)))
-    write_json(Path(run) / "merge.json", {"folder": out.name, **verified})
-    return verified
+    _refuse_request(base, check, data)
+    adapter = given_adapter(given, model)
+    check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
+    inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
+    plan = plan_merge(adapter, inputs, dtype, base, force, log)
+    refuse_small_disk(out, plan.nbytes)
+    if check:
+        refuse_small_memory(plan.nbytes)
+    before = before_merge(adapter, plan, inputs, force, log) if check else None
+    found: dict[str, Any] = {}
+
+    def fill(folder: Path) -> None:
+        started = time.perf_counter()
+        plan.write(folder)
+        found.update(_told(adapter, plan, inputs), merge_seconds=round(time.perf_counter() - started, 2))
+        if before is not None:
+            verified = after_merge(folder, adapter, plan, before, inputs)
+            found.update(asdict(verified))
+            _judge(verified, plan, force, log)
+        write_json(folder / REPORT, found)
+
+    write_folder(out, fill, overwrite)
+    if adapter.recipe is not None:
+        write_json(adapter.place / REPORT, found | {"folder": out.name})
+    return found
 
 
-def _refuse_packed(opened: OpenRun, base: str | None) -> None:
-    if base == "16bit":
-        raise RequestError(
-            f"--base 16bit: {opened.base.name} is a quantized checkpoint, and its weights from before are not in it; "
-            "leave --base out, or train on the 16-bit model with quantization: {load_in_4bit: true}"
-        )
+def _refuse_request(base: str, check: int, data: str | None) -> None:
+    if base not in BASES:
+        raise RequestError(f"--base {base}: expected {', '.join(BASES[:-1])} or {BASES[-1]}")
+    if check < 0:
+        raise RequestError(f"--check {check}: expected a number of inputs, or 0 to leave the check out")
+    if data is not None and not check:
+        raise RequestError("--data names the inputs of the check, which --check 0 leaves out; leave one of them out")
 
 
-def _inputs(run: Path, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
-    """The base's tokenizer, and up to a hundred real sequences: held-out rows first, then training rows."""
-    recipe = finished_recipe(run)
-    tokenizer, context_length = open_tokenizer(recipe.model, log)
-    data = load_data(data_of(run, recipe), tokenizer, context_length, recipe.training.seed, lambda _: None)
-    return tokenizer, [example.tokens.tolist() for example in islice(chain(data.eval, data.train), INPUTS)]
+def _told(adapter: Given, plan: MergePlan, inputs: Inputs) -> dict[str, Any]:
+    """What OUT/merge.json says but for the check; no place on this machine."""
+    lost = plan.rounding.loss()
+    quantization = adapter.quantization
+    return {
+        "adapter": adapter.place.resolve().name,
+        "method": adapter.saved.config.method,
+        "base_model": _public(plan.source.name),
+        "base_fingerprint": plan.fingerprint or adapter.saved.base.fingerprint,
+        "base_weights": plan.base or "as they are",
+        "quantization": quantization.model_dump(mode="json") if quantization.active else None,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "weight_bytes": plan.nbytes,
+        "inputs": inputs.source or None,
+        "rounding": asdict(lost) if lost is not None else None,
+        "topwork_version": version("topwork"),
+    }
+
+
+def _public(name: str) -> str:
+    """A base's name without the folders that lead to it here."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _judge(verified: Verification, plan: MergePlan, force: bool, log: Callable[[str], None]) -> None:
+    """Raises RunError where the merged model is another than rounding explains, unless that is what was asked for."""
+    told = refusal(verified, plan.dtype)
+    if told is None or plan.changes_base:
+        return
+    if force:
+        log(f"warning: {told}; kept all the same, as you asked")
+        return
+    raise RunError(
+        f"the merged model is not the one that was trained: {told}. Nothing was written. Merge in float32 "
+        "(--dtype float32), look whether the adapter is this base's, or take the result all the same (--force; "
+        "--check 0 leaves the check out)"
+    )

@@ -20,6 +20,8 @@ from topwork.ops.vectors import Shift
 class Bias(AdapterModule):
     """The bias [out] of a linear layer or a norm."""
 
+    merges = ("bias",)
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.bias = nn.Parameter(base_layer.get_parameter("bias").detach().float().clone())

@@ -46,6 +46,8 @@ class CacheShape:
 class VirtualTokens(AdapterModule):
     """Stands at the input embedding, which it leaves as it is: what it learns goes in front."""
 
+    merges = ()
+
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.prompt_embeddings = nn.Parameter(torch.zeros(count, width))

@@ -18,9 +18,9 @@ from topwork.merging.merge import dequantize
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.models.quantized import is_packed
+from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.writing import write_model
-from topwork.plan.count import skeleton
 from topwork.quantization.config import QuantizationConfig
 
 ORIGIN = "topwork-origin.json"

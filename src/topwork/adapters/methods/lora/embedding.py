@@ -24,6 +24,8 @@ EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 class EmbeddingLora(AdapterModule):
     """y + s (A[:, ids]' B') at one embedding."""
 
+    merges = ("weight",)
+
     def __init__(self, vocabulary: int, width: int, r: int, scaling: float) -> None:
         super().__init__()
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, vocabulary))
@@ -56,6 +58,7 @@ class EmbeddingLora(AdapterModule):
 class TrainedTokens(AdapterModule):
     """Rows of the embedding that take the place of the base's for some tokens: they begin as the base's are."""
 
+    merges = ("weight",)
     tokens: Tensor
 
     def __init__(self, tokens: Sequence[int], width: int) -> None:

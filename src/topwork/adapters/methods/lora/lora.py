@@ -17,6 +17,8 @@ from topwork.ops.bundles import LowRank
 class Lora(AdapterModule):
     """A and B at one linear layer."""
 
+    merges = ("weight",)
+
     def __init__(
         self, in_features: int, out_features: int, r: int, scaling: float, dropout: float = 0.0, gaussian: bool = False
     ) -> None:

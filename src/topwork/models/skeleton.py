@@ -1,0 +1,21 @@
+"""A model's modules and shapes without its weights."""
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from topwork.common.errors import ModelError
+
+
+def skeleton(
+    config: PretrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of a config on the meta device: every module and shape, no memory. With `dtype` its parameters have the
+    types that they have in a model read in this type (some families keep a few in fp32). Raises ModelError."""
+    typed = {} if dtype is None else {"dtype": dtype}
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **typed)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no causal language model can be built from this {config.model_type!r} config: {error}"
+        ) from error
