@@ -14,6 +14,8 @@ from topwork.cli.combine import EPILOG as COMBINE_EPILOG
 from topwork.cli.combine import combine
 from topwork.cli.compare import EPILOG as COMPARE_EPILOG
 from topwork.cli.compare import compare
+from topwork.cli.convert import EPILOG as CONVERT_EPILOG
+from topwork.cli.convert import convert
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
@@ -138,6 +140,8 @@ app.command(epilog=COMBINE_EPILOG)(combine)
 app.command(epilog=COMPARE_EPILOG)(compare)
 
 app.command(epilog=EXPORT_EPILOG)(export)
+
+app.command(epilog=CONVERT_EPILOG)(convert)
 
 app.command(epilog=PUSH_EPILOG)(push)
 

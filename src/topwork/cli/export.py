@@ -14,6 +14,9 @@ EPILOG = (
     "topwork export someones/adapter out --format gguf-adapter --model smollm2-135m --dry-run"
 )
 
+SHOWN = ("method", "rank", "max_lora_rank", "modules", "file", "model", "architecture", "bytes", "dtype", "tensors")
+"""Figures that are printed; export.json has them all."""
+
 
 def export(
     place: Annotated[
@@ -51,7 +54,8 @@ def export(
     if dry_run:
         print(f"nothing else stands between it and {done.reader}; nothing was written")
         return
-    figures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in done.figures.items())
+    shown = {key: value for key, value in done.figures.items() if isinstance(value, int | str) and key in SHOWN}
+    figures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
     print(f"written to {out} for {done.reader}" + (f": {figures}" if figures else ""))
     for each in done.read_back:
         print(f"read back by {each.line()}")

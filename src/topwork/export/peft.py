@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import PREFIX, Grafted, has_conv1d, names_of, peft_keys
@@ -24,23 +25,29 @@ def write_kept(folder: Path, config: AdapterConfig, parts: Parts, bare: Bare, ba
 def write_plain(folder: Path, adapter: Lowered, bare: Bare, base: str | None) -> None:
     """The plain form of a LoRA: fp32, one rank, lora_alpha = r, targets by name. The same adapter gives the same
     bytes."""
+    write_bytes(folder / TENSORS, save(plain_tensors(adapter), metadata={"format": "pt"}))
+    write_json(folder / CONFIG, plain_config(adapter, bare, base))
+
+
+def plain_tensors(adapter: Lowered) -> dict[str, Tensor]:
+    """Its tensors by PEFT's names, sorted."""
     tensors = {}
     for path, update in adapter.updates.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
         tensors[f"{PREFIX}{path}.{a}"] = update.a.contiguous()
         tensors[f"{PREFIX}{path}.{b}"] = update.b.contiguous()
-    write_bytes(folder / TENSORS, save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
-    write_json(folder / CONFIG, plain_config(adapter, bare, base))
+    return dict(sorted(tensors.items()))
 
 
-def plain_config(adapter: Lowered, bare: Bare, base: str | None) -> dict[str, Any]:
-    """Its adapter_config.json: nothing in it that a reader may overlook."""
+def plain_config(adapter: Lowered, bare: Bare | None, base: str | None) -> dict[str, Any]:
+    """Its adapter_config.json: nothing in it that a reader may overlook. Where `bare` is not known, its targets are
+    whole paths."""
     paths = list(adapter.updates)
     return {
         **peft_keys("LORA"), "base_model_name_or_path": base, "bias": "none", "alpha_pattern": {}, "rank_pattern": {},
-        "exclude_modules": None, "fan_in_fan_out": has_conv1d(bare.modules, paths), "init_lora_weights": True,
-        "layers_pattern": None, "layers_to_transform": None, "lora_alpha": adapter.alpha, "lora_bias": False,
-        "lora_dropout": 0.0, "modules_to_save": None, "r": adapter.rank,
-        "target_modules": names_of(paths, bare.modules), "trainable_token_indices": None, "use_dora": False,
-        "use_rslora": False,
+        "exclude_modules": None, "fan_in_fan_out": bare is not None and has_conv1d(bare.modules, paths),
+        "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None, "lora_alpha": adapter.alpha,
+        "lora_bias": False, "lora_dropout": 0.0, "modules_to_save": None, "r": adapter.rank,
+        "target_modules": names_of(paths, bare.modules) if bare is not None else sorted(paths),
+        "trainable_token_indices": None, "use_dora": False, "use_rslora": False,
     }  # fmt: skip

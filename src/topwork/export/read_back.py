@@ -27,13 +27,16 @@ than LARGEST and no less than LEAST, which rounding makes of two ways to compute
 UPDATES = 1e-6
 """The same for updates that were read again: a few roundings in fp32."""
 
+RELATIVE, NATS = "of the largest", "nats"
+
 
 @dataclass(frozen=True)
 class ReadBack:
     """by          who read it
     prompts     on how many prompts the logits were compared; 0 where updates were compared instead
-    largest     the largest difference, relative to the largest value
+    largest     the largest difference, in `unit`
     moved       by how much the adapter moves the base's logits, in the same measure; None where updates were compared
+    unit        of logits or updates, relative to the largest; or of log-probabilities, in nats
     details     more, as the reader's own check has it
     """
 
@@ -41,12 +44,15 @@ class ReadBack:
     prompts: int
     largest: float
     moved: float | None = None
+    unit: str = RELATIVE
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         """For people."""
         if not self.prompts:
             return f"{self.by}: updates {self.largest:.1e} apart"
+        if self.unit == NATS:
+            return f"{self.by} on {self.prompts} prompts: log-probabilities {self.largest:.1e} nats apart at most"
         moved = "" if self.moved is None else f" (the adapter moves them by {self.moved:.1e})"
         return f"{self.by} on {self.prompts} prompts: logits {self.largest:.1e} of the largest apart{moved}"
 

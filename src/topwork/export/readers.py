@@ -6,7 +6,7 @@ rows. Read in the readers' sources: PEFT 0.21, vLLM 0.32, SGLang 0.5.23, llama.c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from topwork.common.errors import RequestError, did_you_mean
@@ -234,6 +234,8 @@ _MERGED = _by_action(
 )  # fmt: skip
 HF = Reader("hf", "transformers", "model", _MERGED, plain=False, types=("auto", "bf16", "f16", "f32"))
 GGUF = Reader("gguf", "llama.cpp", "model", _MERGED, plain=False, types=MODEL_TYPES)
+OLLAMA_MERGED = replace(GGUF, format="ollama", reader="Ollama")
+"""For families and features that Ollama has no adapters for."""
 READERS = {reader.format: reader for reader in (PEFT, HF, GGUF, GGUF_ADAPTER, OLLAMA, VLLM, SGLANG, LORAX)}
 
 

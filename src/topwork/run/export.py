@@ -15,14 +15,15 @@ from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
-from topwork.export.readers import Reader, reader_of, type_of
+from topwork.export.readers import FEATURES, OLLAMA, OLLAMA_MERGED, Reader, reader_of, type_of
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.plan.count import base_skeleton
 from topwork.run.export_check import asked, stored_by, tokenizer_of
 from topwork.run.export_gguf import write_adapter_file
-from topwork.run.export_models import ModelJob, write_gguf, write_hf
+from topwork.run.export_models import ModelJob, stem, write_gguf, write_hf
+from topwork.run.export_ollama import system_of, takes_adapters, write_ollama_adapter, write_ollama_model
 from topwork.run.export_peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter, is_adapter
@@ -31,9 +32,11 @@ from topwork.run.written import OUT, Written
 
 ADAPTER_WRITERS: dict[str, Callable[[AdapterJob, Path], Written]] = {
     "peft": write_peft, "vllm": write_vllm, "sglang": write_sglang, "lorax": write_lorax,
-    "gguf-adapter": write_adapter_file,
+    "gguf-adapter": write_adapter_file, "ollama": write_ollama_adapter,
 }  # fmt: skip
-MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {"hf": write_hf, "gguf": write_gguf}
+MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {
+    "hf": write_hf, "gguf": write_gguf, "ollama": write_ollama_model,
+}  # fmt: skip
 """By format: each fills an empty folder, which then appears whole or not at all."""
 Log = Callable[[str], None]
 RECORD = "export.json"
@@ -101,7 +104,10 @@ def export(
     if is_adapter(place):
         given = given_adapter(place, model)
         how = _How(reader, kind, overwrite, force, dry_run, check, log)
-        return _adapter(given, out, how) if reader.reads == "adapter" else _merged(given, out, how)
+        if reader is OLLAMA and (why := _merged_for_ollama(given)):
+            log(f"{why}: the adapter is merged into the model")
+            how = replace(how, reader=OLLAMA_MERGED)
+        return _adapter(given, out, how) if how.reader.reads == "adapter" else _merged(given, out, how)
     if model is not None:
         raise RequestError(f"--model {model}: {place} is no adapter, which is what has a base; leave --model out")
     return _model(str(place), out, _How(reader, kind, overwrite, force, dry_run, check, log))
@@ -167,9 +173,18 @@ def _model(name: str, out: Path, how: _How) -> Exported:
     if how.dry_run:
         return how.exported(out, [])
     job = ModelJob(
-        _stem(name), source, how.reader, how.type, tokenizer_of(model, None, None, how.log), how.check, how.log
+        stem(name), source, how.reader, how.type, tokenizer_of(model, None, None, how.log), how.check, how.log
     )
     return _written(out, [], how, lambda folder: MODEL_WRITERS[how.reader.format](job, folder))
+
+
+def _merged_for_ollama(given: Given) -> str:
+    """Why Ollama cannot have it as an adapter; empty where it can."""
+    bare = bare_base(base_skeleton(given.model))
+    if not takes_adapters(bare):
+        return f"Ollama runs {bare.config.model_type} on its own engine, which has no adapters yet"
+    instead = [f for f in preflight(given.saved, bare, OLLAMA) if f.action == "merge instead"]
+    return f"Ollama has no place for {FEATURES[instead[0].feature]}" if instead else ""
 
 
 def _merged(given: Given, out: Path, how: _How) -> Exported:
@@ -190,7 +205,7 @@ def _merged(given: Given, out: Path, how: _How) -> Exported:
         whole.mkdir()
         figures = merge(whole)
         source = Source(given.place.resolve().name, str(whole), None)
-        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log)
+        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log, system_of(given))
         written = MODEL_WRITERS[how.reader.format](job, folder)
         shutil.rmtree(whole)
         return replace(written, figures={**written.figures, "merge": figures})
@@ -215,12 +230,6 @@ def _written(out: Path, findings: Sequence[Finding], how: _How, fill: Callable[[
 
     write_folder(out, whole, how.overwrite)
     return done[0]
-
-
-def _stem(name: str) -> str:
-    """What a model's files are called by."""
-    known = Path(ALIASES.get(name, name))
-    return known.stem if known.suffix == ".gguf" else known.resolve().name
 
 
 def _named(place: Path, log: Log) -> Path:

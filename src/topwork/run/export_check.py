@@ -31,8 +31,6 @@ from topwork.run.merge_inputs import TEXTS, own_tokenizer
 Log = Callable[[str], None]
 MOST = 8
 """Prompts that are compared at most."""
-WITHOUT_WORDS = 24
-"""Random tokens in a prompt, where there is no tokenizer."""
 
 
 def stored_by(model: ModelConfig, bare: PreTrainedModel, log: Log) -> Stored:
@@ -47,15 +45,15 @@ def asked(given: Given, tokenizer: PreTrainedTokenizerBase | None, count: int, f
     why, where the base's weights are not read for this alone."""
     if not count:
         return None
-    if why := not_loaded(given.model, log):
+    why = "there is no tokenizer to cut them" if tokenizer is None else not_loaded(given.model, log)
+    if why:
         log(f"no prompts are compared: {why}")
         return None
     base = load_base(given.model.model_copy(update={"dtype": "float32", "device": "cpu"}), log, None, tokenizer)
     adapters = Adapters(base.module, base.tokenizer)
     load_adapter(adapters, ADAPTER_NAME, given.saved, BaseId(base.name, base.fingerprint), force)
-    prompts = [
-        prompt[: base.context_length - base.virtual_tokens(ADAPTER_NAME)] for prompt in _prompts(base, min(count, MOST))
-    ]
+    room = base.context_length - base.virtual_tokens(ADAPTER_NAME)
+    prompts = [torch.tensor(base.tokenizer(text).input_ids[:room]) for text in TEXTS[: min(count, MOST)]]
     with_it, without = (_logits(base, prompts, name) for name in (ADAPTER_NAME, None))
     return Asked(prompts, with_it, without)
 
@@ -96,16 +94,6 @@ def tokenizer_of(
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _prompts(base: Base, count: int) -> list[Tensor]:
-    if base.tokenizer is not None:
-        ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS[:count]]
-        if all(ids):
-            return [torch.tensor(each) for each in ids]
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = base.module.config.get_text_config().vocab_size
-    return [torch.randint(vocabulary, (WITHOUT_WORDS,), generator=generator) for _ in range(count)]
 
 
 def _logits(base: Base, prompts: Sequence[Tensor], adapter: str | None) -> list[Tensor]:

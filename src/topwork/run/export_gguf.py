@@ -11,7 +11,7 @@ from topwork.export.gguf.adapter import write_gguf_adapter
 from topwork.export.gguf.adapter_file import reread
 from topwork.export.gguf.llama_cpp import LlamaCpp, is_installed
 from topwork.export.gguf.model import write_gguf_model
-from topwork.export.read_back import ReadBack
+from topwork.export.read_back import NATS, ReadBack
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
 from topwork.run.export_peft import AdapterJob
@@ -26,12 +26,12 @@ fp32."""
 
 def write_adapter_file(job: AdapterJob, folder: Path) -> Written:
     """One GGUF adapter, read again by ourselves, and by llama.cpp on the base where both are at hand."""
-    assert job.type is not None
-    adapter, file = job.lowered(), folder / f"{job.given.place.resolve().name}-{job.type}.gguf"
-    config = job.bare.config.to_dict()
-    write_gguf_adapter(adapter, config, file, job.type, job.given.place.resolve().name)
+    kind = job.type if job.reader.format == "gguf-adapter" and job.type else "f32"  # Ollama's is the base's
+    name, adapter, config = job.given.place.resolve().name, job.lowered(), job.bare.config.to_dict()
+    file = folder / f"{name}-adapter-{kind}.gguf"
+    write_gguf_adapter(adapter, config, file, kind, name)
     apart = reread(file, adapter, config, job.bare.modules)
-    if not apart <= TYPE_APART[job.type]:
+    if not apart <= TYPE_APART[kind]:
         raise RunError(f"{file.name} reads otherwise than it was written. This is a defect of the export")
     found = [ReadBack("Topwork", 0, apart), *_by_llama_cpp(job, folder, file)]
     figures = {"file": file.name, "rank": adapter.rank, "alpha": adapter.alpha, "modules": len(adapter.updates)}
@@ -59,7 +59,7 @@ def _by_llama_cpp(job: AdapterJob, folder: Path, file: Path) -> list[ReadBack]:
             f"llama.cpp's log-probabilities with the adapter are {largest:.2g} nats from ours, and rounding explains "
             f"{LARGEST}. Nothing was written; this is a defect of the export"
         )
-    return [ReadBack("llama.cpp", len(job.asked.prompts), largest, details={"unit": "nats"})]
+    return [ReadBack("llama.cpp", len(job.asked.prompts), largest, unit=NATS)]
 
 
 def _furthest(reader: LlamaCpp, prompts: Sequence[Tensor], logits: Sequence[Tensor], scale: float) -> float:

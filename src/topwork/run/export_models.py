@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from topwork.common.errors import RunError
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.gguf.readback import answers_of, read_back
-from topwork.export.read_back import ReadBack
+from topwork.export.read_back import NATS, ReadBack
 from topwork.export.readers import Reader
 from topwork.models.config import ModelConfig
 from topwork.models.lazy import LazyModel, in_type, open_lazily
 from topwork.models.lazy_writing import write_lazily
 from topwork.models.load import load_base
 from topwork.models.skeleton import skeleton
-from topwork.models.source import Source
+from topwork.models.source import ALIASES, Source
 from topwork.models.tokenizer import load_config
 from topwork.models.writing import clean_config, write_tokenizer
 from topwork.run.export_check import MOST, not_loaded
@@ -35,8 +35,9 @@ DENSE_TYPES, LARGEST_MEAN = ("f32", "f16", "bf16"), 0.1
 class ModelJob:
     """A whole model that is to be written, as its folder has it.
 
-    name   what files are called by
-    check  on how many texts what was written is compared
+    name    what files are called by
+    check   on how many texts what was written is compared
+    system  the system message that all rows shared that an adapter in it learned from, if they did
     """
 
     name: str
@@ -46,6 +47,13 @@ class ModelJob:
     tokenizer: PreTrainedTokenizerBase | None
     check: int
     log: Callable[[str], None]
+    system: str | None = None
+
+
+def stem(name: str) -> str:
+    """What a model's files are called by."""
+    known = Path(ALIASES.get(name, name))
+    return known.stem if known.suffix == ".gguf" else known.resolve().name
 
 
 def write_hf(job: ModelJob, folder: Path) -> Written:
@@ -113,4 +121,4 @@ def _by_llama_cpp(job: ModelJob, file: Path) -> ReadBack:
             f"llama.cpp's log-probabilities are {found.mean_difference:.2g} nats from ours in the mean, and {job.type} "
             f"explains {LARGEST_MEAN}. Nothing was written; this is a defect of the export"
         )
-    return ReadBack(found.reader, found.answers, found.largest_difference, details=found.as_dict())
+    return ReadBack(found.reader, found.answers, found.largest_difference, unit=NATS, details=found.as_dict())
