@@ -187,12 +187,37 @@ def test_places_that_are_refused(pair: tuple[Path, Path], tmp_path: Path, topwor
 
 
 def test_another_type(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    combine(pair, tmp_path / "out", dtype="bfloat16", log=SILENT)
+    record = combine(pair, tmp_path / "out", dtype="bfloat16", log=SILENT)
+    assert 2**-10 < record["rounding"] < 2**-7
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
         torch.bfloat16
     }
     with pytest.raises(RequestError, match="float16 cannot hold"):
         combine(pair, tmp_path / "large", weights=[1e9, 1], dtype="float16", log=SILENT)
+
+
+def test_folders_of_one_name_are_told_apart_without_this_machines_paths(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name, place in zip("ab", pair):
+        shutil.copytree(place, tmp_path / name / "combined")
+    places = [tmp_path / name / "combined" for name in "ab"]
+    record = combine(places, tmp_path / "out", log=SILENT)
+    assert [source["name"] for source in record["sources"]] == ["a/combined", "b/combined"]
+
+
+def test_a_source_may_be_called_as_an_arm(pair: tuple[Path, Path], tickets: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "combined")
+    record = combine(
+        [tmp_path / "combined"],
+        tmp_path / "out",
+        weights=[2.0],
+        evaluate=True,
+        data=str(tickets),
+        max_rows=2,
+        log=SILENT,
+    )
+    assert list(record["evaluation"][0]["scores"]) == ["base", "source combined", "combined"]
 
 
 def test_the_base_may_be_elsewhere(pair: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> None:

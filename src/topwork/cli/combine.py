@@ -116,6 +116,8 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
         )
     else:
         print("exact: this rank leaves nothing out")
+    if "rounding" in record:
+        print(f"storing it in {record['dtype']} moves the change by {record['rounding']:.2%} of its norm")
     for tested in record.get("evaluation", []):
         _print_scores(tested)
     print(f"written to {out}")

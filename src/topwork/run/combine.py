@@ -16,7 +16,7 @@ from topwork.merging.changes import Changes, changes_of
 from topwork.merging.combine.driver import Combined, combine_changes, share
 from topwork.merging.combine.places import alone
 from topwork.merging.combine.request import settings_for, told
-from topwork.merging.combine.result import RECORD, folder_of, write_combined
+from topwork.merging.combine.result import RECORD, folder_of, rounding, write_combined
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import way_of
 from topwork.plan.count import base_skeleton
@@ -24,7 +24,7 @@ from topwork.reporting.card import add_card
 from topwork.run.base_weights import base_weights
 from topwork.run.combine_scores import check_rows, scores_of
 from topwork.run.console import Counter
-from topwork.run.folder import TEMPLATE, check_place
+from topwork.run.folder import ADAPTER, RECIPE, TEMPLATE, check_place
 from topwork.run.given import Given, given_adapter, is_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +93,8 @@ def combine(
         combined = combine_changes(read.changes, settings, read.bare, lambda: counter(1))
     folder, template = folder_of(combined, read.bare, read.base, DTYPES[dtype]), _template(read, log)
     record = _record(read, settings, combined, dtype)
+    if DTYPES[dtype].itemsize < 4:
+        record["rounding"] = rounding(combined, folder)
     write_combined(out, folder, record, template, overwrite, lambda place: add_card(place, out.name))
     if evaluate:
         record["evaluation"] = scores_of(read.given, read.labels, folder.saved(str(out)), data, max_rows, force, log)
@@ -104,7 +106,7 @@ def read_sources(places: Sequence[Path], model: str | None = None, force: bool =
     """Adapters of one base, and what each changes of it. Raises RequestError for a place that holds none or is named
     twice, AdapterError for different bases (unless `force`) and for what has no change of weights."""
     _refuse_twice(places)
-    runs = [(place / "recipe.yaml").is_file() for place in places]
+    runs = [(place / RECIPE).is_file() for place in places]
     given = tuple(
         given_adapter(place, model if not run or all(runs) else None) for place, run in zip(places, runs)
     )  # fmt: skip
@@ -119,9 +121,13 @@ def read_sources(places: Sequence[Path], model: str | None = None, force: bool =
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
-    """By their folders' names, where these differ; no path of this machine stands in the result then."""
-    short = [place.resolve().name for place in places]
-    return short if len(set(short)) == len(short) else [str(place) for place in places]
+    """By the ends of their paths that tell them apart, so that no path of this machine stands in the result; a run's
+    inner folder goes by the run's name too."""
+    parts = [place.resolve().parts for place in places]
+    count = 2 if any(path[-1] == ADAPTER for path in parts) else 1
+    while len(set(short := ["/".join(path[-count:]) for path in parts])) < len(set(parts)):
+        count += 1
+    return short
 
 
 def _refuse_twice(places: Sequence[Path]) -> None:
@@ -168,6 +174,9 @@ def _check_out(out: Path, places: Sequence[Path], overwrite: bool) -> None:
 
 
 def _tell_alike(read: Sources, log: Log) -> None:
+    held = {label: given.quantization for label, given in zip(read.labels, read.given) if given.recipe is not None}
+    if any(one != next(iter(held.values())) for one in held.values()):
+        log(f"warning: {', '.join(held)} were trained on the same base held in different bits; their deltas are added")
     contents = [source.content for source in read.changes]
     for label, content in zip(read.labels, contents):
         first = read.labels[contents.index(content)]

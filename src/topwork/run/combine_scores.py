@@ -60,7 +60,7 @@ def scores_of(
         load_adapter(adapters, name, saved, own, force)
     found = []
     for asked in _asked(given, labels, data, max_rows):
-        arms = {BASE: None, **{labels[at]: names[at] for at in asked.sources}, COMBINED: COMBINED}
+        arms = {BASE: None, **{_arm(labels[at]): names[at] for at in asked.sources}, COMBINED: COMBINED}
         scored = score_arms(base, arms, asked.data, asked.named, asked.config, asked.seed, log)
         found.append(
             {
@@ -71,6 +71,11 @@ def scores_of(
             }
         )
     return found
+
+
+def _arm(label: str) -> str:
+    """A source's column; one that is called as the others' are keeps its own."""
+    return f"source {label}" if label in (BASE, COMBINED) else label
 
 
 def _asked(

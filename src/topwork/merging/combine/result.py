@@ -5,6 +5,7 @@ Beside it stand `topwork.json` (the base's id and fingerprint) and `combine.json
 hashes of their content, and what the rank left out.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from topwork.adapters.config import LoraConfig
-from topwork.adapters.files import Grafted, names_of
+from topwork.adapters.files import PREFIX, Grafted, names_of
 from topwork.adapters.method import Bare
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.lora import Lora
@@ -26,6 +27,7 @@ from topwork.adapters.targets import EMBEDDINGS, features
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json, write_text
 from topwork.merging.combine.driver import Combined
+from topwork.merging.deltas import LowRankDelta
 
 RECORD, TEMPLATE = "combine.json", "chat_template.jinja"
 
@@ -65,6 +67,20 @@ def folder_of(combined: Combined, bare: Bare, base: BaseId, dtype: torch.dtype) 
         LORA.files.to_file(state),
         {"base_model": base.name, "base_fingerprint": base.fingerprint},
     )
+
+
+def rounding(combined: Combined, folder: Folder) -> float:
+    """‖ΔW as it is written - ΔW‖ / ‖ΔW‖ over all modules in factors: what a 16-bit type takes."""
+    lost, whole = 0.0, 0.0
+    for path, delta in combined.deltas.items():
+        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "BA"]
+        if keys[0] in folder.tensors:
+            b, a = (folder.tensors[key].double() for key in keys)
+        else:
+            a, b = (folder.tensors[f"{PREFIX}{path}.lora_embedding_{letter}"].double().t() for letter in "BA")
+        apart = LowRankDelta(torch.cat([b, -delta.b], 1), torch.cat([a, delta.a]))
+        lost, whole = lost + apart.norm() ** 2, whole + delta.norm() ** 2
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def write_combined(
