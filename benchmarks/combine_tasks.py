@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from task_scores import Rows, apart, asked, figures
-from trained_tasks import MODEL, SIGNATURE, TASKS, TRAINING, rows_to_ask, trained
+from trained_tasks import FEWER_RATE, MODEL, RATE, SIGNATURE, TASKS, TRAINING, rows_to_ask, trained
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 from topwork.adapters.graft import Adapters
@@ -52,7 +52,8 @@ def _both(method: str, by: str, name: str = "", weights: tuple[float, ...] = (1.
 ALL = (*BOTH, "signer")
 SINGLE = [
     Arm("base", (), asks=ALL),
-    *(Arm(name, (name,), asks=ALL) for name in ("banking77", "e2e_nlg", "signer")),
+    *(Arm(task, (task,)) for task in BOTH),
+    Arm("signer", ("signer",), asks=ALL),
     Arm("banking77-signed", ("banking77-signed",), asks=("banking77",)),
     Arm("e2e_nlg-signed", ("e2e_nlg-signed",), asks=("e2e_nlg",)),
 ]
@@ -60,20 +61,20 @@ ADDED = [
     _both("cat", "topwork"),
     _both("svd", "topwork"),
     _both("linear", "topwork"),
+    _both("linear", "peft"),
+    _both("ties", "peft", "ties-0.5", density=0.5),
+    _both("dare_ties", "peft", "dare_ties-0.5", density=0.5),
     _both("ties", "topwork", "ties-0.5", density=[0.5]),
+    _both("dare-ties", "topwork", "dare-ties-0.5", density=[0.5]),
+    _both("knots", "topwork", "knots-0.5", density=[0.5]),
+    _both("cat", "peft"),
+    _both("svd", "peft"),
+    _both("ties_svd", "peft", "ties_svd-0.5", density=0.5),
     _both("ties", "topwork", "ties-0.2", density=[0.2]),
     _both("dare", "topwork", "dare-0.5", density=[0.5]),
-    _both("dare-ties", "topwork", "dare-ties-0.5", density=[0.5]),
     _both("magnitude-prune", "topwork", "magnitude-prune-0.5", density=[0.5]),
     _both("della", "topwork", "della-0.5", density=[0.5]),
     _both("breadcrumbs", "topwork", "breadcrumbs-0.9", density=[0.9]),
-    _both("knots", "topwork", "knots-0.5", density=[0.5]),
-    _both("linear", "peft"),
-    _both("cat", "peft"),
-    _both("svd", "peft"),
-    _both("ties", "peft", "ties-0.5", density=0.5),
-    _both("dare_ties", "peft", "dare_ties-0.5", density=0.5),
-    _both("ties_svd", "peft", "ties_svd-0.5", density=0.5),
 ]
 SIGNED = [
     Arm("all-three", (*BOTH, "signer"), (1, 1, 1), "cat", "topwork"),
@@ -103,12 +104,13 @@ ARMS = [*SINGLE, *ADDED, *SIGNED]
 
 def main() -> None:
     given = arguments()
-    failed = made(given)
-    rows = scored(given, [arm for arm in ARMS if arm.name not in failed])
+    for name in {source for arm in SINGLE for source in arm.sources}:
+        trained(name, given.data_dir, given.work)
+    rows, failed = asked_all(given, ARMS)
     record = {
         "surroundings": surroundings(),
         "question": {
-            "model": MODEL, "training": TRAINING, "signature": SIGNATURE,
+            "model": MODEL, "training": TRAINING | {"learning_rate": [RATE, FEWER_RATE]}, "signature": SIGNATURE,
             "rows": {task: TASKS[task].rows for task in ALL},
             "signed_rows": {task: TASKS[task].fewer_rows for task in BOTH},
             "asked": {task: TASKS[task].questions for task in ALL},
@@ -136,38 +138,15 @@ def place(given: argparse.Namespace, name: str) -> Path:
     return given.work / "combined" / name if own.by else given.work / name / "adapter"
 
 
-def made(given: argparse.Namespace) -> dict[str, str]:
-    """Train and combine all that is not there yet. What PEFT refuses, with its reason."""
-    for name in {source for arm in SINGLE for source in arm.sources}:
-        trained(name, given.data_dir, given.work)
-    for arm in ARMS:
-        out = place(given, arm.name)
-        if arm.by == "topwork" and not out.exists():
-            sources = [place(given, source) for source in arm.sources]
-            combine(sources, out, arm.method, arm.weights, log=quiet, **arm.options)
-    jobs = [
-        {
-            "adapters": [str(place(given, source)) for source in arm.sources], "weights": arm.weights,
-            "type": arm.method, "out": str(place(given, arm.name)), **arm.options,
-        }
-        for arm in ARMS
-        if arm.by == "peft" and not place(given, arm.name).exists()
-    ]  # fmt: skip
-    if not jobs:
-        return {}
-    (given.work / "peft-jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    folder = find_source(ModelConfig(model_name_or_path=MODEL), quiet).folder
-    told_by = run_process("peers.peft_combine", str(folder), str(given.work / "peft-jobs.json"))
-    if "error" in told_by:
-        raise SystemExit(told_by["error"])
-    return {Path(out).name: error for out, error in told_by.items() if error}
-
-
-def scored(given: argparse.Namespace, arms: list[Arm]) -> dict[str, dict[str, Rows]]:
-    """The rows of each arm and task, from WORK where they are."""
+def asked_all(given: argparse.Namespace, arms: list[Arm]) -> tuple[dict[str, dict[str, Rows]], dict[str, str]]:
+    """The rows of each arm and task, from WORK where they are; and what PEFT refused to make, with its reason."""
     base: Base | None = None
     found: dict[str, dict[str, Rows]] = {}
+    failed = {}
     for arm in arms:
+        if reason := made(given, arm):
+            failed[arm.name] = reason
+            continue
         for task in arm.asks:
             out = given.work / f"combine-{arm.name}-on-{task}.rows.json"
             if not out.exists():
@@ -176,7 +155,22 @@ def scored(given: argparse.Namespace, arms: list[Arm]) -> dict[str, dict[str, Ro
                 rows.write(out)
                 print(f"{arm.name} on {task}: {figures(rows)}", flush=True)
             found.setdefault(arm.name, {})[task] = Rows.read(out)
-    return found
+    return found, failed
+
+
+def made(given: argparse.Namespace, arm: Arm) -> str:
+    """Combine what an arm asks for, where it is not there yet. Why PEFT did not, or nothing."""
+    out, sources = place(given, arm.name), [place(given, source) for source in arm.sources]
+    if not arm.by or out.exists():
+        return ""
+    if arm.by == "topwork":
+        combine(sources, out, arm.method, arm.weights, log=quiet, **arm.options)
+        return ""
+    job = {"adapters": list(map(str, sources)), "weights": arm.weights, "type": arm.method, "out": str(out)}
+    written = given.work / "peft-job.json"
+    written.write_text(json.dumps(job | arm.options), encoding="utf-8")
+    folder = find_source(ModelConfig(model_name_or_path=MODEL), quiet).folder
+    return str(run_process("peers.peft_combine", str(folder), str(written))["error"])
 
 
 def through(given: argparse.Namespace, base: Base, arm: Arm, task: str) -> Rows:
@@ -212,11 +206,11 @@ def text(record: dict[str, Any]) -> str:
     asked_for = record["question"]
     sizes = ", ".join(f"{task} {count:,}" for task, count in asked_for["rows"].items())
     signed_sizes = ", ".join(f"{task} {count:,}" for task, count in asked_for["signed_rows"].items())
-    arms = {arm["name"]: arm for arm in record["arms"]}
+    arms, rates = {arm["name"]: arm for arm in record["arms"]}, asked_for["training"]["learning_rate"]
     parts = [
         f"# Two tasks and a signature, combined: {asked_for['model']}, LoRA r = 16 on all linear layers, bf16",
-        f"Rows trained on once: {sizes} (with signed answers {signed_sizes}); 16 a step, learning rate "
-        f"{asked_for['training']['learning_rate']:g}, one seed. Greedy answers to the same test rows for all: "
+        f"Rows trained on once: {sizes}, at learning rate {rates[0]:g}; with signed answers {signed_sizes}, at "
+        f"{rates[1]:g}; 16 a step, one seed. Greedy answers to the same test rows for all: "
         + ", ".join(f"{task} {count}" for task, count in asked_for["asked"].items())
         + ". banking77: exact answers; E2E NLG: best F1 of the words with a person's sentence; without the signature, "
         f"where there is one (“{asked_for['signature']}”). Differences are to the adapter of that task alone, row by "

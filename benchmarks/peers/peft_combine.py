@@ -1,9 +1,9 @@
 """PEFT's `add_weighted_adapter` on adapters' folders, for benchmarks/combine_tasks.py. Prints one JSON line.
 
-    python -m peers.peft_combine BASE_FOLDER JOBS.json      (in benchmarks/)
+    python -m peers.peft_combine BASE_FOLDER JOB.json      (in benchmarks/)
 
-A job is {"adapters": [folders], "weights": [...], "type": "ties", "density": 0.5, "svd_rank": null, "out": folder}; its
-result is a PEFT folder. What drops at random is drawn by seed 0. An error is told beside the others' results.
+A job is {"adapters": [folders], "weights": [...], "type": "ties", "density": 0.5, "svd_rank": 16, "out": folder}; its
+result is a PEFT folder. What drops at random is drawn by seed 0. What PEFT refuses is told as the line's `error`.
 """
 
 import json
@@ -21,8 +21,7 @@ COMBINED = "combined"
 
 
 def main() -> None:
-    base, jobs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text("utf-8"))
-    print(json.dumps({job["out"]: combined(base, job) for job in jobs}))
+    print(json.dumps({"error": combined(sys.argv[1], json.loads(Path(sys.argv[2]).read_text("utf-8")))}))
 
 
 def combined(base: str, job: dict[str, Any]) -> str:
