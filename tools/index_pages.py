@@ -27,6 +27,7 @@ COMMANDS = {
     "banking77_lora": "compare.py --data banking77 --steps 7 --batch 16 --peers trl_tuned,peft_loop",
     "beside_lora": "beside_lora.py",
     "checkpointing": "checkpointing.py",
+    "combine_error": "combine_error.py",
     "elementwise": "elementwise.py",
     "gradients": "gradients.py",
     "generation_products": "generation_products.py",
