@@ -24,7 +24,6 @@ _WHERE = {
     "merge": "topwork.run.merge",
     "combine": "topwork.run.combine",
     "compare_adapters": "topwork.run.likeness",
-    "export": "topwork.run.export",
     "convert": "topwork.run.convert",
     "push": "topwork.run.push",
     "quantize": "topwork.run.quantize",
