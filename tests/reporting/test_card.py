@@ -216,13 +216,16 @@ def test_data_sets_of_the_hub_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "vllm", "llama_cpp"),
     [
-        ({"r": 24}, "--max-lora-rank 32", "--format gguf-adapter"),
-        ({"rank_pattern": {"k_proj": 100}}, "--max-lora-rank 128", "--format gguf-adapter"),
+        ({"r": 24}, "--max-lora-rank 32 --lora-modules mine=OWNER/NAME", "--format gguf-adapter"),
+        ({"rank_pattern": {"k_proj": 100}}, "--max-lora-rank 128 --lora-modules mine=mine-vllm", "gguf-adapter"),
+        ({"use_rslora": True}, "topwork export mine mine-vllm --format vllm", "--format gguf-adapter"),
+        ({"lora_alpha": 2.5}, "an alpha that is no whole number", "--format gguf-adapter"),
+        ({"target_modules": ["lm_head"]}, "which may be tied", "--format gguf-adapter"),
         ({"r": 600}, "over the largest that vLLM takes, 512", "--format gguf-adapter"),
-        ({"use_dora": True}, "it refuses DoRA", "topwork merge mine mine-merged"),
-        ({"modules_to_save": ["lm_head"]}, r"trained whole (lm\_head)", "topwork merge mine mine-merged"),
-        ({"trainable_token_indices": [1]}, "no rows of single tokens", "topwork merge mine mine-merged"),
-        ({"peft_type": "IA3"}, "it reads LoRA alone, and this is IA3", "topwork merge mine mine-merged"),
+        ({"use_dora": True}, "it reads no DoRA", "topwork export mine mine-gguf --format gguf --type q8_0"),
+        ({"modules_to_save": ["lm_head"]}, r"trained whole (lm\_head)", "--format gguf --type"),
+        ({"trainable_token_indices": [1]}, "no rows of single tokens", "--format gguf --type"),
+        ({"peft_type": "IA3"}, "it reads LoRA alone, and this is IA3", "--format gguf --type"),
         ({"peft_type": "PREFIX_TUNING"}, "knows no learned tokens", "Not at all"),
     ],
 )
@@ -233,7 +236,7 @@ def test_readers_are_told_what_is_right_for_this_adapter(
     sections = dict(re.findall(r"### (.*)\n\n((?:(?!\n##).*\n)+)", card))
     assert vllm in sections["vLLM"]
     assert llama_cpp in next(text for reader, text in sections.items() if reader.startswith("llama.cpp"))
-    assert ("--enable-lora" in sections["vLLM"]) == ("--max-lora-rank" in vllm)
+    assert ("--enable-lora" in sections["vLLM"]) == (not sections["vLLM"].startswith("Not "))
 
 
 def test_a_template_of_its_own_is_told_to_vllm(tmp_path: Path) -> None:
@@ -244,6 +247,12 @@ def test_a_template_of_its_own_is_told_to_vllm(tmp_path: Path) -> None:
     assert "hf download ada/tickets chat_template.jinja --local-dir ." in card
     assert "--chat-template chat_template.jinja" in card
     assert "chat_template: chat_template.jinja" in card
+
+
+def test_a_base_in_4_bits_is_told_where_readers_have_it_in_16(tmp_path: Path) -> None:
+    recipe = {"model": {}, "quantization": {"load_in_4bit": True}, "data": {"train": "x.jsonl"}}
+    card = card_of(a_run(tmp_path / "mine", recipe=recipe))
+    assert card.count("In training the base was held in 4 bits; here the adapter meets its 16-bit weights.") == 2
 
 
 def test_a_quantized_base_is_loaded_as_training_held_it(tmp_path: Path) -> None:

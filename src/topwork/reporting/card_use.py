@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from topwork.reporting.card_facts import ranks
 from topwork.reporting.card_source import CardSource
@@ -37,20 +38,36 @@ def uses(source: CardSource) -> list[Use]:
     return [_peft(source), _vllm(source), _llama_cpp(source)]
 
 
-def vllm_refuses(adapter: Mapping[str, object]) -> str | None:
-    """Why vLLM (0.32) does not load an adapter, or None where it does."""
+def only_merged(adapter: Mapping[str, Any]) -> str | None:
+    """Why readers of plain LoRA (vLLM 0.32, llama.cpp) read nothing of an adapter; None where they do."""
     kind = adapter.get("peft_type")
     if kind != "LORA":
         return f"it reads LoRA alone, and this is {kind or adapter.get('topwork_method')}"
     if adapter.get("use_dora"):
-        return "it refuses DoRA"
+        return "it reads no DoRA"
     if modules := adapter.get("modules_to_save"):
-        return f"it refuses modules that were trained whole ({', '.join(map(str, modules))})"  # type: ignore[call-overload]
+        return f"it reads no modules that were trained whole ({', '.join(map(str, modules))})"
     if adapter.get("trainable_token_indices"):
         return "it knows no rows of single tokens"
     if adapter.get("bias", "none") != "none" or adapter.get("lora_bias"):
-        return "it refuses biases"
+        return "it reads no biases"
     return None
+
+
+def to_be_folded(adapter: Mapping[str, Any]) -> list[str]:
+    """What of an adapter some version of vLLM overlooks or refuses, and `topwork export` folds, pads or finds out."""
+    alpha, targets = adapter.get("lora_alpha"), adapter.get("target_modules")
+    named = {name.rpartition(".")[2] for name in targets} if isinstance(targets, list) else set()
+    told = {
+        "rsLoRA's scale": adapter.get("use_rslora"),
+        "alphas by module": adapter.get("alpha_pattern"),
+        "ranks by module": adapter.get("rank_pattern"),
+        "an alpha that is no whole number": isinstance(alpha, float) and not alpha.is_integer(),
+        "targets as an expression": isinstance(targets, str),
+        "a beginning taken out of the base": adapter.get("init_lora_weights") not in (None, True, False, "gaussian"),
+        "a head or an embedding, which may be tied": named & {"lm_head", "embed_tokens", "wte", "embed_out"},
+    }
+    return [name for name, there in told.items() if there]
 
 
 def _peft(source: CardSource) -> Use:
@@ -99,27 +116,38 @@ def _transformers_model(source: CardSource) -> Use:
 def _vllm(source: CardSource) -> Use:
     if source.adapter.get("peft_type") in VIRTUAL:
         return Use("vLLM", "Not at all: vLLM knows no learned tokens before the text, and they cannot be merged.", "")
-    reason = vllm_refuses(source.adapter)
-    needed = max(ranks(source), default=1)
+    reason, needed = only_merged(source.adapter), max(ranks(source), default=1)
     rank = next((rank for rank in VLLM_RANKS if rank >= needed), None)
     if rank is None:
         reason = reason or f"its rank {needed} is over the largest that vLLM takes, {VLLM_RANKS[-1]}"
     if reason:
         note = f"Not as it is: {text(reason)}. Fold it into its base, and serve the result as a model of its own:"
-        return Use(
-            "vLLM", note, _shell(_download(source), *_merged(source), f"vllm serve {_word(_merged_name(source))}")
-        )
-    name, base = _word(source.name), source.base or BASE
-    command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_place(source)}"
+        return Use("vLLM", note, _shell(_download(source), _merge(source), f"vllm serve {_word(_merged_name(source))}"))
+    note, place, before = f"Requests name the model {code(source.name)}. {_base_note(source)}", _place(source), []
+    if folded := to_be_folded(source.adapter):
+        note += f"It has {' and '.join(folded)}, so that it is written anew for vLLM first:"
+        place = f"{_word(source.name)}-vllm"
+        before = [_download(source), f"topwork export {_word(source.name)} {place} --format vllm{_model(source)}"]
+    own = section(source.recipe, "data").get("chat_template") if source.recipe else source.template
+    if own and not folded:
+        before = [f"hf download {place} chat_template.jinja --local-dir ."]
+    template = f" --chat-template {f'{place}/' if folded else ''}chat_template.jinja" if own else ""
+    command = f"vllm serve {source.base or BASE} --enable-lora --max-lora-rank {rank}"
+    command += f" --lora-modules {_word(source.name)}={place}{_base_options(source)}{template}"
+    return Use("vLLM", " ".join(f"{note} {_held_note(source)}".split()), _shell(*before, command))
+
+
+def _base_options(source: CardSource) -> str:
     model = section(source.recipe, "model")
-    command += f" --revision {_word(str(model['revision']))}" if model.get("revision") else ""
-    command += " --trust-remote-code" if model.get("trust_remote_code") else ""
-    note = f"Requests name the model {code(source.name)}. {_base_note(source)}".strip()
-    if not (section(source.recipe, "data").get("chat_template") if source.recipe else source.template):
-        return Use("vLLM", note, _shell(command))
-    note += " vLLM takes the base's own chat template unless it is given this one:"
-    fetch = f"hf download {_place(source)} chat_template.jinja --local-dir ."
-    return Use("vLLM", note, _shell(fetch, f"{command} --chat-template chat_template.jinja"))
+    revision = f" --revision {_word(str(model['revision']))}" if model.get("revision") else ""
+    return revision + (" --trust-remote-code" if model.get("trust_remote_code") else "")
+
+
+def _held_note(source: CardSource) -> str:
+    """The weights that it meets here may be others than it was trained on."""
+    held = section(source.recipe, "quantization")
+    bits = "4 bits" if held.get("load_in_4bit") else "8 bits" if held.get("load_in_8bit") else ""
+    return f"In training the base was held in {bits}; here the adapter meets its 16-bit weights." if bits else ""
 
 
 def _vllm_model(source: CardSource) -> Use:
@@ -128,26 +156,28 @@ def _vllm_model(source: CardSource) -> Use:
 
 def _llama_cpp(source: CardSource) -> Use:
     """llama.cpp knows one alpha for all modules, so that the scale has to be folded whatever the method."""
-    kind = source.adapter.get("peft_type")
-    if kind in VIRTUAL:
+    if source.adapter.get("peft_type") in VIRTUAL:
         note = "Not at all: it knows no learned tokens before the text, and they cannot be merged."
         return Use("llama.cpp and Ollama", note, "")
-    reason = vllm_refuses(source.adapter)  # what is no plain pair of A and B
-    if reason:
-        note = "It reads plain LoRA alone; fold this into its base first:"
-        gguf = f"topwork export {_word(_merged_name(source))} {_word(source.name)}-gguf --format gguf"
-        return Use("llama.cpp and Ollama", note, _shell(_download(source), *_merged(source), gguf))
-    adapter = f"topwork export {_word(source.name)} {_word(source.name)}-gguf --format gguf-adapter"
-    base = f"topwork export {source.base or BASE} base-gguf --format gguf"
-    serve = f"llama-server -m base-gguf/*.gguf --lora {_word(source.name)}-gguf/*.gguf"
-    note = "Its files hold one scale for all modules, which `topwork export` folds into the weights:"
-    return Use("llama.cpp", note, _shell(_download(source), adapter, base, serve))
+    name, model = _word(source.name), _model(source)
+    if only_merged(source.adapter):
+        note = "It reads plain LoRA alone, so this is folded into its base:"
+        export = f"topwork export {name} {name}-gguf --format gguf --type q8_0{model}"
+        return Use("llama.cpp", note, _shell(_download(source), export, f"llama-server -m {name}-gguf/*.gguf --jinja"))
+    lines = [
+        _download(source),
+        f"topwork export {name} {name}-gguf --format gguf-adapter{model}",
+        f"topwork export {source.base or BASE} base-gguf --format gguf",
+        f"llama-server -m base-gguf/*.gguf --lora {name}-gguf/*.gguf --jinja",
+    ]
+    note = "Its files hold one scale for all modules, which `topwork export` folds into the weights."
+    return Use("llama.cpp", f"{note} {_held_note(source)}".strip(), _shell(*lines))
 
 
 def _llama_cpp_model(source: CardSource) -> Use:
     name = _word(source.name)
     export = f"topwork export {name} {name}-gguf --format gguf"
-    return Use("llama.cpp", "", _shell(_download(source), export, f"llama-server -m {name}-gguf/*.gguf"))
+    return Use("llama.cpp", "", _shell(_download(source), export, f"llama-server -m {name}-gguf/*.gguf --jinja"))
 
 
 def _llama_cpp_files(source: CardSource) -> list[Use]:
@@ -167,8 +197,13 @@ def _llama_cpp_files(source: CardSource) -> list[Use]:
     return found
 
 
-def _merged(source: CardSource) -> list[str]:
-    return [f"topwork merge {_word(source.name)} {_word(_merged_name(source))}"]
+def _merge(source: CardSource) -> str:
+    return f"topwork merge {_word(source.name)} {_word(_merged_name(source))}{_model(source)}"
+
+
+def _model(source: CardSource) -> str:
+    """How commands are told the base, where the adapter's own name for it leads nowhere."""
+    return "" if source.base else f" --model {BASE}"
 
 
 def _merged_name(source: CardSource) -> str:
@@ -193,7 +228,7 @@ def _word(value: str) -> str:
 
 
 def _shell(*lines: str) -> str:
-    return fenced("\n".join(lines), "sh")
+    return fenced("\n".join(line for line in lines if line), "sh")
 
 
 def quoted(value: str) -> str:
