@@ -81,6 +81,7 @@ def prepared_merge(
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
     def fill(folder: Path) -> dict[str, Any]:
+        refuse_small_disk(folder, plan.nbytes)
         started = time.perf_counter()
         plan.write(folder)
         found = _told(adapter, plan, inputs) | {"merge_seconds": round(time.perf_counter() - started, 2)}
