@@ -29,7 +29,7 @@ def merge_and_verify(base: Base, adapters: Adapters, name: str, given: list[list
     adapters.train(name, False)
     before = measure(base, given, name)
     merge(base, adapters, name)
-    return verify(before, measure(base, given, None))
+    return verify(before, measure(base, given, None), 0.0)
 
 
 def adapted(base: Base, **fields: object) -> Adapters:
@@ -57,7 +57,7 @@ def test_a_right_merge_differs_by_rounding_alone(family: str) -> None:
 def test_a_wrong_merge_shows() -> None:
     base = tiny_base("llama")
     adapted(base)
-    found = verify(measure(base, inputs(), "a"), measure(base, inputs(), None))
+    found = verify(measure(base, inputs(), "a"), measure(base, inputs(), None), 0.0)
     assert found.largest_relative_difference > 1e-2
     assert found.mean_kl > 1e-5
 

@@ -54,7 +54,11 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"merged in {result['dtype']}, {result['weight_bytes'] / 2**20:,.1f} MiB of weights"]
     if "sequences" in result:
         lines[0] = f"merged in {result['dtype']} and compared on {result['sequences']} inputs: {result['inputs']}"
-        keys = [key for key in result if key.startswith(("largest_", "top1_", "mean_kl", "unmerged_", "merged_"))]
+        keys = [
+            key
+            for key in result
+            if key.startswith(("largest_", "top1_", "mean_kl", "adapter_kl", "unmerged_", "merged_"))
+        ]
         lines += [f"  {key.replace('_', ' '):32} {_figure(result[key])}" for key in keys if result[key] is not None]
     return lines + _rounding(result)
 

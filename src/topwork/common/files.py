@@ -249,8 +249,8 @@ def _disk_full_explained(path: Path) -> Iterator[None]:
         free_bytes = shutil.disk_usage(path.parent).free
         raise RunError(
             f"the disk is full: {path} could not be written ({free_bytes / 2**20:.1f} MiB are free or left of the "
-            "quota there); free some space or set output_dir to another disk, then run again with --resume. Nothing "
-            "that was saved before is lost"
+            "quota there); free some space or write to another disk (a training: output_dir), then run it again (a "
+            "training: with --resume). Nothing that was saved before is lost"
         ) from error
 
 

@@ -45,8 +45,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification(Comparison):
-    """A merged model against the unmerged one, over `sequences` inputs."""
+    """A merged model against the unmerged one, over `sequences` inputs. `adapter_kl` is of the bare base from base with
+    adapter: how far the adapter takes it."""
 
+    adapter_kl: float
     unmerged_perplexity: float | None
     merged_perplexity: float | None
     unmerged_tokens_per_second: float
@@ -54,10 +56,11 @@ class Verification(Comparison):
     sequences: int
 
 
-def verify(before: Measurement, after: Measurement) -> Verification:
+def verify(before: Measurement, after: Measurement, adapter_kl: float) -> Verification:
     """What two measurements of the same inputs say, of base with adapter and of the merged model."""
     return Verification(
         **vars(compare(before.logits, after.logits)),
+        adapter_kl=adapter_kl,
         unmerged_perplexity=before.perplexity,
         merged_perplexity=after.perplexity,
         unmerged_tokens_per_second=before.tokens_per_second,

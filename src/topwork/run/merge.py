@@ -17,7 +17,7 @@ from topwork.merging.threshold import refusal
 from topwork.merging.verify import Verification
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
-from topwork.run.merge_check import after_merge, before_merge, refuse_small_memory
+from topwork.run.merge_check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
 from topwork.run.merge_inputs import Inputs, merge_inputs
 from topwork.run.merge_plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
 
@@ -73,6 +73,7 @@ def prepared_merge(
     `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
+    refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None

@@ -1,13 +1,15 @@
 """Is the merged model the one that was trained? Base and adapter run first, are let go of, and then the new folder."""
 
 import gc
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
-from topwork.merging.verify import KEPT_BYTES, Measurement, Verification, measure, verify
+from topwork.merging.verify import KEPT_BYTES, Measurement, Verification, compare, measure, verify
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.run.folder import ADAPTER_NAME
@@ -17,6 +19,17 @@ from topwork.run.merge_plan import MergePlan, opened
 
 BESIDE_BYTES = 512 << 20
 """What running a model takes beside its weights, the inputs being short."""
+
+
+def refuse_small_disk(out: Path, model_bytes: int) -> None:
+    """Before anything is merged; what is to be replaced stands until the new folder does. Raises RequestError."""
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if model_bytes > free:
+        raise RequestError(
+            f"the merged weights take {model_bytes / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free where {out} "
+            "is to be; free some space, name a place on another disk, or merge in 16 bits (--dtype bfloat16)"
+        )
 
 
 def refuse_small_memory(model_bytes: int) -> None:
@@ -30,17 +43,26 @@ def refuse_small_memory(model_bytes: int) -> None:
         )
 
 
-def before_merge(adapter: Given, plan: MergePlan, inputs: Inputs, force: bool, log: Log) -> Measurement:
+@dataclass(frozen=True)
+class Before:
+    """Base with adapter, measured, and how far that is from the bare base (KL in nats a token)."""
+
+    measured: Measurement
+    adapter_kl: float
+
+
+def before_merge(adapter: Given, plan: MergePlan, inputs: Inputs, force: bool, log: Log) -> Before:
     """Base and adapter as the adapter was trained, in the merged model's type; nothing of them stays in memory."""
     base, adapters = opened(adapter, inputs, plan.dtype, force, log=log)
     adapters.train(ADAPTER_NAME, False)
     found = measure(base, inputs.sequences, ADAPTER_NAME)
+    distance = compare(found.logits, measure(base, inputs.sequences, None).logits).mean_kl
     del base, adapters
     gc.collect()
-    return found
+    return Before(found, distance)
 
 
-def after_merge(folder: Path, adapter: Given, plan: MergePlan, before: Measurement, inputs: Inputs) -> Verification:
+def after_merge(folder: Path, adapter: Given, plan: MergePlan, before: Before, inputs: Inputs) -> Verification:
     """The merged folder where it stands, against what was measured before."""
     config = ModelConfig.model_validate({
         "model_name_or_path": str(folder), "dtype": str(plan.dtype).removeprefix("torch."),
@@ -50,4 +72,4 @@ def after_merge(folder: Path, adapter: Given, plan: MergePlan, before: Measureme
     found = measure(base, inputs.sequences, None)
     del base
     gc.collect()
-    return verify(before, found)
+    return verify(before.measured, found, before.adapter_kl)
