@@ -58,24 +58,28 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
-    fill = prepared_merge(adapter, dtype, base, force, log, check, data, out)
+    fill = prepared_merge(adapter, dtype, base, force, log, check, data)
     found: dict[str, Any] = {}
-    write_folder(out, lambda folder: found.update(fill(folder)), overwrite)
-    if adapter.recipe is not None:
+    run = adapter.place if adapter.recipe is not None else None
+
+    def whole(folder: Path) -> None:
+        found.update(fill(folder))
+        add_card(folder, out.name, run)
+
+    write_folder(out, whole, overwrite)
+    if run is not None:
         write_json(adapter.place / REPORT, found | {"folder": out.name})
     return found
 
 
 def prepared_merge(
     adapter: Given, dtype: str | None = None, base: str = "auto", force: bool = False,
-    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None, out: Path | None = None,
+    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
 ) -> Callable[[Path], dict[str, Any]]:  # fmt: skip
     """What fills an empty folder with the merged model, checks it there and returns what its merge.json says: for
-    `topwork merge`, and for exports of what it gives. Arguments and errors as there; `out` is where room is needed."""
+    `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
-    if out is not None:
-        refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
@@ -90,7 +94,6 @@ def prepared_merge(
             found |= asdict(verified)
             _judge(verified, plan, force, log)
         write_json(folder / REPORT, found)
-        add_card(folder, (out or folder).name, adapter.place if adapter.recipe is not None else None)
         return found
 
     return fill
