@@ -149,18 +149,18 @@ def test_logits_of_ours_and_of_peft(folders: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_pefts_own_sum_is_ours_where_it_is_right(method: str, tmp_path: Path) -> None:
     """Without rsLoRA and patterns."""
-    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]), "a")
-    model.add_adapter("b", LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]), "one")
+    model.add_adapter("two", LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     model.save_pretrained(tmp_path)
-    model.add_weighted_adapter(["a", "b"], [1.0, -0.5], "c", combination_type=method)
+    model.add_weighted_adapter(["one", "two"], [1.0, -0.5], "c", combination_type=method)
     model.set_adapter("c")
-    found = combined([tmp_path / "a", tmp_path / "b"], method, weights=[1.0, -0.5])
+    found = combined([tmp_path / "one", tmp_path / "two"], method, weights=[1.0, -0.5])
     for path, delta in found.deltas.items():
-        theirs = model.base_model.model.get_submodule(path).get_delta_weight("c").double()
+        theirs = model.base_model.model.get_submodule(path).get_delta_weight("c").detach().double()
         assert float((delta.dense() - theirs).norm()) <= EXACT * float(theirs.norm())
 
 

@@ -134,10 +134,15 @@ def test_folders_are_scored_on_named_rows(pair: tuple[Path, Path], tickets: Path
     assert list(tested["scores"]) == ["base", "first", "second", "combined"]
 
 
-def test_templates_that_differ_are_told(trained: Path, other_run: Path, tmp_path: Path) -> None:
+def test_templates_that_differ_are_told(
+    trained: Path, other_run: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    combine([trained, pair[0]], tmp_path / "known", log=said.append)
+    assert not any("chat templates" in line for line in said)
+    assert (tmp_path / "known" / "chat_template.jinja").exists()
     shutil.copytree(other_run, tmp_path / "changed")
     (tmp_path / "changed" / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
-    said: list[str] = []
     combine([trained, tmp_path / "changed"], tmp_path / "out", log=said.append)
     assert any(f"different chat templates ({trained.name}, changed)" in line for line in said)
     assert not (tmp_path / "out" / "chat_template.jinja").exists()

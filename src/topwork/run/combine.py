@@ -189,18 +189,22 @@ def _tell_alike(read: Sources, log: Log) -> None:
 
 
 def _template(read: Sources, log: Log) -> str | None:
-    """The chat template that all were trained with, for who prompts the result; none where they differ."""
-    found = {}
+    """The chat template that all were trained with, for who prompts the result; none where they differ. A PEFT folder
+    without one says nothing of it."""
+    found: dict[str, str | None] = {}
     for given, label in zip(read.given, read.labels):
         stored = given.folder / TEMPLATE
-        found[label] = given.template or (stored.read_text("utf-8") if stored.is_file() else None)
+        if given.recipe is not None:
+            found[label] = given.template
+        elif stored.is_file():
+            found[label] = stored.read_text("utf-8")
     if len(set(found.values())) > 1:
         log(
             f"warning: the sources were trained with different chat templates ({', '.join(found)}); prompts of one are "
             "not the others', and the result names none: give it the one that it should answer to"
         )
         return None
-    return next(iter(found.values()))
+    return next(iter(found.values()), None)
 
 
 def _record(read: Sources, settings: Settings, combined: Combined, dtype: str) -> dict[str, Any]:
