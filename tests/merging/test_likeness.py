@@ -1,6 +1,7 @@
 """Cosine, norms and shares out of factors are those of the dense matrices."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from merging.adapters_of import CASES, changes, write_one
+from reference.families import tiny_base
 from topwork.merging.deltas import DenseDelta, LowRankDelta
-from topwork.merging.likeness import Likeness, compared, overall
+from topwork.merging.likeness import Likeness, compared, likeness, overall
 
 
 def random(rank: int, seed: int, rows: int = 12, columns: int = 9) -> LowRankDelta:
@@ -59,6 +62,23 @@ def test_absent_and_zero_changes() -> None:
     first = random(2, 0)
     for other in (None, LowRankDelta(first.b * 0, first.a)):
         assert compared(first, other) == Likeness((first.norm(), 0.0), None, (None, None), (None, None))
+
+
+def test_whole_modules_are_compared_by_parameter(tmp_path: Path) -> None:
+    base = tiny_base()
+    options = (CASES["saved"], CASES["head"])
+    found = [changes(write_one(tmp_path / f"s{at}", base, each, at), base) for at, each in enumerate(options)]
+    alike = likeness(*found, base_norm=lambda name: float(base.module.get_parameter(name).norm()))
+    values = [source.of_parameter("lm_head", "weight") for source in found]
+    assert values[0] is not None
+    assert values[1] is not None
+    cosine = torch.nn.functional.cosine_similarity(values[0].flatten(), values[1].flatten(), dim=0)
+    assert alike["lm_head.weight"].cosine == pytest.approx(float(cosine), abs=1e-6)
+    assert alike["lm_head.weight"].columns[1] is None
+    assert alike["model.norm.weight"].norms[1] == 0
+    assert alike["model.norm.weight"].base == pytest.approx(
+        float(base.module.get_parameter("model.norm.weight").norm())
+    )
 
 
 def test_overall_is_that_of_one_long_vector() -> None:

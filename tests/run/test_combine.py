@@ -282,8 +282,21 @@ def test_compare_tells_kinds_layers_and_json(pair: tuple[Path, Path], trained: P
     assert "A / W" in layers.out
     found = json.loads(topwork("compare", *pair, "--json").out)
     assert found["labels"] == ["first", "second"]
+    assert found["only"] == {"first": 10, "second": 0}
     assert len(found["modules"]) == 14
     assert found["modules"]["model.layers.0.self_attn.q_proj"]["cosine"] is not None
     same = compare_adapters(trained, trained / "adapter", log=SILENT)
     assert same.overall.cosine == pytest.approx(1)
     assert same.overall.columns == pytest.approx((1, 1))
+
+
+def test_a_run_knows_the_base_of_folders_beside_it(pair: tuple[Path, Path], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "theirs")
+    config = json.loads((pair[0] / "adapter_config.json").read_text("utf-8"))
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    said: list[str] = []
+    record = combine([tmp_path / "theirs", trained], tmp_path / "out", log=said.append)
+    assert record["base"] == {"name": str(read_adapter(trained / "adapter").base.name), "fingerprint": None}
+    assert any(line.startswith("warning") and "None" in line for line in said)
+    with pytest.raises(RequestError, match="is a run and names its base itself"):
+        combine([tmp_path / "theirs", trained], tmp_path / "again", model="elsewhere", log=SILENT)

@@ -88,6 +88,11 @@ def weighted_sum(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delt
     return DenseDelta(total)
 
 
+def as_matrix(values: Tensor) -> Tensor:
+    """A parameter of any shape as rows and columns; a vector is one row."""
+    return values[None] if values.dim() == 1 else values.flatten(1)
+
+
 def as_factors(delta: Delta) -> LowRankDelta:
     """A dense one with its shorter side's identity as the other factor."""
     if isinstance(delta, LowRankDelta):

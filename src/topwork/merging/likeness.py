@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topwork.common.errors import AdapterError
 from topwork.merging.changes import Changes
-from topwork.merging.deltas import Delta, LowRankDelta, inner, singular_values
+from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_matrix, inner, singular_values
 
 NOTHING = 1e-7
 """Of the largest singular value: a direction below it is rounding's own (factors come as fp32)."""
@@ -45,22 +44,19 @@ class Likeness:
 def likeness(
     first: Changes, second: Changes, base_norm: Callable[[str], float] | None = None
 ) -> dict[str, Likeness]:  # fmt: skip
-    """By module, in the model's order, of every module that either adapts; `base_norm` gives ‖W‖ by a module's path.
-
-    Raises AdapterError where neither has a delta that the other could be compared with.
-    """
-    chosen = {*first.adapted, *second.adapted}
-    whole = sorted({path for source in (first, second) for path, _ in source.whole})
-    if chosen & set(whole):
-        raise AdapterError(
-            f"one of the two trained {min(chosen & set(whole))} whole and the other adapts it; their deltas are "
-            "compared where both are adapters' (`topwork combine` takes them both)"
-        )
+    """By module, in the model's order, of every module that either adapts, and then by parameter of those that either
+    trained whole. `base_norm` gives ‖W‖ by a parameter's name. Tokens' rows are left out."""
+    whole = sorted({*first.whole, *second.whole})
+    adapted = {*first.adapted, *second.adapted} - {path for path, _ in whole}
     found = {}
     for path in first.bare.modules:
-        if path in chosen:
-            deltas = [source.delta(path) if path in source.adapted else None for source in (first, second)]
-            found[path] = compared(deltas[0], deltas[1], base_norm(path) if base_norm is not None else None)
+        if path in adapted:
+            one, other = (source.delta(path) if path in source.adapted else None for source in (first, second))
+            found[path] = compared(one, other, None if base_norm is None else base_norm(f"{path}.weight"))
+    for path, name in whole:
+        changes = (source.of_parameter(path, name) for source in (first, second))
+        one, other = (None if change is None else DenseDelta(as_matrix(change)) for change in changes)
+        found[f"{path}.{name}"] = compared(one, other, None if base_norm is None else base_norm(f"{path}.{name}"))
     return found
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from topwork.merging.combine.places import alone
 from topwork.merging.likeness import Likeness, likeness, overall
-from topwork.run.combine import Sources, read_sources
+from topwork.run.combine_sources import Sources, read_sources
 
 HEAD = f"{'':34}{'cosine':>9}{'norm A':>11}{'norm B':>11}{'A in B':>17}{'B in A':>17}"
 NOTE = (
@@ -19,10 +20,12 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two adapters: what they are called, each module's likeness in the model's order, and that over all of them."""
+    """Two adapters: what they and their bases are called, how many modules each changes `only` itself, each module's
+    likeness in the model's order, and that over all of them."""
 
     labels: tuple[str, str]
     bases: tuple[str | None, str | None]
+    only: dict[str, int]
     modules: dict[str, Likeness]
     overall: Likeness
 
@@ -34,7 +37,7 @@ class Comparison:
         """A table: a row for each kind of module over all layers, or with `layers` each module."""
         groups: dict[str, list[Likeness]] = {}
         for path, found in self.modules.items():
-            groups.setdefault(path if layers else path.rpartition(".")[2], []).append(found)
+            groups.setdefault(path if layers else _kind(path), []).append(found)
         lines = [
             f"A: {self.labels[0]}   B: {self.labels[1]}",
             HEAD + (f"{'A / W':>10}{'B / W':>10}" if self._has_base else ""),
@@ -43,6 +46,7 @@ class Comparison:
             told = name if layers else f"{name} ({len(alike)})"
             lines.append(_row(told, overall(alike), self._has_base))
         lines += [_row(f"all ({len(self.modules)})", self.overall, self._has_base), NOTE]
+        lines += [f"{label} alone changes {count} modules" for label, count in self.only.items() if count]
         return "\n".join(lines)
 
     @property
@@ -64,13 +68,25 @@ def compare_adapters(
     norm = _base_norm(read) if with_base else None
     found = likeness(read.changes[0], read.changes[1], norm)
     bases = tuple(given.saved.base.name for given in read.given)
-    return Comparison((read.labels[0], read.labels[1]), (bases[0], bases[1]), found, overall(list(found.values())))
+    return Comparison(
+        (read.labels[0], read.labels[1]),
+        (bases[0], bases[1]),
+        alone(read.changes),
+        found,
+        overall(list(found.values())),
+    )
 
 
 def _base_norm(read: Sources) -> Callable[[str], float]:
-    """‖W‖ of a module by its path."""
+    """‖W‖ of the base's parameter by its name."""
     weights = read.changes[0].base
-    return lambda path: float(torch.linalg.vector_norm(weights(f"{path}.weight"), dtype=torch.float64))
+    return lambda name: float(torch.linalg.vector_norm(weights(name), dtype=torch.float64))
+
+
+def _kind(path: str) -> str:
+    """A module's name without its layer; a parameter's with its module's."""
+    names = path.split(".")
+    return ".".join(names[-2:]) if names[-1] in ("weight", "bias") else names[-1]
 
 
 def _row(name: str, found: Likeness, with_base: bool) -> str:

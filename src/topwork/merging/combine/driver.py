@@ -22,7 +22,7 @@ from topwork.merging.combine.places import Places, places_of, refuse_apart
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import Way, way_of
 from topwork.merging.combine.truncate import truncated
-from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_factors, reduced, weighted_sum
+from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_factors, as_matrix, reduced, weighted_sum
 
 RANK_OF_DENSE = 16
 """What a source counts that has no rank of its own (IA3)."""
@@ -188,13 +188,8 @@ def _whole(method: _Method, sources: Sequence[Changes], key: Parameter) -> Tenso
     base = next(source for source in sources if key in source.whole).base(f"{path}.{name}")
     changes = [source.of_parameter(path, name) for source in sources]
     found = [torch.zeros_like(base) if change is None else change for change in changes]
-    total = method.combined(f"{path}.{name}", [DenseDelta(_as_matrix(change)) for change in found])
+    total = method.combined(f"{path}.{name}", [DenseDelta(as_matrix(change)) for change in found])
     return (base.double() + total.dense().view(base.shape)).float()
-
-
-def _as_matrix(values: Tensor) -> Tensor:
-    """A vector as one row."""
-    return values[None] if values.dim() == 1 else values.flatten(1)
 
 
 def _tokens(method: _Method, sources: Sequence[Changes]) -> tuple[str, tuple[int, ...], Tensor] | None:

@@ -21,12 +21,17 @@ def settings_for(
     weights: Sequence[float] | None = None,
     density: Sequence[float] | None = None,
     rank: int | None = None,
-    **options: Any,
+    ties_weights: str | None = None,
+    scale: float | None = None,
+    epsilon: float | None = None,
+    gamma: float | None = None,
+    seed: int | None = None,
 ) -> Settings:
-    """labels: what the sources are called; options: those of FLAGS, None for a default.
-
-    Without weights each is 1; one density stands for all sources.
-    """
+    """`labels` are what the sources are called. Without weights each is 1; one density stands for all sources; the rest
+    have the defaults of `Settings`. Raises RequestError."""
+    options: dict[str, Any] = {
+        "ties_weights": ties_weights, "scale": scale, "epsilon": epsilon, "gamma": gamma, "seed": seed,
+    }  # fmt: skip
     way, given = way_of(method), {name: value for name, value in options.items() if value is not None}
     _check_sources(way, labels)
     _refuse_unread(way, given | ({} if density is None else {"density": density}))
@@ -38,13 +43,7 @@ def settings_for(
     if density is not None and len(density) == 1:
         density = [*density] * len(labels)
     shares = _for_each("--density", density, labels, way.density)
-    outside = [share for share in shares if not 0 < share <= 1]
-    if outside:
-        raise RequestError(
-            f"--density {outside[0]:g}: the share of a source's values that is kept lies over 0 and at most at 1 "
-            "(0.2 keeps a fifth)"
-        )
-    _check_values(given)
+    _check_values(given, shares)
     if rank is not None and rank < 1:
         raise RequestError(f"--rank {rank}: a rank is 1 or more")
     return Settings(method, weights, shares, rank=rank, **given)
@@ -89,7 +88,13 @@ def _for_each(
     return tuple(float(value) for value in values)
 
 
-def _check_values(given: Mapping[str, Any]) -> None:
+def _check_values(given: Mapping[str, Any], density: Sequence[float]) -> None:
+    outside = [share for share in density if not 0 < share <= 1]
+    if outside:
+        raise RequestError(
+            f"--density {outside[0]:g}: the share of a source's values that is kept lies over 0 and at most at 1 "
+            "(0.2 keeps a fifth)"
+        )
     kind = given.get("ties_weights")
     if kind is not None and kind not in TIES_WEIGHTS:
         raise RequestError(
