@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import PREFIX, Grafted, has_conv1d, names_of, peft_keys
@@ -24,13 +25,18 @@ def write_kept(folder: Path, config: AdapterConfig, parts: Parts, bare: Bare, ba
 def write_plain(folder: Path, adapter: Lowered, bare: Bare, base: str | None) -> None:
     """The plain form of a LoRA: fp32, one rank, lora_alpha = r, targets by name. The same adapter gives the same
     bytes."""
+    write_bytes(folder / TENSORS, save(plain_tensors(adapter), metadata={"format": "pt"}))
+    write_json(folder / CONFIG, plain_config(adapter, bare, base))
+
+
+def plain_tensors(adapter: Lowered) -> dict[str, Tensor]:
+    """Its tensors by PEFT's names, sorted."""
     tensors = {}
     for path, update in adapter.updates.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
         tensors[f"{PREFIX}{path}.{a}"] = update.a.contiguous()
         tensors[f"{PREFIX}{path}.{b}"] = update.b.contiguous()
-    write_bytes(folder / TENSORS, save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
-    write_json(folder / CONFIG, plain_config(adapter, bare, base))
+    return dict(sorted(tensors.items()))
 
 
 def plain_config(adapter: Lowered, bare: Bare, base: str | None) -> dict[str, Any]:
