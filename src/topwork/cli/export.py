@@ -60,4 +60,4 @@ def export(
     for each in done.read_back:
         print(f"read back by {each.line()}")
     for line in done.use:
-        print(f"  {line}")
+        print(f"  {line.replace('OUT', str(out))}")

@@ -5,7 +5,7 @@ unseen, and what is done about it.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -102,11 +102,15 @@ def exported_parts(saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
-    if not (_begins_from_base(saved) or _base_copies(saved)):
+    if not (_begins_from_base(saved) or _base_copies(saved) or saved.config.saved_modules):
         return fitted_shapes(bare, saved)
-    tensors = stored()
-    parts = LazyParts(bare, saved, tensors)
-    return {path: parts.part(path, partial(_weight, bare, tensors, path)) for path in parts.shapes}
+    opened = cache(stored)
+
+    def tensor(path: str, kind: str) -> Tensor | None:
+        return opened()(path, kind)
+
+    parts = LazyParts(bare, saved, tensor)
+    return {path: parts.part(path, partial(_weight, bare, tensor, path)) for path in parts.shapes}
 
 
 def _weight(bare: Bare, stored: Stored, path: str) -> Tensor:

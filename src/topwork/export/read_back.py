@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from topwork.adapters.fitting import Parts, state_of
+from topwork.adapters.lazy_parts import Stored
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
 from topwork.adapters.method import Bare
-from topwork.adapters.peft_format import fitted_shapes, read_adapter
+from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import RunError
 from topwork.export.lowered import Lowered
+from topwork.export.preflight import exported_parts
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source
 
@@ -64,7 +66,7 @@ class ReadBack:
 def reread(folder: Path, bare: Bare, adapter: Lowered | Parts) -> ReadBack:
     """By our own reader, on the base's skeleton: each module's update against what was to be written. Raises RunError
     where they are apart."""
-    parts = fitted_shapes(bare, read_adapter(folder))
+    parts = exported_parts(read_adapter(folder), bare, _nothing)
     if isinstance(adapter, Lowered):
         found = low_rank_updates(parts)
         pairs = [(found[path], update) for path, update in adapter.updates.items()]
@@ -111,6 +113,10 @@ def _logits(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     """Of the prompt's own tokens; learned ones may stand before them."""
     given = prompt[None]
     return model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, -len(prompt) :].float()
+
+
+def _nothing() -> Stored:
+    raise RunError("what was written needs the base's weights to be read. This is a defect of the export")
 
 
 def _furthest(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topwork.ops.rows import rows_at_once
+
 
 @dataclass(frozen=True)
 class RoundingLoss:
@@ -33,8 +35,11 @@ class Rounding:
         left out."""
         if stored.dtype.itemsize > 2:
             return
-        lost = float(torch.linalg.vector_norm(stored.to(exact.dtype).sub_(exact))) ** 2
-        changed = float(torch.linalg.vector_norm(exact - before.to(exact.dtype))) ** 2
+        lost = changed = 0.0
+        tables = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (exact, stored, before)]
+        for rows, kept, own in zip(*(table.split(rows_at_once(tables[0])) for table in tables)):
+            lost += float((kept.to(rows.dtype) - rows).square().sum(dtype=torch.float64))
+            changed += float((rows - own.to(rows.dtype)).square().sum(dtype=torch.float64))
         self._squares[name] = (lost, changed)
 
     def loss(self) -> RoundingLoss | None:

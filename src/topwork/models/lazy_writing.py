@@ -63,7 +63,8 @@ def _entry(tensor: LazyTensor, start: int) -> dict[str, Any]:
 
 
 def _bytes(key: str, promise: LazyTensor) -> memoryview:
-    tensor: Tensor = promise.fetch()
+    seen = promise.view() if promise.view is not None else None  # what passes through as it is needs no copy
+    tensor: Tensor = seen if seen is not None and seen.dtype == promise.dtype else promise.fetch()
     if tuple(tensor.shape) != promise.shape or tensor.dtype != promise.dtype:
         raise RunError(
             f"{key} came as {tensor.dtype} {tuple(tensor.shape)}, and {promise.dtype} {promise.shape} was promised; do "

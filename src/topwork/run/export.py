@@ -41,8 +41,7 @@ MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {
 Log = Callable[[str], None]
 RECORD = "export.json"
 CHECKED_PROMPTS = 4
-MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16"}
-"""In which type an adapter is merged, by what the result is written in: what is rounded anyway is rounded once."""
+MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Exported:
     findings   what the reader would have made of the adapter's features, and what was done
     figures    the format's own: rank, modules, bytes …
     read_back  by whom the written folder was read, on how much, and the largest difference
-    use        command lines for whoever has the folder
+    use        command lines for whoever has the folder, which they call OUT
     """
 
     folder: Path
@@ -126,10 +125,10 @@ class _How:
     log: Log
 
     def exported(self, out: Path, findings: Sequence[Finding], written: Written = Written()) -> Exported:
-        use = tuple(line.replace(OUT, str(out)) for line in written.use)
         return Exported(
-            out, self.reader.format, self.type, self.reader.reader, findings, written.figures, written.read_back, use
-        )
+            out, self.reader.format, self.type, self.reader.reader, findings, written.figures, written.read_back,
+            written.use,
+        )  # fmt: skip
 
 
 def _adapter(given: Given, out: Path, how: _How) -> Exported:
@@ -193,9 +192,7 @@ def _merged(given: Given, out: Path, how: _How) -> Exported:
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
-    merge = prepared_merge(
-        given, MERGED_TYPES.get(how.type or "auto", "float32"), "auto", how.force, how.log, how.check
-    )
+    merge = prepared_merge(given, _merged_type(how), "auto", how.force, how.log, how.check)
 
     def fill(folder: Path) -> Written:
         if how.reader.format == "hf":
@@ -211,6 +208,14 @@ def _merged(given: Given, out: Path, how: _How) -> Exported:
         return replace(written, figures={**written.figures, "merge": figures})
 
     return _written(out, findings, how, fill)
+
+
+def _merged_type(how: _How) -> str | None:
+    """In which type an adapter is merged: of a folder its own, and where it is rounded afterwards anyway in fp32, so
+    that it is rounded once."""
+    if how.reader.format == "hf":
+        return MERGED_TYPES[how.type or "auto"]
+    return "bfloat16" if how.type == "bf16" else "float32"
 
 
 def _checked(figures: Mapping[str, Any]) -> list[ReadBack]:
