@@ -16,7 +16,13 @@ from topwork.export.gguf.model import GgufModel, write_gguf_model
 from topwork.models.lazy import LazyModel, LazyTensor
 
 ROWS = 352
-SIZES: dict[str, Any] = {"vocab_size": ROWS, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.1}
+SIZES: dict[str, Any] = {
+    "vocab_size": ROWS,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,
+}
 """The weights are large, so that attention chooses and a wrong row is seen."""
 LENGTHS = (1, 3, 20, 40)
 TEMPLATE = (

@@ -1,6 +1,7 @@
 """A whole model as a GGUF file: templates and ends, other readers, and how the file comes to be."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from export.gguf_models import ROWS, TEMPLATE, as_lazy, byte_level, prompts, tiny, with_byte_fallback, written
+from export.gguf_models import TEMPLATE, as_lazy, byte_level, prompts, tiny, with_byte_fallback, written
 from reference.tiny_disk import printed_on_a_tiny_disk
 from topwork.common.errors import ModelError, RequestError, RunError
 from topwork.data.chat.rendering import Renderer
@@ -24,6 +25,7 @@ from topwork.models.gguf import convert_gguf
 from topwork.models.lazy import LazyModel, LazyTensor
 from topwork.models.load import as_base
 
+FULL = {"use_sliding_window": False, "layer_types": None}
 CONVERSATIONS = [
     [("user", "hello")],
     [("system", "be brief"), ("user", "12 + 3?"), ("assistant", "15"), ("user", "é 😀 {{ x }}")],
@@ -76,7 +78,8 @@ def test_what_generation_config_stops_at_ends_an_answer_and_what_finds_no_place_
     lazy = replace(as_lazy(model), generation={"eos_token_id": [4, 1, 0, 2]})
     write_gguf_model(lazy, tokenizer, FIN, tmp_path / "x.gguf", "f32", told.append)
     ids = [_key(tmp_path / "x.gguf", f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    assert ids == [4, 3, 1] and "0, 2 are left out" in told[0]
+    assert ids == [4, 3, 1]
+    assert "0, 2 are left out" in told[0]
     types = _key(tmp_path / "x.gguf", "tokenizer.ggml.token_type")
     assert all(types[number] == 3 for number in ids)
 
@@ -91,9 +94,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("family", "values"),
     [
-        ("llama", {}), ("mistral", {"sliding_window": None}), ("qwen2", {"use_sliding_window": False, "layer_types": None}),
-        ("qwen3", {"use_sliding_window": False, "layer_types": None, "head_dim": 128}), ("gemma2", {}), ("gemma3_text", {}),
-        ("phi3", {"sliding_window": None}),
+        ("llama", {}), ("mistral", {"sliding_window": None}), ("qwen2", FULL), ("qwen3", {**FULL, "head_dim": 128}),
+        ("gemma2", {}), ("gemma3_text", {}), ("phi3", {"sliding_window": None}),
     ],
 )  # fmt: skip
 def test_transformers_reads_the_same_weights_from_the_file(tmp_path, family, values):
@@ -169,27 +171,35 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
 
 
 FULL_DISK = f"""
-import shutil, sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]!r}
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2] / "src")!r})
 from pathlib import Path
+import torch
 from topwork.common.errors import RunError
-from topwork.export.gguf import model
-from export.gguf_models import tiny, written
-big = tiny("llama", intermediate_size=2048)
+from topwork.common.files import whole_file
+from topwork.export.gguf.model import _write
+from topwork.export.gguf.tensors import Planned
+from topwork.export.gguf.types import Stored
 place = Path(sys.argv[1])
-for room in (True, False):
-    if not room:
-        model._check_room = lambda *_: None
-    try:
-        written(place, big)
-    except RunError as error:
-        print("said" if ("MiB are free there" if room else "the disk is full") in str(error) else error)
-    print(len(list(place.iterdir())))
+weight = Planned("w", "w", (512, 1024), Stored("f32"), lambda: torch.ones(512, 1024))
+try:
+    with whole_file(place / "x.gguf") as aside:
+        _write(aside, "llama", {{"general.type": "model"}}, [weight])
+except RunError as error:
+    print("said" if "the disk is full" in str(error) else error)
+print(len(list(place.iterdir())))
 """
 
 
-def test_a_full_disk_is_told_before_and_leaves_nothing_after(tmp_path):
-    assert printed_on_a_tiny_disk(FULL_DISK, tmp_path) == ["said", "0", "said", "0"]
+def test_a_disk_that_becomes_full_is_told_and_nothing_is_left(tmp_path):
+    assert printed_on_a_tiny_disk(FULL_DISK, tmp_path) == ["said", "0"]
+
+
+def test_a_disk_without_the_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**16, 2**16))
+    with pytest.raises(RunError, match=r"f32\.gguf will take 0\.\d MiB, and 0\.1 MiB are free there"):
+        written(tmp_path, tiny("llama"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
@@ -209,8 +219,11 @@ def test_read_back_by_llama_cpp_says_how_far_the_file_is_from_us(tmp_path):
     file = written(tmp_path, model).path
     found = read_back(file, answers, byte_level(), ["hello 12", "é\n"])
     assert (found.reader, found.answers, found.positions, found.texts_equal) == ("llama.cpp", 2, 8, 2)
-    assert found.agreed == 8 and found.answers_equal == 2 and found.largest_difference < 1e-4
-    assert "2 of 2 greedy answers as ours" in str(found) and found.as_dict()["positions"] == 8
+    assert found.agreed == 8
+    assert found.answers_equal == 2
+    assert found.largest_difference < 1e-4
+    assert "2 of 2 greedy answers as ours" in str(found)
+    assert found.as_dict()["positions"] == 8
     other = [Answer(each.prompt, each.tokens, each.logprobs.roll(1, -1)) for each in answers]
     assert read_back(file, other).largest_difference > 0.1
 
@@ -219,7 +232,9 @@ def test_where_llama_cpp_is_not_installed_the_structure_is_read_and_said_so(tmp_
     monkeypatch.setattr(readback, "is_installed", lambda: False)
     file = written(tmp_path, tiny("llama"), "q8_0").path
     found = read_back(file, [])
-    assert found.reader == "gguf" and found.weights == 21 and "xllamacpp is not installed" in str(found)
+    assert found.reader == "gguf"
+    assert found.weights == 21
+    assert "xllamacpp is not installed" in str(found)
     data = bytearray(file.read_bytes())
     data[-64:] = b"\xff" * 64
     file.write_bytes(data)
@@ -237,6 +252,6 @@ def test_a_byte_fallback_tokenizer_with_a_template_makes_a_whole_file(tmp_path):
     tokenizer = with_byte_fallback()
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     file = written(tmp_path, tiny("llama", vocab_size=416), tokenizer=tokenizer).path
-    assert _key(file, "tokenizer.ggml.model") == "llama" and _key(file, "llama.vocab_size") == 416
+    assert _key(file, "tokenizer.ggml.model") == "llama"
+    assert _key(file, "llama.vocab_size") == 416
     assert LlamaCpp(file, 64).rendered([{"role": "user", "content": "the"}]).endswith("the</s>")
-    assert ROWS != 416

@@ -1,4 +1,4 @@
-"""Each family's logits in llama.cpp are transformers' of the same weights; what llama.cpp computes otherwise is refused."""
+"""Each family's logits in llama.cpp are transformers' own; what llama.cpp would compute otherwise is refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,8 @@ from topwork.export.gguf.llama_cpp import LlamaCpp
 from topwork.export.gguf.model import write_gguf_model
 
 CLOSE = 1e-3
-"""fp32 sums in another order make 2e-6 of it; an input of GELU's table (gemma) that falls to its other side, a float16's
-last place, 5e-5. What is wrong in a record is seen at 2."""
+"""fp32 sums in another order make 2e-6 of it; an input of GELU's table (gemma) that falls to its other side, a
+float16's last place, 5e-5. What is wrong in a record is seen at 2."""
 FULL = {"use_sliding_window": False, "layer_types": None}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -94,7 +94,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name():
     assert "dynamic" in _refused("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     assert "llama3" in _refused("qwen2", rope_scaling=LLAMA3)
     assert "attention_factor" in _refused("qwen3", rope_scaling={**YARN, "attention_factor": 2.0})
-    assert "partial_rotary_factor" in _refused("llama", rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})
+    assert "partial_rotary_factor" in _refused(
+        "llama", rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5}
+    )
     assert "'relu'" in _refused("llama", hidden_act="relu")
     assert "query_pre_attn_scalar 100" in _refused("gemma2", query_pre_attn_scalar=100)
     assert "final_logit_softcapping None" in _refused("gemma2", final_logit_softcapping=None)
@@ -108,7 +110,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name():
 
 def test_a_family_that_is_not_in_the_table_is_refused_with_the_list():
     message = _refused("mixtral")
-    assert "'mixtral'" in message and "qwen3" in message and "did you mean 'mistral'" in message
+    assert "'mixtral'" in message
+    assert "qwen3" in message
+    assert "did you mean 'mistral'" in message
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3"])
@@ -116,7 +120,8 @@ def test_a_window_that_llama_cpp_has_not_bounds_the_context_within_which_it_is_t
     model, told = tiny(family), []
     file = tmp_path / "f32.gguf"
     found = write_gguf_model(as_lazy(model), byte_level(), None, file, "f32", told.append)
-    assert "context of 5 tokens instead of 64" in told[0] and found.notes == tuple(told)
+    assert "context of 5 tokens instead of 64" in told[0]
+    assert found.notes == tuple(told)
     given = prompts((1, 3, 4))
     assert max(apart(LlamaCpp(file, 64), given, last_logprobs(model, given))) < CLOSE
 

@@ -24,7 +24,8 @@ TEXTS = [
     "", " ", "\n", "a", " a", "Hello, world!", "hello there 12345 6", "3.14 1,000,000 ½ ² 12³ ٣٤ 一二三",
     "\t\ttabs\n\n\nlines \r\n  spaces   end  ", "def f(x: int) -> str:\n    return f'{x!r}'  # done\n",
     "İstanbul'da ΑΒΓ привет नमस्ते こんにちは 你好，世界！ 안녕하세요 مرحبا שלום",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 é é ﬁ Å", "I've you'RE we'll 'tis 'D", "a" * 70, "▁▁ under ▁score <0x0A>", "\u200b\ufeff\u00a0x\u2028y",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 é é ﬁ Å", "I've you'RE we'll 'tis 'D", "a" * 70,
+    "▁▁ under ▁score <0x0A>", "\u200b\ufeff\u00a0x\u2028y",
     "<|im_start|>user\nhi<|im_end|>\n", "x<|endoftext|>y", "<unk><s> hi </s>", "the there here 1212  the",
 ]  # fmt: skip
 
@@ -65,21 +66,28 @@ def test_special_tokens_are_control_others_user_defined_and_rows_without_a_token
     keys = vocabulary_of(tokenizer, 300, {1}).keys
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == 300
-    assert types[:3] == [3, 3, 3] and types[3] == 1
+    assert types[:3] == [3, 3, 3]
+    assert types[3] == 1
     think = tokenizer.convert_tokens_to_ids("<think>")
-    assert types[think] == 4 and tokens[think] == "<think>"
-    assert tokens[299] == "[PAD299]" and types[think + 1 :] == [5] * (300 - think - 1)
+    assert types[think] == 4
+    assert tokens[think] == "<think>"
+    assert tokens[299] == "[PAD299]"
+    assert types[think + 1 :] == [5] * (300 - think - 1)
     assert vocabulary_of(tokenizer, 300, {think}).keys["tokenizer.ggml.token_type"][think] == 3
-    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "smollm"
-    assert keys["tokenizer.ggml.bos_token_id"] == 0 and keys["tokenizer.ggml.add_bos_token"] is False
+    assert keys["tokenizer.ggml.model"] == "gpt2"
+    assert keys["tokenizer.ggml.pre"] == "smollm"
+    assert keys["tokenizer.ggml.bos_token_id"] == 0
+    assert keys["tokenizer.ggml.add_bos_token"] is False
     assert keys["tokenizer.ggml.merges"][0] == "1 2"
 
 
 def test_byte_tokens_unknown_and_scores_are_sentencepieces():
     keys = vocabulary_of(with_byte_fallback(), 416, ()).keys
     types, scores, tokens = (keys[f"tokenizer.ggml.{name}"] for name in ("token_type", "scores", "tokens"))
-    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.pre"] == "default"
-    assert types[:4] == [2, 3, 3, 6] and types[tokens.index("▁the")] == 1
+    assert keys["tokenizer.ggml.model"] == "llama"
+    assert keys["tokenizer.ggml.pre"] == "default"
+    assert types[:4] == [2, 3, 3, 6]
+    assert types[tokens.index("▁the")] == 1
     assert 0 > scores[tokens.index("▁t")] > scores[tokens.index("▁th")] > scores[tokens.index("here")]
     assert keys["tokenizer.ggml.add_space_prefix"] is True
 
@@ -107,16 +115,17 @@ def test_smollm2s_hash_is_llama_cpps_and_its_rule_says_the_same():
 
 
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
 def _with_regex(regex: str, **model: Any) -> Any:
     tokenizer = byte_level(**model)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ])  # fmt: skip
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     return tokenizer
 
 
@@ -153,7 +162,7 @@ def test_a_hash_that_its_rule_contradicts_is_an_error(monkeypatch):
     tokenizer = _gpt2()
     digest = hashlib.sha256(str(tokenizer.encode(names.CHECK_TEXT)).encode()).hexdigest()
     monkeypatch.setitem(names.BY_HASH, digest, "qwen2")
-    with pytest.raises(ModelError, match="'qwen2'.*'gpt-2'"):
+    with pytest.raises(ModelError, match=r"'qwen2'.*'gpt-2'"):
         vocabulary_of(tokenizer, 352, ())
 
 
@@ -165,7 +174,7 @@ def test_tokenizers_of_another_kind_none_and_more_tokens_than_rows_are_refused(t
         vocabulary_of(byte_level(), 200, ())
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ModelError, match="kind BPE.*Whitespace"):
+    with pytest.raises(ModelError, match=r"kind BPE.*Whitespace"):
         vocabulary_of(tokenizer, 352, ())
     with pytest.raises(ModelError, match="no fast form"):
         vocabulary_of(SimpleNamespace(), 352, ())

@@ -1,4 +1,4 @@
-"""The types: what they hold, where they fall back, and that llama.cpp computes what torch computes with their values."""
+"""The types: what they hold, where they fall back, and that llama.cpp computes what torch does with their values."""
 
 import gguf
 import numpy as np
@@ -44,9 +44,20 @@ def test_a_weights_bytes_are_as_many_as_announced_and_hold_its_values(type):
     weight = torch.randn(6, 64)
     data = packed(weight, type, "w")
     assert data.nbytes == stored_bytes((6, 64), type)
-    step = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254, "q5_0": 1 / 16, "q5_1": 1 / 31, "q4_0": 1 / 8, "q4_1": 1 / 15}
+    step = {
+        "f32": 0.0,
+        "f16": 2**-11,
+        "bf16": 2**-8,
+        "q8_0": 1 / 254,
+        "q5_0": 1 / 16,
+        "q5_1": 1 / 31,
+        "q4_0": 1 / 8,
+        "q4_1": 1 / 15,
+    }
     largest = weight.unflatten(-1, (2, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(-2)
-    wide = 2 if type in ("q5_1", "q4_1") else 1  # from the least to the largest value; a fifth for the scale's own rounding
+    wide = (
+        2 if type in ("q5_1", "q4_1") else 1
+    )  # from the least to the largest value; a fifth for the scale's own rounding
     assert ((as_stored(weight, type) - weight).abs() <= 1.2 * wide * step[type] * largest).all()
 
 
@@ -57,14 +68,16 @@ def test_vectors_are_fp32_heads_have_eight_bits_and_rows_of_odd_length_fall_back
     assert stored_as("output.weight", (99, 64), "q8_0", True).type == "q8_0"
     assert stored_as("blk.0.ffn_up.weight", (96, 64), "q4_0", False).type == "q4_0"
     odd = stored_as("blk.0.ffn_down.weight", (64, 40), "q4_0", False)
-    assert odd.type == "f16" and "rows of 40" in odd.why
+    assert odd.type == "f16"
+    assert "rows of 40" in odd.why
 
 
 def test_a_fallback_is_told_and_the_file_still_is_the_model(tmp_path):
     model, told = tiny("llama", intermediate_size=40), []
     found = write_gguf_model(as_lazy(model), byte_level(), None, tmp_path / "x.gguf", "q8_0", told.append)
     assert found.fell_back == {f"blk.{n}.ffn_down.weight": "f16: its rows of 40 are no multiple of 32" for n in (0, 1)}
-    assert len(told) == 2 and "blk.0.ffn_down.weight is f16" in told[0]
+    assert len(told) == 2
+    assert "blk.0.ffn_down.weight is f16" in told[0]
     given = prompts((5, 9))
     expected = last_logprobs(as_llama_cpp(model, lambda name: "f16" if "down_proj" in name else "q8_0"), given)
     assert min(apart(LlamaCpp(found.path, 64), given, expected)) < SUMS

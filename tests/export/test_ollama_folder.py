@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from data.family_tokenizers import build_tokenizer
 from models.tiny_gguf import byte_level_vocabulary, tiny_llama, write_gguf
-from topwork.common.errors import RequestError
+from reference.families import tiny_model
+from topwork.common.errors import RequestError, RunError
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
 from topwork.export.gguf.llama_cpp import LlamaCpp
+from topwork.export.gguf.model import write_gguf_model
 from topwork.export.ollama.bos import leave_bos_to_template
 from topwork.export.ollama.evaluator import ollama_text
-from topwork.export.ollama.folder import Asking, write_modelfile
+from topwork.export.ollama.folder import Asking, check_prompts, write_modelfile
 from topwork.export.ollama.modelfile import Modelfile, parsed
+from topwork.models.lazy import LazyModel, LazyTensor
 
 
 def written(folder: Path, asking: Asking, log: Any = lambda _: None, tokenizer: Any = None, **more: Any) -> list[Any]:
@@ -110,3 +114,23 @@ def test_a_file_that_does_not_say_is_refused_where_llama_cpp_would_add_bos(tmp_p
     path = write_gguf(tmp_path / "b.gguf", tiny_llama(), without | {"tokenizer.ggml.pre": "llama-bpe"})
     with pytest.raises(RequestError, match="does not say whether a text begins with the BOS token"):
         leave_bos_to_template(path)
+
+
+def test_llama_cpp_cuts_prompts_as_training_did(tmp_path: Path) -> None:
+    """And not, where the file puts a BOS of its own in front."""
+    tokenizer = build_tokenizer("smollm2", None)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.clone) for name, tensor in model.state_dict().items()
+    }
+    lazy = LazyModel("tiny", None, model.config.to_dict(), tensors)
+    write_gguf_model(lazy, tokenizer, None, tmp_path / "base.gguf", "f16", lambda _: None)
+    asking = Asking("Answer in JSON.", 0, 512)
+    write_modelfile(tmp_path, "base.gguf", None, tokenizer, None, asking, lambda _: None)
+    assert check_prompts(tmp_path, tokenizer, None, asking) == 5
+    reader = gguf.GGUFReader(tmp_path / "base.gguf", "r+")
+    field = reader.get_field("tokenizer.ggml.add_bos_token")
+    field.parts[field.data[0]][0] = True
+    reader.data.flush()
+    with pytest.raises(RunError, match=r"Ollama would cut a prompt into .* other tokens"):
+        check_prompts(tmp_path, tokenizer, None, asking)

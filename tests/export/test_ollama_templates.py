@@ -22,7 +22,7 @@ ODD = TemplateForm(
 )  # fmt: skip
 THOUGHT_AWAY = ("qwen3", "r1", "r1_old")
 """Templates that take the thinking out of earlier answers."""
-NO_SYSTEM = ("gemma", "gemma3", "mistral", "mistral_tools", "mistral_v3", "r1_tools")
+NO_SYSTEM = ("gemma", "mistral", "mistral_tools", "mistral_v3", "r1_tools")
 """Templates that take no system message, or put it into another turn."""
 
 
@@ -137,3 +137,12 @@ def test_what_the_evaluator_does_not_know_is_an_error(template: str) -> None:
 
 def test_strings_are_escaped_in_ascii() -> None:
     assert go_string('a"\\\n\r\té😀') == '"a\\"\\\\\\n\\r\\t\\u00e9\\U0001f600"'
+
+
+def test_system_messages_that_training_folded_are_folded() -> None:
+    tokenizer = build_tokenizer("smollm2", None)
+    ours = Renderer(tokenizer, (TEMPLATES / "smollm2.jinja").read_text("utf-8"), fold_system=True)
+    form = template_form(ours, form_text)
+    assert form.joined
+    for chat in (talk("a", "b", "c"), talk("a", system="Be brief."), talk("a", "b", "c", system="Be brief.")):
+        assert ollama_text(go_template(form), chat) == ours.render(chat, None, True)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from topwork.cli.chat import chat
+from topwork.cli.convert import EPILOG as CONVERT_EPILOG
+from topwork.cli.convert import convert
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
@@ -128,6 +130,8 @@ app.command(
 app.command(epilog=MERGE_EPILOG)(merge)
 
 app.command(epilog=EXPORT_EPILOG)(export)
+
+app.command(epilog=CONVERT_EPILOG)(convert)
 
 
 @app.command(

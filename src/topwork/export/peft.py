@@ -39,14 +39,15 @@ def plain_tensors(adapter: Lowered) -> dict[str, Tensor]:
     return dict(sorted(tensors.items()))
 
 
-def plain_config(adapter: Lowered, bare: Bare, base: str | None) -> dict[str, Any]:
-    """Its adapter_config.json: nothing in it that a reader may overlook."""
+def plain_config(adapter: Lowered, bare: Bare | None, base: str | None) -> dict[str, Any]:
+    """Its adapter_config.json: nothing in it that a reader may overlook. Where `bare` is not known, its targets are
+    whole paths."""
     paths = list(adapter.updates)
     return {
         **peft_keys("LORA"), "base_model_name_or_path": base, "bias": "none", "alpha_pattern": {}, "rank_pattern": {},
-        "exclude_modules": None, "fan_in_fan_out": has_conv1d(bare.modules, paths), "init_lora_weights": True,
-        "layers_pattern": None, "layers_to_transform": None, "lora_alpha": adapter.alpha, "lora_bias": False,
-        "lora_dropout": 0.0, "modules_to_save": None, "r": adapter.rank,
-        "target_modules": names_of(paths, bare.modules), "trainable_token_indices": None, "use_dora": False,
-        "use_rslora": False,
+        "exclude_modules": None, "fan_in_fan_out": bare is not None and has_conv1d(bare.modules, paths),
+        "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None, "lora_alpha": adapter.alpha,
+        "lora_bias": False, "lora_dropout": 0.0, "modules_to_save": None, "r": adapter.rank,
+        "target_modules": names_of(paths, bare.modules) if bare is not None else sorted(paths),
+        "trainable_token_indices": None, "use_dora": False, "use_rslora": False,
     }  # fmt: skip

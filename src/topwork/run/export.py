@@ -25,7 +25,7 @@ from topwork.plan.count import base_skeleton
 from topwork.run.export_check import asked, stored_by, tokenizer_of
 from topwork.run.export_gguf import write_adapter_file
 from topwork.run.export_models import ModelJob, stem, write_gguf, write_hf
-from topwork.run.export_ollama import system_of, takes_adapters, write_ollama_adapter, write_ollama_model
+from topwork.run.export_ollama import takes_adapters, write_ollama_adapter, write_ollama_model
 from topwork.run.export_peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter, is_adapter
@@ -210,7 +210,7 @@ def _merged(given: Given, out: Path, how: _How) -> Exported:
         whole.mkdir()
         figures = merge(whole)
         source = Source(given.place.resolve().name, str(whole), None)
-        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log, system_of(given))
+        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log, given)
         written = MODEL_WRITERS[how.reader.format](job, folder)
         shutil.rmtree(whole)
         return replace(written, figures={**written.figures, "merge": figures})

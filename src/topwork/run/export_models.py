@@ -23,6 +23,7 @@ from topwork.models.source import ALIASES, Source
 from topwork.models.tokenizer import load_config
 from topwork.models.writing import clean_config, write_tokenizer
 from topwork.run.export_check import MOST, not_loaded
+from topwork.run.given import Given
 from topwork.run.merge_inputs import TEXTS
 from topwork.run.written import OUT, Written
 
@@ -35,9 +36,9 @@ DENSE_TYPES, LARGEST_MEAN = ("f32", "f16", "bf16"), 0.1
 class ModelJob:
     """A whole model that is to be written, as its folder has it.
 
-    name    what files are called by
-    check   on how many texts what was written is compared
-    system  the system message that all rows shared that an adapter in it learned from, if they did
+    name     what files are called by
+    check    on how many texts what was written is compared
+    learned  the adapter that is merged into it, if one is
     """
 
     name: str
@@ -47,7 +48,7 @@ class ModelJob:
     tokenizer: PreTrainedTokenizerBase | None
     check: int
     log: Callable[[str], None]
-    system: str | None = None
+    learned: Given | None = None
 
 
 def stem(name: str) -> str:

@@ -1,13 +1,14 @@
 """Folders for `ollama create`: a GGUF model, a GGUF adapter where Ollama takes one, and the Modelfile."""
 
 from pathlib import Path
+from typing import Any
 
 from topwork.adapters.method import Bare
 from topwork.common.errors import RequestError
 from topwork.export.gguf.families import family_of
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.ollama.bos import leave_bos_to_template
-from topwork.export.ollama.folder import Asking, write_modelfile
+from topwork.export.ollama.folder import Asking, check_prompts, write_modelfile
 from topwork.export.ollama.modelfile import ADAPTERS_NOT_READ
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
@@ -34,9 +35,10 @@ def write_ollama_adapter(job: AdapterJob, folder: Path) -> Written:
     base = folder / f"{stem(job.given.model.model_name_or_path)}-{job.type}.gguf"
     write_gguf_model(open_lazily(source), job.tokenizer, None, base, job.type, job.log)
     leave_bos_to_template(base)
-    asking = Asking(system_of(job.given), 0, usable_length(job.bare.config))
+    asking = _asking(job.given, job.bare.config)
     chats = write_modelfile(folder, base.name, written.figures["file"], job.tokenizer, None, asking, job.log)
-    figures = {**written.figures, "model": base.name, "compared_conversations": chats}
+    prompts = check_prompts(folder, job.tokenizer, None, asking)
+    figures = {**written.figures, "model": base.name, "compared_conversations": chats, "compared_prompts": prompts}
     return Written(figures, _use(), written.read_back)
 
 
@@ -47,17 +49,20 @@ def write_ollama_model(job: ModelJob, folder: Path) -> Written:
     written = write_gguf(job, folder)
     file = folder / written.figures["file"]
     leave_bos_to_template(file)
-    asking = Asking(job.system, 0, usable_length(load_config(job.source, False)))
+    asking = _asking(job.learned, load_config(job.source, False))
     chats = write_modelfile(folder, file.name, None, job.tokenizer, None, asking, job.log)
-    return Written({**written.figures, "compared_conversations": chats}, _use(), written.read_back)
+    prompts = check_prompts(folder, job.tokenizer, None, asking)
+    figures = {**written.figures, "compared_conversations": chats, "compared_prompts": prompts}
+    return Written(figures, _use(), written.read_back)
 
 
-def system_of(given: Given) -> str | None:
-    """The system message that all of a run's rows shared, if they did."""
-    if given.recipe is None:
-        return None
-    found = read_json(given.place / RESULT).get("system")
-    return found if isinstance(found, str) else None
+def _asking(given: Given | None, config: Any) -> Asking:
+    """As a run's rows asked; of a model or an adapter alone nothing is known but its base's context."""
+    context = usable_length(config)
+    if given is None or given.recipe is None:
+        return Asking(None, 0, context)
+    system, data = read_json(given.place / RESULT).get("system"), given.recipe.data
+    return Asking(system if isinstance(system, str) else None, data.max_length, context, data.fold_system)
 
 
 def _use() -> list[str]:

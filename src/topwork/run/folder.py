@@ -36,8 +36,8 @@ from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
 RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
-WRITTEN = ("config.json", "export.json")
-"""One of these stands in every model and every export."""
+WRITTEN = ("config.json", "export.json", "convert.json")
+"""One of these stands in every model, every export and every conversion."""
 EVALUATION, TRIAL = "evaluation.json", "evaluation-trial.json"
 
 
@@ -68,8 +68,8 @@ def check_place(folder: Path, called: str) -> None:
 
 
 def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None:
-    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model or
-    an export that was written by Topwork is ever replaced. Raises RequestError."""
+    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model, an
+    export or a conversion that was written by Topwork is ever replaced. Raises RequestError."""
     check_place(out, "OUT")
     place, inside = out.resolve(), own.resolve() if own is not None else None
     if inside is not None and (place == inside or place in inside.parents or inside in place.parents):

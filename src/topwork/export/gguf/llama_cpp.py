@@ -44,7 +44,9 @@ class LlamaCpp:
         """Of the `top` likeliest tokens after a prompt of ids, the likeliest first. `scale` is the first adapter's."""
         # the server tells nothing of a token that is half a letter, so it is made to take another after they are read
         found = self._complete(prompt, 1, scale, n_probs=top, logit_bias=[[self._letter, 1e4]])
-        return {int(each["id"]): float(each["logprob"]) for each in found["completion_probabilities"][0]["top_logprobs"]}
+        return {
+            int(each["id"]): float(each["logprob"]) for each in found["completion_probabilities"][0]["top_logprobs"]
+        }
 
     def greedy(self, prompt: Sequence[int], length: int, scale: float | None = None) -> list[int]:
         """The likeliest tokens one after the other, to one that ends the answer or to `length`."""
@@ -66,7 +68,9 @@ class LlamaCpp:
 
     def _post(self, endpoint: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
-            f"{self._server.listening_address}/{endpoint}", json.dumps(body).encode(), {"content-type": "application/json"}
+            f"{self._server.listening_address}/{endpoint}",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=600) as response:

@@ -84,8 +84,8 @@ def _check_room(out: Path, weights: Sequence[Planned]) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RunError(
-            f"{out} will take {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there; free some space or "
-            "name another disk"
+            f"{out} will take {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free there; free some space "
+            "or name another disk"
         )
 
 
@@ -102,7 +102,7 @@ def _write(path: Path, architecture: str, keys: dict[str, Any], weights: Sequenc
         (file,) = writer.fout
         for each in weights:
             writer.write_padding(file, file.tell())
-            file.write(memoryview(each.data()).cast("B"))  # the writer's own way loses the number of a full disk's error
+            file.write(each.data().data)  # the writer's own way loses the number of a full disk's error
         writer.write_padding(file, file.tell())
     finally:
         writer.close()

@@ -59,14 +59,17 @@ class ReadBack:
         if self.reader == "gguf":
             return f"read back by the gguf package: {self.weights} weights, all finite (xllamacpp is not installed)"
         return (
-            f"read back by llama.cpp: {self.answers_equal} of {self.answers} greedy answers as ours, the likeliest token "
-            f"as ours at {self.agreed} of {self.positions} places, log-probabilities {self.mean_difference:.1e} apart "
-            f"({self.largest_difference:.1e} at most), {self.texts_equal} of {self.texts} texts cut alike"
+            f"read back by llama.cpp: {self.answers_equal} of {self.answers} greedy answers as ours, the likeliest "
+            f"token as ours at {self.agreed} of {self.positions} places, log-probabilities "
+            f"{self.mean_difference:.1e} apart ({self.largest_difference:.1e} at most), "
+            f"{self.texts_equal} of {self.texts} texts cut alike"
         )
 
 
 @torch.no_grad()
-def answers_of(base: Base, prompts: Sequence[Sequence[int]], adapter: str | None = None, length: int = 8) -> list[Answer]:
+def answers_of(
+    base: Base, prompts: Sequence[Sequence[int]], adapter: str | None = None, length: int = 8
+) -> list[Answer]:
     """Our model's greedy answers of `length` tokens to prompts of ids, with `adapter` or without."""
     grown, rows = [list(prompt) for prompt in prompts], []
     for _ in range(length):
@@ -81,9 +84,7 @@ def answers_of(base: Base, prompts: Sequence[Sequence[int]], adapter: str | None
     ]
 
 
-def read_back(
-    path: Path, answers: Sequence[Answer], tokenizer: Any = None, texts: Sequence[str] = ()
-) -> ReadBack:
+def read_back(path: Path, answers: Sequence[Answer], tokenizer: Any = None, texts: Sequence[str] = ()) -> ReadBack:
     """Read `path` again and hold it to our `answers`, place by place after our own tokens, so that one token that is
     nearly as likely does not change all that follow; and to how `tokenizer` cuts `texts`.
 

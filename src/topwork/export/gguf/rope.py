@@ -18,8 +18,8 @@ _KNOWN = {
     "default": {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"},
     "linear": {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor"},
     "yarn": {
-        "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
-        "attention_factor", "partial_rotary_factor",
+        "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+        "truncate", "attention_factor", "partial_rotary_factor",
     },
 }  # fmt: skip
 """What each scaling that is written as keys may ask for; the scalings written as tensors come whole."""
@@ -65,7 +65,9 @@ def _scaling(kind: str, full: dict[str, Any]) -> dict[str, Any]:
     keys = {"rope.scaling.type": kind, "rope.scaling.factor": float(full["factor"])}
     if kind == "yarn":
         if full.get("attention_factor") is not None or full.get("truncate") is False:
-            raise ModelError("YaRN with an attention_factor of its own, or truncate: false, has no place in a GGUF file")
+            raise ModelError(
+                "YaRN with an attention_factor of its own, or truncate: false, has no place in a GGUF file"
+            )
         keys["rope.scaling.original_context_length"] = int(full["original_max_position_embeddings"])
         for name in ("beta_fast", "beta_slow"):
             if full.get(name) is not None:
@@ -78,7 +80,9 @@ def _sliding(sliding: dict[str, Any] | None) -> dict[str, Any]:
     if sliding is None:
         return {}
     if sliding["rope_type"] != "default":
-        raise ModelError(f"layers that slide scale their rotary frequencies by {sliding['rope_type']!r}, not read there")
+        raise ModelError(
+            f"layers that slide scale their rotary frequencies by {sliding['rope_type']!r}, not read there"
+        )
     return {"rope.freq_base_swa": float(sliding["rope_theta"])}
 
 
@@ -108,7 +112,7 @@ def _longrope(config: Any, keys: dict[str, Any], dimensions: int) -> Rope:
     keys["rope.scaling.original_context_length"] = original
     keys["rope.scaling.attn_factor"] = float(attention)
     told = (
-        f"longrope: llama.cpp takes the factors of long texts as soon as its context is set above {original} tokens, "
-        "transformers when a text is longer than that"
+        f"longrope: llama.cpp takes the factors of long texts where its context is set above {original} tokens, "
+        f"transformers where a text is longer; ask it for a context of {original} (-c {original}) for shorter ones"
     )
     return Rope(keys, factors=factors, notes=(told,))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,8 +44,12 @@ def planned(model: LazyModel, hparams: Hparams, wanted: str) -> list[Planned]:
     tied = HEAD not in model.tensors or _is_embedding_again(model, hparams)
     found = list(_weights(model, hparams, wanted, tied))
     for name, values in hparams.factors.items():
-        found.append(Planned(name, name, tuple(values.shape), Stored("f32"), lambda values=values: values))
+        found.append(Planned(name, name, tuple(values.shape), Stored("f32"), partial(_given, values)))
     return found
+
+
+def _given(values: Tensor) -> Tensor:
+    return values
 
 
 def _weights(model: LazyModel, hparams: Hparams, wanted: str, tied: bool) -> Iterator[Planned]:
@@ -55,8 +60,8 @@ def _weights(model: LazyModel, hparams: Hparams, wanted: str, tied: bool) -> Ite
         name = gguf_name(hparams.family.architecture, hparams.blocks, key)
         if key.endswith(".bias") and key.split(".")[-2] not in hparams.family.biases:
             raise ModelError(
-                f"this model has the bias {key}, which llama.cpp's {hparams.family.architecture!r} does not read; it is "
-                "not written as GGUF. Export it as hf or vllm instead"
+                f"this model has the bias {key}, which llama.cpp's {hparams.family.architecture!r} does not read; it "
+                "is not written as GGUF. Export it as hf or vllm instead"
             )
         stored = stored_as(name, lazy.shape, wanted, key == head)
         yield Planned(name, key, lazy.shape, stored, _turned(model, hparams, key, name))

@@ -1,4 +1,4 @@
-"""A fast tokenizer as the keys of a GGUF file: byte-level BPE (`gpt2`), or SentencePiece's with byte fallback (`llama`).
+"""A fast tokenizer as the keys of a GGUF file: byte-level BPE (`gpt2`), or BPE with byte fallback (`llama`).
 
 Special tokens are control tokens, which llama.cpp neither prints nor reads out of a user's text; other added tokens
 are "user defined" and are read wherever they stand, as transformers does.
@@ -38,8 +38,8 @@ def vocabulary_of(tokenizer: Any, rows: int, control: Collection[int]) -> Vocabu
     by_bytes = not model.get("byte_fallback")
     if model["type"] != "BPE" or model.get("dropout") or (by_bytes and not _is_byte_level(described)):
         raise ModelError(
-            f"a tokenizer of the kind {model['type']} (pre-tokenizer {described.get('pre_tokenizer')}) is not written as "
-            "GGUF; byte-level BPE and BPE with byte fallback are. Export the model as hf or vllm instead"
+            f"a tokenizer of the kind {model['type']} (pre-tokenizer {described.get('pre_tokenizer')}) is not written "
+            "as GGUF; byte-level BPE and BPE with byte fallback are. Export the model as hf or vllm instead"
         )
     added = {int(token["id"]): token for token in described["added_tokens"]}
     tokens = _tokens(model["vocab"], added, rows)
@@ -80,8 +80,8 @@ def _tokens(vocabulary: Mapping[str, int], added: Mapping[int, Mapping[str, Any]
     known = {number: token for token, number in vocabulary.items()} | {n: str(t["content"]) for n, t in added.items()}
     if known and max(known) >= rows:
         raise ModelError(
-            f"the tokenizer has tokens up to id {max(known)} and the model's embedding {rows} rows; is it this model's? "
-            "llama.cpp would not read the file"
+            f"the tokenizer has tokens up to id {max(known)} and the model's embedding {rows} rows; is it this "
+            "model's? llama.cpp would not read the file"
         )
     return [known.get(number, f"[PAD{number}]") for number in range(rows)]
 

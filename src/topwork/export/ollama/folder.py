@@ -10,7 +10,8 @@ from topwork.common.files import write_text
 from topwork.data.chat.rendering import Renderer, TemplateRejects
 from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
-from topwork.export.ollama.evaluator import form_text
+from topwork.export.gguf.llama_cpp import LlamaCpp, is_installed
+from topwork.export.ollama.evaluator import form_text, ollama_text
 from topwork.export.ollama.form import TemplateForm, compare, talk, template_form
 from topwork.export.ollama.go_template import go_template
 from topwork.export.ollama.modelfile import Modelfile, parsed, stands_in_modelfile
@@ -27,12 +28,14 @@ class Asking:
     system       the message that all rows it learned from shared, or None
     longest      the longest sequence it learned from, in tokens; 0 where that is not known
     context      the longest sequence its base takes
+    fold_system  whether system messages stood in the first user turn in training (data.fold_system)
     temperature  0 is greedy, as scores are measured here
     """
 
     system: str | None
     longest: int
     context: int
+    fold_system: bool = False
     temperature: float = 0.0
 
     @property
@@ -52,7 +55,7 @@ def write_modelfile(
 
     Raises RequestError for a chat template that the TEMPLATE cannot say, naming where they differ.
     """
-    chat = ChatTemplate(tokenizer, template)
+    chat = ChatTemplate(tokenizer, template, asking.fold_system)
     form = template_form(chat.renderer, form_text)
     system = _checked_system(form, asking.system)
     compared = compare(chat.renderer, form, form_text, [*_chats(form, system), *chats])
@@ -67,6 +70,26 @@ def write_modelfile(
     write_text(folder / MODELFILE, file.text())
     _read_back(folder / MODELFILE, file)
     return compared
+
+
+def check_prompts(folder: Path, tokenizer: Any, template: str | None, asking: Asking) -> int:
+    """Hold what llama.cpp, which runs in Ollama, cuts the TEMPLATE's text into to the tokens that training had: on the
+    GGUF file that `folder`/Modelfile names. Returns on how many conversations; 0 where llama.cpp is not installed.
+    Raises RunError where they differ."""
+    if not is_installed():
+        return 0
+    commands = dict(parsed((folder / MODELFILE).read_text("utf-8")))
+    chat = ChatTemplate(tokenizer, template, asking.fold_system)
+    reader = LlamaCpp(folder / commands["FROM"])
+    chats = _chats(template_form(chat.renderer, form_text), asking.system)
+    for messages in chats:
+        theirs, ours = reader.tokens(ollama_text(commands["TEMPLATE"], messages)), chat.prompt_ids(messages)
+        if theirs != ours:
+            raise RunError(
+                f"Ollama would cut a prompt into {len(theirs)} other tokens than the {len(ours)} of training "
+                f"({theirs[:8]} … where that had {ours[:8]} …). Nothing was written; this is a defect of the export"
+            )
+    return len(chats)
 
 
 def _chats(form: TemplateForm, system: str | None) -> list[list[Message]]:

@@ -155,13 +155,10 @@ def _with_system(renderer: Renderer, form: TemplateForm, text_of: Callable[[Temp
         first, then, _ = _between(renderer.render(talk(*words[1:], system=_SYSTEM), None, True), words)
     except (TemplateRejects, _OtherFormError):
         return form
-    joined = replace(form, system=Around(first, then), joined=True)
+    opened = first.removeprefix(form.begin)
+    ways = [*_own_turns(renderer, form, first, then), replace(form, system=Around(opened, then), joined=True)]
     tried = [talk(*_words(number), system=_SYSTEM) for number in (1, 3)]
-    fitting = [
-        found
-        for found in (*_own_turns(renderer, form, first, then), joined)
-        if all(_rendered(renderer, chat) == text_of(found, chat) for chat in tried)
-    ]
+    fitting = [way for way in ways if all(_rendered(renderer, chat) == text_of(way, chat) for chat in tried)]
     later = [*talk(*_words(2)), *talk(f"{_USER}7x", system=_SYSTEM)]
     for found in fitting:
         anywhere = replace(found, anywhere=not found.joined)
