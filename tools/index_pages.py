@@ -28,6 +28,7 @@ COMMANDS = {
     "beside_lora": "beside_lora.py",
     "checkpointing": "checkpointing.py",
     "elementwise": "elementwise.py",
+    "gguf_export": "gguf_export.py",
     "gradients": "gradients.py",
     "generation_products": "generation_products.py",
     "grouped": "grouped.py",
