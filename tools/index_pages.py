@@ -48,6 +48,7 @@ COMMANDS = {
     "many_adapters_batch1": "many_adapters.py --batch 1 --rounds 12",
     "many_adapters_batch1_nf4": "many_adapters.py --batch 1 --quantized --rounds 12",
     "merge_memory": "merge_memory.py",
+    "merge_rounding": "merge_rounding.py",
     "products": "products.py",
     "lint_speed": "lint_speed.py",
     "long_conversations": "long_conversations.py BEFORE --out long_conversations",
