@@ -24,15 +24,17 @@ class Asked:
         self._server = xllamacpp.Server(params)
         self._adapted = adapter is not None
 
-    def log_probabilities(self, prompt: Sequence[int], vocabulary: int, letter: int, scale: float = 1.0) -> Tensor:
-        """Of the token after a prompt of ids [V].
+    def log_probabilities(
+        self, prompt: Sequence[int], vocabulary: int, letter: int, scale: float = 1.0, top: int | None = None
+    ) -> Tensor:
+        """Of the token after a prompt of ids [V]; NaN for those that are not among the `top` likeliest.
 
         letter  the id of an ordinary letter, which is forced as the answer: those that end it, and bytes that are no
                 text, would be given back without their probabilities (which are taken before)
         """
         asked: dict[str, Any] = {
-            "prompt": list(prompt), "n_predict": 1, "n_probs": vocabulary, "temperature": 0, "cache_prompt": False,
-            "logit_bias": [[letter, 1e6]],
+            "prompt": list(prompt), "n_predict": 1, "n_probs": top or vocabulary, "temperature": 0,
+            "cache_prompt": False, "logit_bias": [[letter, 1e6]],
         }  # fmt: skip
         if self._adapted:
             asked["lora"] = [{"id": 0, "scale": scale}]

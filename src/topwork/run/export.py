@@ -13,12 +13,14 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
+from topwork.export.gguf.hparams import hparams_of
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
 from topwork.export.readers import FEATURES, OLLAMA, OLLAMA_MERGED, Reader, reader_of, type_of
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES, Source, find_source
+from topwork.models.tokenizer import load_config
 from topwork.plan.count import base_skeleton
 from topwork.reporting.card import add_card
 from topwork.reporting.card_source import is_hub_id, last_part
@@ -43,6 +45,7 @@ MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {
 Log = Callable[[str], None]
 RECORD = "export.json"
 CHECKED_PROMPTS = 4
+GGUF_FORMATS = ("gguf", "ollama")
 MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -178,6 +181,8 @@ def _model(name: str, out: Path, how: _How) -> Exported:
         )
     model = ModelConfig(model_name_or_path=name)
     source = find_source(model, how.log)
+    if how.reader.format in GGUF_FORMATS:
+        hparams_of(load_config(source, False).to_dict())  # ModelError for a family that it has not
     if how.dry_run:
         return how.exported(out, [])
     job = ModelJob(
@@ -197,11 +202,14 @@ def _merged_for_ollama(given: Given) -> str:
 
 def _merged(given: Given, out: Path, how: _How) -> Exported:
     """A format that carries a model: the adapter is merged, checked, and the result written in it."""
-    findings = _looked_at(given, bare_base(base_skeleton(given.model)), how)
+    bare = bare_base(base_skeleton(given.model))
+    findings = _looked_at(given, bare, how)
+    if how.reader.format in GGUF_FORMATS:
+        hparams_of(bare.config.to_dict())  # before an hour of merging: ModelError for a family that it has not
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
-    merge = prepared_merge(given, _merged_type(how), "auto", how.force, how.log, how.check)
+    merge = prepared_merge(given, out, _merged_type(how), "auto", how.force, how.log, how.check)
 
     def fill(folder: Path) -> Written:
         if how.reader.format == "hf":

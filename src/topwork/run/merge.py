@@ -58,7 +58,7 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
-    fill = prepared_merge(adapter, dtype, base, force, log, check, data)
+    fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
     found: dict[str, Any] = {}
     run = adapter.place if adapter.recipe is not None else None
 
@@ -73,11 +73,11 @@ def merge(
 
 
 def prepared_merge(
-    adapter: Given, dtype: str | None = None, base: str = "auto", force: bool = False,
+    adapter: Given, out: Path, dtype: str | None = None, base: str = "auto", force: bool = False,
     log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
 ) -> Callable[[Path], dict[str, Any]]:  # fmt: skip
-    """What fills an empty folder with the merged model, checks it there and returns what its merge.json says: for
-    `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
+    """What fills an empty folder on the disk of `out` with the merged model, checks it there and returns what its
+    merge.json says: for `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     if check:
