@@ -16,16 +16,21 @@ from topwork.export.gguf.llama_cpp import LlamaCpp
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.ollama.bos import leave_bos_to_template
 from topwork.export.ollama.evaluator import ollama_text
-from topwork.export.ollama.folder import Asking, check_prompts, write_modelfile
+from topwork.export.ollama.folder import Asking, Prepared, prepared
 from topwork.export.ollama.modelfile import Modelfile, parsed
 from topwork.models.lazy import LazyModel, LazyTensor
 
 
 def written(folder: Path, asking: Asking, log: Any = lambda _: None, tokenizer: Any = None, **more: Any) -> list[Any]:
     """A Modelfile's commands as Ollama's parser gives them."""
-    tokenizer = tokenizer or build_tokenizer("smollm2", None)
-    write_modelfile(folder, "base.gguf", "adapter.gguf", tokenizer, None, asking, log, **more)
+    made = prepared(tokenizer or build_tokenizer("smollm2", None), None, asking, log, **more)
+    made.write(folder, "base.gguf", "adapter.gguf")
     return parsed((folder / "Modelfile").read_text("utf-8"))
+
+
+def ready(jinja: str, asking: Asking = Asking(None, 0, 512), log: Any = lambda _: None) -> Prepared:
+    """For a chat template."""
+    return prepared(build_tokenizer("smollm2", None), jinja, asking, log)
 
 
 def test_a_modelfile_says_how_a_run_is_asked(tmp_path: Path) -> None:
@@ -58,31 +63,32 @@ def test_a_system_message_that_the_parser_would_change_goes_into_the_template(tm
     assert ollama_text(dict(found)["TEMPLATE"], asked[1:]) == expected
 
 
-def test_the_users_own_conversations_are_compared(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer("smollm2", None)
-    chats = [[Message("user", "a"), Message("assistant", "b"), Message("user", "c")]]
-    count = write_modelfile(tmp_path, "a.gguf", None, tokenizer, None, Asking(None, 0, 512), lambda _: None, chats)
-    assert count == 6
+def test_rows_that_were_learned_are_compared() -> None:
+    rows = [[Message("user", " a "), Message("assistant", "b"), Message("user", "c")]]
+    made = prepared(build_tokenizer("smollm2", None), None, Asking(None, 0, 512), lambda _: None, rows)
+    assert len(made.chats) == 6
+    jinja = "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('47', 'X') }}[end]{% endfor %}[assistant]"
+    rows = [[Message("user", "about 47")]]
+    with pytest.raises(RequestError, match=r"otherwise than the chat template does"):
+        prepared(build_tokenizer("smollm2", None), jinja, Asking(None, 0, 512), lambda _: None, rows)
 
 
-def test_a_shared_system_message_that_has_no_place_is_refused(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer("smollm2", None)
+def test_a_shared_system_message_that_has_no_place_is_refused() -> None:
     jinja = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
         "[{{ m.role }}]{{ m.content }}[end]{% endfor %}[assistant]"
     )
     told: list[str] = []
-    write_modelfile(tmp_path, "a.gguf", None, tokenizer, jinja, Asking(None, 0, 512), told.append)
+    ready(jinja, log=told.append)
     assert any("takes no system message" in line for line in told)
     with pytest.raises(RequestError, match="puts it where an Ollama TEMPLATE cannot"):
-        write_modelfile(tmp_path, "a.gguf", None, tokenizer, jinja, Asking("Be brief.", 0, 512), lambda _: None)
+        ready(jinja, Asking("Be brief.", 0, 512))
 
 
-def test_white_space_that_a_template_takes_off_is_told(tmp_path: Path) -> None:
+def test_white_space_that_a_template_takes_off_is_told() -> None:
     jinja = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}[assistant]"
     told: list[str] = []
-    tokenizer = build_tokenizer("smollm2", None)
-    write_modelfile(tmp_path, "a.gguf", None, tokenizer, jinja, Asking(None, 0, 512), told.append)
+    ready(jinja, log=told.append)
     assert any("takes white space off messages" in line for line in told)
 
 
@@ -125,12 +131,11 @@ def test_llama_cpp_cuts_prompts_as_training_did(tmp_path: Path) -> None:
     }
     lazy = LazyModel("tiny", None, model.config.to_dict(), tensors)
     write_gguf_model(lazy, tokenizer, None, tmp_path / "base.gguf", "f16", lambda _: None)
-    asking = Asking("Answer in JSON.", 0, 512)
-    write_modelfile(tmp_path, "base.gguf", None, tokenizer, None, asking, lambda _: None)
-    assert check_prompts(tmp_path, tokenizer, None, asking) == 5
+    made = prepared(tokenizer, None, Asking("Answer in JSON.", 0, 512), lambda _: None)
+    assert made.check_prompts(tmp_path / "base.gguf") == 5
     reader = gguf.GGUFReader(tmp_path / "base.gguf", "r+")
     field = reader.get_field("tokenizer.ggml.add_bos_token")
     field.parts[field.data[0]][0] = True
     reader.data.flush()
     with pytest.raises(RunError, match=r"Ollama would cut a prompt into .* other tokens"):
-        check_prompts(tmp_path, tokenizer, None, asking)
+        made.check_prompts(tmp_path / "base.gguf")

@@ -1,6 +1,7 @@
 """`topwork export … --format ollama` of a run: what `ollama create` would get, read by llama.cpp, which runs in it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from reference.families import logits
 from reference.llama_cpp import Asked
 from run import tiny
 from run.fixtures import Said
+from topwork.common.errors import RequestError
 from topwork.data.conversations import Message
 from topwork.export.ollama.evaluator import ollama_text
 from topwork.export.ollama.modelfile import parsed
@@ -44,7 +46,7 @@ def test_a_run_with_its_system_message(with_system: Path, tmp_path: Path) -> Non
     commands = parsed((tmp_path / "out" / "Modelfile").read_text("utf-8"))
     values = dict(commands)
     assert values["SYSTEM"] == "Answer in JSON."
-    assert (done.figures["compared_conversations"], done.figures["compared_prompts"]) == (5, 5)
+    assert (done.figures["compared_conversations"], done.figures["compared_prompts"]) == (25, 25)
     asked = [Message("system", "Answer in JSON."), Message("user", "Order 7: my lamp hums.")]
     opened = open_run(with_system, log=lambda _: None)
     prompt = opened.template.prompt_ids(asked)
@@ -72,4 +74,32 @@ def test_what_ollama_has_no_place_for_is_merged(make_recipe: Callable[..., Path]
     assert "ADAPTER" not in commands
     assert any("Ollama has no place for DoRA: the adapter is merged into the model" in line for line in told)
     assert (tmp_path / "out" / commands["FROM"]).is_file()
-    assert done.figures["compared_prompts"] == 5
+    assert done.figures["compared_prompts"] > 5
+
+
+def test_a_run_whose_rows_are_gone(with_system: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    moved = shutil.copytree(with_system, tmp_path / "moved")
+    recipe = (moved / "recipe.yaml").read_text("utf-8")
+    assert "train.jsonl" in recipe
+    (moved / "recipe.yaml").write_text(recipe.replace("train.jsonl", "gone.jsonl"), "utf-8")
+    done = export(moved, tmp_path / "out", "ollama", "f16", check=0, log=told.append)
+    assert any("compared without rows of the run, which cannot be read" in line for line in told)
+    assert done.figures["compared_conversations"] == 5
+
+
+def test_a_run_that_learned_tools_is_refused(tmp_path: Path) -> None:
+    jinja = (
+        "{% if tools %}[{{ tools | tojson }}]{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    base = tiny.write_model(tmp_path / "base", template=jinja)
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    rows = tiny.write_rows(tmp_path / "train.jsonl", [{**row, "tools": [tool]} for row in tiny.rows(8)])
+    values = tiny.recipe_values(
+        base, rows, tmp_path / "run", training={"max_steps": 1, "eval_steps": 1}, evaluation={"max_rows": 1}
+    )
+    folder = train(tiny.write_recipe(tmp_path / "recipe.yaml", values), log=lambda _: None).folder
+    with pytest.raises(RequestError, match=r"bring tools, which an Ollama TEMPLATE here has not"):
+        export(folder, tmp_path / "out", "ollama", "f16", check=0, log=lambda _: None)
+    assert not (tmp_path / "out").exists()

@@ -1,14 +1,20 @@
 """Folders for `ollama create`: a GGUF model, a GGUF adapter where Ollama takes one, and the Modelfile."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from topwork.adapters.method import Bare
-from topwork.common.errors import RequestError
+from topwork.common.errors import RequestError, TopworkError
+from topwork.data.conversations import Message
+from topwork.data.examples import load_data
 from topwork.export.gguf.families import family_of
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.ollama.bos import leave_bos_to_template
-from topwork.export.ollama.folder import Asking, check_prompts, write_modelfile
+from topwork.export.ollama.folder import Asking, Prepared, prepared
+from topwork.export.ollama.form import INSTEAD
 from topwork.export.ollama.modelfile import ADAPTERS_NOT_READ
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
@@ -16,9 +22,13 @@ from topwork.models.tokenizer import load_config, usable_length
 from topwork.run.export_gguf import write_adapter_file
 from topwork.run.export_models import ModelJob, stem, write_gguf
 from topwork.run.export_peft import AdapterJob
-from topwork.run.folder import RESULT, read_json
+from topwork.run.folder import RESULT, data_of, read_json
 from topwork.run.given import Given
 from topwork.run.written import OUT, Written
+
+ROWS = 20
+"""Of a run, on which the TEMPLATE is compared."""
+Log = Callable[[str], None]
 
 
 def takes_adapters(bare: Bare) -> bool:
@@ -27,42 +37,65 @@ def takes_adapters(bare: Bare) -> bool:
 
 
 def write_ollama_adapter(job: AdapterJob, folder: Path) -> Written:
-    """The base as GGUF beside the adapter."""
+    """The base as GGUF beside the adapter. It is written from the weights that were trained on, also where these came
+    from a GGUF file: that one's own values would be packed anew, or another base."""
     if job.tokenizer is None or job.type is None:
         raise RequestError("an Ollama folder needs the base's tokenizer, and it is not at hand; name the base's folder")
+    modelfile = _prepared(job.given, job.tokenizer, job.bare.config, job.log)
     source = find_source(job.given.model, job.log)
     written = write_adapter_file(job, folder)
     base = folder / f"{stem(job.given.model.model_name_or_path)}-{job.type}.gguf"
     write_gguf_model(open_lazily(source), job.tokenizer, None, base, job.type, job.log)
-    leave_bos_to_template(base)
-    asking = _asking(job.given, job.bare.config)
-    chats = write_modelfile(folder, base.name, written.figures["file"], job.tokenizer, None, asking, job.log)
-    prompts = check_prompts(folder, job.tokenizer, None, asking)
-    figures = {**written.figures, "model": base.name, "compared_conversations": chats, "compared_prompts": prompts}
-    return Written(figures, _use(), written.read_back)
+    figures = {**written.figures, "model": base.name}
+    return Written(figures | _finished(modelfile, base, written.figures["file"]), _use(), written.read_back)
 
 
 def write_ollama_model(job: ModelJob, folder: Path) -> Written:
     """One GGUF file and its Modelfile."""
     if job.tokenizer is None:
         raise RequestError(f"an Ollama folder needs a tokenizer, and {job.name} has none; add its own to its folder")
+    modelfile = _prepared(job.learned, job.tokenizer, load_config(job.source, False), job.log)
     written = write_gguf(job, folder)
-    file = folder / written.figures["file"]
-    leave_bos_to_template(file)
-    asking = _asking(job.learned, load_config(job.source, False))
-    chats = write_modelfile(folder, file.name, None, job.tokenizer, None, asking, job.log)
-    prompts = check_prompts(folder, job.tokenizer, None, asking)
-    figures = {**written.figures, "compared_conversations": chats, "compared_prompts": prompts}
+    figures = written.figures | _finished(modelfile, folder / written.figures["file"], None)
     return Written(figures, _use(), written.read_back)
 
 
-def _asking(given: Given | None, config: Any) -> Asking:
+def _finished(modelfile: Prepared, model: Path, adapter: str | None) -> dict[str, Any]:
+    leave_bos_to_template(model)
+    modelfile.write(model.parent, model.name, adapter)
+    prompts = modelfile.check_prompts(model)
+    return {"compared_conversations": len(modelfile.chats), "compared_prompts": prompts}
+
+
+def _prepared(given: Given | None, tokenizer: PreTrainedTokenizerBase, config: Any, log: Log) -> Prepared:
     """As a run's rows asked; of a model or an adapter alone nothing is known but its base's context."""
     context = usable_length(config)
     if given is None or given.recipe is None:
-        return Asking(None, 0, context)
+        return prepared(tokenizer, None, Asking(None, 0, context), log)
     system, data = read_json(given.place / RESULT).get("system"), given.recipe.data
-    return Asking(system if isinstance(system, str) else None, data.max_length, context, data.fold_system)
+    asking = Asking(system if isinstance(system, str) else None, data.max_length, context, data.fold_system)
+    return prepared(tokenizer, None, asking, log, _prompts(given, tokenizer, context, log))
+
+
+def _prompts(given: Given, tokenizer: PreTrainedTokenizerBase, context: int, log: Log) -> list[Sequence[Message]]:
+    """The first rows that a run learned from, up to their last answer; none, and said why, where they are gone. Raises
+    RequestError for rows with tools."""
+    assert given.recipe is not None
+    few = {"max_rows": ROWS, "streaming": False, "eval": None, "eval_fraction": 0.0}
+    try:
+        config = data_of(given.place, given.recipe).model_copy(update=few)
+        read = load_data(config, tokenizer, context, given.recipe.training.seed, lambda _: None)
+    except (TopworkError, OSError) as error:
+        log(f"the TEMPLATE is compared without rows of the run, which cannot be read: {str(error).splitlines()[0]}")
+        return []
+    chats = [row for row in read.train_conversations if row.kind == "chat"]
+    if any(row.tools or any(message.extra.get("tool_calls") for message in row.messages) for row in chats):
+        raise RequestError(f"the rows of {given.place} bring tools, which an Ollama TEMPLATE here has not; {INSTEAD}")
+    return [row.messages[: _last_answer(row.messages)] for row in chats]
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    return max(number for number, message in enumerate(messages) if message.role == "assistant")
 
 
 def _use() -> list[str]:

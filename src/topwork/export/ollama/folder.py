@@ -1,6 +1,6 @@
 """A folder for `ollama create`: the Modelfile beside the GGUF files that it names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
 from topwork.export.gguf.llama_cpp import LlamaCpp, is_installed
 from topwork.export.ollama.evaluator import form_text, ollama_text
-from topwork.export.ollama.form import TemplateForm, compare, talk, template_form
+from topwork.export.ollama.form import INSTEAD, TemplateForm, compare, talk, template_form
 from topwork.export.ollama.go_template import go_template
 from topwork.export.ollama.modelfile import Modelfile, parsed, stands_in_modelfile
 
@@ -43,53 +43,66 @@ class Asking:
         return min(self.context, max(CONTEXT, self.longest))
 
 
-def write_modelfile(
-    folder: Path, model: str, adapter: str | None, tokenizer: Any, template: str | None, asking: Asking,
-    log: Callable[[str], None], chats: Sequence[Sequence[Message]] = (),
-) -> int:  # fmt: skip
-    """Write `folder`/Modelfile, its TEMPLATE held to the chat template on conversations of its own making and on
-    `chats`. Returns on how many.
+@dataclass(frozen=True)
+class Prepared:
+    """A Modelfile that lacks its files: `chats` are the conversations that its TEMPLATE was held to the chat template
+    on."""
 
-    model, adapter  files in the folder
-    template        Jinja; None for the tokenizer's own
+    chat: ChatTemplate
+    template: str
+    system: str | None
+    parameters: Mapping[str, str | int | float | Sequence[str]]
+    chats: Sequence[Sequence[Message]]
+
+    def write(self, folder: Path, model: str, adapter: str | None) -> None:
+        """Write `folder`/Modelfile for two files that stand in the folder, and read it again."""
+        file = Modelfile(model, adapter, self.template, self.parameters, self.system)
+        write_text(folder / MODELFILE, file.text())
+        found = parsed((folder / MODELFILE).read_text("utf-8"))
+        systems = [value for name, value in found if name == "SYSTEM"]
+        if ("TEMPLATE", self.template) not in found or systems != ([] if self.system is None else [self.system]):
+            raise RunError(f"{MODELFILE} reads otherwise than it was written. This is a defect of the export")
+
+    def check_prompts(self, model: Path) -> int:
+        """Hold what llama.cpp, which runs in Ollama, cuts the TEMPLATE's text into to the tokens that training had.
+        Returns on how many conversations; 0 where llama.cpp is not installed. Raises RunError where they differ."""
+        if not is_installed():
+            return 0
+        reader = LlamaCpp(model)
+        for messages in self.chats:
+            theirs, ours = reader.tokens(ollama_text(self.template, messages)), self.chat.prompt_ids(messages)
+            if theirs != ours:
+                raise RunError(
+                    f"Ollama would cut a prompt into {len(theirs)} other tokens than the {len(ours)} of training "
+                    f"({theirs[:8]} … where that had {ours[:8]} …). Nothing was written; this is a defect of the export"
+                )
+        return len(self.chats)
+
+
+def prepared(
+    tokenizer: Any, template: str | None, asking: Asking, log: Callable[[str], None],
+    rows: Sequence[Sequence[Message]] = (),
+) -> Prepared:  # fmt: skip
+    """What does not need the weights: the TEMPLATE, held to the chat template on conversations of its own making and on
+    `rows`, prompts that it learned from.
+
+    template  Jinja; None for the tokenizer's own
 
     Raises RequestError for a chat template that the TEMPLATE cannot say, naming where they differ.
     """
     chat = ChatTemplate(tokenizer, template, asking.fold_system)
     form = template_form(chat.renderer, form_text)
-    system = _checked_system(form, asking.system)
-    compared = compare(chat.renderer, form, form_text, [*_chats(form, system), *chats])
+    _check_system(form, asking.system)
+    chats = [*_chats(form, asking.system), *([replace(m, content=m.content.strip()) for m in row] for row in rows)]
+    compare(chat.renderer, form, form_text, chats)
     for told in _notes(chat.renderer, form):
         log(told)
-    written, system = _with_default(form, system)
-    stops = [tokenizer.decode([number]) for number in sorted(stop_ids(chat))]
+    written, system = _with_default(form, asking.system)
     parameters: dict[str, str | int | float | Sequence[str]] = {
-        "stop": stops, "num_ctx": asking.num_ctx, "temperature": asking.temperature, "repeat_penalty": 1,
+        "stop": [tokenizer.decode([number]) for number in sorted(stop_ids(chat))],
+        "num_ctx": asking.num_ctx, "temperature": asking.temperature, "repeat_penalty": 1,
     }  # fmt: skip
-    file = Modelfile(model, adapter, go_template(written), parameters, system)
-    write_text(folder / MODELFILE, file.text())
-    _read_back(folder / MODELFILE, file)
-    return compared
-
-
-def check_prompts(folder: Path, tokenizer: Any, template: str | None, asking: Asking) -> int:
-    """Hold what llama.cpp, which runs in Ollama, cuts the TEMPLATE's text into to the tokens that training had: on the
-    GGUF file that `folder`/Modelfile names. Returns on how many conversations; 0 where llama.cpp is not installed.
-    Raises RunError where they differ."""
-    if not is_installed():
-        return 0
-    commands = dict(parsed((folder / MODELFILE).read_text("utf-8")))
-    chat = ChatTemplate(tokenizer, template, asking.fold_system)
-    reader = LlamaCpp(folder / commands["FROM"])
-    chats = _chats(template_form(chat.renderer, form_text), asking.system)
-    for messages in chats:
-        theirs, ours = reader.tokens(ollama_text(commands["TEMPLATE"], messages)), chat.prompt_ids(messages)
-        if theirs != ours:
-            raise RunError(
-                f"Ollama would cut a prompt into {len(theirs)} other tokens than the {len(ours)} of training "
-                f"({theirs[:8]} … where that had {ours[:8]} …). Nothing was written; this is a defect of the export"
-            )
-    return len(chats)
+    return Prepared(chat, go_template(written), system, parameters, chats)
 
 
 def _chats(form: TemplateForm, system: str | None) -> list[list[Message]]:
@@ -101,13 +114,12 @@ def _chats(form: TemplateForm, system: str | None) -> list[list[Message]]:
     return found
 
 
-def _checked_system(form: TemplateForm, system: str | None) -> str | None:
+def _check_system(form: TemplateForm, system: str | None) -> None:
     if system is not None and form.system is None:
         raise RequestError(
             "the rows that this was trained on share a system message, and their chat template puts it where an Ollama "
-            "TEMPLATE cannot; serve it with llama.cpp (topwork export … --format gguf, then llama-server --jinja)"
+            f"TEMPLATE cannot; {INSTEAD}"
         )
-    return system
 
 
 def _with_default(form: TemplateForm, system: str | None) -> tuple[TemplateForm, str | None]:
@@ -133,11 +145,3 @@ def _notes(renderer: Renderer, form: TemplateForm) -> list[str]:
         notes.append("the TEMPLATE takes no system message: Ollama answers one with an error")
     notes.append("the TEMPLATE has no tools: Ollama answers requests that bring some with an error")
     return notes
-
-
-def _read_back(path: Path, written: Modelfile) -> None:
-    found = parsed(path.read_text("utf-8"))
-    if ("TEMPLATE", written.template) not in found or (written.system or "") not in [
-        value for name, value in found if name == "SYSTEM"
-    ] + [""]:
-        raise RunError(f"{path} reads otherwise than it was to be written; this is a mistake in topwork, report it")
