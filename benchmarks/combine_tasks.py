@@ -59,8 +59,10 @@ SINGLE = [
 ]
 ADDED = [
     _both("cat", "topwork"),
+    _both("cat", "topwork", "cat-0.5-1", (0.5, 1.0)),
+    _both("cat", "topwork", "cat-0.7-1", (0.7, 1.0)),
+    _both("cat", "topwork", "cat-0.5-0.5", (0.5, 0.5)),
     _both("svd", "topwork"),
-    _both("linear", "topwork"),
     _both("linear", "peft"),
     _both("ties", "peft", "ties-0.5", density=0.5),
     _both("dare_ties", "peft", "dare_ties-0.5", density=0.5),
@@ -104,7 +106,7 @@ ARMS = [*SINGLE, *ADDED, *SIGNED]
 
 def main() -> None:
     given = arguments()
-    for name in {source for arm in SINGLE for source in arm.sources}:
+    for name in () if given.so_far else [source for arm in SINGLE for source in arm.sources]:
         trained(name, given.data_dir, given.work)
     rows, failed = asked_all(given, ARMS)
     record = {
@@ -126,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="holds banking77/train.csv, e2e_nlg/devset.csv …")
     parser.add_argument("--work", type=Path, required=True, help="where rows, runs, adapters and answers are kept")
+    parser.add_argument("--so-far", action="store_true", help="train and ask nothing: the record of what is in WORK")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "combine_tasks", help="without its ending")
     given = parser.parse_args()
     given.work = given.work.resolve()
@@ -144,11 +147,13 @@ def asked_all(given: argparse.Namespace, arms: list[Arm]) -> tuple[dict[str, dic
     found: dict[str, dict[str, Rows]] = {}
     failed = {}
     for arm in arms:
-        if reason := made(given, arm):
+        if not given.so_far and (reason := made(given, arm)):
             failed[arm.name] = reason
             continue
         for task in arm.asks:
             out = given.work / f"combine-{arm.name}-on-{task}.rows.json"
+            if given.so_far and not out.exists():
+                continue
             if not out.exists():
                 base = base or load_base(MODEL, quiet)
                 rows = through(given, base, arm, task)
@@ -196,7 +201,9 @@ def told(given: argparse.Namespace, arm: Arm, rows: dict[str, dict[str, Rows]]) 
         "rank": lost.get("rank"), "discarded": lost.get("discarded_energy", {}).get("overall"),
         "tasks": {task: figures(own) for task, own in rows[arm.name].items()},
         "to_alone": {
-            task: apart(own, rows[task][task]) for task, own in rows[arm.name].items() if arm.name != task
+            task: apart(own, rows[task][task])
+            for task, own in rows[arm.name].items()
+            if arm.name != task and task in rows.get(task, {})
         },
     }  # fmt: skip
 
@@ -217,7 +224,7 @@ def text(record: dict[str, Any]) -> str:
         "row, ± one standard error.",
         "## Each alone",
         singles([arms[arm.name] for arm in SINGLE if arm.name in arms]),
-        "## Both tasks added, weights 1 and 1",
+        "## Both tasks added",
         *both(record, [arms[arm.name] for arm in ADDED if arm.name in arms]),
         "## The signature, added and taken away",
         signed([arms[arm.name] for arm in SIGNED if arm.name in arms]),
@@ -244,16 +251,27 @@ def _share_and_loss(own: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def both(record: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
-    head = ["method", "rank", "energy left out", "banking77 right", "to alone", "E2E NLG F1", "to alone", "losses"]
+    head = [
+        "method",
+        "weights",
+        "rank",
+        "energy left out",
+        "banking77 right",
+        "to alone",
+        "E2E NLG F1",
+        "to alone",
+        "losses",
+    ]
     rows = []
     for arm in arms:
         cells = []
         for task in BOTH:
-            own, to = arm["tasks"][task], arm["to_alone"][task]
-            cells += [f"{own['share']:.1%}", f"{to['share']:+.1%} ± {to['share_error']:.1%}"]
+            own, to = arm["tasks"].get(task), arm["to_alone"].get(task)
+            cells += [f"{own['share']:.1%}", f"{to['share']:+.1%} ± {to['share_error']:.1%}"] if own else ["", ""]
         lost = "" if arm["discarded"] is None else f"{arm['discarded']:.1%}"
-        losses = ", ".join(f"{arm['tasks'][task]['loss']:.3f}" for task in BOTH)
-        rows.append([_title(arm), str(arm["rank"] or ""), lost, *cells, losses])
+        losses = ", ".join(f"{own['loss']:.3f}" for task in BOTH if (own := arm["tasks"].get(task)))
+        weights = ", ".join(f"{weight:g}" for weight in arm["weights"])
+        rows.append([_title(arm), weights, str(arm["rank"] or ""), lost, *cells, losses])
     refused = [f"{name}: {reason}" for name, reason in record["failed"].items()]
     return [table(head, rows), *(["PEFT refused:\n\n" + "\n".join(f"- {line}" for line in refused)] if refused else [])]
 
@@ -264,21 +282,20 @@ def signed(arms: list[dict[str, Any]]) -> str:
         [
             " ".join(f"{weight:+g} {source}" for weight, source in zip(arm["weights"], arm["sources"])),
             _title(arm), task, f"{own['share']:.1%}" if task in BOTH else "",
-            f"{to['share']:+.1%} ± {to['share_error']:.1%}" if task in BOTH else "",
+            f"{to['share']:+.1%} ± {to['share_error']:.1%}" if to and task in BOTH else "",
             f"{own['loss']:.3f}", f"{own['signed']:.0%}",
         ]
         for arm in arms
         for task, own in arm["tasks"].items()
-        for to in [arm["to_alone"][task]]
+        for to in [arm["to_alone"].get(task)]
     ]  # fmt: skip
     return table(head, rows)
 
 
 def _title(arm: dict[str, Any]) -> str:
-    chosen = ", ".join(
-        str(value[0] if isinstance(value, list) else value) for value in arm["options"].values()
-    )  # fmt: skip
-    return f"{'PEFT' if arm['by'] == 'peft' else 'Topwork'} {arm['method']}{f' ({chosen})' if chosen else ''}"
+    density = arm["options"].get("density")
+    chosen = "" if density is None else f", density {density[0] if isinstance(density, list) else density}"
+    return f"{'PEFT' if arm['by'] == 'peft' else 'Topwork'} {arm['method']}{chosen}"
 
 
 def quiet(_: str) -> None:

@@ -45,7 +45,8 @@ PACK: dict[str, Callable[[Tensor], Packed]] = {
 
 def main() -> None:
     given = arguments()
-    measured = [one(given, task, form) for form in FORMATS for task in given.tasks.split(",")]
+    pairs = [(task, form) for form in FORMATS for task in given.tasks.split(",") if is_wanted(given, task, form)]
+    measured = [one(given, *pair) for pair in pairs]
     record = {
         "surroundings": surroundings(),
         "question": {
@@ -55,7 +56,7 @@ def main() -> None:
                 for task in DATA
             },
         },
-        "base": {task: base_alone(given, task) for task in given.tasks.split(",")},
+        "base": {task: base_alone(given, task) for task in dict.fromkeys(task for task, _ in pairs)},
         "measured": measured,
     }  # fmt: skip
     write_record(given.out, record, text(record))
@@ -67,10 +68,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds banking77/train.csv, gsm8k/train.jsonl …")
     parser.add_argument("--work", type=Path, required=True, help="where rows, runs and answers are kept")
     parser.add_argument("--tasks", default=",".join(DATA))
+    parser.add_argument("--so-far", action="store_true", help="train and ask nothing: the record of what is in WORK")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "qlora_merge", help="without its ending")
     given = parser.parse_args()
     given.work = given.work.resolve()
     return given
+
+
+def is_wanted(given: argparse.Namespace, task: str, form: str) -> bool:
+    return not given.so_far or all(answers(given, f"{task}-{form}-{arm}").exists() for arm in ARMS)
+
+
+def answers(given: argparse.Namespace, name: str) -> Path:
+    """Where the rows of an arm are kept."""
+    return given.work / f"merge-{name}.rows.json"  # type: ignore[no-any-return]
 
 
 def one(given: argparse.Namespace, task: str, form: str) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def base_alone(given: argparse.Namespace, task: str) -> dict[str, Any]:
 
 def asked_rows(given: argparse.Namespace, task: str, name: str, build: Callable[[], tuple[Base, str | None]]) -> Rows:
     """The rows of an arm, from WORK where they are."""
-    out = given.work / f"merge-{name}.rows.json"
+    out = answers(given, name)
     if not out.exists():
         test = rows_to_ask(task, given.data_dir, given.work)
         base, adapter = build()
