@@ -19,6 +19,7 @@ from run.hub_stand_in import TOKEN, HubStandIn
 from topwork.common.errors import RequestError, RunError
 from topwork.generation.sampling import Sampling
 from topwork.run.chat import answer
+from topwork.run.given import given_adapter
 from topwork.run.push import push
 
 BASE = "somebody/tiny-llama"
@@ -115,6 +116,7 @@ def test_a_dry_run_sends_nothing_and_its_folder_pushes_as_the_run_does(
     push(trained, REPO, base_name=BASE, log=quiet)
     push(out, "ada/again", log=quiet)
     assert pushed(hub) == pushed(hub, repo="ada/again")
+    assert given_adapter(out).recipe is None, "whoever downloads it has an adapter's folder, and no run's"
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub: HubStandIn, trained: Path, tmp_path: Path) -> None:
