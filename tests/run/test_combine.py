@@ -239,7 +239,7 @@ def test_the_base_may_be_elsewhere(pair: tuple[Path, Path], tiny_llama: Path, tm
 
 
 def test_dora_after_qlora_is_taken_from_the_weights_it_was_trained_on(
-    tiny_llama: Path, tickets: Path, tmp_path: Path
+    tiny_llama: Path, tickets: Path, trained: Path, tmp_path: Path
 ) -> None:
     adapter, training = {"use_dora": True, "lora_dropout": 0.0}, {"max_steps": 2, "learning_rate": 0.02}
     values = tiny.recipe_values(tiny_llama, tickets, tmp_path / "run", adapter=adapter, training=training)
@@ -249,6 +249,10 @@ def test_dora_after_qlora_is_taken_from_the_weights_it_was_trained_on(
     scores = record["evaluation"][0]["scores"]
     assert scores["combined"]["loss"] == pytest.approx(scores[run.name]["loss"], rel=1e-4)
     assert scores["combined"]["loss"] != pytest.approx(scores["base"]["loss"], rel=1e-3)
+    shutil.copytree(trained, tmp_path / "dense")
+    said: list[str] = []
+    combine([run, tmp_path / "dense"], tmp_path / "both", log=said.append)
+    assert any("run, dense were trained on the same base held in different bits" in line for line in said)
 
 
 def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

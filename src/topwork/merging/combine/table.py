@@ -85,12 +85,12 @@ def _knots(deltas: Sequence[LowRankDelta], s: Settings) -> LowRankDelta:
 WAYS: dict[str, Way] = {
     way.name: way
     for way in (
-        Way("cat", "Σ w ΔW, exact, of rank Σ r", "peft's cat", as_weighted),
-        Way("linear", "Σ w ΔW / Σ w, exact, of rank Σ r", "mergekit's linear", as_mean, check=check_mean),
-        Way("task-arithmetic", "λ Σ w ΔW, exact, of rank Σ r", "arXiv 2212.04089", as_weighted, reads=("scale",)),
+        Way("cat", "Σ w ΔW, in factors of rank Σ r", "peft's cat", as_weighted),
+        Way("linear", "Σ w ΔW / Σ w, in factors of rank Σ r", "mergekit's linear", as_mean, check=check_mean),
+        Way("task-arithmetic", "λ Σ w ΔW, in factors of rank Σ r", "arXiv 2212.04089", as_weighted, reads=("scale",)),
         Way("svd", "the best approximation of Σ w ΔW in the sources' largest rank", "peft's svd", as_weighted,
             largest_rank=True),
-        Way("slerp", "on the arc from ΔW₁ to ΔW₂, exact, of rank r₁ + r₂", "mergekit's slerp", on_the_arc,
+        Way("slerp", "on the arc from ΔW₁ to ΔW₂, in factors of rank r₁ + r₂", "mergekit's slerp", on_the_arc,
             check=check_arc, sources=2, meets=True),
         Way("ties", "trimmed, a sign elected for each entry, those that agree averaged", "arXiv 2306.01708",
             entrywise=_ties, reads=("density", "ties_weights", "scale"), density=0.5, meets=True),
