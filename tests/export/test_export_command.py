@@ -122,6 +122,15 @@ def test_the_same_adapter_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path)
         assert files(one) == files(other)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_merged_folder_in_another_type(kind: str, trained: Path, tmp_path: Path) -> None:
+    done = export(trained, tmp_path / "out", "hf", kind, **QUIET)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert done.read_back[0].largest < 0.05
+
+
 def test_a_model_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     done = export(tiny_llama, tmp_path / "hf", "hf", **QUIET)
     assert [each.by for each in done.read_back] == ["Topwork"]

@@ -80,12 +80,12 @@ def prepared_merge(
     merge.json says: for `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
+    refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
     def fill(folder: Path) -> dict[str, Any]:
-        refuse_small_disk(folder, plan.nbytes)
         started = time.perf_counter()
         plan.write(folder)
         found = _told(adapter, plan, inputs) | {"merge_seconds": round(time.perf_counter() - started, 2)}
