@@ -89,10 +89,9 @@ def test_a_run_whose_rows_are_gone(with_system: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_learned_tools_is_refused(tmp_path: Path) -> None:
-    jinja = (
-        "{% if tools %}[{{ tools | tojson }}]{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    jinja = "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}" + turn + "{% endfor %}"
+    jinja += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     base = tiny.write_model(tmp_path / "base", template=jinja)
     tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
     rows = tiny.write_rows(tmp_path / "train.jsonl", [{**row, "tools": [tool]} for row in tiny.rows(8)])

@@ -91,6 +91,7 @@ def convert(
 
 def _model(found: Found, folder: Path, done: Converted, log: Log) -> None:
     convert_into(found.file, folder, log)
+    log("its weights are in bfloat16, in which bases are read from GGUF here")
     write_json(folder / RECORD, done.as_json())
 
 
