@@ -116,9 +116,7 @@ def test_a_run_in_every_format(format: str, trained: Path, tmp_path: Path) -> No
 def test_the_same_adapter_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     place = adapter(tmp_path / "in", tiny_llama, **CONFIGS["lora"])
     for format in ("peft", "vllm", "gguf-adapter"):
-        one, other = (
-            export(place, tmp_path / f"{format}-{n}", format, check=1, **QUIET).folder for n in ("one", "other")
-        )
+        one, other = (export(place, tmp_path / n / format, format, check=1, **QUIET).folder for n in ("one", "other"))
         assert files(one) == files(other)
 
 
@@ -167,7 +165,7 @@ def test_what_ollama_has_no_adapter_for_is_merged(tiny_llama: Path, tmp_path: Pa
     assert [finding.action for finding in done.findings] == ["merged"]
     assert "ADAPTER" not in (tmp_path / "out" / "Modelfile").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "Modelfile", "export.json", "in-f16.gguf", "manifest.json"
+        "Modelfile", "README.md", "export.json", "in-f16.gguf", "manifest.json"
     ]  # fmt: skip
 
 
