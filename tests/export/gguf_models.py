@@ -54,6 +54,24 @@ def with_byte_fallback(words: Sequence[str] = ("▁the", "▁there", "here", "�
     pieces = [*dict.fromkeys(word[:end] for word in words for end in range(2, len(word) + 1))]
     pieces += [word[start:] for word in words for start in range(1, len(word) - 1) if word[start:] not in pieces]
     pieces = list(dict.fromkeys(piece for piece in pieces if piece not in letters))
+    return _of_pieces(pieces, letters, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+
+
+def with_runs(longest: int = 6) -> Any:
+    """The same as Gemma's are: runs of spaces, line ends and tabs first, the longest first, in turns; no space in
+    front."""
+    runs = [letter * length for length in range(longest, 1, -1) for letter in ("\n", "▁", "\t")]
+    pairs = [
+        (letter * left, letter * (length - left))
+        for length in range(longest, 1, -1)
+        for left in range(length - 1, 0, -1)
+        for letter in ("\n", "▁", "\t")
+    ]
+    letters = [chr(code) for code in range(33, 127)] + ["▁", "\n", "\t"]
+    return _of_pieces([*runs, "▁a", "th"], letters, normalizers.Replace(" ", "▁"), pairs)
+
+
+def _of_pieces(pieces: list[str], letters: list[str], normalizer: Any, first: Sequence[tuple[str, str]] = ()) -> Any:
     special = ["<unk>", "<s>", "</s>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -63,10 +81,11 @@ def with_byte_fallback(words: Sequence[str] = ("▁the", "▁there", "here", "�
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
+    merges = [*first, *(pair for pair in merges if pair not in first)]
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizer
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

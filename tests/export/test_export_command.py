@@ -1,5 +1,6 @@
 """`topwork export` from a run, an adapter or a model to a folder, read back by the reader itself."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from reference.families import randomise
 from reference.measure import LOGITS_APART
-from reference.tiny_disk import printed_on_a_tiny_disk
 from run.fixtures import Said
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, write_adapter
+from topwork.common import files as durable
 from topwork.common.errors import AdapterError, ModelError, RequestError, RunError
 from topwork.common.files import verify_folder
 from topwork.export import peft as peft_folders
@@ -104,6 +105,9 @@ def test_a_run_in_every_format(format: str, trained: Path, tmp_path: Path) -> No
     if format == "vllm":
         assert done.figures["max_lora_rank"] == 8
         assert "--chat-template OUT/chat_template.jinja" in done.use[1]
+    if format == "ollama":  # its own converter turns the rows of A, not of B (convert_llama_adapter.go)
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+        assert "\nADAPTER ./run-adapter-f32.gguf\n" in (tmp_path / "out" / "Modelfile").read_text()
     if format == "lorax":
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
 
@@ -116,6 +120,15 @@ def test_the_same_adapter_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path)
             export(place, tmp_path / f"{format}-{n}", format, check=1, **QUIET).folder for n in ("one", "other")
         )
         assert files(one) == files(other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_merged_folder_in_another_type(kind: str, trained: Path, tmp_path: Path) -> None:
+    done = export(trained, tmp_path / "out", "hf", kind, **QUIET)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert done.read_back[0].largest < 0.05
 
 
 def test_a_model_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
@@ -143,6 +156,19 @@ def refused(error: type[Exception], told: str, place: Path, out: Path, format: s
         export(place, out, format, **{**QUIET, **how})
     assert not out.exists()
     assert not list(out.parent.glob(".topwork*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_ollama_has_no_adapter_for_is_merged(tiny_llama: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    place = adapter(tmp_path / "in", tiny_llama, r=2, use_dora=True)
+    done = export(place, tmp_path / "out", "ollama", log=told.append)
+    assert "Ollama has no place for DoRA: the adapter is merged into the model" in told
+    assert [finding.action for finding in done.findings] == ["merged"]
+    assert "ADAPTER" not in (tmp_path / "out" / "Modelfile").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "Modelfile", "export.json", "in-f16.gguf", "manifest.json"
+    ]  # fmt: skip
 
 
 def test_what_is_refused_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -228,23 +254,15 @@ def test_a_folder_that_reads_otherwise_is_not_left(
     refused(RunError, r"PEFT .* reads something else .* on 4 prompts", place, tmp_path / "out", "vllm")
 
 
-def test_a_full_disk(tiny_llama: Path, tmp_path: Path) -> None:
-    place = adapter(tmp_path / "in", tiny_llama, r=16)
-    (tmp_path / "disk").mkdir()
-    program = f"""
-import sys
-from pathlib import Path
-from topwork.common.errors import RunError
-from topwork.run.export import export
-disk = Path(sys.argv[1])
-(disk / "filler").write_bytes(bytes(1_000_000))
-try:
-    export({str(place)!r}, disk / "out", "vllm", check=0, log=lambda _: None)
-except RunError as error:
-    print("full" if "disk is full" in str(error) else error)
-print(*sorted(path.name for path in disk.iterdir()))
-"""
-    assert printed_on_a_tiny_disk(program, tmp_path / "disk") == ["full", "filler"]
+def test_a_full_disk(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = adapter(tmp_path / "in", tiny_llama, r=2)
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "_fsync", full)
+    for format in ("peft", "vllm", "gguf-adapter"):
+        refused(RunError, "the disk is full", place, tmp_path / "out", format, check=0)
 
 
 def test_the_command_tells_what_was_written(trained: Path, tmp_path: Path, topwork: Topwork) -> None:

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from export.gguf_models import as_lazy, byte_level, tiny, with_byte_fallback, written
+from export.gguf_models import as_lazy, byte_level, tiny, with_byte_fallback, with_runs, written
 from topwork.common.errors import ModelError
 from topwork.export.gguf import pre_tokenizers as names
 from topwork.export.gguf.llama_cpp import LlamaCpp
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.gguf.pre_tokenizers import BY_HASH, pre_tokenizer_name
+from topwork.export.gguf.sentencepiece import scores_of
 from topwork.export.gguf.tokenizer import vocabulary_of
 from topwork.models.config import ModelConfig
 from topwork.models.tokenizer import open_tokenizer
@@ -58,6 +59,21 @@ def test_texts_are_cut_as_a_tokenizer_with_byte_fallback_cuts_them(tmp_path):
     tokenizer = with_byte_fallback()
     file = written(tmp_path, tiny("llama", vocab_size=416), tokenizer=tokenizer)
     assert _cut_alike(file, tokenizer, _texts(300)) == []
+
+
+def test_runs_in_turns_are_cut_as_gemmas_are(tmp_path):
+    tokenizer, rng = with_runs(), random.Random(1)
+    texts = ["".join(rng.choices(" \n\tath", weights=(8, 6, 4, 2, 1, 1), k=rng.randint(1, 40))) for _ in range(150)]
+    file = written(tmp_path, tiny("llama", vocab_size=416), tokenizer=tokenizer)
+    assert _cut_alike(file, tokenizer, texts) == []
+
+
+def test_runs_of_which_a_shorter_one_comes_first_are_refused():
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "aa", "aaa", "bb"])}
+    with pytest.raises(ModelError, match="'aaa' stand apart"):
+        scores_of(vocabulary, [("a", "a"), ("aa", "a"), ("b", "b"), ("a", "aa")], 8)
+    found = scores_of(vocabulary, [("aa", "a"), ("b", "b"), ("a", "aa"), ("a", "a")], 8)
+    assert found == [0, 0, -3, -1, -2, 0, 0, 0]
 
 
 def test_special_tokens_are_control_others_user_defined_and_rows_without_a_token_unused():
@@ -112,6 +128,19 @@ def test_smollm2s_hash_is_llama_cpps_and_its_rule_says_the_same():
     digest = hashlib.sha256(str(tokenizer.encode(names.CHECK_TEXT)).encode()).hexdigest()
     assert BY_HASH[digest] == "smollm"
     assert pre_tokenizer_name(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())) == "smollm"
+
+
+def test_what_llama_cpp_reads_otherwise_and_no_key_says_is_told(monkeypatch):
+    assert vocabulary_of(byte_level(), 352, ()).notes == ()
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, normalized=False)])
+    monkeypatch.setitem(names.BY_RULE, ((("digits", "one"), ("bytes", "gpt2")), False), "gpt-4o")
+    monkeypatch.setattr(names, "BY_HASH", {})
+    normalized, marks, greedy = vocabulary_of(tokenizer, 352, ()).notes
+    assert "NFC" in normalized
+    assert "combining marks" in marks
+    assert "<|end|>" in greedy
 
 
 LLAMA3 = (

@@ -58,10 +58,15 @@ def grafted(base: Base, saved: SavedAdapter) -> Adapters:
     return adapters
 
 
+def source(folder: Path) -> Source:
+    """A folder as a base."""
+    return Source("tiny", str(folder), None)
+
+
 def opened(folder: Path, dtype: torch.dtype) -> tuple[LazyModel, PreTrainedModel]:
     """A folder's tensors in a type, and its skeleton."""
     bare = skeleton(AutoConfig.from_pretrained(folder), dtype=dtype)
-    return in_type(open_lazily(Source("tiny", str(folder), None)), bare, dtype), bare
+    return in_type(open_lazily(source(folder)), bare, dtype), bare
 
 
 def streamed(

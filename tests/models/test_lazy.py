@@ -15,7 +15,9 @@ from reference.quantized_by_others import write_base
 from topwork.common.errors import ModelError, RunError
 from topwork.merging.merge import dequantize
 from topwork.models.config import ModelConfig
+from topwork.models.fingerprint import fingerprint
 from topwork.models.lazy import LazyTensor, in_type, open_lazily
+from topwork.models.lazy_fingerprint import lazy_fingerprint
 from topwork.models.lazy_writing import write_lazily
 from topwork.models.load import load_base
 from topwork.models.skeleton import skeleton
@@ -108,6 +110,15 @@ def test_types_are_those_of_reading(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float16}
     assert {tensor.fetch().dtype for tensor in model.tensors.values()} == {torch.float16}
     assert model.config["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(("family", "stored"), [("llama", "float32"), ("gpt2", "float16"), ("gemma2", "bfloat16")])
+def test_the_fingerprint_is_that_of_the_loaded_model(family: str, stored: str, tmp_path: Path) -> None:
+    tiny_model(family).to(getattr(torch, stored)).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        bare = skeleton(AutoConfig.from_pretrained(tmp_path), dtype=dtype)
+        expected = fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+        assert lazy_fingerprint(in_type(open_lazily(source(tmp_path)), bare, dtype), bare) == expected
 
 
 def test_a_tensor_that_is_not_as_promised_is_an_error(tmp_path: Path) -> None:

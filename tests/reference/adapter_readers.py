@@ -11,9 +11,9 @@ PREFIX = "base_model.model."
 
 
 def scaled_by_config(folder: Path) -> dict[str, Tensor]:
-    """alpha / r of the config for every module, whatever its own rank: SGLang 0.5.23 (`lora/lora.py`: self.scaling), and
-    Ollama and llama.cpp's converter, which know one lora_alpha (`convert_lora_to_gguf.py`) and nothing of use_rslora,
-    alpha_pattern or rank_pattern. [out, in] by path; an embedding's is [V, d]."""
+    """alpha / r of the config for every module, whatever its own rank: SGLang 0.5.23 (`lora/lora.py`: self.scaling),
+    and Ollama and llama.cpp's converter, which know one lora_alpha (`convert_lora_to_gguf.py`) and nothing of
+    use_rslora, alpha_pattern or rank_pattern. [out, in] by path; an embedding's is [V, d]."""
     config = _config(folder)
     return {path: config["lora_alpha"] / config["r"] * update for path, update in _products(folder).items()}
 
@@ -28,8 +28,8 @@ def by_own_rank(folder: Path) -> dict[str, Tensor]:
 
 
 def by_lorax(folder: Path, layers: int) -> dict[str, Tensor]:
-    """LoRAX (`adapters/lora.py`: LoraWeights.load): a module's name that lacks one of the layers is dropped whole; where
-    ranks are padded to 8 at least, the config's r becomes the padded one after the first name (LoRAX #700)."""
+    """LoRAX (`adapters/lora.py`: LoraWeights.load): a module's name that lacks one of the layers is dropped whole;
+    where ranks are padded to 8 at least, the config's r becomes the padded one after the first name (#700)."""
     config, updates = _config(folder), _products(folder)
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".{}.", path) for path in updates))
     found, r = {}, config["r"]

@@ -3,7 +3,7 @@ unseen, and what is done about it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -57,12 +57,14 @@ class Finding:
         """Whether nothing is written because of it."""
         return self.action in ("merge instead", "refused")
 
-    def line(self, reader: Reader) -> str:
-        """For people."""
+    def why(self, reader: Reader) -> str:
+        """The feature, and what the reader would do, for people."""
         told = f" ({self.found})" if self.found else ""
-        why = f": {reader.reader} {self.unseen}" if self.unseen else ""
-        ending = f"; {self.instead}" if self.refused else ""
-        return f"{FEATURES[self.feature]}{told}{why} → {self.action}{ending}"
+        return f"{FEATURES[self.feature]}{told}" + (f": {reader.reader} {self.unseen}" if self.unseen else "")
+
+    def line(self, reader: Reader) -> str:
+        """The same, and what is done about it."""
+        return f"{self.why(reader)} → {self.action}" + (f"; {self.instead}" if self.refused else "")
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -111,6 +113,11 @@ def exported_parts(saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]
 
     parts = LazyParts(bare, saved, tensor)
     return {path: parts.part(path, partial(_weight, bare, tensor, path)) for path in parts.shapes}
+
+
+def needs_weights(findings: Sequence[Finding]) -> bool:
+    """Whether the base's config does not suffice."""
+    return any(finding.feature == "beginning" for finding in findings)
 
 
 def _weight(bare: Bare, stored: Stored, path: str) -> Tensor:

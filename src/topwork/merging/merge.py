@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.methods.full import TiedHead
 from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
@@ -91,7 +91,7 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
     """Every packed weight as a dense one of the model's type, in place, under whatever is grafted."""
-    dtype = model.dtype
+    dtype = _own_type(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = isinstance(head, PackedModule) and isinstance(embedding, PackedModule) and head.weight is embedding.weight
     for path, module in packed_modules(model).items():
@@ -112,6 +112,12 @@ def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: AdapterModule
         weight.copy_(merged)
     if bias is not None:
         bias.copy_(whole_bias)
+
+
+def _own_type(model: PreTrainedModel) -> torch.dtype:
+    """The base's own; `model.dtype` is an adapter's, where head and embedding are packed and so come in no type."""
+    own = (p.dtype for module in bare_modules(model).values() for p in module.parameters(recurse=False))
+    return next((dtype for dtype in own if dtype.is_floating_point), model.dtype)
 
 
 def _is_shared(model: PreTrainedModel, weight: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from topwork.data.conversations import Conversation
 from topwork.data.examples import Example, load_data
 from topwork.data.files.sources import with_held_out
 from topwork.evaluation.config import EvaluationConfig
-from topwork.evaluation.grade import pick_grader
+from topwork.evaluation.grade import Grader, pick_grader
 from topwork.evaluation.score import Question, Scores, questions_of, score, score_together
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
@@ -27,7 +27,7 @@ from topwork.models.load import load_base
 from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, EVALUATION, TEMPLATE, TRIAL, data_of, finished_recipe, open_run
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of, finished_recipe, open_run
 
 
 @dataclass(frozen=True)
@@ -133,27 +133,45 @@ def _score_group(
     arms: dict[str, str | None] = {"before": None, **{member.name: member.adapter for member in members}}
     recipe, folder = members[0].recipe, members[0].folder
     config = recipe.evaluation
-    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
     named = config.data or (None if recipe.data.eval is None else with_held_out(recipe.data).eval)
     seed = seed if named else recipe.training.seed
-    read = _read(data_of(folder, recipe), named, base.tokenizer, _room(base, arms), seed, log)
-    rows = _rows(read, template, seed, config)
-    references = [question.reference for question in rows.questions]
-    grader = pick_grader(references) if config.grader == "auto" else config.grader
-    with Counter(f"answers of {len(members)} adapters", len(arms) * len(references), log) as counter:
-        scored = score_together(
-            base, list(arms.values()), rows.questions, rows.examples, template, grader, config.max_new_tokens,
-            config.batch_size, counter,
-        )  # fmt: skip
-    by_arm = dict(zip(arms, scored))
+    scored = score_arms(base, arms, data_of(folder, recipe), named, config, seed, log)
     found = {}
     for member in members:
-        pair = {"before": by_arm["before"], "after": by_arm[member.name]}
-        found[member.name] = _told(rows, pair, grader, config) | {
+        pair = {"before": scored.arms["before"], "after": scored.arms[member.name]}
+        found[member.name] = _told(scored.rows, pair, scored.grader, config) | {
             "data": told(named) if named else "held out of training"
         }
         write_json(member.folder / EVALUATION, found[member.name])
     return found
+
+
+@dataclass(frozen=True)
+class ScoredArms:
+    """What was asked, how it was graded, and what each arm made of it."""
+
+    rows: Rows
+    grader: Grader
+    arms: dict[str, Scores]
+
+
+def score_arms(
+    base: Base, arms: Mapping[str, str | None], data: DataConfig, named: Sources | None, config: EvaluationConfig,
+    seed: int, log: Callable[[str], None] = print,
+) -> ScoredArms:  # fmt: skip
+    """Adapters on one loaded base by what they are called (None: the bare base), asked the rows that are `named`, or
+    those that `data` holds out of training; their answers are written in one call."""
+    template = ChatTemplate.from_config(base.tokenizer, data)
+    read = _read(data, named, base.tokenizer, _room(base, arms), seed, log)
+    rows = _rows(read, template, seed, config)
+    references = [question.reference for question in rows.questions]
+    grader = pick_grader(references) if config.grader == "auto" else config.grader
+    with Counter(f"answers of {len(arms) - 1} adapters", len(arms) * len(references), log) as counter:
+        scored = score_together(
+            base, list(arms.values()), rows.questions, rows.examples, template, grader, config.max_new_tokens,
+            config.batch_size, counter,
+        )  # fmt: skip
+    return ScoredArms(rows, grader, dict(zip(arms, scored)))
 
 
 def _asked(recipe: Recipe) -> str:

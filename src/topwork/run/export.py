@@ -13,13 +13,17 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
+from topwork.export.gguf.hparams import hparams_of
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
 from topwork.export.readers import FEATURES, OLLAMA, OLLAMA_MERGED, Reader, reader_of, type_of
 from topwork.models.config import ModelConfig
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES, Source, find_source
+from topwork.models.tokenizer import load_config
 from topwork.plan.count import base_skeleton
+from topwork.reporting.card import add_card
+from topwork.reporting.card_source import is_hub_id, last_part
 from topwork.run.export_check import asked, stored_by, tokenizer_of
 from topwork.run.export_gguf import write_adapter_file
 from topwork.run.export_models import ModelJob, stem, write_gguf, write_hf
@@ -41,6 +45,7 @@ MODEL_WRITERS: dict[str, Callable[[ModelJob, Path], Written]] = {
 Log = Callable[[str], None]
 RECORD = "export.json"
 CHECKED_PROMPTS = 4
+GGUF_FORMATS = ("gguf", "ollama")
 MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -48,6 +53,7 @@ MERGED_TYPES = {"auto": None, "bf16": "bfloat16", "f16": "float16", "f32": "floa
 class Exported:
     """What was written, or with `dry_run` would be.
 
+    base_model what others call the base: of an adapter, or of the model that was written
     findings   what the reader would have made of the adapter's features, and what was done
     figures    the format's own: rank, modules, bytes …
     read_back  by whom the written folder was read, on how much, and the largest difference
@@ -58,6 +64,7 @@ class Exported:
     format: str
     type: str | None
     reader: str
+    base_model: str | None = None
     findings: Sequence[Finding] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     read_back: Sequence[ReadBack] = ()
@@ -66,7 +73,8 @@ class Exported:
     def as_json(self) -> dict[str, Any]:
         """What export.json and --json say."""
         return {
-            "format": self.format, "type": self.type, "reader": self.reader, "figures": dict(self.figures),
+            "format": self.format, "type": self.type, "reader": self.reader, "base_model": self.base_model,
+            "figures": dict(self.figures),
             "findings": [finding.as_json() for finding in self.findings],
             "read_back": [each.as_json() for each in self.read_back], "use": list(self.use),
         }  # fmt: skip
@@ -102,19 +110,21 @@ def export(
     check_out(out, place if place.exists() else None, "what is exported", overwrite)
     if is_adapter(place):
         given = given_adapter(place, model)
-        how = _How(reader, kind, overwrite, force, dry_run, check, log)
+        base = _called(given.saved.base.name or given.model.model_name_or_path)
+        run = given.place if given.recipe is not None else None
+        how = _How(reader, kind, overwrite, force, dry_run, check, log, base, run)
         if reader is OLLAMA and (why := _merged_for_ollama(given)):
             log(f"{why}: the adapter is merged into the model")
             how = replace(how, reader=OLLAMA_MERGED)
         return _adapter(given, out, how) if how.reader.reads == "adapter" else _merged(given, out, how)
     if model is not None:
         raise RequestError(f"--model {model}: {place} is no adapter, which is what has a base; leave --model out")
-    return _model(str(place), out, _How(reader, kind, overwrite, force, dry_run, check, log))
+    return _model(str(place), out, _How(reader, kind, overwrite, force, dry_run, check, log, _called(str(place))))
 
 
 @dataclass(frozen=True)
 class _How:
-    """What was asked for, read."""
+    """What was asked for, read; what the base is called, and the run that the adapter is of."""
 
     reader: Reader
     type: str | None
@@ -123,11 +133,13 @@ class _How:
     dry_run: bool
     check: int
     log: Log
+    base: str | None
+    run: Path | None = None
 
     def exported(self, out: Path, findings: Sequence[Finding], written: Written = Written()) -> Exported:
         return Exported(
-            out, self.reader.format, self.type, self.reader.reader, findings, written.figures, written.read_back,
-            written.use,
+            out, self.reader.format, self.type, self.reader.reader, self.base, findings, written.figures,
+            written.read_back, written.use,
         )  # fmt: skip
 
 
@@ -169,6 +181,8 @@ def _model(name: str, out: Path, how: _How) -> Exported:
         )
     model = ModelConfig(model_name_or_path=name)
     source = find_source(model, how.log)
+    if how.reader.format in GGUF_FORMATS:
+        hparams_of(load_config(source, False).to_dict())  # ModelError for a family that it has not
     if how.dry_run:
         return how.exported(out, [])
     job = ModelJob(
@@ -188,11 +202,14 @@ def _merged_for_ollama(given: Given) -> str:
 
 def _merged(given: Given, out: Path, how: _How) -> Exported:
     """A format that carries a model: the adapter is merged, checked, and the result written in it."""
-    findings = _looked_at(given, bare_base(base_skeleton(given.model)), how)
+    bare = bare_base(base_skeleton(given.model))
+    findings = _looked_at(given, bare, how)
+    if how.reader.format in GGUF_FORMATS:
+        hparams_of(bare.config.to_dict())  # before an hour of merging: ModelError for a family that it has not
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
-    merge = prepared_merge(given, _merged_type(how), "auto", how.force, how.log, how.check)
+    merge = prepared_merge(given, out, _merged_type(how), "auto", how.force, how.log, how.check)
 
     def fill(folder: Path) -> Written:
         if how.reader.format == "hf":
@@ -232,9 +249,16 @@ def _written(out: Path, findings: Sequence[Finding], how: _How, fill: Callable[[
     def whole(folder: Path) -> None:
         done.append(how.exported(out, findings, fill(folder)))
         write_json(folder / RECORD, done[0].as_json())
+        add_card(folder, out.name, how.run)
 
     write_folder(out, whole, how.overwrite)
     return done[0]
+
+
+def _called(name: str) -> str:
+    """A model's id on the Hub, or the last part of its path."""
+    known = ALIASES.get(name, name)
+    return known if is_hub_id(known) else last_part(known)
 
 
 def _named(place: Path, log: Log) -> Path:

@@ -142,10 +142,11 @@ def open_adapter(
 ) -> tuple[Base, Adapters]:  # fmt: skip
     """Load a base in `dtype`, held as `quantization` says, and graft an adapter as ADAPTER_NAME.
 
-    What is packed is packed from the very values that training packed, in the type that `model` says. Raises
+    What is packed is packed from the very values that training packed, in the type that `model` says; and float16 is
+    taken from these too, since it rounds other digits away than the bfloat16 that fingerprints are taken in. Raises
     AdapterError for another base than the adapter's, unless `force`.
     """
-    if quantization.active:
+    if quantization.active or dtype == "float16":
         base = load_base(model, log, quantization, tokenizer)
         _cast(base, DTYPES[dtype])
     else:

@@ -50,7 +50,8 @@ class LlamaCpp:
 
     def greedy(self, prompt: Sequence[int], length: int, scale: float | None = None) -> list[int]:
         """The likeliest tokens one after the other, to one that ends the answer or to `length`."""
-        return [int(number) for number in self._complete(prompt, length, scale)["tokens"]]
+        found = self._complete(prompt, length, scale, cache_prompt=False)  # a cached beginning moves the last bits
+        return [int(number) for number in found["tokens"]]
 
     def _complete(self, prompt: Sequence[int], length: int, scale: float | None, **options: Any) -> dict[str, Any]:
         lora = [] if scale is None else [{"id": 0, "scale": scale}]

@@ -47,6 +47,9 @@ BY_HASH = {
     "4a2e2abae11ca2b86d570fc5b44be4d5eb5e72cc8f22dd136a94b37da83ab665": "kormo",
 }
 
+APPROXIMATE = ("gpt-4o", "tekken", "pixtral")
+"""Names under which llama.cpp computes a rule that differs from the tokenizers' at combining marks (Devanagari's)."""
+
 Rule = tuple[tuple[str, str], ...]
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -68,7 +68,9 @@ def _weights(model: LazyModel, hparams: Hparams, wanted: str, tied: bool) -> Ite
 
 
 def _turned(model: LazyModel, hparams: Hparams, key: str, name: str) -> Callable[[], Tensor]:
-    fetch, heads = model.tensors[key].fetch, rotary_heads(model.config, key)
+    # what a config.json leaves out is in the keys
+    config = {**model.config, "num_key_value_heads": hparams.keys["attention.head_count_kv"]}
+    fetch, heads = model.tensors[key].fetch, rotary_heads(config, key)
     if heads is not None:
         return lambda: permuted(fetch(), heads)
     if hparams.family.norm_offset and "norm" in name:

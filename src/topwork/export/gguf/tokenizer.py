@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topwork.common.errors import ModelError
-from topwork.export.gguf.pre_tokenizers import pre_tokenizer_name
+from topwork.export.gguf.pre_tokenizers import APPROXIMATE, pre_tokenizer_name
 from topwork.export.gguf.sentencepiece import scores_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -57,7 +57,7 @@ def vocabulary_of(tokenizer: Any, rows: int, control: Collection[int]) -> Vocabu
         for token, kind in zip(tokens, types)
     ]
     keys |= {"tokenizer.ggml.tokens": written, "tokenizer.ggml.token_type": types, **_ids(tokenizer)}
-    return Vocabulary(keys, _notes(described, added))
+    return Vocabulary(keys, _notes(described, added, keys["tokenizer.ggml.pre"]))
 
 
 def _described(tokenizer: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _ids(tokenizer: Any) -> dict[str, Any]:
     return {**ids, "tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}
 
 
-def _notes(described: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+def _notes(described: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], pre: str) -> tuple[str, ...]:
     """Where llama.cpp reads a text otherwise, and no key says so."""
     notes = []
     normalizer = described.get("normalizer") or {}
@@ -140,6 +140,8 @@ def _notes(described: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]])
     composed = sorted(kinds - {"Prepend", "Replace"})
     if composed:
         notes.append(f"llama.cpp does not normalize texts ({', '.join(map(str, composed))}) before it cuts them")
+    if pre in APPROXIMATE:
+        notes.append(f"llama.cpp's rule {pre!r} cuts words with combining marks (Devanagari's) otherwise")
     greedy = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"]]
     if greedy:
         notes.append(f"llama.cpp keeps the white space beside {', '.join(greedy[:3])}, which the tokenizer swallows")

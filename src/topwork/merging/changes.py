@@ -1,0 +1,178 @@
+"""An adapter read from disk as changes of its base: a delta for every module that it adapts, parameters of modules that
+it trained whole, rows of tokens that it trained.
+
+Factors and scales come from the adapter's parts, made one at a time on a skeleton of the base
+(`adapters/lazy_parts.py`): rsLoRA, patterns and doubled ranks are told there. Only what is no product of factors needs
+the base's weights, one module at a time: DoRA, IA3, whole modules, tokens' rows, and PEFT's PiSSA and OLoRA folders,
+whose base lacks what they began as.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from topwork.adapters.config import LoraConfig
+from topwork.adapters.foreign import content_of
+from topwork.adapters.lazy_parts import LazyParts
+from topwork.adapters.method import Bare
+from topwork.adapters.methods.ia3 import Ia3
+from topwork.adapters.methods.lora.dora import Dora
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
+from topwork.adapters.methods.lora.inits import FromWeight
+from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.module import AdapterModule
+from topwork.adapters.module_copy import ModuleCopy
+from topwork.adapters.peft_format import SavedAdapter
+from topwork.common.errors import AdapterError
+from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta
+
+BaseWeights = Callable[[str], Tensor]
+"""A parameter's name in the model (`model.norm.weight`) -> its values in fp32, laid out as the family holds them.
+Raises AdapterError or ModelError where it is not to be had."""
+Parameter = tuple[str, str]
+"""A module's path, and a parameter's name in it."""
+_INSTEAD = "merge it into the base (`topwork merge`), or train the task as LoRA"
+_VIRTUAL = (
+    "its learned tokens change no weight, so there is no delta of them; train the task as LoRA, or serve the adapters "
+    "beside each other (`topwork serve`)"
+)
+NO_DELTA = {
+    "prompt": _VIRTUAL,
+    "prefix": _VIRTUAL,
+    "bitfit": f"method bitfit changes biases alone, which a LoRA folder does not hold; {_INSTEAD}",
+    "full": "method full changes every weight, which no low-rank adapter holds; train the task as LoRA, or combine the "
+    "whole models",
+}
+"""Methods that are refused, and why."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """One adapter.
+
+    label     what people call it
+    content   the SHA-256 of its options and tensors
+    adapted   paths of the modules that have a delta, in the model's order
+    whole     parameters of modules that it trained whole
+    tokens    (the embedding's path, the ids) of the rows that it trained
+    rank      its largest; None where it has no factors (IA3)
+    """
+
+    label: str
+    content: str
+    adapted: tuple[str, ...]
+    whole: tuple[Parameter, ...]
+    tokens: tuple[str, tuple[int, ...]] | None
+    rank: int | None
+    parts: LazyParts
+    bare: Bare
+    base: BaseWeights
+
+    @torch.no_grad()
+    def delta(self, path: str) -> Delta:
+        """ΔW of a module that it adapts. Where that needs the base's weight it raises what `base` does."""
+
+        def weight() -> Tensor:
+            return rows_of(self.bare.modules[path], self.base(f"{path}.weight"))
+
+        part = self.parts.part(path, weight)
+        if isinstance(part, EmbeddingLora):
+            a, b = part.lora_embedding_A.double(), part.lora_embedding_B.double()
+            return LowRankDelta((part.scaling * a).t(), b.t())
+        if isinstance(part, FromWeight):
+            first, second = part.difference()
+            return LowRankDelta(part.scaling * second.double(), first.double())
+        if isinstance(part, Lora) and not isinstance(part, Dora):
+            return LowRankDelta(part.scaling * part.lora_B.double(), part.lora_A.double())
+        before = weight()
+        return DenseDelta(part.merged(before, None)[0] - before)
+
+    def rank_at(self, path: str) -> int | None:
+        """Of the factors of ΔW there; None where it has none (DoRA, IA3)."""
+        part = self.parts.shapes[path]
+        return None if isinstance(part, Dora) else _rank(part)
+
+    @torch.no_grad()
+    def of_parameter(self, path: str, name: str) -> Tensor | None:
+        """How far a parameter lies from the base's, in fp32 and the base's layout: of a module that is trained whole,
+        or the weight of one that is adapted. None where nothing changes it."""
+        if (path, name) in self.whole:
+            return self.parts.stored(path, name).float() - self.base(f"{path}.{name}")
+        if path in self.adapted and name == "weight":
+            return rows_of(self.bare.modules[path], self.delta(path).dense()).float()
+        return None
+
+    @torch.no_grad()
+    def of_tokens(self) -> dict[int, Tensor]:
+        """How far each trained token's row [d] lies from the base's, in fp32."""
+        if self.tokens is None:
+            return {}
+        path, ids = self.tokens
+        rows = self.parts.stored(path, TOKEN_ROWS).float() - self.base(f"{path}.weight")[list(ids)]
+        return dict(zip(ids, rows))
+
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""PEFT's name of the trained rows, behind the embedding's path."""
+
+
+def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -> Changes:
+    """`bare` may be a skeleton without weights, whose values `base` then gives where they are needed.
+
+    Raises AdapterError, with `label`, for what does not fit the base, holds values that are not finite, or is no change
+    of weights that an adapter can hold: virtual tokens, biases, full fine-tuning.
+    """
+    config = saved.config
+    if config.method in NO_DELTA:
+        raise AdapterError(f"{label}: {NO_DELTA[config.method]}")
+    broken = sorted(key for key, tensor in saved.tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if broken:
+        raise AdapterError(
+            f"{label} holds NaN or infinite values ({len(broken)} tensors, first {broken[0]}); its training broke, "
+            "take an earlier checkpoint"
+        )
+    try:
+        parts = LazyParts(bare, saved, lambda path, kind: base(f"{path}.{kind}"))
+        for path, part in parts.shapes.items():
+            _refuse_biases(path, part, bare.modules[path])
+    except AdapterError as error:
+        raise AdapterError(f"{label}: {error}") from error
+    shapes = parts.shapes
+    adapted = {path for path, part in shapes.items() if isinstance(part, Lora | EmbeddingLora | Ia3)}
+    copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
+    rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
+    ids = tuple(config.trainable_token_indices or ()) if isinstance(config, LoraConfig) else ()
+    ranks = [rank for part in shapes.values() if (rank := _rank(part)) is not None]
+    return Changes(
+        label,
+        content_of(saved),
+        tuple(path for path in bare.modules if path in adapted),
+        tuple((path, name) for path, part in copies.items() for name in part.tensors()),
+        None if rows is None else (rows, ids),
+        max(ranks, default=None),
+        parts,
+        bare,
+        base,
+    )
+
+
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A linear layer's weight as [out, in], and back again: gpt2's Conv1D holds it as [in, out]."""
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _rank(part: AdapterModule) -> int | None:
+    if isinstance(part, FromWeight):
+        return 2 * part.lora_A.shape[0]
+    if isinstance(part, Lora):
+        return part.lora_A.shape[0]
+    return part.lora_embedding_A.shape[0] if isinstance(part, EmbeddingLora) else None
+
+
+def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
+    """IA3 in a layer with a bias scales that as well."""
+    if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:
+        raise AdapterError(f"IA3 scales the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
