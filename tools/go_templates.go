@@ -1,8 +1,9 @@
 // Renders conversations with Go's own text/template, as Ollama calls it, for tests/export/go_templates.json:
 //
-//	go run tools/go_templates.go < cases.json > tests/export/go_templates.json
+//	go run tools/go_templates.go < tests/export/go_templates.json > new.json
 //
-// In: a list of {"template", "messages": [{"role", "content"}]}. Out: the same with "text", or "error".
+// In: a list of {"template", "messages": [{"role", "content"}]}, whatever else stands there. Out: the same with "text",
+// or "error".
 package main
 
 import (
@@ -59,6 +60,7 @@ func main() {
 		panic(err)
 	}
 	for number := range cases {
+		cases[number].Error = ""
 		if err := render(&cases[number]); err != nil {
 			cases[number].Text, cases[number].Error = "", err.Error()
 		}
