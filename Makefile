@@ -80,6 +80,7 @@ docs: $(VENV)/.tested
 	$(BIN)/python tools/footprint_table.py
 	$(BIN)/python tools/options_page.py
 	$(BIN)/python tools/index_pages.py
+	$(BIN)/python tools/delivery_table.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -29,6 +29,7 @@ COMMANDS = {
     "checkpointing": "checkpointing.py",
     "combine_error": "combine_error.py",
     "elementwise": "elementwise.py",
+    "gguf_export": "gguf_export.py",
     "gradients": "gradients.py",
     "generation_products": "generation_products.py",
     "grouped": "grouped.py",

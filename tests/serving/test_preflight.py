@@ -18,7 +18,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.foreign import read_foreign
 from topwork.adapters.graft import Adapters, bare_base
 from topwork.adapters.method import Bare
-from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
+from topwork.adapters.peft_format import BaseId, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
@@ -56,25 +56,25 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "one rank for all, by pattern": (
         "llama", {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}, ()
     ),
-    "half an alpha": ("llama", {"r": 4, "lora_alpha": 2.5}, ("its lora_alpha, no whole number, was folded into B",)),
-    "rsLoRA": ("llama", {"r": 3, "lora_alpha": 8, "use_rslora": True}, ("its rsLoRA scale was folded into B",)),
+    "half an alpha": ("llama", {"r": 4, "lora_alpha": 2.5}, ("a lora_alpha that is no whole number",)),
+    "rsLoRA": ("llama", {"r": 3, "lora_alpha": 8, "use_rslora": True}, ("rsLoRA",)),
     "patterns": (
         "llama",
         {"r": 3, "rank_pattern": {"q_proj": 2, "up_proj": 9}, "alpha_pattern": {"v_proj": 3}},
-        ("its scales by module were folded into B", "modules of lower ranks were padded to 9"),
+        ("alphas by module", "unequal ranks"),
     ),
     "rsLoRA with patterns": (
         "llama",
         {"r": 3, "use_rslora": True, "rank_pattern": {r".*\.1\.mlp\.up_proj": 1}},
-        ("its rsLoRA scale was folded into B", "modules of lower ranks were padded to 3"),
+        ("rsLoRA", "unequal ranks"),
     ),
     "pissa, as we write it": ("llama", {"r": 2, "init_lora_weights": "pissa"}, ()),
     "head and embedding": (
         "llama",
         {"r": 3, "use_rslora": True, "target_modules": ["lm_head", "embed_tokens", "q_proj"]},
-        ("its rsLoRA scale was folded into B",),
+        ("rsLoRA",),
     ),
-    "fused projections": ("phi3", {"r": 3, "use_rslora": True}, ("its rsLoRA scale was folded into B",)),
+    "fused projections": ("phi3", {"r": 3, "use_rslora": True}, ("rsLoRA",)),
 }  # fmt: skip
 
 
@@ -86,33 +86,46 @@ def test_what_vllm_reads_is_the_adapter(name: str, tmp_path: Path) -> None:
     expected = written(tmp_path / "ours", family, **config)
     found = taken(tmp_path / "ours", bones(family))
     found.write(tmp_path / "theirs")
-    assert found.changes == changes
+    assert [told.startswith(change) for told, change in zip(found.changes, changes, strict=True)] == [True] * len(
+        changes
+    )
     theirs = PeftModel.from_pretrained(tiny_model(family), tmp_path / "theirs").eval()
     with torch.no_grad():
         assert relative(alone(theirs, sequences()), expected) < LOGITS_APART
     assert found.rank == found.config["r"] == max(t.shape[0] for key, t in found.tensors.items() if "_A" in key)
     for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"):
         assert not found.config.get(key)
-    if not changes:
-        own = read_adapter(tmp_path / "ours").tensors
-        assert {key.removeprefix("base_model.model.") for key in found.tensors} == own.keys()
-        assert all(torch.equal(t, own[key.removeprefix("base_model.model.")]) for key, t in found.tensors.items())
-        assert found.config["lora_alpha"] == read_adapter(tmp_path / "ours").config.lora_alpha
+    assert found.config["lora_alpha"] == found.rank
 
 
 @pytest.mark.parametrize(
     ("family", "values", "config", "told"),
     [
-        ("llama", {}, {"use_dora": True}, "it is DoRA, which vLLM refuses; merge it"),
-        ("llama", {}, {"modules_to_save": ["norm", "lm_head"]}, r"whole modules \(modules_to_save: lm_head, norm\)"),
-        ("llama", {}, {"trainable_token_indices": [3, 4]}, "it has 2 tokens' own rows"),
-        ("llama", {}, {"method": "ia3"}, "its method is ia3, and vLLM knows LoRA alone; merge it"),
-        ("gpt2", {}, {"method": "bitfit"}, "its method is bitfit"),
-        ("llama", {}, {"method": "full"}, "its method is full"),
-        ("llama", {}, {"method": "prefix"}, "its method is prefix, learned tokens .* cannot be merged"),
-        ("llama", {}, {"method": "prompt"}, "its method is prompt"),
-        ("llama", {"tie_word_embeddings": True}, {"target_modules": ["lm_head"]}, "head is tied to its embedding"),
-        ("llama", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}, "head is tied"),
+        ("llama", {}, {"use_dora": True}, "DoRA: vLLM refuses it; merge it"),
+        (
+            "llama",
+            {},
+            {"modules_to_save": ["norm", "lm_head"]},
+            r"whole modules \(modules_to_save\) \(lm_head, norm\): vLLM refuses them; merge it",
+        ),
+        ("llama", {}, {"trainable_token_indices": [3, 4]}, r"trained tokens .* \(2 of them\): vLLM refuses tensors"),
+        ("llama", {}, {"method": "ia3"}, "IA3: vLLM knows LoRA alone; merge it"),
+        ("gpt2", {}, {"method": "bitfit"}, "BitFit: vLLM knows LoRA alone; merge it"),
+        ("llama", {}, {"method": "full"}, "full fine-tuning: vLLM knows LoRA alone"),
+        (
+            "llama",
+            {},
+            {"method": "prefix"},
+            "prefix tuning: vLLM has no place for learned keys .*; serve it without vLLM",
+        ),
+        ("llama", {}, {"method": "prompt"}, "prompt tuning: vLLM has no place"),
+        (
+            "llama",
+            {"tie_word_embeddings": True},
+            {"target_modules": ["lm_head"]},
+            r"tied \(lm_head\): vLLM has one module for both",
+        ),
+        ("llama", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}, r"tied \(model\.embed_tokens\)"),
     ],
 )
 def test_what_vllm_refuses_is_refused_by_name(
@@ -127,7 +140,7 @@ def test_pefts_beginnings_need_the_base(tmp_path: Path) -> None:
     written(tmp_path, r=4)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
-    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+    with pytest.raises(AdapterError, match=r"it began with PiSSA or OLoRA in PEFT, .*topwork export"):
         taken(tmp_path, bones())
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
 from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
@@ -48,9 +49,15 @@ class SavedAdapter:
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
     """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `files.own_files`.)"""
+    write_grafted(folder, adapters.grafted(name), base, adapters.methods)
+
+
+def write_grafted(
+    folder: Path, adapter: Grafted[Any], base: BaseId, methods: Mapping[str, Method[Any]] = METHODS
+) -> None:
+    """The same of an adapter that need not stand in a model."""
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = adapters.grafted(name)
-    files = adapters.methods[adapter.config.method].files
+    files = methods[adapter.config.method].files
     tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {**files.keys(adapter), "base_model_name_or_path": base.name}

@@ -14,11 +14,17 @@ from topwork.cli.combine import EPILOG as COMBINE_EPILOG
 from topwork.cli.combine import combine
 from topwork.cli.compare import EPILOG as COMPARE_EPILOG
 from topwork.cli.compare import compare
+from topwork.cli.convert import EPILOG as CONVERT_EPILOG
+from topwork.cli.convert import convert
+from topwork.cli.export import EPILOG as EXPORT_EPILOG
+from topwork.cli.export import export
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
 from topwork.cli.options import AsJson, Force, Overrides, Run, teller
+from topwork.cli.push import EPILOG as PUSH_EPILOG
+from topwork.cli.push import push
 from topwork.cli.serve import serve
 from topwork.cli.serve_key import serve_key
 from topwork.cli.sweep import sweep
@@ -132,6 +138,12 @@ app.command(epilog=MERGE_EPILOG)(merge)
 app.command(epilog=COMBINE_EPILOG)(combine)
 
 app.command(epilog=COMPARE_EPILOG)(compare)
+
+app.command(epilog=EXPORT_EPILOG)(export)
+
+app.command(epilog=CONVERT_EPILOG)(convert)
+
+app.command(epilog=PUSH_EPILOG)(push)
 
 
 @app.command(

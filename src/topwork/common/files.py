@@ -55,6 +55,25 @@ def write_bytes(path: Path, data: bytes) -> None:
         _fsync(path.parent)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """For a writer that needs a path of its own: gives one aside, and puts what was written there at `path`, whole or
+    not at all. Raises RunError where the disk is full; what a killed process left of `path` is cleared first."""
+    path = path.resolve()  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.name)
+    aside = _aside(path)
+    with _disk_full_explained(path):
+        try:
+            yield aside
+            _fsync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for text, as UTF-8 with the line ends it has."""
     write_bytes(path, text.encode())

@@ -83,6 +83,12 @@ def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
     return folder
 
 
+def convert_into(path: Path, folder: Path, log: Log) -> None:
+    """The same into an empty folder of the caller's, who sees to it that it appears whole. Raises as `convert_gguf`."""
+    _check_magic(path)
+    _convert(path, folder, log)
+
+
 def cache_key(path: Path) -> str:
     """16 hex digits over the size and 4,096 evenly spaced pages, head and tail included.
 
@@ -167,7 +173,7 @@ def _convert(path: Path, partial: Path, log: Log) -> None:
             f"converting {path.name} needs {needed_gib:.1f} GiB in {partial.parent}, {free_gib:.1f} GiB are free; "
             "make room, or set TOPWORK_CACHE to a folder on a larger disk"
         )
-    log(f"converting {path.name} to bf16 safetensors, once (kept in {partial.parent})")
+    log(f"converting {path.name} to bf16 safetensors (kept in {partial.parent})")
     with _alone(path, partial) as place, _quiet_transformers():
         tokenizer = _load_tokenizer(place, header, log)
         model = _load_model(place, path)

@@ -34,15 +34,15 @@ def read_run(run_dir: Path) -> RunFiles:
         raise RequestError(f"no run folder at '{run_dir}'; give a folder that `topwork train` wrote, such as runs/NAME")
     problems: list[str] = []
     records = read_metrics(run_dir / "metrics.jsonl", problems)
-    recipe_text = _read_text(run_dir / "recipe.yaml", problems)
+    recipe_text = read_text(run_dir / "recipe.yaml", problems)
     return RunFiles(
         name=run_dir.resolve().name,
         records=tuple(records),
         recipe_text=recipe_text,
-        recipe=_parse_recipe(recipe_text, problems),
-        result=_read_json(run_dir / "result.json", problems),
-        provenance=_read_json(run_dir / "provenance.json", problems),
-        evaluation=_read_json(run_dir / "evaluation.json", problems),
+        recipe=parse_recipe(recipe_text, problems),
+        result=read_json(run_dir / "result.json", problems),
+        provenance=read_json(run_dir / "provenance.json", problems),
+        evaluation=read_json(run_dir / "evaluation.json", problems),
         problems=tuple(problems),
     )
 
@@ -130,7 +130,8 @@ def _is_rewound(old: Record, kind: str, step: int) -> bool:
     return bool(old["kind"] == kind and old["step"] >= step)
 
 
-def _read_text(path: Path, problems: list[str]) -> str:
+def read_text(path: Path, problems: list[str]) -> str:
+    """A file's text; empty where there is none, or where it cannot be read, which `problems` then tells."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
@@ -138,8 +139,9 @@ def _read_text(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    text = _read_text(path, problems)
+def read_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    """A file's JSON object, likewise."""
+    text = read_text(path, problems)
     if not text:
         return {}
     try:
@@ -153,7 +155,8 @@ def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
     return value
 
 
-def _parse_recipe(text: str, problems: list[str]) -> Mapping[str, Any]:
+def parse_recipe(text: str, problems: list[str]) -> Mapping[str, Any]:
+    """A recipe's values as they stand there, likewise."""
     try:
         value = yaml.safe_load(text) if text else {}
     except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ from topwork.merging.combine.request import settings_for, told
 from topwork.merging.combine.result import RECORD, Folder, folder_of, rounding, write_combined
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import way_of
+from topwork.reporting.card import add_card
 from topwork.run.combine_scores import check_rows, scores_of
 from topwork.run.combine_sources import Sources, labels_of, read_sources, shared_template, tell_alike
 from topwork.run.console import Counter
@@ -69,10 +70,10 @@ def combine(
     tell_alike(read, log)
     folder, record = _combined(read, settings, dtype, log)
     template = shared_template(read, log)
-    write_combined(out, folder, record, template, overwrite)
+    write_combined(out, folder, record, template, overwrite, lambda place: add_card(place, out.name))
     if evaluate:
         record["evaluation"] = scores_of(read.given, read.labels, folder.saved(str(out)), data, max_rows, force, log)
-        write_combined(out, folder, record, template, replace=True)
+        write_combined(out, folder, record, template, True, lambda place: add_card(place, out.name))
     return record
 
 

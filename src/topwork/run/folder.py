@@ -36,6 +36,8 @@ from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
 RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
+WRITTEN = ("config.json", "export.json", "convert.json")
+"""One of these stands in every model, every export and every conversion."""
 EVALUATION, TRIAL = "evaluation.json", "evaluation-trial.json"
 
 
@@ -66,8 +68,8 @@ def check_place(folder: Path, called: str) -> None:
 
 
 def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None:
-    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model that
-    was written by Topwork is ever replaced. Raises RequestError."""
+    """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model, an
+    export or a conversion that was written by Topwork is ever replaced. Raises RequestError."""
     check_place(out, "OUT")
     place, inside = out.resolve(), own.resolve() if own is not None else None
     if inside is not None and (place == inside or place in inside.parents or inside in place.parents):
@@ -76,10 +78,10 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None
         return
     if not overwrite:
         raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
-    if not ((out / MANIFEST).is_file() and (out / "config.json").is_file()):
+    if not ((out / MANIFEST).is_file() and any((out / name).is_file() for name in WRITTEN)):
         raise RequestError(
-            f"{out} holds files that Topwork has not written; --overwrite replaces a model it wrote only. Name another "
-            "OUT"
+            f"{out} holds files that Topwork has not written; --overwrite replaces only what it wrote itself. Name "
+            "another OUT"
         )
 
 
@@ -140,10 +142,11 @@ def open_adapter(
 ) -> tuple[Base, Adapters]:  # fmt: skip
     """Load a base in `dtype`, held as `quantization` says, and graft an adapter as ADAPTER_NAME.
 
-    What is packed is packed from the very values that training packed, in the type that `model` says. Raises
+    What is packed is packed from the very values that training packed, in the type that `model` says; and float16 is
+    taken from these too, since it rounds other digits away than the bfloat16 that fingerprints are taken in. Raises
     AdapterError for another base than the adapter's, unless `force`.
     """
-    if quantization.active:
+    if quantization.active or dtype == "float16":
         base = load_base(model, log, quantization, tokenizer)
         _cast(base, DTYPES[dtype])
     else:

@@ -15,6 +15,7 @@ from topwork.common.errors import RequestError, RunError
 from topwork.common.files import write_folder, write_json
 from topwork.merging.threshold import refusal
 from topwork.merging.verify import Verification
+from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
 from topwork.run.merge_check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
@@ -60,28 +61,45 @@ def merge(
     base_folder = Path(adapter.model.model_name_or_path).expanduser()
     if base_folder.is_dir():
         check_out(out, base_folder, "the base's own folder", overwrite)
+    fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
+    found: dict[str, Any] = {}
+    run = adapter.place if adapter.recipe is not None else None
+
+    def whole(folder: Path) -> None:
+        found.update(fill(folder))
+        add_card(folder, out.name, run)
+
+    write_folder(out, whole, overwrite)
+    if run is not None:
+        write_json(adapter.place / REPORT, found | {"folder": out.name})
+    return found
+
+
+def prepared_merge(
+    adapter: Given, out: Path, dtype: str | None = None, base: str = "auto", force: bool = False,
+    log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
+) -> Callable[[Path], dict[str, Any]]:  # fmt: skip
+    """What fills an empty folder on the disk of `out` with the merged model, checks it there and returns what its
+    merge.json says: for `topwork merge`, and for exports of what it gives. Arguments and errors as there."""
     inputs = merge_inputs(adapter, check, data, log)  # before the weights: the rows may be gone
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
-    found: dict[str, Any] = {}
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         plan.write(folder)
-        found.update(_told(adapter, plan, inputs), merge_seconds=round(time.perf_counter() - started, 2))
+        found = _told(adapter, plan, inputs) | {"merge_seconds": round(time.perf_counter() - started, 2)}
         if before is not None:
             verified = after_merge(folder, adapter, plan, before, inputs)
-            found.update(asdict(verified))
+            found |= asdict(verified)
             _judge(verified, plan, force, log)
         write_json(folder / REPORT, found)
+        return found
 
-    write_folder(out, fill, overwrite)
-    if adapter.recipe is not None:
-        write_json(adapter.place / REPORT, found | {"folder": out.name})
-    return found
+    return fill
 
 
 def _refuse_request(base: str, check: int, data: str | None) -> None:

@@ -79,10 +79,11 @@ def plan_merge(
     if taken is not None:
         log(_TAKEN[taken])
     held = open_lazily(source, trained_type, remote)
+    trained = skeleton(config, remote, trained_type)
+    fingerprint = lazy_fingerprint(in_type(held, trained, trained_type), trained)  # as training took it
     read_type = trained_type if taken == DEQUANTIZED else kind
     bare = skeleton(config, remote, read_type)
     held = in_type(held, bare, read_type)
-    fingerprint = lazy_fingerprint(held, bare)
     warning = check_base(adapter.saved, BaseId(source.name, fingerprint), force)
     if warning:
         log(f"warning: {warning}")

@@ -3,7 +3,7 @@
 import pytest
 
 from topwork.plan.lint.damage import is_mojibake
-from topwork.plan.lint.secrets import _cards, _ibans, _keys, _people, masked
+from topwork.plan.lint.secrets import _cards, _ibans, _people, keys, masked
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_text_that_is_right_is_not_called_wrong(text: str) -> None:
     ],
 )  # fmt: skip
 def test_keys(text: str) -> None:
-    assert list(_keys(f"Use {text} for it.")), text
-    assert text not in masked(next(_keys(f"Use {text} for it."))) or text.startswith("-----")
+    assert list(keys(f"Use {text} for it.")), text
+    assert text not in masked(next(keys(f"Use {text} for it."))) or text.startswith("-----")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_keys(text: str) -> None:
     ["sk-learn is a library", "risk-" + "averse-" * 8, "hf_hub", "AKIA", "task-oriented-dialogue-systems-are-many"],
 )
 def test_what_is_no_key(text: str) -> None:
-    assert not list(_keys(text))
+    assert not list(keys(text))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ hashes of their content, and what the rank left out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,11 @@ def rounding(combined: Combined, folder: Folder) -> float:
 
 
 def write_combined(
-    out: Path, folder: Folder, record: Mapping[str, Any], template: str | None = None, replace: bool = False
-) -> None:
-    """Put it at `out`, whole or not at all. Raises RunError where `out` holds something (unless `replace`) or the disk
-    is full."""
+    out: Path, folder: Folder, record: Mapping[str, Any], template: str | None = None, replace: bool = False,
+    more: Callable[[Path], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Put it at `out`, whole or not at all; `more` writes what else is to stand there. Raises RunError where `out` holds
+    something (unless `replace`) or the disk is full."""
 
     def fill(place: Path) -> None:
         (place / "adapter_model.safetensors").write_bytes(save(folder.tensors, metadata={"format": "pt"}))
@@ -96,6 +97,7 @@ def write_combined(
         write_json(place / RECORD, dict(record))
         if template is not None:
             write_text(place / TEMPLATE, template)
+        more(place)
 
     write_folder(out, fill, replace)
 

@@ -34,7 +34,8 @@ _SOCIAL = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4
 _NUMBERS = re.compile(r"\d(?:[ -]?\d){11}|[A-Z]{2}\d{2}")
 
 
-def _keys(text: str) -> Iterator[str]:
+def keys(text: str) -> Iterator[str]:
+    """What looks like a key or a token that opens something."""
     if any(hint in text for hint in _KEY_HINTS):
         yield from (found.group() for found in _KEY.finditer(text))
 
@@ -89,7 +90,7 @@ def masked(found: str) -> str:
 
 _CHECKS: tuple[tuple[str, Severity, tuple[Callable[[str], Iterator[str]], ...], str, str], ...] = (
     (
-        "secrets", "warning", (_keys,), "hold what looks like a key or a token that opens something",
+        "secrets", "warning", (keys,), "hold what looks like a key or a token that opens something",
         "take it out and make it void where it is real: a model repeats what it learned to whoever asks",
     ),
     (

@@ -17,9 +17,10 @@ from topwork.adapters.foreign import read_foreign
 from topwork.adapters.foreign_patterns import check_patterns
 from topwork.adapters.peft_format import check_base
 from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError
+from topwork.export.readers import VLLM_RANKS
 from topwork.generation.versions import ChangedAdapterError, check_public_name
 from topwork.serving.backends.backend import Call, Card, Refused
-from topwork.serving.backends.preflight import RANKS, Taken, for_vllm
+from topwork.serving.backends.preflight import Taken, for_vllm
 from topwork.serving.backends.vllm_base import HandedOver
 from topwork.serving.backends.vllm_client import Hide, VllmClient
 
@@ -69,7 +70,7 @@ class VllmAdapters:
         self.folder = (work / "adapters").resolve()
         self.named: dict[str, Named] = {}
         self.versions: dict[str, Version] = {}
-        self.most, self.context_length = RANKS[-1], 0
+        self.most, self.context_length = VLLM_RANKS[-1], 0
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self.client: VllmClient | None = None

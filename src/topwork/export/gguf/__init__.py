@@ -1,0 +1,1 @@
+"""GGUF, the file that llama.cpp reads: a model with its tokenizer and chat template in one."""

@@ -1,0 +1,1 @@
+"""Folders that `ollama create` reads: a Modelfile beside GGUF files."""
