@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from reference.families import randomise
 from reference.measure import LOGITS_APART
@@ -90,6 +92,29 @@ def test_pefts_own_pissa_becomes_a_plain_adapter(tiny_llama: Path, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["vllm", "gguf-adapter", "peft"])
+def test_pefts_own_folder(format: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """With a name, an expression, patterns, and the copy of the base's embedding that PEFT writes unasked."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"up_proj": 2}, alpha_pattern={r".*\.0\.mlp\.up_proj": 3},
+        target_modules=r".*(embed_tokens|q_proj|up_proj)", exclude_modules=r".*\.1\.self_attn\..*",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, config, adapter_name="support")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "saved")
+    assert any("base_layer" in key for key in load_file(tmp_path / "saved" / "support" / "adapter_model.safetensors"))
+    done = export(tmp_path / "saved", tmp_path / "out", format, **QUIET)
+    assert done.read_back[-1].largest < 1e-5
+    assert {finding.feature for finding in done.findings} == {
+        "rslora", "alpha_pattern", "unequal_ranks", "some_layers", "regex_targets", "embedding_lora"
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format", ["vllm", "sglang", "lorax", "gguf-adapter", "hf", "gguf", "ollama"])
 def test_a_run_in_every_format(format: str, trained: Path, tmp_path: Path) -> None:
     told: list[str] = []
@@ -116,9 +141,7 @@ def test_a_run_in_every_format(format: str, trained: Path, tmp_path: Path) -> No
 def test_the_same_adapter_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     place = adapter(tmp_path / "in", tiny_llama, **CONFIGS["lora"])
     for format in ("peft", "vllm", "gguf-adapter"):
-        one, other = (
-            export(place, tmp_path / f"{format}-{n}", format, check=1, **QUIET).folder for n in ("one", "other")
-        )
+        one, other = (export(place, tmp_path / n / format, format, check=1, **QUIET).folder for n in ("one", "other"))
         assert files(one) == files(other)
 
 
@@ -167,7 +190,7 @@ def test_what_ollama_has_no_adapter_for_is_merged(tiny_llama: Path, tmp_path: Pa
     assert [finding.action for finding in done.findings] == ["merged"]
     assert "ADAPTER" not in (tmp_path / "out" / "Modelfile").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "Modelfile", "export.json", "in-f16.gguf", "manifest.json"
+        "Modelfile", "README.md", "export.json", "in-f16.gguf", "manifest.json"
     ]  # fmt: skip
 
 

@@ -299,10 +299,13 @@ def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     exported = {
         "format": "gguf", "figures": {"merge": {"base_model": "own/b"}}, "reader": "llama.cpp",
         "use": ["run /home/ada/x"],
+        "read_back": [{"by": "llama.cpp", "prompts": 4, "largest": 0.72, "unit": "nats", "details": {"answers": 4}}],
         "findings": [{"feature": "rslora", "found": "2", "unseen": "scales by alpha / r", "action": "folded"}],
     }  # fmt: skip
     gguf = card_of(write(tmp_path / "gguf", x__gguf="", export=exported))
     assert "- rslora (2), which llama.cpp scales by alpha / r: folded." in gguf
+    assert "- Read back by llama.cpp: log-probabilities 7.2e-01 nats apart at most, on 4 prompts." in gguf
+    assert "GGUF files of [own/b](https://huggingface.co/own/b) with an adapter folded in, written" in gguf
     assert "run " not in gguf
     assert "llama-server -m gguf/x.gguf --jinja" in gguf
     exported = {"format": "ollama", "figures": {"file": "a.gguf", "model": "b.gguf"}, "base_model": "own/b"}
@@ -310,7 +313,9 @@ def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     assert front_of(ollama)["base_model_relation"] == "adapter"
     assert "llama-server -m ollama/b.gguf --lora ollama/a.gguf" in ollama
     assert "ollama create ollama -f ollama/Modelfile" in ollama
-    assert front_of(gguf)["base_model_relation"] == "quantized"
+    assert front_of(gguf)["base_model_relation"] == "finetune"
+    plain = card_of(write(tmp_path / "plain", x__gguf="", export={"format": "gguf", "base_model": "own/b"}))
+    assert front_of(plain)["base_model_relation"] == "quantized"
     assert "llama-server -m gguf/x.gguf" in gguf
     with pytest.raises(RequestError, match="neither an adapter"):
         card_of(write(tmp_path / "nothing", notes={}))

@@ -13,6 +13,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.sheet import lora
+from merging.streams import loaded_base
+from merging.streams import trained as adapter_of
 from reference.families import alone, sequences
 from reference.measure import furthest
 from reference.tiny_disk import printed_on_a_tiny_disk
@@ -205,12 +208,12 @@ import sys
 from pathlib import Path
 from topwork.common.errors import RequestError, RunError
 from topwork.run import merge as part
-place, run = Path(sys.argv[1]), {run!r}
+place = Path(sys.argv[1])
 for patched in (False, True):
     if patched:
         part.refuse_small_disk = lambda *_: None
     try:
-        part.merge(run, place / "out", check=0, log=lambda _: None)
+        part.merge({adapter!r}, place / "out", model={base!r}, check=0, log=lambda _: None)
         print("written")
     except (RequestError, RunError) as error:
         print("told" if "free" in str(error) and "another disk" in str(error) else error)
@@ -220,8 +223,7 @@ for patched in (False, True):
 
 def test_a_full_disk_is_told_before_and_while_writing(tmp_path: Path) -> None:
     base = tiny.write_model(tmp_path / "base", num_hidden_layers=40, tie_word_embeddings=True)
-    rows = tiny.write_rows(tmp_path / "train.jsonl", tiny.rows(8))
-    values = tiny.recipe_values(base, rows, tmp_path / "run", training={"max_steps": 1, "batch_size": 1})
-    run = train(tiny.write_recipe(tmp_path / "recipe.yaml", values), log=silent).folder
+    adapter_of(loaded_base(base), tmp_path / "adapter", lora(target_modules=["q_proj"]))
     (tmp_path / "disk").mkdir()
-    assert printed_on_a_tiny_disk(FULL_DISK.format(run=str(run)), tmp_path / "disk") == ["told", "0", "told", "0"]
+    program = FULL_DISK.format(adapter=str(tmp_path / "adapter"), base=str(base))
+    assert printed_on_a_tiny_disk(program, tmp_path / "disk") == ["told", "0", "told", "0"]

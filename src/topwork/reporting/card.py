@@ -22,6 +22,7 @@ from topwork.reporting.card_facts import (
     method_name,
     method_rows,
     ranks,
+    read_back,
     score_rows,
 )  # fmt: skip
 from topwork.reporting.card_source import CardSource, data_name, hub_data, portable_recipe, read_source, without_places
@@ -77,7 +78,7 @@ def render_card(source: CardSource, samples: int = SAMPLES) -> str:
             scores=score_rows(source),
             evaluated=_evaluated(source),
             made=made_rows(source),
-            findings=findings(source),
+            findings=[*findings(source), *read_back(source)],
             combined=combined_rows(source),
             combined_scores=combined_scores(source),
             data=data_rows(source),
@@ -114,7 +115,7 @@ def _relation(source: CardSource) -> str:
     """The Hub's words: a base with an adapter folded in is a finetune; a merge is one of several models."""
     if source.kind == "adapter" or source.gguf_adapter:
         return "adapter"
-    return "quantized" if source.kind == "gguf" else "finetune"
+    return "quantized" if source.kind == "gguf" and not source.folded else "finetune"
 
 
 def _tags(source: CardSource) -> list[str]:
@@ -171,10 +172,14 @@ def _summary(source: CardSource) -> str:
         article = "An" if method[:1] in "AEIO" else "A"
         return f"{article} {method} adapter{rank} for {base}, {made} with Topwork."
     if source.kind == "gguf":
-        what = "A GGUF adapter for" if _relation(source) == "adapter" else "GGUF files of"
-        return f"{what} {base}, written with Topwork."
-    trained = f" with a {method} adapter folded in" if method or source.made_by == "merge" else ""
-    return f"{base}{trained.replace(' a  ', ' an ')}, written with Topwork."
+        what = "A GGUF adapter for" if source.gguf_adapter else "GGUF files of"
+        return f"{what} {base}{_folded(source, method)}, written with Topwork."
+    return f"{base}{_folded(source, method)}, written with Topwork."
+
+
+def _folded(source: CardSource, method: str) -> str:
+    article = "an" if method[:1] in "AEIO" or not method else "a"
+    return f" with {article} {method} adapter folded in".replace("  ", " ") if source.folded else ""
 
 
 def _local(source: CardSource) -> str:

@@ -207,8 +207,23 @@ def made_rows(source: CardSource) -> Rows:
     ]
 
 
-TABLED = ("sources", "evaluation", "findings", "use")
+TABLED = ("sources", "evaluation", "findings", "use", "read_back")
 """What of it has a place of its own."""
+
+
+def read_back(source: CardSource) -> list[str]:
+    """By which readers a written folder was read again, and how far what they read lies from what was written."""
+    found = []
+    for each in _mappings(source.made, "read_back"):
+        largest, prompts = number(each, "largest"), number(each, "prompts")
+        if largest is None:
+            continue
+        told = f"updates {largest:.1e} apart"
+        if prompts:
+            kind, unit = ("log-probabilities", "nats") if each.get("unit") == "nats" else ("logits", "of the largest")
+            told = f"{kind} {largest:.1e} {unit} apart at most, on {wording.whole(prompts)} prompts"
+        found.append(f"Read back by {text(each.get('by'))}: {told}.")
+    return found
 
 
 def findings(source: CardSource) -> list[str]:

@@ -52,6 +52,11 @@ class CardSource:
     tokenizer: bool
 
     @property
+    def folded(self) -> bool:
+        """Whether an adapter is part of the weights."""
+        return self.kind != "adapter" and (self.made_by == "merge" or "merge" in section(self.made, "figures"))
+
+    @property
     def gguf_adapter(self) -> bool:
         """Whether the GGUF files are an adapter's, alone or beside its base."""
         beside = self.made.get("format") == "ollama" and "model" in section(self.made, "figures")

@@ -18,6 +18,7 @@ from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import AdapterError, CheckpointError, ModelError, RequestError, shortened
 from topwork.common.files import MANIFEST, verify_folder
 from topwork.models.config import ModelConfig
+from topwork.models.source import ALIASES, embedded_file
 from topwork.models.tokenizer import open_tokenizer
 from topwork.models.writing import clean_config, write_tokenizer
 from topwork.plan.lint.secrets import keys, masked
@@ -133,8 +134,12 @@ def _tokenizer(model: ModelConfig, template: Path, log: Log) -> dict[str, Conten
 
 def _tokenizer_of_base(adapter: Path, log: Log) -> dict[str, Content]:
     """The same for an adapter alone, where its base is to be found here."""
+    model = given_adapter(adapter).model
+    for alias, known in ALIASES.items():  # a package that is installed may have it
+        if known == model.model_name_or_path and embedded_file(known) is not None:
+            model = ModelConfig(model_name_or_path=alias)
     try:
-        return _tokenizer(given_adapter(adapter).model, adapter / TEMPLATE, log)
+        return _tokenizer(model, adapter / TEMPLATE, log)
     except ModelError as error:
         log(f"without a tokenizer, which is the base's: {shortened(str(error), 200)}")
         return {}
