@@ -72,7 +72,7 @@ def gather(folder: Path, repo: str, base: str | None, samples: int, log: Log) ->
         raise RequestError(f"--base-name {base}: expected the id of a model on the Hub, OWNER/NAME")
     if (folder / RECIPE).is_file():
         finished_recipe(folder)
-    source = read_source(folder, None, None, repo, base)
+    source = read_source(folder, None, repo, base)
     if source.kind != "adapter":
         return Upload(source, _model(folder, source), _left(folder, source))
     own = adapter_folder(folder)
