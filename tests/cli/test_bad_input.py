@@ -171,8 +171,9 @@ def test_an_output_dir_that_is_a_file(refused: Callable[..., str], make_recipe: 
 
 
 def test_a_folder_that_is_no_run(refused: Callable[..., str], topwork: Command, tmp_path: Path) -> None:
-    for arguments in (("eval", tmp_path), ("chat", tmp_path, "Hi"), ("merge", tmp_path, tmp_path / "out")):
+    for arguments in (("eval", tmp_path), ("chat", tmp_path, "Hi")):
         assert "is not a run's folder" in refused(*arguments)
+    assert "is neither a run's folder" in refused("merge", tmp_path, tmp_path / "out")
     assert "metrics.jsonl is missing" in refused("report", tmp_path)
     assert "no run folder" in refused("report", tmp_path / "none")
 

@@ -144,6 +144,7 @@ def test_what_is_asked_wrongly(topwork: Callable[..., Said], trained: Path, tiny
     assert "leave one of them out" in refused(trained, out, "--check", 0, "--data", "rows.jsonl")
     assert "is neither a run's folder" in refused(tiny_llama, out)
     assert "lies in it or holds it" in refused(trained, trained / "out")
+    assert "is the base's own folder" in refused(adapter, tiny_llama / "out", "--model", tiny_llama)
     other = tiny.write_model(tmp_path / "other", seed_shift=0.01)
     assert "their weights differ" in refused(adapter, out, "--model", other)
     said = topwork("merge", adapter, out, "--model", other, "--force", "--check", 0)

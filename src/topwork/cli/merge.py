@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Force, teller
+from topwork.cli.options import AsJson, teller
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
@@ -32,7 +32,9 @@ def merge(
     check: Annotated[int, typer.Option(min=0, help="Compare on so many inputs; 0 leaves it out.")] = 100,
     data: Annotated[str | None, typer.Option(help="Rows for the check: a file, folder or Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge an adapter of another base; keep what the check refuses.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""

@@ -58,6 +58,9 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
+    base_folder = Path(adapter.model.model_name_or_path).expanduser()
+    if base_folder.is_dir():
+        check_out(out, base_folder, "the base's own folder", overwrite)
     fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
     found: dict[str, Any] = {}
     run = adapter.place if adapter.recipe is not None else None
