@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from reference.families import randomise
 from reference.measure import LOGITS_APART
@@ -87,6 +89,29 @@ def test_pefts_own_pissa_becomes_a_plain_adapter(tiny_llama: Path, tmp_path: Pat
         assert done.read_back[1].largest < 10 * LOGITS_APART  # both sides have decomposed the weights
         config = json.loads((tmp_path / format / "adapter_config.json").read_text())
         assert (config["r"], config["init_lora_weights"]) == (4, True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["vllm", "gguf-adapter", "peft"])
+def test_pefts_own_folder(format: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """With a name, an expression, patterns, and the copy of the base's embedding that PEFT writes unasked."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"up_proj": 2}, alpha_pattern={r".*\.0\.mlp\.up_proj": 3},
+        target_modules=r".*(embed_tokens|q_proj|up_proj)", exclude_modules=r".*\.1\.self_attn\..*",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, config, adapter_name="support")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "saved")
+    assert any("base_layer" in key for key in load_file(tmp_path / "saved" / "support" / "adapter_model.safetensors"))
+    done = export(tmp_path / "saved", tmp_path / "out", format, **QUIET)
+    assert done.read_back[-1].largest < 1e-5
+    assert {finding.feature for finding in done.findings} == {
+        "rslora", "alpha_pattern", "unequal_ranks", "some_layers", "regex_targets", "embedding_lora"
+    }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
