@@ -50,7 +50,8 @@ def text(record: dict[str, Any]) -> str:
         f"that are likeliest to llama.cpp, beside our fp32 pass of the base's {record['dtype']} weights; it rounds "
         "what a product reads too, to the type's partner (16 bits, or 8 for quantized types). Answers are those that "
         "come out as ours when it goes on by itself. Memory is that of the process that writes: Python with what it "
-        f"imports takes {record['idle_mib']:,} MiB of it, the largest weight {record['largest_mib']:,.0f} in the checkpoint.",
+        f"imports takes {record['idle_mib']:,} MiB of it, the largest weight {record['largest_mib']:,.0f}. "
+        "Pages of the checkpoint's file that have been read count in it.",
         table(head, rows),
         surroundings_text(record["surroundings"]),
     ]

@@ -16,14 +16,17 @@ from export.gguf_models import TEMPLATE, as_lazy, byte_level, prompts, tiny, wit
 from reference.tiny_disk import printed_on_a_tiny_disk
 from topwork.common.errors import ModelError, RequestError, RunError
 from topwork.data.chat.rendering import Renderer
+from topwork.data.chat.template import ChatTemplate
 from topwork.data.conversations import Message
 from topwork.export.gguf import package, readback
 from topwork.export.gguf.llama_cpp import LlamaCpp
 from topwork.export.gguf.model import write_gguf_model
 from topwork.export.gguf.readback import Answer, answers_of, read_back
+from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
-from topwork.models.lazy import LazyModel, LazyTensor
-from topwork.models.load import as_base
+from topwork.models.lazy import LazyModel, LazyTensor, open_lazily
+from topwork.models.load import as_base, load_base
+from topwork.models.source import find_source
 
 FULL = {"use_sliding_window": False, "layer_types": None}
 CONVERSATIONS = [
@@ -255,3 +258,15 @@ def test_a_byte_fallback_tokenizer_with_a_template_makes_a_whole_file(tmp_path):
     assert _key(file, "tokenizer.ggml.model") == "llama"
     assert _key(file, "llama.vocab_size") == 416
     assert LlamaCpp(file, 64).rendered([{"role": "user", "content": "the"}]).endswith("the</s>")
+
+
+def test_smollm2_itself_says_in_llama_cpp_what_it_says_here(tmp_path):
+    config = ModelConfig(model_name_or_path="smollm2-135m", dtype="float32", device="cpu")
+    base = load_base(config, lambda _: None)
+    lazy, file = open_lazily(find_source(config, lambda _: None)), tmp_path / "x.gguf"
+    found = write_gguf_model(lazy, base.tokenizer, None, file, "f16", lambda _: None)
+    assert (found.architecture, found.fell_back, found.notes) == ("llama", {}, ())
+    prompt = ChatTemplate(base.tokenizer).prompt_ids([Message("user", "What is the capital of France?")])
+    read = read_back(file, answers_of(base, [prompt], None, 5), base.tokenizer, ["What is 12 + 3?"])
+    assert (read.weights, read.agreed, read.answers_equal, read.texts_equal) == (272, 5, 1, 1)
+    assert read.mean_difference < 0.05  # what rounding inputs to float16 brings at its outliers is 0.003

@@ -14,6 +14,9 @@ from typing import Any
 
 from topwork.common.errors import RunError
 
+_PATIENCE_SECONDS = 300
+"""For one answer of a few tokens."""
+
 
 def is_installed() -> bool:
     """Whether `xllamacpp` is there; nothing is imported."""
@@ -29,7 +32,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_parallel, params.n_ctx, params.n_gpu_layers, params.verbosity = 1, context, 0, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_threads_http = 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_ram_mib, params.warmup, params.ctx_shift = 0, False, False
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -74,7 +77,9 @@ class LlamaCpp:
             {"content-type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as response:
+            with urllib.request.urlopen(request, timeout=_PATIENCE_SECONDS) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise RunError(f"llama.cpp refuses {endpoint}: {error.read()[:300].decode(errors='replace')}") from error
+        except OSError as error:
+            raise RunError(f"llama.cpp does not answer {endpoint} ({error})") from error

@@ -1,5 +1,6 @@
 """The types that weights are stored in, and which weight gets which."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,8 @@ def packed(weight: Tensor, stored: str, key: str) -> np.ndarray:
     """The bytes of a weight in a type, as an array. Raises ModelError for NaN and infinity, and for values that a
     float16 (the type, or its blocks' scales) does not hold."""
     values = weight.detach().to("cpu", torch.float32).contiguous()
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if not np.isfinite(largest):
+    largest = max(-float(values.min()), float(values.max()))
+    if not math.isfinite(largest):
         raise ModelError(f"{key} holds NaN or infinity; the model is broken and is not written. Did its training fail?")
     if stored not in ("f32", "bf16") and largest > _FLOAT16_MAX:
         raise ModelError(
