@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from reference.families import logits
 from reference.llama_cpp import Asked
 from run import tiny
 from run.fixtures import Said
-from topwork.common.errors import RequestError
+from topwork.common.errors import RequestError, RunError
 from topwork.data.conversations import Message
+from topwork.export.gguf.adapter import write_gguf_adapter
+from topwork.export.lowered import Lowered
 from topwork.export.ollama.evaluator import ollama_text
 from topwork.export.ollama.modelfile import parsed
 from topwork.ops.batch import batch_of
+from topwork.run import export_gguf
 from topwork.run.export import export
 from topwork.run.folder import open_run
 from topwork.run.train import train
@@ -66,17 +71,6 @@ def test_the_command(topwork: Callable[..., Said], trained: Path, tmp_path: Path
     assert "ollama create NAME -f Modelfile" in said.out
 
 
-def test_what_ollama_has_no_place_for_is_merged(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    told: list[str] = []
-    recipe = make_recipe("dora", adapter={"use_dora": True}, training={"max_steps": 2, "eval_steps": 2})
-    done = export(train(recipe, log=lambda _: None).folder, tmp_path / "out", "ollama", "f16", log=told.append)
-    commands = dict(parsed((tmp_path / "out" / "Modelfile").read_text("utf-8")))
-    assert "ADAPTER" not in commands
-    assert any("Ollama has no place for DoRA: the adapter is merged into the model" in line for line in told)
-    assert (tmp_path / "out" / commands["FROM"]).is_file()
-    assert done.figures["compared_prompts"] > 5
-
-
 def test_a_run_whose_rows_are_gone(with_system: Path, tmp_path: Path) -> None:
     told: list[str] = []
     moved = shutil.copytree(with_system, tmp_path / "moved")
@@ -101,4 +95,18 @@ def test_a_run_that_learned_tools_is_refused(tmp_path: Path) -> None:
     folder = train(tiny.write_recipe(tmp_path / "recipe.yaml", values), log=lambda _: None).folder
     with pytest.raises(RequestError, match=r"bring tools, which an Ollama TEMPLATE here has not"):
         export(folder, tmp_path / "out", "ollama", "f16", check=0, log=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_scale_is_seen_by_llama_cpp(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a converter writes it that folds nothing: llama.cpp's answers are another adapter's."""
+
+    def doubled(adapter: Lowered, *rest: Any) -> None:
+        updates = {path: replace(update, b=2 * update.b) for path, update in adapter.updates.items()}
+        write_gguf_adapter(Lowered(updates, adapter.rank), *rest)
+
+    monkeypatch.setattr(export_gguf, "write_gguf_adapter", doubled)
+    monkeypatch.setattr(export_gguf, "reread", lambda *_: 0.0)
+    with pytest.raises(RunError, match=r"llama.cpp's log-probabilities with the adapter are .* nats from ours"):
+        export(trained, tmp_path / "out", "gguf-adapter", log=lambda _: None)
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ def export(
                      "an adapter merged into it. ollama: both."),
     ],
     kind: Annotated[
-        str | None, typer.Option("--type", help="Of a GGUF: f16, bf16, f32, q8_0, q4_0, q4_1, q5_0 or q5_1.")
+        str | None, typer.Option("--type", help="Numbers in a GGUF: f16, bf16, f32, q8_0, q4_0, q4_1, q5_0 or q5_1.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base of a PEFT folder, where its own name is not enough.")

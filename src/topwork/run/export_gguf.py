@@ -11,7 +11,7 @@ from topwork.export.gguf.adapter import write_gguf_adapter
 from topwork.export.gguf.adapter_file import reread
 from topwork.export.gguf.llama_cpp import LlamaCpp, is_installed
 from topwork.export.gguf.model import write_gguf_model
-from topwork.export.read_back import NATS, ReadBack
+from topwork.export.read_back import NATS, Asked, ReadBack
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
 from topwork.run.export_peft import AdapterJob
@@ -19,9 +19,11 @@ from topwork.run.written import OUT, Written
 
 TYPE_APART = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}
 """How far a factor's values may be from what was to be written, relative to its largest: what the type rounds."""
-TOP, LARGEST = 20, 0.05
-"""Of llama.cpp's likeliest tokens after a prompt, and how many nats their log-probabilities may be from ours, both in
-fp32."""
+TOP = 20
+"""Of llama.cpp's likeliest tokens after a prompt, whose log-probabilities are compared."""
+LARGEST, LEAST = 0.05, 1e-3
+"""How many nats they may be from ours, both in fp32: a twentieth of what the adapter moves them by, no more than
+LARGEST and no less than LEAST, which rounding makes of two ways to compute them."""
 
 
 def write_adapter_file(job: AdapterJob, folder: Path) -> Written:
@@ -54,12 +56,23 @@ def _by_llama_cpp(job: AdapterJob, folder: Path, file: Path) -> list[ReadBack]:
         largest = max(largest, _furthest(reader, job.asked.prompts, logits, scale))
     del reader
     base.unlink()
-    if largest > LARGEST:
+    most = min(LARGEST, max(LEAST, _moved(job.asked) / 20))
+    if largest > most:
         raise RunError(
             f"llama.cpp's log-probabilities with the adapter are {largest:.2g} nats from ours, and rounding explains "
-            f"{LARGEST}. Nothing was written; this is a defect of the export"
+            f"{most:.2g}. Nothing was written; this is a defect of the export"
         )
     return [ReadBack("llama.cpp", len(job.asked.prompts), largest, unit=NATS)]
+
+
+def _moved(asked: Asked) -> float:
+    """By how many nats the adapter moves the likeliest tokens after a prompt at most."""
+    moved = []
+    for ours, bare in zip(asked.ours, asked.bare, strict=True):
+        with_it, without = ours[-1].log_softmax(-1), bare[-1].log_softmax(-1)
+        likeliest = with_it.topk(min(TOP, len(with_it))).indices
+        moved.append(float((with_it - without)[likeliest].abs().max()))
+    return max(moved)
 
 
 def _furthest(reader: LlamaCpp, prompts: Sequence[Tensor], logits: Sequence[Tensor], scale: float) -> float:
