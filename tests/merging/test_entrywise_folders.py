@@ -16,7 +16,7 @@ from reference import entrywise as reference
 from reference.measure import relative
 from run.tiny import write_model
 from topwork.common.errors import RequestError
-from topwork.merging.combine import driver, entrywise
+from topwork.merging.combine import driver, entrywise, masks
 from topwork.merging.combine.truncate import truncated
 from topwork.run.combine import combine
 
@@ -171,3 +171,28 @@ def test_a_matrix_that_is_too_large_is_refused_by_name(
             made(place, tmp_path / "out", ["plain", "patterns"], method)
     assert not (tmp_path / "out").exists()
     made(place, tmp_path / "out", ["plain", "patterns"], "knots")
+
+
+def test_random_methods_by_way_of_folders(
+    place: Path, read: Callable[[Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """With the masks that the record lets anybody draw again: of the seed, the module and the source's content."""
+    names, weights, density = ("plain", "patterns"), (0.7, 1.3), (0.4, 0.6)
+    given = [read(place / name) for name in names]
+    for method in ("dare", "dare-ties", "della"):
+        options = {"epsilon": 0.25} if method == "della" else {}
+        record = made(
+            place, tmp_path / method, names, method, weights=weights, density=density, rank=FULL, seed=3, **options
+        )
+        contents = [source["content"] for source in record["sources"]]
+        for module, delta in read(tmp_path / method).items():
+            stacked, path = torch.stack([own[module] for own in given]), module.removeprefix("base_model.model.")
+            by = [masks.generator(3, path, content) for content in contents]
+            if method == "della":
+                kept = masks.by_rank(stacked.float(), density, by, 0.25)
+                expected = reference.della(stacked.tolist(), weights, density, kept.tolist(), "mergekit", 0.25)
+            else:
+                kept = masks.at_random(stacked, density, by)
+                definition = reference.dare if method == "dare" else reference.dare_ties
+                expected = definition(stacked.tolist(), weights, density, kept.tolist(), "mergekit")
+            assert relative(delta, torch.tensor(expected, dtype=torch.float64)) < STORED, (method, module)
