@@ -168,7 +168,7 @@ def _training(source: CardSource, samples: int) -> dict[str, Content]:
 def _model(folder: Path, source: CardSource) -> dict[str, Content]:
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder)
+            verify_folder(folder, but=(CARD,))
         except CheckpointError as error:
             raise RequestError(str(error)) from error
     files = _known(folder, (*MODEL, *TOKENIZER, *RECORDS)) | _known(folder / TRAINING, None, f"{TRAINING}/")
