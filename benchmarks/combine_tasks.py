@@ -9,6 +9,7 @@ result the same test rows by the same code. Writes benchmarks/results/combine_ta
 
 import argparse
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def main() -> None:
             "asked": {task: TASKS[task].questions for task in ALL},
         },
         "failed": failed,
+        "load": os.getloadavg()[2],
+        "missing": [arm.name for arm in ARMS if set(arm.asks) - set(rows.get(arm.name, {})) and arm.name not in failed],
         "arms": [told(given, arm, rows) for arm in ARMS if arm.name in rows],
     }  # fmt: skip
     write_record(given.out, record, text(record))
@@ -228,7 +231,8 @@ def text(record: dict[str, Any]) -> str:
         *both(record, [arms[arm.name] for arm in ADDED if arm.name in arms]),
         "## The signature, added and taken away",
         signed([arms[arm.name] for arm in SIGNED if arm.name in arms]),
-        surroundings_text(record["surroundings"]),
+        *([f"Not asked everything yet: {', '.join(record['missing'])}."] if record["missing"] else []),
+        f"{surroundings_text(record['surroundings'])} Load {record['load']:.0f}; nothing here is a timing.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -10,6 +10,7 @@ what was trained, and how each does on the task's test rows. Writes benchmarks/r
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,7 @@ def main() -> None:
             },
         },
         "base": {task: base_alone(given, task) for task in dict.fromkeys(task for task, _ in pairs)},
+        "load": os.getloadavg()[2],
         "measured": measured,
     }  # fmt: skip
     write_record(given.out, record, text(record))
@@ -199,7 +201,7 @@ def text(record: dict[str, Any]) -> str:
         ),
         "## Tasks",
         *(part for one in record["measured"] for part in task_text(one, record["base"][one["task"]])),
-        surroundings_text(record["surroundings"]),
+        f"{surroundings_text(record['surroundings'])} Load {record['load']:.0f}; nothing here is a timing.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -307,15 +307,15 @@ def test_folders_that_commands_wrote(tmp_path: Path) -> None:
     assert "- Read back by llama.cpp: log-probabilities 7.2e-01 nats apart at most, on 4 prompts." in gguf
     assert "GGUF files of [own/b](https://huggingface.co/own/b) with an adapter folded in, written" in gguf
     assert "run " not in gguf
-    assert "llama-server -m gguf/x.gguf --jinja" in gguf
+    assert "llama-server -m b-gguf/x.gguf --jinja" in gguf
     exported = {"format": "ollama", "figures": {"file": "a.gguf", "model": "b.gguf"}, "base_model": "own/b"}
     ollama = card_of(write(tmp_path / "ollama", a__gguf="", b__gguf="", Modelfile="FROM", export=exported))
     assert front_of(ollama)["base_model_relation"] == "adapter"
-    assert "llama-server -m ollama/b.gguf --lora ollama/a.gguf" in ollama
-    assert "ollama create ollama -f ollama/Modelfile" in ollama
+    assert "llama-server -m b-ollama/b.gguf --lora b-ollama/a.gguf" in ollama
+    assert "ollama create b-ollama -f b-ollama/Modelfile" in ollama
     assert front_of(gguf)["base_model_relation"] == "finetune"
     plain = card_of(write(tmp_path / "plain", x__gguf="", export={"format": "gguf", "base_model": "own/b"}))
     assert front_of(plain)["base_model_relation"] == "quantized"
-    assert "llama-server -m gguf/x.gguf" in gguf
+    assert "llama-server -m b-gguf/x.gguf" in gguf
     with pytest.raises(RequestError, match="neither an adapter"):
         card_of(write(tmp_path / "nothing", notes={}))

@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def card(self, body: bytes) -> None:
         content = json.loads(body)["content"]
-        front = yaml.safe_load(content.split("---\n")[1])
+        front = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
         base = front.get("base_model", "a/b")
         if not isinstance(front, dict) or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
             return self._send(400, {"errors": [{"message": '"base_model" with value is not valid'}], "warnings": []})

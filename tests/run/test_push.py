@@ -292,6 +292,13 @@ def test_a_model_folder_goes_up_without_what_is_not_the_models(
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(done["files"])
     assert told[0] == "not uploaded: .topwork-new-x, notes.txt, optimizer.pt"
     assert str(tiny_llama).encode() not in pushed(hub)["config.json"]
+    push(model, REPO, dry_run=tmp_path / "out", log=quiet)
+    (tmp_path / "out" / "README.md").write_text("# Mine\n", "utf-8")
+    push(tmp_path / "out", REPO, log=quiet)
+    assert pushed(hub)["README.md"] == b"# Mine\n"
+    (tmp_path / "out" / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(RequestError, match=r"config\.json is truncated"):
+        push(tmp_path / "out", REPO, log=quiet)
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}', "utf-8")
     with pytest.raises(RequestError, match=r"model-2\.safetensors is missing"):
         push(model, REPO, log=quiet)

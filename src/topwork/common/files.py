@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,12 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
                 path.unlink(missing_ok=True)
 
 
-def verify_folder(path: Path) -> None:
-    """Check a folder of `write_folder` against its manifest; CheckpointError names the first file that is not whole."""
+def verify_folder(path: Path, but: Collection[str] = ()) -> None:
+    """Check a folder of `write_folder` against its manifest, `but` for files that may be edited; CheckpointError names
+    the first file that is not whole."""
     for name, entry in sorted(_manifest(path).items()):
+        if name in but:
+            continue
         file = path / name
         if not file.is_file():
             _not_whole(path, f"{name} is missing")

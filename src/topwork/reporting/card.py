@@ -42,14 +42,12 @@ SHOWN = 1500
 def card_of(
     folder: Path,
     run: Path | None = None,
-    name: str | None = None,
     repo: str | None = None,
     base: str | None = None,
     samples: int = SAMPLES,
 ) -> str:
     """The card of a folder, as text.
 
-    name     what it is called, where the folder does not have its name yet
     run      where its training is told, where `folder` is no run itself: what merge and export read
     repo     the repository that it will lie in; OWNER/NAME stands for it in the commands while there is none
     base     the base's name, where it is another than the files tell
@@ -57,12 +55,12 @@ def card_of(
 
     Raises RequestError for a folder that holds neither an adapter nor a model.
     """
-    return render_card(read_source(folder, run, name, repo, base), samples)
+    return render_card(read_source(folder, run, repo, base), samples)
 
 
-def add_card(folder: Path, name: str, run: Path | None = None) -> None:
-    """Write the card of a folder that is about to be put in place as `name`, without samples of anybody's rows."""
-    write_text(folder / CARD, card_of(folder, run, name, samples=0))
+def add_card(folder: Path, run: Path | None = None) -> None:
+    """Write the card of a folder that merge, combine or export has filled, without samples of anybody's rows."""
+    write_text(folder / CARD, card_of(folder, run, samples=0))
 
 
 def render_card(source: CardSource, samples: int = SAMPLES) -> str:

@@ -63,7 +63,7 @@ class CardSource:
         return self.kind == "gguf" and (self.made.get("format") == "gguf-adapter" or beside)
 
 
-def read_source(folder: Path, run: Path | None, name: str | None, repo: str | None, base: str | None) -> CardSource:
+def read_source(folder: Path, run: Path | None, repo: str | None, base: str | None) -> CardSource:
     """`run` is where the folder's training is told, where it is no run itself; `base` overrules the base's name.
 
     Raises RequestError for a folder that holds neither an adapter nor a model.
@@ -76,7 +76,7 @@ def read_source(folder: Path, run: Path | None, name: str | None, repo: str | No
     provenance = read_json(trained / "provenance.json", problems)
     named = base or _base_name(provenance, made, adapter)
     return CardSource(
-        name=one_line((repo or "").rpartition("/")[2] or name or folder.resolve().name),
+        name=one_line((repo or "").rpartition("/")[2] or _made_name(made_by, made, named) or folder.resolve().name),
         repo=repo,
         kind=_kind(own),
         base=named if is_hub_id(named) else None,
@@ -140,6 +140,12 @@ def without_places(value: Any) -> Any:
 def data_name(path: str, origin: Mapping[str, Any]) -> str:
     """A source as others may read it: an id of the Hub as it is, of anything else its last part."""
     return path if _is_hub_data(path, origin) else last_part(path)
+
+
+def _made_name(made_by: str, made: Mapping[str, Any], base: str | None) -> str:
+    """What a command's folder is called: by what it holds, so that the same is the same wherever it lies."""
+    what = made.get("format") or made.get("method") or made_by
+    return f"{last_part(base) or 'model'}-{what}" if made_by else ""
 
 
 def _tells_training(place: Path) -> bool:

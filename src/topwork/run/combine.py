@@ -70,10 +70,10 @@ def combine(
     tell_alike(read, log)
     folder, record = _combined(read, settings, dtype, log)
     template = shared_template(read, log)
-    write_combined(out, folder, record, template, overwrite, lambda place: add_card(place, out.name))
+    write_combined(out, folder, record, template, overwrite, add_card)
     if evaluate:
         record["evaluation"] = scores_of(read.given, read.labels, folder.saved(str(out)), data, max_rows, force, log)
-        write_combined(out, folder, record, template, True, lambda place: add_card(place, out.name))
+        write_combined(out, folder, record, template, True, add_card)
     return record
 
 

@@ -249,7 +249,7 @@ def _written(out: Path, findings: Sequence[Finding], how: _How, fill: Callable[[
     def whole(folder: Path) -> None:
         done.append(how.exported(out, findings, fill(folder)))
         write_json(folder / RECORD, done[0].as_json())
-        add_card(folder, out.name, how.run)
+        add_card(folder, how.run)
 
     write_folder(out, whole, how.overwrite)
     return done[0]

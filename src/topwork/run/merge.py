@@ -67,7 +67,7 @@ def merge(
 
     def whole(folder: Path) -> None:
         found.update(fill(folder))
-        add_card(folder, out.name, run)
+        add_card(folder, run)
 
     write_folder(out, whole, overwrite)
     if run is not None:

@@ -15,7 +15,7 @@ from topwork.reporting.card_use import PLACE
 from topwork.reporting.wording import size
 from topwork.run.folder import check_out
 from topwork.run.hub import Standing, check_repo, commit, open_hub, standing
-from topwork.run.upload import Content, gather, refuse_secrets
+from topwork.run.upload import Content, Upload, gather, refuse_secrets
 
 Log = Callable[[str], None]
 FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
@@ -56,14 +56,9 @@ def push(
     Raises RequestError for what cannot be pushed, RunError where the Hub cannot be reached; it shows all or nothing.
     """
     check_repo(repo)
-    folder = Path(run)
     if dry_run is not None:
-        check_out(Path(dry_run), folder, "what is pushed", overwrite=False)
-    upload = gather(folder, repo, base_name, samples, log)
-    files = {**upload.files, CARD: _card(folder, upload.source, samples, log).encode()}
-    refuse_secrets(files)
-    if upload.left:
-        log(f"not uploaded: {', '.join(upload.left)}")
+        check_out(Path(dry_run), Path(run), "what is pushed", overwrite=False)
+    upload, files = _prepared(Path(run), repo, base_name, samples, log)
     told = {name: _bytes(content) for name, content in sorted(files.items())}
     done: dict[str, Any] = {"repo": repo, "files": told, "removed": [], "commit": None, "folder": None}
     if dry_run is not None:
@@ -72,11 +67,24 @@ def push(
     api = open_hub()
     before = standing(api, repo, revision)
     _refuse_other(repo, upload.source, before, private, force)
-    removed = _removed(before, files)
     log(f"uploading {len(files)} files, {size(sum(told.values()))}, to {repo}")
-    text = message or f"{upload.source.name}: {_what(upload.source)}"
-    address = commit(api, repo, files, removed, before, private, revision, text)
-    return done | {"removed": list(removed), "commit": address}
+    removed, text = _removed(before, files), message or f"{upload.source.name}: {_what(upload.source)}"
+    return done | {
+        "removed": list(removed),
+        "commit": commit(api, repo, files, removed, before, private, revision, text),
+    }
+
+
+def _prepared(
+    folder: Path, repo: str, base_name: str | None, samples: int, log: Log
+) -> tuple[Upload, dict[str, Content]]:  # fmt: skip
+    """What goes up, its card with it. Raises RequestError for what may not."""
+    upload = gather(folder, repo, base_name, samples, log)
+    files = {**upload.files, CARD: _card(folder, upload.source, samples, log).encode()}
+    refuse_secrets(files)
+    if upload.left:
+        log(f"not uploaded: {', '.join(upload.left)}")
+    return upload, files
 
 
 def _card(folder: Path, source: CardSource, samples: int, log: Log) -> str:

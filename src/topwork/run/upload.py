@@ -72,7 +72,7 @@ def gather(folder: Path, repo: str, base: str | None, samples: int, log: Log) ->
         raise RequestError(f"--base-name {base}: expected the id of a model on the Hub, OWNER/NAME")
     if (folder / RECIPE).is_file():
         finished_recipe(folder)
-    source = read_source(folder, None, None, repo, base)
+    source = read_source(folder, None, repo, base)
     if source.kind != "adapter":
         return Upload(source, _model(folder, source), _left(folder, source))
     own = adapter_folder(folder)
@@ -168,7 +168,7 @@ def _training(source: CardSource, samples: int) -> dict[str, Content]:
 def _model(folder: Path, source: CardSource) -> dict[str, Content]:
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder)
+            verify_folder(folder, but=(CARD,))
         except CheckpointError as error:
             raise RequestError(str(error)) from error
     files = _known(folder, (*MODEL, *TOKENIZER, *RECORDS)) | _known(folder / TRAINING, None, f"{TRAINING}/")

@@ -87,8 +87,8 @@ def write_combined(
     out: Path, folder: Folder, record: Mapping[str, Any], template: str | None = None, replace: bool = False,
     more: Callable[[Path], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Put it at `out`, whole or not at all; `more` writes what else is to stand there. Raises RunError where `out` holds
-    something (unless `replace`) or the disk is full."""
+    """Put it at `out`, whole or not at all; `more` writes what else is to stand there. Raises RunError where `out`
+    holds something (unless `replace`) or the disk is full."""
 
     def fill(place: Path) -> None:
         (place / "adapter_model.safetensors").write_bytes(save(folder.tensors, metadata={"format": "pt"}))
