@@ -22,7 +22,7 @@ from topwork.merging.verify import Measurement, compare, measure, verify
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
-from topwork.run.merge_inputs import TEXTS
+from topwork.run.merging.inputs import TEXTS
 
 LORA = {"r": 16, "lora_alpha": 32}
 CASES: dict[str, tuple[dict[str, Any], float, str]] = {

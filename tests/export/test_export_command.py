@@ -273,7 +273,7 @@ def test_a_folder_that_reads_otherwise_is_not_left(
 
     monkeypatch.setattr(peft_folders, "plain_config", wrong)
     refused(RunError, "Topwork reads something else than was to be written", place, tmp_path / "out", "vllm", check=0)
-    monkeypatch.setattr("topwork.run.export_peft.reread", lambda *_: None)
+    monkeypatch.setattr("topwork.run.exporting.peft.reread", lambda *_: None)
     refused(RunError, r"PEFT .* reads something else .* on 4 prompts", place, tmp_path / "out", "vllm")
 
 

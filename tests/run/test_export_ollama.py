@@ -21,8 +21,8 @@ from topwork.export.lowered import Lowered
 from topwork.export.ollama.evaluator import ollama_text
 from topwork.export.ollama.modelfile import parsed
 from topwork.ops.batch import batch_of
-from topwork.run import export_gguf
 from topwork.run.export import export
+from topwork.run.exporting import gguf as export_gguf
 from topwork.run.folder import open_run
 from topwork.run.train import train
 

@@ -24,8 +24,9 @@ from run.fixtures import Said
 from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import AdapterError, RequestError, RunError
 from topwork.merging import stream
-from topwork.run import merge_check, merge_plan
 from topwork.run.merge import merge
+from topwork.run.merging import check as merge_check
+from topwork.run.merging import merge_plan
 from topwork.run.train import train
 
 Log = Callable[[str], None]

@@ -37,7 +37,7 @@ from topwork.run import session
 from topwork.run.folder import ADAPTER_NAME, open_run
 from topwork.run.given import given_adapter
 from topwork.run.merge import merge
-from topwork.run.merge_inputs import merge_inputs
+from topwork.run.merging.inputs import merge_inputs
 from topwork.run.quantize import quantize
 from topwork.run.train import train
 from topwork.training.step import Learner, StepResult, train_step

@@ -14,8 +14,8 @@ from topwork.merging.combine.result import RECORD, Folder, folder_of, rounding, 
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import way_of
 from topwork.reporting.card import add_card
-from topwork.run.combine_scores import check_rows, scores_of
-from topwork.run.combine_sources import Sources, labels_of, read_sources, shared_template, tell_alike
+from topwork.run.combining.scores import check_rows, scores_of
+from topwork.run.combining.sources import Sources, labels_of, read_sources, shared_template, tell_alike
 from topwork.run.console import Counter
 from topwork.run.folder import check_place
 from topwork.run.given import is_adapter

@@ -24,15 +24,15 @@ from topwork.models.tokenizer import load_config
 from topwork.plan.count import base_skeleton
 from topwork.reporting.card import add_card
 from topwork.reporting.card_source import is_hub_id, last_part
-from topwork.run.export_check import asked, stored_by, tokenizer_of
-from topwork.run.export_gguf import write_adapter_file
-from topwork.run.export_models import ModelJob, stem, write_gguf, write_hf
-from topwork.run.export_ollama import takes_adapters, write_ollama_adapter, write_ollama_model
-from topwork.run.export_peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
+from topwork.run.exporting.check import asked, stored_by, tokenizer_of
+from topwork.run.exporting.gguf import write_adapter_file
+from topwork.run.exporting.models import ModelJob, stem, write_gguf, write_hf
+from topwork.run.exporting.ollama import takes_adapters, write_ollama_adapter, write_ollama_model
+from topwork.run.exporting.peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
+from topwork.run.exporting.written import OUT, Written
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter, is_adapter
 from topwork.run.merge import prepared_merge
-from topwork.run.written import OUT, Written
 
 ADAPTER_WRITERS: dict[str, Callable[[AdapterJob, Path], Written]] = {
     "peft": write_peft, "vllm": write_vllm, "sglang": write_sglang, "lorax": write_lorax,

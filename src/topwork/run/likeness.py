@@ -9,7 +9,7 @@ import torch
 
 from topwork.merging.combine.places import alone
 from topwork.merging.likeness import Likeness, likeness, overall
-from topwork.run.combine_sources import Sources, read_sources
+from topwork.run.combining.sources import Sources, read_sources
 
 HEAD = f"{'':34}{'cosine':>9}{'norm A':>11}{'norm B':>11}{'A in B':>17}{'B in A':>17}"
 NOTE = (

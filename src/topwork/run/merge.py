@@ -18,9 +18,9 @@ from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
-from topwork.run.merge_check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
-from topwork.run.merge_inputs import Inputs, merge_inputs
-from topwork.run.merge_plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
+from topwork.run.merging.check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
+from topwork.run.merging.inputs import Inputs, merge_inputs
+from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
 
 INPUTS = 100
 BASES = ("auto", ORIGINAL, DEQUANTIZED)
@@ -44,7 +44,7 @@ def merge(
 
     dtype: the type of the merged weights; a run's own, or the base's, where left out
     base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, or
-        `16bit`, the base before it was quantized; `auto` is `merge_plan.AUTO`
+        `16bit`, the base before it was quantized; `auto` is `merging.plan.AUTO`
     model: the base of an adapter alone, where it is not what its file names
     check: so many inputs go through base + adapter and through the merged model; 0 leaves the check out
     data: rows for the check; left out, a run's held-out rows and then its training rows, and for an adapter alone

@@ -14,8 +14,8 @@ from topwork.reporting.card_source import CardSource, is_hub_id
 from topwork.reporting.card_use import PLACE
 from topwork.reporting.wording import size
 from topwork.run.folder import check_out
-from topwork.run.hub import Standing, check_repo, commit, open_hub, standing
-from topwork.run.upload import Content, Upload, gather, refuse_secrets
+from topwork.run.pushing.hub import Standing, check_repo, commit, open_hub, standing
+from topwork.run.pushing.upload import Content, Upload, gather, refuse_secrets
 
 Log = Callable[[str], None]
 FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)

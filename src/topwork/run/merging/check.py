@@ -14,8 +14,8 @@ from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
-from topwork.run.merge_inputs import Inputs, Log
-from topwork.run.merge_plan import MergePlan, opened
+from topwork.run.merging.inputs import Inputs, Log
+from topwork.run.merging.plan import MergePlan, opened
 
 BESIDE_BYTES = 512 << 20
 """What running a model takes beside its weights, the inputs being short."""

@@ -22,10 +22,10 @@ from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, Source
 from topwork.models.tokenizer import load_config
 from topwork.models.writing import clean_config, write_tokenizer
-from topwork.run.export_check import MOST, not_loaded
+from topwork.run.exporting.check import MOST, not_loaded
+from topwork.run.exporting.written import OUT, Written
 from topwork.run.given import Given
-from topwork.run.merge_inputs import TEXTS
-from topwork.run.written import OUT, Written
+from topwork.run.merging.inputs import TEXTS
 
 HF_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 DENSE_TYPES, LARGEST_MEAN = ("f32", "f16", "bf16"), 0.1

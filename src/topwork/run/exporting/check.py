@@ -26,7 +26,7 @@ from topwork.ops.batch import batch_of
 from topwork.plan.count import base_skeleton
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
-from topwork.run.merge_inputs import TEXTS, own_tokenizer
+from topwork.run.merging.inputs import TEXTS, own_tokenizer
 
 Log = Callable[[str], None]
 MOST = 8

@@ -19,9 +19,9 @@ from topwork.export.vllm import check_as_vllm, served_rank
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import find_source
 from topwork.models.writing import write_tokenizer
+from topwork.run.exporting.written import OUT, Written
 from topwork.run.folder import TEMPLATE
 from topwork.run.given import Given
-from topwork.run.written import OUT, Written
 
 
 @dataclass(frozen=True)

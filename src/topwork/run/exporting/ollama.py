@@ -19,12 +19,12 @@ from topwork.export.ollama.modelfile import ADAPTERS_NOT_READ
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_config, usable_length
-from topwork.run.export_gguf import write_adapter_file
-from topwork.run.export_models import ModelJob, stem, write_gguf
-from topwork.run.export_peft import AdapterJob
+from topwork.run.exporting.gguf import write_adapter_file
+from topwork.run.exporting.models import ModelJob, stem, write_gguf
+from topwork.run.exporting.peft import AdapterJob
+from topwork.run.exporting.written import OUT, Written
 from topwork.run.folder import RESULT, data_of, read_json
 from topwork.run.given import Given
-from topwork.run.written import OUT, Written
 
 ROWS = 20
 """Of a run, on which the TEMPLATE is compared."""

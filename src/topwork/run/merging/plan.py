@@ -29,7 +29,7 @@ from topwork.models.tokenizer import load_config
 from topwork.models.writing import all_ends, clean_config, write_model, write_tokenizer
 from topwork.run.folder import ADAPTER_NAME, open_adapter
 from topwork.run.given import Given
-from topwork.run.merge_inputs import Inputs
+from topwork.run.merging.inputs import Inputs
 
 DEQUANTIZED, ORIGINAL = "dequantized", "16bit"
 AUTO = DEQUANTIZED

@@ -14,8 +14,8 @@ from topwork.export.gguf.model import write_gguf_model
 from topwork.export.read_back import NATS, Asked, ReadBack
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
-from topwork.run.export_peft import AdapterJob
-from topwork.run.written import OUT, Written
+from topwork.run.exporting.peft import AdapterJob
+from topwork.run.exporting.written import OUT, Written
 
 TYPE_APART = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}
 """How far a factor's values may be from what was to be written, relative to its largest: what the type rounds."""

@@ -1,0 +1,1 @@
+"""Where the adapters that are combined come from, and what a combination is scored on."""

@@ -1,0 +1,1 @@
+"""How `topwork export` writes and checks each format."""

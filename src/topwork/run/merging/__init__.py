@@ -1,0 +1,1 @@
+"""How `topwork merge` plans and checks what it writes."""

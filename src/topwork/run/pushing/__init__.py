@@ -1,0 +1,1 @@
+"""What `topwork push` sends, and how."""
