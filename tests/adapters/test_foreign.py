@@ -7,6 +7,7 @@ import resource
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from reference.families import randomise, tiny_base
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.foreign import allowed_folder, read_foreign
+from topwork.adapters.foreign import allowed_folder, content_of, read_foreign
 from topwork.adapters.foreign_patterns import check_patterns
 from topwork.adapters.foreign_tensors import ReadLimits
 from topwork.adapters.graft import Adapters, bare_modules
@@ -412,3 +413,16 @@ def test_parts_are_made_without_the_model(folder: Path) -> None:
     fitted(adapters.bare(), read_foreign(folder, "a", limits=SMALL).saved)
     assert dict(base.module.named_modules()) == before
     assert not adapters.configs
+
+
+def test_the_order_of_names_says_nothing_and_that_of_tokens_does(folder: Path) -> None:
+    """PEFT writes target_modules out of a set: one adapter that is saved twice is the same."""
+    saved = read_adapter(folder)
+
+    def contents(name: str, values: list[Any]) -> set[str]:
+        orders = (values, values[::-1])
+        return {content_of(replace(saved, config=saved.config.model_copy(update={name: one}))) for one in orders}
+
+    assert len(contents("target_modules", ["q_proj", "v_proj", "k_proj"])) == 1
+    assert len(contents("modules_to_save", ["norm", "lm_head"])) == 1
+    assert len(contents("trainable_token_indices", [3, 7])) == 2

@@ -18,7 +18,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import fingerprint
 from topwork.models.lazy import LazyTensor, in_type, open_lazily
 from topwork.models.lazy_fingerprint import lazy_fingerprint
-from topwork.models.lazy_writing import write_lazily
+from topwork.models.lazy_writing import write_lazily, write_tensors
 from topwork.models.load import load_base
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source
@@ -127,3 +127,16 @@ def test_a_tensor_that_is_not_as_promised_is_an_error(tmp_path: Path) -> None:
     wrong = LazyTensor((3,), torch.float32, lambda: torch.zeros(4))
     with pytest.raises(RunError, match=r"norm came as torch.float32 \(4,\), and torch.float32 \(3,\) was promised"):
         write_lazily(replace(model, tensors={"norm": wrong}), tmp_path)
+
+
+def test_what_was_cast_twice_is_written_as_the_first_type_has_it(tmp_path: Path) -> None:
+    """A training in bf16 on an fp32 file, merged in fp32: the file's own digits were never trained on."""
+    folder = tmp_path / "base"
+    tiny_model("llama").save_pretrained(folder)
+    bare = skeleton(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    trained = in_type(open_lazily(source(folder)), bare, torch.bfloat16)
+    wide = {key: tensor.to(torch.float32) for key, tensor in trained.tensors.items()}
+    write_tensors(tmp_path / "wide.safetensors", wide)
+    theirs, written = load_file(folder / "model.safetensors"), load_file(tmp_path / "wide.safetensors")
+    assert any(not torch.equal(written[key], theirs[key]) for key in theirs)
+    assert all(torch.equal(written[key], theirs[key].to(torch.bfloat16).float()) for key in theirs)

@@ -138,9 +138,12 @@ def _told(called: str, error: Exception) -> str:
 
 
 def content_of(saved: SavedAdapter) -> str:
-    """`sha256:…` over an adapter's options and its tensors. Raises AdapterError for an option that is not finite."""
+    """`sha256:…` over an adapter's options and its tensors. Lists of names count as sets, in whose order PEFT writes
+    them, another one each time; lists of numbers (tokens' ids) have their order. Raises AdapterError for an option that
+    is not finite."""
+    options = {name: _as_set(value) for name, value in saved.config.model_dump().items()}
     try:
-        meaning = json.dumps(saved.config.model_dump(), sort_keys=True, allow_nan=False)
+        meaning = json.dumps(options, sort_keys=True, allow_nan=False)
     except ValueError:
         raise AdapterError(f"{CONFIG} holds an option that is not finite") from None
     digest = hashlib.sha256(meaning.encode())
@@ -148,6 +151,11 @@ def content_of(saved: SavedAdapter) -> str:
         digest.update(f"\n{name!a} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _as_set(value: Any) -> Any:
+    names = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return sorted(value) if names else value
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -15,6 +15,20 @@ EPILOG = (
 WORTH_ADVICE = 0.1
 """From which share on rounding takes enough of an adapter to say what to do."""
 
+FIGURES = {
+    "largest_logit_difference": "largest difference of a logit",
+    "largest_relative_difference": "  as a share of the largest logit",
+    "largest_logprob_difference": "largest difference of a log-probability",
+    "top1_agreement": "places with the same likeliest token",
+    "mean_kl": "KL from base + adapter to merged, nats a token",
+    "adapter_kl": "KL from base + adapter to the bare base",
+    "unmerged_perplexity": "perplexity of base + adapter",
+    "merged_perplexity": "perplexity of the merged model",
+    "unmerged_tokens_per_second": "tokens a second of base + adapter",
+    "merged_tokens_per_second": "tokens a second of the merged model",
+}
+"""What merge.json's keys are, for people."""
+
 
 def merge(
     given: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder, or any PEFT folder.")],
@@ -56,12 +70,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"merged in {result['dtype']}, {result['weight_bytes'] / 2**20:,.1f} MiB of weights"]
     if "sequences" in result:
         lines[0] = f"merged in {result['dtype']} and compared on {result['sequences']} inputs: {result['inputs']}"
-        keys = [
-            key
-            for key in result
-            if key.startswith(("largest_", "top1_", "mean_kl", "adapter_kl", "unmerged_", "merged_"))
-        ]
-        lines += [f"  {key.replace('_', ' '):32} {_figure(result[key])}" for key in keys if result[key] is not None]
+        told = {key: name for key, name in FIGURES.items() if result.get(key) is not None}
+        lines += [f"  {name:48} {_figure(key, result[key])}" for key, name in told.items()]
     return lines + _rounding(result)
 
 
@@ -78,5 +88,7 @@ def _rounding(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _figure(value: float) -> str:
+def _figure(key: str, value: float) -> str:
+    if key == "top1_agreement":
+        return f"{value:.1%}"
     return f"{value:.3g}" if abs(value) < 1 else f"{value:,.1f}"

@@ -3,8 +3,12 @@
 In fp32 the two differ by the order of summation. In 16 bits the merged weights are rounded once more than the base's
 own were, by up to 2^-9 of each in bf16, and the product of the low-rank factors is not: what that does to a model is of
 the kind that storing the base in 16 bits does. `benchmarks/merge_rounding.py` measures both; the limits lie well above
-what right merges gave, and below what a lost, doubled or misplaced adapter gives. Logits are no measure in 16 bits: the
-first token of a text, on which attention rests, multiplies a rounding a hundredfold and is never predicted from.
+what right merges gave. Logits are no measure in 16 bits: the first token of a text, on which attention rests,
+multiplies a rounding a hundredfold and is never predicted from.
+
+A lost, a doubled or a misplaced adapter leaves the merged model about as far from the unmerged one as the adapter takes
+its base, or further. Where that is over the floor it is refused. An adapter that moves its base no more than
+rounding does cannot be told from none by any model's answers in 16 bits: such a merge is kept, and `doubt` says so.
 """
 
 import torch
@@ -16,7 +20,7 @@ LARGEST_FP32_DIFFERENCE = 1e-4
 LARGEST_FP32_KL = 1e-6
 LARGEST_16BIT_KL = 0.05
 FLOOR_16BIT_KL = 0.005
-"""In nats a token. Up to here the two models are one, whatever the adapter is."""
+"""In nats a token. Up to here rounding explains what differs, whatever the adapter is."""
 LEAST_16BIT_AGREEMENT = 0.8
 LARGEST_SHARE = 0.5
 """Of how far the adapter takes the base: a merge that is as far from the adapter as half of this has lost it."""
@@ -41,4 +45,17 @@ def refusal(found: Verification, dtype: torch.dtype) -> str | None:
         f"KL {found.mean_kl:.2g} nats a token and the same likeliest token in {found.top1_agreement:.1%} of places, "
         f"where rounding in {called} explains {max(limit, FLOOR_16BIT_KL):.2g} and {LEAST_16BIT_AGREEMENT:.0%} (the "
         f"adapter itself is {found.adapter_kl:.2g} from its base)"
+    )
+
+
+def doubt(found: Verification, dtype: torch.dtype) -> str | None:
+    """Why a merged model that is not refused may lack its adapter all the same; None where it does not."""
+    if dtype.itemsize > 2 or found.mean_kl <= LARGEST_SHARE * found.adapter_kl:
+        return None
+    called = str(dtype).removeprefix("torch.")
+    return (
+        f"the adapter moves its base by a KL of {found.adapter_kl:.2g} nats a token, and the merged model lies "
+        f"{found.mean_kl:.2g} from the unmerged one, which rounding in {called} does too: the check cannot tell this "
+        "merge from one that lost its adapter. Merge in float32 (--dtype float32), where it can, or serve the adapter "
+        "beside its base (topwork serve)"
     )

@@ -29,12 +29,14 @@ from topwork.ops.packed import PackedInt8
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor's shape and type, and how to get it: `fetch` gives memory of the caller's own. Where it can be looked at
-    without reading all of it, `view` gives it in the file's pages and in the file's type."""
+    without reading all of it, `view` gives it in the file's pages and in the file's type, of which `cast` says that it
+    is another than `dtype`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fetch: Callable[[], Tensor]
     view: Callable[[], Tensor] | None = None
+    cast: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -42,10 +44,11 @@ class LazyTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same in another type."""
+        """The same in another type. One that was cast before has lost what the file's view would show."""
         if dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, fetch=lambda: self.fetch().to(dtype))
+        view = None if self.cast else self.view
+        return replace(self, dtype=dtype, fetch=lambda: self.fetch().to(dtype), view=view, cast=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, RunError
 from topwork.common.files import write_folder, write_json
-from topwork.merging.threshold import refusal
+from topwork.merging.threshold import doubt, refusal
 from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
@@ -138,7 +138,12 @@ def _public(name: str) -> str:
 def _judge(verified: Verification, plan: MergePlan, force: bool, log: Callable[[str], None]) -> None:
     """Raises RunError where the merged model is another than rounding explains, unless that is what was asked for."""
     told = refusal(verified, plan.dtype)
-    if told is None or plan.changes_base:
+    if plan.changes_base:
+        return
+    if told is None:
+        unsure = doubt(verified, plan.dtype)
+        if unsure is not None:
+            log(f"warning: {unsure}")
         return
     if force:
         log(f"warning: {told}; kept all the same, as you asked")
