@@ -1,5 +1,6 @@
 """PEFT folders: ours in PEFT, PEFT's here, the same bytes each time, and never onto another base unnoticed."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.models.base import Base
+from topwork.models.load import as_base
 from topwork.ops.batch import batch_of
 
 HERE = BaseId("owner/base", "sha256:one")
@@ -313,3 +315,31 @@ def test_folders_that_are_not_there_or_broken(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="holds no JSON object"):
         read_adapter(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_what_peft_takes(tmp_path: Path) -> None:
+    by_peft(tmp_path, "llama", r=4, lora_alpha=12)
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    del config["r"], config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    found, expected = read_adapter(tmp_path).config.model_dump(), LoraConfig()
+    assert (found["r"], found["lora_alpha"]) == (expected.r, expected.lora_alpha)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Could not find a config file")
+def test_a_grown_vocabulary_as_peft_saves_it(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.resize_token_embeddings(model.config.vocab_size + 5, mean_resizing=False)
+    base = as_base(copy.deepcopy(model), None, "tiny", lambda _: None)  # type: ignore[arg-type]
+    whole = ["lm_head", "embed_tokens"]
+    learned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole))
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    learned.save_pretrained(tmp_path, save_embedding_layers=True)
+    names = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "lm_head" in key}
+    assert len(names) == 3  # the head, and again as modules_to_save and original_module
+    adapters = Adapters(base.module)
+    load_adapter(adapters, "a", read_adapter(tmp_path), BaseId("tiny"))
+    assert relative(ours(base, "a"), theirs(learned)) < 1e-5

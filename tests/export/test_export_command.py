@@ -27,6 +27,7 @@ from topwork.export.readers import READERS
 from topwork.models.load import load_base
 from topwork.run import export as command
 from topwork.run.export import Exported, export
+from topwork.run.exporting.written import line_with
 
 Topwork = Callable[..., Said]
 QUIET = {"log": lambda _: None}
@@ -306,3 +307,21 @@ def test_every_format_has_a_writer() -> None:
     assert set(writers) == READERS.keys()
     assert all(name in command.ADAPTER_WRITERS for name, reader in READERS.items() if reader.reads == "adapter")
     assert isinstance(Exported(Path("x"), "hf", None, "x").as_json(), dict)
+
+
+def test_lines_of_use_are_what_a_shell_takes_and_name_what_is_there():
+    place = Path("my runs/it's")
+    assert line_with("vllm serve models/OUTER --lora-modules NAME=OUT", place) == (
+        "vllm serve models/OUTER --lora-modules NAME='my runs/it'\"'\"'s'"
+    )
+    assert line_with('from_pretrained("OUT")', place) == 'from_pretrained("my runs/it\'s")'
+
+
+def test_a_template_is_named_only_where_one_was_written(tiny_llama, tmp_path):
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    for base, told in ((tiny_llama, True), (bare, False)):
+        given = adapter(tmp_path / f"adapter {told}", base, r=2)
+        done = export(given, tmp_path / f"out {told}", "vllm", check=0, **QUIET)
+        assert (done.folder / "chat_template.jinja").exists() == told
+        assert any("--chat-template" in line for line in done.use) == told

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,3 +208,17 @@ def test_tokenizers_of_another_kind_none_and_more_tokens_than_rows_are_refused(t
         vocabulary_of(tokenizer, 352, ())
     with pytest.raises(ModelError, match="no fast form"):
         vocabulary_of(SimpleNamespace(), 352, ())
+
+
+def test_llama_cpp_takes_a_model_for_phi3_where_the_tokenizer_is_and_not_by_its_name(tmp_path):
+    plain = byte_level()  # without <s>, for which llama.cpp looks in a model that is called so
+    named = replace(as_lazy(tiny("llama")), name="runs/Phi3-like")
+    file = write_gguf_model(named, plain, None, tmp_path / "named.gguf", "f32", lambda _: None)
+    assert _cut_alike(file, plain, _texts(60)) == []
+    phi = with_byte_fallback()
+    greedy = ["<|user|>", "<|end|>", "</s>"]
+    phi.backend_tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    phi.backend_tokenizer.add_special_tokens([AddedToken(each, rstrip=True, normalized=False) for each in greedy])
+    file = written(tmp_path, tiny("llama", vocab_size=416), tokenizer=phi)
+    texts = ["<|user|>\nthe 12<|end|>\n<|user|>", "<s> hi<|end|> \n there", "<|endoftext|>\n a</s>  the"]
+    assert (_cut_alike(file, phi, texts), file.notes) == ([], ())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merging.adapters_of import write_one
@@ -18,7 +18,7 @@ from reference.combining import furthest, peft_deltas, weighted
 from run import tiny
 from run.fixtures import Said
 from topwork.adapters.peft_format import read_adapter
-from topwork.common.errors import RequestError, RunError
+from topwork.common.errors import AdapterError, DataError, RequestError, RunError
 from topwork.common.files import verify_folder
 from topwork.merging.combine.table import WAYS
 from topwork.models.config import ModelConfig
@@ -57,7 +57,7 @@ def other_run(tiny_llama: Path, trained: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("method", WAYS)
 def test_every_method_by_the_command_line(
-    method: str, pair: tuple[Path, Path], tmp_path: Path, topwork: Command
+    method: str, pair: tuple[Path, Path], tiny_llama: Path, tmp_path: Path, topwork: Command
 ) -> None:
     said = topwork("combine", *pair, tmp_path / "out", "--method", method, "--json")
     assert said.code == 0, said.err
@@ -72,7 +72,7 @@ def test_every_method_by_the_command_line(
     verify_folder(tmp_path / "out")
     saved = read_adapter(tmp_path / "out")
     assert saved.config.model_dump()["lora_alpha"] == record["rank"]
-    assert str(tmp_path) not in (tmp_path / "out" / "combine.json").read_text("utf-8")
+    assert str(tiny_llama.parent) not in (tmp_path / "out" / "combine.json").read_text("utf-8")
 
 
 def test_signed_weights_of_folders_and_what_peft_reads(
@@ -128,6 +128,9 @@ def test_one_run_scores_as_the_run_does(trained: Path, tmp_path: Path) -> None:
 def test_folders_are_scored_on_named_rows(pair: tuple[Path, Path], tickets: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="first, second is an adapter alone; name rows for all with --data"):
         combine(pair, tmp_path / "out", evaluate=True, log=SILENT)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="does not exist"):
+        combine(pair, tmp_path / "out", evaluate=True, data=str(tmp_path / "rows.jsonl"), log=SILENT)
     assert not (tmp_path / "out").exists()
     record = combine(pair, tmp_path / "out", evaluate=True, data=str(tickets), max_rows=2, log=SILENT)
     [tested] = record["evaluation"]
@@ -300,7 +303,16 @@ def test_a_run_knows_the_base_of_folders_beside_it(pair: tuple[Path, Path], trai
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     said: list[str] = []
     record = combine([tmp_path / "theirs", trained], tmp_path / "out", log=said.append)
-    assert record["base"] == {"name": str(read_adapter(trained / "adapter").base.name), "fingerprint": None}
+    assert record["base"] == {"name": Path(str(read_adapter(trained / "adapter").base.name)).name, "fingerprint": None}
     assert any(line.startswith("warning") and "None" in line for line in said)
     with pytest.raises(RequestError, match="is a run and names its base itself"):
         combine([tmp_path / "theirs", trained], tmp_path / "again", model="elsewhere", log=SILENT)
+
+
+def test_tensors_of_no_module_are_told_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    more = shutil.copytree(pair[0], tmp_path / "more")
+    tensors = load_file(more / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
+    save_file(tensors, more / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"1 unknown .*layers\.9"):
+        combine([more, pair[1]], tmp_path / "out", log=SILENT)

@@ -1,6 +1,7 @@
 """Adapters and models of other programs, made here by hand in their form: what is converted is read and is the same."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,29 @@ def test_saved_modules_with_a_name(
     convert(folder, tmp_path / "out", str(tiny_llama), log=silent)
     found = read_adapter(tmp_path / "out")
     assert torch.equal(found.tensors["lm_head.weight"], head)
+
+
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_tokens_before_the_text_keep_their_name(kind: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    model.save_pretrained(tmp_path / "theirs")
+    told: list[str] = []
+    for base, out in ((None, "alone"), (str(tiny_llama), "based")):
+        convert(tmp_path / "theirs", tmp_path / out, base, log=told.append)
+        close(peft_logits(tiny_llama, tmp_path / out), peft_logits(tiny_llama, tmp_path / "theirs"))
+    assert told == []
+
+
+def test_what_cannot_be_read_is_called_as_it_was_given(
+    factors: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", factors, lambda key: key, peft_type="LOHA")
+    with pytest.raises(AdapterError, match=f"^{re.escape(str(folder))} holds an adapter of peft_type LOHA"):
+        convert(folder, tmp_path / "out", log=silent)
+    folder = peft_folder(tmp_path / "empty", {}, lambda key: key)
+    with pytest.raises(AdapterError, match=r"nothing to convert|nothing that can be converted"):
+        convert(folder, tmp_path / "out", log=silent)
 
 
 def test_an_adapter_in_a_folder_of_its_name(factors: dict[str, tuple[Tensor, Tensor]], tmp_path: Path) -> None:

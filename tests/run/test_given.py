@@ -12,3 +12,11 @@ def test_a_folder_that_is_neither_is_told_what_was_expected(tmp_path: Path) -> N
     assert not is_adapter(tmp_path)
     with pytest.raises(RequestError, match=r"neither a run's folder .* nor an adapter's"):
         given_adapter(tmp_path)
+
+
+def test_adapters_in_folders_of_their_names_are_told(tmp_path: Path) -> None:
+    for name in ("support", "terse"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"support, .*terse, as PEFT saves adapters that have names; give one of"):
+        given_adapter(tmp_path)

@@ -90,7 +90,19 @@ def saved_adapter(
     `called` so in errors."""
     base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
     method = _method(raw, called, methods)
-    return SavedAdapter(_config(method, raw, called), method.files.from_file(tensors), base, called)
+    return SavedAdapter(_config(method, raw, called), method.files.from_file(without_doubles(tensors)), base, called)
+
+
+def without_doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where the vocabulary has grown, PEFT writes a module that was trained whole three times: as `head.weight`, again
+    as `head.modules_to_save.weight`, and as it was before, `head.original_module.weight`. The first says all."""
+
+    def said(key: str, tensor: Tensor) -> bool:
+        saved, before = key.replace(".modules_to_save.", "."), key.replace(".original_module.", ".")
+        again = saved != key and saved in tensors and torch.equal(tensors[saved], tensor)
+        return again or (before != key and before in tensors)
+
+    return {key: tensor for key, tensor in tensors.items() if not said(key, tensor)}
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:

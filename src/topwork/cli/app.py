@@ -50,6 +50,9 @@ def main() -> None:
     except TopworkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a name that is too long, a file system that only reads, a disk that is gone
+        print(f"error: {error}; look at that place, or name another", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -46,6 +46,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write an adapter or a model in the format that another program reads."""
     from topwork.run.export import export as run
+    from topwork.run.exporting.written import line_with
 
     done = run(place, out, format, kind, model, overwrite, force, dry_run, check, teller(as_json))
     if as_json:
@@ -60,4 +61,4 @@ def export(
     for each in done.read_back:
         print(f"read back by {each.line()}")
     for line in done.use:
-        print(f"  {line.replace('OUT', str(out))}")
+        print(f"  {line_with(line, out)}")

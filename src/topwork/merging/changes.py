@@ -134,8 +134,13 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
             f"{label} holds NaN or infinite values ({len(broken)} tensors, first {broken[0]}); its training broke, "
             "take an earlier checkpoint"
         )
+
+    def stored(path: str, kind: str) -> Tensor | None:
+        known = getattr(bare.modules.get(path), kind, None)
+        return base(f"{path}.{kind}") if isinstance(known, Tensor) else None
+
     try:
-        parts = LazyParts(bare, saved, lambda path, kind: base(f"{path}.{kind}"))
+        parts = LazyParts(bare, saved, stored)
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
     except AdapterError as error:

@@ -25,8 +25,9 @@ def as_stored(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum in the type in which it is kept. Raises RunError, calling it by `name`, where it is not finite."""
     merged = exact.to(dtype)
     if not torch.isfinite(merged).all():
+        wider = "" if dtype is torch.float32 else "merge in float32, and "
         raise RunError(
             f"{name}: weight and adapter add up to a value that is not finite in {str(dtype).removeprefix('torch.')}; "
-            "merge in float32, and look whether the adapter holds NaN"
+            f"{wider}look whether the adapter holds NaN or values that are far too large"
         )
     return merged

@@ -14,6 +14,7 @@ from topwork.merging.combine.result import RECORD, Folder, folder_of, rounding, 
 from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import way_of
 from topwork.reporting.card import add_card
+from topwork.reporting.card_source import is_hub_id, last_part
 from topwork.run.combining.scores import check_rows, scores_of
 from topwork.run.combining.sources import Sources, labels_of, read_sources, shared_template, tell_alike
 from topwork.run.console import Counter
@@ -99,9 +100,9 @@ def _check_rest(dtype: str, evaluate: bool, data: str | None, max_rows: int | No
 
 def _check_out(out: Path, places: Sequence[Path], overwrite: bool) -> None:
     """Nothing but a folder that `combine` wrote is replaced."""
+    check_place(out, "OUT")
     if is_adapter(out) and not (out / RECORD).is_file() and not overwrite:
         raise RequestError(f"OUT comes last, and {out} is an adapter; name a new folder as the last: combine A B OUT")
-    check_place(out, "OUT")
     target = out.resolve()
     for place in places:
         own = place.resolve()
@@ -128,7 +129,7 @@ def _record(read: Sources, settings: Settings, combined: Combined, dtype: str) -
         "settings": dict(told(settings)),
         "rank": combined.rank,
         "dtype": dtype,
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "base": {"name": base.name if is_hub_id(base.name) else last_part(base.name), "fingerprint": base.fingerprint},
         "sources": [_source(read, settings, i) for i in range(len(read.given))],
         "modules": len(combined.deltas),
         "whole_modules": sorted({path for path, _ in combined.whole}),

@@ -1,7 +1,7 @@
 """`topwork convert`: adapters and models of others' making, turned into what is read here, and read again."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
-from topwork.adapters.peft_format import fitted_shapes, read_adapter
+from topwork.adapters.peft_format import SavedAdapter, fitted_shapes, read_adapter, saved_adapter
 from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import write_bytes, write_folder, write_json
 from topwork.export.peft import CONFIG, TENSORS, plain_config, plain_tensors
@@ -75,12 +75,13 @@ def convert(
         return done
     bare = bare_base(base_skeleton(ModelConfig(model_name_or_path=model))) if model is not None else None
     tensors, config, changed = _READERS[found.kind](found, bare, model)
+    saved_adapter(config, tensors, {}, str(place))  # what cannot be read is told by the name that it was given
     results: list[Converted] = []
 
     def fill(folder: Path) -> None:
         write_bytes(folder / TENSORS, save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
         write_json(folder / CONFIG, config)
-        results.append(_checked(folder, found, bare, changed))
+        results.append(_checked(replace(read_adapter(folder), path=str(place)), found, bare, changed))
         write_json(folder / RECORD, results[0].as_json())
 
     write_folder(out, fill, overwrite)
@@ -95,9 +96,10 @@ def _model(found: Found, folder: Path, done: Converted, log: Log) -> None:
     write_json(folder / RECORD, done.as_json())
 
 
-def _checked(folder: Path, found: Found, bare: Bare | None, changed: tuple[str, ...]) -> Converted:
-    """What was written, read as any adapter is, and tried on the base's modules where the base is known."""
-    saved = read_adapter(folder)
+def _checked(saved: SavedAdapter, found: Found, bare: Bare | None, changed: tuple[str, ...]) -> Converted:
+    """What was written and read again as any adapter is, tried on the base's modules where the base is known."""
+    if not saved.tensors:
+        raise AdapterError(f"{found.file} holds no tensors, so there is nothing to convert; fetch or save it again")
     broken = [key for key, tensor in saved.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise AdapterError(f"{found.file}: {broken[0]} holds values that are not finite (NaN or infinity)")

@@ -14,6 +14,7 @@ from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
 from topwork.export.gguf.hparams import hparams_of
+from topwork.export.gguf.package import gguf_package
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
 from topwork.export.readers import FEATURES, OLLAMA, OLLAMA_MERGED, Reader, reader_of, type_of
@@ -108,6 +109,8 @@ def export(
     reader, place, out = reader_of(format), _named(Path(place), log), Path(out)
     kind = type_of(reader, type)
     check_out(out, place if place.exists() else None, "what is exported", overwrite)
+    if reader.format in (*GGUF_FORMATS, "gguf-adapter") and not dry_run:
+        gguf_package()  # before an adapter is merged for it
     if is_adapter(place):
         given = given_adapter(place, model)
         base = _called(given.saved.base.name or given.model.model_name_or_path)

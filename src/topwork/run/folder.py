@@ -60,16 +60,20 @@ class OpenRun:
 
 def check_place(folder: Path, called: str) -> None:
     """Raises RequestError where no folder can be made or written: a file stands in the way, or it is not allowed."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise RequestError(f"{called} {folder} cannot be a folder ({error.strerror}); name another place") from error
     if not nearest.is_dir():
         raise RequestError(f"{called} {folder} cannot be a folder, because {nearest} is a file; name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"{called} {folder} cannot be written: no permission for {nearest}; name another place")
 
 
-def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None:
+def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) -> None:
     """Whether a model can be written to `out`, and not over `own`, the folder it comes from. Nothing but a model, an
-    export or a conversion that was written by Topwork is ever replaced. Raises RequestError."""
+    export or a conversion that was written by Topwork is ever replaced. `overwrite` is None where that cannot be asked
+    for. Raises RequestError."""
     check_place(out, "OUT")
     place, inside = out.resolve(), own.resolve() if own is not None else None
     if inside is not None and (place == inside or place in inside.parents or inside in place.parents):
@@ -77,7 +81,8 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool) -> None
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise RequestError(f"{out} holds files already; give an empty or new folder, or --overwrite")
+        way = "" if overwrite is None else ", or --overwrite"
+        raise RequestError(f"{out} holds files already; give an empty or new folder{way}")
     if not ((out / MANIFEST).is_file() and any((out / name).is_file() for name in WRITTEN)):
         raise RequestError(
             f"{out} holds files that Topwork has not written; --overwrite replaces only what it wrote itself. Name "

@@ -58,6 +58,11 @@ def given_adapter(place: Path | str, model: str | None = None) -> Given:
         return Given(place, folder, read_adapter(folder), recipe.model, recipe.quantization, recipe, template)
     folder = adapter_folder(place)
     if not (folder / ADAPTER_CONFIG).is_file():
+        if inner := sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
+            raise RequestError(
+                f"{place} is no adapter's folder itself and holds {', '.join(str(path) for path in inner)}, as PEFT "
+                f"saves adapters that have names; give {'that' if len(inner) == 1 else 'one of them'}"
+            )
         raise RequestError(
             f"{place} is neither a run's folder (no {RECIPE}) nor an adapter's (no {ADAPTER_CONFIG}); give the "
             "output_dir of a `topwork train`, or a PEFT folder"

@@ -57,7 +57,7 @@ def push(
     """
     check_repo(repo)
     if dry_run is not None:
-        check_out(Path(dry_run), Path(run), "what is pushed", overwrite=False)
+        check_out(Path(dry_run), Path(run), "what is pushed", overwrite=None)
     upload, files = _prepared(Path(run), repo, base_name, samples, log)
     told = {name: _bytes(content) for name, content in sorted(files.items())}
     done: dict[str, Any] = {"repo": repo, "files": told, "removed": [], "commit": None, "folder": None}

@@ -43,7 +43,8 @@ def write_gguf_adapter(
     tensors = gguf_tensors(lowered, config)
     for called, tensor in tensors.items():
         if not torch.isfinite(tensor.to(TYPES[type])).all():
-            raise AdapterError(f"{called} holds values that {type} cannot; export with --type f32")
+            wider = "look whether its training broke" if type == "f32" else "export with --type f32"
+            raise AdapterError(f"{called} holds values that {type} cannot; {wider}")
     gguf = gguf_package()
     writer = gguf.GGUFWriter(out, family_of(config).architecture)
     writer.add_type("adapter")

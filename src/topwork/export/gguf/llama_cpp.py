@@ -47,9 +47,10 @@ class LlamaCpp:
         """Of the `top` likeliest tokens after a prompt of ids, the likeliest first. `scale` is the first adapter's."""
         # the server tells nothing of a token that is half a letter, so it is made to take another after they are read
         found = self._complete(prompt, 1, scale, n_probs=top, logit_bias=[[self._letter, 1e4]])
-        return {
-            int(each["id"]): float(each["logprob"]) for each in found["completion_probabilities"][0]["top_logprobs"]
-        }
+        likeliest = found["completion_probabilities"][0]["top_logprobs"]
+        if any(each["logprob"] is None for each in likeliest):  # JSON has no NaN
+            raise RunError("llama.cpp answers NaN; look whether the adapter holds values that are far too large")
+        return {int(each["id"]): float(each["logprob"]) for each in likeliest}
 
     def greedy(self, prompt: Sequence[int], length: int, scale: float | None = None) -> list[int]:
         """The likeliest tokens one after the other, to one that ends the answer or to `length`."""

@@ -1,5 +1,6 @@
 """A whole model as one GGUF file: its keys first, then its weights one at a time."""
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from topwork.export.gguf.tensors import EMBEDDING, Planned, planned
 from topwork.export.gguf.tokenizer import vocabulary_of
 from topwork.export.gguf.types import check_type, file_type, quantization_type, stored_bytes
 from topwork.models.lazy import LazyModel
+
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def write_gguf_model(
     architecture = hparams.family.architecture
     keys = {
         "general.type": "model",
-        "general.name": Path(model.name).name,
+        "general.name": _called(Path(model.name).name, vocabulary.phi3),
         "general.file_type": file_type(type),
         "general.quantization_version": int(gguf_package().GGML_QUANT_VERSION),
         **{f"{architecture}.{key}": value for key, value in {**hparams.keys, "vocab_size": rows}.items()},
@@ -75,6 +78,14 @@ def write_gguf_model(
     with whole_file(out) as aside:
         _write(aside, architecture, keys, weights)
     return GgufModel(out, type, architecture, fell_back, notes, out.stat().st_size)
+
+
+def _called(name: str, phi3: bool) -> str:
+    """llama.cpp takes a model with Phi-3 in its name, and no other, for one whose special tokens swallow the white
+    space after them; where Phi-3's own are missing it does not load it."""
+    if phi3:
+        return name if _PHI3.search(name) else f"{name} (phi-3)"
+    return _PHI3.sub("phi 3", name)
 
 
 def _check_room(out: Path, weights: Sequence[Planned]) -> None:

@@ -6,7 +6,7 @@ are "user defined" and are read wherever they stand, as transformers does.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,18 @@ from topwork.export.gguf.sentencepiece import scores_of
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+"""Special tokens of Phi-3 that leave the white space after them."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokenizer.…` keys, without the chat template and the ids that end an answer; and what is to be told."""
+    """`tokenizer.…` keys, without the chat template and the ids that end an answer; what is to be told; and whether
+    llama.cpp's way with Phi-3's special tokens, which it takes by the model's name, is this tokenizer's."""
 
     keys: dict[str, Any]
     notes: tuple[str, ...] = ()
+    phi3: bool = False
 
 
 def vocabulary_of(tokenizer: Any, rows: int, control: Collection[int]) -> Vocabulary:
@@ -57,7 +61,16 @@ def vocabulary_of(tokenizer: Any, rows: int, control: Collection[int]) -> Vocabu
         for token, kind in zip(tokens, types)
     ]
     keys |= {"tokenizer.ggml.tokens": written, "tokenizer.ggml.token_type": types, **_ids(tokenizer)}
-    return Vocabulary(keys, _notes(described, added, keys["tokenizer.ggml.pre"]))
+    phi3 = _reads_as_phi3(tokens, types, added)
+    return Vocabulary(keys, _notes(described, {} if phi3 else added, keys["tokenizer.ggml.pre"]), phi3)
+
+
+def _reads_as_phi3(tokens: Sequence[str], types: Sequence[int], added: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Whether every special token but PHI3_KEEPS swallows the white space after it, as llama.cpp has it for Phi-3."""
+    special = {token for token, kind in zip(tokens, types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    greedy = {token["content"] for token in added.values() if token["rstrip"]}
+    plain = not any(token["lstrip"] for token in added.values())
+    return plain and greedy == special - PHI3_KEEPS and PHI3_KEEPS | {"</s>"} <= set(tokens)
 
 
 def _described(tokenizer: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter
 from topwork.common.errors import RequestError
 from topwork.data.config import DataConfig, Sources
+from topwork.data.files.places import find_place
 from topwork.data.files.sources import with_held_out
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.load import load_base
@@ -31,13 +32,16 @@ class _Asked:
 
 
 def check_rows(given: Sequence[Given], labels: Sequence[str], data: str | None) -> None:
-    """Before anything is computed. Raises RequestError where a source has no rows of its own and none are named."""
+    """Before anything is computed. Raises RequestError where a source has no rows of its own and none are named,
+    DataError where those that are named are not there."""
     alone = [label for label, one in zip(labels, given) if one.recipe is None]
     if data is None and alone:
         raise RequestError(
             f"--evaluate scores on the rows that each run held out, and {', '.join(alone)} is an adapter alone; name "
             "rows for all with --data"
         )
+    if data is not None:
+        find_place(data)
 
 
 def scores_of(

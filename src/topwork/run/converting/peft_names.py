@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from topwork.adapters.files import PREFIX
+from topwork.adapters.peft_format import without_doubles
 from topwork.common.errors import AdapterError, quoted
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -17,6 +18,8 @@ _SAVED_WITH_NAME = (
     (re.compile(r"\.(trainable_tokens_delta)\.(?P<name>[^.]+)$"), r".\1"),
     (re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(weight|bias)$"), r".\2"),
 )
+_BEFORE_THE_TEXT = "prompt_embeddings"
+"""What prefix and prompt tuning learn: of no module, so PEFT puts nothing before it."""
 _PARTS = re.compile(r"\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|weight|bias)$")
 
 
@@ -26,7 +29,7 @@ def plain_names(called: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     found: dict[str, Tensor] = {}
     taken: set[str] = set()
     adapters: set[str] = set()
-    for key, tensor in tensors.items():
+    for key, tensor in without_doubles(tensors).items():
         name = _unwrapped(key, taken)
         for pattern, plain in _SAVED_WITH_NAME:
             if match := pattern.search(name):
@@ -57,6 +60,8 @@ def _unwrapped(key: str, taken: set[str]) -> str:
     bare = name
     while bare.startswith(PREFIX):
         bare = bare.removeprefix(PREFIX)
+    if bare == _BEFORE_THE_TEXT:
+        return bare
     if name != PREFIX + bare:
         taken.add("a prefix that is written twice" if name.startswith(PREFIX) else "a missing prefix, now there")
     return PREFIX + bare

@@ -1,5 +1,6 @@
 """Adapters for llama.cpp and Ollama."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def write_adapter_file(job: AdapterJob, folder: Path) -> Written:
         raise RunError(f"{file.name} reads otherwise than it was written. This is a defect of the export")
     found = [ReadBack("Topwork", 0, apart), *_by_llama_cpp(job, folder, file)]
     figures = {"file": file.name, "rank": adapter.rank, "alpha": adapter.alpha, "modules": len(adapter.updates)}
-    return Written(figures, [f"llama-server -m BASE.gguf --lora {OUT}/{file.name}"], found)
+    return Written(figures, [f"llama-server -m BASE.gguf --lora {OUT}/{shlex.quote(file.name)}"], found)
 
 
 def _by_llama_cpp(job: AdapterJob, folder: Path, file: Path) -> list[ReadBack]:

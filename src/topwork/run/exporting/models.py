@@ -1,5 +1,6 @@
 """Whole models for `topwork export`: as a Hugging Face folder, or as a GGUF file."""
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -97,7 +98,10 @@ def write_gguf(job: ModelJob, folder: Path) -> Written:
     file = folder / f"{job.name}-{job.type}.gguf"
     done = write_gguf_model(open_lazily(job.source), job.tokenizer, None, file, job.type, job.log)
     figures = {"file": file.name, "architecture": done.architecture, "bytes": done.bytes, "notes": list(done.notes)}
-    use = [f"llama-server -m {OUT}/{file.name} --jinja", f"llama-cli -m {OUT}/{file.name} --jinja"]
+    use = [
+        f"llama-server -m {OUT}/{shlex.quote(file.name)} --jinja",
+        f"llama-cli -m {OUT}/{shlex.quote(file.name)} --jinja",
+    ]
     return Written({**figures, "fell_back": done.fell_back}, use, [_by_llama_cpp(job, file)])
 
 

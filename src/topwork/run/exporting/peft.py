@@ -1,5 +1,6 @@
 """Adapters as PEFT folders: for PEFT itself, and for the servers that read its plain form."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ class AdapterJob:
         known = self.given.saved.base
         return BaseId(known.name or self.given.model.model_name_or_path, known.fingerprint)
 
+    @property
+    def served(self) -> str:
+        """The base's name in a shell's command line."""
+        return shlex.quote(str(self.base.name))
+
     def lowered(self) -> Lowered:
         """The plain form, as this reader wants it."""
         return lowered(self.parts, self.bare, self.reader.ranks, self.reader.whole_layers)
@@ -68,17 +74,17 @@ def write_vllm(job: AdapterJob, folder: Path) -> Written:
     rank = served_rank(adapter.rank)
     check_as_vllm(folder, rank)
     use = [
-        f"vllm serve {job.base.name} --enable-lora --max-lora-rank {rank} --lora-modules NAME={OUT}",
+        f"vllm serve {job.served} --enable-lora --max-lora-rank {rank} --lora-modules NAME={OUT}",
         f"--chat-template {OUT}/{TEMPLATE} (vLLM takes one for all adapters)",
     ]
     figures = {**_figures(adapter), "max_lora_rank": rank}
-    return Written(figures, use[: 2 if job.tokenizer else 1], _read_back(job, folder, adapter))
+    return Written(figures, use[: 2 if (folder / TEMPLATE).is_file() else 1], _read_back(job, folder, adapter))
 
 
 def write_sglang(job: AdapterJob, folder: Path) -> Written:
     adapter = job.lowered()
     _write_plain(job, folder, adapter)
-    use = f"python -m sglang.launch_server --model-path {job.base.name} --enable-lora --lora-paths NAME={OUT}"
+    use = f"python -m sglang.launch_server --model-path {job.served} --enable-lora --lora-paths NAME={OUT}"
     return Written(_figures(adapter), [use], _read_back(job, folder, adapter))
 
 

@@ -198,13 +198,17 @@ def _written_targets(config: LoraConfig, paths: list[str], modules: Mapping[str,
     return names if set(matching(modules, names)) == set(paths) else sorted(paths)
 
 
+PEFT_LEAVES_OUT = {"r": 8, "lora_alpha": 8}
+"""What PEFT takes where adapter_config.json says nothing; a recipe's own defaults are others."""
+
+
 def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
     present = [key for key in UNSUPPORTED if raw.get(key)]
     if raw.get("bias", "none") != "none":
         present.append(f"bias={raw['bias']}")
     if present:
         raise AdapterError(f"{folder} uses {', '.join(present)}, which cannot be read; LoRA, rsLoRA and DoRA can")
-    fields = {key: raw[key] for key in SHARED_FIELDS if key in raw and raw[key] is not None}
+    fields = {**PEFT_LEAVES_OUT, **{key: raw[key] for key in SHARED_FIELDS if raw.get(key) is not None}}
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
         raise AdapterError(
