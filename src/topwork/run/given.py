@@ -42,8 +42,8 @@ def is_adapter(place: Path) -> bool:
 
 
 def run_of(place: Path) -> Path:
-    """The run whose `adapter/` is named, since that folder alone tells neither the chat template that was learned by nor
-    how the base was held; any other place as it is."""
+    """The run whose `adapter/` is named, since that folder alone tells neither the chat template that was learned by
+    nor how the base was held; any other place as it is."""
     run = place.absolute().parent
     return run if (run / RESULT).is_file() and (run / RECIPE).is_file() and _same(adapter_folder(run), place) else place
 
