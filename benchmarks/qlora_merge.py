@@ -32,6 +32,7 @@ from topwork.run.folder import ADAPTER_NAME, OpenRun, open_run
 
 DATA = ("banking77", "gsm8k", "e2e_nlg")
 FORMATS = ("nf4", "int8")
+QUICK = {"banking77": 80, "gsm8k": 40, "e2e_nlg": 40}
 ARMS = {
     "trained": "as trained: quantized base + adapter",
     "dequantized": "merged onto the dequantized base, bf16",
@@ -39,6 +40,10 @@ ARMS = {
     "requantized": "merged onto the dequantized base, quantized again (PEFT's way)",
 }
 MERGED = ("dequantized", "16bit", "requantized")
+ANSWERS = (
+    "Answers: banking77 exact, GSM8K the final number, E2E NLG the best F1 of the words with a person's sentence. "
+    "Intervals are 95 %; "
+)
 PACK: dict[str, Callable[[Tensor], Packed]] = {
     "nf4": lambda weight: pack_4bit(weight, "nf4", 64, True), "int8": pack_int8,
 }  # fmt: skip
@@ -52,6 +57,7 @@ def main() -> None:
         "surroundings": surroundings(),
         "question": {
             "model": MODEL, "training": TRAINING | {"learning_rate": FEWER_RATE},
+            "quick": QUICK if given.quick else {},
             "rows": {
                 task: {"trained": TASKS[task].fewer_rows, "loss": TASKS[task].test_rows, "asked": TASKS[task].questions}
                 for task in DATA
@@ -70,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds banking77/train.csv, gsm8k/train.jsonl …")
     parser.add_argument("--work", type=Path, required=True, help="where rows, runs and answers are kept")
     parser.add_argument("--tasks", default=",".join(DATA))
+    parser.add_argument("--quick", action="store_true", help="no answers, and the loss of fewer test rows")
     parser.add_argument("--so-far", action="store_true", help="train and ask nothing: the record of what is in WORK")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "qlora_merge", help="without its ending")
     given = parser.parse_args()
@@ -83,7 +90,7 @@ def is_wanted(given: argparse.Namespace, task: str, form: str) -> bool:
 
 def answers(given: argparse.Namespace, name: str) -> Path:
     """Where the rows of an arm are kept."""
-    return given.work / f"merge-{name}.rows.json"  # type: ignore[no-any-return]
+    return given.work / f"merge-{name}{'-quick' if given.quick else ''}.rows.json"  # type: ignore[no-any-return]
 
 
 def one(given: argparse.Namespace, task: str, form: str) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def asked_rows(given: argparse.Namespace, task: str, name: str, build: Callable[
     if not out.exists():
         test = rows_to_ask(task, given.data_dir, given.work)
         base, adapter = build()
-        rows = asked(base, adapter, task, test, given.data_dir)
+        rows = asked(base, adapter, task, test, given.data_dir, QUICK[task] if given.quick else None)
         rows.write(out)
         print(f"{name}: {figures(rows)}", flush=True)
     return Rows.read(out)
@@ -178,16 +185,17 @@ def weight_errors(run: Path, form: str) -> dict[str, Any]:
 
 def text(record: dict[str, Any]) -> str:
     """The record for people."""
-    asked_for = record["question"]
+    asked_for, only = record["question"], record["question"]["quick"]
     sizes = ", ".join(
-        f"{task} {rows['trained']:,} rows trained on once, {rows['loss']} for the loss, {rows['asked']} answered"
+        f"{task} {rows['trained']:,} rows trained on once, {only.get(task, rows['loss'])} for the loss"
+        + ("" if only else f", {rows['asked']} answered")
         for task, rows in asked_for["rows"].items()
     )
     parts = [
         f"# Merging after QLoRA: {asked_for['model']}, LoRA r = 16 on all linear layers",
-        f"{sizes}; 16 a step, learning rate {asked_for['training']['learning_rate']:g}. One seed. Answers: banking77 "
-        "exact, GSM8K the final number, E2E NLG the best F1 of the words with a person's sentence. Intervals are 95 %; "
-        "± is one standard error of the difference, taken row by row on the same rows.",
+        f"{sizes}; 16 a step, learning rate {asked_for['training']['learning_rate']:g}. One seed. "
+        + ("" if only else ANSWERS)
+        + "± is one standard error of the difference, taken row by row on the same rows.",
         "## Weights",
         "How far a merged weight lies from dequantized base + ΔW, which is what was trained: norms over all adapted "
         "layers, relative to ΔW's. 100 % means an error as large as all that was learned.",
@@ -213,16 +221,20 @@ def task_text(one: dict[str, Any], base: dict[str, Any]) -> list[str]:
         own, to = one["arms"][arm], one["to_trained"].get(arm)
         rows.append([
             title, f"{own['loss']:.4f}", f"{to['loss']:+.4f} ± {to['loss_error']:.4f}" if to else "",
-            f"{own['share']:.1%}", spread(own), f"{to['share']:+.1%} ± {to['share_error']:.1%}" if to else "",
-            f"{to['same_answers']:.0%}" if to else "",
+            *answered(own), f"{to['share']:+.1%} ± {to['share_error']:.1%}" if to and "share" in to else "",
+            f"{to['same_answers']:.0%}" if to and "share" in to else "",
         ])  # fmt: skip
-    rows.append(["16-bit base alone", f"{base['loss']:.4f}", "", f"{base['share']:.1%}", spread(base), "", ""])
-    return [f"### {name(one)}", table(head, rows)]
+    rows.append(["16-bit base alone", f"{base['loss']:.4f}", "", *answered(base), "", ""])
+    columns = len(head) if "share" in base else 3
+    return [f"### {name(one)}", table(head[:columns], [row[:columns] for row in rows])]
 
 
-def spread(own: dict[str, Any]) -> str:
+def answered(own: dict[str, Any]) -> tuple[str, str]:
+    """How much was right, and its interval."""
+    if "share" not in own:
+        return "", ""
     low, high = own["interval"]
-    return f"{low:.1%}–{high:.1%}"
+    return f"{own['share']:.1%}", f"{low:.1%}–{high:.1%}"
 
 
 def name(one: dict[str, Any]) -> str:

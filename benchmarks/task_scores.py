@@ -51,13 +51,17 @@ class Rows:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def asked(base: Base, adapter: str | None, task: str, test: Path, data_dir: Path) -> Rows:
-    """Put all test rows to a model for the loss, and the first `Task.questions` of them for an answer."""
+def asked(
+    base: Base, adapter: str | None, task: str, test: Path, data_dir: Path, only_loss_of: int | None = None
+) -> Rows:
+    """Put all test rows to a model for the loss, and the first `Task.questions` of them for an answer; or so many for
+    the loss alone."""
     questions = TASKS[task].questions
-    data = load_data(
-        DataConfig(train=str(test), eval_fraction=0.0), base.tokenizer, base.context_length, 0, lambda _: None
-    )
+    config = DataConfig(train=str(test), eval_fraction=0.0, max_rows=only_loss_of)
+    data = load_data(config, base.tokenizer, base.context_length, 0, lambda _: None)
     nats, tokens = row_nats(base, adapter, data.train)
+    if only_loss_of is not None:
+        return Rows(nats, tokens, [], [], [])
     answers = _answers(base, adapter, task, data, questions)
     wanted = [references(task, data_dir, chat) for chat in read_chats(test)[:questions]]
     shares = [

@@ -56,7 +56,7 @@ COMMANDS = {
     "long_conversations": "long_conversations.py BEFORE --out long_conversations",
     "profile_step": "profile_step.py",
     "profile_step_six_adapters": "profile_step.py --ranks 2,4,8,16,32,64 --steps 3",
-    "qlora_merge": "qlora_merge.py",
+    "qlora_merge": "qlora_merge.py --quick",
     "qlora_quality_banking77": "qlora_quality.py --data banking77",
     "qlora_quality_gsm8k": "qlora_quality.py --data gsm8k",
     "qlora_step": "qlora_step.py",
