@@ -134,6 +134,12 @@ def _by_llama_cpp(job: ModelJob, file: Path) -> ReadBack:
             f"llama.cpp's log-probabilities are {found.mean_difference:.2g} nats from ours in the mean, and {job.type} "
             f"explains {most}. Nothing was written; this is a defect of the export"
         )
+    if found.chats_equal < found.chats:
+        job.log(
+            f"warning: by the same chat template llama.cpp writes {found.chats - found.chats_equal} of {found.chats} "
+            "conversations otherwise than transformers does (its /apply-template shows how); give it prompts that were "
+            "written elsewhere"
+        )
     return ReadBack(found.reader, found.answers, found.largest_difference, moved, NATS, found.as_dict())
 
 
