@@ -27,7 +27,7 @@ from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config
 from topwork.plan.count import base_skeleton
 from topwork.reporting.card import add_card
-from topwork.reporting.card_source import is_hub_id, last_part
+from topwork.reporting.card_source import is_hub_id, last_part, without_places
 from topwork.run.exporting.check import asked, stored_by, tokenizer_of
 from topwork.run.exporting.gguf import write_adapter_file
 from topwork.run.exporting.models import ModelJob, stem, write_gguf, write_hf
@@ -82,7 +82,7 @@ class Exported:
             "format": self.format, "type": self.type, "reader": self.reader, "base_model": self.base_model,
             "figures": dict(self.figures),
             "findings": [finding.as_json() for finding in self.findings],
-            "read_back": [each.as_json() for each in self.read_back], "use": list(self.use),
+            "read_back": [each.as_json() for each in self.read_back], "use": without_places(list(self.use)),
         }  # fmt: skip
 
 
