@@ -128,6 +128,7 @@ def test_a_run_in_every_format(format: str, trained: Path, tmp_path: Path) -> No
                                              "gguf-adapter": "llama.cpp"}.get(format, "PEFT"))  # fmt: skip
     assert done.read_back[-1].largest < 1e-3
     assert all(str(tmp_path) not in line for line in done.use)
+    assert str(tmp_path.parent) not in (tmp_path / "out" / "export.json").read_text(), "a place of this machine"
     if format == "vllm":
         assert done.figures["max_lora_rank"] == 8
         assert "--chat-template OUT/chat_template.jinja" in done.use[1]

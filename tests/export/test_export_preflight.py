@@ -229,6 +229,21 @@ def read_adapter_without(folder: Path, key: str) -> SavedAdapter:
     return read_adapter(folder)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma3_text", "phi3"])
+def test_vllm_adapts_the_ends_of_some_models_alone(family: str, tmp_path: Path) -> None:
+    """vLLM 0.32: a class without `embedding_modules` expects no embed_tokens and no lm_head."""
+    base = tiny_base(family, tie_word_embeddings=False)
+    for name in ("embed_tokens", "lm_head"):
+        adapters = Adapters(base.module)
+        adapters.add("a", AdapterConfig(r=4, target_modules=[name, "o_proj"]))
+        write_adapter(tmp_path / name, adapters, "a", BaseId(None, None))
+        adapters.remove("a")
+        saved, bare = read_adapter(tmp_path / name), bones(family, tie_word_embeddings=False)
+        (finding,) = preflight(saved, bare, READERS["vllm"])
+        assert finding.refused == (family not in ("llama", "phi3"))
+        assert preflight(saved, bare, READERS["sglang"])[0].action == "kept"
+
+
 def test_a_quantized_base_is_told(tmp_path: Path) -> None:
     saved, bare = made(tmp_path, "rslora")
     for reader in READERS.values():

@@ -225,7 +225,11 @@ def test_read_back_by_llama_cpp_says_how_far_the_file_is_from_us(tmp_path):
     assert found.agreed == 8
     assert found.answers_equal == 2
     assert found.largest_difference < 1e-4
+    assert (found.chats, found.chats_equal) == (3, 3)
     assert "2 of 2 greedy answers as ours" in str(found)
+    another = byte_level()
+    another.chat_template = FIN
+    assert read_back(file, [], another).chats_equal == 0
     assert found.as_dict()["positions"] == 8
     other = [Answer(each.prompt, each.tokens, each.logprobs.roll(1, -1)) for each in answers]
     assert read_back(file, other).largest_difference > 0.1

@@ -249,6 +249,25 @@ def test_a_template_of_its_own_is_told_to_vllm(tmp_path: Path) -> None:
     assert "chat_template: chat_template.jinja" in card
 
 
+def test_a_run_that_does_not_come_again_from_its_recipe_says_why(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "mine")
+    first = json.loads((run / "provenance.json").read_text())
+    surroundings = {name: first.get(name) for name in ("hardware", "versions")}
+    assert "The same machine and versions give the same" in card_of(run)
+    for more, told, row, same in (
+        ({"resumed": [surroundings]}, "The same machine and versions", "| Resumed | once |", True),
+        ({"resumed": [surroundings, {**surroundings, "hardware": "another"}]}, "resumed on another machine",
+         "| Resumed | 2 times |", False),
+        ({"trained_together": ["mine", "b", "c"]}, "in the same passes as others",
+         "| Trained together with | 2 others |", False),
+    ):  # fmt: skip
+        (run / "provenance.json").write_text(json.dumps(first | more))
+        card = card_of(run)
+        assert told in card
+        assert row in card
+        assert ("give the same\nbytes" in card) == same
+
+
 def test_a_base_in_4_bits_is_told_where_readers_have_it_in_16(tmp_path: Path) -> None:
     recipe = {"model": {}, "quantization": {"load_in_4bit": True}, "data": {"train": "x.jsonl"}}
     card = card_of(a_run(tmp_path / "mine", recipe=recipe))

@@ -191,6 +191,8 @@ def test_an_mlx_adapter_with_dora(tiny_llama: Path, factors: dict[str, tuple[Ten
     [
         ({"fine_tune_type": "full"}, {}, "holds weights of the base itself, not an adapter"),
         ({"lora_parameters": {"rank": 3}}, {}, r"does not say by what its update is multiplied"),
+        # mlx-lm of 2024 multiplied by scale · alpha / rank, and alpha is overlooked since
+        ({"lora_parameters": {"rank": 3, "alpha": 16.0, "scale": 10.0}}, {}, r"an alpha of 16.0 beside its scale 10"),
         ({"fine_tune_type": "dora"}, {}, r"says it is DoRA and holds no lengths"),
         ({}, {"model.layers.0.mlp.x.lora_a": torch.ones(4, 8, 3), "model.layers.0.mlp.x.lora_b": torch.ones(4, 3, 8)},
          "adapts experts at once"),

@@ -1,5 +1,6 @@
 """An adapter as it is named: a run's folder, a PEFT folder, or neither."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,13 @@ def test_adapters_in_folders_of_their_names_are_told(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text("{}")
     with pytest.raises(RequestError, match=r"support, .*terse, as PEFT saves adapters that have names; give one of"):
         given_adapter(tmp_path)
+
+
+def test_a_runs_adapter_folder_is_the_runs_adapter(trained: Path, tmp_path: Path) -> None:
+    """Alone it would be read with the base's template, and on a base that is held otherwise than in training."""
+    whole, named = given_adapter(trained), given_adapter(trained / "adapter")
+    assert (named.place, named.recipe, named.template) == (whole.place, whole.recipe, whole.template)
+    assert named.template is not None
+    copied = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    assert given_adapter(copied).recipe is None
+    assert given_adapter(trained / "adapter", str(tmp_path)).recipe is None

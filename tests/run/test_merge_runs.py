@@ -26,7 +26,7 @@ from topwork.common.errors import AdapterError, RequestError, RunError
 from topwork.merging import stream
 from topwork.run.merge import merge
 from topwork.run.merging import check as merge_check
-from topwork.run.merging import merge_plan
+from topwork.run.merging import plan as merge_plan
 from topwork.run.train import train
 
 Log = Callable[[str], None]

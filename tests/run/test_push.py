@@ -279,6 +279,36 @@ def test_a_key_in_the_rows_stays_here(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "training" / "evaluation.json").read_text("utf-8"))["samples"] == []
 
 
+def test_a_models_own_code_goes_up_and_what_tells_where_it_lay_does_not(tiny_llama: Path, tmp_path: Path) -> None:
+    model, out = shutil.copytree(tiny_llama, tmp_path / "merged"), tmp_path / "out"
+    for name, more in (
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}),
+        ("tokenizer_config.json", {"special_tokens_map_file": "/home/ada/.cache/special_tokens_map.json"}),
+    ):
+        values = json.loads((model / name).read_text("utf-8"))
+        (model / name).write_text(json.dumps(values | more), "utf-8")
+    (model / "modeling_x.py").write_text("from .layers_x import Layer\n", "utf-8")
+    for name in ("layers_x.py", "upload_all.py"):
+        (model / name).write_text("KEY = 1\n", "utf-8")
+    told: list[str] = []
+    push(model, REPO, dry_run=out, log=told.append)
+    assert told == ["not uploaded: upload_all.py"]
+    assert {path.name for path in out.glob("*.py")} == {"modeling_x.py", "layers_x.py"}
+    assert "/home/ada" not in (out / "tokenizer_config.json").read_text("utf-8")
+    (model / "Modelfile").write_text(f'SYSTEM """use {TOKEN}"""\n', "utf-8")
+    with pytest.raises(RequestError, match=r"Modelfile holds what looks like a key"):
+        push(model, REPO, dry_run=tmp_path / "other", log=quiet)
+
+
+def test_prompt_tunings_tokenizer_is_the_bases(trained: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    config["tokenizer_name_or_path"] = "/home/ada/models/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    push(adapter, REPO, base_name=BASE, dry_run=tmp_path / "out", log=quiet)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["tokenizer_name_or_path"] == BASE
+
+
 def test_a_model_folder_goes_up_without_what_is_not_the_models(
     hub: HubStandIn, tiny_llama: Path, tmp_path: Path
 ) -> None:

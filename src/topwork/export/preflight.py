@@ -24,7 +24,7 @@ from topwork.adapters.peft_format import SavedAdapter, fitted_shapes
 from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.export.lowered import missing_layers
-from topwork.export.readers import FEATURES, Action, Reader
+from topwork.export.readers import FEATURES, Action, Reader, Verdict
 
 INSTEAD = {
     "prefix": "use it where it was trained, or with PEFT (--format peft)",
@@ -85,7 +85,7 @@ def preflight(saved: SavedAdapter, bare: Bare, reader: Reader, quantized: bool =
     if not found.keys() & {"grown_vocabulary", "not_finite"}:
         found |= _of_parts(_own_parts(saved, bare), bare, reader, 2 if "beginning" in found else 1)
     order = [name for name in FEATURES if name in found]
-    return [_finding(name, found[name], reader) for name in order]
+    return [_finding(name, found[name], reader, str(bare.config.model_type)) for name in order]
 
 
 def refuse(findings: list[Finding], saved: SavedAdapter, reader: Reader) -> None:
@@ -138,8 +138,10 @@ def _base_copies(saved: SavedAdapter) -> set[str]:
     return {key for key in saved.tensors if ".base_layer." in key}
 
 
-def _finding(name: str, found: str, reader: Reader) -> Finding:
+def _finding(name: str, found: str, reader: Reader, model_type: str) -> Finding:
     verdict = reader.verdicts[name]
+    if name in ("embedding_lora", "head_lora") and reader.ends is not None and model_type not in reader.ends:
+        verdict = Verdict("merge instead", f"refuses it at models of type {model_type}")
     instead = {"merge instead": reader.advice, "refused": INSTEAD.get(name, "")}.get(verdict.action, "")
     return Finding(name, found, verdict.unseen, verdict.action, instead)
 

@@ -53,9 +53,10 @@ class ReadBack:
         """For people."""
         if not self.prompts:
             return f"{self.by}: updates {self.largest:.1e} apart"
-        if self.unit == NATS:
-            return f"{self.by} on {self.prompts} prompts: log-probabilities {self.largest:.1e} nats apart at most"
         moved = "" if self.moved is None else f" (the adapter moves them by {self.moved:.1e})"
+        if self.unit == NATS:
+            told = f"log-probabilities {self.largest:.1e} nats apart at most{moved}"
+            return f"{self.by} on {self.prompts} prompts: {told}"
         return f"{self.by} on {self.prompts} prompts: logits {self.largest:.1e} of the largest apart{moved}"
 
     def as_json(self) -> dict[str, Any]:

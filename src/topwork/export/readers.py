@@ -66,6 +66,7 @@ class Reader:
     ranks         what the one rank of the plain form may be; None for any up to `most`
     most          the largest rank; None for any
     whole_layers  whether a module's name that has an update in one layer needs one in all
+    ends          model types whose embedding and head it adapts; None for all
     types         what --type may say, the default first; empty where there is nothing to choose
     advice        what to export where this format cannot carry a feature that a merged model can
     """
@@ -78,6 +79,7 @@ class Reader:
     ranks: tuple[int, ...] | None = None
     most: int | None = None
     whole_layers: bool = False
+    ends: frozenset[str] | None = None
     types: tuple[str, ...] = ()
     advice: str = "export the merged model (--format hf)"
 
@@ -106,6 +108,13 @@ _ALWAYS = {
 _BEGINNING = "would take A and B for an update of the whole base, which they were trained without"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
+
+VLLM_ENDS = frozenset({
+    "llama", "phi3", "qwen3", "qwen3_moe", "granite", "granitemoe", "exaone4", "apertus", "cohere", "cohere2",
+    "mixtral", "phimoe", "lfm2", "nemotron",
+})  # fmt: skip
+"""Model types whose classes in vLLM name `embedding_modules`: it refuses an adapter of the embedding or head of others
+(mistral, qwen2, gemma to gemma3 among them), which then are modules that it does not expect."""
 
 PEFT = Reader(
     "peft", "PEFT", "adapter",
@@ -151,7 +160,7 @@ VLLM = Reader(
             "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
         },
     ),
-    most=VLLM_RANKS[-1],
+    most=VLLM_RANKS[-1], ends=VLLM_ENDS,
 )  # fmt: skip
 SGLANG = Reader(
     "sglang", "SGLang", "adapter",

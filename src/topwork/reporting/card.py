@@ -21,6 +21,7 @@ from topwork.reporting.card_facts import (
     made_rows,
     method_name,
     method_rows,
+    not_again,
     ranks,
     read_back,
     score_rows,
@@ -87,6 +88,7 @@ def render_card(source: CardSource, samples: int = SAMPLES) -> str:
             warnings=without_places(entries(source.result, "warnings")),
             recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
             tokens_per_pass=source.provenance.get("tokens_per_pass"),
+            not_again=not_again(source),
         )
     )
     return f"---\n{front}---\n\n{body.strip()}\n"

@@ -97,7 +97,21 @@ def method_rows(source: CardSource) -> Rows:
     told = {"seed": "Seed", "tokens_per_pass": "Tokens per pass", "hardware": "Hardware"}
     found += [(title, text(provenance[key])) for key, title in told.items() if provenance.get(key) is not None]
     versions = ", ".join(f"{name} {version}" for name, version in section(provenance, "versions").items())
-    return found + ([("Versions", text(versions))] if versions else [])
+    found += [("Versions", text(versions))] if versions else []
+    resumed, together = _mappings(provenance, "resumed"), entries(provenance, "trained_together")
+    if resumed:
+        found.append(("Resumed", f"{len(resumed)} times" if len(resumed) > 1 else "once"))
+    return found + ([("Trained together with", f"{len(together) - 1} others")] if len(together) > 1 else [])
+
+
+def not_again(source: CardSource) -> str:
+    """Why the recipe alone does not give the same bytes; empty where it does."""
+    first = {name: source.provenance.get(name) for name in ("hardware", "versions")}
+    if any({name: each.get(name) for name in first} != first for each in _mappings(source.provenance, "resumed")):
+        return "It was resumed on another machine or with other versions, so that rounding differs from any single run."
+    if len(entries(source.provenance, "trained_together")) > 1:
+        return "It was trained in the same passes as others, so that its rounding differs from a run alone."
+    return ""
 
 
 def _base_rows(source: CardSource) -> Rows:

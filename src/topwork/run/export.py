@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from topwork.adapters.foreign import CONFIG
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
@@ -18,22 +20,26 @@ from topwork.export.gguf.package import gguf_package
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
 from topwork.export.read_back import ReadBack
 from topwork.export.readers import FEATURES, OLLAMA, OLLAMA_MERGED, Reader, reader_of, type_of
+from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.lazy import open_lazily
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config
 from topwork.plan.count import base_skeleton
 from topwork.reporting.card import add_card
-from topwork.reporting.card_source import is_hub_id, last_part
+from topwork.reporting.card_source import is_hub_id, last_part, without_places
 from topwork.run.exporting.check import asked, stored_by, tokenizer_of
 from topwork.run.exporting.gguf import write_adapter_file
 from topwork.run.exporting.models import ModelJob, stem, write_gguf, write_hf
 from topwork.run.exporting.ollama import takes_adapters, write_ollama_adapter, write_ollama_model
 from topwork.run.exporting.peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
 from topwork.run.exporting.written import OUT, Written
-from topwork.run.folder import check_out
+from topwork.run.folder import ADAPTER_NAME, check_out
 from topwork.run.given import Given, given_adapter, is_adapter
-from topwork.run.merge import prepared_merge
+from topwork.run.merge import prepared_merge, told
+from topwork.run.merging.inputs import merge_inputs
+from topwork.run.merging.plan import opened, plan_merge
 
 ADAPTER_WRITERS: dict[str, Callable[[AdapterJob, Path], Written]] = {
     "peft": write_peft, "vllm": write_vllm, "sglang": write_sglang, "lorax": write_lorax,
@@ -77,7 +83,7 @@ class Exported:
             "format": self.format, "type": self.type, "reader": self.reader, "base_model": self.base_model,
             "figures": dict(self.figures),
             "findings": [finding.as_json() for finding in self.findings],
-            "read_back": [each.as_json() for each in self.read_back], "use": list(self.use),
+            "read_back": [each.as_json() for each in self.read_back], "use": without_places(list(self.use)),
         }  # fmt: skip
 
 
@@ -211,21 +217,42 @@ def _merged(given: Given, out: Path, how: _How) -> Exported:
         hparams_of(bare.config.to_dict())  # before an hour of merging: ModelError for a family that it has not
     if how.dry_run:
         return how.exported(out, findings)
-    tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
-    merge = prepared_merge(given, out, _merged_type(how), "auto", how.force, how.log, how.check)
+    if how.reader.format == "hf":
+        merge = prepared_merge(given, out, _merged_type(how), "auto", how.force, how.log, how.check)
 
-    def fill(folder: Path) -> Written:
-        if how.reader.format == "hf":
+        def fill(folder: Path) -> Written:
             figures = merge(folder)
             return Written(figures, [f'AutoModelForCausalLM.from_pretrained("{OUT}")'], _checked(figures))
-        whole = folder / "merged"
-        whole.mkdir()
-        figures = merge(whole)
-        source = Source(given.place.resolve().name, str(whole), None)
-        job = ModelJob(source.name, source, how.reader, how.type, tokenizer, how.check, how.log, given)
+
+        return _written(out, findings, how, fill)
+    return _merged_into_gguf(given, out, how, findings)
+
+
+def _merged_into_gguf(given: Given, out: Path, how: _How, findings: Sequence[Finding]) -> Exported:
+    """No merged folder on the disk beside the file: each weight is merged when it is written."""
+    tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
+    inputs = merge_inputs(given, 0, None, how.log)
+    plan = plan_merge(given, inputs, _merged_type(how), "auto", how.force, how.log)
+    name = given.place.resolve().name
+
+    def opening() -> tuple[Base, str]:
+        base, adapters = opened(given, inputs, torch.float32, how.force)
+        adapters.train(ADAPTER_NAME, False)
+        return base, ADAPTER_NAME
+
+    def fill(folder: Path) -> Written:
+        model, aside = plan.model, folder / "merged"
+        if model is None:  # it could only be merged in memory
+            aside.mkdir()
+            plan.write(aside)
+            model = open_lazily(Source(name, str(aside), None))
+        job = ModelJob(
+            name, plan.source, how.reader, how.type, tokenizer, how.check, how.log, given, replace(model, name=name),
+            opening,
+        )  # fmt: skip
         written = MODEL_WRITERS[how.reader.format](job, folder)
-        shutil.rmtree(whole)
-        return replace(written, figures={**written.figures, "merge": figures})
+        shutil.rmtree(aside, ignore_errors=True)
+        return replace(written, figures={**written.figures, "merge": told(given, plan)})
 
     return _written(out, findings, how, fill)
 

@@ -9,7 +9,7 @@ from topwork.common.errors import RequestError
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
-from topwork.run.folder import RECIPE, TEMPLATE, finished_recipe
+from topwork.run.folder import RECIPE, RESULT, TEMPLATE, finished_recipe
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -41,6 +41,17 @@ def is_adapter(place: Path) -> bool:
     return (place / RECIPE).is_file() or (adapter_folder(place) / ADAPTER_CONFIG).is_file()
 
 
+def run_of(place: Path) -> Path:
+    """The run whose `adapter/` is named, since that folder alone tells neither the chat template that was learned by
+    nor how the base was held; any other place as it is."""
+    run = place.absolute().parent
+    return run if (run / RESULT).is_file() and (run / RECIPE).is_file() and _same(adapter_folder(run), place) else place
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_dir() and one.resolve() == other.resolve()
+
+
 def given_adapter(place: Path | str, model: str | None = None) -> Given:
     """Read the adapter of a run's folder, or of a PEFT folder. `model` names the base of a PEFT folder whose own name
     for it is not to be found here.
@@ -49,6 +60,7 @@ def given_adapter(place: Path | str, model: str | None = None) -> Given:
     AdapterError for a folder that cannot be read.
     """
     place = Path(place)
+    place = run_of(place) if model is None else place
     if (place / RECIPE).is_file():
         if model is not None:
             raise RequestError(f"--model {model}: {place} is a run and names its base itself; leave --model out")

@@ -19,7 +19,7 @@ from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
 from topwork.run.merging.check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
-from topwork.run.merging.inputs import Inputs, merge_inputs
+from topwork.run.merging.inputs import merge_inputs
 from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
 
 INPUTS = 100
@@ -91,7 +91,7 @@ def prepared_merge(
     def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         plan.write(folder)
-        found = _told(adapter, plan, inputs) | {"merge_seconds": round(time.perf_counter() - started, 2)}
+        found = told(adapter, plan, inputs.source) | {"merge_seconds": round(time.perf_counter() - started, 2)}
         if before is not None:
             verified = after_merge(folder, adapter, plan, before, inputs)
             found |= asdict(verified)
@@ -111,8 +111,8 @@ def _refuse_request(base: str, check: int, data: str | None) -> None:
         raise RequestError("--data names the inputs of the check, which --check 0 leaves out; leave one of them out")
 
 
-def _told(adapter: Given, plan: MergePlan, inputs: Inputs) -> dict[str, Any]:
-    """What OUT/merge.json says but for the check; no place on this machine."""
+def told(adapter: Given, plan: MergePlan, inputs: str = "") -> dict[str, Any]:
+    """What OUT/merge.json says but for the check, on `inputs`; no place on this machine."""
     lost = plan.rounding.loss()
     quantization = adapter.quantization
     return {
@@ -124,7 +124,7 @@ def _told(adapter: Given, plan: MergePlan, inputs: Inputs) -> dict[str, Any]:
         "quantization": quantization.model_dump(mode="json") if quantization.active else None,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "weight_bytes": plan.nbytes,
-        "inputs": inputs.source or None,
+        "inputs": inputs or None,
         "rounding": asdict(lost) if lost is not None else None,
         "topwork_version": version("topwork"),
     }

@@ -14,6 +14,7 @@ from topwork.reporting.card_source import CardSource, is_hub_id
 from topwork.reporting.card_use import PLACE
 from topwork.reporting.wording import size
 from topwork.run.folder import check_out
+from topwork.run.given import run_of
 from topwork.run.pushing.hub import Standing, check_repo, commit, open_hub, standing
 from topwork.run.pushing.upload import Content, Upload, gather, refuse_secrets
 
@@ -58,7 +59,7 @@ def push(
     check_repo(repo)
     if dry_run is not None:
         check_out(Path(dry_run), Path(run), "what is pushed", overwrite=None)
-    upload, files = _prepared(Path(run), repo, base_name, samples, log)
+    upload, files = _prepared(run_of(Path(run)), repo, base_name, samples, log)
     told = {name: _bytes(content) for name, content in sorted(files.items())}
     done: dict[str, Any] = {"repo": repo, "files": told, "removed": [], "commit": None, "folder": None}
     if dry_run is not None:

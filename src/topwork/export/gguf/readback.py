@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from topwork.common.errors import RunError
+from topwork.data.chat.rendering import TemplateRejects
+from topwork.data.chat.template import ChatTemplate
+from topwork.data.conversations import Message
 from topwork.export.gguf.llama_cpp import LlamaCpp, is_installed
 from topwork.export.gguf.package import gguf_package
 from topwork.models.base import Base
@@ -17,6 +20,13 @@ from topwork.ops.batch import batch_of
 
 TOP = 20
 """So many of llama.cpp's likeliest tokens are compared at each position."""
+
+CHATS = (
+    [("user", "Where is my order 4711?")],
+    [("system", "Answer in one word."), ("user", "Hello!\n\nWho are you?")],
+    [("user", "a"), ("assistant", "b"), ("user", "c")],
+)
+"""Conversations that the file's template is held to."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class ReadBack:
     positions    how many places answers were compared at; `agreed` where both say the same token
     mean_difference, largest_difference  of the log-probabilities of llama.cpp's likeliest tokens, in nats
     answers_equal  answers that came out the same when llama.cpp went on by itself, of `answers`
+    chats        how many conversations both wrote out by the chat template; `chats_equal` of them alike
     """
 
     reader: str
@@ -50,6 +61,8 @@ class ReadBack:
     largest_difference: float = 0.0
     answers: int = 0
     answers_equal: int = 0
+    chats: int = 0
+    chats_equal: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,7 +75,8 @@ class ReadBack:
             f"read back by llama.cpp: {self.answers_equal} of {self.answers} greedy answers as ours, the likeliest "
             f"token as ours at {self.agreed} of {self.positions} places, log-probabilities "
             f"{self.mean_difference:.1e} apart ({self.largest_difference:.1e} at most), "
-            f"{self.texts_equal} of {self.texts} texts cut alike"
+            f"{self.texts_equal} of {self.texts} texts cut alike, {self.chats_equal} of {self.chats} conversations "
+            "written alike"
         )
 
 
@@ -107,8 +121,28 @@ def read_back(path: Path, answers: Sequence[Answer], tokenizer: Any = None, text
         "llama.cpp", len(gguf_package().GGUFReader(path).tensors), len(texts),
         sum(reader.tokens(text) == list(tokenizer(text)["input_ids"]) for text in texts),
         sum(len(each.tokens) for each in answers), agreed, float(np.mean(differences)) if differences else 0.0,
-        max(differences, default=0.0), len(answers), equal,
+        max(differences, default=0.0), len(answers), equal, *_chats(reader, tokenizer),
     )  # fmt: skip
+
+
+def _chats(reader: LlamaCpp, tokenizer: Any) -> tuple[int, int]:
+    """How many conversations the tokenizer's chat template takes, and how many of them the file's writes alike."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return 0, 0
+    renderer, asked, alike = ChatTemplate(tokenizer).renderer, 0, 0
+    for chat in CHATS:
+        try:
+            ours = renderer.render([Message(role, content) for role, content in chat], None, True)
+        except TemplateRejects:
+            continue
+        asked += 1
+        try:
+            theirs = reader.rendered([{"role": role, "content": content} for role, content in chat])
+        except RunError:  # it does not run the template
+            continue
+        bos = tokenizer.bos_token or ""  # llama.cpp takes it away where it puts one in front itself
+        alike += ours in (theirs, bos + theirs)
+    return asked, alike
 
 
 def _structure(path: Path) -> int:

@@ -65,6 +65,14 @@ def _scale(called: str, config: Mapping[str, Any]) -> float:
             f"{called} does not say by what its update is multiplied (adapter_config.json: lora_parameters.scale), and "
             "it is not guessed"
         )
+    assert isinstance(given, Mapping)
+    alpha, rank = given.get("alpha"), given.get("rank")
+    if alpha is not None and alpha != rank:
+        raise AdapterError(
+            f"{called} has an alpha of {alpha!r} beside its scale {scale:g} and rank {rank!r}: mlx-lm once multiplied "
+            "by scale · alpha / rank and now multiplies by scale alone, and the file does not tell which of them wrote "
+            "it; take alpha out of adapter_config.json, and let lora_parameters.scale be what it was trained with"
+        )
     return float(scale)
 
 

@@ -19,7 +19,8 @@ from topwork.export.ollama.modelfile import ADAPTERS_NOT_READ
 from topwork.models.lazy import open_lazily
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_config, usable_length
-from topwork.run.exporting.gguf import write_adapter_file
+from topwork.run.counted import telling
+from topwork.run.exporting.gguf import BaseFile, write_adapter_file
 from topwork.run.exporting.models import ModelJob, stem, write_gguf
 from topwork.run.exporting.peft import AdapterJob
 from topwork.run.exporting.written import OUT, Written
@@ -43,9 +44,12 @@ def write_ollama_adapter(job: AdapterJob, folder: Path) -> Written:
         raise RequestError("an Ollama folder needs the base's tokenizer, and it is not at hand; name the base's folder")
     modelfile = _prepared(job.given, job.tokenizer, job.bare.config, job.log)
     source = find_source(job.given.model, job.log)
-    written = write_adapter_file(job, folder)
-    base = folder / f"{stem(job.given.model.model_name_or_path)}-{job.type}.gguf"
-    write_gguf_model(open_lazily(source), job.tokenizer, None, base, job.type, job.log)
+    kind, base = job.type, folder / f"{stem(job.given.model.model_name_or_path)}-{job.type}.gguf"
+    telling(
+        f"tensors as {kind}", open_lazily(source), job.log,
+        lambda told: write_gguf_model(told, job.tokenizer, None, base, kind, job.log),
+    )  # fmt: skip
+    written = write_adapter_file(job, folder, BaseFile(base, kind))
     figures = {**written.figures, "model": base.name}
     return Written(figures | _finished(modelfile, base, written.figures["file"]), _use(), written.read_back)
 

@@ -27,6 +27,7 @@ from topwork.models.source import Source, find_source
 from topwork.models.stored_names import NotStoredError
 from topwork.models.tokenizer import load_config
 from topwork.models.writing import all_ends, clean_config, write_model, write_tokenizer
+from topwork.run.counted import telling
 from topwork.run.folder import ADAPTER_NAME, open_adapter
 from topwork.run.given import Given
 from topwork.run.merging.inputs import Inputs
@@ -52,6 +53,7 @@ class MergePlan:
     base          which base was taken after a training on a quantized one; None where there is but one
     changes_base  whether that is another than the adapter was trained on, so that the result differs by construction
     rounding      told of what storing takes, while it is written
+    model         the merged model, not in memory; None where it can only be merged there
     """
 
     write: Callable[[Path], None]
@@ -62,6 +64,7 @@ class MergePlan:
     base: str | None
     changes_base: bool
     rounding: Rounding
+    model: LazyModel | None = None
 
 
 def plan_merge(
@@ -101,7 +104,11 @@ def plan_merge(
         log(f"{error}: merged in memory instead, which takes that of the whole model")
         return replace(ready, write=_in_memory(adapter, inputs, kind, taken, force))
     finished = _finished(merged, bare, inputs.end_ids)
-    return replace(ready, write=lambda folder: _write(finished, inputs, folder), nbytes=merged.nbytes)
+
+    def write(folder: Path) -> None:
+        telling("merged tensors", finished, log, lambda model: _write(model, inputs, folder))
+
+    return replace(ready, write=write, nbytes=merged.nbytes, model=finished)
 
 
 _TAKEN = {

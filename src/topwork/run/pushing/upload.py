@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
@@ -45,6 +46,8 @@ TOKENIZER = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", TEMPLATE,
 )  # fmt: skip
 MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json", "Modelfile", "LICENSE", "NOTICE")
+TEXTS = ("Modelfile", TEMPLATE)
+"""Files that go up as they lie and may hold what somebody wrote: a system message."""
 RECORDS = tuple(f"{name}.json" for name in MADE)
 WEIGHTS = ("*.safetensors", "*.gguf")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -89,7 +92,9 @@ def gather(folder: Path, repo: str, base: str | None, samples: int, log: Log) ->
 def refuse_secrets(files: Mapping[str, Content]) -> None:
     """RequestError where a text that was made of the user's own holds what looks like a key."""
     for name, content in sorted(files.items()):
-        found = next(keys(content.decode("utf-8", "ignore")), None) if isinstance(content, bytes) else None
+        if isinstance(content, Path):
+            content = content.read_bytes() if name in TEXTS or name.startswith(f"{TRAINING}/") else b""
+        found = next(keys(content.decode("utf-8", "ignore")), None)
         if found is not None:
             raise RequestError(
                 f"{name} holds what looks like a key ({masked(found)}); take it out of the rows or the recipe. Answers "
@@ -106,6 +111,9 @@ def _adapter(folder: Path, source: CardSource) -> dict[str, Content]:
             "is on the Hub: --base-name OWNER/NAME"
         )
     config = {**source.adapter, "base_model_name_or_path": source.base}
+    if isinstance(config.get("tokenizer_name_or_path"), str):  # of prompt tuning: the base's, wherever it lay
+        config["tokenizer_name_or_path"] = source.base
+    config = {key: None if _is_place(key, value) else value for key, value in config.items()}
     own = {"base_model": source.base, "base_fingerprint": saved.base.fingerprint}
     return {
         **_known(folder, (*TOKENIZER, *RECORDS, "LICENSE", "NOTICE")),
@@ -176,7 +184,18 @@ def _model(folder: Path, source: CardSource) -> dict[str, Content]:
     if source.kind == "model" and not any(path.suffix == ".safetensors" for path in weights):
         raise RequestError(f"{folder} has a config.json and no .safetensors; there is no model in it to push")
     _refuse_missing_shards(folder)
-    return files | {path.name: path for path in weights}
+    return files | _code(folder) | {path.name: path for path in weights}
+
+
+def _code(folder: Path) -> dict[str, Content]:
+    """The model's own code, where its config names some that lies beside it: without it nobody could load the model.
+    No other script of the folder."""
+    values = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+    modules = {str(name).partition(".")[0] for name in (values.get("auto_map") or {}).values() if "--" not in str(name)}
+    named = [folder / f"{module}.py" for module in sorted(modules)]
+    files = {path for path in named if path.is_file()}
+    files |= {Path(other) for path in sorted(files) for other in get_relative_import_files(path)}
+    return {path.name: path.read_bytes() for path in sorted(files) if path.is_file()}
 
 
 def _refuse_missing_shards(folder: Path) -> None:
@@ -210,7 +229,13 @@ def _clean(name: str, content: bytes) -> bytes:
     values = json.loads(content)
     if name in RECORDS:
         return _json(without_places(values))
-    return _json({key: value for key, value in clean_config(values).items() if key != "name_or_path"})
+    return _json({key: value for key, value in clean_config(values).items() if not _is_place(key, value)})
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Where something was loaded from: `name_or_path`, and files of older tokenizers (`special_tokens_map_file`)."""
+    path = isinstance(value, str) and (value[:1] in ("/", "~") or value[1:3] in (":\\", ":/"))
+    return key == "name_or_path" or (path and key.endswith(("_file", "_path", "_dir")))
 
 
 def _json(values: Any) -> bytes:
@@ -221,5 +246,6 @@ def _left(folder: Path, source: CardSource) -> tuple[str, ...]:
     """What stays: what no reader of a model looks at, or what may be somebody's (optimizer states, pickles, logs)."""
     known = {*MODEL, *TOKENIZER, *RECORDS, CONFIG, TENSORS, OWN, CARD, MANIFEST, TRAINING}
     weights = set(source.files) | {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
+    weights |= _code(folder).keys()
     weights = set() if source.kind == "adapter" else weights
     return tuple(sorted(path.name for path in folder.iterdir() if path.name not in known | weights))
