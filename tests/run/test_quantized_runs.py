@@ -169,6 +169,8 @@ def test_loftq_begins_as_what_quantizing_lost(recipe: Callable[..., Path], wide:
             a, b = (found[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
             u, s, v = torch.linalg.svd(dense.get_submodule(path).weight.detach() - layer.packed.dense())
             assert relative(scaling * b @ a, (u[:, :r] * s[:r]) @ v[:r]) < 1e-4
+    with pytest.raises(RequestError, match="began with LoftQ"):  # it would add what quantizing lost to the whole weight
+        merge(run.folder, run.folder.with_name("merged"), base="16bit", check=0, log=silent)
 
 
 def test_the_figures_of_a_run(run_of: Callable[..., Path]) -> None:

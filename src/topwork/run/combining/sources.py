@@ -94,6 +94,9 @@ def tell_alike(read: Sources, log: Log) -> None:
     held = {label: given.quantization for label, given in zip(read.labels, read.given) if given.recipe is not None}
     if any(one != next(iter(held.values())) for one in held.values()):
         log(f"warning: {', '.join(held)} were trained on the same base held in different bits; their deltas are added")
+    begun = [label for label, one in zip(read.labels, read.given) if one.recipe and one.recipe.adapter.needs_quantized]
+    if len(begun) > 1:
+        log(f"warning: {', '.join(begun)} began with LoftQ: what quantizing took from the base is in each, and adds up")
     contents = [source.content for source in read.changes]
     for label, content in zip(read.labels, contents):
         first = read.labels[contents.index(content)]

@@ -67,9 +67,7 @@ class MergePlan:
     model: LazyModel | None = None
 
 
-def plan_merge(
-    adapter: Given, inputs: Inputs, dtype: str | None, base: str, force: bool, log: Log
-) -> MergePlan:  # fmt: skip
+def plan_merge(adapter: Given, inputs: Inputs, dtype: str | None, base: str, force: bool, log: Log) -> MergePlan:
     """Find the base and fit the adapter to it. Raises RequestError, ModelError and AdapterError for what does not go
     together."""
     source = find_source(adapter.model, log)
@@ -91,10 +89,7 @@ def plan_merge(
     if warning:
         log(f"warning: {warning}")
     rounding = Rounding()
-    ready = MergePlan(
-        lambda _: None, held.nbytes, kind, source, fingerprint, taken,
-        taken == ORIGINAL, rounding,
-    )  # fmt: skip
+    ready = MergePlan(lambda _: None, held.nbytes, kind, source, fingerprint, taken, taken == ORIGINAL, rounding)
     try:
         if taken == DEQUANTIZED:
             held = as_trained(held, bare, adapter.quantization)
@@ -125,6 +120,11 @@ def _taken(adapter: Given, source: Source, packed: bool, asked: str) -> str | No
         raise RequestError(
             f"--base {ORIGINAL}: {source.name} is a quantized checkpoint, and its weights from before are not in it; "
             "leave --base out, or train on the 16-bit model with quantization: {load_in_4bit: true}"
+        )
+    if asked == ORIGINAL and adapter.recipe is not None and adapter.recipe.adapter.needs_quantized:
+        raise RequestError(
+            f"--base {ORIGINAL}: {adapter.place} began with LoftQ, whose A and B hold what quantizing took from it; "
+            "on the weights from before that would count twice. Leave --base out"
         )
     if packed or adapter.quantization.active:
         return DEQUANTIZED if packed or (asked if asked != "auto" else AUTO) == DEQUANTIZED else ORIGINAL
