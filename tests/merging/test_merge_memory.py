@@ -53,6 +53,7 @@ def test_a_merge_takes_the_memory_of_one_tensor_and_one_shard(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr
     taken, largest, whole = map(int, done.stdout.split())
-    shard = 16 << 20
-    assert taken <= 9 * largest + shard  # the weight in 16 bits; in 32 it, what is added, scaled, and their sum
+    shard, libraries = 16 << 20, 8 << 20  # what the first read and product load is no part of the model
+    # the weight in 16 bits; in 32 it, what is added, scaled, and their sum
+    assert taken <= 9 * largest + shard + libraries
     assert taken < whole / 2

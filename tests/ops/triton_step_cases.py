@@ -62,9 +62,9 @@ class Kept(torch.optim.SGD):
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """Each on a base of qwen2, whose attention has biases."""
+    """Each on a base of qwen2, whose attention has biases; in bf16 those that share a pass, which are nearly all."""
     for dtype in (torch.float32, torch.bfloat16):
-        for name, methods in CASES.items():
+        for name, methods in CASES.items() if dtype is torch.float32 else [("together", CASES["together"])]:
             with patch.object(load, "INTERPRETED", False):
                 base = tiny_base("qwen2", dtype, num_hidden_layers=2)
                 adapters = added(base, **{m: AdapterConfig.model_validate(METHODS[m]) for m in methods})
