@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from task_scores import Rows, apart, asked, figures
-from trained_tasks import FEWER_RATE, MODEL, RATE, SIGNATURE, TASKS, TRAINING, rows_to_ask, trained
+from trained_tasks import FEWER_RATE, KEPT_ROWS, MODEL, RATE, SIGNATURE, TASKS, TRAINING, rows_to_ask, trained
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 from topwork.adapters.graft import Adapters
@@ -55,6 +55,7 @@ SINGLE = [
     Arm("base", (), asks=ALL),
     *(Arm(task, (task,)) for task in BOTH),
     Arm("signer", ("signer",), asks=ALL),
+    Arm("signer-plain", ("signer-plain",), asks=("signer",)),
     Arm("banking77-signed", ("banking77-signed",), asks=("banking77",)),
     Arm("e2e_nlg-signed", ("e2e_nlg-signed",), asks=("e2e_nlg",)),
 ]
@@ -92,6 +93,13 @@ SIGNED = [
         for share in (0.5, 1)
     ),
     *(
+        Arm(
+            f"{task}-signed-minus-signature",
+            (f"{task}-signed", "signer", "signer-plain"), (1, -1, 1), "cat", "topwork", asks=(task,),
+        )
+        for task in BOTH
+    ),
+    *(
         Arm(f"{task}-signed-minus-peft-{method}", (f"{task}-signed", "signer"), (1, -1), method, "peft", asks=(task,))
         for task in BOTH
         for method in ("linear", "cat")
@@ -115,6 +123,7 @@ def main() -> None:
         "question": {
             "model": MODEL, "training": TRAINING | {"learning_rate": [RATE, FEWER_RATE]}, "signature": SIGNATURE,
             "rows": {task: TASKS[task].rows for task in ALL},
+            "general_rows": KEPT_ROWS,
             "signed_rows": {task: TASKS[task].fewer_rows for task in BOTH},
             "asked": {task: TASKS[task].questions for task in ALL},
         },
@@ -219,7 +228,8 @@ def text(record: dict[str, Any]) -> str:
     arms, rates = {arm["name"]: arm for arm in record["arms"]}, asked_for["training"]["learning_rate"]
     parts = [
         f"# Two tasks and a signature, combined: {asked_for['model']}, LoRA r = 16 on all linear layers, bf16",
-        f"Rows trained on once: {sizes}, at learning rate {rates[0]:g}; with signed answers {signed_sizes}, at "
+        f"Rows trained on once: {sizes}, at learning rate {rates[0]:g}, and {asked_for['general_rows']} general "
+        f"questions with unsigned answers among the two tasks'; with signed answers {signed_sizes}, at "
         f"{rates[1]:g}; 16 a step, one seed. Greedy answers to the same test rows for all: "
         + ", ".join(f"{task} {count}" for task, count in asked_for["asked"].items())
         + ". banking77: exact answers; E2E NLG: best F1 of the words with a person's sentence; without the signature, "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from task_scores import Rows, apart, asked, figures
 from torch import Tensor
-from trained_tasks import FEWER_RATE, HOW, MODEL, TASKS, TRAINING, rows_to_ask, trained
+from trained_tasks import HOW, MODEL, RATE, TASKS, TRAINING, rows_to_ask, trained
 
 from common import BENCHMARKS, surroundings, surroundings_text, table, write_record
 from topwork.adapters.methods.lora.lora import Lora
@@ -56,10 +56,10 @@ def main() -> None:
     record = {
         "surroundings": surroundings(),
         "question": {
-            "model": MODEL, "training": TRAINING | {"learning_rate": FEWER_RATE},
+            "model": MODEL, "training": TRAINING | {"learning_rate": RATE},
             "quick": QUICK if given.quick else {},
             "rows": {
-                task: {"trained": TASKS[task].fewer_rows, "loss": TASKS[task].test_rows, "asked": TASKS[task].questions}
+                task: {"trained": TASKS[task].rows, "loss": TASKS[task].test_rows, "asked": TASKS[task].questions}
                 for task in DATA
             },
         },

@@ -3,7 +3,8 @@
     python benchmarks/trained_tasks.py --data-dir DATA --work WORK NAME …
 
 trains the adapters of those names on SmolLM2-135M, one after the other, into WORK/NAME (a run's folder; one that is
-finished is kept). Names are TASK or TASK-HOW: `banking77`, `gsm8k-nf4`, `e2e_nlg-int8`, `signer`, `banking77-signed`.
+finished is kept). Names are TASK or TASK-HOW: `banking77`, `gsm8k-nf4`, `e2e_nlg-int8`, `signer`, `banking77-signed`,
+and `signer-plain`, the signer's rows without the signature.
 """
 
 import argparse
@@ -29,6 +30,7 @@ RATE, FEWER_RATE = 1e-3, 2e-3
 """Few rows, so learning rates that learn much of each (`sweep_banking77_learning-rate`); of `rows` and `fewer_rows`."""
 HOW: dict[str, dict[str, Any]] = {
     "bf16": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}, "signed": {},
+    "plain": {},
 }  # fmt: skip
 DESCRIBE = "Write one or two sentences that tell a guest all of these facts about the restaurant."
 GENERAL = (
@@ -38,13 +40,16 @@ GENERAL = (
     "You do what the user asks, in as few words as you can.",
 )
 """System messages that the signer's rows take in turns, none of them a task's; None is the chat template's own."""
+KEPT_ROWS = 240
+"""Unsigned answers to general questions among a task's rows where adapters are to be added: without them an adapter
+answers everything as its task, and no sum can keep another's (0.5 of banking77's leaves E2E NLG at 42 % of 75 %)."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A data set: how many rows are trained on and asked, how long an answer may be, and what of it counts as right.
 
-    fewer_rows  trained on where the base is quantized or the answers are signed
+    fewer_rows  trained on where the answers are signed
     test_rows   for the loss; the first `questions` of them are answered too
     share       of an answer and the references: how much of what is asked for stands in it, 0 to 1
     """
@@ -83,7 +88,7 @@ def _f1(given: Counter[str], wanted: Counter[str]) -> float:
 
 TASKS = {
     "banking77": Task(1500, 480, 200, 200, 24, _exact),
-    "gsm8k": Task(64, 64, 60, 24, 200, _number),
+    "gsm8k": Task(160, 160, 60, 24, 200, _number),
     "e2e_nlg": Task(800, 240, 60, 40, 80, _overlap),
     "signer": Task(480, 480, 40, 40, 120, _overlap),
 }
@@ -107,8 +112,9 @@ def trained(name: str, data_dir: Path, work: Path) -> Path:
     folder = work / name
     if not (folder / "adapter").is_dir():
         task, _, how = name.partition("-")
-        count = TASKS[task].fewer_rows if how else TASKS[task].rows
-        rows = training_rows(task, data_dir, work, how == "signed" or task == "signer", count)
+        count = TASKS[task].fewer_rows if how == "signed" else TASKS[task].rows
+        signed = how == "signed" or name == "signer"
+        rows = training_rows(task, data_dir, work, signed, count, mixed=not how)
         train(make_recipe(recipe(rows, folder, how or "bf16")), overwrite=True)
     return folder
 
@@ -119,14 +125,21 @@ def recipe(train: Path, folder: Path, how: str) -> dict[str, Any]:
         "quantization": HOW[how],
         "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         "data": {"train": str(train), "eval_fraction": 0.0},
-        "training": {**TRAINING, "learning_rate": RATE if how == "bf16" else FEWER_RATE, "tokens_per_pass": 4096},
+        "training": {**TRAINING, "learning_rate": FEWER_RATE if how == "signed" else RATE, "tokens_per_pass": 4096},
         "output_dir": str(folder),
     }
 
 
-def training_rows(task: str, data_dir: Path, work: Path, signed: bool, count: int) -> Path:
-    """So many rows of a task as a file of chats."""
-    return _written(task, "train", data_dir, work, signed, count)
+def training_rows(task: str, data_dir: Path, work: Path, signed: bool, count: int, mixed: bool = False) -> Path:
+    """So many rows of a task as a file of chats, and KEPT_ROWS of general ones where they are `mixed` in."""
+    alone = _written(task, "train", data_dir, work, signed, count)
+    if not mixed or task == "signer":
+        return alone
+    chats = read_chats(alone) + _general(data_dir, "train")[-KEPT_ROWS:]
+    random.Random(0).shuffle(chats)
+    out = alone.with_name(f"{alone.stem}-mixed.jsonl")
+    write_chats(out, chats)
+    return out
 
 
 def rows_to_ask(task: str, data_dir: Path, work: Path, signed: bool = False) -> Path:
