@@ -75,6 +75,8 @@ class Soak:
             **{one.content: one.answers for one in signed}, None: base_answers,
         }  # fmt: skip
         self.names, self.told = Names(), Told()
+        self.room_may_lack = False
+        """Whether fewer adapters stay in memory than clients may use at once, so that one may be asked to wait."""
         self._lock, self._left = threading.Lock(), 0
 
     def load(self, name: str, signed: Signed, connection: HTTPConnection, in_place: bool = False) -> None:
@@ -168,6 +170,8 @@ class Soak:
         known = {None} if name == self.base else self.names.between(name, begun, time.monotonic())
         if status == 404 and name != self.base and None in known:
             self._count("refused while unloaded")
+        elif status == 503 and name != self.base and self.room_may_lack:
+            self._count("no room, to be asked again")  # all that fit are in use; clients of OpenAI's make ask again
         elif status != 200 or not whole:
             self._is_wrong(f"{name}: status {status}, whole: {whole}")
         elif version not in known or (version is None and name != self.base):
