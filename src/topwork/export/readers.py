@@ -162,17 +162,19 @@ VLLM = Reader(
     ),
     most=VLLM_RANKS[-1], ends=VLLM_ENDS,
 )  # fmt: skip
+_PLAIN_LORA: dict[Action, str] = {
+    "folded": "rslora alpha_pattern fractional_alpha beginning",
+    "padded": "unequal_ranks",
+    "expanded": "regex_targets",
+    "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
+    "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
+    "refused": "prefix prompt grown_vocabulary not_finite",
+}
+"""What is done for a reader of A and B at linear layers, embedding and head, at any rank and one scale."""
 SGLANG = Reader(
     "sglang", "SGLang", "adapter",
     _by_action(
-        {
-            "folded": "rslora alpha_pattern fractional_alpha beginning",
-            "padded": "unequal_ranks",
-            "expanded": "regex_targets",
-            "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-            "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
-            "refused": "prefix prompt grown_vocabulary not_finite",
-        },
+        _PLAIN_LORA,
         _ALWAYS | {
             "rslora": _SCALES, "alpha_pattern": _SCALES, "unequal_ranks": _SCALES, "beginning": _BEGINNING,
             "regex_targets": "reads names alone", "dora": "refuses it",
@@ -205,14 +207,7 @@ LORAX = Reader(
     ranks=(8, 16, 32, 64, 128), most=128, whole_layers=True,
 )  # fmt: skip
 _LLAMA_CPP = _by_action(
-    {
-        "folded": "rslora alpha_pattern fractional_alpha beginning",
-        "padded": "unequal_ranks",
-        "expanded": "regex_targets",
-        "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-        "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
-        "refused": "prefix prompt grown_vocabulary not_finite",
-    },
+    _PLAIN_LORA,
     _ALWAYS | {
         "rslora": "scales by alpha / r: use_rslora is not looked at", "beginning": _BEGINNING,
         "alpha_pattern": "has one alpha for all modules: alpha_pattern is not looked at",
