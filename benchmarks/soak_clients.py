@@ -17,6 +17,7 @@ from soak_adapters import PROMPTS, TOKENS, Signed
 LEAVES = 0.03
 """Part of the requests whose client goes away in the middle."""
 KEEPS_LOADED = 0.6
+ASKED_AGAIN, SECONDS_BETWEEN = 40, 0.05
 """Part of the changes to a loaded name that put another adapter in its place; the others unload it."""
 
 
@@ -76,7 +77,7 @@ class Soak:
         }  # fmt: skip
         self.names, self.told = Names(), Told()
         self.room_may_lack = False
-        """Whether fewer adapters stay in memory than clients may use at once, so that one may be asked to wait."""
+        """Whether fewer adapters stay in memory than clients may use at once, so that a 503 may ask one to wait."""
         self._lock, self._left = threading.Lock(), 0
 
     def load(self, name: str, signed: Signed, connection: HTTPConnection, in_place: bool = False) -> None:
@@ -150,17 +151,22 @@ class Soak:
         body = {
             "model": name, "prompt": PROMPTS[number], "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
         }  # fmt: skip
-        begun = time.monotonic()
         if leave:
             self._leave(connection, body)
             return
-        if chance.random() < 0.5:
-            found = streamed(connection, body)
-            status, headers, said = found.status, found.headers, found.tokens
-            whole = found.done and found.error is None
-        else:
-            status, headers, told = ask(connection, "/v1/completions", {**body, "return_token_ids": True})
-            said, whole = (told["choices"][0]["token_ids"], True) if status == 200 else ([], True)
+        streams = chance.random() < 0.5
+        for _ in range(ASKED_AGAIN if self.room_may_lack and name != self.base else 1):
+            begun = time.monotonic()
+            if streams:
+                found = streamed(connection, body)
+                status, headers, said = found.status, found.headers, found.tokens
+                whole = found.done and found.error is None
+            else:
+                status, headers, told = ask(connection, "/v1/completions", {**body, "return_token_ids": True})
+                said, whole = (told["choices"][0]["token_ids"], True) if status == 200 else ([], True)
+            if status != 503:
+                break
+            time.sleep(SECONDS_BETWEEN)  # all that fit are in use: asked again, as OpenAI's clients do
         self._check(name, number, tokens, begun, status, headers.get("x-topwork-version"), list(said), whole)
 
     def _check(
@@ -170,8 +176,6 @@ class Soak:
         known = {None} if name == self.base else self.names.between(name, begun, time.monotonic())
         if status == 404 and name != self.base and None in known:
             self._count("refused while unloaded")
-        elif status == 503 and name != self.base and self.room_may_lack:
-            self._count("no room, to be asked again")  # all that fit are in use; clients of OpenAI's make ask again
         elif status != 200 or not whole:
             self._is_wrong(f"{name}: status {status}, whole: {whole}")
         elif version not in known or (version is None and name != self.base):
