@@ -17,8 +17,9 @@ from soak_adapters import PROMPTS, TOKENS, Signed
 LEAVES = 0.03
 """Part of the requests whose client goes away in the middle."""
 KEEPS_LOADED = 0.6
-ASKED_AGAIN, SECONDS_BETWEEN = 40, 0.05
 """Part of the changes to a loaded name that put another adapter in its place; the others unload it."""
+ASKED_AGAIN, SECONDS_BETWEEN = 40, 0.05
+"""How often, and how soon, a client asks again that was told there is no room for its adapter."""
 
 
 class Names:
