@@ -8,6 +8,11 @@ import typer
 
 from topwork.cli.options import Force, Run
 
+EPILOG = (
+    'Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"\n\n'
+    'topwork chat --compare runs/support runs/terse "Where is my order 4711?"'
+)
+
 
 def chat(
     run: Run,

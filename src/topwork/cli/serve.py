@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+EPILOG = "Example: topwork serve smollm2-135m --adapter support=runs/support\n\ntopwork serve --config serve.yaml"
+
 
 def serve(
     model: Annotated[

@@ -7,6 +7,8 @@ import typer
 
 from topwork.cli.options import AsJson
 
+EPILOG = "Example: topwork serve-key support-team"
+
 
 def serve_key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Who is to have it.")],

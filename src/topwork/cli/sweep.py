@@ -10,6 +10,12 @@ import typer
 
 from topwork.cli.options import AsJson, Overrides, teller
 
+EPILOG = (
+    "Example: topwork sweep recipe.yaml --preset rank --seeds 3\n\n"
+    "topwork sweep recipe.yaml --grid adapter.r=4,8,16 --grid training.learning_rate=1e-4..1e-2*5 --halving"
+)
+
+
 if TYPE_CHECKING:
     from topwork.reporting.sweep_state import Estimate, SweepState
     from topwork.run.sweep.plan import SweepOptions

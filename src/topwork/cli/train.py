@@ -1,0 +1,57 @@
+"""`topwork train`. Imports what it needs when it runs, so that `--help` answers at once."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from topwork.cli.options import AsJson, Overrides, teller
+
+EPILOG = "Example: topwork train examples/support/recipe.yaml --set adapter.r=8"
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter."""
+    from topwork.recipe.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides or [])
+    from topwork.run.console import training_progress
+    from topwork.run.train import train as run
+    from topwork.training.progress import Silent
+
+    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
+    if as_json:
+        print(json.dumps(done.result))
+    if done.result["stopped"] == "interrupted":
+        told = f"interrupted after step {done.result['steps']}; the checkpoint is kept. Go on with:"
+        print(f"{told}\n  {_resuming(recipe, overrides)}", file=sys.stderr)
+        raise typer.Exit(1)
+    if not as_json:
+        _print_trained(done.folder, done.result)
+
+
+def _resuming(recipe: Path, overrides: list[str] | None) -> str:
+    changes = [part for override in overrides or [] for part in ("--set", override)]
+    return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
+
+
+def _print_trained(folder: Path, result: dict[str, Any]) -> None:
+    before, after = result["eval_loss_before"], result["eval_loss_after"]
+    if before is not None and after is not None:
+        print(f"validation loss {before:.4f} -> {after:.4f} (lowest at step {result['best_step']})")
+    print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
+    print(
+        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    )
+    print(f"adapter: {folder / 'adapter'}")
+    print(f"next: topwork eval {folder}   topwork chat {folder}   topwork report {folder}")
