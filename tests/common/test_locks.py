@@ -68,9 +68,9 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_who_comes_second_is_told_who_holds_it(hold: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     held = hold(tmp_path / "run")
     before = os.listdir(tmp_path / "run")
-    with pytest.raises(RequestError, match=f"process {held.pid} on {socket.gethostname()} since 20"):
-        with locked([tmp_path / "run"]):
-            pytest.fail("it is held")
+    told = f"process {held.pid} on {socket.gethostname()} since 20"
+    with pytest.raises(RequestError, match=told), locked([tmp_path / "run"]):
+        pytest.fail("it is held")
     assert os.listdir(tmp_path / "run") == before == [LOCK]
     held.communicate("\n")
     with locked([tmp_path / "run"]):
@@ -140,7 +140,7 @@ def test_without_locks_of_the_system_a_dead_process_holds_nothing(
 
 
 def test_of_many_at_once_one_holds_it_at_a_time(either: str, tmp_path: Path) -> None:
-    """Threads that take it, make a file that nobody else may see, and give it back: no folder and no file in between."""
+    """Threads that take it, make a file that nobody else may see, and give it back."""
     held, refused, wrong = [], [], []
     run = tmp_path / "run"
 

@@ -15,6 +15,7 @@ import json, os, sys
 import topwork.run.train, topwork.run.console, topwork.cli.app as app, torch
 from pathlib import Path
 from topwork.recipe.recipe import load_recipe
+from topwork.run.ownership import is_run
 from topwork.run.train import train_together
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -27,7 +28,8 @@ for line in sys.stdin:
         code = 0
         try:
             if asked["arguments"][0] == "together":
-                train_together([load_recipe(Path(path)) for path in asked["arguments"][1:]], resume=True)
+                recipes = [load_recipe(Path(path)) for path in asked["arguments"][1:]]
+                train_together(recipes, resume=any(is_run(Path(recipe.output_dir)) for recipe in recipes))
             else:
                 app.main()
         except SystemExit as exit:
@@ -57,7 +59,7 @@ class Commands:
     def run(self, arguments: Sequence[str], during: Callable[[int], None] | None = None) -> tuple[int, str]:
         """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id.
 
-        Beside the command line's own there is `together RECIPE…`, which trains or resumes them in one pass.
+        Beside the command line's own there is `together RECIPE…`, which trains them in one pass, or goes on.
         """
         self._count += 1
         log = self._logs / f"{self._count}.log"

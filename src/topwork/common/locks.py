@@ -62,6 +62,12 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
         yield
 
 
+def leave(folder: Path) -> None:
+    """Let a folder that is held go as it is given back, if nothing is in it by then."""
+    with _guard:
+        _taken[folder.resolve()].made.append(folder.resolve())
+
+
 @contextmanager
 def briefly(folder: Path) -> Iterator[None]:
     """Wait for the folder itself and hold it for a moment, to read and write a file of it as one. Where the system
