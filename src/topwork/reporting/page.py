@@ -45,8 +45,8 @@ class Picture:
 def write_report(run_dir: Path, own: "Callable[..., None]" = lambda *_: None) -> ReportPaths:
     """Write RUN/report/index.html, curves.png and one PNG per small chart.
 
-    Everything is drawn before anything is written; `own` is told the names first. Raises RequestError where the folder holds no measurement or
-    matplotlib is missing.
+    Everything is drawn before anything is written; `own` is told the names in RUN first. Raises RequestError where the
+    folder holds no measurement or matplotlib is missing.
     """
     run = read_run(run_dir)
     records = _with_start(run)
