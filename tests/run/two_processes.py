@@ -12,10 +12,11 @@ from topwork.run.ownership import is_run
 
 KINDS = ("new", "overwrite", "resume", "overwrite and resume", "sweep")
 STEPS = 12
+ONE = ("the first went on", "the second went on")
 
 
 def pair(kind: str, commands: Commands, base: Path, rows: Path, work: Path) -> str:
-    """ "one went on", or what was wrong. `work` is an empty folder, or that of an earlier pair.
+    """One of ONE, or what was wrong. `work` is an empty folder, or that of an earlier pair.
 
     The two learn from other seeds where both begin, so that the adapter shows whose it is.
     """
@@ -23,7 +24,6 @@ def pair(kind: str, commands: Commands, base: Path, rows: Path, work: Path) -> s
     run = work / ("run-sweep" if kind == "sweep" else "run")
     recipes = [_recipe(work, base, rows, work / "run", seed) for seed in seeds]
     _prepare(kind, commands, recipes[0], run)
-    before = set(tiny.folder_bytes(run)) if run.is_dir() else set()
     asked = [_command(kind, recipe, first) for recipe, first in zip(recipes, (True, False), strict=True)]
     found = commands.at_once(*asked)
     winners = [index for index, (code, _, _) in enumerate(found) if code == 0]
@@ -34,11 +34,11 @@ def pair(kind: str, commands: Commands, base: Path, rows: Path, work: Path) -> s
     named = rf"process {found[winner][2]} on {re.escape(socket.gethostname())} since 20"
     if code != 2 or not re.search(named, said) or "Traceback" in said:
         return f"the other ended with {code} and said {said[-600:]!r}"
-    return _whole(kind, commands, recipes[winner], run, before)
+    return _wrong(kind, commands, recipes[winner], run) or ONE[winner]
 
 
-def _whole(kind: str, commands: Commands, recipe: Path, run: Path, before: set[str]) -> str:
-    """Whether all that is there is the winner's, to the byte as one alone gives it."""
+def _wrong(kind: str, commands: Commands, recipe: Path, run: Path) -> str:
+    """What is there that is not the winner's, to the byte as one alone gives it."""
     left = [path.name for path in run.rglob(".topwork-*")]
     if left:
         return f"left behind: {left}"
@@ -47,10 +47,10 @@ def _whole(kind: str, commands: Commands, recipe: Path, run: Path, before: set[s
         alone = _alone(kind, commands, recipe, place)
         if tiny.folder_bytes(place / "adapter") != tiny.folder_bytes(alone / "adapter"):
             return f"{place}: another adapter than that of one alone"
-        steps = [line.split(b'"step": ')[1] for line in (place / "metrics.jsonl").read_bytes().splitlines()]
-        if len(steps) != len((alone / "metrics.jsonl").read_bytes().splitlines()):
-            return f"{place}: {len(steps)} lines of metrics"
-    return "one went on"
+        lines, expected = (len((each / "metrics.jsonl").read_bytes().splitlines()) for each in (place, alone))
+        if lines != expected:
+            return f"{place}: {lines} lines of metrics, not {expected}"
+    return ""
 
 
 def _alone(kind: str, commands: Commands, recipe: Path, run: Path) -> Path:
