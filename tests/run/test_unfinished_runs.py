@@ -230,10 +230,14 @@ def test_chat_asks_a_killed_run_as_it_was_trained(killed: Path, topwork: Topwork
     said = topwork("chat", killed, "Order 3: my lamp hums.")
     assert (said.code, said.out.strip()) == (0, expected.strip())
     assert f"its checkpoint of step {STOPPED} of {STEPS}" in said.err
-    (killed.parent / "train.jsonl").unlink(missing_ok=True)
+    (killed / "result.json").write_text("{")
+    said = topwork("chat", killed, "Order 3: my lamp hums.")
+    assert (said.code, said.out.strip()) == (0, expected.strip())
+    assert "result.json is not whole JSON" in said.err
     recipe = killed / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("train.jsonl", "gone.jsonl"))
-    assert topwork("chat", killed, "Order 3: my lamp hums.", "--checkpoint", "2").code == 0
+    said = topwork("chat", killed, "Order 3: my lamp hums.", "--checkpoint", "2")
+    assert (said.code, "shared a system message cannot be told" in said.err) == (0, True)
 
 
 def test_chat_compares_a_checkpoint_with_another(run: Path, topwork: Topwork) -> None:

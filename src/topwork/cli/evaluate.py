@@ -79,7 +79,8 @@ def _evaluate_model(
 
 def _print_scores(result: dict[str, Any]) -> None:
     arms = [arm for arm in ("before", "after") if arm in result]
-    print(f"{result['rows']} rows, graded as {result['grader']}")
+    step = f", checkpoint of step {result['checkpoint']}" if "checkpoint" in result else ""
+    print(f"{result['rows']} rows, graded as {result['grader']}{step}")
     print(f"{'':24}" + "".join(f"{arm:>12}" for arm in arms))
     for key in ("loss", "json_valid", "exact_match"):
         if key in result[arms[0]]:

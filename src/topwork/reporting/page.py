@@ -47,10 +47,11 @@ def write_report(run_dir: Path) -> ReportPaths:
     return write_page(read_run(run_dir), run_dir / "report")
 
 
-def write_page(run: RunFiles, folder: Path) -> ReportPaths:
+def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda *_: None) -> ReportPaths:
     """Write index.html, curves.png and one PNG per small chart into `folder`.
 
-    Everything is drawn before anything is written. Raises RequestError where matplotlib is missing.
+    Everything is drawn before anything is written; `own` is told the names, below the folder that holds `folder`,
+    first. Raises RequestError where matplotlib is missing.
     """
     records = _with_start(run)
     pngs = {"curves.png": png_bytes(curves(records, title=run.name))}
@@ -59,6 +60,7 @@ def write_page(run: RunFiles, folder: Path) -> ReportPaths:
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
         pngs[f"{key.replace('/', '-')}.png"] = png_bytes(figure)
     html = render(run)
+    own(*(f"{folder.name}/{name}" for name in (*pngs, "index.html")))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in [*pngs.items(), ("index.html", html.encode())]:
         aside = folder / f".{name}.tmp"

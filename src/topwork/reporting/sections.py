@@ -249,7 +249,8 @@ def notes(run: RunFiles) -> list[str]:
 def _stopped(run: RunFiles) -> str:
     steps, planned = (number(run.result, name) for name in ("steps", "planned_steps"))
     of = f" of {wording.whole(planned)}" if planned is not None else ""
-    return f"The run was stopped after step {wording.whole(steps)}{of}" if steps is not None else "The run was stopped"
+    told = f" (stopped after step {wording.whole(steps)}{of})" if steps is not None else ""
+    return f"The run was interrupted{told}"
 
 
 def headline(run: RunFiles) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ written to.
 """
 
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from topwork.common.errors import AdapterError, CheckpointError, RequestError
 from topwork.common.files import verify_folder
 from topwork.data.batches import steps_per_epoch
 from topwork.recipe.recipe import Recipe
-from topwork.run.folder import ADAPTER, RECIPE, RESULT, read_json
+from topwork.reporting.readers import number, read_json, section
+from topwork.run.folder import ADAPTER, RECIPE, RESULT
 from topwork.run.provenance import PROVENANCE
 from topwork.training.checkpoint import ADAPTER as INNER
 from topwork.training.checkpoint import (
@@ -62,7 +64,7 @@ def choose(run: Path, recipe: Recipe, checkpoint: str | int | None, log: Log) ->
         return _at(run, wanted)
     newest = _newest(run, log)
     if newest is None:
-        raise RequestError(_without_checkpoint(run, "no whole checkpoint" if _steps(run) else "no checkpoint"))
+        raise RequestError(_without_checkpoint(run))
     if wanted is None:
         _refuse_diverged(run, newest)
         log(_told(run, recipe, newest))
@@ -71,18 +73,18 @@ def choose(run: Path, recipe: Recipe, checkpoint: str | int | None, log: Log) ->
 
 def planned(run: Path, recipe: Recipe) -> int | None:
     """Of how many steps a run is; None where nothing tells it."""
-    known = _result(run).get("planned_steps") or recipe.training.max_steps
-    rows = read_json(run / PROVENANCE).get("data", {}).get("train", {}).get("rows")
-    if known is None and isinstance(rows, int):
-        known = planned_steps(recipe.training, steps_per_epoch(rows, recipe.training.batch_size))
-    return known if isinstance(known, int) else None
+    known = number(_read_known(run, RESULT), "planned_steps") or recipe.training.max_steps
+    rows = number(section(_read_known(run, PROVENANCE), "data", "train"), "rows")
+    if known is None and rows:
+        known = planned_steps(recipe.training, steps_per_epoch(int(rows), recipe.training.batch_size))
+    return int(known) if known is not None else None
 
 
 def stop_of(run: Path, step: int) -> int | None:
     """After which step a run was stopped; None where it was not, and where it has gone on to `step` since."""
-    result = _result(run)
-    stopped = result.get("steps") if result.get("stopped") == "interrupted" else None
-    return stopped if isinstance(stopped, int) and stopped >= step else None
+    result = _read_known(run, RESULT)
+    stopped = number(result, "steps") if result.get("stopped") == "interrupted" else None
+    return int(stopped) if stopped is not None and stopped >= step else None
 
 
 def _wanted(checkpoint: str | int | None) -> str | int | None:
@@ -96,8 +98,11 @@ def _wanted(checkpoint: str | int | None) -> str | int | None:
 
 def _read(path: Path) -> Chosen:
     """Raises CheckpointError or AdapterError, also where it goes away meanwhile."""
-    verify_folder(path)
-    return Chosen(path / INNER, read_adapter(path / INNER), read_state(path))
+    try:
+        verify_folder(path)
+        return Chosen(path / INNER, read_adapter(path / INNER), read_state(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
 
 
 def _at(run: Path, step: int) -> Chosen:
@@ -144,12 +149,12 @@ def _best(run: Path, log: Log) -> Chosen:
                 f"kept; {_there(run)}. training.load_best_model_at_end keeps it"
             )
         before = best
-    raise RequestError(_without_checkpoint(run, "no whole checkpoint" if _steps(run) else "no checkpoint"))
+    raise RequestError(_without_checkpoint(run))
 
 
 def _refuse_diverged(run: Path, newest: Chosen) -> None:
     assert newest.state is not None
-    if "diverged" in (newest.state.ended, _result(run).get("stopped")):
+    if "diverged" in (newest.state.ended, _read_known(run, RESULT).get("stopped")):
         raise RequestError(
             f"{run} diverged after step {newest.state.step} and has no finished adapter; lower training.learning_rate "
             f"and train again, or name one of its checkpoints with --checkpoint: {_there(run)}"
@@ -165,8 +170,9 @@ def _told(run: Path, recipe: Recipe, newest: Chosen) -> str:
     return f"{run} has not finished (it was cut off, or still runs); this is its checkpoint of step {step}{of}"
 
 
-def _without_checkpoint(run: Path, what: str) -> str:
-    return f"{run} has no finished adapter and {what} yet; go on with `topwork train {run / RECIPE} --resume`"
+def _without_checkpoint(run: Path) -> str:
+    what, again = "whole checkpoint" if _steps(run) else "checkpoint", shlex.quote(str(run / RECIPE))
+    return f"{run} has no finished adapter and no {what} yet; go on with `topwork train {again} --resume`"
 
 
 def _there(run: Path) -> str:
@@ -178,5 +184,6 @@ def _steps(run: Path) -> list[int]:
     return [checkpoint_step(path) for path in list_checkpoints(run / CHECKPOINTS)]
 
 
-def _result(run: Path) -> dict[str, Any]:
-    return read_json(run / RESULT)
+def _read_known(run: Path, name: str) -> Mapping[str, Any]:
+    """What a line for people is made of; a file that is damaged says nothing."""
+    return read_json(run / name, [])

@@ -175,7 +175,7 @@ def _grafted(
     if given.recipe is None:
         return Side(name, grafted, ChatTemplate(base.tokenizer))
     template = ChatTemplate.from_config(base.tokenizer, given.recipe.data, given.place / TEMPLATE)
-    return Side(name, grafted, template, system_of(given))
+    return Side(name, grafted, template, system_of(given, log))
 
 
 def _labelled(first: Side, second: Side) -> tuple[Side, Side]:

@@ -75,9 +75,18 @@ def evaluate(
     logged and returned all the same, with the reason as `not_written`.
     """
     given = given_run(run, model, checkpoint, log)
+    target = _target(given, trial=not before or max_rows is not None, out=out)
+    result = _scores_of(given, data, max_rows, before, force, log)
+    if given.checkpoint is not None:
+        result["checkpoint"] = given.checkpoint
+    return keep_scores(result, target, None if out is not None else given.place, log)
+
+
+def _scores_of(
+    given: Given, data: str | None, max_rows: int | None, before: bool, force: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
     assert given.recipe is not None
     recipe, seed = given.recipe, given.recipe.training.seed
-    target = _target(given, trial=not before or max_rows is not None, out=out)
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
     named = data or config.data
@@ -87,10 +96,7 @@ def evaluate(
     opened = open_given(given, force=force, log=log, tokenizer=tokenizer)
     rows = _rows(read, opened.template, seed, config)
     result = _score_arms(opened.base, arms, rows, opened.template, config, log)
-    result["data"] = data or config.data or "held out of training"
-    if given.checkpoint is not None:
-        result["checkpoint"] = given.checkpoint
-    return keep_scores(result, target, None if out is not None else given.place, log)
+    return result | {"data": data or config.data or "held out of training"}
 
 
 def _target(given: Given, trial: bool, out: Path | str | None) -> Path:

@@ -115,7 +115,7 @@ def _one(place: Path, step: int | None, checkpoint: str | int | None) -> str | i
 def _of_run(run: Path, model: str | None, checkpoint: str | int | None, log: Log) -> Given:
     recipe = read_recipe(run)
     chosen = choose(run, recipe, checkpoint, log)
-    base = base_of(run, recipe, model)
+    base = base_of(run, recipe, model, log)
     stored = run / TEMPLATE
     template = stored.read_text("utf-8") if stored.exists() else None
     return Given(
@@ -123,13 +123,13 @@ def _of_run(run: Path, model: str | None, checkpoint: str | int | None, log: Log
     )  # fmt: skip
 
 
-def base_of(run: Path, recipe: Recipe, model: str | None) -> ModelConfig:
+def base_of(run: Path, recipe: Recipe, model: str | None, log: Log) -> ModelConfig:
     """A run's base: where `model` says it is now, or as its recipe has it. Raises ModelError where that is not here;
     whether it is the same is told by its fingerprint, once it is read."""
     if model is not None:
         return recipe.model.model_copy(update={"model_name_or_path": model, "revision": None})
     try:
-        load_config(find_source(recipe.model, lambda _: None), recipe.model.trust_remote_code)
+        load_config(find_source(recipe.model, log), recipe.model.trust_remote_code)
     except ModelError as error:
         raise ModelError(
             f"{run} was trained on {recipe.model.model_name_or_path!r}, which is not to be had here "

@@ -20,7 +20,8 @@ def check_writable(place: Path, what: str, instead: str) -> None:
     """Raises RequestError where no file can be put at `place`, or into it where it is a folder; tried by making one,
     since rights alone do not tell it of every user and every disk."""
     place = place.resolve()
-    nearest = next(path for path in (place, *place.parents) if path.is_dir())
+    holds = place if place.is_dir() else place.parent
+    nearest = next(path for path in (holds, *holds.parents) if path.exists())
     probe = nearest / f".topwork-new-{place.name}-{secrets.token_hex(4)}"
     try:
         probe.touch(exist_ok=False)

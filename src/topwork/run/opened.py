@@ -19,7 +19,8 @@ from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe
-from topwork.run.folder import ADAPTER_NAME, RESULT, TEMPLATE, read_json
+from topwork.reporting.readers import read_json
+from topwork.run.folder import ADAPTER_NAME, RESULT, TEMPLATE
 from topwork.run.given import Given, given_run
 
 ROWS = 1000
@@ -82,8 +83,11 @@ def open_given(
         recipe.model, recipe.quantization, given.saved, asked.model.dtype, force, log, tokenizer
     )  # fmt: skip
     template = ChatTemplate.from_config(base.tokenizer, recipe.data, given.place / TEMPLATE)
-    result = read_json(given.place / RESULT)
-    return OpenRun(given.place, asked, base, adapters, template, result, system_of(given), given.checkpoint)
+    problems: list[str] = []
+    result = dict(read_json(given.place / RESULT, problems))  # an answer needs nothing of it but the system message
+    for problem in problems:
+        log(f"warning: {problem}")
+    return OpenRun(given.place, asked, base, adapters, template, result, system_of(given, log), given.checkpoint)
 
 
 def open_adapter(
@@ -108,18 +112,20 @@ def open_adapter(
     return base, adapters
 
 
-def system_of(given: Given) -> str | None:
+def system_of(given: Given, log: Log) -> str | None:
     """The system message that all of a run's training rows shared, if they did. One that was cut off has no result to
-    tell it: then its first rows do, and where these are gone it has none."""
+    tell it: then its first rows do, and where these are gone `log` is told that nothing does."""
     if given.recipe is None:
         return None
-    result = read_json(given.place / RESULT)
+    result = read_json(given.place / RESULT, [])
     if "system" in result:
         return str(result["system"]) if result["system"] is not None else None
     data = given.recipe.data
     try:
         parts = read_parts(data, data.train, min(ROWS, data.max_rows or ROWS))
-    except (TopworkError, OSError):
+    except (TopworkError, OSError) as error:
+        why = str(error).splitlines()[0]
+        log(f"whether the rows of {given.place} shared a system message cannot be told ({why}); --system gives one")
         return data.system
     rows = [row.messages for part in parts for row in part.conversations]
     systems = {said[0].content if said and said[0].role == "system" else None for said in rows}

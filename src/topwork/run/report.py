@@ -1,6 +1,7 @@
 """`topwork report`: a run as one page, finished or not."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from topwork.common.errors import RequestError
@@ -36,9 +37,8 @@ def report(
     name = REPORT if step is None else f"{REPORT}-step-{step:06d}"
     folder = place / name if out is None else _free(Path(out))
     check_writable(folder, "the page", "a FOLDER for it with --out")
-    if out is None and is_run(place):
-        own(place, name)
-    return write_page(files, folder)
+    listed = out is None and is_run(place)
+    return write_page(files, folder, partial(own, place) if listed else lambda *_: None)
 
 
 def _asked(place: Path, checkpoint: str | int | None, log: Callable[[str], None]) -> tuple[Path, int | None]:

@@ -78,7 +78,7 @@ def _prepared(given: Given | None, tokenizer: PreTrainedTokenizerBase, config: A
     if given is None or given.recipe is None:
         return prepared(tokenizer, None, Asking(None, 0, context), log)
     data = given.recipe.data
-    asking = Asking(system_of(given), data.max_length, context, data.fold_system)
+    asking = Asking(system_of(given, log), data.max_length, context, data.fold_system)
     return prepared(tokenizer, None, asking, log, _prompts(given, tokenizer, context, log))
 
 
