@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from run import tiny
 from run.fixtures import Said
 from topwork.common.errors import AdapterError, DataError, ModelError, RequestError, RunError
+from topwork.reporting import page
 from topwork.run import keeping
 from topwork.run.chat import answer
 from topwork.run.combine import combine
@@ -224,13 +225,20 @@ def test_scores_replace_nothing_but_scores(copied: Path, tickets: Path, tmp_path
         report(copied, out=tmp_path / "mine")
 
 
-def test_what_is_written_into_a_run_is_the_runs(copied: Path, tmp_path: Path) -> None:
+def test_what_is_written_into_a_run_is_the_runs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own(copied, "recipe.yaml")
     assert is_run(copied)
     evaluate(copied, max_rows=1, log=silent)
     evaluate(copied, checkpoint="last", before=True, log=silent)
     merge(copied, tmp_path / "merged", check=0, log=silent)
-    assert {"evaluation-trial.json", "evaluation-step-000006.json", "merge.json"} <= set(owned(copied))
+    known = {"evaluation-trial.json", "evaluation-step-000006.json", "merge.json"}
+    assert known <= set(owned(copied))
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(page, "png_bytes", lambda _: b"")
+    monkeypatch.setattr(page, "data_uri", lambda *_: "")
+    for checkpoint, folder in ((None, "report"), (4, "report-step-000004")):
+        report(copied, checkpoint=checkpoint)
+        assert {f"{folder}/{path.name}" for path in (copied / folder).iterdir()} <= set(owned(copied))
 
 
 @pytest.fixture
