@@ -12,7 +12,7 @@ from typing import Any
 
 SERVER = """
 import json, os, sys
-import topwork.run.train, topwork.run.console, topwork.cli.app as app, torch
+import topwork.run.train, topwork.run.evaluate, topwork.run.console, topwork.cli.app as app, torch
 from pathlib import Path
 from topwork.recipe.recipe import load_recipe
 from topwork.run.train import train_together
@@ -25,6 +25,9 @@ for line in sys.stdin:
         os.dup2(log, 1), os.dup2(log, 2)
         sys.argv = ["topwork", *asked["arguments"]]
         code = 0
+        if asked["strike"]:
+            from run.strike import arm
+            arm(**asked["strike"])
         try:
             if asked["arguments"][0] == "together":
                 train_together([load_recipe(Path(path)) for path in asked["arguments"][1:]], resume=True)
@@ -42,6 +45,7 @@ for line in sys.stdin:
     print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
 """
 LIMIT_SECONDS = 120
+TESTS = Path(__file__).parents[1]
 
 
 class Commands:
@@ -51,18 +55,24 @@ class Commands:
         self._logs, self._count = logs, 0
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {
+                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
+            },
         )  # fmt: skip
 
-    def run(self, arguments: Sequence[str], during: Callable[[int], None] | None = None) -> tuple[int, str]:
-        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id.
+    def run(
+        self, arguments: Sequence[str], during: Callable[[int], None] | None = None, strike: Any = None
+    ) -> tuple[int, str]:
+        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id, and
+        `strike` is what `strike.arm` is called with in the child.
 
         Beside the command line's own there is `together RECIPE…`, which trains or resumes them in one pass.
         """
         self._count += 1
         log = self._logs / f"{self._count}.log"
         assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}) + "\n")
+        self._server.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log), "strike": strike}) + "\n")
         self._server.stdin.flush()
         child = self._read()
         if during is not None:
