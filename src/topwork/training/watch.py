@@ -63,6 +63,9 @@ class FirstWeights:
 
 
 def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """The sum of each tensor's bits, 32 at a time: computed where it lies, and read at once."""
-    sums: list[Tensor] = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in parameters.values()]
+    """The sum of each tensor's values, their bits read as whole numbers: computed where it lies, and read at once."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums: list[Tensor] = [
+        tensor.detach().view(whole[tensor.element_size()]).sum(dtype=torch.int64) for tensor in parameters.values()
+    ]
     return dict(zip(parameters, torch.stack(sums).tolist() if sums else []))
