@@ -53,7 +53,7 @@ COMMANDS = {
     "merge_memory": "merge_memory.py",
     "merge_rounding": "merge_rounding.py",
     "products": "products.py",
-    "kills": "kills.py",
+    "kills": "kills.py --a-run 10",
     "lint_speed": "lint_speed.py",
     "long_conversations": "long_conversations.py BEFORE --out long_conversations",
     "profile_step": "profile_step.py",
