@@ -116,7 +116,7 @@ class Kills:
 
 
 def _resume(run: Path) -> list[str]:
-    return ["--resume"] if is_run(run) or (run / "recipe.yaml").exists() else []
+    return ["--resume"] if is_run(run) else []
 
 
 def _codes(number: signal.Signals, hit: str) -> set[int]:

@@ -11,6 +11,6 @@ def test_killed_in_a_few_phases_nothing_is_lost(
     commands: Commands, tiny_llama: Path, tickets: Path, tmp_path: Path
 ) -> None:
     seed = random.randrange(2**32)
-    told = Kills(commands, tiny_llama, tickets, tmp_path, seed).run(6, 6)
+    told = Kills(commands, tiny_llama, tickets, tmp_path, seed).run(4, 6)
     assert told.wrong == [], f"seed {seed}"
     assert sum(told.kills.values()) >= 4

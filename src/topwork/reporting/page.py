@@ -42,11 +42,11 @@ class Picture:
     dark_narrow: str | None = None
 
 
-def write_report(run_dir: Path) -> ReportPaths:
+def write_report(run_dir: Path, own: "Callable[..., None]" = lambda *_: None) -> ReportPaths:
     """Write RUN/report/index.html, curves.png and one PNG per small chart.
 
-    Everything is drawn before anything is written. Raises RequestError where the folder holds no measurement or
-    matplotlib is missing.
+    Everything is drawn before anything is written; `own` is told the names in RUN first. Raises RequestError where the
+    folder holds no measurement or matplotlib is missing.
     """
     run = read_run(run_dir)
     records = _with_start(run)
@@ -57,6 +57,7 @@ def write_report(run_dir: Path) -> ReportPaths:
         pngs[f"{key.replace('/', '-')}.png"] = png_bytes(figure)
     html = render(run)
     folder = run_dir / "report"
+    own(*(f"{folder.name}/{name}" for name in (*pngs, "index.html")))
     folder.mkdir(exist_ok=True)
     for name, content in [*pngs.items(), ("index.html", html.encode())]:
         aside = folder / f".{name}.tmp"

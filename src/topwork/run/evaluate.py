@@ -28,6 +28,7 @@ from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
 from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of, finished_recipe, open_run
+from topwork.run.ownership import own
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def evaluate(
     rows = _rows(read, opened.template, seed, config)
     result = _score_arms(opened.base, arms, rows, opened.template, config, log)
     result["data"] = data or config.data or "held out of training"
-    write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
+    name = EVALUATION if before and max_rows is None else TRIAL
+    own(opened.folder, name)
+    write_json(opened.folder / name, result)
     return result
 
 
@@ -142,6 +145,7 @@ def _score_group(
         found[member.name] = _told(scored.rows, pair, scored.grader, config) | {
             "data": told(named) if named else "held out of training"
         }
+        own(member.folder, EVALUATION)
         write_json(member.folder / EVALUATION, found[member.name])
     return found
 

@@ -21,6 +21,7 @@ from topwork.run.given import Given, given_adapter
 from topwork.run.merging.check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
 from topwork.run.merging.inputs import merge_inputs
 from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
+from topwork.run.ownership import own
 
 INPUTS = 100
 BASES = ("auto", ORIGINAL, DEQUANTIZED)
@@ -71,6 +72,7 @@ def merge(
 
     write_folder(out, whole, overwrite)
     if run is not None:
+        own(adapter.place, REPORT)
         write_json(adapter.place / REPORT, found | {"folder": out.name})
     return found
 
