@@ -19,7 +19,7 @@ PHASES = {
     "saving": "topwork.training.trial:save_checkpoint",
     "ending": "topwork.run.train:_finished",
     "asking": "topwork.run.evaluate:_score_arms",
-    "writing scores": "topwork.run.evaluate:write_json",
+    "writing scores": "topwork.run.evaluate:keep_scores",
 }
 """Name -> the function that is the phase."""
 
