@@ -53,7 +53,7 @@ def _resuming(recipe: Path, overrides: list[str] | None) -> str:
 def _best(result: dict[str, Any]) -> str:
     """Of the validation loss that the run's adapter has."""
     if not result["better_than_base"]:
-        return "the base without the adapter is no worse"
+        return f"{result.get('begun_from') or 'the base without the adapter'} is no worse"
     at_best = result["eval_loss_after"] == result["best_eval_loss"]
     return f"lowest at step {result['best_step']}" if at_best else "of the last step"
 

@@ -76,6 +76,7 @@ class Trial:
         groups = parameter_groups(config, parameters)
         self.names = [name for group in groups for name in group["names"]]
         self._first_weights = FirstWeights(parameters)
+        self._begun_from = getattr(place.adapters.configs[place.name], "init_from", None)
         self.optimizer = make_optimizer(config, groups, place.run_dir)
         self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
         self.steps = planned_steps(config, rows.steps_per_epoch)
@@ -233,7 +234,7 @@ class Trial:
                 "the adapter learned nothing: its weights are those that it began with, and it changes no answer. See "
                 "that the rows have answers to learn, and that training.learning_rate is not too low"
             )
-        elif told := worse_than_base(self.state, self.config.load_best_model_at_end):
+        elif told := worse_than_base(self.state, self.config.load_best_model_at_end, self._begun_from):
             self._note(told)
         self._end(how, self.state.step)
 

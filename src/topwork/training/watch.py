@@ -31,9 +31,9 @@ def _rising(history: Sequence[Validation]) -> bool:
     return losses_rise and len(trained) >= 2 and trained[-1] < trained[0]
 
 
-def worse_than_base(state: TrainState, best: bool) -> str | None:
-    """What is to be told where the bare base had a validation loss as low as the adapter that is kept, which is the
-    `best` or the last; None where it was higher, or nothing was validated."""
+def worse_than_base(state: TrainState, best: bool, begun_from: str | None = None) -> str | None:
+    """What is to be told where the bare base, or the adapter that this one began from, had a validation loss as low as
+    the adapter that is kept, which is the `best` or the last; None where it was higher, or nothing was validated."""
     history = state.history
     if len(history) < 2 or history[0].step != 0:
         return None
@@ -41,11 +41,12 @@ def worse_than_base(state: TrainState, best: bool) -> str | None:
     before = history[0].eval_loss
     if kept.eval_loss < before:
         return None
+    first = "the base without the adapter" if begun_from is None else f"{begun_from}, from which it began,"
     return (
-        f"the base without the adapter is {'better' if kept.eval_loss > before else 'as good'}: its validation loss "
+        f"{first} is {'better' if kept.eval_loss > before else 'as good'}: its validation loss "
         f"is {before:.4f}, and {kept.eval_loss:.4f} with the adapter of step {kept.step}, the "
         f"{'best' if best else 'last'} of this run. A lower learning rate, more rows or other ones may help; until "
-        "then take the base alone"
+        f"then take {'the base alone' if begun_from is None else 'that'}"
     )
 
 
