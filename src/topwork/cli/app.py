@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -38,6 +39,7 @@ from topwork.cli.sweep import sweep
 from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
 from topwork.common.errors import TopworkError
+from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
     name="topwork",
@@ -55,16 +57,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        with ending_on_signals():
+            app()
+    except Stopped as stopped:
+        with suppress(OSError):  # a terminal that has gone takes no words
+            print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)
+        raise
     except TopworkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a name that is too long, a file system that only reads, a disk that is gone
         print(f"error: {error}; look at that place, or name another", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 app.command(epilog=TRAIN_EPILOG)(train)

@@ -25,6 +25,7 @@ from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.interrupted import RunInterrupted
 from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.ownership import is_run, own
@@ -32,6 +33,7 @@ from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_
 from topwork.run.session import Session, open_session
 from topwork.run.which import which_recipe
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
+from topwork.training.interrupts import Interrupts
 from topwork.training.loop import Loop, Outcome
 from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
@@ -69,11 +71,16 @@ def train(
 
     `resume` goes on with a run from its newest whole checkpoint. Raises RequestError where something is wrong with the
     request (nothing is written then): no run to resume, or a folder that another process trains in, too. Raises
-    RunError where the run fails.
+    RunError where the run fails, and RunInterrupted, which is a KeyboardInterrupt, once Ctrl-C or another signal has
+    stopped it and a checkpoint is saved; in a thread other than the main one no signal does.
     """
     recipe = recipe if isinstance(recipe, Recipe) else which_recipe(Path(recipe), overrides, resume)
     one = progress or Silent()
-    return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
+    try:
+        return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
+    except RunInterrupted as stopped:
+        stopped.done = stopped.done[0]
+        raise
 
 
 def train_together(
@@ -98,6 +105,7 @@ def train_together(
 
     Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
+    RunInterrupted as `train` does.
     """
     recipes = list(recipes)
     check_shared(recipes)
@@ -152,22 +160,27 @@ def _trained(
     checkpoint_layers(base, plan.checkpointed_layers)
     start = _start(runs, log) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
-    with ExitStack() as logs:
-        trials = []
-        for index, run in enumerate(runs):
-            at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
-            metrics = logs.enter_context(_metrics(run, at, log))
-            trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
-        loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
-        if start.checkpoints:
-            loop.resume(start)
-            log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
-        outcomes = loop.run(stop_at)
+    with Interrupts() as interrupts:
+        with ExitStack() as logs:
+            trials = []
+            for index, run in enumerate(runs):
+                at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
+                metrics = logs.enter_context(_metrics(run, at, log))
+                trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
+            loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
+            if start.checkpoints:
+                loop.resume(start)
+                log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+            outcomes = loop.run(stop_at, interrupts)
+        done = [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+    if interrupts.asked:
+        steps = max(outcome.state.step for outcome in outcomes)
+        raise RunInterrupted(done, interrupts.number, f"interrupted after step {steps}")
     for trial in trials:
         if isinstance(trial.rows, StreamedRows):
             for line in trial.rows.read.told():
                 log(line)
-    return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+    return done
 
 
 def _grafted(
