@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 from meaning import A, U, load, read, turns
+from pasting import pasted, printed
 
 from topwork.common.errors import DataError
 
@@ -30,7 +30,7 @@ def advised(error: str) -> Iterator[dict[str, Any]]:
     """Each advice as the options that it is: `data.A: … and data.B: …` are one."""
     one = r"data\.(\w+): (\{(?:[^{}\"]|\"(?:[^\"\\]|\\.)*\")*\}|text)"
     for found in re.finditer(rf"{one}(?: and {one})*", error):
-        yield {name: yaml.safe_load(value) for name, value in re.findall(one, found[0])}
+        yield pasted(printed(found[0]))
 
 
 SHAPES: dict[str, tuple[list[dict[str, Any]], str]] = {
