@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from topwork.common.errors import DataError
+from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig
-from topwork.data.meaning.mapping import in_yaml
 from topwork.data.preferences.shapes import ANSWERS, KINDS, Fields, Kind, Shape, shape_of
 from topwork.data.preferences.talks import SPEAKS, is_talk, respelled, role_of
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from topwork.common.yaml_text import in_yaml
 from topwork.data.conversations import RowProblem
-from topwork.data.meaning.mapping import in_yaml
 from topwork.data.preferences.talks import SPEAKS, is_talk, role_of, transcript
 
 Kind = Literal["preference", "kto", "prompts"]
