@@ -34,8 +34,6 @@ from topwork.data.meaning.values import RowProblem, is_blank, opens, parsed, tex
 from topwork.data.preferences.refusals import no_answers, refuse_preferences
 from topwork.data.preferences.talks import as_talk
 
-_SHOWN = 5  # bad rows named in a message
-
 
 @dataclass(frozen=True)
 class Format:
@@ -272,8 +270,7 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
     if not found:
         prompts = no_answers(survey.names) if config.format == "auto" else None
         raise DataError(prompts or unrecognised(survey, config, works))
-    for each in found:
-        refuse_twins(each, survey, config.columns)
+    refuse_twins(found, survey, config.columns)
     format = _format(found, survey, config)
     refuse_lost_answers(found[0], survey, config, works)
     seen, _ = read_conversations(survey.sample, format, config)
@@ -340,15 +337,3 @@ def _sentence(found: Found, survey: Columns, config: DataConfig) -> str:
     also = [field for field in ("system", "history", "tools", "tool_calls", "reasoning") if field in columns]
     more = [_told(columns[field], survey) for field in also]
     return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}".replace("\n", "\\n")
-
-
-def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:
-    """Raises DataError naming the first bad rows and their number, unless the recipe says to drop them."""
-    if not bad or config.on_bad_row == "drop":
-        return
-    named = "\n".join(f"  {row.source}: {row.reason}" for row in bad[:_SHOWN])
-    more = f"\n  … and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
-    raise DataError(
-        f"{len(bad):,} of {count:,} rows cannot be used:\n{named}{more}\n"
-        "Correct them, or set data.on_bad_row: drop to leave them out"
-    )

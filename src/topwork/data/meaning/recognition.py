@@ -1,7 +1,7 @@
 """Which format rows are in and which column is which field, by names and by what the columns hold."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.common.yaml_text import in_yaml
@@ -70,16 +70,19 @@ def _check_columns(said: str, spec: str, survey: Columns) -> None:
         raise DataError(f"{said} {spec!r}, which may be {' or '.join(map(repr, alike))}; write it as the file does")
 
 
-def refuse_twins(found: Found, survey: Columns, mapped: Mapping[str, str]) -> None:
-    """Raises DataError where a field's column was found by its name, and another differs from it in capital letters and
-    white space alone: neither is the more likely one. The one that is written as the field is would be."""
-    for field, column in found.columns.items():
-        alike = [name for name in survey.names if plain(name) == plain(column) and survey.filled(name)]
-        if field not in mapped and column in alike and len(alike) > 1 and column != plain(column):
+def refuse_twins(several: Sequence[Found], survey: Columns, mapped: Mapping[str, str]) -> None:
+    """Raises DataError where a field's column was found by its name, and a row has another that differs from it in
+    capital letters and white space alone: neither is the likelier one, unless it is written as the field is."""
+    for found, field, column in ((each, *item) for each in several for item in each.columns.items()):
+        if field in mapped or column == plain(column):
+            continue
+        beside = {name for key in survey.shapes if column in key for name in key}
+        alike = [name for name in survey.names if name in beside and plain(name) == plain(column)]
+        if len(alike) > 1:
+            ways = [mapping(replace(found, columns={**found.columns, field: name}), mapped) for name in alike]
             raise DataError(
                 f"the columns {' and '.join(map(repr, alike))} have one name but for capital letters and white space, "
-                f"and either may be the {field}; say which: "
-                + " or ".join(f"data.columns: {in_yaml({**mapped, field: name})}" for name in alike)
+                f"and either may be the {field}; say which: {' or '.join(ways)}"
             )
 
 
