@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 
-_PLAIN = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+_PLAIN = re.compile(r"[A-Za-z_][\w-]*|/[\w./-]*", re.ASCII)  # a name, a path
 _NOT_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan")  # what YAML reads otherwise
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import DataError
+from topwork.common.yaml_text import quoted
 from topwork.data.config import SourceConfig
 from topwork.data.files.csv_rows import csv_rows
 from topwork.data.files.decoding import DataFile, read_lines, read_text
@@ -64,7 +65,8 @@ def _all_rows(located: Located) -> Iterator[Row]:
         if first and begin.fields and set(begin.fields).isdisjoint(first[1]):
             raise DataError(
                 f"{first[0].name} has the columns {', '.join(first[1])}, and {file.name} {', '.join(begin.fields)}: "
-                f"files of one source hold rows of one kind; name each as a source: [{first[0].path}, {file.path}]"
+                f"files of one source hold rows of one kind; name each as a source: [{quoted(str(first[0].path))}, "
+                f"{quoted(str(file.path))}]"
             )
         yield begin
         yield from rows

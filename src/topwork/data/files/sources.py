@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.files.decoding import DataFile, packing, unpacked_name
 from topwork.data.files.places import SPLIT_WORDS, TABLES, Place, check_kind, find_place, kind_of, split_of
@@ -97,7 +98,7 @@ def _training(place: Place) -> list[str]:
     held = ", ".join(f"{name} ({_names(place, [name])})" for name in place.splits)
     raise DataError(
         f"{place.name} holds nothing to train on, only the split{'s' if len(place.splits) > 1 else ''} {held}; to "
-        f"learn it nevertheless, say so: {{path: {place.name}, split: {next(iter(place.splits))}}}"
+        f"learn it nevertheless, say so: {_as_source(place, next(iter(place.splits)))}"
     )
 
 
@@ -106,9 +107,14 @@ def _one(place: Place, names: list[str], what: str) -> list[str]:
     if len(names) > 1:
         raise DataError(
             f"{place.name} holds several {what + ' ' if what else ''}splits: {', '.join(names)}; name one: "
-            f"{{path: {place.name}, split: {names[0]}}}"
+            f"{_as_source(place, names[0])}"
         )
     return names
+
+
+def _as_source(place: Place, split: str) -> str:
+    """What `data.train` says to read this split."""
+    return in_yaml({"path": place.name, "split": split})
 
 
 # What is told
