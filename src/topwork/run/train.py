@@ -21,6 +21,7 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.begin import check_folder, check_shared, check_targets, clear
+from topwork.run.divergence import record_divergence
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.lint import quick_line
@@ -103,7 +104,8 @@ def train_together(
     names = _names(recipes, held.adapters)
     try:
         return _trained(held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
-    except BaseException:
+    except BaseException as error:
+        record_divergence(recipes, error)
         for name in names:
             if name in held.adapters.configs:
                 held.adapters.remove(name)

@@ -16,6 +16,8 @@ from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import append_line, write_bytes, write_text
 
 METRICS = "metrics.jsonl"
+DIVERGED = "diverged at step"
+"""How the note of a run begins that ended so, and is no run's that went on."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
 Kind = Literal["train", "eval", "note"]
 
@@ -110,8 +112,11 @@ def _lines_up_to(path: Path, step: int, warn: Callable[[str], None]) -> bytes:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step and not str(record.get("text")).startswith(DIVERGED):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             warn(f"{path}, line {number} is not a metrics record and is left out: {line[:80]!r}")
