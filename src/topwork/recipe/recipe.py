@@ -35,7 +35,7 @@ PEERS_NAMES = {
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".gz", ".zst")
 SEVERAL = ("sweep", "jobs")
 """Sections that describe several runs (`recipe/sweep_config.py`)."""
 
@@ -213,7 +213,7 @@ def _found(value: str, folder: Path) -> str:
         matches = glob.has_magic(value) and next(glob.iglob(value, root_dir=place, recursive=True), None) is not None
         if matches or (place / value).exists():
             return str((place / value).resolve())
-        if colon and (place / head).is_dir():
+        if colon and ((place / head).is_dir() or (Path(head).suffix == ".xlsx" and (place / head).is_file())):
             return f"{(place / head).resolve()}:{rest}"
     missed = folder / value
     if missed.suffix in _DATA_SUFFIXES and missed.parent.is_dir():

@@ -15,6 +15,7 @@ from topwork.data.files.json_rows import json_rows, jsonl_rows
 from topwork.data.files.places import kind_of
 from topwork.data.files.sources import Located, locate
 from topwork.data.files.tables import arrow_rows, dataset_rows, parquet_rows
+from topwork.data.files.xlsx_rows import xlsx_rows
 
 Found = Iterator[tuple[dict[str, Any], str]]
 
@@ -156,5 +157,6 @@ READERS: dict[str, Callable[[DataFile], Found]] = {
     ".tsv": csv_rows,
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
+    ".xlsx": xlsx_rows,
     ".txt": _txt,
 }
