@@ -237,6 +237,8 @@ def notes(run: RunFiles) -> list[str]:
     noted = [(record["step"], _text(record.get("text"))) for record in run.records if record["kind"] == "note"]
     own = {text for _, text in noted}  # a run's warnings are its notes and others
     found = ending(run)
+    if (step := number(run.evaluation, "checkpoint")) is not None:
+        found.append(f"The scores and answers are those of the checkpoint of step {wording.whole(step)}.")
     found.extend(text for warning in entries(run.result, "warnings") if (text := _text(warning)) not in own)
     found.extend(f"Step {step}: {text}" for step, text in noted if not is_told(run, text))
     found.extend(run.problems)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import append_line, write_bytes, write_text
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
 DIVERGED = "diverged at step"
 """How the note of a run begins that ended so, and is no run's that went on."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
@@ -139,7 +139,7 @@ class TensorBoardSink:
         elsewhere = os.environ.get("TENSORBOARD_LOGGING_DIR")
         if elsewhere and purge_step is None:
             purge_step = 0  # an earlier run of this name may have been there
-        place = Path(elsewhere, run_dir.resolve().name) if elsewhere else run_dir / "tensorboard"
+        place = Path(elsewhere, run_dir.resolve().name) if elsewhere else run_dir / TENSORBOARD
         self._writer = SummaryWriter(log_dir=str(place), purge_step=purge_step)
         if resume_step is None:
             self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
@@ -169,7 +169,7 @@ class WandbSink:
         except ImportError as error:
             raise _missing("wandb", "Weights & Biases") from error
         said, name = os.environ.get, run_dir.resolve().name
-        id_file = run_dir / "wandb_id"
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             asked = said("WANDB_RUN_ID")
             write_text(id_file, asked if asked and asked not in self._open else secrets.token_hex(8))
