@@ -16,6 +16,7 @@ from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+from topwork.recipe.pasted import setting, unfolded
 from topwork.training.config import TrainingConfig
 
 PEERS_NAMES = {
@@ -34,7 +35,7 @@ PEERS_NAMES = {
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".gz", ".zst")
 SEVERAL = ("sweep", "jobs")
 """Sections that describe several runs (`recipe/sweep_config.py`)."""
 
@@ -92,7 +93,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file") from error
-    values = parse_yaml(text, str(path))
+    values = unfolded(parse_yaml(text, str(path)), {*Recipe.model_fields, *SEVERAL}, str(path))
     for override in overrides:
         _apply(values, override)
     return values
@@ -136,11 +137,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    given = setting(override)
+    if given is None:
         raise RecipeError(f"--set {override!r}: expected a.b=value, for example training.learning_rate=1e-4")
+    key, text = given
     at: Any = values
-    *parents, last = key.strip().split(".")
+    *parents, last = key.split(".")
     for depth, parent in enumerate(parents, 1):
         if at.get(parent) is None:  # absent, or a section left empty
             at[parent] = {}
@@ -211,7 +213,7 @@ def _found(value: str, folder: Path) -> str:
         matches = glob.has_magic(value) and next(glob.iglob(value, root_dir=place, recursive=True), None) is not None
         if matches or (place / value).exists():
             return str((place / value).resolve())
-        if colon and (place / head).is_dir():
+        if colon and ((place / head).is_dir() or (Path(head).suffix == ".xlsx" and (place / head).is_file())):
             return f"{(place / head).resolve()}:{rest}"
     missed = folder / value
     if missed.suffix in _DATA_SUFFIXES and missed.parent.is_dir():

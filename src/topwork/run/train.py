@@ -23,6 +23,7 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
+from topwork.run.divergence import record_divergence
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.interrupted import RunInterrupted
@@ -127,7 +128,8 @@ def train_held(
     names = _names(recipes, held.adapters)
     try:
         return _trained(held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
-    except BaseException:
+    except BaseException as error:
+        record_divergence(recipes, error)
         for name in names:
             if name in held.adapters.configs:
                 held.adapters.remove(name)

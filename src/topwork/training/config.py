@@ -77,6 +77,7 @@ class TrainingConfig(Options):
     logging_steps: int = Field(1, ge=1)
     """Write metrics every so many steps."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Where metrics go beside `metrics.jsonl`."""
+    """Where metrics go beside `metrics.jsonl`. WANDB_PROJECT, WANDB_NAME and the like, and TENSORBOARD_LOGGING_DIR, say
+    where in the environment."""
     seed: int = 0
     """Decides the adapter's first weights, the order of the rows, dropout and the held-out rows."""

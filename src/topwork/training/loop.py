@@ -168,6 +168,7 @@ class Loop:
 
     def _diverged(self, trial: Trial, error: NonFiniteLossError, at: int) -> None:
         if len(self.trials) == 1:
+            trial.record_divergence(error, at)
             raise error
         trial.diverge(error, at)
 

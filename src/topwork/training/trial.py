@@ -23,7 +23,7 @@ from topwork.training.checkpoint import (
     save_checkpoint,
 )
 from topwork.training.config import TrainingConfig
-from topwork.training.metrics import MetricsLog
+from topwork.training.metrics import DIVERGED, MetricsLog
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
 from topwork.training.progress import Progress, Unbroken
 from topwork.training.schedule import learning_rate, warmup_note
@@ -179,6 +179,10 @@ class Trial:
         """Leave the pass in round `at`, with the last good state."""
         self._note(f"diverged, and left the pass: {error}")
         self._end("diverged", at)
+
+    def record_divergence(self, error: NonFiniteLossError, at: int) -> None:
+        """Keep in its metrics that it diverged in round `at`; who catches the error tells it."""
+        self.metrics.write("note", self.state.step, {"text": f"{DIVERGED} {at}: {error}"})
 
     def validation_is_due(self, stop_at: int | None = None) -> bool:
         """Whether it is to be validated at the step it is at, where a run that stops at `stop_at` is, too."""

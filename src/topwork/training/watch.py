@@ -15,8 +15,8 @@ CONSECUTIVE = 2
 
 def overfitting_since(history: Sequence[Validation]) -> int | None:
     """The step of the last good validation, where each of the last two was higher than the one before it while the
-    training loss fell; told once, when it shows first."""
-    if not _rising(history) or _rising(history[:-1]):
+    training loss fell; told once of a run, when it shows first."""
+    if not _rising(history) or any(_rising(history[:earlier]) for earlier in range(len(history))):
         return None
     return history[-1 - CONSECUTIVE].step
 
