@@ -30,6 +30,9 @@ class AdapterConfig(Options):
 
     method: str
     """The adapter method."""
+    init_from: str | None = None
+    """Train on: a run's folder or any PEFT folder, with whose weights the adapter begins. Options that are left out are
+    taken from there, and those that are given have to agree, but for dropout; optimizer, steps and rows are new."""
 
     def __new__(cls, **options: Any) -> Self:
         return super().__new__(_kind(options) if cls is AdapterConfig else cls)  # type: ignore[return-value]

@@ -125,13 +125,20 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
 
+    fill_from(saved, parts, bare)
+    return parts
+
+
+def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
+    """Set parts that were made for this base from what was read from disk. Raises AdapterError where they do not fit;
+    nothing is set then."""
+
     def stored(path: str, kind: str) -> Tensor | None:
         found = getattr(bare.modules.get(path), kind, None)
         return found.cpu() if isinstance(found, Tensor) else None
 
     tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
     fill(parts, with_beginnings(tensors, state_of(parts)))
-    return parts
 
 
 def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:

@@ -16,6 +16,7 @@ from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+from topwork.recipe.beginning import with_beginning
 from topwork.recipe.places import named_here, named_in_file
 from topwork.training.config import TrainingConfig
 
@@ -112,7 +113,7 @@ def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | N
     empty = {key for key in (*Recipe.model_fields, *SEVERAL) if key in values and values[key] is None}
     values = _translated({key: value for key, value in values.items() if key not in empty})
     if folder is not None:
-        values = named_in_file(values, folder)
+        values = with_beginning(named_in_file(values, folder), folder)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

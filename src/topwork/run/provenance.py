@@ -21,7 +21,10 @@ from topwork.data.streaming.examples import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
+from topwork.run.beginning_from import origin_of
 from topwork.run.folder import read_json
+from topwork.training.checkpoint import list_checkpoints
+from topwork.training.trial import CHECKPOINTS
 
 PROVENANCE = "provenance.json"
 
@@ -42,6 +45,7 @@ def provenance(
         },
         "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
         "recipe_sha256": sha256_bytes(recipe_yaml(recipe).encode()),
+        **origin_of(recipe),
         "seed": recipe.training.seed,
         "tokens_per_pass": tokens_per_pass,
         **({"trained_together": list(together)} if together else {}),
@@ -55,6 +59,8 @@ def refuse_other_inputs(folder: Path, now: dict[str, Any]) -> None:
     if not before:
         return
     changed = [name for name, then, here in _identities(before, now) if then != here]
+    if not list_checkpoints(folder / CHECKPOINTS):  # nothing is kept but what it began from
+        changed += _begun_from_another(before, now)
     if changed:
         raise RequestError(
             f"{folder} was begun with {_listed(changed)} than there is now, under the same names; a resumed run would "
@@ -81,6 +87,11 @@ def _identities(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
         ("other held-out rows", rows(before, "eval"), rows(now, "eval")),
         ("another chat template", before["template_sha256"], now["template_sha256"]),
     ]
+
+
+def _begun_from_another(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    then, here = before.get("begun_from", {}).get("sha256"), now.get("begun_from", {}).get("sha256")
+    return ["another adapter in adapter.init_from"] if then != here else []
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.begin import check_folder, check_shared, check_targets, clear
+from topwork.run.beginning_from import begin_from, resolved
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.lint import quick_line
@@ -93,7 +94,7 @@ def train_together(
     Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
     """
-    recipes = list(recipes)
+    recipes = [resolved(recipe) for recipe in recipes]
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
@@ -172,6 +173,7 @@ def _grafted(
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
+        begin_from(place, recipe, base, log)
         runs.append(_Run(recipe, place, data, counted))
     return runs
 

@@ -1,0 +1,123 @@
+"""`adapter.init_from` where the base is: a fresh adapter takes the weights of another, and the run says so."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.fitting import Parts
+from topwork.adapters.foreign import adapter_folder
+from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
+from topwork.common.errors import AdapterError, CheckpointError
+from topwork.common.files import sha256_file, verify_folder
+from topwork.data.config import DataConfig
+from topwork.models.base import Base
+from topwork.quantization.linear import packed_kinds
+from topwork.recipe.beginning import run_of, with_beginning
+from topwork.recipe.recipe import Recipe
+from topwork.run.folder import RECIPE, TEMPLATE, read_json
+from topwork.training.checkpoint import ADAPTER, list_checkpoints
+from topwork.training.trial import CHECKPOINTS, Place
+
+TENSORS = "adapter_model.safetensors"
+HELD = "provenance.json"
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with all that `adapter.init_from` decides written out, as `load_recipe` gives it, where it was made in
+    Python. Raises RecipeError and AdapterError."""
+    if recipe.adapter.init_from is None:
+        return recipe
+    given = {name: getattr(recipe, name).model_dump(exclude_unset=True) for name in ("adapter", "data")}
+    found = with_beginning({**given, "output_dir": recipe.output_dir}, Path())
+    update = {"adapter": AdapterConfig(**found["adapter"]), "data": DataConfig(**found["data"])}
+    return recipe.model_copy(update=update)
+
+
+def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], None]) -> None:
+    """Give a fresh adapter the weights that its recipe names; for a run that is gone on with, those of its checkpoint
+    will count. Raises AdapterError where they are another base's, or do not fit."""
+    named = recipe.adapter.init_from
+    if named is None or _is_gone(Path(named), place.run_dir):
+        return
+    folder = weights_of(Path(named))
+    saved = read_adapter(folder, place.adapters.methods)
+    _check_base(saved, place.base_id, log)
+    try:
+        fill_from(saved, place.adapters.parts(place.name), place.adapters.bare())
+    except AdapterError as error:
+        raise AdapterError(f"adapter.init_from {named}: {error} Leave out the adapter's other options") from error
+    log(f"{place.name} begins from {folder}{_step(folder)}: {_size(place.adapters.parts(place.name))}; optimizer anew")
+    _tell_differences(recipe, Path(named), base, log)
+
+
+def weights_of(place: Path) -> Path:
+    """The PEFT folder with the weights: a run's adapter, or its newest whole checkpoint's where it has none yet.
+
+    Raises AdapterError where there is neither.
+    """
+    if not (place / RECIPE).is_file():
+        return adapter_folder(place)
+    if (place / ADAPTER).is_dir():
+        return place / ADAPTER
+    for checkpoint in reversed(list_checkpoints(place / CHECKPOINTS)):
+        try:
+            verify_folder(checkpoint)
+        except CheckpointError:
+            continue
+        return checkpoint / ADAPTER
+    raise AdapterError(f"adapter.init_from {place}: the run has neither its adapter nor a whole checkpoint yet")
+
+
+def origin_of(recipe: Recipe) -> dict[str, Any]:
+    """What provenance.json says of it: its place, and the SHA-256 of the file with its tensors."""
+    named = recipe.adapter.init_from
+    if named is None or not Path(named).exists():
+        return {}
+    folder = weights_of(Path(named))
+    return {"begun_from": {"path": named, "folder": str(folder), "sha256": sha256_file(folder / TENSORS)}}
+
+
+def _is_gone(named: Path, run_dir: Path) -> bool:
+    if named.exists():
+        return False
+    if list_checkpoints(run_dir / CHECKPOINTS):
+        return True
+    raise AdapterError(
+        f"adapter.init_from {named} is not there any more, and {run_dir} has no checkpoint to go on from; bring it "
+        "back, or name another place to begin from"
+    )
+
+
+def _check_base(saved: SavedAdapter, base: BaseId, log: Callable[[str], None]) -> None:
+    try:
+        warning = check_base(saved, base)
+    except AdapterError as error:
+        told = str(error).partition(". Load it onto")[0]
+        raise AdapterError(
+            f"adapter.init_from: {told}. Train on over the base that it was trained on (model.model_name_or_path)"
+        ) from error
+    if warning:
+        log(f"warning: {warning}")
+
+
+def _tell_differences(recipe: Recipe, named: Path, base: Base, log: Callable[[str], None]) -> None:
+    run = run_of(named)
+    if run is None:
+        return
+    if recipe.data.chat_template == str(run.resolve() / TEMPLATE):
+        log(f"chat template: the one that {run} was trained with; data.chat_template names another")
+    held = read_json(run / HELD).get("base", {}).get("held_as")
+    if held is not None and held != packed_kinds(base.module):
+        log(
+            f"warning: {run} was trained on the base held as {held or 'dense'}, which is held as "
+            f"{packed_kinds(base.module) or 'dense'} here; set quantization as it was there to begin where it ended"
+        )
+
+
+def _step(folder: Path) -> str:
+    return f" (its checkpoint {folder.parent.name})" if folder.parent.parent.name == CHECKPOINTS else ""
+
+
+def _size(parts: Parts) -> str:
+    return f"{sum(p.numel() for part in parts.values() for p in part.tensors().values()):,} parameters"
