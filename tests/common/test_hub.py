@@ -11,6 +11,7 @@ from run.hub_stand_in import HubStandIn
 from topwork.common import hub
 from topwork.common.errors import DataError, ModelError
 from topwork.common.hub import ask_hub, is_hub_id
+from topwork.data.files.places import find_place
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 
@@ -94,6 +95,12 @@ def test_troubles_of_the_hubs_own_are_left_to_its_client(stand_in: HubStandIn) -
     assert len(asked(stand_in)) == 1
 
 
+def test_a_server_that_knows_no_such_page(stand_in: HubStandIn) -> None:
+    stand_in.refuse["HEAD /owner/base"] = (404, "no such page")
+    with pytest.raises(ModelError, match=r"tried as a Hub id: http.* has no such page"):
+        find("owner/base")
+
+
 def test_a_network_that_is_not_there_is_tried_once(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -128,4 +135,6 @@ def test_what_can_only_be_a_path_is_asked_of_nobody(name: str, stand_in: HubStan
     Path("here").mkdir()
     with pytest.raises(ModelError):
         find(name)
+    with pytest.raises(DataError):
+        find_place(name)
     assert asked(stand_in) == []

@@ -101,8 +101,19 @@ def test_what_is_given_has_to_agree(trained: Path, make_recipe: MakeRecipe) -> N
     }.items():  # fmt: skip
         with pytest.raises(RecipeError, match=told[1]):
             recipe(**{given: told[0]})
-    with pytest.raises(AdapterError, match=r"init_from .*unknown"):
+    with pytest.raises(AdapterError, match=r"target_modules is \[.q_proj.\] here and .all-linear. there: .*unknown"):
         train(begun(make_recipe, trained, adapter={"target_modules": ["q_proj"]}), log=quiet)
+
+
+def test_a_beginning_by_loftq_stands_in_the_weights(trained: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(trained, start)
+    values = yaml.safe_load((start / "recipe.yaml").read_text("utf-8"))
+    values["adapter"]["init_lora_weights"] = "loftq"
+    tiny.write_recipe(start / "recipe.yaml", values)
+    for given in ({}, {"init_lora_weights": "loftq"}, {"init_lora_weights": True}):
+        adapter = load_recipe(begun(make_recipe, start, adapter=given)).adapter
+        assert adapter.init_lora_weights is True  # type: ignore[union-attr]
 
 
 def test_what_can_not_be_begun_from(trained: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class AdapterConfig(Options):
         idle = [name for name in sorted(values) if name in others and name not in known]
         changed = [name for name in idle if values[name] != others[name].get_default(call_default_factory=True)]
         if changed:
-            own = sorted(known - {"method"})
+            own = sorted(known - {"method", "init_from"})
             raise ValueError(
                 f"{', '.join(changed)} say{'s' if len(changed) == 1 else ''} nothing to method "
                 f"{cls.model_fields['method'].default}, which knows {', '.join(own)}; leave out what it does not know, "

@@ -24,6 +24,7 @@ from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
+from topwork.common.paths import missed
 
 SLACK_VALUES = 1 << 20
 """How many more than twice the file's values a plan may ask for and still be made, so that what is missing is named."""
@@ -69,7 +70,10 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
     """Read a PEFT folder of one of the `methods`, whoever wrote it. Raises AdapterError naming what is missing or not
     supported."""
     if not folder.is_dir():
-        raise AdapterError(f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder")
+        near = missed(folder)
+        raise AdapterError(
+            f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder{near}"
+        )
     raw = _json(folder / "adapter_config.json")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -84,7 +84,12 @@ def _asked(hub_id: str, revision: str | None, kind: Kind, endpoint: str) -> str 
         return "the Hub has none, or a private one that is shown to nobody without its token (`hf auth login`)"
     except errors.RevisionNotFoundError:
         return f"the Hub has it without a revision {revision!r}"
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError):
+    except errors.HfHubHTTPError as error:
+        plain = (
+            kind == "model" and error.response.status_code == 404 and not isinstance(error, errors.EntryNotFoundError)
+        )
+        return f"{endpoint} has no such page" if plain else None
+    except errors.EntryNotFoundError:
         return None
     except TimeoutError:
         raise

@@ -21,7 +21,7 @@ from topwork.common.paths import missed
 INIT = "init_from"
 FREE = {INIT, "lora_dropout"}
 """Options that may be others than before: they are about training alone."""
-CHOOSING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
+CHOOSING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Options that say in other words which modules: whether they mean the same is told by the tensors, on the base."""
 CONFIG, RECIPE, TEMPLATE = "adapter_config.json", "recipe.yaml", "chat_template.jinja"
 _CHECKPOINT = re.compile(r"step-\d+")
@@ -53,6 +53,17 @@ def run_of(place: Path) -> Path | None:
         above = above.parents[1]
     holds = (above / RECIPE).is_file() and any((above / name).is_dir() for name in ("adapter", "checkpoints"))
     return above if holds else None
+
+
+def chosen_otherwise(config: AdapterConfig, place: Path) -> str:
+    """What chooses other modules than in the adapter at a place, for people: '; …', or an empty string."""
+    own = _options(place, run_of(place))
+    told = [
+        f"adapter.{key} is {getattr(config, key)!r} here and {getattr(own, key)!r} there"
+        for key in sorted(CHOOSING)
+        if getattr(config, key, None) != getattr(own, key, None)
+    ]
+    return f"; {', '.join(told)}" if told else ""
 
 
 def _refuse_inside(place: Path, values: Mapping[str, Any]) -> None:
@@ -160,9 +171,8 @@ def _same(key: str, merged: Mapping[str, Any], theirs: Mapping[str, Any]) -> boo
         values = [getattr(CONFIGS[merged["method"]](**{**theirs, key: each[key]}), key) for each in (merged, theirs)]
     except ValidationError:
         return True  # the recipe's own check tells what is wrong with it
-    if key == "modules_to_save":
-        return sorted(values[0] or ()) == sorted(values[1] or ())
-    return bool(values[0] == values[1])
+    one, other = (sorted(value) if isinstance(value, list) else value for value in values)
+    return bool(one == other)
 
 
 def _as_read_by(run: Path, given: Any) -> Any:

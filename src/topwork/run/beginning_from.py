@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from topwork.adapters.config import AdapterConfig
-from topwork.adapters.fitting import Parts
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
 from topwork.common.errors import AdapterError, CheckpointError
@@ -13,14 +12,14 @@ from topwork.common.files import sha256_file, verify_folder
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
-from topwork.recipe.beginning import run_of, with_beginning
+from topwork.recipe.beginning import chosen_otherwise, run_of, with_beginning
 from topwork.recipe.recipe import Recipe
 from topwork.run.folder import RECIPE, TEMPLATE, read_json
 from topwork.training.checkpoint import ADAPTER, list_checkpoints
 from topwork.training.trial import CHECKPOINTS, Place
 
 TENSORS = "adapter_model.safetensors"
-HELD = "provenance.json"
+ORIGIN = "provenance.json"
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -46,8 +45,13 @@ def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], No
     try:
         fill_from(saved, place.adapters.parts(place.name), place.adapters.bare())
     except AdapterError as error:
-        raise AdapterError(f"adapter.init_from {named}: {error} Leave out the adapter's other options") from error
-    log(f"{place.name} begins from {folder}{_step(folder)}: {_size(place.adapters.parts(place.name))}; optimizer anew")
+        otherwise = chosen_otherwise(recipe.adapter, Path(named))
+        raise AdapterError(f"adapter.init_from {named}{otherwise}: {error}") from error
+    trained = sum(parameter.numel() for parameter in place.adapters.parameters(place.name).values())
+    log(
+        f"{place.name} begins from {folder}{_step(folder)}: its {trained:,} parameters, a fresh optimizer; the "
+        "validation before the first step is of the base with it"
+    )
     _tell_differences(recipe, Path(named), base, log)
 
 
@@ -107,7 +111,7 @@ def _tell_differences(recipe: Recipe, named: Path, base: Base, log: Callable[[st
         return
     if recipe.data.chat_template == str(run.resolve() / TEMPLATE):
         log(f"chat template: the one that {run} was trained with; data.chat_template names another")
-    held = read_json(run / HELD).get("base", {}).get("held_as")
+    held = read_json(run / ORIGIN).get("base", {}).get("held_as")
     if held is not None and held != packed_kinds(base.module):
         log(
             f"warning: {run} was trained on the base held as {held or 'dense'}, which is held as "
@@ -117,7 +121,3 @@ def _tell_differences(recipe: Recipe, named: Path, base: Base, log: Callable[[st
 
 def _step(folder: Path) -> str:
     return f" (its checkpoint {folder.parent.name})" if folder.parent.parent.name == CHECKPOINTS else ""
-
-
-def _size(parts: Parts) -> str:
-    return f"{sum(p.numel() for part in parts.values() for p in part.tensors().values()):,} parameters"
