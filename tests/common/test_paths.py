@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from topwork.common.errors import DataError, ModelError
 from topwork.common.paths import is_path, missed, plain_path
+from topwork.data.files.places import find_place
+from topwork.models.config import ModelConfig
+from topwork.models.source import find_source
+from topwork.recipe.recipe import make_recipe
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,13 @@ def test_what_is_said_of_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatc
     assert missed("models/quite-another") == "", "the folder that they share is no likeness"
     assert "variables ($DATA) are not expanded" in missed("$DATA/rows.jsonl")
     assert "did you mean 'models/mistral'" in missed("models\\mistral")
+
+
+@pytest.mark.parametrize("odd", ["x" * 5000, "a/" + "x" * 300, "a\0b", "ä" * 200])
+def test_names_that_no_file_system_takes_are_not_there(odd: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        find_source(ModelConfig(model_name_or_path=f"./{odd}"), lambda _: None)
+    with pytest.raises(DataError):
+        find_place(f"./{odd}")
+    values = {"model": {"model_name_or_path": odd}, "data": {"train": odd, "eval": f"~/{odd}"}}
+    assert make_recipe(values, folder=tmp_path).data.train == odd

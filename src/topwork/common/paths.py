@@ -32,6 +32,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; as `is_there`."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def is_path(given: str) -> bool:
     """Whether a name can only be meant as a path, and not as `owner/name` of the Hub: by how it is written, or because
     a folder of its first part's name is here."""
@@ -42,7 +50,7 @@ def is_path(given: str) -> bool:
         or "\\" in given
         or len(parts) > 2
         or given.lower().endswith(MODEL_FILES)
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
+        or (len(parts) == 2 and is_folder(Path(parts[0])))
     )
 
 
@@ -70,7 +78,7 @@ def missed(path: str | Path) -> str:
 def _nearest(path: Path) -> str:
     """Names like the first part of a path that is not there, with what leads to it."""
     above = path.parent
-    while not above.is_dir():
+    while not is_folder(above):
         if above == above.parent:
             return ""
         path, above = above, above.parent

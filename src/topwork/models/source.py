@@ -13,7 +13,7 @@ from pathlib import Path
 
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.common.hub import ask_hub, is_hub_id
-from topwork.common.paths import is_path, is_there, missed, plain_path
+from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
 
@@ -156,7 +156,7 @@ def _check_file(path: Path, log: Log) -> Path:
 
 def _near_paths(path: Path) -> str:
     """Names like the missing path's in its folder, as `did_you_mean` puts them, where it lies in one that is here."""
-    return "" if path.parent == Path() or not path.parent.is_dir() else missed(path)
+    return "" if path.parent == Path() or not is_folder(path.parent) else missed(path)
 
 
 def _nothing_there(given: str, path: Path) -> str:
@@ -165,7 +165,7 @@ def _nothing_there(given: str, path: Path) -> str:
             f"model_name_or_path is empty, expected an alias ({', '.join(ALIASES)}), a Hub id, a folder or a .gguf file"
         )
     near = missed(given) or did_you_mean(given, ALIASES)
-    if path.parent != Path() and not path.parent.is_dir():
+    if path.parent != Path() and not is_folder(path.parent):
         near = near or f"; the folder {str(path.parent)!r} is not there either"
     if is_path(given):
         owner = " (nor asked of the Hub, because a folder of its owner's name is here)" if is_hub_id(given) else ""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import DataError, did_you_mean
-from topwork.common.paths import is_path, missed, plain_path
+from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.data.files.decoding import unpacked_name
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -74,12 +74,12 @@ def find_place(named: str) -> Place | None:
     which there is nothing, with near names."""
     named = plain_path(named)
     path = Path(named)
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path, None, None)
-    if path.exists():
+    if is_there(path):
         return Place(named, path.parent, {"": [path]}, alone=True)
     head, *rest = named.split(":")
-    if rest and len(rest) <= 2 and Path(head).is_dir():
+    if rest and len(rest) <= 2 and is_folder(Path(head)):
         return _folder(Path(head), rest[0] or None, rest[1] if len(rest) > 1 else None)
     if glob.has_magic(named):
         return _matches(path)
@@ -110,7 +110,7 @@ def check_kind(path: Path) -> None:
 
 def _missing(path: Path) -> str:
     hint = missed(path)
-    if not path.parent.is_dir() and not hint:
+    if not is_folder(path.parent) and not hint:
         return f"{path} does not exist, nor does its folder {path.parent}; check the path (it starts at {Path.cwd()})"
     return f"{path} does not exist{hint or '; expected a data file, a folder of them, or a Hub id owner/name'}"
 
