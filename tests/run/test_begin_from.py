@@ -15,8 +15,10 @@ from topwork.adapters.config import AdapterConfig
 from topwork.common.errors import AdapterError, RecipeError, RequestError
 from topwork.common.files import sha256_file
 from topwork.recipe.recipe import load_recipe
+from topwork.reporting.sweep_state import SWEEP
 from topwork.run.beginning_from import weights_of
 from topwork.run.folder import read_recipe
+from topwork.run.sweep.plan import SweepOptions, plan_sweep
 from topwork.run.train import train, train_together
 
 SHORT = {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.01}
@@ -207,6 +209,22 @@ def test_several_train_on_together(trained: Path, make_recipe: MakeRecipe) -> No
     runs = train_together(recipes, log=quiet)
     assert {run.result["eval_loss_before"] for run in runs} == {result(trained)["eval_loss_after"]}
     assert tensors(runs[0].folder) != tensors(runs[1].folder)
+
+
+def test_a_sweep_over_rates_from_one_adapter(trained: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(trained, start)
+    path = begun(make_recipe, start, "swept")
+    rates = SweepOptions(("training.learning_rate=0.001,0.01",))
+    plan = plan_sweep(path, options=rates)
+    assert [trial.recipe.adapter.init_from for trial in plan.trials] == [str(start)] * 2
+    with pytest.raises(RecipeError, match=r"adapter\.r is 8 here and 4 in"):
+        plan_sweep(path, options=SweepOptions(("adapter.r=4,8",)))
+    train(plan.trials[0].recipe, log=quiet)
+    (plan.out / SWEEP).touch()
+    shutil.rmtree(start)
+    again = plan_sweep(path, options=rates)
+    assert [trial.recipe.adapter for trial in again.trials] == [trial.recipe.adapter for trial in plan.trials]
 
 
 def test_over_a_quantized_base(make_recipe: MakeRecipe) -> None:

@@ -7,6 +7,7 @@ chat template comes along, since an adapter that has learned one would be spoile
 import json
 import re
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from topwork.adapters.config import CONFIGS, AdapterConfig
 from topwork.adapters.peft_options import FROM_WEIGHT, config_in
 from topwork.common.errors import AdapterError, RecipeError
 from topwork.common.paths import missed
+from topwork.reporting.sweep_state import SWEEP
 
 INIT = "init_from"
 FREE = {INIT, "lora_dropout"}
@@ -82,13 +84,12 @@ def _output(values: Mapping[str, Any]) -> Path:
 
 def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, folder: Path) -> dict[str, Any]:
     """What the run in output_dir wrote down when it began from the same place, which is gone."""
-    out = _output(values)
-    before = _recipe_of(out) if (out / RECIPE).is_file() else {}
-    stored = before.get("adapter") or {}
-    if stored.get(INIT) not in {str((place / named).resolve()) for place in (folder, Path())}:
+    out, before = _begun_alike(_output(values), {str((place / named).resolve()) for place in (folder, Path())})
+    if out is None:
         raise RecipeError(
             f"adapter.{INIT}: {named} is not there{missed(named) or '; give a run of `topwork train` or a PEFT folder'}"
         )
+    stored = before["adapter"]
     own = _config({key: value for key, value in stored.items() if key != INIT}, str(out / RECIPE))
     laid = {**values, "adapter": {**_agreed(section, own, str(out / RECIPE)), INIT: stored[INIT]}}
     given, theirs = values.get("data") or {}, before.get("data") or {}
@@ -96,6 +97,16 @@ def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, fol
         way = {name: theirs[name] for name in ("separator", "chat_template_kwargs", "fold_system") if name in theirs}
         laid["data"] = {**given, **way, "chat_template": str((out / TEMPLATE).resolve())}
     return laid
+
+
+def _begun_alike(out: Path, places: set[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The run in output_dir which began from one of these places, or one of the same sweep, and its recipe."""
+    members = out.parent.glob("*" if (out.parent / SWEEP).is_file() else f"{escape(out.name)}*/*")
+    for run in (out, *sorted(members)):
+        before = _recipe_of(run) if (run / RECIPE).is_file() else {}
+        if (before.get("adapter") or {}).get(INIT) in places:
+            return run, before
+    return None, {}
 
 
 def _of_place(place: str, data: Mapping[str, Any]) -> bool:

@@ -252,6 +252,7 @@ def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members:
         "base_held_as": on.held_as,
         "checkpointed_layers": plan.checkpointed_layers,
         "shared_with": members,
+        **({"begun_from": run.recipe.adapter.init_from} if run.recipe.adapter.init_from else {}),
     }
     write_json(run.folder / RESULT, result)
     return TrainedRun(run.folder, result, run.place.name)
