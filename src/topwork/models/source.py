@@ -62,7 +62,7 @@ def find_source(config: ModelConfig, log: Log) -> Source:
 
 def cache_root() -> Path:
     """Where converted models are kept: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
-    return Path(os.path.expanduser(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork"))
+    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser()
 
 
 def embedded_file(hub_id: str) -> Path | None:

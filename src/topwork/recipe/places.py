@@ -96,7 +96,7 @@ def _missed_beside(value: str, folder: Path) -> str:
     beside = folder / value
     if beside.suffix in _DATA_SUFFIXES and beside.parent.is_dir():
         like = glob.has_magic(value) or did_you_mean(beside.name, [entry.name for entry in beside.parent.iterdir()])
-        return str(beside.resolve()) if like else value
+        return str(beside.absolute() if beside.is_symlink() else beside.resolve()) if like else value
     return value
 
 

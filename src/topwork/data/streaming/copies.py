@@ -25,7 +25,7 @@ _ROWS, _NOTES = "rows.jsonl", "notes.json"
 
 def copies_root() -> Path:
     """Where copies are: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
-    return Path(os.path.expanduser(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork")) / "rows"
+    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "rows"
 
 
 def copied_rows(

@@ -58,7 +58,7 @@ def _built(name: str) -> Path:
     flags = (f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS)
     made_of = [*sources.values(), compiler.encode(), " ".join(flags).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
-    folder = Path(os.path.expanduser(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork")) / "native"
+    folder = Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "native"
     target = folder / f"{name}-{key[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
