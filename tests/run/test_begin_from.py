@@ -16,7 +16,7 @@ from topwork.common.errors import AdapterError, RecipeError, RequestError
 from topwork.common.files import sha256_file
 from topwork.recipe.recipe import load_recipe
 from topwork.reporting.sweep_state import SWEEP
-from topwork.run.beginning_from import weights_of
+from topwork.run.beginning_from import start_of
 from topwork.run.folder import read_recipe
 from topwork.run.sweep.plan import SweepOptions, plan_sweep
 from topwork.run.train import train, train_together
@@ -140,24 +140,24 @@ def test_what_can_not_be_begun_from(trained: Path, make_recipe: MakeRecipe, tmp_
 
 def test_a_run_that_has_no_adapter_yet_gives_its_newest_whole_checkpoint(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("adapter.*"))
-    assert weights_of(run) == run / "adapter"
+    shutil.copytree(trained, run)
+    assert start_of(run, quiet).folder == run / "adapter"
     shutil.rmtree(run / "adapter")
     newest, *_ = sorted(run.glob("checkpoints/step-*"), reverse=True)
-    assert weights_of(run) == newest / "adapter"
+    assert start_of(run, quiet).folder == newest / "adapter"
     (newest / "state.json").write_bytes(b"torn")
-    assert weights_of(run).parent.parent == run / "checkpoints" != newest
+    assert start_of(run, quiet).folder.parent.parent == run / "checkpoints" != newest
     for checkpoint in run.glob("checkpoints/step-*"):
         (checkpoint / "state.json").write_bytes(b"torn")
-    with pytest.raises(AdapterError, match="neither its adapter nor a whole checkpoint"):
-        weights_of(run)
+    with pytest.raises(RequestError, match="no finished adapter and no whole checkpoint"):
+        start_of(run, quiet)
 
 
 def test_one_of_its_checkpoints(trained: Path, make_recipe: MakeRecipe) -> None:
     *_, last = sorted(trained.glob("checkpoints/step-*"))
     said: list[str] = []
     run = train(begun(make_recipe, last), log=said.append).folder
-    assert any("its checkpoint step-" in line for line in said)
+    assert any(f"begins from {last / 'adapter'}" in line for line in said)
     assert read_recipe(run).adapter.lora_dropout == 0.1  # type: ignore[union-attr]
 
 

@@ -25,7 +25,7 @@ FREE = {INIT, "lora_dropout"}
 """Options that may be others than before: they are about training alone."""
 CHOOSING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Options that say in other words which modules: whether they mean the same is told by the tensors, on the base."""
-CONFIG, RECIPE, TEMPLATE = "adapter_config.json", "recipe.yaml", "chat_template.jinja"
+CONFIG, RECIPE, ORIGIN, TEMPLATE = "adapter_config.json", "recipe.yaml", "provenance.json", "chat_template.jinja"
 _CHECKPOINT = re.compile(r"step-\d+")
 
 
@@ -84,7 +84,8 @@ def _output(values: Mapping[str, Any]) -> Path:
 
 def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, folder: Path) -> dict[str, Any]:
     """What the run in output_dir wrote down when it began from the same place, which is gone."""
-    out, before = _begun_alike(_output(values), {str((place / named).resolve()) for place in (folder, Path())})
+    places = {str((place / named).resolve()) for place in (folder, Path())}
+    out, before = _begun_alike(_output(values), folder, places)
     if out is None:
         raise RecipeError(
             f"adapter.{INIT}: {named} is not there{missed(named) or '; give a run of `topwork train` or a PEFT folder'}"
@@ -99,11 +100,12 @@ def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, fol
     return laid
 
 
-def _begun_alike(out: Path, places: set[str]) -> tuple[Path | None, dict[str, Any]]:
-    """The run in output_dir which began from one of these places, or one of the same sweep, and its recipe."""
+def _begun_alike(out: Path, folder: Path, places: set[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The run in output_dir, or whose own recipe it is, or one of the same sweep, which began from one of these places,
+    and its recipe."""
     members = out.parent.glob("*" if (out.parent / SWEEP).is_file() else f"{escape(out.name)}*/*")
-    for run in (out, *sorted(members)):
-        before = _recipe_of(run) if (run / RECIPE).is_file() else {}
+    for run in (out, folder, *sorted(members)):
+        before = _recipe_of(run) if all((run / name).is_file() for name in (RECIPE, ORIGIN)) else {}
         if (before.get("adapter") or {}).get(INIT) in places:
             return run, before
     return None, {}

@@ -7,19 +7,21 @@ from typing import Any
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
-from topwork.common.errors import AdapterError, CheckpointError
-from topwork.common.files import sha256_file, verify_folder
+from topwork.common.errors import AdapterError
+from topwork.common.files import sha256_file
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
-from topwork.recipe.beginning import chosen_otherwise, run_of, with_beginning
+from topwork.recipe.beginning import chosen_otherwise, with_beginning
 from topwork.recipe.recipe import Recipe
-from topwork.run.folder import RECIPE, TEMPLATE, read_json
-from topwork.training.checkpoint import ADAPTER, list_checkpoints
+from topwork.run.chosen import Chosen, choose
+from topwork.run.folder import RECIPE, TEMPLATE, read_json, read_recipe
+from topwork.run.given import run_of
+from topwork.run.provenance import PROVENANCE
+from topwork.training.checkpoint import list_checkpoints
 from topwork.training.trial import CHECKPOINTS, Place
 
 TENSORS = "adapter_model.safetensors"
-ORIGIN = "provenance.json"
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -39,38 +41,29 @@ def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], No
     named = recipe.adapter.init_from
     if named is None or _is_gone(Path(named), place.run_dir):
         return
-    folder = weights_of(Path(named))
-    saved = read_adapter(folder, place.adapters.methods)
-    _check_base(saved, place.base_id, log)
+    start = start_of(Path(named), log)
+    _check_base(start.saved, place.base_id, log)
     try:
-        fill_from(saved, place.adapters.parts(place.name), place.adapters.bare())
+        fill_from(start.saved, place.adapters.parts(place.name), place.adapters.bare())
     except AdapterError as error:
         otherwise = chosen_otherwise(recipe.adapter, Path(named))
         raise AdapterError(f"adapter.init_from {named}{otherwise}: {error}") from error
     trained = sum(parameter.numel() for parameter in place.adapters.parameters(place.name).values())
     log(
-        f"{place.name} begins from {folder}{_step(folder)}: its {trained:,} parameters, a fresh optimizer; the "
+        f"{place.name} begins from {start.folder}: its {trained:,} parameters, a fresh optimizer; the "
         "validation before the first step is of the base with it"
     )
     _tell_differences(recipe, Path(named), base, log)
 
 
-def weights_of(place: Path) -> Path:
-    """The PEFT folder with the weights: a run's adapter, or its newest whole checkpoint's where it has none yet.
-
-    Raises AdapterError where there is neither.
-    """
-    if not (place / RECIPE).is_file():
-        return adapter_folder(place)
-    if (place / ADAPTER).is_dir():
-        return place / ADAPTER
-    for checkpoint in reversed(list_checkpoints(place / CHECKPOINTS)):
-        try:
-            verify_folder(checkpoint)
-        except CheckpointError:
-            continue
-        return checkpoint / ADAPTER
-    raise AdapterError(f"adapter.init_from {place}: the run has neither its adapter nor a whole checkpoint yet")
+def start_of(place: Path, log: Callable[[str], None]) -> Chosen:
+    """The adapter to begin from: a run's, or its newest whole checkpoint's where it has none yet; a checkpoint's; or
+    one alone. Raises RequestError where there is none, AdapterError and CheckpointError where it cannot be read."""
+    run, step = run_of(place)
+    if (run / RECIPE).is_file():
+        return choose(run, read_recipe(run), step, log)
+    folder = adapter_folder(place)
+    return Chosen(folder, read_adapter(folder))
 
 
 def origin_of(recipe: Recipe) -> dict[str, Any]:
@@ -78,8 +71,9 @@ def origin_of(recipe: Recipe) -> dict[str, Any]:
     named = recipe.adapter.init_from
     if named is None or not Path(named).exists():
         return {}
-    folder = weights_of(Path(named))
-    return {"begun_from": {"path": named, "folder": str(folder), "sha256": sha256_file(folder / TENSORS)}}
+    start = start_of(Path(named), lambda _: None)
+    step = {} if start.checkpoint is None else {"checkpoint": start.checkpoint}
+    return {"begun_from": {"path": named, "sha256": sha256_file(start.folder / TENSORS), **step}}
 
 
 def _is_gone(named: Path, run_dir: Path) -> bool:
@@ -106,18 +100,14 @@ def _check_base(saved: SavedAdapter, base: BaseId, log: Callable[[str], None]) -
 
 
 def _tell_differences(recipe: Recipe, named: Path, base: Base, log: Callable[[str], None]) -> None:
-    run = run_of(named)
-    if run is None:
+    run, _ = run_of(named)
+    if not (run / RECIPE).is_file():
         return
     if recipe.data.chat_template == str(run.resolve() / TEMPLATE):
         log(f"chat template: the one that {run} was trained with; data.chat_template names another")
-    held = read_json(run / ORIGIN).get("base", {}).get("held_as")
+    held = read_json(run / PROVENANCE).get("base", {}).get("held_as")
     if held is not None and held != packed_kinds(base.module):
         log(
             f"warning: {run} was trained on the base held as {held or 'dense'}, which is held as "
             f"{packed_kinds(base.module) or 'dense'} here; set quantization as it was there to begin where it ended"
         )
-
-
-def _step(folder: Path) -> str:
-    return f" (its checkpoint {folder.parent.name})" if folder.parent.parent.name == CHECKPOINTS else ""

@@ -21,7 +21,6 @@ from topwork.data.streaming.examples import StreamedExamples
 from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
-from topwork.run.beginning_from import origin_of
 from topwork.run.folder import read_json
 from topwork.training.checkpoint import list_checkpoints
 from topwork.training.trial import CHECKPOINTS
@@ -45,7 +44,6 @@ def provenance(
         },
         "template_sha256": sha256_bytes((data.template.jinja or "").encode()),
         "recipe_sha256": sha256_bytes(recipe_yaml(recipe).encode()),
-        **origin_of(recipe),
         "seed": recipe.training.seed,
         "tokens_per_pass": tokens_per_pass,
         **({"trained_together": list(together)} if together else {}),
