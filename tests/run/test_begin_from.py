@@ -168,8 +168,10 @@ def test_it_is_resumed_when_the_other_is_gone(trained: Path, make_recipe: MakeRe
     path = begun(make_recipe, start, "parted")
     train_together([load_recipe(path)], stop_at=1, log=quiet)
     shutil.move(start, tmp_path / "elsewhere")
-    parted = train(path, resume=True, log=quiet).folder
-    assert tensors(parted) == tensors(whole)
+    parted = tmp_path / "parted"
+    shutil.copytree(parted, tmp_path / "moved")
+    assert tensors(train(path, resume=True, log=quiet).folder) == tensors(whole)
+    assert tensors(train(tmp_path / "moved", resume=True, log=quiet).folder) == tensors(whole)
     shutil.rmtree(parted / "checkpoints")
     with pytest.raises(AdapterError, match="has no checkpoint to go on from"):
         train(path, resume=True, log=quiet)

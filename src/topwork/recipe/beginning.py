@@ -93,11 +93,18 @@ def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, fol
     stored = before["adapter"]
     own = _config({key: value for key, value in stored.items() if key != INIT}, str(out / RECIPE))
     laid = {**values, "adapter": {**_agreed(section, own, str(out / RECIPE)), INIT: stored[INIT]}}
-    given, theirs = values.get("data") or {}, before.get("data") or {}
-    if _of_place(stored[INIT], theirs) and given.get("chat_template") is None and (out / TEMPLATE).is_file():
-        way = {name: theirs[name] for name in ("separator", "chat_template_kwargs", "fold_system") if name in theirs}
-        laid["data"] = {**given, **way, "chat_template": str((out / TEMPLATE).resolve())}
+    laid["data"] = _as_before(values.get("data"), before.get("data") or {}, stored[INIT], out)
     return laid
+
+
+def _as_before(given: Any, before: Mapping[str, Any], place: str, run: Path) -> Any:
+    """`data` with the template that a run has kept, where it was that of the place it began from."""
+    stored, named = run / TEMPLATE, before.get("chat_template")
+    own = isinstance(given, dict) and given.get("chat_template") in (None, named)
+    if not own or not stored.is_file() or not _of_place(place, before):
+        return given
+    way = {name: before[name] for name in ("separator", "chat_template_kwargs", "fold_system") if name in before}
+    return {**given, **way, "chat_template": str(stored.resolve())}
 
 
 def _begun_alike(out: Path, folder: Path, places: set[str]) -> tuple[Path | None, dict[str, Any]]:
