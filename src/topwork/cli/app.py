@@ -20,6 +20,7 @@ from topwork.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
+from topwork.cli.home import AtHome
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -43,6 +44,7 @@ from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
     name="topwork",
+    cls=AtHome,
     help="One frozen base, many adapters, one pass: LoRA fine-tuning of open LLMs, from a recipe to an adapter in use.",
     no_args_is_help=True,
     add_completion=False,

@@ -23,6 +23,7 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
+from topwork.run.beginning_from import begin_from, origin_of, resolved
 from topwork.run.divergence import record_divergence
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
@@ -108,7 +109,7 @@ def train_together(
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
     RunInterrupted as `train` does.
     """
-    recipes = list(recipes)
+    recipes = [resolved(recipe) for recipe in recipes]
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
@@ -204,6 +205,7 @@ def _grafted(
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         folder = Path(recipe.output_dir)
         place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), folder, partial(own, folder))
+        begin_from(place, recipe, base, log)
         runs.append(_Run(recipe, place, data, counted))
     return runs
 
@@ -249,7 +251,7 @@ def _start(runs: Sequence[_Run], log: Log) -> Start:
 def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
     """Each run's folder with its recipe, template and provenance; nothing is written where one is refused."""
     folders = [run.folder.name for run in runs] if len(runs) > 1 else []
-    origins = [provenance(run.recipe, base, run.data, tokens, folders) for run in runs]
+    origins = [provenance(run.recipe, base, run.data, tokens, folders) | origin_of(run.recipe) for run in runs]
     if resume:
         for run, origin in zip(runs, origins):
             refuse_other_inputs(run.folder, origin)
@@ -287,6 +289,7 @@ def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members:
         "base_held_as": on.held_as,
         "checkpointed_layers": plan.checkpointed_layers,
         "shared_with": members,
+        **({"begun_from": run.recipe.adapter.init_from} if run.recipe.adapter.init_from else {}),
     }
     write_json(run.folder / RESULT, result)
     return TrainedRun(run.folder, result, run.place.name)

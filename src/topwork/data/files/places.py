@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.data.files.decoding import unpacked_name
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".txt")
@@ -74,14 +75,14 @@ def split_of(word: str) -> str | None:
 def find_place(named: str) -> Place | None:
     """What is on disk under this name; None where it can only be a data set of the Hub. Raises DataError for a path of
     which there is nothing, with near names."""
-    path = Path(named).expanduser()
-    if path.is_dir():
+    named = plain_path(named)
+    path = Path(named)
+    if is_folder(path):
         return _folder(path, None, None)
-    if path.exists():
+    if is_there(path):
         return Place(named, path.parent, {"": [path]}, alone=True)
     sheet = _SHEET.fullmatch(named)
-    if sheet and Path(sheet[1]).expanduser().is_file():
-        book = Path(sheet[1]).expanduser()
+    if sheet and (book := Path(sheet[1])).is_file():
         return Place(sheet[1], book.parent, {"": [book]}, alone=True, split=sheet[2])
     if _ADDRESS.fullmatch(named):
         raise DataError(
@@ -89,11 +90,11 @@ def find_place(named: str) -> Place | None:
             "the file; a data set of the Hub is owner/name"
         )
     head, *rest = named.split(":")
-    if rest and len(rest) <= 2 and Path(head).expanduser().is_dir():
-        return _folder(Path(head).expanduser(), rest[0] or None, rest[1] if len(rest) > 1 else None)
+    if rest and len(rest) <= 2 and is_folder(Path(head)):
+        return _folder(Path(head), rest[0] or None, rest[1] if len(rest) > 1 else None)
     if glob.has_magic(named):
         return _matches(path)
-    if HUB_ID.fullmatch(named) and kind_of(path) not in (*SUFFIXES, *_INSTEAD):
+    if HUB_ID.fullmatch(named) and kind_of(path) not in (*SUFFIXES, *_INSTEAD) and not is_path(head):
         return None
     raise DataError(_missing(path))
 
@@ -119,9 +120,9 @@ def check_kind(path: Path) -> None:
 
 
 def _missing(path: Path) -> str:
-    if not path.parent.is_dir():
+    hint = missed(path)
+    if not is_folder(path.parent) and not hint:
         return f"{path} does not exist, nor does its folder {path.parent}; check the path (it starts at {Path.cwd()})"
-    hint = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
     return f"{path} does not exist{hint or '; expected a data file, a folder of them, or a Hub id owner/name'}"
 
 

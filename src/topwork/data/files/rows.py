@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import DataError
+from topwork.common.hub import ask_hub
+from topwork.common.paths import missed
 from topwork.common.yaml_text import quoted
 from topwork.data.config import SourceConfig
 from topwork.data.files.csv_rows import csv_rows
@@ -129,6 +131,7 @@ def hub_table(source: SourceConfig, max_rows: int | None) -> tuple[Any, str]:
     repository, _, rest = source.path.partition(":")
     config, _, split = rest.partition(":")
     several = [split] if split else [name or "train" for name in (source.split or "").split("|")]
+    ask_hub(repository, None, "dataset", missed(repository))
     from datasets import load_dataset
 
     for part in several:
