@@ -5,13 +5,13 @@ to say that a name is wrong.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from topwork.common.cache import cache_root
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
@@ -58,11 +58,6 @@ def find_source(config: ModelConfig, log: Log) -> Source:
     if HUB_ID.fullmatch(given) and path.suffix.lower() != ".gguf" and not _near_paths(path):
         return Source(name=given, folder=given, revision=config.revision)
     raise ModelError(_nothing_there(given, path))
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
-    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser()
 
 
 def embedded_file(hub_id: str) -> Path | None:

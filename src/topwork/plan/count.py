@@ -20,6 +20,7 @@ from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, HUB_ID
@@ -182,7 +183,7 @@ def _local_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path} does not hold a model config that transformers knows: {error}") from error
+        raise ModelError(f"{path} does not hold a model config that transformers knows: {why(error)}") from error
 
 
 def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:

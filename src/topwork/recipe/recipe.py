@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from topwork.adapters.config import CONFIGS, AnyAdapterConfig, LoraConfig
 from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.options import Options
+from topwork.common.os_errors import why
 from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
@@ -91,7 +92,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file") from error
+        raise RecipeError(f"recipe {path} cannot be read ({why(error)}); give a YAML file") from error
     values = parse_yaml(text, str(path))
     for override in overrides:
         _apply(values, override)

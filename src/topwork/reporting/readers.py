@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import RequestError
+from topwork.common.os_errors import why
 
 Record = Mapping[str, Any]
 """One line of metrics.jsonl: `kind` (train, eval, note), `step`, and the values of that kind."""
@@ -135,7 +136,7 @@ def read_text(path: Path, problems: list[str]) -> str:
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
+        problems.append(f"{path.name} cannot be read: {why(error)}")
         return ""
 
 

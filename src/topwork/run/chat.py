@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import stop_ids
 from topwork.data.conversations import Message
 from topwork.generation.engine import generate
@@ -12,6 +13,7 @@ from topwork.generation.text import TextStream
 from topwork.run.folder import ADAPTER_NAME, OpenRun, open_run
 
 
+@explained()
 def answer(
     run: Path | str | OpenRun, text: str, adapter: bool = True, sampling: Sampling = Sampling(),
     system: str | None = None,

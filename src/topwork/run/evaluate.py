@@ -13,6 +13,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
@@ -47,6 +48,7 @@ class _Read:
     template: ChatTemplate
 
 
+@explained()
 def evaluate(
     run: Path | str,
     data: str | None = None,
@@ -72,6 +74,7 @@ def evaluate(
     return result
 
 
+@explained()
 def evaluate_model(
     model: ModelConfig,
     data: DataConfig,

@@ -15,6 +15,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
+from topwork.common.os_errors import explained
 from topwork.export.gguf.hparams import hparams_of
 from topwork.export.gguf.package import gguf_package
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
@@ -87,6 +88,7 @@ class Exported:
         }  # fmt: skip
 
 
+@explained()
 def export(
     place: Path | str,
     out: Path | str,

@@ -11,7 +11,6 @@ RUN/evaluation.json      written by `topwork eval`; evaluation-trial.json by a p
 RUN/report/              written by `topwork report`
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter
 from topwork.common.errors import RequestError
-from topwork.common.files import MANIFEST
+from topwork.common.files import MANIFEST, read_object, read_text
+from topwork.common.os_errors import explained, why
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
@@ -33,6 +33,7 @@ from topwork.models.fast import join_weights
 from topwork.models.load import DTYPES, load_base
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
+from topwork.reporting.readers import read_json as read_known
 
 ADAPTER_NAME = "default"
 RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
@@ -61,13 +62,22 @@ class OpenRun:
 def check_place(folder: Path, called: str) -> None:
     """Raises RequestError where no folder can be made or written: a file stands in the way, or it is not allowed."""
     try:
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
+        nearest.stat()  # a link to nothing is no place either
     except OSError as error:
-        raise RequestError(f"{called} {folder} cannot be a folder ({error.strerror}); name another place") from error
+        raise RequestError(f"{called} {folder} cannot be a folder ({why(error)}); name another place") from error
     if not nearest.is_dir():
         raise RequestError(f"{called} {folder} cannot be a folder, because {nearest} is a file; name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"{called} {folder} cannot be written: no permission for {nearest}; name another place")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) -> None:
@@ -93,9 +103,9 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe a run was made with."""
     path = folder / RECIPE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RequestError(f"{folder} is not a run's folder (no {RECIPE}); give the output_dir of a `topwork train`")
-    return make_recipe(parse_yaml(path.read_text("utf-8"), str(path)), str(path))
+    return make_recipe(parse_yaml(read_text(path, "bring back a copy of it"), str(path)), str(path))
 
 
 def finished_recipe(folder: Path) -> Recipe:
@@ -116,6 +126,7 @@ def data_of(folder: Path, recipe: Recipe) -> DataConfig:
     return recipe.data.model_copy(update=own)
 
 
+@explained()
 def open_run(
     folder: Path,
     dtype: str | None = None,
@@ -138,7 +149,11 @@ def open_run(
         recipe.model, recipe.quantization, saved, asked.model.dtype, force, log, tokenizer
     )  # fmt: skip
     template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
-    return OpenRun(folder, asked, base, adapters, template, read_json(folder / RESULT))
+    problems: list[str] = []
+    result = dict(read_known(folder / RESULT, problems))  # an answer needs nothing of it
+    for problem in problems:
+        log(f"warning: {problem}")
+    return OpenRun(folder, asked, base, adapters, template, result)
 
 
 def open_adapter(
@@ -177,5 +192,5 @@ def _with_dtype(recipe: Recipe, dtype: str) -> Recipe:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """A JSON object, or an empty one where there is no file. Raises RequestError for one that is damaged."""
+    return read_object(path, "bring back a copy of it, or move it away") if os.path.lexists(path) else {}

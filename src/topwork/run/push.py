@@ -9,6 +9,7 @@ import yaml
 
 from topwork.common.errors import RequestError, shortened
 from topwork.common.files import write_folder
+from topwork.common.os_errors import explained
 from topwork.reporting.card import CARD, SAMPLES, render_card
 from topwork.reporting.card_source import CardSource, is_hub_id
 from topwork.reporting.card_use import PLACE
@@ -30,6 +31,7 @@ OURS = re.compile(
 """Files of an earlier push that readers would take for part of this one."""
 
 
+@explained()
 def push(
     run: Path | str,
     repo: str,

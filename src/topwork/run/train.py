@@ -11,6 +11,8 @@ from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
+from topwork.common.os_errors import explained
+from topwork.common.streams import sure
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.data.source import StreamedRows, rows_of
@@ -31,7 +33,7 @@ from topwork.training.checkpoint import checkpoint_step, list_checkpoints
 from topwork.training.loop import Loop, Outcome
 from topwork.training.metrics import MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
-from topwork.training.progress import Progress, Silent
+from topwork.training.progress import Progress, Silent, Sure
 from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
@@ -70,6 +72,7 @@ def train(
     return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
 
 
+@explained()
 def train_together(
     recipes: Sequence[Recipe],
     resume: bool = False,
@@ -93,7 +96,7 @@ def train_together(
     Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
     """
-    recipes = list(recipes)
+    recipes, log = list(recipes), sure(log)
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
@@ -137,11 +140,12 @@ def _trained(
     start = _start(runs, log) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
     with ExitStack() as logs:
+        logs.enter_context(explained(started=True))
         trials = []
         for index, run in enumerate(runs):
             at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
             metrics = logs.enter_context(_metrics(run, at, log))
-            trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
+            trials.append(_trial(run, metrics, Sure(progress(run.place.name)), len(runs) > 1))
         loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
         if start.checkpoints:
             loop.resume(start)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from topwork.common.options import Options
+from topwork.common.options import Options, Seed
 from topwork.objectives.config import ObjectiveConfig, SftConfig
 
 
@@ -77,5 +77,5 @@ class TrainingConfig(Options):
     """Write metrics every so many steps."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics go beside `metrics.jsonl`."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the adapter's first weights, the order of the rows, dropout and the held-out rows."""
