@@ -28,6 +28,7 @@ _WRONG_PLACE = (
 """Another path would have been answered: the request was wrong, as long as nothing was begun."""
 _IN_RUST = re.compile(r"\(os error (\d+)\)")
 _QUOTED = re.compile(r"""["'`](/[^"'`]+)["'`]""")
+_NOT_THERE = "No such file or directory: "
 _IN_CIRCLES = "Symlink loop from "
 
 
@@ -46,6 +47,13 @@ def explained(path: Path | str | None = None, started: bool = False) -> Iterator
         raise as_topwork(found, path, started) from error
 
 
+def check_link(path: Path) -> None:
+    """Raises RequestError for a link that points to nothing, or back to itself: `exists` takes it for no file."""
+    if path.is_symlink():
+        with explained(path):
+            path.stat()
+
+
 def os_error_in(error: BaseException) -> OSError | None:
     """The operating system's error that this one is, that it names as libraries in Rust do (`(os error 13)`), or that
     it was raised from. One without a number is a library's own, of a network for example."""
@@ -57,6 +65,8 @@ def os_error_in(error: BaseException) -> OSError | None:
         return OSError(int(named.group(1)), os.strerror(int(named.group(1))), quoted and quoted.group(1))
     if isinstance(error, RuntimeError) and text.startswith(_IN_CIRCLES):  # pathlib, before Python 3.13
         return OSError(errno.ELOOP, os.strerror(errno.ELOOP), text.removeprefix(_IN_CIRCLES).strip("'\""))
+    if isinstance(error, FileNotFoundError) and text.startswith(_NOT_THERE):  # safetensors, without a number
+        return OSError(errno.ENOENT, os.strerror(errno.ENOENT), text.removeprefix(_NOT_THERE).strip("\"'"))
     cause = error.__cause__ or (error.__context__ if isinstance(error, OSError) else None)
     found = os_error_in(cause) if cause is not None else None
     return found or (error if isinstance(error, OSError) else None)
@@ -139,9 +149,10 @@ _REASONS = {
 def _missing(path: Path) -> str:
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
+            lead = "" if place == path else f"{path} cannot be opened: "
             return (
-                f"{path} cannot be opened: {place} is a link to {os.readlink(place)}, which is not there; bring that "
-                "back, set the link anew, or name another path"
+                f"{lead}{place} is a link to {os.readlink(place)}, which is not there; bring that back, set the link "
+                "anew, or name another path"
             )
     parent = "" if path.parent.exists() else f", nor is its folder {path.parent}"
     start = "" if path.is_absolute() else f" (it starts at {Path.cwd()})"

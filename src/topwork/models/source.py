@@ -13,6 +13,7 @@ from pathlib import Path
 
 from topwork.common.cache import cache_root
 from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.os_errors import check_link
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
 
@@ -50,6 +51,7 @@ def find_source(config: ModelConfig, log: Log) -> Source:
     path = Path(given).expanduser()
     if given in ALIASES:
         return _alias_source(ALIASES[given], config.revision, log)
+    check_link(path)
     if given and path.exists():
         if config.revision is not None:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")

@@ -20,7 +20,7 @@ from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
-from topwork.common.os_errors import why
+from topwork.common.os_errors import check_link, why
 from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, HUB_ID
@@ -107,6 +107,7 @@ def config_of(name: str, revision: str | None = None, trust_remote_code: bool = 
     The Hub is asked last: for an id that is neither cached nor a shipped shape's. Raises ModelError.
     """
     path = Path(name).expanduser()
+    check_link(path)
     if name and name not in ALIASES and path.exists():
         return _local_config(path, trust_remote_code)
     if name in shape_names():

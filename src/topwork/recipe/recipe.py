@@ -120,7 +120,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping; a key given twice is an error, not the last one's win."""
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{source} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{source} holds {type(values).__name__}, expected sections such as model:, data:, training:")
@@ -217,7 +217,7 @@ def _found(value: str, folder: Path) -> str:
     missed = folder / value
     if missed.suffix in _DATA_SUFFIXES and missed.parent.is_dir():
         near = glob.has_magic(value) or did_you_mean(missed.name, [entry.name for entry in missed.parent.iterdir()])
-        return str(missed.resolve()) if near else value
+        return str(missed.absolute() if missed.is_symlink() else missed.resolve()) if near else value
     return value
 
 

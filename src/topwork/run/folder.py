@@ -24,7 +24,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST, read_object, read_text
-from topwork.common.os_errors import explained, why
+from topwork.common.os_errors import check_link, explained, why
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
@@ -103,6 +103,7 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe a run was made with."""
     path = folder / RECIPE
+    check_link(folder)
     if not os.path.lexists(path):
         raise RequestError(f"{folder} is not a run's folder (no {RECIPE}); give the output_dir of a `topwork train`")
     return make_recipe(parse_yaml(read_text(path, "bring back a copy of it"), str(path)), str(path))
@@ -111,6 +112,7 @@ def read_recipe(folder: Path) -> Recipe:
 def finished_recipe(folder: Path) -> Recipe:
     """The recipe of a run that has its adapter. Raises RequestError where it has none yet."""
     recipe = read_recipe(folder)
+    check_link(folder / ADAPTER)
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
     return recipe

@@ -179,7 +179,7 @@ def _described(path: Path) -> dict[str, Any]:
         if not isinstance(described["state"], dict):
             raise TypeError("it holds no state")
         return described
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}; resume from another checkpoint") from error
 
 
@@ -221,7 +221,7 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_name
         _check_fit(path, described, optimizer, parameter_names)
         state = TrainState.from_json(described["state"])
         python = python_state(states)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}; resume from another checkpoint") from error
     _restore_optimizer(optimizer, parameter_names, tensors)
     restore_random(states, python)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.os_errors import check_link
 from topwork.data.files.decoding import unpacked_name
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -72,6 +73,7 @@ def find_place(named: str) -> Place | None:
     """What is on disk under this name; None where it can only be a data set of the Hub. Raises DataError for a path of
     which there is nothing, with near names."""
     path = Path(named).expanduser()
+    check_link(path)
     if path.is_dir():
         return _folder(path, None, None)
     if path.exists():

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from topwork.common.cache import CACHE, advice, cache_root, temporary_root
+from topwork.common.os_errors import why
 
 FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
@@ -72,7 +73,7 @@ def _loaded(name: str, folder: Path) -> ctypes.CDLL:
 
 
 def _told(error: Exception) -> str:
-    told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    told = error.stderr if isinstance(error, subprocess.CalledProcessError) else why(error)
     return " ".join(told.split())[-300:]
 
 
