@@ -113,7 +113,11 @@ def test_a_conversation_piped_in_latin_1(trained: Path, monkeypatch: pytest.Monk
     from topwork.run.chat import Chat
 
     heard: list[str] = []
-    monkeypatch.setattr(Chat, "say", lambda self, text, on_text: heard.append(text))
+
+    def say(self: Chat, text: str, on_text: Callable[[str], None]) -> None:
+        heard.append(text)
+
+    monkeypatch.setattr(Chat, "say", say)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\nÄpfel\n".encode("latin-1")), "utf-8"))
     errors = io.StringIO()
     monkeypatch.setattr(sys, "stderr", errors)
@@ -142,8 +146,9 @@ PLACES = {
     "run": ("chat", "{}", "Hi"), "scored": ("eval", "{}"), "model": ("quantize", "{}", "new"),
     "adapter": ("convert", "{}", "new"), "merged": ("merge", "{}", "new"), "told": ("report", "{}"),
     "pushed": ("push", "{}", "ada/x", "--dry-run", "new"), "counted": ("count", "{}"), "checked": ("lint", "{}"),
-    "exported": ("export", "{}", "new"), "one": ("combine", "{}", "{}", "new"), "two": ("compare", "{}", "{}"),
-    "swept": ("sweep", "recipe.yaml", "--seeds", "2", "--set", "output_dir={}"),
+    "exported": ("export", "{}", "new", "--format", "peft"),
+    "one": ("combine", "{}", "other", "new"), "two": ("compare", "{}", "other"),
+    "swept": ("sweep", "{}", "--seeds", "2"),
 }  # fmt: skip
 
 

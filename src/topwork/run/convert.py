@@ -16,7 +16,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import SavedAdapter, fitted_shapes, read_adapter, saved_adapter
 from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import write_bytes, write_folder, write_json
-from topwork.common.os_errors import explained, why
+from topwork.common.os_errors import check_link, explained, why
 from topwork.export.peft import CONFIG, TENSORS, plain_config, plain_tensors
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_into
@@ -67,6 +67,7 @@ def convert(
     or not there.
     """
     place, out = Path(place), Path(out)
+    check_link(place)
     found = recognised(place, log)
     check_out(out, place if place.is_dir() else None, "what is converted", overwrite)
     if found.kind == "gguf model":

@@ -6,6 +6,8 @@ from pathlib import Path
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import RequestError
+from topwork.common.files import read_text
+from topwork.common.os_errors import check_link
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
@@ -60,13 +62,14 @@ def given_adapter(place: Path | str, model: str | None = None) -> Given:
     AdapterError for a folder that cannot be read.
     """
     place = Path(place)
+    check_link(place)
     place = run_of(place) if model is None else place
     if (place / RECIPE).is_file():
         if model is not None:
             raise RequestError(f"--model {model}: {place} is a run and names its base itself; leave --model out")
         recipe, folder = finished_recipe(place), adapter_folder(place)
         stored = place / TEMPLATE
-        template = stored.read_text("utf-8") if stored.exists() else None
+        template = read_text(stored, "bring back a copy of it") if stored.exists() else None
         return Given(place, folder, read_adapter(folder), recipe.model, recipe.quantization, recipe, template)
     folder = adapter_folder(place)
     if not (folder / ADAPTER_CONFIG).is_file():
