@@ -111,6 +111,14 @@ def test_hidden_names_are_told_by_their_targets(tmp_path: Path) -> None:
     assert str(as_topwork(error, tmp_path / "m.json")).startswith(f"{tmp_path / 'm.json'} cannot be written")
 
 
+def test_what_rust_takes_for_missing_and_what_the_hub_keeps(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    assert "no permission for" in why(FileNotFoundError(f"No such file or directory: {tmp_path / 'a'}"))
+    assert f"{tmp_path / 'b'} is not there" in why(FileNotFoundError(f"No such file or directory: {tmp_path / 'b'}"))
+    kept = as_topwork(PermissionError(errno.EACCES, "no", str(tmp_path / "huggingface" / "hub" / "x")))
+    assert "set HF_HOME" in str(kept)
+
+
 def test_it_travels_between_processes(tmp_path: Path) -> None:
     made = as_topwork(PermissionError(errno.EACCES, "no", str(tmp_path / "a")))
     again = pickle.loads(pickle.dumps(made))

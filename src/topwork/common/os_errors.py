@@ -108,6 +108,11 @@ def _again(base: type[TopworkError], kind: type[OSError], *values: Any) -> Topwo
 def sentence(error: OSError, path: Path | str | None = None) -> str:
     """Which path, why, and what to do."""
     name = _name(error, path)
+    in_hub = name is not None and "huggingface" in Path(name).parts
+    return _sentence(error, name) + (", or set HF_HOME to a folder that may be written" if in_hub else "")
+
+
+def _sentence(error: OSError, name: str | None) -> str:
     if error.errno is None:
         return f"{str(error).strip() or type(error).__name__}; look at that place or the network, or name another"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -116,8 +121,7 @@ def sentence(error: OSError, path: Path | str | None = None) -> str:
             "(ulimit -n 65536), then run it again"
         )
     if name is None:
-        told = _REASONS.get(error.errno)
-        return f"a file could not be read or written: {told or error.strerror}; {_AGAIN}"
+        return f"a file could not be read or written: {_REASONS.get(error.errno) or f'{error.strerror}; {_AGAIN}'}"
     if error.errno in (errno.EACCES, errno.EPERM):
         return _forbidden(Path(name), _writing(error, name))
     if error.errno in _FOR_PATHS:
@@ -154,6 +158,8 @@ def _missing(path: Path) -> str:
                 f"{lead}{place} is a link to {os.readlink(place)}, which is not there; bring that back, set the link "
                 "anew, or name another path"
             )
+    if path.exists():  # safetensors says so of what it may not read
+        return _forbidden(path, False)
     parent = "" if path.parent.exists() else f", nor is its folder {path.parent}"
     start = "" if path.is_absolute() else f" (it starts at {Path.cwd()})"
     return f"{path} is not there{parent}; look at the path{start}, or name another"
@@ -225,13 +231,11 @@ _FOR_PATHS: dict[int, Callable[[Path], str]] = {
 def _name(error: OSError, path: Path | str | None) -> str | None:
     """What the error is about: what it names, but for hidden names, whose target is meant."""
     named = error.filename
-    if isinstance(named, (str, bytes, os.PathLike)):
-        text = os.fsdecode(named)
-        if ASIDE not in text:
-            return text
-        if path is None:
-            return re.sub(rf"{re.escape(ASIDE)}([^/\\]*)-[0-9a-f]+", r"\1", text)
-    return None if path is None else str(path)
+    if path is not None and (not isinstance(named, (str, bytes, os.PathLike)) or ASIDE in os.fsdecode(named)):
+        named = path
+    if not isinstance(named, (str, bytes, os.PathLike)):
+        return None
+    return re.sub(rf"{re.escape(ASIDE)}([^/\\]*)-[0-9a-f]+", r"\1", os.fsdecode(named))
 
 
 def _writing(error: OSError, name: str) -> bool:
