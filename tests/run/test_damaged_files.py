@@ -13,7 +13,9 @@ from topwork.common.errors import RequestError, TopworkError
 from topwork.common.files import read_object, write_json
 from topwork.reporting.readers import read_run
 from topwork.reporting.sweep_state import read_sweep
-from topwork.run.folder import finished_recipe, open_run, read_json, read_recipe
+from topwork.run.folder import read_json, read_recipe
+from topwork.run.given import given_run
+from topwork.run.opened import open_run
 from topwork.training.checkpoint import list_checkpoints, read_state
 
 DAMAGED = {
@@ -84,7 +86,7 @@ def test_links_to_nothing(place: str, run: Path) -> None:
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     target.symlink_to(run.parent / "gone")
     with pytest.raises(RequestError, match=rf"{target} is a link to .*gone, which is not there"):
-        finished_recipe(run)
+        given_run(run)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a"', b"[1]"])
