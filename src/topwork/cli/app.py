@@ -20,6 +20,7 @@ from topwork.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
+from topwork.cli.home import AtHome
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -41,9 +42,11 @@ from topwork.cli.train import train
 from topwork.common.errors import TopworkError
 from topwork.common.os_errors import as_topwork, os_error_in
 from topwork.common.streams import SureStreams
+from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
     name="topwork",
+    cls=AtHome,
     help="One frozen base, many adapters, one pass: LoRA fine-tuning of open LLMs, from a recipe to an adapter in use.",
     no_args_is_help=True,
     add_completion=False,
@@ -69,7 +72,11 @@ def main() -> None:
 def _ended() -> int:
     """How the command ended, as an exit code."""
     try:
-        app()
+        with ending_on_signals():
+            app()
+    except Stopped as stopped:
+        print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)
+        return int(str(stopped.code))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
