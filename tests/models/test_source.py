@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, BertConfig, Gemma3Config, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from topwork.common.cache import cache_root
 from topwork.common.errors import ModelError
 from topwork.models import source as source_part
 from topwork.models.config import ModelConfig
-from topwork.models.source import Source, cache_root, embedded_file, find_source
+from topwork.models.source import Source, embedded_file, find_source
 from topwork.models.tokenizer import context_length, load_tokenizer
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -439,7 +439,7 @@ def test_a_compiler_that_fails_is_told_and_a_kernel_switched_off_is_not(
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     monkeypatch.delenv(build.OFF, raising=False)
-    build._tell.cache_clear()
+    build.TOLD.clear()
     with pytest.warns(RuntimeWarning, match="Install a C compiler"):
         assert build.load("quantize4") is None
     assert build.load("attention") is None  # for the same reason, which has been told

@@ -24,6 +24,7 @@ from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
+from topwork.common.os_errors import why
 from topwork.common.paths import missed
 
 SLACK_VALUES = 1 << 20
@@ -79,8 +80,8 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise AdapterError(
-            f"{folder} has no readable adapter_model.safetensors ({error}); .bin files are not read, because reading "
-            "one runs code: save it again with PEFT's safe_serialization"
+            f"{folder} has no readable adapter_model.safetensors ({why(error)}); .bin files are not read, because "
+            "reading one runs code: save it again with PEFT's safe_serialization"
         ) from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
     return saved_adapter(raw, tensors, own, str(folder), methods)
@@ -257,9 +258,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error}); a PEFT folder has one") from error
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"{path} is not JSON ({error})") from error
+        raise AdapterError(f"{path} cannot be read ({why(error)}); a PEFT folder has one") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON ({error}); bring back a copy of it, or of the whole folder") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} holds no JSON object")
     return value

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import suppress
+import warnings
 
 import typer
 
@@ -40,6 +40,8 @@ from topwork.cli.sweep import sweep
 from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
 from topwork.common.errors import TopworkError
+from topwork.common.os_errors import as_topwork, os_error_in
+from topwork.common.streams import SureStreams
 from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
@@ -53,24 +55,46 @@ app = typer.Typer(
 )
 
 
+ONLY_PRINT = ("lint", "chat", "count", "compare")
+"""Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
+
+
 def main() -> None:
     """The entry point: runs a command and turns Topwork's errors into one message and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    streams = SureStreams(ends=sys.argv[1:2] != [] and sys.argv[1] in ONLY_PRINT)
+    sys.exit(streams.close(_ended()))
+
+
+def _ended() -> int:
+    """How the command ended, as an exit code."""
     try:
         with ending_on_signals():
             app()
     except Stopped as stopped:
-        with suppress(OSError):  # a terminal that has gone takes no words
-            print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)
-        raise
+        print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)
+        return int(str(stopped.code))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except TopworkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a name that is too long, a file system that only reads, a disk that is gone
-        print(f"error: {error}; look at that place, or name another", file=sys.stderr)
-        sys.exit(1)
+        return _told(error)
+    except Exception as error:  # a place that the operating system refuses; anything else is a fault of Topwork's
+        found = os_error_in(error)
+        if found is None:
+            raise
+        return _told(as_topwork(found))
+    return 0
+
+
+def _told(error: TopworkError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 app.command(epilog=TRAIN_EPILOG)(train)

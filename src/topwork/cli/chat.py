@@ -43,10 +43,13 @@ def chat(
 ) -> None:
     """Ask a run, once or in a conversation."""
     from topwork.common.errors import RequestError
+    from topwork.common.streams import readable
     from topwork.generation.sampling import Sampling
     from topwork.run.opened import open_run
     from topwork.run.talk import ask_once, converse
 
+    if system is not None:
+        system = readable(system, "--system", _to_errors)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if compare:
         if base:

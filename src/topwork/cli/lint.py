@@ -60,7 +60,4 @@ def _print(found: dict[str, object]) -> None:
 
     from topwork.reporting.lint_text import print_lint
 
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:  # a pipe that is no UTF-8 gets escapes, not an end
-        reconfigure(errors="backslashreplace")
     print_lint(found, Console())

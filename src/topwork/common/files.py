@@ -13,17 +13,19 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import CheckpointError, RunError
+from topwork.common.errors import CheckpointError, RequestError, RunError
+from topwork.common.os_errors import ASIDE as _NEW
+from topwork.common.os_errors import explained
 
 MANIFEST = "manifest.json"
-_NEW = ".topwork-new-"
 _OLD = ".topwork-old-"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -38,11 +40,11 @@ def sha256_file(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all. Raises RunError where the disk is full; the old file then stands."""
-    path = path.resolve()  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    with _disk_full_explained(path):
+    """Put `data` at `path`, whole or not at all. Raises RunError where that cannot be; the old file then stands."""
+    with explained(path, started=True):
+        path = path.resolve()  # a link stays a link
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
         try:
             with open(aside, "xb") as file:
                 file.write(data)
@@ -58,14 +60,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """For a writer that needs a path of its own: gives one aside, and puts what was written there at `path`, whole or
-    not at all. Raises RunError where the disk is full; what a killed process left of `path` is cleared first."""
-    path = path.resolve()  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(path.parent, path.name)
-    aside = _aside(path)
-    with _disk_full_explained(path):
+    not at all. Raises RunError where that cannot be; what a killed process left of `path` is cleared first."""
+    with explained(path, started=True):
+        path = path.resolve()  # a link stays a link
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path.parent, path.name)
+        aside = _aside(path)
         try:
+            aside.touch()
+            usual = _mode(aside)
             yield aside
+            _give(aside, usual)
             _fsync(aside)
             os.replace(aside, path)
         except BaseException:
@@ -76,7 +81,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for text, as UTF-8 with the line ends it has."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # a file's name may hold bytes that are no text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,13 +89,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _json(value))
 
 
+def read_object(path: Path, cure: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises RequestError that names the file, what is wrong with it, and `cure`."""
+    with explained(path):
+        data = path.read_bytes()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is damaged ({'it is empty' if not data.strip() else error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} is damaged (a {type(value).__name__}, expected a JSON object); {cure}")
+    return value
+
+
+def read_text(path: Path, cure: str) -> str:
+    """A file's text. Raises RequestError for what cannot be read or is no UTF-8, with `cure`."""
+    with explained(path):
+        data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} at {error.start + 1}); {cure}"
+        ) from error
+
+
 def append_line(file: io.FileIO, line: str) -> None:
     """Append one line with one system call to a file opened with `open(path, "ab", buffering=0)`.
 
-    A killed process so leaves whole lines, at worst a torn last one. Raises RunError where the disk is full.
+    A killed process so leaves whole lines, at worst a torn last one. Raises RunError where it cannot be written.
     """
-    rest = memoryview(f"{line}\n".encode())
-    with _disk_full_explained(Path(str(file.name))):
+    rest = memoryview(f"{_escaped(line)}\n".encode())
+    with explained(str(file.name), started=True):
         while rest:  # a second turn only after a short write, which a full disk explains
             rest = rest[file.write(rest) :]
 
@@ -98,17 +128,18 @@ def append_line(file: io.FileIO, line: str) -> None:
 def write_folder(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
     """Let `write` fill a fresh folder, add checksums of its files, and put it at `target` whole or not at all.
 
-    Refuses a `target` that holds something, unless `replace`. Raises RunError for that and for a full disk; on any
-    failure the new folder is removed and the old one stands. What a killed process left of `target` is cleared first.
+    Refuses a `target` that holds something, unless `replace`. Raises RunError for that and for what the system refuses;
+    on any failure the new folder is removed and the old one stands. What a killed process left of `target` is cleared
+    first. All in it gets the mode that the umask gives, whatever mode `write` has made it with.
     """
-    target = target.resolve()  # a link stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(target)
-    clear_leftovers(target.parent, target.name)
-    if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
-        raise RunError(f"{target} exists already and would be overwritten; name another folder or remove it first")
-    aside = _aside(target)
-    with _disk_full_explained(target):
+    with explained(target, started=True):
+        target = target.resolve()  # a link stays a link
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(target)
+        clear_leftovers(target.parent, target.name)
+        if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
+            raise RunError(f"{target} exists already and would be overwritten; name another folder or remove it first")
+        aside = _aside(target)
         try:
             aside.mkdir()
             write(aside)
@@ -206,16 +237,38 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest of a filled folder, and fsync every file and every directory in it."""
+    """Write the manifest of a filled folder, give all in it its usual modes, and fsync every file and directory."""
     entries = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             entries[path.relative_to(folder).as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     (folder / MANIFEST).write_bytes(_json({"files": entries}).encode())
+    usual_modes(folder)
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             _fsync(Path(root, name))
         _fsync(Path(root))
+
+
+def usual_modes(folder: Path) -> None:
+    """Give all in a folder that `mkdir` made the modes that the umask gives: libraries make files that only their owner
+    reads (safetensors, and all that write through a temporary file). To ask for the umask is to set it, for all
+    threads, so the folder's own mode tells it."""
+    mode = _mode(folder)
+    for root, _, names in os.walk(folder):
+        _give(Path(root), mode)
+        for name in names:
+            _give(Path(root, name), mode & 0o666)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _give(path: Path, mode: int) -> None:
+    if not path.is_symlink() and _mode(path) != mode:
+        with suppress(OSError):  # some disks have no modes
+            path.chmod(mode)
 
 
 def _swap_in(new: Path, target: Path) -> None:
@@ -243,28 +296,9 @@ def _fsync(path: Path) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _escaped(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
-@contextmanager
-def _disk_full_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left on device" into a RunError that says where, how much is free and what to do."""
-    try:
-        yield
-    except Exception as error:
-        if _error_number(error) not in _DISK_FULL:
-            raise
-        free_bytes = shutil.disk_usage(path.parent).free
-        raise RunError(
-            f"the disk is full: {path} could not be written ({free_bytes / 2**20:.1f} MiB are free or left of the "
-            "quota there); free some space or write to another disk (a training: output_dir), then run it again (a "
-            "training: with --resume). Nothing that was saved before is lost"
-        ) from error
-
-
-def _error_number(error: Exception) -> int | None:
-    """The errno of an OSError, or the one that a library in Rust (safetensors) names in its message."""
-    if isinstance(error, OSError):
-        return error.errno
-    named = re.search(r"\(os error (\d+)\)", str(error))
-    return int(named.group(1)) if named else None
+def _escaped(text: str) -> str:
+    """JSON in which what is no text (bytes of a file's name) is escaped: it is read back as it was."""
+    return _SURROGATES.sub(lambda found: f"\\u{ord(found.group()):04x}", text)

@@ -1,6 +1,11 @@
 """The base of every part's options: strict, frozen, documented under each field, free of torch."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+"""A seed that torch, numpy and Python take alike."""
 
 
 class Options(BaseModel):

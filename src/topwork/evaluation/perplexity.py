@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topwork.common.errors import DataError
+from topwork.common.os_errors import why
 from topwork.models.base import Base
 from topwork.ops.batch import Batch, Labels, batch_of
 
@@ -26,7 +27,7 @@ def read_windows(base: Base, path: Path, count: int) -> list[Tensor]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); give a plain text file") from error
+        raise DataError(f"{path} cannot be read as UTF-8 text ({why(error)}); give a plain text file") from error
     length = min(WINDOW, base.context_length)
     tokens = torch.tensor(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(tokens) < length:

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from topwork.common.cache import make_cache
 from topwork.common.errors import ModelError, RunError
+from topwork.common.files import usual_modes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +68,7 @@ def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
     folder = cache / "gguf" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}-{cache_key(path)}"
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
     with FileLock(f"{folder}.lock"):
         if _is_whole(folder):
             return folder
@@ -76,6 +78,7 @@ def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
         partial.mkdir()
         try:
             _convert(path, partial, log)
+            usual_modes(partial)  # other users may share the cache
             os.replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.models.quantized import check_quantization, written_here
 from topwork.models.shards import PackedPromise, Promise, promised, weight_files
 from topwork.models.skeleton import skeleton
@@ -86,7 +87,7 @@ def open_lazily(
         files = weight_files(source.folder, source.revision)
         config = _values(place)
     except OSError as error:
-        raise ModelError(f"{source.name} has no config.json, or no weights in safetensors: {error}") from error
+        raise ModelError(f"{source.name} has no config.json, or no weights in safetensors: {why(error)}") from error
     check_quantization(config.get("quantization_config"), source.name)
     generation = cached_file(
         source.folder, "generation_config.json", revision=source.revision, _raise_exceptions_for_missing_entries=False

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.models.attention import use_flat_attention
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
@@ -106,7 +107,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
         raise
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{source.name} could not be read as a causal language model with safetensors weights: {error}"
+            f"{source.name} could not be read as a causal language model with safetensors weights: {why(error)}"
         ) from error
     for key, found, expected in sorted(info["mismatched_keys"]):
         raise misfit(key, found, expected)

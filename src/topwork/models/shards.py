@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.ops.packed import Packed
 from topwork.quantization.bnb_format import from_tensors, layer_of
 
@@ -56,7 +57,7 @@ class _OpenFiles:
             return self.opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} cannot be read ({error}); was it altered, or the download not finished?"
+                f"{path} cannot be read ({why(error)}); was it altered, or the download not finished?"
             ) from error
 
 
@@ -122,7 +123,7 @@ def promised(paths: Sequence[str]) -> dict[str, Any]:
                     said[key] = tuple(slices.get_shape()), _type(key, slices.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} cannot be read ({error}); was it altered, or the download not finished?"
+                f"{path} cannot be read ({why(error)}); was it altered, or the download not finished?"
             ) from error
     packed: dict[str, dict[str, tuple[str, str]]] = {}
     for key, path in at.items():

@@ -5,14 +5,15 @@ whether it has the model; and no torch is needed to say that a name is wrong.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from topwork.common.cache import cache_root
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.common.hub import ask_hub, is_hub_id
+from topwork.common.os_errors import check_link
 from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
@@ -50,6 +51,7 @@ def find_source(config: ModelConfig, log: Log) -> Source:
     path = Path(given)
     if given in ALIASES:
         return _alias_source(ALIASES[given], config.revision, log)
+    check_link(path)
     if given and is_there(path):
         if config.revision is not None:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
@@ -58,11 +60,6 @@ def find_source(config: ModelConfig, log: Log) -> Source:
     if is_hub_id(given) and not (is_path(given) or _near_paths(path)):
         return _of_hub(given, config.revision, log)
     raise ModelError(_nothing_there(given, path))
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
-    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser()
 
 
 def embedded_file(hub_id: str) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 
@@ -33,7 +34,7 @@ def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.folder, **options)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{source.name} could not be read as a causal language model: {error}") from error
+        raise ModelError(f"{source.name} could not be read as a causal language model: {why(error)}") from error
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -50,8 +51,9 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"the tokenizer of {source.name!r} cannot be loaded: {_first_line(error)}. Expected tokenizer.json (or a "
-            "tokenizer model) beside config.json; check the name, the network, or copy the base's tokenizer files there"
+            f"the tokenizer of {source.name!r} cannot be loaded: {why(error).splitlines()[0]}. Expected tokenizer.json "
+            "(or a tokenizer model) beside config.json; check the name, the network, or copy the base's tokenizer "
+            "files there"
         ) from error
     return tokenizer
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.models.shards import promised, weight_files
 from topwork.models.source import Source
 
@@ -38,7 +39,7 @@ def stored_weights(source: Source, model: PreTrainedModel, dtype: torch.dtype | 
     try:
         weights = promised(weight_files(source.folder, source.revision))
     except OSError as error:
-        raise ModelError(f"{source.name} has no weights in safetensors that can be read: {error}") from error
+        raise ModelError(f"{source.name} has no weights in safetensors that can be read: {why(error)}") from error
     paths = _paths_by_key(layers, weights.keys(), model.base_model_prefix)
     missing = sorted(layers.keys() - paths.values())
     if missing:
@@ -65,7 +66,7 @@ def original_weight(source: Source, model: PreTrainedModel) -> Callable[[str], T
         try:
             weights = promised(weight_files(source.folder, source.revision))
         except OSError as error:
-            raise ModelError(f"{source.name} has no weights in safetensors that can be read: {error}") from error
+            raise ModelError(f"{source.name} has no weights in safetensors that can be read: {why(error)}") from error
         key = next((name for name in names if name in weights), None)
         weight = None if key is None else weights[key][...]
         if not isinstance(weight, Tensor) or not weight.is_floating_point():

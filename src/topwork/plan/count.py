@@ -21,6 +21,7 @@ from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
 from topwork.common.hub import ask_hub, is_hub_id
+from topwork.common.os_errors import check_link, why
 from topwork.common.paths import is_path, is_there, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
@@ -108,6 +109,7 @@ def config_of(name: str, revision: str | None = None, trust_remote_code: bool = 
     The Hub is asked last: for an id that is neither cached nor a shipped shape's. Raises ModelError.
     """
     path = Path(plain_path(name))
+    check_link(path)
     if name and name not in ALIASES and is_there(path):
         return _local_config(path, trust_remote_code)
     if name in shape_names():
@@ -184,7 +186,7 @@ def _local_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path} does not hold a model config that transformers knows: {error}") from error
+        raise ModelError(f"{path} does not hold a model config that transformers knows: {why(error)}") from error
 
 
 def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:

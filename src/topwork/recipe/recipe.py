@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from topwork.adapters.config import CONFIGS, AnyAdapterConfig, LoraConfig
 from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.options import Options
+from topwork.common.os_errors import why
 from topwork.common.paths import missed, plain_path
 from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
@@ -102,7 +103,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = missed(path) if isinstance(error, FileNotFoundError) else ""
-        raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file{near}") from error
+        raise RecipeError(f"recipe {path} cannot be read ({why(error)}); give a YAML file{near}") from error
     values = unfolded(parse_yaml(text, str(path)), {*Recipe.model_fields, *SEVERAL}, str(path))
     for override in overrides:
         _apply(values, override)
@@ -130,7 +131,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping; a key given twice is an error, not the last one's win."""
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{source} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{source} holds {type(values).__name__}, expected sections such as model:, data:, training:")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from topwork.common.files import write_bytes
 from topwork.reporting import sections, wording
 from topwork.reporting.curves import DARK, LIGHT, Theme, curves, png_bytes, series, small_chart, svg_bytes
 from topwork.reporting.endings import rows_told
@@ -64,9 +65,7 @@ def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda 
     own(*(f"{folder.name}/{name}" for name in (*pngs, "index.html")))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in [*pngs.items(), ("index.html", html.encode())]:
-        aside = folder / f".{name}.tmp"
-        aside.write_bytes(content)
-        aside.replace(folder / name)
+        write_bytes(folder / name, content)
     return ReportPaths(html=folder / "index.html", curves_png=folder / "curves.png")
 
 

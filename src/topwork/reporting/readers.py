@@ -1,6 +1,7 @@
 """Reads a run folder as it lies on disk: finished, still training, interrupted, or left by a crash."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import RequestError
+from topwork.common.os_errors import check_link, why
 
 Record = Mapping[str, Any]
 """One line of metrics.jsonl: `kind` (train, eval, note), `step`, and the values of that kind."""
@@ -30,6 +32,7 @@ class RunFiles:
 
 def read_run(run_dir: Path) -> RunFiles:
     """Raises RequestError where `run_dir` is no folder or its metrics.jsonl is missing or holds no measurement."""
+    check_link(run_dir)
     if not run_dir.is_dir():
         raise RequestError(f"no run folder at '{run_dir}'; give a folder that `topwork train` wrote, such as runs/NAME")
     problems: list[str] = []
@@ -119,7 +122,7 @@ def entries(mapping: Mapping[str, Any], key: str) -> list[Any]:
 def _parse_line(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
     return record if whole else None
@@ -150,20 +153,21 @@ def _is_rewound(old: Record, kind: str, step: int) -> bool:
 def read_text(path: Path, problems: list[str]) -> str:
     """A file's text; empty where there is none, or where it cannot be read, which `problems` then tells."""
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8") if os.path.lexists(path) else ""
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
+        problems.append(f"{path.name} cannot be read: {why(error)}")
         return ""
 
 
 def read_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
     """A file's JSON object, likewise."""
+    known = len(problems)
     text = read_text(path, problems)
-    if not text:
+    if len(problems) > known or not os.path.lexists(path):
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path.name} is not whole JSON ({error}); its part is left out")
         return {}
     if not isinstance(value, dict):
@@ -176,7 +180,7 @@ def parse_recipe(text: str, problems: list[str]) -> Mapping[str, Any]:
     """A recipe's values as they stand there, likewise."""
     try:
         value = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         problems.append(f"recipe.yaml is not YAML: {error}")
         return {}
     return value if isinstance(value, dict) else {}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
+from topwork.common.os_errors import why
 from topwork.reporting.readers import Record, read_metrics
 
 SWEEP, PICTURES = "sweep.json", "pictures"
@@ -239,7 +240,8 @@ def read_sweep(folder: Path) -> SweepState:
     try:
         return SweepState.model_validate_json(file.read_bytes(), by_alias=True, by_name=False)
     except OSError as error:
-        raise RequestError(f"no sweep in '{folder}' ({file.name} is missing); name a sweep's folder") from error
+        reason = "is missing" if isinstance(error, FileNotFoundError) and not file.is_symlink() else why(error)
+        raise RequestError(f"no sweep in '{folder}' ({file.name} {reason}); name a sweep's folder") from error
     except ValidationError as error:
         told = [_problem(entry) for entry in error.errors()]
         more = [f"and {len(told) - TOLD_PROBLEMS} more"] if len(told) > TOLD_PROBLEMS else []

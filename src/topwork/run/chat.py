@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import stop_ids
 from topwork.data.conversations import Message
 from topwork.generation.engine import generate
@@ -15,6 +16,7 @@ from topwork.run.given import given_run
 from topwork.run.opened import OpenRun, open_given
 
 
+@explained()
 def answer(
     run: Path | str | OpenRun, text: str, adapter: bool = True, sampling: Sampling = Sampling(),
     system: str | None = None, *, model: str | None = None, checkpoint: str | int | None = None, force: bool = False,

@@ -14,6 +14,7 @@ from typing import Any
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import AdapterError, CheckpointError, RequestError
 from topwork.common.files import verify_folder
+from topwork.common.os_errors import check_link
 from topwork.data.batches import steps_per_epoch
 from topwork.recipe.recipe import Recipe
 from topwork.reporting.readers import number, read_json, section
@@ -56,6 +57,8 @@ def choose(run: Path, recipe: Recipe, checkpoint: str | int | None, log: Log) ->
     whole, AdapterError for an adapter that cannot be read.
     """
     wanted = _wanted(checkpoint)
+    if wanted is None:
+        check_link(run / ADAPTER)
     if wanted is None and (run / ADAPTER).is_dir():
         return Chosen(run / ADAPTER, read_adapter(run / ADAPTER))
     if wanted == BEST:

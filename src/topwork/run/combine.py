@@ -8,6 +8,7 @@ import torch
 
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import MANIFEST
+from topwork.common.os_errors import explained
 from topwork.merging.combine.driver import Combined, combine_changes, share
 from topwork.merging.combine.request import settings_for, told
 from topwork.merging.combine.result import RECORD, Folder, folder_of, rounding, write_combined
@@ -25,6 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Log = Callable[[str], None]
 
 
+@explained()
 def combine(
     sources: Sequence[Path | str],
     out: Path | str,

@@ -7,6 +7,7 @@ from pathlib import Path
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter
 from topwork.common.errors import RequestError
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
 from topwork.generation.engine import Engine
@@ -113,6 +114,7 @@ def names_a_side(text: str) -> bool:
     return text == BASE or Path(text).is_dir() or ("/" in text and not any(letter.isspace() for letter in text))
 
 
+@explained()
 def open_pair(
     names: tuple[str, str], sampling: Sampling = Sampling(), system: str | None = None, model: str | None = None,
     force: bool = False, log: Log = print,

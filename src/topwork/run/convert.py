@@ -16,6 +16,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import SavedAdapter, fitted_shapes, read_adapter, saved_adapter
 from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import write_bytes, write_folder, write_json
+from topwork.common.os_errors import check_link, explained, why
 from topwork.export.peft import CONFIG, TENSORS, plain_config, plain_tensors
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_into
@@ -53,6 +54,7 @@ class Converted:
         return asdict(self)
 
 
+@explained()
 def convert(
     place: Path | str, out: Path | str, model: str | None = None, overwrite: bool = False, log: Log = print
 ) -> Converted:
@@ -65,6 +67,7 @@ def convert(
     or not there.
     """
     place, out = Path(place), Path(out)
+    check_link(place)
     found = recognised(place, log)
     check_out(out, place if place.is_dir() else None, "what is converted", overwrite)
     if found.kind == "gguf model":
@@ -162,4 +165,4 @@ def _tensors(found: Found) -> dict[str, Tensor]:
     try:
         return load_file(found.file)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{found.file} cannot be read ({error}); fetch it again") from error
+        raise AdapterError(f"{found.file} cannot be read ({why(error)}); fetch it again") from error

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from topwork.common.os_errors import explained
 from topwork.models.skeleton import skeleton
 from topwork.plan.count import (
     RANKS,
@@ -47,6 +48,7 @@ class Counted:
         return "\n".join(lines)
 
 
+@explained()
 def count(what: str, ranks: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Counted:
     """Count a recipe's adapter, or the adapters that a model could have. `what` is a recipe or names a model."""
     ranks = ranks or RANKS

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import DataError, RequestError
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
@@ -51,6 +52,7 @@ class _Read:
     template: ChatTemplate
 
 
+@explained()
 def evaluate(
     run: Path | str,
     data: str | None = None,
@@ -114,6 +116,7 @@ def _named_target(out: Path) -> Path:
     return out
 
 
+@explained()
 def evaluate_model(
     model: ModelConfig,
     data: DataConfig,

@@ -15,6 +15,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
+from topwork.common.os_errors import check_link, explained
 from topwork.export.gguf.hparams import hparams_of
 from topwork.export.gguf.package import gguf_package
 from topwork.export.preflight import Finding, exported_parts, preflight, refuse
@@ -90,6 +91,7 @@ class Exported:
         }  # fmt: skip
 
 
+@explained()
 def export(
     place: Path | str,
     out: Path | str,
@@ -119,6 +121,7 @@ def export(
     Raises RequestError for what cannot be asked for, AdapterError with all that the format cannot carry, RunError for
     a full disk or a reader that reads something else; `out` is whole or not there.
     """
+    check_link(Path(place))
     reader, place, out = reader_of(format), _named(Path(place), log), Path(out)
     kind = type_of(reader, type)
     check_out(out, place if place.exists() else None, "what is exported", overwrite)

@@ -13,13 +13,13 @@ RUN/evaluation.json      written by `topwork eval`; evaluation-trial.json by a p
 RUN/report/              written by `topwork report`; report-step-000040/ by one up to a checkpoint
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import RequestError
-from topwork.common.files import MANIFEST
+from topwork.common.files import MANIFEST, read_object, read_text
+from topwork.common.os_errors import check_link, why
 from topwork.data.config import DataConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
@@ -33,13 +33,22 @@ EVALUATION, TRIAL, REPORT = "evaluation.json", "evaluation-trial.json", "report"
 def check_place(folder: Path, called: str) -> None:
     """Raises RequestError where no folder can be made or written: a file stands in the way, or it is not allowed."""
     try:
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
+        nearest.stat()  # a link to nothing is no place either
     except OSError as error:
-        raise RequestError(f"{called} {folder} cannot be a folder ({error.strerror}); name another place") from error
+        raise RequestError(f"{called} {folder} cannot be a folder ({why(error)}); name another place") from error
     if not nearest.is_dir():
         raise RequestError(f"{called} {folder} cannot be a folder, because {nearest} is a file; name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"{called} {folder} cannot be written: no permission for {nearest}; name another place")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) -> None:
@@ -65,14 +74,16 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe a run was made with."""
     path = folder / RECIPE
-    if not path.is_file():
+    check_link(folder)
+    if not os.path.lexists(path):
         raise RequestError(f"{folder} is not a run's folder (no {RECIPE}); give the output_dir of a `topwork train`")
-    return make_recipe(parse_yaml(path.read_text("utf-8"), str(path)), str(path))
+    return make_recipe(parse_yaml(read_text(path, "bring back a copy of it"), str(path)), str(path))
 
 
 def finished_recipe(folder: Path) -> Recipe:
     """The recipe of a run that has its adapter. Raises RequestError where it has none yet."""
     recipe = read_recipe(folder)
+    check_link(folder / ADAPTER)
     if not (folder / ADAPTER).is_dir():
         raise RequestError(f"{folder} has no finished adapter; go on with `topwork train {folder / RECIPE} --resume`")
     return recipe
@@ -89,5 +100,5 @@ def data_of(folder: Path, recipe: Recipe) -> DataConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """A JSON object, or an empty one where there is no file. Raises RequestError for one that is damaged."""
+    return read_object(path, "bring back a copy of it, or move it away") if os.path.lexists(path) else {}

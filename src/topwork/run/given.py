@@ -7,6 +7,8 @@ from pathlib import Path
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import ModelError, RequestError
+from topwork.common.files import read_text
+from topwork.common.os_errors import check_link
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_config
@@ -87,6 +89,7 @@ def given_adapter(
     not; AdapterError and CheckpointError for a folder that cannot be read.
     """
     place = Path(place)
+    check_link(place)
     alone = (place / ADAPTER_CONFIG).is_file()
     run, step = (place, None) if alone and model is not None else run_of(place)
     if (run / RECIPE).is_file():
@@ -102,6 +105,7 @@ def given_run(
     place: Path | str, model: str | None = None, checkpoint: str | int | None = None, log: Log = print
 ) -> Given:
     """The same of a run alone. Raises RequestError for any other folder."""
+    check_link(Path(place))
     run, step = run_of(Path(place))
     return _of_run(run, model, _one(Path(place), step, checkpoint), log)
 
@@ -117,7 +121,7 @@ def _of_run(run: Path, model: str | None, checkpoint: str | int | None, log: Log
     chosen = choose(run, recipe, checkpoint, log)
     base = base_of(run, recipe, model, log)
     stored = run / TEMPLATE
-    template = stored.read_text("utf-8") if stored.exists() else None
+    template = read_text(stored, "bring back a copy of it") if stored.exists() else None
     return Given(
         run, chosen.folder, chosen.saved, base, recipe.quantization, recipe, template, chosen.checkpoint
     )  # fmt: skip

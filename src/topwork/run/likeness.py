@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from topwork.common.os_errors import explained
 from topwork.merging.combine.places import alone
 from topwork.merging.likeness import Likeness, likeness, overall
 from topwork.run.combining.sources import Sources, read_sources
@@ -54,6 +55,7 @@ class Comparison:
         return self.overall.base is not None
 
 
+@explained()
 def compare_adapters(
     first: Path | str,
     second: Path | str,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import AdapterError, ModelError
+from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.data.examples import Data
 from topwork.data.summary import WARNING
@@ -72,6 +73,7 @@ class LintResult:
         }
 
 
+@explained()
 def lint(
     recipe: Recipe | Path | str,
     overrides: Sequence[str] = (),

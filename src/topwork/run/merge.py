@@ -13,6 +13,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, RunError, TopworkError
 from topwork.common.files import write_folder, write_json
+from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.merging.threshold import doubt, refusal
 from topwork.merging.verify import Verification
@@ -29,6 +30,7 @@ BASES = ("auto", ORIGINAL, DEQUANTIZED)
 REPORT = "merge.json"
 
 
+@explained()
 def merge(
     given: Path | str,
     out: Path | str,

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter
 from topwork.common.errors import TopworkError
+from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.parts import read_parts
 from topwork.models.base import Base
@@ -46,6 +47,7 @@ class OpenRun:
     checkpoint: int | None = None
 
 
+@explained()
 def open_run(
     folder: Path,
     dtype: str | None = None,

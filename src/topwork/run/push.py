@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import RequestError, shortened
-from topwork.common.files import write_folder
+from topwork.common.files import read_text, write_folder
+from topwork.common.os_errors import check_link, explained
 from topwork.reporting.card import CARD, SAMPLES, render_card
 from topwork.reporting.card_source import CardSource, is_hub_id
 from topwork.reporting.card_use import PLACE
@@ -30,6 +31,7 @@ OURS = re.compile(
 """Files of an earlier push that readers would take for part of this one."""
 
 
+@explained()
 def push(
     run: Path | str,
     repo: str,
@@ -57,6 +59,7 @@ def push(
     Raises RequestError for what cannot be pushed, RunError where the Hub cannot be reached; it shows all or nothing.
     """
     check_repo(repo)
+    check_link(Path(run))
     if dry_run is not None:
         check_out(Path(dry_run), Path(run), "what is pushed", overwrite=None)
     inside, checkpoint = run_of(Path(run))
@@ -92,7 +95,7 @@ def _prepared(
 def _card(folder: Path, source: CardSource, samples: int, log: Log) -> str:
     """The folder's own, where somebody has written one; else a new one."""
     own = folder / CARD
-    text = own.read_text("utf-8") if own.is_file() else ""
+    text = read_text(own, "bring back a copy of it") if own.is_file() else ""
     if not text or UNWRITTEN in text:
         return render_card(source, samples)
     log(f"the card is {own}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import write_folder, write_json
+from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
@@ -61,6 +62,7 @@ def quantization_of(kind: str, block_size: int | None, double_quant: bool) -> Qu
     )  # fmt: skip
 
 
+@explained()
 def quantize(
     model: ModelConfig,
     out: Path | str,

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from topwork.common.errors import RequestError
+from topwork.common.os_errors import explained
 from topwork.reporting.checkpoints import up_to
 from topwork.reporting.page import ReportPaths, write_page
 from topwork.reporting.readers import read_run
@@ -15,6 +16,7 @@ from topwork.run.ownership import is_run, own
 PAGE = {"index.html", "curves.png"}
 
 
+@explained()
 def report(
     run: Path | str,
     *,

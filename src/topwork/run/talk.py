@@ -3,6 +3,7 @@
 import sys
 
 from topwork.common.errors import RequestError
+from topwork.common.streams import readable
 from topwork.generation.sampling import Sampling
 from topwork.run.chat import Chat
 from topwork.run.compare import Pair
@@ -15,14 +16,14 @@ HELP_TOGETHER = "each question goes to both; /new begins anew, /quit ends"
 
 def ask_once(run: OpenRun, prompt: str, sampling: Sampling, system: str | None, adapter: bool) -> None:
     """One question, its answer on standard output."""
-    Chat(run, adapter, sampling, system).say(prompt, _written)
+    Chat(run, adapter, sampling, system).say(readable(prompt, "the question", _to_errors), _written)
     print()
 
 
 def ask_both(pair: Pair, prompt: str) -> None:
     """One question, and both answers side by side."""
     with both_shown([side.label for side in pair.sides]) as shown:
-        pair.say(prompt, shown.add)
+        pair.say(readable(prompt, "the question", _to_errors), shown.add)
 
 
 def converse_with_both(pair: Pair) -> None:
@@ -63,9 +64,14 @@ def _asked() -> str | None:
     """The next line; None where it is the end."""
     try:
         text = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, OSError):  # a terminal that is gone cannot be read
         return None
+    text = readable(text, "the question", _to_errors)
     return None if text == "/quit" else text
+
+
+def _to_errors(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _written(text: str) -> None:

@@ -13,6 +13,8 @@ from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.locks import locked
+from topwork.common.os_errors import explained
+from topwork.common.streams import sure
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.data.source import StreamedRows, rows_of
@@ -39,7 +41,7 @@ from topwork.training.interrupts import Interrupts
 from topwork.training.loop import Loop, Outcome
 from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
-from topwork.training.progress import Progress, Silent
+from topwork.training.progress import Progress, Silent, Sure
 from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
@@ -85,6 +87,7 @@ def train(
         raise
 
 
+@explained()
 def train_together(
     recipes: Sequence[Recipe],
     resume: bool = False,
@@ -109,7 +112,7 @@ def train_together(
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
     RunInterrupted as `train` does.
     """
-    recipes = [resolved(recipe) for recipe in recipes]
+    recipes, log = [resolved(recipe) for recipe in recipes], sure(log)
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
@@ -165,11 +168,12 @@ def _trained(
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
     with Interrupts() as interrupts:
         with ExitStack() as logs:
+            logs.enter_context(explained(started=True))
             trials = []
             for index, run in enumerate(runs):
                 at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
                 metrics = logs.enter_context(_metrics(run, at, log))
-                trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
+                trials.append(_trial(run, metrics, Sure(progress(run.place.name)), len(runs) > 1))
             loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
             if start.checkpoints:
                 loop.resume(start)

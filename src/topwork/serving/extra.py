@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topwork.common.errors import RequestError
+from topwork.common.os_errors import explained
 
 if TYPE_CHECKING:
     from topwork.serving.config import ServeConfig
@@ -23,6 +24,7 @@ def check_extra() -> None:
         )
 
 
+@explained()
 def serve(config: "ServeConfig | Mapping[str, Any] | Path | str", say: Callable[[str], None] = print) -> None:
     """Load what the configuration (or its file) names, and serve until SIGTERM or Ctrl+C.
 

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from topwork.common.errors import RecipeError, RequestError, did_you_mean
+from topwork.common.os_errors import why
 from topwork.recipe.pasted import setting
 from topwork.recipe.recipe import parse_yaml
 from topwork.serving.config import ServeConfig
@@ -26,7 +27,7 @@ def load_config(
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} cannot be read ({error}); give a YAML file") from error
+            raise RequestError(f"{path} cannot be read ({why(error)}); give a YAML file") from error
         values = _beside(parse_yaml(text, str(path)), path.parent)
     values = _over(values, given or {})
     for override in overrides:

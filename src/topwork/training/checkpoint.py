@@ -33,6 +33,7 @@ from topwork.common.files import (
     write_folder,
     write_json,
 )
+from topwork.common.os_errors import why
 from topwork.training.random_states import python_state, random_states, restore_random
 
 ADAPTER = "adapter"
@@ -178,8 +179,8 @@ def _described(path: Path) -> dict[str, Any]:
         if not isinstance(described["state"], dict):
             raise TypeError("it holds no state")
         return described
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {why(error)}; resume from another checkpoint") from error
 
 
 def read_rows(path: Path) -> dict[str, Any] | None:
@@ -220,8 +221,8 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_name
         _check_fit(path, described, optimizer, parameter_names)
         state = TrainState.from_json(described["state"])
         python = python_state(states)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {why(error)}; resume from another checkpoint") from error
     _restore_optimizer(optimizer, parameter_names, tensors)
     restore_random(states, python)
     return state

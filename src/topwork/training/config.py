@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from topwork.common.options import Options
+from topwork.common.options import Options, Seed
 from topwork.objectives.config import ObjectiveConfig, SftConfig
 
 
@@ -79,5 +79,5 @@ class TrainingConfig(Options):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics go beside `metrics.jsonl`. WANDB_PROJECT, WANDB_NAME and the like, and TENSORBOARD_LOGGING_DIR, say
     where in the environment."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the adapter's first weights, the order of the rows, dropout and the held-out rows."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from topwork.common.streams import sure
+
 
 class Progress(Protocol):
     """Receives a run's figures as they come; metrics.jsonl has the same records."""
@@ -24,6 +26,14 @@ class Progress(Protocol):
 
     def finished(self) -> None:
         """No more will come."""
+
+
+class Sure:
+    """Tells another, whose stream may break: that never ends a run."""
+
+    def __init__(self, told: Progress) -> None:
+        self.started, self.stepped, self.validated = sure(told.started), sure(told.stepped), sure(told.validated)
+        self.note, self.ended, self.finished = sure(told.note), sure(told.ended), sure(told.finished)
 
 
 class Silent:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.os_errors import why
 from topwork.data.files.charsets import likely_encodings
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -130,7 +131,7 @@ def read_text(file: DataFile) -> str:
 
 
 def _unreadable(file: DataFile, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = (why(error) or type(error).__name__).splitlines()[0]
     kind = packing(file.path)
     if kind:
         return (

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.os_errors import check_link
 from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.data.files.decoding import unpacked_name
 
@@ -77,6 +78,7 @@ def find_place(named: str) -> Place | None:
     which there is nothing, with near names."""
     named = plain_path(named)
     path = Path(named)
+    check_link(path)
     if is_folder(path):
         return _folder(path, None, None)
     if is_there(path):

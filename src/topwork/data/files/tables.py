@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import DataError
+from topwork.common.os_errors import why
 from topwork.data.files.decoding import DataFile
 
 Found = Iterator[tuple[dict[str, Any], str]]
@@ -56,7 +57,7 @@ def dataset_rows(file: DataFile, table: Any) -> Found:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (why(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _batches_rows(file: DataFile, batches: Iterator[Any], schema: Any) -> Found:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import topwork
+from topwork.common.cache import cache_root, make_cache
 from topwork.common.errors import DataError
 from topwork.common.files import sha256_bytes, write_json
 from topwork.data.files.rows import Row
@@ -21,11 +22,6 @@ from topwork.data.streaming.index import FileRows, Index, stamp
 
 Log = Callable[[str], None]
 _ROWS, _NOTES = "rows.jsonl", "notes.json"
-
-
-def copies_root() -> Path:
-    """Where copies are: `$TOPWORK_CACHE`, or ~/.cache/topwork."""
-    return Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "rows"
 
 
 def copied_rows(
@@ -45,7 +41,7 @@ def copied_rows(
     sources = [inner for path in files for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     sources = [path for path in sources if path.is_file()]
     made = json.dumps([topwork.__version__, key, limit, *([str(path.resolve()), *stamp(path)] for path in sources)])
-    folder = copies_root() / sha256_bytes(made.encode())[:24]
+    folder = cache_root() / "rows" / sha256_bytes(made.encode())[:24]
     if not (folder / _NOTES).exists() or not (folder / _ROWS).exists():
         _write(folder, islice(rows(), limit), name)
         write_json(folder / _NOTES, notes)
@@ -58,7 +54,7 @@ def copied_rows(
 
 def _write(folder: Path, rows: Iterable[Row], name: str) -> None:
     aside = folder / f".{_ROWS}-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache(folder)
     try:
         with open(aside, "w", encoding="utf-8") as out:
             for row in rows:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from topwork.adapters.lowrank import LowRankUpdate
 from topwork.adapters.targets import EMBEDDINGS, embedding_shape, features
 from topwork.common.errors import AdapterError, ModelError, quoted
+from topwork.common.os_errors import why
 from topwork.export.gguf.adapter import EMBEDDING
 from topwork.export.gguf.families import family_of, gguf_name, rotary_heads
 from topwork.export.gguf.package import gguf_package
@@ -63,7 +64,7 @@ def open_gguf(path: Path) -> Any:
     try:
         return gguf_package().GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise AdapterError(f"{path} is cut short, damaged or no GGUF file ({error}); fetch it again") from error
+        raise AdapterError(f"{path} is cut short, damaged or no GGUF file ({why(error)}); fetch it again") from error
 
 
 def field(reader: Any, key: str, default: Any) -> Any:

@@ -13,9 +13,12 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import cache
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+
+from topwork.common.cache import CACHE, advice, cache_root, temporary_root
+from topwork.common.os_errors import why
 
 FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
@@ -25,53 +28,95 @@ OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
 MARCH = "TOPWORK_MARCH"
 """Set in the environment to compile for another processor than this one, as gcc's -march names it: `x86-64-v3`."""
+TOLD: set[str] = set()
+"""Warnings that this process has had."""
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library of `native/NAME.c`; None, and a warning, where it cannot be compiled or loaded."""
+    """The library of `native/NAME.c`, from the cache; where that cannot be written or run from, from a folder for
+    temporary files, with a warning. None, and a warning, where it cannot be compiled or loaded at all."""
     if os.environ.get(OFF):
         return None
     try:
-        return ctypes.CDLL(str(_built(name)))
+        return _kept(name)
     except (OSError, subprocess.SubprocessError) as error:
-        _tell(error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error))
+        _tell(
+            "none",
+            "the C kernels are not to be had here, so plain torch does their work, several times slower: "
+            f"{_told(error)}. Install a C compiler (gcc or clang) and set {CACHE} to a folder that may be written and "
+            f"run from, or set {OFF}=1 to be told no more",
+        )
         return None
 
 
-@cache
-def _tell(why: str) -> None:
-    """Once for each reason, not for each library."""
-    warnings.warn(
-        f"the C kernels are not to be had here, so plain torch does their work, several times slower: {why}. Install "
-        f"a C compiler (gcc or clang), or set {OFF}=1 to be told no more",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+def _kept(name: str) -> ctypes.CDLL:
+    _compiler()
+    folder = cache_root() / "native"
+    try:
+        return _loaded(name, folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        instead = temporary_root() / "native"
+        library = _loaded(name, instead)
+        _tell(
+            "elsewhere", f"the C kernels cannot be kept in {folder} ({_told(error)}) and are in {instead}. {advice()}"
+        )
+        return library
 
 
-def _built(name: str) -> Path:
-    """The library's path; compiled aside and moved, so that two processes cannot disturb each other."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise OSError("no C compiler was found")
-    sources = {file: (files("topwork.ops.native") / file).read_bytes() for file in (f"{name}.c", *HEADERS)}
-    flags = (f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS)
-    made_of = [*sources.values(), compiler.encode(), " ".join(flags).encode(), _processor()]
+def _loaded(name: str, folder: Path) -> ctypes.CDLL:
+    target = _path(name, folder)
+    if target.exists():
+        with suppress(OSError):  # cut short by a full disk, say: made again
+            return ctypes.CDLL(str(target))
+    _build(name, target)
+    return ctypes.CDLL(str(target))
+
+
+def _told(error: Exception) -> str:
+    told = error.stderr if isinstance(error, subprocess.CalledProcessError) else why(error)
+    return " ".join(told.split())[-300:]
+
+
+def _tell(kind: str, what: str) -> None:
+    """Once for each kind of reason, not for each library."""
+    if kind not in TOLD:
+        TOLD.add(kind)
+        warnings.warn(what, RuntimeWarning, stacklevel=4)
+
+
+def _path(name: str, folder: Path) -> Path:
+    made_of = [*_sources(name).values(), _compiler().encode(), " ".join(_flags()).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
-    folder = Path(os.environ.get("TOPWORK_CACHE") or "~/.cache/topwork").expanduser() / "native"
-    target = folder / f"{name}-{key[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
-            for file, source in sources.items():
-                (Path(work) / file).write_bytes(source)
-            subprocess.run(
-                [*compiler.split(), *flags, str(written), "-o", str(built), "-lm"],
-                check=True, capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
-            built.replace(target)
-    return target
+    return folder / f"{name}-{key[:16]}.so"
+
+
+def _build(name: str, target: Path) -> None:
+    """Compile aside and move, so that two processes cannot disturb each other."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
+        for file, source in _sources(name).items():
+            (Path(work) / file).write_bytes(source)
+        subprocess.run(
+            [*_compiler().split(), *_flags(), str(written), "-o", str(built), "-lm"],
+            check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        built.replace(target)
+
+
+def _sources(name: str) -> dict[str, bytes]:
+    return {file: (files("topwork.ops.native") / file).read_bytes() for file in (f"{name}.c", *HEADERS)}
+
+
+def _compiler() -> str:
+    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is None:
+        raise OSError("no C compiler was found")
+    return found
+
+
+def _flags() -> tuple[str, ...]:
+    return (f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS)
 
 
 def _processor() -> bytes:

@@ -8,6 +8,7 @@ from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import AdapterError, RequestError
+from topwork.common.files import read_text
 from topwork.merging.changes import Changes, changes_of
 from topwork.merging.combine.places import alone
 from topwork.plan.count import base_skeleton
@@ -117,7 +118,7 @@ def shared_template(read: Sources, log: Log) -> str | None:
         if given.recipe is not None:
             found[label] = given.template
         elif stored.is_file():
-            found[label] = stored.read_text("utf-8")
+            found[label] = read_text(stored, "bring back a copy of it")
     if len(set(found.values())) > 1:
         log(
             f"warning: the sources were trained with different chat templates ({', '.join(found)}); prompts of one are "

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import AdapterError, CheckpointError, ModelError, RequestError, shortened
-from topwork.common.files import MANIFEST, verify_folder
+from topwork.common.files import MANIFEST, read_object, read_text, verify_folder
 from topwork.models.config import ModelConfig
 from topwork.models.source import ALIASES, embedded_file
 from topwork.models.tokenizer import open_tokenizer
@@ -136,7 +136,9 @@ def _tokenizer(model: ModelConfig, template: Path, log: Log) -> dict[str, Conten
     """The base's tokenizer with the template that the adapter learned by: readers write prompts as training did."""
     tokenizer, _ = open_tokenizer(model, log)
     with TemporaryDirectory() as place:
-        write_tokenizer(tokenizer, Path(place), template.read_text("utf-8") if template.is_file() else None)
+        write_tokenizer(
+            tokenizer, Path(place), read_text(template, "bring back a copy of it") if template.is_file() else None
+        )
         return {name: path.read_bytes() for name, path in _files(Path(place))}
 
 
@@ -190,7 +192,9 @@ def _model(folder: Path, source: CardSource) -> dict[str, Content]:
 def _code(folder: Path) -> dict[str, Content]:
     """The model's own code, where its config names some that lies beside it: without it nobody could load the model.
     No other script of the folder."""
-    values = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+    values = (
+        read_object(folder / "config.json", "bring back a copy of it") if (folder / "config.json").is_file() else {}
+    )
     modules = {str(name).partition(".")[0] for name in (values.get("auto_map") or {}).values() if "--" not in str(name)}
     named = [folder / f"{module}.py" for module in sorted(modules)]
     files = {path for path in named if path.is_file()}
@@ -202,7 +206,7 @@ def _refuse_missing_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    named = sorted(set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values()))
+    named = sorted(set(read_object(index, "bring back a copy of it").get("weight_map", {}).values()))
     missing = [name for name in named if not (folder / name).is_file()]
     if missing:
         raise RequestError(f"{folder} is not whole: {missing[0]} is missing, which {index.name} names")

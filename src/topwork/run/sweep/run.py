@@ -9,6 +9,8 @@ from typing import Any
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import NonFiniteLossError, RequestError
 from topwork.common.locks import locked
+from topwork.common.os_errors import explained
+from topwork.common.streams import sure
 from topwork.recipe.recipe import Recipe
 from topwork.reporting.sweep import write_sweep_report
 from topwork.reporting.sweep_points import diminishing_returns, points
@@ -66,6 +68,7 @@ class _Sweep:
         return next(trial.recipe for trial in self.plan.trials if trial.name == name)
 
 
+@explained()
 def sweep(
     recipe: Path | str,
     overrides: Sequence[str] = (),
@@ -100,6 +103,7 @@ def _held(
     """A sweep in folders that this process holds."""
     state = open_state(plan, resume, overwrite)
     resumed = resume and bool(state.waves)
+    log = sure(log)
     tell_plan(plan, log)
     if not _is_done(plan, state):
         on = open_session(plan.trials[0].recipe, log)
