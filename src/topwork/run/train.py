@@ -20,6 +20,7 @@ from topwork.models.tokenizer import open_tokenizer
 from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
+from topwork.run.beforehand import Beforehand, tell_beforehand
 from topwork.run.begin import check_folder, check_shared, check_targets, clear
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
@@ -146,12 +147,13 @@ def _trained(
         if start.checkpoints:
             loop.resume(start)
             log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+        planned = tell_beforehand(trials, [run.data for run in runs], (lambda _: None) if start.checkpoints else log)
         outcomes = loop.run(stop_at)
     for trial in trials:
         if isinstance(trial.rows, StreamedRows):
             for line in trial.rows.read.told():
                 log(line)
-    return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+    return [_finished(run, on, plan, own, out, len(runs)) for run, own, out in zip(runs, planned, outcomes)]
 
 
 def _grafted(
@@ -191,7 +193,7 @@ def _load_data(
         room = context_length - recipe.adapter.virtual_tokens
         key = (config.model_dump_json(), seed if config.seed_decides else None, min(room, config.max_length))
         if key not in known:
-            known[key] = load_data(config, tokenizer, room, seed, log)
+            known[key] = load_data(config, tokenizer, room, seed, log, counts=False)  # tell_beforehand has them
             if not config.streaming:
                 log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
@@ -242,10 +244,14 @@ def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) ->
     return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
 
 
-def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members: int) -> TrainedRun:
+def _finished(
+    run: _Run, on: Session, plan: PassPlan, planned: Beforehand, outcome: Outcome, members: int
+) -> TrainedRun:  # fmt: skip
     keep_adapter(run.place, run.recipe.training, outcome)
     result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
     result |= {
+        "plan": planned.as_json(),
+        "warnings": [*planned.warnings(), *result["warnings"]],
         "base_weights_bytes": on.weight_bytes,
         "base_held_as": on.held_as,
         "checkpointed_layers": plan.checkpointed_layers,
