@@ -1,12 +1,14 @@
 """`topwork chat`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topwork.cli.options import Force, Run
+from topwork.cli.options import Force, Run, starting
+
+if TYPE_CHECKING:
+    from topwork.run.console import Teller
 
 EPILOG = (
     'Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"\n\n'
@@ -41,6 +43,8 @@ def chat(
 ) -> None:
     """Ask a run, once or in a conversation."""
     from topwork.common.errors import RequestError
+
+    log = starting(to_errors=True)
     from topwork.generation.sampling import Sampling
     from topwork.run.folder import open_run
     from topwork.run.talk import ask_once, converse
@@ -49,21 +53,26 @@ def chat(
     if compare:
         if base:
             raise RequestError("--base leaves the adapter out, and --compare compares with it; give one of them")
-        _compare([str(run), *(text for text in (prompt, question) if text is not None)], sampling, system, model, force)
+        _compare(
+            [str(run), *(text for text in (prompt, question) if text is not None)], sampling, system, model, force, log
+        )
         return
     if question is not None or model is not None:
         raise RequestError(
             f"{'--model' if question is None else question!r}: only with --compare A B; a question is one argument, in "
             "quotes"
         )
-    opened = open_run(run, force=force, log=_to_errors)
+    opened = open_run(run, force=force, log=log)
+    log.quiet()
     if prompt is None:
         converse(opened, sampling, system, not base)
     else:
         ask_once(opened, prompt, sampling, system, not base)
 
 
-def _compare(words: list[str], sampling: Any, system: str | None, model: str | None, force: bool) -> None:
+def _compare(
+    words: list[str], sampling: Any, system: str | None, model: str | None, force: bool, log: "Teller"
+) -> None:  # fmt: skip
     """`words`: A B [PROMPT], or RUN [PROMPT] for a run without and with its adapter."""
     from topwork.common.errors import RequestError
     from topwork.run.compare import BASE, names_a_side, open_pair, with_and_without
@@ -71,18 +80,15 @@ def _compare(words: list[str], sampling: Any, system: str | None, model: str | N
     from topwork.run.talk import ask_both, converse_with_both
 
     if len(words) == 3 or (len(words) == 2 and names_a_side(words[1])):
-        pair = open_pair((words[0], words[1]), sampling, system, model, force, _to_errors)
+        pair = open_pair((words[0], words[1]), sampling, system, model, force, log)
         asked = words[2:]
     elif words[0] == BASE or model is not None:
         raise RequestError("--compare: give two of runs, PEFT folders and `base`")
     else:
-        pair = with_and_without(open_run(Path(words[0]), force=force, log=_to_errors), sampling, system)
+        pair = with_and_without(open_run(Path(words[0]), force=force, log=log), sampling, system)
         asked = words[1:]
+    log.quiet()
     if asked:
         ask_both(pair, asked[0])
     else:
         converse_with_both(pair)
-
-
-def _to_errors(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Force, teller
+from topwork.cli.options import AsJson, Force, starting
+
+if TYPE_CHECKING:
+    from topwork.run.console import Teller
 
 EPILOG = "Example: topwork eval runs/support --data examples/support/test.jsonl"
 
@@ -27,12 +30,14 @@ def evaluate(
 
     if (run is None) == (model is None):
         raise RequestError("give a run's folder, or --model with --data and perhaps --adapter")
+    log = starting(as_json)
     if run is not None:
         from topwork.run.evaluate import evaluate as score_run
 
-        result = score_run(run, data, max_rows, not only_after, force, teller(as_json))
+        result = score_run(run, data, max_rows, not only_after, force, log)
     else:
-        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, as_json)
+        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, log)
+    log.quiet()
     if as_json:
         print(json.dumps(result))
     else:
@@ -41,7 +46,7 @@ def evaluate(
 
 def _evaluate_model(
     model: str, data: str | None, adapter: Path | None, max_rows: int | None, max_new_tokens: int, force: bool,
-    as_json: bool,
+    log: "Teller",
 ) -> dict[str, Any]:  # fmt: skip
     from topwork.common.errors import RequestError
     from topwork.data.config import DataConfig
@@ -53,7 +58,7 @@ def _evaluate_model(
         raise RequestError("--model needs --data: rows with known answers")
     config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
     return evaluate_model(
-        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=teller(as_json)
+        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=log
     )
 
 

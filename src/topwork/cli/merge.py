@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
@@ -52,11 +52,13 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""
+    log = starting(as_json)
     from topwork.run.merge import merge as fold
 
     result = fold(
-        given, out, dtype, base, overwrite, force, teller(as_json), model=model, check=check, data=data
+        given, out, dtype, base, overwrite, force, log, model=model, check=check, data=data
     )  # fmt: skip
+    log.quiet()
     if as_json:
         print(json.dumps(result))
         return

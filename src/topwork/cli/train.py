@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.options import AsJson, Overrides, starting
 
 EPILOG = "Example: topwork train examples/support/recipe.yaml --set adapter.r=8"
 
@@ -24,11 +24,12 @@ def train(
     from topwork.recipe.recipe import load_recipe
 
     read = load_recipe(recipe, overrides or [])
+    log = starting(as_json)
     from topwork.run.console import training_progress
     from topwork.run.train import train as run
-    from topwork.training.progress import Silent
 
-    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
+    done = run(read, (), resume, overwrite, training_progress(log), log)
+    log.quiet()
     if as_json:
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":

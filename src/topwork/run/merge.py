@@ -13,6 +13,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, RunError
 from topwork.common.files import write_folder, write_json
+from topwork.common.telling import doing
 from topwork.merging.threshold import doubt, refusal
 from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
@@ -86,13 +87,17 @@ def prepared_merge(
     refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
+    if check:
+        doing(log, f"running base + adapter on {len(inputs.sequences)} inputs")
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
     def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
+        doing(log, "folding the adapter into the base")
         plan.write(folder)
         found = told(adapter, plan, inputs.source) | {"merge_seconds": round(time.perf_counter() - started, 2)}
         if before is not None:
+            doing(log, "running the merged model on the same inputs")
             verified = after_merge(folder, adapter, plan, before, inputs)
             found |= asdict(verified)
             _judge(verified, plan, force, log)

@@ -11,6 +11,8 @@ from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
+from topwork.common.telling import doing
+from topwork.data.config import told
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.data.source import StreamedRows, rows_of
@@ -148,6 +150,8 @@ def _trained(
             loop.resume(start)
             log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
         planned = tell_beforehand(trials, [run.data for run in runs], (lambda _: None) if start.checkpoints else log)
+        if not start.checkpoints and any(run.data.eval for run in runs):
+            doing(log, "validating before the first step")
         outcomes = loop.run(stop_at)
     for trial in trials:
         if isinstance(trial.rows, StreamedRows):
@@ -193,6 +197,7 @@ def _load_data(
         room = context_length - recipe.adapter.virtual_tokens
         key = (config.model_dump_json(), seed if config.seed_decides else None, min(room, config.max_length))
         if key not in known:
+            doing(log, f"reading the rows: {told(config.train)}")
             known[key] = load_data(config, tokenizer, room, seed, log, counts=False)  # tell_beforehand has them
             if not config.streaming:
                 log(quick_line(recipe, known[key], tokenizer, room))
