@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,21 @@ def test_the_first_steps_line_tells_the_time_left(capsys: pytest.CaptureFixture[
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("step 1/90  loss 1.2500")
     assert line.endswith(" s left")
+
+
+def test_versions_are_told_without_what_they_are_of() -> None:
+    code = """
+import sys
+from topwork.cli.app import app
+try:
+    app(["--version"], prog_name="topwork")
+except SystemExit as end:
+    print(end.code or 0, sorted({"torch", "transformers", "numpy", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, last = done.stdout.splitlines()
+    assert first == f"topwork {version('topwork')}"
+    for named in ("torch", "transformers"):
+        assert f"{named} {version(named)}" in second
+    assert "Python 3." in second
+    assert last == "0 []"

@@ -37,6 +37,7 @@ from topwork.cli.sweep import EPILOG as SWEEP_EPILOG
 from topwork.cli.sweep import sweep
 from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
+from topwork.cli.version import version
 from topwork.common.errors import TopworkError
 
 app = typer.Typer(
@@ -66,6 +67,8 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
+
+app.callback()(version)
 
 app.command(epilog=TRAIN_EPILOG)(train)
 
