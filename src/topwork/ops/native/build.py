@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -66,6 +67,7 @@ def _built(name: str) -> Path:
             written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
             for file, source in sources.items():
                 (Path(work) / file).write_bytes(source)
+            print(f"compiling C kernels for this processor, once: {name}.c ...", file=sys.stderr, flush=True)
             subprocess.run(
                 [*compiler.split(), *flags, str(written), "-o", str(built), "-lm"],
                 check=True, capture_output=True, text=True, timeout=300,
