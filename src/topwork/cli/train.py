@@ -46,13 +46,36 @@ def _resuming(recipe: Path, overrides: list[str] | None) -> str:
 
 
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
-    before, after = result["eval_loss_before"], result["eval_loss_after"]
-    if before is not None and after is not None:
-        print(f"validation loss {before:.4f} -> {after:.4f} (lowest at step {result['best_step']})")
-    print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
-    print(
+    for line in trained_lines(folder, result):
+        print(line)
+
+
+def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
+    """How a run ended, for people."""
+    run = shlex.quote(str(folder))
+    return [
+        _validated(result),
+        f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps",
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    )
-    print(f"adapter: {folder / 'adapter'}")
-    print(f"next: topwork eval {folder}   topwork chat {folder}   topwork report {folder}")
+        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"adapter: {folder / 'adapter'}",
+        f"next: topwork eval {run}      its answers beside the base's",
+        f"      topwork chat {run}      ask it",
+        f"      topwork report {run}    one page with curves and scores",
+        f"      topwork merge {run} OUT    a model of its own",
+    ]
+
+
+def _validated(result: dict[str, Any]) -> str:
+    """The loss on held-out rows, whether it is better than the base's, and how much that says."""
+    from topwork.run.beforehand import FEW_HELD_OUT
+
+    before, after, rows = result["eval_loss_before"], result["eval_loss_after"], result["plan"]["held_out_rows"]
+    if before is None or after is None:
+        return "no validation loss: nothing tells what was learned from what was learned by heart"
+    better = "better than the base" if after < before else "NOT better than the base without the adapter"
+    kept = result["best_step"] if after == result["best_eval_loss"] else result["steps"]
+    losses = f"validation loss {before:.4f} -> {after:.4f}, the lower the better"
+    few = ", which are few to go by" if rows < FEW_HELD_OUT else ""
+    on = f"on {rows:,} held-out row{'' if rows == 1 else 's'}{few if rows != 1 else ', which is little to go by'}"
+    return f"{losses}: {better} {on}; the adapter is step {kept}'s"
