@@ -198,7 +198,7 @@ def _load_data(
         key = (config.model_dump_json(), seed if config.seed_decides else None, min(room, config.max_length))
         if key not in known:
             doing(log, f"reading the rows: {told(config.train)}")
-            known[key] = load_data(config, tokenizer, room, seed, log, counts=False)  # tell_beforehand has them
+            known[key] = load_data(config, tokenizer, room, seed, log, False)  # tell_beforehand has the counts
             if not config.streaming:
                 log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
@@ -256,7 +256,7 @@ def _finished(
     result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
     result |= {
         "plan": planned.as_json(),
-        "warnings": [*planned.warnings(), *result["warnings"]],
+        "warnings": [*result["warnings"], *planned.warnings()],
         "base_weights_bytes": on.weight_bytes,
         "base_held_as": on.held_as,
         "checkpointed_layers": plan.checkpointed_layers,
