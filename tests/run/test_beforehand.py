@@ -56,6 +56,15 @@ def test_five_lines_say_before_the_first_step_what_the_run_then_does(make_recipe
     result = train(make_recipe(training=options), progress=Heard(said), log=said.append).result
     before = said[: said.index("validated 0")]
     assert plan_lines(said) == plan_lines(before) == before[before.index(plan_lines(said)[0]) :][:5]
+    doing = [line for line in before if line.endswith(" ...")]
+    words = (
+        "opening the tokenizer of ",
+        "reading the rows: ",
+        "reading the base: ",
+        "validating before the first step",
+    )
+    assert len(doing) == len(words)
+    assert all(line.startswith(word) for line, word in zip(doing, words))
     rows, held, steps, way, rate = plan_lines(said)
     assert rows.startswith("train: 36 rows -> 36 sequences; ")
     assert held.startswith("eval (held out by seed): 4 rows")
