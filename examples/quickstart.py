@@ -14,6 +14,7 @@ from pathlib import Path
 import topwork
 from topwork.common.errors import TopworkError
 from topwork.run.console import Teller, training_progress
+from topwork.run.ownership import is_run
 
 MEASURED = 100
 """Test tickets that are asked, of 300: enough to see what was learned, and a third of the time."""
@@ -29,7 +30,7 @@ def main(folder: str) -> None:
         seconds = [time.perf_counter()]
         log("1/4  training (about 120,000 tokens)")
         run = topwork.train(
-            RECIPE, [f"output_dir={folder}", f"evaluation.max_rows={MEASURED}"], resume=Path(folder).exists(),
+            RECIPE, [f"output_dir={folder}", f"evaluation.max_rows={MEASURED}"], resume=is_run(Path(folder)),
             progress=training_progress(log), log=log,
         )  # fmt: skip
         if run.result["stopped"] == "interrupted":

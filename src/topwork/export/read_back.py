@@ -52,13 +52,13 @@ class ReadBack:
     def line(self) -> str:
         """For people; what rounding does not explain is an error and has none."""
         if not self.prompts:
-            return f"{self.by}: the same, updates {self.largest:.1e} apart by rounding"
+            return f"{self.by}: updates {self.largest:.1e} apart, which rounding explains"
         moved = "" if self.moved is None else f" (the adapter moves them by {self.moved:.1e})"
         if self.unit == NATS:
-            told = f"log-probabilities {self.largest:.1e} nats apart at most, by rounding{moved}"
-            return f"{self.by} on {self.prompts} prompts: the same, {told}"
-        told = f"logits {self.largest:.1e} of the largest apart by rounding{moved}"
-        return f"{self.by} on {self.prompts} prompts: the same, {told}"
+            told = f"log-probabilities {self.largest:.1e} nats apart at most, which rounding explains{moved}"
+            return f"{self.by} on {self.prompts} prompts: {told}"
+        told = f"logits {self.largest:.1e} of the largest apart, which rounding explains{moved}"
+        return f"{self.by} on {self.prompts} prompts: {told}"
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
