@@ -2,17 +2,22 @@
 
     make quickstart            (or: python examples/quickstart.py runs/support)
 
-Training takes a few minutes on two cores; an interrupted quickstart goes on where it was when it is run again.
+It takes a few minutes on two cores and says in the end what took how long; an interrupted quickstart goes on where it
+was when it is run again.
 """
 
+import math
 import sys
+import time
 from pathlib import Path
 
 import topwork
 from topwork.common.errors import TopworkError
-from topwork.run.console import training_progress
+from topwork.run.console import Teller, training_progress
 from topwork.run.ownership import is_run
 
+MEASURED = 100
+"""Test tickets that are asked, of 300: enough to see what was learned, and a third of the time."""
 RECIPE = Path(__file__).parent / "support" / "recipe.yaml"
 TICKET = (
     "hi, my brewlow came on 12 March 2026 (order FW-48213) and since yesterday it leaks all over the counter. "
@@ -21,33 +26,55 @@ TICKET = (
 
 
 def main(folder: str) -> None:
-    print("1/4  training (about 120,000 tokens)", flush=True)
-    try:
-        run = topwork.train(RECIPE, [f"output_dir={folder}"], resume=is_run(Path(folder)), progress=training_progress())
-    except topwork.RunInterrupted:
-        sys.exit("interrupted; run `make quickstart` again to go on")
-    print("\n2/4  measuring on 300 tickets worded unlike any in training, without and with the adapter", flush=True)
-    scores = topwork.evaluate(folder)
-    print_scores(run.result, scores)
-    print(f"     run folder: {run.folder}")
-    print("\n3/4  writing the report", flush=True)
-    page = topwork.report(folder).html
-    print(f"     {page}")
-    print(f"\n4/4  a ticket it has not seen:\n     {TICKET}\n     -> {topwork.answer(folder, TICKET)}")
+    with Teller() as log:
+        seconds = [time.perf_counter()]
+        log("1/4  training (about 120,000 tokens)")
+        try:
+            run = topwork.train(
+                RECIPE, [f"output_dir={folder}", f"evaluation.max_rows={MEASURED}"], resume=is_run(Path(folder)),
+                progress=training_progress(log), log=log,
+            )  # fmt: skip
+        except topwork.RunInterrupted:
+            sys.exit("interrupted; run `make quickstart` again to go on")
+        seconds.append(time.perf_counter())
+        log(f"\n2/4  measuring on {MEASURED} tickets worded unlike any in training, without and with the adapter")
+        scores = topwork.evaluate(folder, log=log)
+        print_scores(run.result, scores)
+        print(f"     run folder: {run.folder}")
+        seconds.append(time.perf_counter())
+        log("\n3/4  writing the report")
+        print(f"     {topwork.report(folder).html}")
+        log("\n4/4  a ticket it has not seen:")
+        print(f"     {TICKET}\n     -> {topwork.answer(folder, TICKET)}")
+        seconds.append(time.perf_counter())
+    print_seconds(seconds)
     print_next(folder)
 
 
 def print_scores(result: dict, scores: dict) -> None:
-    before, after = scores["before"], scores["after"]
-    print(f"     {'':18}{'before':>10}{'after':>10}")
+    before, after, rows = scores["before"], scores["after"], scores["rows"]
+    print(f"     {'':18}{'before':>10}{'after':>10}   (± its standard error)")
     print(f"     {'loss':18}{before['loss']:>10.3f}{after['loss']:>10.3f}")
     for key in ("json_valid", "exact_match"):
-        print(f"     {key.replace('_', ' '):18}{before[key]:>10.1%}{after[key]:>10.1%}")
+        print_shares(key.replace("_", " "), before[key], after[key], rows)
     for key, share in after["fields"].items():
-        print(f"       {key:16}{before['fields'][key]:>10.1%}{share:>10.1%}")
+        print_shares(f"  {key}", before["fields"][key], share, rows)
     print(
         f"     trained {result['tokens']:,} tokens in {result['seconds']:,.0f} s: "
         f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    )
+
+
+def print_shares(what: str, before: float, after: float, rows: int) -> None:
+    """Of rows that are right; a share p of n rows is uncertain by sqrt(p (1 - p) / n)."""
+    print(f"     {what:18}{before:>10.1%}{after:>10.1%} ± {math.sqrt(after * (1 - after) / rows):.1%}")
+
+
+def print_seconds(stamps: list[float]) -> None:
+    training, measuring, rest = (after - before for before, after in zip(stamps, stamps[1:]))
+    print(
+        f"\ntraining {training:,.0f} s, measuring {measuring:,.0f} s, report and answer {rest:,.0f} s: "
+        f"{stamps[-1] - stamps[0]:,.0f} s in all"
     )
 
 

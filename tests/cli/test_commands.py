@@ -209,6 +209,8 @@ def test_a_merged_model_is_an_ordinary_one(topwork: Command, trained: Path, tmp_
     assert result["dtype"] == "float32"
     assert result["largest_relative_difference"] <= 1e-5
     assert result["sequences"] == 40
+    assert result["verdict"]["grade"] == "same"
+    assert json.loads((out / "merge.json").read_text("utf-8"))["verdict"] == result["verdict"]
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -223,6 +225,15 @@ def test_a_merged_model_is_an_ordinary_one(topwork: Command, trained: Path, tmp_
     assert said.code == 0, said.err
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     assert "merged in bfloat16 and compared on 40 inputs" in said.out
+    told = json.loads((out / "merge.json").read_text("utf-8"))["verdict"]
+    results = said.out.splitlines()
+    assert told["text"] == results[results.index("merged in bfloat16 and compared on 40 inputs: " + _inputs(out)) - 1]
+    unchecked = topwork("merge", trained, out, "--overwrite", "--check", 0).out
+    assert "nothing says whether it answers as base + adapter does" in unchecked
+
+
+def _inputs(folder: Path) -> str:
+    return str(json.loads((folder / "merge.json").read_text("utf-8"))["inputs"])
 
 
 def test_counting(topwork: Command, trained: Path, tiny_llama: Path, make_recipe: Callable[..., Path]) -> None:

@@ -1,9 +1,9 @@
-"""Which merges are refused, and of which it is said that the check cannot tell."""
+"""Which merges are refused, of which it is said that the check cannot tell, and what people are told of each."""
 
 import pytest
 import torch
 
-from topwork.merging.threshold import doubt, refusal
+from topwork.merging.threshold import doubt, refusal, verdict
 from topwork.merging.verify import Verification
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -33,3 +33,26 @@ def test_a_merge_that_is_nearer_than_half_the_adapter_is_no_doubt() -> None:
 def test_a_lost_adapter_over_the_floor_is_refused(adapter_kl: float) -> None:
     assert "KL" in (refusal(found(adapter_kl, adapter_kl), BF16) or "")
     assert refusal(found(adapter_kl / 10, adapter_kl), BF16) is None
+
+
+@pytest.mark.parametrize(
+    ("checked", "dtype", "grade", "words"),
+    [
+        (found(1e-7, 0.3), FP32, "same", "answers as base + adapter does: the same likeliest token in 98.0% of places"),
+        (found(1e-7, 0.3), FP32, "same", "which the order of summation explains"),
+        (found(0.002, 0.3), BF16, "same", "KL 0.002 nats a token, which rounding to bfloat16 explains"),
+        (found(0.004, 0.005), BF16, "unsure", "is not certain: the adapter moves its base by a KL of 0.005"),
+        (found(0.2, 0.3), BF16, "another", "is not the one that was trained: KL 0.2"),
+        (found(1e-7, 0.3, relative=1e-2), FP32, "another", "its logits differ by"),
+        (found(float("nan"), 0.3), BF16, "another", "is not the one that was trained"),
+    ],
+)
+def test_the_verdict_follows_the_rules_and_says_so(
+    checked: Verification, dtype: torch.dtype, grade: str, words: str
+) -> None:
+    judged = verdict(checked, dtype)
+    assert judged.grade == grade
+    assert words in judged.text
+    refused, unsure = refusal(checked, dtype) is not None, doubt(checked, dtype) is not None
+    assert (judged.grade == "another", judged.grade == "unsure") == (refused, unsure and not refused)
+    assert verdict(checked, dtype, changes_base=True).grade == "other weights"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reference.compiler import needs_compiler
-from topwork.ops.native import load
+from topwork.ops.native import build, load
 from topwork.ops.native.load import SIGNATURES, Signature
 
 SOURCES = {path.stem: path.read_text() for path in Path(load.__file__).parent.glob("*.c")}
@@ -80,3 +80,22 @@ def test_rows_whose_values_lie_side_by_side() -> None:
         assert load.contiguous_rows(rows)
     for rows in (x.t(), x[:, ::2], x[:1].expand(3, 6).t()):
         assert not load.contiguous_rows(rows)
+
+
+@needs_compiler
+def test_what_takes_its_time_the_first_time_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))
+    monkeypatch.delenv(build.OFF, raising=False)
+    compile_it, said = build.subprocess.run, []
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        said.append(capfd.readouterr().err)
+        return compile_it(*arguments, **options)
+
+    monkeypatch.setattr(build.subprocess, "run", seen)
+    for _ in range(2):
+        assert build.load("logprobs") is not None
+    assert said == ["compiling C kernels for this processor, once: logprobs.c ...\n"]
+    assert capfd.readouterr().err == ""

@@ -39,6 +39,7 @@ from topwork.cli.sweep import EPILOG as SWEEP_EPILOG
 from topwork.cli.sweep import sweep
 from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
+from topwork.cli.version import version
 from topwork.common.errors import TopworkError
 from topwork.common.os_errors import as_topwork, os_error_in
 from topwork.common.streams import SureStreams
@@ -96,6 +97,8 @@ def _told(error: TopworkError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
+
+app.callback()(version)
 
 app.command(epilog=TRAIN_EPILOG)(train)
 

@@ -1,12 +1,14 @@
 """`topwork chat`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topwork.cli.options import Checkpoint, Force, Run
+from topwork.cli.options import Checkpoint, Force, Run, starting
+
+if TYPE_CHECKING:
+    from topwork.run.console import Teller
 
 EPILOG = (
     'Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"\n\n'
@@ -44,22 +46,25 @@ def chat(
     """Ask a run, once or in a conversation."""
     from topwork.common.errors import RequestError
     from topwork.common.streams import readable
+
+    log = starting(to_errors=True)
     from topwork.generation.sampling import Sampling
     from topwork.run.opened import open_run
     from topwork.run.talk import ask_once, converse
 
     if system is not None:
-        system = readable(system, "--system", _to_errors)
+        system = readable(system, "--system", log)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if compare:
         if base:
             raise RequestError("--base leaves the adapter out, and --compare compares with it; give one of them")
         words = [str(run), *(text for text in (prompt, question) if text is not None)]
-        _compare(words, sampling, system, model, checkpoint, force)
+        _compare(words, sampling, system, model, checkpoint, force, log)
         return
     if question is not None:
         raise RequestError(f"{question!r}: only with --compare A B; a question is one argument, in quotes")
-    opened = open_run(run, force=force, log=_to_errors, model=model, checkpoint=checkpoint)
+    opened = open_run(run, force=force, log=log, model=model, checkpoint=checkpoint)
+    log.quiet()
     if prompt is None:
         converse(opened, sampling, system, not base)
     else:
@@ -67,8 +72,9 @@ def chat(
 
 
 def _compare(
-    words: list[str], sampling: Any, system: str | None, model: str | None, checkpoint: str | None, force: bool
-) -> None:
+    words: list[str], sampling: Any, system: str | None, model: str | None, checkpoint: str | None, force: bool,
+    log: "Teller",
+) -> None:  # fmt: skip
     """`words`: A B [PROMPT], or RUN [PROMPT] for a run without and with its adapter."""
     from topwork.common.errors import RequestError
     from topwork.run.compare import BASE, names_a_side, open_pair, with_and_without
@@ -80,19 +86,16 @@ def _compare(
             raise RequestError(
                 f"--checkpoint {checkpoint}: of which of the two? Name its folder instead, say {words[0]}/checkpoints/…"
             )
-        pair = open_pair((words[0], words[1]), sampling, system, model, force, _to_errors)
+        pair = open_pair((words[0], words[1]), sampling, system, model, force, log)
         asked = words[2:]
     elif words[0] == BASE:
         raise RequestError("--compare: give two of runs, PEFT folders and `base`")
     else:
-        run = open_run(Path(words[0]), force=force, log=_to_errors, model=model, checkpoint=checkpoint)
+        run = open_run(Path(words[0]), force=force, log=log, model=model, checkpoint=checkpoint)
         pair = with_and_without(run, sampling, system)
         asked = words[1:]
+    log.quiet()
     if asked:
         ask_both(pair, asked[0])
     else:
         converse_with_both(pair)
-
-
-def _to_errors(text: str) -> None:
-    print(text, file=sys.stderr)

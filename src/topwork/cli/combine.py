@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = (
     "Example: topwork combine runs/support runs/terse combined/both --method ties --density 0.5 --evaluate\n\n"
@@ -76,13 +76,15 @@ def combine(
     as_json: AsJson = False,
 ) -> None:
     """Combine adapters of one base into one adapter, a plain PEFT folder."""
+    log = starting(as_json)
     from topwork.run.combine import combine as combine_adapters
 
     record = combine_adapters(
         sources, out, method, numbers("--weights", weights), numbers("--density", density), rank, dtype, model,
-        evaluate, data, max_rows, force, overwrite, teller(as_json), ties_weights=ties_weights, scale=scale,
+        evaluate, data, max_rows, force, overwrite, log, ties_weights=ties_weights, scale=scale,
         epsilon=epsilon, gamma=gamma, seed=seed,
     )  # fmt: skip
+    log.quiet()
     if as_json:
         print(json.dumps(record))
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = "Example: topwork compare runs/support runs/terse --layers"
 
@@ -27,7 +27,9 @@ def compare(
 ) -> None:
     """Tell how alike two adapters are: cosine and norm of their changes of each module, and what of one lies in the
     other."""
+    log = starting(to_errors=True)
     from topwork.run.likeness import compare_adapters
 
-    found = compare_adapters(first, second, model, base, force, teller(as_json))
+    found = compare_adapters(first, second, model, base, force, log)
+    log.quiet()
     print(json.dumps(found.as_json()) if as_json else found.as_text(layers))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = (
     "Example: topwork convert support.gguf adapters/support --model smollm2-135m\n\n"
@@ -27,9 +27,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn a model or an adapter of another program's into a folder that is read here."""
+    log = starting(as_json)
     from topwork.run.convert import convert as turned
 
-    done = turned(place, out, model, overwrite, teller(as_json))
+    done = turned(place, out, model, overwrite, log)
+    log.quiet()
     if as_json:
         print(json.dumps(done.as_json()))
         return

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides
+from topwork.cli.options import AsJson, Overrides, starting
 
 EPILOG = "Example: topwork count llama-3-8b --rank 16"
 
@@ -19,7 +19,9 @@ def count(
     as_json: AsJson = False,
 ) -> None:
     """Table trainable, frozen and total parameters per target set and rank, from the configuration alone."""
+    log = starting(to_errors=True)
     from topwork.run.count import count as counted
 
     result = counted(what, rank, overrides or [])
+    log.quiet()
     print(json.dumps(result.as_json()) if as_json else result.as_text())

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Checkpoint, Force, teller
+from topwork.cli.options import AsJson, Checkpoint, Force, starting
+
+if TYPE_CHECKING:
+    from topwork.run.console import Teller
 
 EPILOG = (
     "Example: topwork eval runs/support --data examples/support/test.jsonl\n\n"
@@ -42,14 +45,14 @@ def evaluate(
         raise RequestError(f"--adapter {adapter}: {run} has its own; leave one of them out")
     if run is None and checkpoint is not None:
         raise RequestError(f"--checkpoint {checkpoint}: only a run has them; give its folder")
+    log = starting(as_json)
     if run is not None:
         from topwork.run.evaluate import evaluate as score_run
 
-        result = score_run(
-            run, data, max_rows, not only_after, force, teller(as_json), model=model, checkpoint=checkpoint, out=out
-        )
+        result = score_run(run, data, max_rows, not only_after, force, log, model=model, checkpoint=checkpoint, out=out)
     else:
-        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, as_json, out)
+        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, log, out)
+    log.quiet()
     if as_json:
         print(json.dumps(result))
     else:
@@ -60,7 +63,7 @@ def evaluate(
 
 def _evaluate_model(
     model: str, data: str | None, adapter: Path | None, max_rows: int | None, max_new_tokens: int, force: bool,
-    as_json: bool, out: Path | None,
+    log: "Teller", out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     from topwork.common.errors import RequestError
     from topwork.data.config import DataConfig
@@ -72,7 +75,7 @@ def _evaluate_model(
         raise RequestError("--model needs --data: rows with known answers")
     config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
     return evaluate_model(
-        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=teller(as_json),
+        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=log,
         out=out,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, Checkpoint, Force, teller
+from topwork.cli.options import AsJson, Checkpoint, Force, starting
 
 EPILOG = (
     "Example: topwork export runs/support exported/support --format vllm\n\n"
@@ -46,12 +46,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write an adapter or a model in the format that another program reads."""
+    log = starting(as_json)
     from topwork.run.export import export as run
     from topwork.run.exporting.written import line_with
 
-    done = run(
-        place, out, format, kind, model, overwrite, force, dry_run, check, teller(as_json), checkpoint=checkpoint
-    )
+    done = run(place, out, format, kind, model, overwrite, force, dry_run, check, log, checkpoint=checkpoint)
+    log.quiet()
     if as_json:
         print(json.dumps(done.as_json()))
         return

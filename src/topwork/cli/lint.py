@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides
+from topwork.cli.options import AsJson, Overrides, starting
 
 EPILOG = (
     "Ends with 0 where there is no error, 1 where there is one (with --strict also for a warning), 2 where the recipe, "
@@ -35,9 +34,11 @@ def lint(
     read = load_recipe(recipe, overrides or [])
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here, and all texts are tokenized at once
     wanted = int(rows) if rows.strip().isdigit() else re.split(",(?! )", rows)
+    log = starting(to_errors=True)
     from topwork.run.lint import lint as run
 
-    result = run(read, rows=wanted, log=lambda text: print(text, file=sys.stderr))
+    result = run(read, rows=wanted, log=log)
+    log.quiet()
     found = result.as_json()
     if html is not None:
         from topwork.common.files import write_text

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Checkpoint, teller
+from topwork.cli.options import AsJson, Checkpoint, starting
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
@@ -15,6 +15,8 @@ EPILOG = (
 WORTH_ADVICE = 0.1
 """From which share on rounding takes enough of an adapter to say what to do."""
 
+WARNED = ("unsure", "another")
+"""Verdicts that were a warning already, while the model was checked."""
 FIGURES = {
     "largest_logit_difference": "largest difference of a logit",
     "largest_relative_difference": "  as a share of the largest logit",
@@ -53,12 +55,14 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""
+    log = starting(as_json)
     from topwork.run.merge import merge as fold
 
     result = fold(
-        given, out, dtype, base, overwrite, force, teller(as_json), model=model, check=check, data=data,
+        given, out, dtype, base, overwrite, force, log, model=model, check=check, data=data,
         checkpoint=checkpoint,
     )  # fmt: skip
+    log.quiet()
     if as_json:
         print(json.dumps(result))
         return
@@ -70,11 +74,13 @@ def merge(
 def _lines(result: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [f"merged in {result['dtype']}, {result['weight_bytes'] / 2**20:,.1f} MiB of weights"]
+    judged = result["verdict"]
+    told_already = judged["grade"] in WARNED
     if "sequences" in result:
         lines[0] = f"merged in {result['dtype']} and compared on {result['sequences']} inputs: {result['inputs']}"
         told = {key: name for key, name in FIGURES.items() if result.get(key) is not None}
         lines += [f"  {name:48} {_figure(key, result[key])}" for key, name in told.items()]
-    return lines + _rounding(result)
+    return [*([] if told_already else [judged["text"]]), *lines, *_rounding(result)]
 
 
 def _rounding(result: dict[str, Any]) -> list[str]:

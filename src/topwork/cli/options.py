@@ -1,11 +1,14 @@
 """What several commands share."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+
+if TYPE_CHECKING:
+    from topwork.run.console import Teller
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one option of the recipe.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: the output_dir of `topwork train`.")]
@@ -21,6 +24,14 @@ Checkpoint = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
-def teller(as_json: bool) -> Callable[[str], None]:
-    """Where lines for people go: to standard error where a program reads the output."""
-    return (lambda text: print(text, file=sys.stderr)) if as_json else print
+def starting(to_errors: bool) -> "Teller":
+    """A command's `log`, which says at once what the first seconds are for: call it before torch is imported, and its
+    `quiet` before results are printed. To standard error where a program, or a file, gets what is printed."""
+    from topwork.run.console import Teller
+
+    log = Teller(sys.stderr if to_errors else sys.stdout)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(log.quiet)
+    log.doing("loading torch and transformers")
+    return log

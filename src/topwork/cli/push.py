@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = (
     "Example: topwork push runs/support ada/support-tickets --private\n\n"
@@ -36,9 +36,12 @@ def push(
 ) -> None:
     """Upload an adapter or a model with a model card to the Hugging Face Hub, in one commit."""
     from topwork.reporting.wording import size
+
+    log = starting(as_json)
     from topwork.run.push import push as send
 
-    done = send(run, repo, private, revision, message, base_name, dry_run, samples, force, teller(as_json))
+    done = send(run, repo, private, revision, message, base_name, dry_run, samples, force, log)
+    log.quiet()
     if as_json:
         print(json.dumps(done))
         return

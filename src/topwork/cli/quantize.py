@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, starting
 
 EPILOG = "Example: topwork quantize smollm2-135m models/smollm2-nf4\n\ntopwork quantize smollm2-135m --analyze"
 
@@ -38,23 +38,27 @@ def quantize(
         raise RequestError(f"--dtype {dtype}: expected bfloat16, float16, float32 or auto")
     config = ModelConfig.model_validate({"model_name_or_path": model, "dtype": dtype, "device": "cpu"})
     if analyze:
-        from topwork.run.analyze import analyze as measure
-
         if block_size is not None or not double_quant or overwrite:
             raise RequestError(
                 "--analyze measures every block size, with and without double quantization, and "
                 "replaces nothing; leave --block-size, --no-double-quant and --overwrite out"
             )
-        found = measure(config, text, windows, out, teller(as_json))
+        log = starting(to_errors=True)
+        from topwork.run.analyze import analyze as measure
+
+        found = measure(config, text, windows, out, log)
+        log.quiet()
         print(json.dumps(found.as_json()) if as_json else found.as_text())
         return
     if out is None:
         raise RequestError("give a new folder to write to, or --analyze to measure only")
     if text is not None:
         raise RequestError("--text goes with --analyze, which takes the perplexity on it")
+    log = starting(as_json)
     from topwork.run.quantize import quantize as write
 
-    result = write(config, out, kind or "nf4", block_size, double_quant, overwrite, teller(as_json))
+    result = write(config, out, kind or "nf4", block_size, double_quant, overwrite, log)
+    log.quiet()
     if as_json:
         print(json.dumps(result.as_json()))
         return

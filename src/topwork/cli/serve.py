@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from topwork.cli.options import starting
+
 EPILOG = "Example: topwork serve smollm2-135m --adapter support=runs/support\n\ntopwork serve --config serve.yaml"
 
 
@@ -59,10 +61,12 @@ def serve(
     read = load_config(config, overrides or [], _said(given))
     if engine is not None and (engine == "vllm") != (read.vllm is not None):
         read = read.model_copy(update={"vllm": VllmConfig() if engine == "vllm" else None})
+    log = starting(to_errors=False)
     from topwork.serving.console import set_up_log
     from topwork.serving.launch import serve as run
 
     set_up_log(json_log, not no_access_log)
+    log.quiet()
     run(read, lambda text: print(text, flush=True))
 
 

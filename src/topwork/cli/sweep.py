@@ -3,12 +3,13 @@
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.options import AsJson, Overrides, starting
 
 EPILOG = (
     "Example: topwork sweep recipe.yaml --preset rank --seeds 3\n\n"
@@ -18,6 +19,7 @@ EPILOG = (
 
 if TYPE_CHECKING:
     from topwork.reporting.sweep_state import Estimate, SweepState
+    from topwork.run.console import Teller
     from topwork.run.sweep.plan import SweepOptions
 
 PRESETS = "rank, targets, scaling, learning-rate or methods"
@@ -51,21 +53,22 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Train many adapters over one base in one pass, and compare them in one report."""
+    log = starting(as_json)
     from topwork.run.sweep.plan import SweepOptions
 
     options = SweepOptions(tuple(grid or ()), preset, seeds, halving, measure_alone)
     if dry_run:
-        _listed(recipe, overrides or [], options, as_json)
+        _listed(recipe, overrides or [], options, log, as_json)
         return
     from topwork.run.console_together import together_progress
     from topwork.run.interrupted import RunInterrupted
     from topwork.run.sweep.run import sweep as run
 
-    progress = None if as_json else together_progress
     try:
-        done = run(recipe, overrides or [], options, resume, overwrite, progress, teller(as_json))
+        done = run(recipe, overrides or [], options, resume, overwrite, partial(together_progress, log), log)
     except RunInterrupted as stopped:
         done = stopped.done
+    log.quiet()
     if as_json:
         print(json.dumps(done.result))
     if done.stopped == "interrupted":
@@ -76,12 +79,13 @@ def sweep(
         print(f"report: {done.folder / 'sweep.html'}   {done.folder / 'sweep.md'}   {done.folder / 'sweep.json'}")
 
 
-def _listed(recipe: Path, overrides: list[str], options: "SweepOptions", as_json: bool) -> None:
+def _listed(recipe: Path, overrides: list[str], options: "SweepOptions", log: "Teller", as_json: bool) -> None:
     """The members of a sweep that is not run."""
     from topwork.run.sweep.plan import plan_sweep
     from topwork.run.sweep.run import tell_plan
 
     plan = plan_sweep(recipe, overrides, options)
+    log.quiet()
     if as_json:
         members = [
             {"name": trial.name, "output_dir": trial.recipe.output_dir, "values": trial.values} for trial in plan.trials

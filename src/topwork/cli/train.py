@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, Overrides, teller
+from topwork.cli.options import AsJson, Overrides, starting
 
 EPILOG = "Example: topwork train examples/support/recipe.yaml --set adapter.r=8"
 
@@ -26,15 +26,16 @@ def train(
     from topwork.run.which import which_recipe
 
     read = which_recipe(recipe, overrides or [], resume)
+    log = starting(as_json)
     from topwork.run.console import training_progress
     from topwork.run.interrupted import RunInterrupted
     from topwork.run.train import train as run
-    from topwork.training.progress import Silent
 
     try:
-        done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
+        done = run(read, (), resume, overwrite, training_progress(log), log)
     except RunInterrupted as stopped:  # its work may have been done when the signal came
         done = stopped.done
+    log.quiet()
     if as_json:
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":
@@ -59,13 +60,37 @@ def _best(result: dict[str, Any]) -> str:
 
 
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
-    before, after = result["eval_loss_before"], result["eval_loss_after"]
-    if before is not None and after is not None:
-        print(f"validation loss {before:.4f} -> {after:.4f} ({_best(result)})")
-    print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
-    print(
+    for line in trained_lines(folder, result):
+        print(line)
+
+
+def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
+    """How a run ended, for people."""
+    run = shlex.quote(str(folder))
+    return [
+        _validated(result),
+        f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps",
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    )
-    print(f"adapter: {folder / 'adapter'}")
-    print(f"next: topwork eval {folder}   topwork chat {folder}   topwork report {folder}")
+        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"adapter: {folder / 'adapter'}",
+        f"next: topwork eval {run}      its answers beside the base's",
+        f"      topwork chat {run}      ask it",
+        f"      topwork report {run}    one page with curves and scores",
+        f"      topwork merge {run} OUT    a model of its own",
+    ]
+
+
+def _validated(result: dict[str, Any]) -> str:
+    """The loss on held-out rows, whether it is better than the base's, and how much that says."""
+    from topwork.run.beforehand import FEW_HELD_OUT
+
+    before, after, rows = result["eval_loss_before"], result["eval_loss_after"], result["plan"]["held_out_rows"]
+    if before is None or after is None:
+        return "no validation loss: nothing tells what was learned from what was learned by heart"
+    first = result.get("begun_from") or "the base"
+    better = f"better than {first}" if after < before else f"NOT better than {first} without this training"
+    kept = result["best_step"] if after == result["best_eval_loss"] else result["steps"]
+    losses = f"validation loss {before:.4f} -> {after:.4f}, the lower the better"
+    few = ", which are few to go by" if rows < FEW_HELD_OUT else ""
+    on = f"on {rows:,} held-out row{'' if rows == 1 else 's'}{few if rows != 1 else ', which is little to go by'}"
+    return f"{losses}: {better} {on}; the adapter is step {kept}'s"

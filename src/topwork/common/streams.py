@@ -126,4 +126,6 @@ def sure(tell: Callable[..., None]) -> Callable[..., None]:
             except UnicodeEncodeError:
                 tell(*(ascii(value)[1:-1] if isinstance(value, str) else value for value in values), **named)
 
+    if (status := getattr(tell, "doing", None)) is not None:  # a command's log shows what is being done, too
+        vars(told)["doing"] = sure(status)
     return told

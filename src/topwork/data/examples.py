@@ -80,12 +80,13 @@ class Data:
 
 
 def load_data(
-    config: DataConfig, tokenizer: object, context_length: int, seed: int, log: Callable[[str], None]
-) -> Data:
+    config: DataConfig, tokenizer: object, context_length: int, seed: int, log: Callable[[str], None],
+    counts: bool = True,
+) -> Data:  # fmt: skip
     """Everything that a recipe's `data` names, read, encoded, cut to length, split and counted.
 
-    `log` gets the lines of the summary. Raises DataError for whatever the recipe does not allow; nothing is left
-    out in silence.
+    `log` gets the lines of the summary, with its counts or without. Raises DataError for whatever the recipe does not
+    allow; nothing is left out in silence.
     """
     template = ChatTemplate.from_config(tokenizer, config)
     max_length = min(config.max_length, context_length)
@@ -95,7 +96,7 @@ def load_data(
     if config.streaming:
         from topwork.data.streaming.examples import load_streamed  # which is made of the same examples
 
-        return load_streamed(config, template, max_length, seed, log)
+        return load_streamed(config, template, max_length, seed, log, counts)
     train = read_side(config, config.train, template, max_length, config.max_rows)
     notes = [Note(template.reading)] if template.reading else []
     notes += [*train.notes, *without_copies(train.rows, config)]
@@ -109,15 +110,15 @@ def load_data(
     seen = [row for row, count in zip(train.rows, often) if count]
     examples = _epoch(train.rows, often)
     held = [example for row in evaluation.rows for example in _examples(row)]
-    counts, eval_counts = _counted(train, examples), _counted(evaluation, held)
+    train_counts, eval_counts = _counted(train, examples), _counted(evaluation, held)
     if not examples:
-        raise DataError(f"{told(config.train)}: no row is left to train on ({_why(counts, notes)})")
+        raise DataError(f"{told(config.train)}: no row is left to train on ({_why(train_counts, notes)})")
     if config.eval is not None and not held:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({eval_counts.line('eval')})")
     told_of = (*sentences(train.ways), *other_sentences(evaluation.ways, train.ways))
     both = across(seen, evaluation.rows)
-    summary = DataSummary(told_of, counts, eval_counts, config.eval is None, *both, (*notes, *weighted))
-    for line in summary.lines():
+    summary = DataSummary(told_of, train_counts, eval_counts, config.eval is None, *both, (*notes, *weighted))
+    for line in summary.lines(counts):
         log(line)
     return Data(tuple(examples), tuple(held), _chats(seen), _chats(evaluation.rows), template, summary)
 

@@ -185,10 +185,10 @@ class DataSummary:
             )
         return [*self.notes, *across]
 
-    def lines(self) -> list[str]:
-        """A few lines for people."""
-        counts = [counts.line(name) for name, counts in self.sides.items()]
-        return [*self.sentences, *counts, *(note.line() for note in self.told())]
+    def lines(self, counts: bool = True) -> list[str]:
+        """A few lines for people; without `counts`, how rows were read and what is to be noted."""
+        counted = [each.line(name) for name, each in self.sides.items()] if counts else []
+        return [*self.sentences, *counted, *(note.line() for note in self.told())]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

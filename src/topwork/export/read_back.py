@@ -50,14 +50,15 @@ class ReadBack:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
-        """For people."""
+        """For people; what rounding does not explain is an error and has none."""
         if not self.prompts:
-            return f"{self.by}: updates {self.largest:.1e} apart"
+            return f"{self.by}: updates {self.largest:.1e} apart, which rounding explains"
         moved = "" if self.moved is None else f" (the adapter moves them by {self.moved:.1e})"
         if self.unit == NATS:
-            told = f"log-probabilities {self.largest:.1e} nats apart at most{moved}"
+            told = f"log-probabilities {self.largest:.1e} nats apart at most, which rounding explains{moved}"
             return f"{self.by} on {self.prompts} prompts: {told}"
-        return f"{self.by} on {self.prompts} prompts: logits {self.largest:.1e} of the largest apart{moved}"
+        told = f"logits {self.largest:.1e} of the largest apart, which rounding explains{moved}"
+        return f"{self.by} on {self.prompts} prompts: {told}"
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""

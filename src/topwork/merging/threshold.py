@@ -11,6 +11,9 @@ its base, or further. Where that is over the floor it is refused. An adapter tha
 rounding does cannot be told from none by any model's answers in 16 bits: such a merge is kept, and `doubt` says so.
 """
 
+from dataclasses import asdict, dataclass
+from typing import Literal
+
 import torch
 
 from topwork.merging.verify import Verification
@@ -59,3 +62,47 @@ def doubt(found: Verification, dtype: torch.dtype) -> str | None:
         "merge from one that lost its adapter. Merge in float32 (--dtype float32), where it can, or serve the adapter "
         "beside its base (topwork serve)"
     )
+
+
+Grade = Literal["same", "unsure", "other weights", "another", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a merged model is base + adapter, in a word for programs and a sentence for people.
+
+    same           but for rounding it is
+    unsure         rounding is as large as the adapter, so that the check cannot tell
+    other weights  it was merged onto others than the adapter was trained on, so that it differs by construction
+    another        rounding does not explain what differs: such a merge is refused, unless it is forced
+    unchecked      no inputs went through it
+    """
+
+    grade: Grade
+    text: str
+
+    def as_json(self) -> dict[str, str]:
+        """As merge.json has it."""
+        return asdict(self)
+
+
+UNCHECKED = Verdict(
+    "unchecked", "nothing says whether it answers as base + adapter does: no inputs were run (--check 0)"
+)
+
+
+def verdict(found: Verification, dtype: torch.dtype, changes_base: bool = False) -> Verdict:
+    """What the check found, by the rules above. `changes_base`: the base is another than the adapter was trained on."""
+    measured = f"the same likeliest token in {found.top1_agreement:.1%} of places, KL {found.mean_kl:.2g} nats a token"
+    if changes_base:
+        return Verdict(
+            "other weights",
+            "the merged model differs from what was trained, since it stands on other weights than the adapter was "
+            f"trained on, as was asked: {measured}; measure it with topwork eval --model",
+        )
+    if (refused := refusal(found, dtype)) is not None:
+        return Verdict("another", f"the merged model is not the one that was trained: {refused}")
+    if (unsure := doubt(found, dtype)) is not None:
+        return Verdict("unsure", f"whether the merged model has its adapter is not certain: {unsure}")
+    why = f"rounding to {str(dtype).removeprefix('torch.')}" if dtype.itemsize <= 2 else "the order of summation"
+    return Verdict("same", f"the merged model answers as base + adapter does: {measured}, which {why} explains")

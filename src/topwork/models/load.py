@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
+from topwork.common.telling import doing
 from topwork.models.attention import use_flat_attention
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
@@ -43,6 +44,7 @@ def load_base(
     limit_kernel_caches()
     let_gpu_memory_grow()
     source = find_source(config, log)
+    doing(log, f"reading the base: {source.name}")
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()
     module, identity = _read(source, config, wanted)

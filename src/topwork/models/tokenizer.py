@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
+from topwork.common.telling import doing
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 
@@ -24,6 +25,7 @@ def open_tokenizer(
     Raises ModelError.
     """
     source = find_source(config, log)
+    doing(log, f"opening the tokenizer of {source.name}")
     length = usable_length(load_config(source, config.trust_remote_code))
     return load_tokenizer(source, config.trust_remote_code), length
 

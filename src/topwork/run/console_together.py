@@ -3,16 +3,17 @@
 A progress is called with a member's name and gives that member's `Progress`, as `train_together` wants it.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from topwork.run.console import Teller
 from topwork.training.metrics import metrics_text
 from topwork.training.progress import Progress
 
@@ -86,8 +87,9 @@ class _Told:
 class TogetherTable:
     """A live table with a row for each member."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, before: Callable[[], None] = lambda: None) -> None:
+        """`before` is called before the table is drawn: a terminal has one live display."""
+        self.console, self._before = console, before
         self.rows: list[TrialLine] = []
         self._live: Live | None = None
 
@@ -107,6 +109,7 @@ class TogetherTable:
 
     def _changed(self, row: TrialLine, what: str) -> None:  # noqa: ARG002
         if self._live is None and what == "started":
+            self._before()
             self._live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4)
             self._live.start()
         if self._live is not None and what == "finished" and all(row.state != "training" for row in self.rows):
@@ -117,27 +120,27 @@ class TogetherTable:
 class TogetherLines:
     """The same as plain lines: about ten a member, every validation, and how each ends."""
 
+    def __init__(self, log: Callable[[str], None] = partial(print, flush=True)) -> None:
+        self._line = log
+
     def __call__(self, name: str) -> Progress:
-        return _Told(TrialLine(name), self._changed, lambda text: _line(f"note: {text}"))
+        return _Told(TrialLine(name), self._changed, lambda text: self._line(f"note: {text}"))
 
     def _changed(self, row: TrialLine, what: str) -> None:
         every = max(1, row.steps // LINES_A_MEMBER)
         if what == "stepped" and row.step % every == 0:
-            _line(
+            self._line(
                 f"{row.name}: step {row.step}/{row.steps}  loss {row.loss:.4f}{row.metrics}  "
                 f"{row.speed:,.0f} tokens/s of the pass  "
                 f"{row.left():,.0f} s left"
             )
         elif what == "validated":
-            _line(f"{row.name}: step {row.step}: validation loss {row.eval_loss:.4f}")
+            self._line(f"{row.name}: step {row.step}: validation loss {row.eval_loss:.4f}")
         elif what == "ended":
-            _line(f"{row.name}: {row.state} after step {row.step}")
+            self._line(f"{row.name}: {row.state} after step {row.step}")
 
 
-def together_progress() -> TogetherTable | TogetherLines:
-    """What fits where the output goes."""
-    return TogetherTable(Console()) if sys.stdout.isatty() else TogetherLines()
-
-
-def _line(text: str) -> None:
-    print(text, flush=True)
+def together_progress(log: Teller | None = None) -> TogetherTable | TogetherLines:
+    """What fits where the lines of `log` go; left out, standard output."""
+    log = log or Teller()
+    return TogetherTable(log.console, log.quiet) if log.live else TogetherLines(log)

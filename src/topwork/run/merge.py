@@ -15,8 +15,8 @@ from topwork.common.errors import RequestError, RunError, TopworkError
 from topwork.common.files import write_folder, write_json
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
-from topwork.merging.threshold import doubt, refusal
-from topwork.merging.verify import Verification
+from topwork.common.telling import doing
+from topwork.merging.threshold import UNCHECKED, Verdict, verdict
 from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
@@ -100,16 +100,22 @@ def prepared_merge(
     refuse_small_disk(out, plan.nbytes)
     if check:
         refuse_small_memory(plan.nbytes)
+        doing(log, f"running base + adapter on {len(inputs.sequences)} inputs")
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
     def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
+        doing(log, "folding the adapter into the base")
         plan.write(folder)
         found = told(adapter, plan, inputs.source) | {"merge_seconds": round(time.perf_counter() - started, 2)}
         if before is not None:
+            doing(log, "running the merged model on the same inputs")
             verified = after_merge(folder, adapter, plan, before, inputs)
-            found |= asdict(verified)
-            _judge(verified, plan, force, log)
+            judged = verdict(verified, plan.dtype, plan.changes_base)
+            _refuse(judged, force, log)
+            found |= {"verdict": judged.as_json(), **asdict(verified)}
+        else:
+            found["verdict"] = UNCHECKED.as_json()
         write_json(folder / REPORT, found)
         return found
 
@@ -150,21 +156,16 @@ def _public(name: str) -> str:
     return Path(name).name if Path(plain_path(name)).exists() else name
 
 
-def _judge(verified: Verification, plan: MergePlan, force: bool, log: Callable[[str], None]) -> None:
+def _refuse(judged: Verdict, force: bool, log: Callable[[str], None]) -> None:
     """Raises RunError where the merged model is another than rounding explains, unless that is what was asked for."""
-    told = refusal(verified, plan.dtype)
-    if plan.changes_base:
-        return
-    if told is None:
-        unsure = doubt(verified, plan.dtype)
-        if unsure is not None:
-            log(f"warning: {unsure}")
+    if judged.grade == "unsure":
+        log(f"warning: {judged.text}")
+    if judged.grade != "another":
         return
     if force:
-        log(f"warning: {told}; kept all the same, as you asked")
+        log(f"warning: {judged.text}; kept all the same, as you asked")
         return
     raise RunError(
-        f"the merged model is not the one that was trained: {told}. Nothing was written. Merge in float32 "
-        "(--dtype float32), look whether the adapter is this base's, or take the result all the same (--force; "
-        "--check 0 leaves the check out)"
+        f"{judged.text}. Nothing was written. Merge in float32 (--dtype float32), look whether the adapter is this "
+        "base's, or take the result all the same (--force; --check 0 leaves the check out)"
     )

@@ -15,6 +15,8 @@ from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.locks import locked
 from topwork.common.os_errors import explained
 from topwork.common.streams import sure
+from topwork.common.telling import doing
+from topwork.data.config import told
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.data.source import StreamedRows, rows_of
@@ -24,6 +26,7 @@ from topwork.models.tokenizer import open_tokenizer
 from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, recipe_yaml
+from topwork.run.beforehand import Beforehand, tell_beforehand
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
 from topwork.run.beginning_from import begin_from, origin_of, resolved
 from topwork.run.divergence import record_divergence
@@ -41,7 +44,7 @@ from topwork.training.interrupts import Interrupts
 from topwork.training.loop import Loop, Outcome
 from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
-from topwork.training.progress import Progress, Silent, Sure
+from topwork.training.progress import Progress, Silent
 from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
@@ -173,13 +176,18 @@ def _trained(
             for index, run in enumerate(runs):
                 at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
                 metrics = logs.enter_context(_metrics(run, at, log))
-                trials.append(_trial(run, metrics, Sure(progress(run.place.name)), len(runs) > 1))
+                trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
             loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
             if start.checkpoints:
                 loop.resume(start)
                 log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+            planned = tell_beforehand(
+                trials, [run.data for run in runs], (lambda _: None) if start.checkpoints else log
+            )
+            if not start.checkpoints and any(run.data.eval for run in runs):
+                doing(log, "validating before the first step")
             outcomes = loop.run(stop_at, interrupts)
-        done = [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+        done = [_finished(run, on, plan, own, out, len(runs)) for run, own, out in zip(runs, planned, outcomes)]
     if interrupts.asked:
         steps = max(outcome.state.step for outcome in outcomes)
         raise RunInterrupted(done, interrupts.number, f"interrupted after step {steps}")
@@ -229,7 +237,8 @@ def _load_data(
         room = context_length - recipe.adapter.virtual_tokens
         key = (config.model_dump_json(), seed if config.seed_decides else None, min(room, config.max_length))
         if key not in known:
-            known[key] = load_data(config, tokenizer, room, seed, log)
+            doing(log, f"reading the rows: {told(config.train)}")
+            known[key] = load_data(config, tokenizer, room, seed, log, False)  # tell_beforehand has the counts
             if not config.streaming:
                 log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
@@ -285,10 +294,14 @@ def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) ->
     return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
 
 
-def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members: int) -> TrainedRun:
+def _finished(
+    run: _Run, on: Session, plan: PassPlan, planned: Beforehand, outcome: Outcome, members: int
+) -> TrainedRun:  # fmt: skip
     keep_adapter(run.place, run.recipe.training, outcome)
     result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
     result |= {
+        "plan": planned.as_json(),
+        "warnings": [*result["warnings"], *planned.warnings()],
         "base_weights_bytes": on.weight_bytes,
         "base_held_as": on.held_as,
         "checkpointed_layers": plan.checkpointed_layers,

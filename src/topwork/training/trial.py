@@ -25,7 +25,7 @@ from topwork.training.checkpoint import (
 from topwork.training.config import TrainingConfig
 from topwork.training.metrics import DIVERGED, MetricsLog
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
-from topwork.training.progress import Progress, Unbroken
+from topwork.training.progress import Progress, Sure
 from topwork.training.schedule import learning_rate, warmup_note
 from topwork.training.step import Learner, Means, StepResult
 from topwork.training.watch import FirstWeights, overfitting_since, worse_than_base
@@ -70,7 +70,7 @@ class Trial:
     ) -> None:
         self.place, self.name, self.config = place, place.name, config
         self.rows, self.held_out = rows, held_out
-        self.metrics, self.progress = metrics, Unbroken(progress)
+        self.metrics, self.progress = metrics, Sure(progress)
         self.keep = keep or config.save_total_limit
         parameters = place.adapters.parameters(place.name)
         groups = parameter_groups(config, parameters)

@@ -112,7 +112,9 @@ def take(read: Streamed, numbers: Sequence[int], config: DataConfig, template: C
     return Taken(examples, rows, measured(counts, examples), [*dropped_notes(bad), *tally.notes()])
 
 
-def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, seed: int, log: Log) -> Data:
+def load_streamed(
+    config: DataConfig, template: ChatTemplate, max_length: int, seed: int, log: Log, counts: bool = True
+) -> Data:
     """`load_data` with the training rows left on disk; at most `EVAL_ROWS` rows are held to validate on."""
     if config.too_long == "split":
         raise DataError(
@@ -133,7 +135,7 @@ def load_streamed(config: DataConfig, template: ChatTemplate, max_length: int, s
     if config.eval is not None and not held.examples:
         raise DataError(f"{told(config.eval)}: no row is left to validate on ({held.counts.line('eval')})")
     summary = _summary(config, template, read, apart, split, held, len(drawn), len(candidates))
-    for line in summary.lines():
+    for line in summary.lines(counts):
         log(line)
     train = StreamedExamples(read, split.train, config, template, max_length)
     systems = [row for part in read.parts for row in part.systems.values()]

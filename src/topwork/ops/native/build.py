@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from contextlib import suppress
@@ -97,6 +98,7 @@ def _build(name: str, target: Path) -> None:
         written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
         for file, source in _sources(name).items():
             (Path(work) / file).write_bytes(source)
+        print(f"compiling C kernels for this processor, once: {name}.c ...", file=sys.stderr, flush=True)
         subprocess.run(
             [*_compiler().split(), *_flags(), str(written), "-o", str(built), "-lm"],
             check=True, capture_output=True, text=True, timeout=300,
