@@ -13,6 +13,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import write_json
+from topwork.common.memory import memory_for
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
 from topwork.data.conversations import Conversation
@@ -28,6 +29,8 @@ from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.run.console import Counter
 from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of, finished_recipe, open_run
+
+LESS = "a smaller evaluation.batch_size or evaluation.max_new_tokens, or fewer adapters at once, take less"
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class ScoredArms:
     arms: dict[str, Scores]
 
 
+@memory_for("evaluating", LESS)
 def score_arms(
     base: Base, arms: Mapping[str, str | None], data: DataConfig, named: Sources | None, config: EvaluationConfig,
     seed: int, log: Callable[[str], None] = print,
@@ -224,6 +228,7 @@ def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> l
     return [conversations[i] for i in chosen]
 
 
+@memory_for("evaluating", LESS)
 def _score_arms(
     base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig,
     log: Callable[[str], None],

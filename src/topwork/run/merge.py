@@ -13,6 +13,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, RunError
 from topwork.common.files import write_folder, write_json
+from topwork.common.memory import memory_for
 from topwork.merging.threshold import doubt, refusal
 from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
@@ -25,6 +26,7 @@ from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merg
 INPUTS = 100
 BASES = ("auto", ORIGINAL, DEQUANTIZED)
 REPORT = "merge.json"
+LESS = "the check runs the whole model, and --check 0 leaves it out; --dtype bfloat16 halves what fp32 takes"
 
 
 def merge(
@@ -75,6 +77,7 @@ def merge(
     return found
 
 
+@memory_for("preparing the merge", LESS)
 def prepared_merge(
     adapter: Given, out: Path, dtype: str | None = None, base: str = "auto", force: bool = False,
     log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
@@ -88,6 +91,7 @@ def prepared_merge(
         refuse_small_memory(plan.nbytes)
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
+    @memory_for("merging", LESS)
     def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         plan.write(folder)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
+from topwork.common.memory import memory_for
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.data.source import StreamedRows, rows_of
@@ -21,7 +22,7 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
 from topwork.run.begin import check_folder, check_shared, check_targets, clear
-from topwork.run.fit import passes_that_fit, trials_that_fit
+from topwork.run.fit import passes_that_fit, refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
@@ -36,6 +37,11 @@ from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
 Log = Callable[[str], None]
+LESS = (
+    "what was saved is kept, so go on with --resume; training.tokens_per_pass, adapter.r and the number of adapters "
+    "decide how much is needed"
+)
+"""Beside what a pass takes, which `training/smaller.py` tells of."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,10 @@ def train_together(
     loaded, held = _prepared(recipes, on, log)
     names = _names(recipes, held.adapters)
     try:
-        return _trained(held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
+        with memory_for("training", LESS):
+            return _trained(
+                held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at
+            )
     except BaseException:
         for name in names:
             if name in held.adapters.configs:
@@ -119,6 +128,8 @@ def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[
     check_targets(recipes)
     tokenizer, context_length = open_tokenizer(recipes[0].model, log)
     loaded = _load_data(recipes, tokenizer, context_length, log)
+    longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
+    refuse_small_memory(recipes, longest)
     return loaded, open_session(recipes[0], log, tokenizer)
 
 
@@ -142,7 +153,8 @@ def _trained(
             at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
             metrics = logs.enter_context(_metrics(run, at, log))
             trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
-        loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
+        shrinks = base.device.type == "cpu" and recipes[0].training.tokens_per_pass is None
+        loop = Loop(base, on.adapters, trials, plan.tokens_per_pass, _smaller_passes(runs, log) if shrinks else None)
         if start.checkpoints:
             loop.resume(start)
             log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
@@ -151,6 +163,7 @@ def _trained(
         if isinstance(trial.rows, StreamedRows):
             for line in trial.rows.read.told():
                 log(line)
+    plan = replace(plan, tokens_per_pass=loop.size.tokens)
     return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
 
 
@@ -176,6 +189,7 @@ def _grafted(
     return runs
 
 
+@memory_for("reading the rows", "data.streaming: true reads them as they are needed, and data.max_rows fewer of them")
 def _load_data(
     recipes: Sequence[Recipe], tokenizer: PreTrainedTokenizerBase, context_length: int, log: Log
 ) -> list[Data]:
@@ -228,6 +242,17 @@ def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: boo
         record(run.folder, origin, base)
 
 
+def _smaller_passes(runs: Sequence[_Run], log: Log) -> Callable[[int, str], None]:
+    """Told of passes that turn out to be too large: says so, and records what a resume will take."""
+
+    def told(tokens: int, work: str) -> None:
+        log(f"out of memory {work}: on with {tokens:,} tokens per pass; the result does not depend on it")
+        for run in runs:
+            write_json(run.folder / PROVENANCE, read_json(run.folder / PROVENANCE) | {"tokens_per_pass": tokens})
+
+    return told
+
+
 def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
     names = run.recipe.training.report_to
     sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
@@ -248,6 +273,7 @@ def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members:
     result |= {
         "base_weights_bytes": on.weight_bytes,
         "base_held_as": on.held_as,
+        "tokens_per_pass": plan.tokens_per_pass,
         "checkpointed_layers": plan.checkpointed_layers,
         "shared_with": members,
     }
