@@ -26,6 +26,7 @@ for line in sys.stdin:
         sys.argv = ["topwork", *asked["arguments"]]
         code = 0
         try:
+            exec(asked["before"])
             if asked["arguments"][0] == "together":
                 train_together([load_recipe(Path(path)) for path in asked["arguments"][1:]], resume=True)
             else:
@@ -54,15 +55,18 @@ class Commands:
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
 
-    def run(self, arguments: Sequence[str], during: Callable[[int], None] | None = None) -> tuple[int, str]:
-        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id.
+    def run(
+        self, arguments: Sequence[str], during: Callable[[int], None] | None = None, before: str = ""
+    ) -> tuple[int, str]:
+        """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id, and
+        `before` is Python that the child runs first.
 
         Beside the command line's own there is `together RECIPE…`, which trains or resumes them in one pass.
         """
         self._count += 1
         log = self._logs / f"{self._count}.log"
         assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}) + "\n")
+        self._server.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log), "before": before}) + "\n")
         self._server.stdin.flush()
         child = self._read()
         if during is not None:

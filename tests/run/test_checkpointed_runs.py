@@ -10,7 +10,6 @@ from transformers import AutoConfig
 from run.tiny import folder_bytes
 from topwork.common.errors import ModelError
 from topwork.common.memory import Free
-from topwork.run.fit import PROCESS_BYTES
 from topwork.run.outcome import TrainedRun
 from topwork.run.train import train
 from topwork.training.passes import activation_bytes_per_token
@@ -49,7 +48,8 @@ def test_too_many_layers_are_refused_before_anything_is_written(make_recipe: Rec
 
 
 def test_little_memory_is_told(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free(PROCESS_BYTES + (1 << 20)))
+    monkeypatch.setattr("topwork.run.train.refuse_small_memory", lambda *_: None)
+    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free(1000))
     recipe = make_recipe(training={"max_steps": 1})
     _, said = told(recipe)
     assert "activation checkpointing: 1 of 2 layers, from free memory" in said

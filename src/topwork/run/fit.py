@@ -17,7 +17,7 @@ from topwork.run.session import Session
 from topwork.training.passes import SMALLEST_PASS, Memory, PassPlan, plan_passes, trial_bytes
 from topwork.training.passes import trials_that_fit as fitting
 
-PROCESS_BYTES = 160 << 20
+PROCESS_BYTES = 192 << 20
 """What a process on a CPU takes beside weights, passes, gradients and optimizers once it trains: compiled kernels, its
 threads' heaps, chunks of logits, checkpoints on their way to the disk (benchmarks/container_memory.py)."""
 
