@@ -54,7 +54,7 @@ def ended(kind: str, limit_bytes: int, source: Path, steps: int) -> dict[str, An
     """One training: what it planned, its peak and its end."""
     with tempfile.TemporaryDirectory() as work:
         changes = {
-            "training.max_steps": steps, "training.eval_steps": steps, "training.batch_size": 20, "data.max_rows": 120,
+            "training.max_steps": steps, "training.eval_steps": steps, "training.batch_size": 20, "data.max_rows": 60,
             "data.eval_fraction": 0.2, "output_dir": f"{work}/run",
         }  # fmt: skip
         options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]

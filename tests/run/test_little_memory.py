@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 import topwork.run.fit as fit
 import topwork.training.loop as loop
 from reference.containers import container
+from run.fixtures import Said
 from run.processes import Commands
 from run.tiny import folder_bytes
 from topwork.common.errors import RequestError, RunError
 from topwork.common.memory import Free
+from topwork.models.load import load_base
 from topwork.ops.batch import Batch
+from topwork.quantization.config import QuantizationConfig
 from topwork.run.outcome import TrainedRun
 from topwork.run.train import train
 from topwork.training.passes import activation_bytes_per_token
@@ -143,6 +147,59 @@ def test_a_size_that_was_asked_for_and_does_not_fit_is_told(
     monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
     said = told(make_recipe(training=SHORT | {"tokens_per_pass": 2048, "activation_checkpointing": "off"}))[1]
     assert "warning: 2,048 tokens per pass take about" in said
+
+
+def asks_for_too_much(*_: Any, **__: Any) -> Any:
+    """As torch fails on a CPU."""
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("place", "told_as"),
+    [
+        ("topwork.run.train.load_data", "reading the rows; data.streaming"),
+        ("topwork.models.load.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
+        ("topwork.run.train.Trial", "training; .*adapter.r"),
+    ],
+)
+def test_wherever_training_allocates(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, place: str, told_as: str
+) -> None:
+    monkeypatch.setattr(place, asks_for_too_much)
+    with pytest.raises(RunError, match=f"^out of memory while {told_as}"):
+        told(make_recipe(training=SHORT))
+
+
+def test_a_shard_that_memory_does_not_hold_is_not_called_altered(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped(*_: Any, **__: Any) -> Any:
+        raise SafetensorError("Error while opening: Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("topwork.models.shards.safe_open", mapped)
+    with pytest.raises(RunError, match=r"^out of memory while reading the base;"):
+        load_base(str(tiny_llama), quantization=QuantizationConfig(load_in_4bit=True))
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "told_as"),
+    [
+        ("eval", "topwork.generation.engine.Engine", "writing answers; a smaller batch of answers"),
+        ("eval", "topwork.evaluation.score.mean_answer_loss", "evaluating; a smaller evaluation.batch_size"),
+        ("merge", "topwork.run.merging.plan._write", "merging; the check runs the whole model"),
+        ("merge", "topwork.run.merging.check.measure", "preparing the merge; the check runs the whole model"),
+        ("report", "topwork.run.report.report", "running this command; give more memory"),
+    ],
+)
+def test_wherever_a_verb_allocates(
+    trained: Path, topwork: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, place: str,
+    told_as: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(place, asks_for_too_much)
+    said = topwork(verb, trained, *([tmp_path / "merged"] if verb == "merge" else []))
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith(f"error: out of memory while {told_as}")
+    assert not (tmp_path / "merged").exists()
 
 
 LIMITED = """

@@ -24,6 +24,7 @@ from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
+from topwork.common.memory import out_of_memory
 
 SLACK_VALUES = 1 << 20
 """How many more than twice the file's values a plan may ask for and still be made, so that what is missing is named."""
@@ -74,6 +75,8 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise AdapterError(
             f"{folder} has no readable adapter_model.safetensors ({error}); .bin files are not read, because reading "
             "one runs code: save it again with PEFT's safe_serialization"

@@ -38,6 +38,7 @@ from topwork.cli.sweep import sweep
 from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
 from topwork.common.errors import TopworkError
+from topwork.common.memory import memory_for
 
 app = typer.Typer(
     name="topwork",
@@ -55,7 +56,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        with memory_for("running this command", "give more memory, or ask for less at once"):
+            app()
     except TopworkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

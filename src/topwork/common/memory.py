@@ -4,7 +4,6 @@ import ctypes
 import errno
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +105,8 @@ def mac_free_bytes(told: str) -> int | None:
 
 
 def _vm_stat() -> str:
+    import subprocess
+
     try:
         return subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
