@@ -1,6 +1,7 @@
 # make quickstart   train an adapter on support tickets, measure it, ask it
 # make test         formatter, linter, types, import order, all tests
 # make processors   the numeric tests again, as other processors would compute them (x86-64; about an hour and a half)
+# make proven       the longest tests, which make test leaves out while nothing that they read has changed
 # make sanitize     the C kernels under the address and undefined-behaviour sanitizers (gcc, Linux)
 # make golden       ten steps of every method written down anew (tests/golden), where a change is meant to change them
 # make install      a virtual environment with the package; make docs, make bench, make clean
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/support
 
-.PHONY: help quickstart install test lint types imports unit processors golden sanitize bench docs clean
+.PHONY: help quickstart install test lint types imports unit proven processors golden sanitize bench docs clean
 
 help:
 	@grep -E '^# ' Makefile | cut -c3-
@@ -58,8 +59,11 @@ NUMERIC := $(addprefix tests/,ops models quantization adapters training merging 
 
 processors: $(VENV)/.tested
 	@failed=; for setting in $(PROCESSORS); do \
-		echo "$$setting"; env "$$setting" $(PYTEST) $(NUMERIC) || failed="$$failed $$setting"; \
+		echo "$$setting"; env "$$setting" $(PYTEST) --again $(NUMERIC) || failed="$$failed $$setting"; \
 	done; test -z "$$failed" || { echo "failed under$$failed"; exit 1; }
+
+proven: $(VENV)/.tested
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/proven.py
 
 golden: $(VENV)/.tested
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from proven import OPTION, PROVEN, ROOT, is_proven
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft asks the Hub for a base's config as it saves
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
@@ -54,6 +56,31 @@ def tiny_base() -> Callable[..., object]:
     return tiny_base
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no worker is left alone with one in the end."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--again`."""
+    parser.addoption(
+        OPTION, action="store_true", help="also what passed on these very sources before (tests/proven.py)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker is left alone with one in the end; without those that are proven."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption(OPTION):
+        return
+    spared = [item for item in items if item.get_closest_marker("slow") and is_proven(_file(item))]
+    if spared:
+        items[:] = [item for item in items if item not in spared]
+        config.hook.pytest_deselected(items=spared)
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT).as_posix()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Which tests are left out, and why: workers that deselect some do not tell."""
+    spared = [] if config.getoption(OPTION) else [file for file in PROVEN if is_proven(file)]
+    if spared:
+        told = "slow tests left out, since they passed on these very sources before (make proven runs them)"
+        terminalreporter.write_line(f"{told}: {', '.join(spared)}")
