@@ -146,7 +146,7 @@ def test_a_size_that_was_asked_for_and_does_not_fit_is_told(
 ) -> None:
     monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
     said = told(make_recipe(training=SHORT | {"tokens_per_pass": 2048, "activation_checkpointing": "off"}))[1]
-    assert "warning: 2,048 tokens per pass take about" in said
+    assert "warning: training with 2,048 tokens per pass takes about" in said
 
 
 def asks_for_too_much(*_: Any, **__: Any) -> Any:

@@ -46,24 +46,30 @@ def passes_that_fit(
     memory = _memory(base, recipes, free.bytes - others, _needed_bytes(recipes[0], counted[0]))
     plan = plan_passes(asked, checkpointing, longest, memory)
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
-    if memory.beside_bytes and needed > memory.free_bytes and asked is not None:
-        told = f"{asked:,} tokens per pass take about {needed / 10**6:,.0f} MB"
-        if asked == recipes[0].training.tokens_per_pass:
-            log(f"warning: {told}, and {_told(free)} are free; the run may be ended for want of memory. A smaller "
-                "training.tokens_per_pass, or none, leaves the result as it is")  # fmt: skip
-        else:
-            log(f"{told}, and {_told(free)} are free: the run goes on with fewer; the result does not depend on it")
+    if memory.beside_bytes and needed > memory.free_bytes:
+        if asked is not None and asked != recipes[0].training.tokens_per_pass:
+            log(f"{_takes(plan, needed)}, and {_told(free)} are free: the run goes on with fewer, to the same result")
             return passes_that_fit(recipes, counted, longest, None, base, log)
-    elif memory.beside_bytes and needed > memory.free_bytes:
-        raise RequestError(
-            f"training takes about {needed / 10**6:,.0f} MB beside the base, in passes of {plan.tokens_per_pass} "
-            f"tokens, and {_told(free)} are free. {_less(recipes[0])}"
-        )
+        _too_little(recipes[0], f"{_takes(plan, needed)} beside the base, and {_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
     return plan
 
 
-def refuse_small_memory(recipes: Sequence[Recipe], longest: int) -> None:
+def _takes(plan: PassPlan, needed: int) -> str:
+    return f"training with {plan.tokens_per_pass:,} tokens per pass takes about {needed / 10**6:,.0f} MB"
+
+
+def _too_little(recipe: Recipe, told: str, log: Callable[[str], None]) -> None:
+    """A size that was asked for is tried. Raises RequestError where it was not."""
+    if recipe.training.tokens_per_pass is None:
+        raise RequestError(f"{told}. {_less(recipe)}")
+    log(
+        f"warning: {told}; the run may be ended for want of memory. A smaller training.tokens_per_pass, or none, "
+        "leaves the result as it is"
+    )
+
+
+def refuse_small_memory(recipes: Sequence[Recipe], longest: int = SMALLEST_PASS) -> None:
     """Before any weight is read. Raises RequestError where base, adapters and the smallest pass are more than what is
     free in the memory of a CPU; a base that cannot be built without its weights is for its loading to speak of."""
     first = recipes[0]

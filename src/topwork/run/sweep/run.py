@@ -13,7 +13,7 @@ from topwork.reporting.sweep import write_sweep_report
 from topwork.reporting.sweep_points import diminishing_returns, points
 from topwork.reporting.sweep_state import SweepState, TrialState, Wave
 from topwork.run.evaluate import Finished, evaluate_members
-from topwork.run.fit import trials_that_fit
+from topwork.run.fit import refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER
 from topwork.run.outcome import TrainedRun
 from topwork.run.session import Session, open_session
@@ -82,6 +82,7 @@ def sweep(
     resumed = resume and bool(state.waves)
     tell_plan(plan, log)
     if not _is_done(plan, state):
+        refuse_small_memory([plan.trials[0].recipe])
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
