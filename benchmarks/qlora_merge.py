@@ -28,7 +28,8 @@ from topwork.models.base import Base
 from topwork.models.load import load_base
 from topwork.ops.packed import Packed, pack_4bit, pack_int8
 from topwork.quantization.linear import QuantizedLinear, packed_modules
-from topwork.run.folder import ADAPTER_NAME, OpenRun, open_run
+from topwork.run.folder import ADAPTER_NAME
+from topwork.run.opened import OpenRun, open_run
 
 DATA = ("banking77", "gsm8k", "e2e_nlg")
 FORMATS = ("nf4", "int8")

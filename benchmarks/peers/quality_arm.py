@@ -23,7 +23,8 @@ from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.recipe.recipe import make_recipe
-from topwork.run.folder import ADAPTER_NAME, open_run
+from topwork.run.folder import ADAPTER_NAME
+from topwork.run.opened import open_run
 from topwork.run.train import train
 from topwork.training.config import TrainingConfig
 from topwork.training.passes import step_passes

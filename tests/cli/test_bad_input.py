@@ -188,7 +188,8 @@ def test_a_run_without_an_adapter_yet(refused: Callable[..., str], trained: Path
 
 def test_eval_needs_a_run_or_a_model(refused: Callable[..., str], trained: Path, tiny_llama: Path) -> None:
     assert "give a run's folder, or --model" in refused("eval")
-    assert "give a run's folder, or --model" in refused("eval", trained, "--model", tiny_llama)
+    assert "has its own" in refused("eval", trained, "--model", tiny_llama, "--adapter", trained / "adapter")
+    assert "only a run has them" in refused("eval", "--model", tiny_llama, "--checkpoint", "best")
     assert "--model needs --data" in refused("eval", "--model", tiny_llama)
     assert "does not exist" in refused("eval", trained, "--data", "nothing.jsonl")
 

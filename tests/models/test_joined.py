@@ -19,7 +19,7 @@ from topwork.models.joined import join
 from topwork.models.load import as_base
 from topwork.ops.packed import pack_4bit
 from topwork.quantization.linear import QuantizedLinear
-from topwork.run.folder import _cast
+from topwork.run.opened import _cast
 
 BATCH = learning_batch(sequences())
 WHOLE, APART = 2 * 4, 2 * 7

@@ -8,9 +8,8 @@ import pytest
 
 import topwork.models.load as loading
 import topwork.run.evaluate
-import topwork.run.folder
+import topwork.run.opened
 import topwork.run.session
-from run import tiny
 from topwork.common.errors import AdapterError, DataError, ModelError
 from topwork.models.config import ModelConfig
 from topwork.models.tokenizer import open_tokenizer
@@ -36,7 +35,7 @@ def bases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(config.model_name_or_path)
         return loading.load_base(config, *rest)
 
-    for module in (topwork.run.session, topwork.run.folder, topwork.run.evaluate):
+    for module in (topwork.run.session, topwork.run.opened, topwork.run.evaluate):
         monkeypatch.setattr(module, "load_base", counted)
     return loaded
 
@@ -101,13 +100,9 @@ def test_scored_rows_are_told_before_the_base_is_loaded(trained: Path, tickets: 
     assert len(bases) == 1
 
 
-def test_rows_that_are_gone_are_told_before_a_merge_loads_the_base(
-    make_recipe: MakeRecipe, tmp_path: Path, bases: list[str]
+def test_named_rows_that_are_gone_are_told_before_a_merge_loads_the_base(
+    trained: Path, tmp_path: Path, bases: list[str]
 ) -> None:
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(8))
-    run = train(make_recipe(data={"train": str(rows)}, training={"max_steps": 1}), log=quiet).folder
-    rows.unlink()
-    bases.clear()
-    with pytest.raises(DataError, match=r"rows\.jsonl does not exist"):
-        merge(run, tmp_path / "merged", log=quiet)
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        merge(trained, tmp_path / "merged", data="nowhere.jsonl", log=quiet)
     assert bases == []

@@ -18,7 +18,7 @@ from reference.combining import furthest, peft_deltas, weighted
 from run import tiny
 from run.fixtures import Said
 from topwork.adapters.peft_format import read_adapter
-from topwork.common.errors import AdapterError, DataError, RequestError, RunError
+from topwork.common.errors import AdapterError, DataError, ModelError, RequestError, RunError
 from topwork.common.files import verify_folder
 from topwork.merging.combine.table import WAYS
 from topwork.models.config import ModelConfig
@@ -305,7 +305,7 @@ def test_a_run_knows_the_base_of_folders_beside_it(pair: tuple[Path, Path], trai
     record = combine([tmp_path / "theirs", trained], tmp_path / "out", log=said.append)
     assert record["base"] == {"name": Path(str(read_adapter(trained / "adapter").base.name)).name, "fingerprint": None}
     assert any(line.startswith("warning") and "None" in line for line in said)
-    with pytest.raises(RequestError, match="is a run and names its base itself"):
+    with pytest.raises(ModelError, match="no model 'elsewhere'"):
         combine([tmp_path / "theirs", trained], tmp_path / "again", model="elsewhere", log=SILENT)
 
 

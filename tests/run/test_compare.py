@@ -120,7 +120,7 @@ def test_what_cannot_be_compared(trained: Path, topwork: Command, tmp_path: Path
         ((trained, trained), "these are the same"),
         ((trained, f"{tmp_path}/nothing"), "neither a run's folder"),
         (("base",), "give two"),
-        ((trained, "base", "--model", "smollm2-135m"), "leave --model out"),
+        ((trained, "base", "--model", "models/nowhere"), "models/nowhere"),
         ((trained, "base", "--base"), "give one of them"),
     ):
         said = topwork("chat", "--compare", *words)

@@ -23,7 +23,7 @@ from topwork.export.ollama.modelfile import parsed
 from topwork.ops.batch import batch_of
 from topwork.run.export import export
 from topwork.run.exporting import gguf as export_gguf
-from topwork.run.folder import open_run
+from topwork.run.opened import open_run
 from topwork.run.train import train
 
 

@@ -34,10 +34,11 @@ from topwork.ops.batch import Batch, Labels, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
 from topwork.run import session
-from topwork.run.folder import ADAPTER_NAME, open_run
+from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import given_adapter
 from topwork.run.merge import merge
 from topwork.run.merging.inputs import merge_inputs
+from topwork.run.opened import open_run
 from topwork.run.quantize import quantize
 from topwork.run.train import train
 from topwork.training.step import Learner, StepResult, train_step

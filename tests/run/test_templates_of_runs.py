@@ -10,8 +10,8 @@ from run import tiny
 from topwork.common.errors import DataError
 from topwork.data.conversations import Message
 from topwork.run.evaluate import evaluate
-from topwork.run.folder import open_run
 from topwork.run.merge import merge
+from topwork.run.opened import open_run
 from topwork.run.train import train
 from topwork.serving.config import ServeConfig
 from topwork.serving.opening import named_by

@@ -25,7 +25,8 @@ from topwork.ops.workspace import Workspace
 from topwork.plan.count import count_adapter
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.fit import trials_that_fit
-from topwork.run.folder import open_run, read_json
+from topwork.run.folder import read_json
+from topwork.run.opened import open_run
 from topwork.run.outcome import TrainedRun
 from topwork.run.session import open_session
 from topwork.run.train import train_together

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import Force, Run
+from topwork.cli.options import Checkpoint, Force, Run
 
 EPILOG = (
     'Example: topwork chat runs/support "The Nimbus 2 has been leaking since 3 May 2026!"\n\n'
@@ -28,8 +28,10 @@ def chat(
         ),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --compare of PEFT folders: another base than they name.")
+        str | None,
+        typer.Option(help="The base, where it is no longer where the run, or with --compare a PEFT folder, names it."),
     ] = None,
+    checkpoint: Checkpoint = None,
     system: Annotated[str | None, typer.Option(help="The system message; left out, the one of training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[
@@ -42,41 +44,46 @@ def chat(
     """Ask a run, once or in a conversation."""
     from topwork.common.errors import RequestError
     from topwork.generation.sampling import Sampling
-    from topwork.run.folder import open_run
+    from topwork.run.opened import open_run
     from topwork.run.talk import ask_once, converse
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if compare:
         if base:
             raise RequestError("--base leaves the adapter out, and --compare compares with it; give one of them")
-        _compare([str(run), *(text for text in (prompt, question) if text is not None)], sampling, system, model, force)
+        words = [str(run), *(text for text in (prompt, question) if text is not None)]
+        _compare(words, sampling, system, model, checkpoint, force)
         return
-    if question is not None or model is not None:
-        raise RequestError(
-            f"{'--model' if question is None else question!r}: only with --compare A B; a question is one argument, in "
-            "quotes"
-        )
-    opened = open_run(run, force=force, log=_to_errors)
+    if question is not None:
+        raise RequestError(f"{question!r}: only with --compare A B; a question is one argument, in quotes")
+    opened = open_run(run, force=force, log=_to_errors, model=model, checkpoint=checkpoint)
     if prompt is None:
         converse(opened, sampling, system, not base)
     else:
         ask_once(opened, prompt, sampling, system, not base)
 
 
-def _compare(words: list[str], sampling: Any, system: str | None, model: str | None, force: bool) -> None:
+def _compare(
+    words: list[str], sampling: Any, system: str | None, model: str | None, checkpoint: str | None, force: bool
+) -> None:
     """`words`: A B [PROMPT], or RUN [PROMPT] for a run without and with its adapter."""
     from topwork.common.errors import RequestError
     from topwork.run.compare import BASE, names_a_side, open_pair, with_and_without
-    from topwork.run.folder import open_run
+    from topwork.run.opened import open_run
     from topwork.run.talk import ask_both, converse_with_both
 
     if len(words) == 3 or (len(words) == 2 and names_a_side(words[1])):
+        if checkpoint is not None:
+            raise RequestError(
+                f"--checkpoint {checkpoint}: of which of the two? Name its folder instead, say {words[0]}/checkpoints/…"
+            )
         pair = open_pair((words[0], words[1]), sampling, system, model, force, _to_errors)
         asked = words[2:]
-    elif words[0] == BASE or model is not None:
+    elif words[0] == BASE:
         raise RequestError("--compare: give two of runs, PEFT folders and `base`")
     else:
-        pair = with_and_without(open_run(Path(words[0]), force=force, log=_to_errors), sampling, system)
+        run = open_run(Path(words[0]), force=force, log=_to_errors, model=model, checkpoint=checkpoint)
+        pair = with_and_without(run, sampling, system)
         asked = words[1:]
     if asked:
         ask_both(pair, asked[0])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, Force, teller
+from topwork.cli.options import AsJson, Checkpoint, Force, teller
 
 EPILOG = (
     "Example: topwork export runs/support exported/support --format vllm\n\n"
@@ -32,8 +32,9 @@ def export(
         str | None, typer.Option("--type", help="Numbers in a GGUF: f16, bf16, f32, q8_0, q4_0, q4_1, q5_0 or q5_1.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base of a PEFT folder, where its own name is not enough.")
+        str | None, typer.Option(help="The base, where RUN or a PEFT folder does not name it rightly.")
     ] = None,
+    checkpoint: Checkpoint = None,
     check: Annotated[
         int, typer.Option(min=0, max=8, help="Compare the reader's logits on so many prompts; 0 loads no base.")
     ] = 4,
@@ -48,7 +49,9 @@ def export(
     from topwork.run.export import export as run
     from topwork.run.exporting.written import line_with
 
-    done = run(place, out, format, kind, model, overwrite, force, dry_run, check, teller(as_json))
+    done = run(
+        place, out, format, kind, model, overwrite, force, dry_run, check, teller(as_json), checkpoint=checkpoint
+    )
     if as_json:
         print(json.dumps(done.as_json()))
         return

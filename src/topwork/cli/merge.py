@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.options import AsJson, teller
+from topwork.cli.options import AsJson, Checkpoint, teller
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
@@ -33,7 +33,8 @@ FIGURES = {
 def merge(
     given: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder, or any PEFT folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    model: Annotated[str | None, typer.Option(help="The base of an ADAPTER that does not name it rightly.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, where RUN or ADAPTER does not name it rightly.")] = None,
+    checkpoint: Checkpoint = None,
     base: Annotated[
         str,
         typer.Option(
@@ -55,7 +56,8 @@ def merge(
     from topwork.run.merge import merge as fold
 
     result = fold(
-        given, out, dtype, base, overwrite, force, teller(as_json), model=model, check=check, data=data
+        given, out, dtype, base, overwrite, force, teller(as_json), model=model, check=check, data=data,
+        checkpoint=checkpoint,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result))

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from topwork.common.errors import RequestError
 from topwork.models.source import ALIASES, HUB_ID
+from topwork.reporting.checkpoints import records_to, result_at
 from topwork.reporting.markdown import one_line
-from topwork.reporting.readers import parse_recipe, read_json, read_text, section
+from topwork.reporting.readers import parse_recipe, read_json, read_text, scores_file, section
 
 Kind = Literal["adapter", "model", "gguf"]
 TRAINING = "training"
@@ -75,6 +76,8 @@ def read_source(folder: Path, run: Path | None, repo: str | None, base: str | No
     adapter, made = read_json(own / "adapter_config.json", problems), read_json(folder / f"{made_by}.json", problems)
     provenance = read_json(trained / "provenance.json", problems)
     named = base or _base_name(provenance, made, adapter)
+    step = made.get("checkpoint") if isinstance(made.get("checkpoint"), int) else None
+    result = read_json(trained / "result.json", problems)
     return CardSource(
         name=one_line((repo or "").rpartition("/")[2] or _made_name(made_by, made, named) or folder.resolve().name),
         repo=repo,
@@ -83,9 +86,9 @@ def read_source(folder: Path, run: Path | None, repo: str | None, base: str | No
         local=last_part(named),
         adapter=adapter,
         recipe=parse_recipe(read_text(trained / "recipe.yaml", problems), problems),
-        result=read_json(trained / "result.json", problems),
+        result=result if step is None else result_at(result, records_to(trained, step), step),
         provenance=provenance,
-        evaluation=read_json(trained / "evaluation.json", problems),
+        evaluation=read_json(trained / scores_file(step), problems),
         made_by=made_by,
         made=made,
         files=tuple(sorted(path.name for path in folder.glob("*.gguf"))),

@@ -43,12 +43,16 @@ class Picture:
 
 
 def write_report(run_dir: Path) -> ReportPaths:
-    """Write RUN/report/index.html, curves.png and one PNG per small chart.
+    """Write a run's page to RUN/report. Raises RequestError where the folder holds no measurement."""
+    return write_page(read_run(run_dir), run_dir / "report")
 
-    Everything is drawn before anything is written. Raises RequestError where the folder holds no measurement or
-    matplotlib is missing.
+
+def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda *_: None) -> ReportPaths:
+    """Write index.html, curves.png and one PNG per small chart into `folder`.
+
+    Everything is drawn before anything is written; `own` is told the names, below the folder that holds `folder`,
+    first. Raises RequestError where matplotlib is missing.
     """
-    run = read_run(run_dir)
     records = _with_start(run)
     pngs = {"curves.png": png_bytes(curves(records, title=run.name))}
     for key, title, smooth in _measured_charts(records):
@@ -56,8 +60,8 @@ def write_report(run_dir: Path) -> ReportPaths:
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
         pngs[f"{key.replace('/', '-')}.png"] = png_bytes(figure)
     html = render(run)
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
+    own(*(f"{folder.name}/{name}" for name in (*pngs, "index.html")))
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in [*pngs.items(), ("index.html", html.encode())]:
         aside = folder / f".{name}.tmp"
         aside.write_bytes(content)

@@ -42,9 +42,23 @@ def read_run(run_dir: Path) -> RunFiles:
         recipe=parse_recipe(recipe_text, problems),
         result=read_json(run_dir / "result.json", problems),
         provenance=read_json(run_dir / "provenance.json", problems),
-        evaluation=read_json(run_dir / "evaluation.json", problems),
+        evaluation=read_json(run_dir / evaluation_of(run_dir), problems),
         problems=tuple(problems),
     )
+
+
+def scores_file(step: int | None) -> str:
+    """What `topwork eval` calls its scores in a run's folder: those of the finished adapter, or of a checkpoint."""
+    return "evaluation.json" if step is None else f"evaluation-step-{step:06d}.json"
+
+
+def evaluation_of(run_dir: Path) -> str:
+    """A run's scores; where it has no finished adapter those of the newest checkpoint that has some."""
+    own = scores_file(None)
+    if (run_dir / "adapter").is_dir() or (run_dir / own).is_file():
+        return own
+    found = sorted((path.name for path in run_dir.glob("evaluation-step-*.json")), key=lambda name: (len(name), name))
+    return found[-1] if found else own
 
 
 def read_metrics(path: Path, problems: list[str] | None = None) -> list[Record]:

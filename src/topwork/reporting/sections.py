@@ -233,15 +233,24 @@ def notes(run: RunFiles) -> list[str]:
     found = []
     stopped = run.result.get("stopped")
     if stopped == "interrupted":
-        found.append("The run was interrupted: these are the figures up to its last step, not those of a finished run.")
+        found.append(f"{_stopped(run)}: these are the figures up to there, not those of a finished run.")
     elif not run.result:
         found.append("The run has not finished (or was cut off): there is no result yet, only its measurements so far.")
+    if (step := number(run.evaluation, "checkpoint")) is not None:
+        found.append(f"The scores and answers are those of the checkpoint of step {wording.whole(step)}.")
     found.extend(_text(warning) for warning in entries(run.result, "warnings"))
     for record in run.records:
         if record["kind"] == "note":
             found.append(f"Step {record['step']}: {_text(record.get('text'))}")
     found.extend(run.problems)
     return list(dict.fromkeys(found))
+
+
+def _stopped(run: RunFiles) -> str:
+    steps, planned = (number(run.result, name) for name in ("steps", "planned_steps"))
+    of = f" of {wording.whole(planned)}" if planned is not None else ""
+    told = f" (stopped after step {wording.whole(steps)}{of})" if steps is not None else ""
+    return f"The run was interrupted{told}"
 
 
 def headline(run: RunFiles) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.adapters.peft_format import BaseId, load_adapter
 from topwork.common.errors import RequestError
 from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.conversations import Message
@@ -16,21 +16,13 @@ from topwork.generation.text import TextStream
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
-from topwork.run.folder import (
-    ADAPTER,
-    ADAPTER_NAME,
-    RECIPE,
-    RESULT,
-    TEMPLATE,
-    OpenRun,
-    open_run,
-    read_json,
-    read_recipe,
-)
+from topwork.run.folder import ADAPTER_NAME, RECIPE, TEMPLATE
+from topwork.run.given import ADAPTER_CONFIG, Given, given_adapter, is_adapter
+from topwork.run.opened import OpenRun, open_given, system_of
 
 BASE = "base"
 OTHER_NAME = "other"
-CONFIG = "adapter_config.json"
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -123,78 +115,67 @@ def names_a_side(text: str) -> bool:
 
 def open_pair(
     names: tuple[str, str], sampling: Sampling = Sampling(), system: str | None = None, model: str | None = None,
-    force: bool = False, log: Callable[[str], None] = print,
+    force: bool = False, log: Log = print,
 ) -> Pair:  # fmt: skip
-    """Two of: a run's folder, a PEFT folder, `base`.
+    """Two of: a run's folder or a checkpoint's in it, a PEFT folder, `base`.
 
-    The base is the first run's, as it was held in training; without a run it is `model`, or the one that the first PEFT
-    folder names. Raises RequestError where both are the base or the same folder, and AdapterError where one is another
-    base's.
+    The base is the first run's, as it was held in training; without a run it is the one that the first PEFT folder
+    names. `model` is where it is, if not there. Raises RequestError where both are the base or the same folder, and
+    AdapterError where one is another base's.
     """
-    kinds = [_kind(name) for name in names]
     if names[0] == names[1] or Path(names[0]).resolve() == Path(names[1]).resolve():
         raise RequestError(f"--compare {names[0]} {names[1]}: these are the same; give two")
-    lead = kinds.index("run") if "run" in kinds else None
-    if lead is None:
-        base, adapters, sides = _without_run(names, model, log)
-    elif model is not None:
-        raise RequestError(f"--model {model}: the base is that of {names[lead]}; leave --model out")
-    else:
-        run = open_run(Path(names[lead]), force=force, log=log)
-        base, adapters = run.base, run.adapters
-        sides = {lead: Side(names[lead], ADAPTER_NAME, run.template, run.system)}
-    for place, (name, kind) in enumerate(zip(names, kinds)):
-        if place not in sides:
-            sides[place] = _side(name, kind, base, adapters, sides, force, log)
+    given = [_given(name, model, log) for name in names]
+    lead = next(iter(sorted((one.recipe is None, at) for at, one in enumerate(given) if one is not None)))[1]
+    base, adapters, first = _lead(names[lead], given[lead], force, log)
+    other = 1 - lead
+    sides = {lead: first, other: _side(names[other], given[other], base, adapters, first, force, log)}
     return Pair(base, _labelled(sides[0], sides[1]), sampling, system)
 
 
-def _kind(name: str) -> str:
-    folder = Path(name)
-    if (folder / RECIPE).is_file():
-        return "run"
-    if (folder / CONFIG).is_file():
-        return "peft"
+def _given(name: str, model: str | None, log: Log) -> Given | None:
+    """None is the base alone."""
+    if is_adapter(Path(name)):
+        return given_adapter(name, model, log=log)
     if name == BASE:
-        return BASE
+        return None
     raise RequestError(
-        f"--compare {name}: neither a run's folder ({RECIPE}) nor an adapter's ({CONFIG}); give two of these, or one "
-        f"and `{BASE}`"
+        f"--compare {name}: neither a run's folder ({RECIPE}) nor an adapter's ({ADAPTER_CONFIG}); give two of these, "
+        f"or one and `{BASE}`"
     )
 
 
-def _without_run(
-    names: tuple[str, str], model: str | None, log: Callable[[str], None]
-) -> tuple[Base, Adapters, dict[int, Side]]:
-    """The base that is named, or that the first adapter names."""
-    folder = next(name for name in names if name != BASE or (Path(name) / CONFIG).is_file())
-    named = model or read_adapter(Path(folder)).base.name
-    if named is None:
-        raise RequestError(f"{folder} does not say what base it is for; name it with --model")
-    base = load_base(ModelConfig(model_name_or_path=named), log)
-    return base, Adapters(base.module, base.tokenizer), {}
+def _lead(name: str, given: Given | None, force: bool, log: Log) -> tuple[Base, Adapters, Side]:
+    """The base, and the side that decides which it is."""
+    assert given is not None
+    if given.recipe is not None:
+        run = open_given(given, force=force, log=log)
+        return run.base, run.adapters, Side(name, ADAPTER_NAME, run.template, run.system)
+    base = load_base(ModelConfig(model_name_or_path=given.model.model_name_or_path), log)
+    adapters = Adapters(base.module, base.tokenizer)
+    return base, adapters, _grafted(name, given, base, adapters, ADAPTER_NAME, force, log)
 
 
 def _side(
-    name: str, kind: str, base: Base, adapters: Adapters, others: dict[int, Side], force: bool,
-    log: Callable[[str], None],
+    name: str, given: Given | None, base: Base, adapters: Adapters, other: Side, force: bool, log: Log
 ) -> Side:  # fmt: skip
-    """The bare base is prompted as the other side is, so that what differs is the adapter; an adapter from elsewhere as
-    the tokenizer's own template has it."""
-    other = next(iter(others.values()), None)
-    if kind == BASE:
-        template = other.template if other is not None else ChatTemplate(base.tokenizer)
-        return Side(BASE, None, template, None if other is None else other.system)
-    folder = Path(name)
-    grafted = ADAPTER_NAME if other is None or other.adapter is None else OTHER_NAME
-    saved = read_adapter(folder / ADAPTER if kind == "run" else folder)
-    warning = load_adapter(adapters, grafted, saved, BaseId(base.name, base.fingerprint), force)
+    """The bare base is prompted as the other side is, so that what differs is the adapter."""
+    if given is None:
+        return Side(BASE, None, other.template, other.system)
+    return _grafted(name, given, base, adapters, OTHER_NAME, force, log)
+
+
+def _grafted(
+    name: str, given: Given, base: Base, adapters: Adapters, grafted: str, force: bool, log: Log
+) -> Side:  # fmt: skip
+    """An adapter from elsewhere is prompted as the tokenizer's own template has it."""
+    warning = load_adapter(adapters, grafted, given.saved, BaseId(base.name, base.fingerprint), force)
     if warning:
         log(f"warning: {warning}")
-    if kind == "peft":
+    if given.recipe is None:
         return Side(name, grafted, ChatTemplate(base.tokenizer))
-    template = ChatTemplate.from_config(base.tokenizer, read_recipe(folder).data, folder / TEMPLATE)
-    return Side(name, grafted, template, read_json(folder / RESULT).get("system"))
+    template = ChatTemplate.from_config(base.tokenizer, given.recipe.data, given.place / TEMPLATE)
+    return Side(name, grafted, template, system_of(given, log))
 
 
 def _labelled(first: Side, second: Side) -> tuple[Side, Side]:

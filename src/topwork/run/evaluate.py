@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
-from topwork.common.errors import RequestError
-from topwork.common.files import write_json
+from topwork.common.errors import DataError, RequestError
 from topwork.common.memory import memory_for
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
@@ -27,8 +26,13 @@ from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
+from topwork.reporting.readers import scores_file
 from topwork.run.console import Counter
-from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of, finished_recipe, open_run
+from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of
+from topwork.run.given import Given, given_run
+from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
+from topwork.run.opened import open_given
+from topwork.run.own_rows import load_own
 
 LESS = "a smaller evaluation.batch_size or evaluation.max_new_tokens, or fewer adapters at once, take less"
 
@@ -57,22 +61,60 @@ def evaluate(
     before: bool = True,
     force: bool = False,
     log: Callable[[str], None] = print,
+    *,
+    model: str | None = None,
+    checkpoint: str | int | None = None,
+    out: Path | str | None = None,
 ) -> dict[str, Any]:
     """Score a run's adapter beside its base, and write RUN/evaluation.json; a trial with `max_rows` or without the
-    base goes to RUN/evaluation-trial.json, so that it does not take the whole one's place."""
-    recipe = finished_recipe(Path(run))
+    base goes to RUN/evaluation-trial.json, so that it does not take the whole one's place, and a checkpoint's scores to
+    RUN/evaluation-step-NNNNNN.json.
+
+    model       the base, where it is no longer where the run names it
+    checkpoint  a step, `best` or `last`; left out, the finished adapter, or where there is none yet the newest
+    out         a file for the scores, instead of one in the run's folder
+
+    Raises RequestError before any work where the scores could not be written. Where they cannot be in the end, they are
+    logged and returned all the same, with the reason as `not_written`.
+    """
+    given = given_run(run, model, checkpoint, log)
+    target = _target(given, trial=not before or max_rows is not None, out=out)
+    result = _scores_of(given, data, max_rows, before, force, log)
+    if given.checkpoint is not None:
+        result["checkpoint"] = given.checkpoint
+    return keep_scores(result, target, None if out is not None else given.place, log)
+
+
+def _scores_of(
+    given: Given, data: str | None, max_rows: int | None, before: bool, force: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    assert given.recipe is not None
+    recipe, seed = given.recipe, given.recipe.training.seed
     config = recipe.evaluation.model_copy(update={"max_rows": max_rows or recipe.evaluation.max_rows})
     arms: dict[str, str | None] = {"before": None, "after": ADAPTER_NAME} if before else {"after": ADAPTER_NAME}
-    named, seed = data or config.data, recipe.training.seed
-    tokenizer, length = open_tokenizer(recipe.model, log)
-    way = data_of(Path(run), recipe)
+    named = data or config.data
+    tokenizer, length = open_tokenizer(given.model, log)
+    way = data_of(given.place, recipe)
     read = _read(way, named, tokenizer, length - recipe.adapter.virtual_tokens, seed, log)
-    opened = open_run(Path(run), force=force, log=log, tokenizer=tokenizer)
+    opened = open_given(given, force=force, log=log, tokenizer=tokenizer)
     rows = _rows(read, opened.template, seed, config)
     result = _score_arms(opened.base, arms, rows, opened.template, config, log)
-    result["data"] = data or config.data or "held out of training"
-    write_json(opened.folder / (EVALUATION if before and max_rows is None else TRIAL), result)
-    return result
+    return result | {"data": data or config.data or "held out of training"}
+
+
+def _target(given: Given, trial: bool, out: Path | str | None) -> Path:
+    """Where the scores go. Raises RequestError where they cannot."""
+    if out is not None:
+        return _named_target(Path(out))
+    target = given.place / (TRIAL if trial else scores_file(given.checkpoint))
+    check_writable(target, "the scores", "a FILE for them with --out")
+    return target
+
+
+def _named_target(out: Path) -> Path:
+    refuse_other_file(out)
+    check_writable(out, "the scores", "another FILE with --out")
+    return out
 
 
 def evaluate_model(
@@ -83,8 +125,11 @@ def evaluate_model(
     force: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = print,
+    *,
+    out: Path | str | None = None,
 ) -> dict[str, Any]:
-    """Score any base on any rows, and any PEFT folder on top of it; writes nothing."""
+    """Score any base on any rows, and any PEFT folder on top of it; writes nothing but `out`, a file for the scores."""
+    target = _named_target(Path(out)) if out is not None else None
     saved = None if adapter is None else read_adapter(adapter)
     tokenizer, length = open_tokenizer(model, log)
     room = length - (0 if saved is None else saved.config.virtual_tokens)
@@ -98,7 +143,8 @@ def evaluate_model(
             log(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME
     rows = _rows(read, template, seed, config)
-    return _score_arms(base, arms, rows, template, config, log)
+    result = _score_arms(base, arms, rows, template, config, log)
+    return result if target is None else keep_scores(result, target, None, log)
 
 
 @dataclass(frozen=True)
@@ -145,7 +191,7 @@ def _score_group(
         found[member.name] = _told(scored.rows, pair, scored.grader, config) | {
             "data": told(named) if named else "held out of training"
         }
-        write_json(member.folder / EVALUATION, found[member.name])
+        found[member.name] = keep_scores(found[member.name], member.folder / EVALUATION, member.folder, log)
     return found
 
 
@@ -200,7 +246,10 @@ def _read(
 ) -> _Read:  # fmt: skip
     """The rows to ask: the ones named, or those that training held out; `room` is the tokens that one may have."""
     if named is None:
-        loaded = load_data(data, tokenizer, room, seed, lambda _: None)
+        try:
+            loaded = load_own(data, tokenizer, room, seed)
+        except (DataError, OSError) as error:
+            raise DataError(f"{error}; where the run's own rows are gone, name rows to score by --data") from error
         if not loaded.eval:
             raise RequestError("the run held no rows out; name rows to score by --data or evaluation.data")
         return _Read(list(loaded.eval_conversations), list(loaded.eval), loaded.template)

@@ -65,6 +65,7 @@ class Exported:
     figures    the format's own: rank, modules, bytes …
     read_back  by whom the written folder was read, on how much, and the largest difference
     use        command lines for whoever has the folder, which they call OUT
+    checkpoint the step of the run's checkpoint that the adapter is of; None for a finished one
     """
 
     folder: Path
@@ -76,11 +77,13 @@ class Exported:
     figures: Mapping[str, Any] = field(default_factory=dict)
     read_back: Sequence[ReadBack] = ()
     use: Sequence[str] = ()
+    checkpoint: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What export.json and --json say."""
         return {
             "format": self.format, "type": self.type, "reader": self.reader, "base_model": self.base_model,
+            **({} if self.checkpoint is None else {"checkpoint": self.checkpoint}),
             "figures": dict(self.figures),
             "findings": [finding.as_json() for finding in self.findings],
             "read_back": [each.as_json() for each in self.read_back], "use": without_places(list(self.use)),
@@ -98,16 +101,20 @@ def export(
     dry_run: bool = False,
     check: int = CHECKED_PROMPTS,
     log: Log = print,
+    *,
+    checkpoint: str | int | None = None,
 ) -> Exported:
     """Write a run's adapter, a PEFT folder or a model to the folder `out` as another program reads it.
 
     format   peft, hf, gguf, gguf-adapter, ollama, vllm, sglang or lorax (`export/readers.py`)
     type     the type of the numbers, where a format has several
-    model    the base of a PEFT folder, where the one that its file names is not to be found here
+    model    the base, where the one that the run or the PEFT folder names is not to be found here
     force    also where the base is known to be another than the adapter was trained on
     dry_run  only say what the reader would make of it
     check    on how many prompts (eight at most) what the reader makes of it is compared with what it is; 0 for none,
              which spares loading the base
+    checkpoint  a step of the run, `best` or `last`; left out, the finished adapter, or where there is none yet the
+             newest checkpoint's
 
     Raises RequestError for what cannot be asked for, AdapterError with all that the format cannot carry, RunError for
     a full disk or a reader that reads something else; `out` is whole or not there.
@@ -118,22 +125,23 @@ def export(
     if reader.format in (*GGUF_FORMATS, "gguf-adapter") and not dry_run:
         gguf_package()  # before an adapter is merged for it
     if is_adapter(place):
-        given = given_adapter(place, model)
+        given = given_adapter(place, model, checkpoint, log)
         base = _called(given.saved.base.name or given.model.model_name_or_path)
-        run = given.place if given.recipe is not None else None
-        how = _How(reader, kind, overwrite, force, dry_run, check, log, base, run)
+        how = _How(reader, kind, overwrite, force, dry_run, check, log, base, given.run, given.checkpoint)
         if reader is OLLAMA and (why := _merged_for_ollama(given)):
             log(f"{why}: the adapter is merged into the model")
             how = replace(how, reader=OLLAMA_MERGED)
         return _adapter(given, out, how) if how.reader.reads == "adapter" else _merged(given, out, how)
     if model is not None:
         raise RequestError(f"--model {model}: {place} is no adapter, which is what has a base; leave --model out")
+    if checkpoint is not None:
+        raise RequestError(f"--checkpoint {checkpoint}: {place} is no run, which is what has them; leave it out")
     return _model(str(place), out, _How(reader, kind, overwrite, force, dry_run, check, log, _called(str(place))))
 
 
 @dataclass(frozen=True)
 class _How:
-    """What was asked for, read; what the base is called, and the run that the adapter is of."""
+    """What was asked for, read; what the base is called, and the run and checkpoint that the adapter is of."""
 
     reader: Reader
     type: str | None
@@ -144,11 +152,12 @@ class _How:
     log: Log
     base: str | None
     run: Path | None = None
+    checkpoint: int | None = None
 
     def exported(self, out: Path, findings: Sequence[Finding], written: Written = Written()) -> Exported:
         return Exported(
             out, self.reader.format, self.type, self.reader.reader, self.base, findings, written.figures,
-            written.read_back, written.use,
+            written.read_back, written.use, self.checkpoint,
         )  # fmt: skip
 
 
@@ -169,7 +178,9 @@ def _adapter(given: Given, out: Path, how: _How) -> Exported:
 def _looked_at(given: Given, bare: Bare, how: _How) -> list[Finding]:
     """The findings, told; AdapterError with those that nothing can be done about."""
     named = given.model.model_name_or_path
-    warning = check_base(given.saved, BaseId(ALIASES.get(named, named)), how.force, named)
+    place = Path(named).expanduser()  # a folder's relative name reads like an id on the Hub
+    own = str(place.resolve()) if named != given.saved.base.name and place.exists() else ALIASES.get(named, named)
+    warning = check_base(given.saved, BaseId(own), how.force, named)
     if warning and given.saved.base.name:
         how.log(f"warning: {warning}")
     quantized = given.quantization.active or stored_quantization(bare.config) is not None

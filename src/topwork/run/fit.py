@@ -69,33 +69,36 @@ def _too_little(recipe: Recipe, told: str, log: Callable[[str], None]) -> None:
     )
 
 
-def refuse_small_memory(recipes: Sequence[Recipe], longest: int = SMALLEST_PASS) -> None:
-    """Before any weight is read. Raises RequestError where base, adapters and the smallest pass are more than what is
-    free in the memory of a CPU; a base that cannot be built without its weights is for its loading to speak of."""
-    first = recipes[0]
-    if pick_device(first.model.device).type != "cpu":
+def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
+    """Before any weight is read. Raises RequestError where base, adapter and the smallest pass are more than what is
+    free in the memory of a CPU, or the base alone where the recipe names the size of a pass, which is then tried; a
+    base that cannot be built without its weights is for its loading to speak of."""
+    training, cpu = recipe.training, torch.device("cpu")
+    if pick_device(recipe.model.device).type != "cpu":
         return
     try:
-        bare = base_skeleton(first.model)
+        bare = base_skeleton(recipe.model)
     except ModelError:
         return
-    weights = held_bytes(bare, first.model.dtype, first.quantization)
-    adapters = sum(_needed_bytes(recipe, count_adapter(bare, recipe.adapter)) for recipe in recipes)
-    layers = {"off": 0}.get(str(first.training.activation_checkpointing), len(decoder_layers(bare)))
-    memory = Memory(bare.config, torch.device("cpu"), 0, 0, False, True, weights + adapters + PROCESS_BYTES)
-    needed = memory.needed_bytes(min(first.training.tokens_per_pass or SMALLEST_PASS, max(longest, 1)), layers)
-    free = free_memory(torch.device("cpu"))
+    weights = held_bytes(bare, recipe.model.dtype, recipe.quantization)
+    beside = PROCESS_BYTES + _needed_bytes(recipe, count_adapter(bare, recipe.adapter))
+    layers = 0 if training.activation_checkpointing == "off" else len(decoder_layers(bare))
+    beside = Memory(bare.config, cpu, 0, beside_bytes=beside).needed_bytes(min(SMALLEST_PASS, longest), layers)
+    needed, free = weights + (beside if training.tokens_per_pass is None else 0), free_memory(cpu)
     if needed > free.bytes:
         raise RequestError(
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
-            f"{_told(free)} are free. {_less(first)}"
+            f"{_told(free)} are free. {_less(recipe)}"
         )
 
 
 def _less(recipe: Recipe) -> str:
     """What would fit."""
     packed = "" if recipe.quantization.active else "quantization.load_in_4bit: true, "
-    return f"Give more memory, or lower what is needed: {packed}a smaller base, adapter.r or data.max_length"
+    return (
+        f"Give more memory, or lower what is needed: {packed}a smaller base, adapter.r or data.max_length. A "
+        "training.tokens_per_pass that the recipe names is tried"
+    )
 
 
 def _told(free: Free) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder: what stands where, and how a finished run is opened again.
+"""A run's folder: what stands where.
 
 RUN/recipe.yaml          the recipe, every option written out
 RUN/metrics.jsonl        a record per step, validation and note
@@ -7,55 +7,26 @@ RUN/adapter/             the result: a PEFT folder
 RUN/result.json          figures of the run
 RUN/provenance.json      hashes of base, data, template and recipe; versions; seed
 RUN/chat_template.jinja  the template it was trained with
-RUN/evaluation.json      written by `topwork eval`; evaluation-trial.json by a partial one
-RUN/report/              written by `topwork report`
+RUN/evaluation.json      written by `topwork eval`; evaluation-trial.json by a partial one, and
+                         evaluation-step-000040.json by one of a checkpoint
+RUN/report/              written by `topwork report`; report-step-000040/ by one up to a checkpoint
 """
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter, read_adapter
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST
-from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig
-from topwork.models.base import Base
-from topwork.models.config import ModelConfig
-from topwork.models.fast import join_weights
-from topwork.models.load import DTYPES, load_base
-from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
 RECIPE, RESULT, TEMPLATE, ADAPTER = "recipe.yaml", "result.json", "chat_template.jinja", "adapter"
 WRITTEN = ("config.json", "export.json", "convert.json")
 """One of these stands in every model, every export and every conversion."""
-EVALUATION, TRIAL = "evaluation.json", "evaluation-trial.json"
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """A finished run, ready to be asked."""
-
-    folder: Path
-    recipe: Recipe
-    base: Base
-    adapters: Adapters
-    template: ChatTemplate
-    result: dict[str, Any]
-
-    @property
-    def system(self) -> str | None:
-        """The system message that all training rows shared, if they did."""
-        return self.result.get("system")
+EVALUATION, TRIAL, REPORT = "evaluation.json", "evaluation-trial.json", "report"
 
 
 def check_place(folder: Path, called: str) -> None:
@@ -114,66 +85,6 @@ def data_of(folder: Path, recipe: Recipe) -> DataConfig:
         return recipe.data
     own = {"chat_template": str(stored), "separator": "", "chat_template_kwargs": {}}  # both stand in it
     return recipe.data.model_copy(update=own)
-
-
-def open_run(
-    folder: Path,
-    dtype: str | None = None,
-    force: bool = False,
-    log: Callable[[str], None] = print,
-    quantized: bool = True,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> OpenRun:
-    """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter; `tokenizer` as in
-    `load_base`.
-
-    Raises RequestError where the run has no adapter yet.
-    """
-    recipe = finished_recipe(folder)
-    if not quantized:
-        recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
-    asked = _with_dtype(recipe, dtype) if dtype is not None else recipe
-    saved = read_adapter(folder / ADAPTER)
-    base, adapters = open_adapter(
-        recipe.model, recipe.quantization, saved, asked.model.dtype, force, log, tokenizer
-    )  # fmt: skip
-    template = ChatTemplate.from_config(base.tokenizer, recipe.data, folder / TEMPLATE)
-    return OpenRun(folder, asked, base, adapters, template, read_json(folder / RESULT))
-
-
-def open_adapter(
-    model: ModelConfig, quantization: QuantizationConfig, saved: SavedAdapter, dtype: str, force: bool,
-    log: Callable[[str], None], tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[Base, Adapters]:  # fmt: skip
-    """Load a base in `dtype`, held as `quantization` says, and graft an adapter as ADAPTER_NAME.
-
-    What is packed is packed from the very values that training packed, in the type that `model` says; and float16 is
-    taken from these too, since it rounds other digits away than the bfloat16 that fingerprints are taken in. Raises
-    AdapterError for another base than the adapter's, unless `force`.
-    """
-    if quantization.active or dtype == "float16":
-        base = load_base(model, log, quantization, tokenizer)
-        _cast(base, DTYPES[dtype])
-    else:
-        base = load_base(model.model_copy(update={"dtype": dtype}), log, quantization, tokenizer)
-    adapters = Adapters(base.module)
-    warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
-    if warning:
-        log(f"warning: {warning}")
-    return base, adapters
-
-
-def _cast(base: Base, dtype: torch.dtype | str) -> None:
-    """The dense parameters in another type; `auto` leaves them. Buffers stay: rotary tables are fp32 in every type."""
-    for parameter in base.module.parameters():
-        if isinstance(dtype, torch.dtype) and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    join_weights(base.module)
-
-
-def _with_dtype(recipe: Recipe, dtype: str) -> Recipe:
-    values = recipe.model_dump()
-    return make_recipe({**values, "model": {**values["model"], "dtype": dtype}}, "the type asked for")
 
 
 def read_json(path: Path) -> dict[str, Any]:

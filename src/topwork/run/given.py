@@ -1,30 +1,38 @@
 """An adapter as a command is given it: a run's folder, or any PEFT folder together with its base."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
-from topwork.common.errors import RequestError
+from topwork.common.errors import ModelError, RequestError
 from topwork.models.config import ModelConfig
+from topwork.models.source import find_source
+from topwork.models.tokenizer import load_config
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
-from topwork.run.folder import RECIPE, RESULT, TEMPLATE, finished_recipe
+from topwork.run.chosen import choose
+from topwork.run.folder import RECIPE, RESULT, TEMPLATE, read_recipe
+from topwork.training.checkpoint import checkpoint_step, list_checkpoints
+from topwork.training.trial import CHECKPOINTS
 
 ADAPTER_CONFIG = "adapter_config.json"
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Given:
     """One adapter, read, and the base that it goes on.
 
-    place         what was named
+    place         what was named; of a folder inside a run the run
     folder        the PEFT folder
     saved         what stands in it
-    model         its base: a run's own, or what was named beside an adapter, or what the adapter's file names
+    model         its base: a run's own, or what was named beside it, or what the adapter's file names
     quantization  how a run held its base in training; nothing for an adapter alone
     recipe        the run's; None for an adapter alone
     template      the chat template that the run was trained with (the file's text); None for the base's own
+    checkpoint    the step of the run's checkpoint that it is of; None for a finished adapter, and for one alone
     """
 
     place: Path
@@ -34,6 +42,12 @@ class Given:
     quantization: QuantizationConfig
     recipe: Recipe | None
     template: str | None
+    checkpoint: int | None = None
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder; None for an adapter alone."""
+        return self.place if self.recipe is not None else None
 
 
 def is_adapter(place: Path) -> bool:
@@ -41,33 +55,90 @@ def is_adapter(place: Path) -> bool:
     return (place / RECIPE).is_file() or (adapter_folder(place) / ADAPTER_CONFIG).is_file()
 
 
-def run_of(place: Path) -> Path:
-    """The run whose `adapter/` is named, since that folder alone tells neither the chat template that was learned by
-    nor how the base was held; any other place as it is."""
-    run = place.absolute().parent
-    return run if (run / RESULT).is_file() and (run / RECIPE).is_file() and _same(adapter_folder(run), place) else place
+def run_of(place: Path) -> tuple[Path, int | None]:
+    """The run whose `adapter/` or checkpoint is named, and the checkpoint's step: that folder alone tells neither the
+    chat template that was learned by nor how the base was held. Any other place as it is."""
+    named = place.absolute()
+    if _is_inner(named) and (named.parent / RESULT).is_file() and (named.parent / RECIPE).is_file():
+        return named.parent, None
+    inside = named.parent if _is_inner(named) else named
+    run = inside.parent.parent
+    if inside.parent.name == CHECKPOINTS and (run / RECIPE).is_file() and inside in list_checkpoints(inside.parent):
+        return run, checkpoint_step(inside)
+    return place, None
 
 
-def _same(one: Path, other: Path) -> bool:
-    return other.is_dir() and one.resolve() == other.resolve()
+def _is_inner(place: Path) -> bool:
+    """Whether it is the adapter's folder in a run or in a checkpoint."""
+    inner = adapter_folder(place.parent)
+    return inner != place.parent and place.is_dir() and inner.resolve() == place.resolve()
 
 
-def given_adapter(place: Path | str, model: str | None = None) -> Given:
-    """Read the adapter of a run's folder, or of a PEFT folder. `model` names the base of a PEFT folder whose own name
-    for it is not to be found here.
+def given_adapter(
+    place: Path | str, model: str | None = None, checkpoint: str | int | None = None, log: Log = print
+) -> Given:
+    """Read the adapter of a run's folder, or of a PEFT folder.
 
-    Raises RequestError for what is neither, for a run that has no adapter yet and for one that is given a `model`;
-    AdapterError for a folder that cannot be read.
+    model       the base, where the one that the run or the PEFT folder names is not to be found here
+    checkpoint  a run's: a step, `best` or `last`; left out, the finished adapter, or where there is none yet the newest
+                checkpoint's, which `log` is told
+
+    Raises RequestError for what is neither and for a checkpoint that is not there; ModelError where a run's base is
+    not; AdapterError and CheckpointError for a folder that cannot be read.
     """
     place = Path(place)
-    place = run_of(place) if model is None else place
-    if (place / RECIPE).is_file():
-        if model is not None:
-            raise RequestError(f"--model {model}: {place} is a run and names its base itself; leave --model out")
-        recipe, folder = finished_recipe(place), adapter_folder(place)
-        stored = place / TEMPLATE
-        template = stored.read_text("utf-8") if stored.exists() else None
-        return Given(place, folder, read_adapter(folder), recipe.model, recipe.quantization, recipe, template)
+    alone = (place / ADAPTER_CONFIG).is_file()
+    run, step = (place, None) if alone and model is not None else run_of(place)
+    if (run / RECIPE).is_file():
+        return _of_run(run, model, _one(place, step, checkpoint), log)
+    if checkpoint is not None:
+        raise RequestError(
+            f"--checkpoint {checkpoint}: {place} is no run's folder (no {RECIPE}), and only runs have them"
+        )
+    return _alone(place, model)
+
+
+def given_run(
+    place: Path | str, model: str | None = None, checkpoint: str | int | None = None, log: Log = print
+) -> Given:
+    """The same of a run alone. Raises RequestError for any other folder."""
+    run, step = run_of(Path(place))
+    return _of_run(run, model, _one(Path(place), step, checkpoint), log)
+
+
+def _one(place: Path, step: int | None, checkpoint: str | int | None) -> str | int | None:
+    if step is not None and checkpoint is not None:
+        raise RequestError(f"--checkpoint {checkpoint}: {place} is a checkpoint already; give one of the two")
+    return step if step is not None else checkpoint
+
+
+def _of_run(run: Path, model: str | None, checkpoint: str | int | None, log: Log) -> Given:
+    recipe = read_recipe(run)
+    chosen = choose(run, recipe, checkpoint, log)
+    base = base_of(run, recipe, model, log)
+    stored = run / TEMPLATE
+    template = stored.read_text("utf-8") if stored.exists() else None
+    return Given(
+        run, chosen.folder, chosen.saved, base, recipe.quantization, recipe, template, chosen.checkpoint
+    )  # fmt: skip
+
+
+def base_of(run: Path, recipe: Recipe, model: str | None, log: Log) -> ModelConfig:
+    """A run's base: where `model` says it is now, or as its recipe has it. Raises ModelError where that is not here;
+    whether it is the same is told by its fingerprint, once it is read."""
+    if model is not None:
+        return recipe.model.model_copy(update={"model_name_or_path": model, "revision": None})
+    try:
+        load_config(find_source(recipe.model, log), recipe.model.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(
+            f"{run} was trained on {recipe.model.model_name_or_path!r}, which is not to be had here "
+            f"({str(error).splitlines()[0]}). Where it lies elsewhere now, point to it with --model"
+        ) from error
+    return recipe.model
+
+
+def _alone(place: Path, model: str | None) -> Given:
     folder = adapter_folder(place)
     if not (folder / ADAPTER_CONFIG).is_file():
         if inner := sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")):

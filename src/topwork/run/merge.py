@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import RequestError, RunError
+from topwork.common.errors import RequestError, RunError, TopworkError
 from topwork.common.files import write_folder, write_json
 from topwork.common.memory import memory_for
 from topwork.merging.threshold import doubt, refusal
@@ -19,6 +19,7 @@ from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
 from topwork.run.folder import check_out
 from topwork.run.given import Given, given_adapter
+from topwork.run.keeping import keep_json
 from topwork.run.merging.check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
 from topwork.run.merging.inputs import merge_inputs
 from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merge
@@ -41,16 +42,19 @@ def merge(
     model: str | None = None,
     check: int = INPUTS,
     data: str | None = None,
+    checkpoint: str | int | None = None,
 ) -> dict[str, Any]:
     """Fold the adapter of a run, or of a PEFT folder, into its base and write `out`; returns what OUT/merge.json says.
 
     dtype: the type of the merged weights; a run's own, or the base's, where left out
     base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, or
         `16bit`, the base before it was quantized; `auto` is `merging.plan.AUTO`
-    model: the base of an adapter alone, where it is not what its file names
+    model: the base, where the one that the run or the adapter's file names is not to be found here
     check: so many inputs go through base + adapter and through the merged model; 0 leaves the check out
-    data: rows for the check; left out, a run's held-out rows and then its training rows, and for an adapter alone
-        texts that Topwork brings
+    data: rows for the check; left out, a run's held-out rows and then its training rows, and for an adapter alone, or
+        where these are gone, texts that Topwork brings
+    checkpoint: a step of the run, `best` or `last`; left out, the finished adapter, or where there is none yet the
+        newest checkpoint's
     force: merge an adapter of another base, and keep a result that the check refuses
 
     Raises RequestError where `out` holds files, what is asked does not fit, or there is too little memory for the
@@ -58,23 +62,30 @@ def merge(
     """
     out = Path(out)
     _refuse_request(base, check, data)
-    adapter = given_adapter(given, model)
+    adapter = given_adapter(given, model, checkpoint, log)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
     base_folder = Path(adapter.model.model_name_or_path).expanduser()
     if base_folder.is_dir():
         check_out(out, base_folder, "the base's own folder", overwrite)
     fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
     found: dict[str, Any] = {}
-    run = adapter.place if adapter.recipe is not None else None
 
     def whole(folder: Path) -> None:
         found.update(fill(folder))
-        add_card(folder, run)
+        add_card(folder, adapter.run)
 
     write_folder(out, whole, overwrite)
-    if run is not None:
-        write_json(adapter.place / REPORT, found | {"folder": out.name})
+    if adapter.run is not None:
+        _keep_in(adapter.run, found | {"folder": out.name}, log)
     return found
+
+
+def _keep_in(run: Path, found: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Also RUN/merge.json, where the run is one's own to write."""
+    try:
+        keep_json(found, run / REPORT, run)
+    except (OSError, TopworkError) as error:
+        log(f"{REPORT} stands beside the merged model alone: {run} cannot be written ({error})")
 
 
 @memory_for("preparing the merge", LESS)
@@ -121,6 +132,7 @@ def told(adapter: Given, plan: MergePlan, inputs: str = "") -> dict[str, Any]:
     quantization = adapter.quantization
     return {
         "adapter": adapter.place.resolve().name,
+        **({} if adapter.checkpoint is None else {"checkpoint": adapter.checkpoint}),
         "method": adapter.saved.config.method,
         "base_model": _public(plan.source.name),
         "base_fingerprint": plan.fingerprint or adapter.saved.base.fingerprint,

@@ -59,7 +59,8 @@ def push(
     check_repo(repo)
     if dry_run is not None:
         check_out(Path(dry_run), Path(run), "what is pushed", overwrite=None)
-    upload, files = _prepared(run_of(Path(run)), repo, base_name, samples, log)
+    inside, checkpoint = run_of(Path(run))
+    upload, files = _prepared(inside if checkpoint is None else Path(run), repo, base_name, samples, log)
     told = {name: _bytes(content) for name, content in sorted(files.items())}
     done: dict[str, Any] = {"repo": repo, "files": told, "removed": [], "commit": None, "folder": None}
     if dry_run is not None:

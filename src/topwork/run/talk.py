@@ -7,7 +7,7 @@ from topwork.generation.sampling import Sampling
 from topwork.run.chat import Chat
 from topwork.run.compare import Pair
 from topwork.run.console_pair import both_shown
-from topwork.run.folder import OpenRun
+from topwork.run.opened import OpenRun
 
 HELP = "/base and /adapter switch the adapter off and on, /new begins anew, /quit ends"
 HELP_TOGETHER = "each question goes to both; /new begins anew, /quit ends"

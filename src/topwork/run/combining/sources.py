@@ -37,18 +37,18 @@ class Sources:
 
 
 def read_sources(places: Sequence[Path], model: str | None = None, force: bool = False, log: Log = print) -> Sources:
-    """Adapters of one base, and what each changes of it. `model` is where the base is; a run knows that itself, and for
-    the PEFT folders beside it.
+    """Adapters of one base, and what each changes of it. `model` is where the base is; left out, a run knows that
+    itself, and for the PEFT folders beside it.
 
     Raises RequestError for a place that holds none or is named twice, AdapterError for different bases (unless `force`)
     and for what has no change of weights.
     """
     _refuse_twice(places)
     labels = labels_of(places)
-    run = next((finished_recipe(place).model for place in places if (place / RECIPE).is_file()), None)
-    named = model if run is None else run.model_name_or_path
+    runs = [finished_recipe(place).model.model_name_or_path for place in places if (place / RECIPE).is_file()]
+    named = model or next(iter(runs), None)
     given = [given_adapter(place, model if (place / RECIPE).is_file() else named) for place in places]
-    home = run or given[0].model
+    home = next((one.model for one in given if one.recipe is not None), given[0].model)
     given = [one if one.recipe is not None else replace(one, model=home) for one in given]
     for other, label in zip(given[1:], labels[1:]):
         _check_bases(given[0], labels[0], other, label, force, log)

@@ -24,8 +24,9 @@ from topwork.run.exporting.gguf import BaseFile, write_adapter_file
 from topwork.run.exporting.models import ModelJob, stem, write_gguf
 from topwork.run.exporting.peft import AdapterJob
 from topwork.run.exporting.written import OUT, Written
-from topwork.run.folder import RESULT, data_of, read_json
+from topwork.run.folder import data_of
 from topwork.run.given import Given
+from topwork.run.opened import system_of
 
 ROWS = 20
 """Of a run, on which the TEMPLATE is compared."""
@@ -76,8 +77,8 @@ def _prepared(given: Given | None, tokenizer: PreTrainedTokenizerBase, config: A
     context = usable_length(config)
     if given is None or given.recipe is None:
         return prepared(tokenizer, None, Asking(None, 0, context), log)
-    system, data = read_json(given.place / RESULT).get("system"), given.recipe.data
-    asking = Asking(system if isinstance(system, str) else None, data.max_length, context, data.fold_system)
+    data = given.recipe.data
+    asking = Asking(system_of(given, log), data.max_length, context, data.fold_system)
     return prepared(tokenizer, None, asking, log, _prompts(given, tokenizer, context, log))
 
 

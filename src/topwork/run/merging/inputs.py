@@ -1,18 +1,20 @@
 """What a merged model is compared on, and the tokenizer that goes with it: all that is read before the weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from topwork.common.errors import TopworkError
 from topwork.data.chat.template import ChatTemplate, stop_ids
 from topwork.data.config import DataConfig
-from topwork.data.examples import load_data
+from topwork.data.examples import Data, load_data
 from topwork.models.tokenizer import open_tokenizer
 from topwork.run.folder import data_of
 from topwork.run.given import Given
+from topwork.run.own_rows import load_own
 
 Log = Callable[[str], None]
 
@@ -30,8 +32,8 @@ class Inputs:
 
 
 def merge_inputs(adapter: Given, count: int, data: str | None, log: Log) -> Inputs:
-    """Up to `count` sequences: of `data`; else a run's held-out rows, then its training rows; else texts that Topwork
-    brings. Raises DataError for rows that are not there."""
+    """Up to `count` sequences: of `data`; else a run's held-out rows, then its training rows; else, for an adapter
+    alone and where a run's rows are gone, texts that Topwork brings. Raises DataError for `data` that is not there."""
     tokenizer, context_length = open_tokenizer(adapter.model, log)
     if adapter.recipe is None:
         tokenizer = own_tokenizer(adapter.folder, tokenizer, log)
@@ -41,19 +43,35 @@ def merge_inputs(adapter: Given, count: int, data: str | None, log: Log) -> Inpu
         config = config.reading(data) if data is not None else config
     template = ChatTemplate.from_config(tokenizer, config)
     ends = sorted(stop_ids(template))
+    bare = Inputs(tokenizer, template.jinja, ends, [], "")
     if not count:
-        return Inputs(tokenizer, template.jinja, ends, [], "")
+        return bare
     if adapter.recipe is None and data is None:
-        texts = TEXTS[:count]
-        return Inputs(
-            tokenizer, template.jinja, ends, [list(tokenizer(text).input_ids) for text in texts],
-            f"{len(texts)} texts that Topwork brings (--data names rows like those that the adapter was trained on)",
-        )  # fmt: skip
+        return _of_topwork(bare, count, " (--data names rows like those that the adapter was trained on)")
     seed = adapter.recipe.training.seed if adapter.recipe else 0
-    loaded = load_data(config, tokenizer, context_length, seed, lambda _: None)
+    try:
+        loaded = _loaded(config, tokenizer, context_length, seed, whole=data is not None)
+    except (TopworkError, OSError) as error:
+        if data is not None:
+            raise
+        brought = _of_topwork(bare, count, ", as the run's own rows cannot be read")
+        log(f"compared on {brought.source} ({str(error).splitlines()[0]}); --data names others")
+        return brought
     rows = [example.tokens.tolist() for example in islice(chain(loaded.eval, loaded.train), count)]
     source = data or f"{min(len(loaded.eval), count)} held-out and {max(0, len(rows) - len(loaded.eval))} training rows"
     return Inputs(tokenizer, loaded.template.jinja, sorted(stop_ids(loaded.template)), rows, source)
+
+
+def _loaded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, room: int, seed: int, whole: bool) -> Data:
+    """The rows that were named, `whole`, or of a run's own those that are there."""
+    if whole:
+        return load_data(config, tokenizer, room, seed, lambda _: None)
+    return load_own(config, tokenizer, room, seed)
+
+
+def _of_topwork(bare: Inputs, count: int, why: str) -> Inputs:
+    texts = [list(bare.tokenizer(text).input_ids) for text in TEXTS[:count]]
+    return replace(bare, sequences=texts, source=f"{len(texts)} texts that Topwork brings{why}")
 
 
 def own_tokenizer(folder: Path, base: PreTrainedTokenizerBase, log: Log) -> PreTrainedTokenizerBase:

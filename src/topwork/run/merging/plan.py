@@ -28,9 +28,10 @@ from topwork.models.stored_names import NotStoredError
 from topwork.models.tokenizer import load_config
 from topwork.models.writing import all_ends, clean_config, write_model, write_tokenizer
 from topwork.run.counted import telling
-from topwork.run.folder import ADAPTER_NAME, open_adapter
+from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
 from topwork.run.merging.inputs import Inputs
+from topwork.run.opened import open_adapter
 
 DEQUANTIZED, ORIGINAL = "dequantized", "16bit"
 AUTO = DEQUANTIZED

@@ -82,7 +82,7 @@ def sweep(
     resumed = resume and bool(state.waves)
     tell_plan(plan, log)
     if not _is_done(plan, state):
-        refuse_small_memory([plan.trials[0].recipe])
+        refuse_small_memory(plan.trials[0].recipe)
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
