@@ -11,6 +11,7 @@ from pathlib import Path
 import topwork
 from topwork.common.errors import TopworkError
 from topwork.run.console import training_progress
+from topwork.run.ownership import is_run
 
 RECIPE = Path(__file__).parent / "support" / "recipe.yaml"
 TICKET = (
@@ -21,7 +22,7 @@ TICKET = (
 
 def main(folder: str) -> None:
     print("1/4  training (about 120,000 tokens)", flush=True)
-    run = topwork.train(RECIPE, [f"output_dir={folder}"], resume=Path(folder).exists(), progress=training_progress())
+    run = topwork.train(RECIPE, [f"output_dir={folder}"], resume=is_run(Path(folder)), progress=training_progress())
     if run.result["stopped"] == "interrupted":
         sys.exit("interrupted; run `make quickstart` again to go on")
     print("\n2/4  measuring on 300 tickets worded unlike any in training, without and with the adapter", flush=True)

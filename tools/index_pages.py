@@ -54,6 +54,7 @@ COMMANDS = {
     "many_adapters_batch1_nf4": "many_adapters.py --batch 1 --quantized --rounds 12",
     "merge_memory": "merge_memory.py",
     "merge_rounding": "merge_rounding.py",
+    "pairs_on_one_folder": "pairs_on_one_folder.py --pairs 200",
     "products": "products.py",
     "lint_speed": "lint_speed.py",
     "long_conversations": "long_conversations.py BEFORE --out long_conversations",

@@ -12,35 +12,42 @@ from typing import Any
 
 SERVER = """
 import json, os, sys
-import topwork.run.train, topwork.run.console, topwork.cli.app as app, torch
+import topwork.run.train, topwork.run.console, topwork.run.sweep.run, topwork.cli.app as app, torch
 from pathlib import Path
 from topwork.recipe.recipe import load_recipe
+from topwork.run.ownership import is_run
 from topwork.run.train import train_together
 torch.set_num_threads(1)
 for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = ["topwork", *asked["arguments"]]
-        code = 0
-        try:
-            exec(asked["before"])
-            if asked["arguments"][0] == "together":
-                train_together([load_recipe(Path(path)) for path in asked["arguments"][1:]], resume=True)
-            else:
-                app.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 70
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(json.dumps(child), flush=True)
-    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+    children, (blocked, go) = [], os.pipe()
+    for asked in json.loads(line):
+        child = os.fork()
+        if child == 0:
+            os.close(go)
+            os.read(blocked, 1)  # until all are there
+            log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            sys.argv = ["topwork", *asked["arguments"]]
+            code = 0
+            try:
+                exec(asked["before"])
+                if asked["arguments"][0] == "together":
+                    recipes = [load_recipe(Path(path)) for path in asked["arguments"][1:]]
+                    train_together(recipes, resume=any(is_run(Path(recipe.output_dir)) for recipe in recipes))
+                else:
+                    app.main()
+            except SystemExit as exit:
+                code = exit.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                code = 70
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    os.close(blocked), os.close(go)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 LIMIT_SECONDS = 120
 
@@ -61,17 +68,31 @@ class Commands:
         """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id, and
         `before` is Python that the child runs first.
 
-        Beside the command line's own there is `together RECIPE…`, which trains or resumes them in one pass.
+        Beside the command line's own there is `together RECIPE…`, which trains them in one pass, or goes on.
         """
-        self._count += 1
-        log = self._logs / f"{self._count}.log"
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log), "before": before}) + "\n")
-        self._server.stdin.flush()
-        child = self._read()
+        [child], logs = self._begin([arguments], before)
         if during is not None:
             during(child)
-        return self._read(), log.read_text("utf-8")
+        return self._read()[0], logs[0].read_text("utf-8")
+
+    def at_once(self, *several: Sequence[str]) -> list[tuple[int, str, int]]:
+        """(exit code, what it printed, its process) of commands that are let go at one moment."""
+        children, logs = self._begin(several)
+        return [
+            (code, log.read_text("utf-8"), child) for code, log, child in zip(self._read(), logs, children, strict=True)
+        ]
+
+    def _begin(self, several: Sequence[Sequence[str]], before: str = "") -> tuple[list[int], list[Path]]:
+        logs = [self._logs / f"{self._count + number}.log" for number in range(len(several))]
+        self._count += len(several)
+        asked = [
+            {"arguments": list(each), "log": str(log), "before": before}
+            for each, log in zip(several, logs, strict=True)
+        ]
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(asked) + "\n")
+        self._server.stdin.flush()
+        return self._read(), logs
 
     def close(self) -> None:
         """End the process that forks."""

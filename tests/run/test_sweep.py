@@ -19,7 +19,7 @@ from topwork.run.outcome import TrainedRun
 from topwork.run.sweep.plan import SweepOptions, plan_sweep, waves
 from topwork.run.sweep.run import Swept, sweep
 from topwork.run.sweep.state import recipe_hash
-from topwork.run.train import train_together
+from topwork.run.train import train_held
 
 Recipes = Callable[..., Path]
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "batch_size": 2}
@@ -316,13 +316,13 @@ def test_a_point_of_which_a_seed_diverged_does_not_go_on(make_recipe: Recipes, m
     """Though its losses at the rung are the best: one is told as diverged, which no rate does to one seed alone."""
 
     def told(recipes: Sequence[Recipe], **options: Any) -> list[TrainedRun]:
-        runs = train_together(recipes, **options)
+        runs = train_held(recipes, **options)
         for recipe, run in zip(recipes, runs):
             if (recipe.training.learning_rate, recipe.training.seed) == (1e-2, 0):
                 run.result["stopped"] = "diverged"
         return runs
 
-    monkeypatch.setattr(sweep_module, "train_together", told)
+    monkeypatch.setattr(sweep_module, "train_held", told)
     recipe = make_recipe(training={**SHORT, "max_steps": 6, "eval_steps": 1}, adapter={"lora_dropout": 0.0})
     rates = "training.learning_rate=1e-2,1e-3,1e-5"
     members = by_name(quietly(recipe, rates, seeds=2, overrides=("sweep.halving={factor: 3, rungs: 2}",)))

@@ -18,6 +18,7 @@ from topwork.common.errors import NonFiniteLossError, RequestError, RunError
 from topwork.objectives.objective import Loss
 from topwork.objectives.sft import Sft
 from topwork.run.outcome import TrainedRun
+from topwork.run.ownership import own
 from topwork.run.train import train
 from topwork.training.passes import Memory, activation_bytes_per_token, plan_passes
 from topwork.training.progress import Silent
@@ -150,6 +151,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(make_recipe: Recipes) -> N
     recipe = make_recipe(training={"max_steps": 6})
     run = quietly(recipe).folder
     for stale in ("evaluation.json", "merge.json", "report/index.html"):
+        own(run, stale)
         (run / stale).parent.mkdir(exist_ok=True)
         (run / stale).write_text("{}")
     quietly(recipe, ("training.max_steps=2",), overwrite=True)
@@ -161,7 +163,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(make_recipe: Recipes) -> N
 def test_what_a_kill_left_of_the_first_file_does_not_block_the_run(make_recipe: Recipes, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".topwork-new-recipe.yaml-0123abcd").write_text("model:")
-    run = quietly(make_recipe(training={"max_steps": 1}), resume=True).folder
+    run = quietly(make_recipe(training={"max_steps": 1})).folder
     assert not list(run.glob(".topwork-*"))
 
 

@@ -14,16 +14,18 @@ EPILOG = "Example: topwork train examples/support/recipe.yaml --set adapter.r=8"
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the folder of a run.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run, from its newest whole checkpoint.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter."""
-    from topwork.recipe.recipe import load_recipe
+    from topwork.run.which import which_recipe
 
-    read = load_recipe(recipe, overrides or [])
+    read = which_recipe(recipe, overrides or [], resume)
     from topwork.run.console import training_progress
     from topwork.run.train import train as run
     from topwork.training.progress import Silent

@@ -181,6 +181,11 @@ def verify_folder(path: Path, but: Collection[str] = ()) -> None:
             _not_whole(path, f"{name} was altered after it was written")
 
 
+def manifest_names(path: Path) -> list[str]:
+    """The files that a folder's manifest names, relative to it. Raises CheckpointError where it cannot be read."""
+    return sorted(_manifest(path))
+
+
 def _not_whole(path: Path, what: str) -> None:
     raise CheckpointError(f"{path} is not whole: {what}; use another copy or an earlier checkpoint")
 

@@ -41,6 +41,9 @@ class _Chart:
     draw: "Callable[..., Figure]"
 
 
+MEASURES = {"accuracy": "Exact answers", "loss": "Loss"}
+
+
 def write_sweep_report(folder: Path, log: Callable[[str], None] = print) -> SweepReport:
     """Write the report of a sweep's folder. Without matplotlib there are no pictures, and `log` is told so.
 
@@ -65,6 +68,16 @@ def write_sweep_report(folder: Path, log: Callable[[str], None] = print) -> Swee
     return written
 
 
+def picture_names(sweep: SweepState) -> list[str]:
+    """The files of a sweep's folder that its report may have drawn."""
+    files = [f"{measure}-{_in_file(label)}" for label in sweep.axes for measure in MEASURES]
+    return [f"{PICTURES}/{file}.png" for file in ("curves", *files)]
+
+
+def _in_file(label: str) -> str:
+    return label.replace("/", "-").replace(" ", "-")
+
+
 def _charts(sweep: SweepState, records: Mapping[str, list[Record]]) -> list[_Chart]:
     found, base = points(sweep), base_scores(sweep)
     lost = sum(trial.state is TrialState.DIVERGED for trial in sweep.trials)
@@ -72,13 +85,13 @@ def _charts(sweep: SweepState, records: Mapping[str, list[Record]]) -> list[_Cha
     charts = [_Chart("curves", "All members", told, partial(curves_chart, sweep.trials, records))]
     for label in sweep.axes:
         own = [point for point in found if label in point.values and not point.left]
-        for measure, named in (("accuracy", "Exact answers"), ("loss", "Loss")):
+        for measure, named in MEASURES.items():
             measured = [point for point in own if (point.accuracy if measure == "accuracy" else point.loss) is not None]
             if not measured:
                 continue
             # a bare base's loss would flatten the others
             at_base = base.exact_match if base and measure == "accuracy" else None
-            file = f"{measure}-{label.replace('/', '-').replace(' ', '-')}"
+            file = f"{measure}-{_in_file(label)}"
             draw = partial(axis_chart, own, label, measure, base=at_base)
             told = f"{named} of {len(measured)} points against {label}, with standard errors."
             charts.append(_Chart(file, f"{named} against {label}", told, draw))

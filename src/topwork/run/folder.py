@@ -1,5 +1,6 @@
 """A run's folder: what stands where.
 
+RUN/run.json             what of all this is the run's own, by which it is recognised (`run/ownership.py`)
 RUN/recipe.yaml          the recipe, every option written out
 RUN/metrics.jsonl        a record per step, validation and note
 RUN/checkpoints/         the last k, and the best

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from topwork.adapters.graft import Adapters, is_free
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
+from topwork.common.locks import locked
 from topwork.common.memory import memory_for
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
@@ -20,17 +22,19 @@ from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.tokenizer import open_tokenizer
 from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
-from topwork.recipe.recipe import Recipe, load_recipe, recipe_yaml
-from topwork.run.begin import check_folder, check_shared, check_targets, clear
+from topwork.recipe.recipe import Recipe, recipe_yaml
+from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
 from topwork.run.fit import passes_that_fit, refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
+from topwork.run.ownership import is_run, own
 from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.run.session import Session, open_session
+from topwork.run.which import which_recipe
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
 from topwork.training.loop import Loop, Outcome
-from topwork.training.metrics import MetricsLog, open_sinks
+from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
 from topwork.training.progress import Progress, Silent
 from topwork.training.start import Start, common_start
@@ -66,12 +70,14 @@ def train(
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainedRun:
-    """Train the adapter that a recipe describes; the result is in `output_dir`.
+    """Train the adapter that a recipe describes; the result is in `output_dir`, and in the folder that is given where
+    that is a run's, or the recipe.yaml in one.
 
-    `resume` goes on from the newest whole checkpoint, or starts where there is none. Raises RequestError where
-    something is wrong with the request (nothing is written then), RunError where the run fails.
+    `resume` goes on with a run from its newest whole checkpoint. Raises RequestError where something is wrong with the
+    request (nothing is written then): no run to resume, or a folder that another process trains in, too. Raises
+    RunError where the run fails.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
+    recipe = recipe if isinstance(recipe, Recipe) else which_recipe(Path(recipe), overrides, resume)
     one = progress or Silent()
     return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
 
@@ -89,8 +95,8 @@ def train_together(
 
     The recipes share `model`, `quantization`, `training.tokens_per_pass` and `training.activation_checkpointing`.
 
-    resume    go on from the newest round that all have a checkpoint of, or start where there is none; a part of the
-              recipes that were begun together may go on without the others
+    resume    go on from the newest round that all have a checkpoint of, at step 0 where they were stopped before the
+              first; a part of the recipes that were begun together may go on without the others
     progress  gives the Progress of a trial by its name
     stop_at   end the call after so many optimizer steps of each ("paused"): validated, with a checkpoint and an adapter
               of that step; a later call with `resume` goes on, by the learning rates of the whole plan
@@ -103,6 +109,16 @@ def train_together(
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
+    check_request(recipes, resume, overwrite)
+    with locked(Path(recipe.output_dir) for recipe in recipes):
+        return train_held(recipes, resume, overwrite, progress, log, stop_at, on)
+
+
+def train_held(
+    recipes: Sequence[Recipe], resume: bool, overwrite: bool, progress: Callable[[str], Progress] | None, log: Log,
+    stop_at: int | None, on: Session | None,
+) -> list[TrainedRun]:  # fmt: skip
+    """`train_together` in folders that this process holds already."""
     for recipe in recipes:
         check_folder(recipe, resume, overwrite)
     loaded, held = _prepared(recipes, on, log)
@@ -184,7 +200,8 @@ def _grafted(
         counted = count_adapter(base.module, recipe.adapter)
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
-        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), Path(recipe.output_dir))
+        folder = Path(recipe.output_dir)
+        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), folder, partial(own, folder))
         runs.append(_Run(recipe, place, data, counted))
     return runs
 
@@ -216,13 +233,16 @@ def _start(runs: Sequence[_Run], log: Log) -> Start:
     """Where all go on. Raises RequestError for one that was not begun with the others."""
     for run in runs:
         recover_folder(run.folder / ADAPTER)
-    new = [run.folder for run in runs if not (run.folder / RECIPE).exists()]
+    new = [run.folder for run in runs if not is_run(run.folder)]
     if new and any(list_checkpoints(run.folder / CHECKPOINTS) for run in runs):
         raise RequestError(
             f"{new[0]} was not begun with the others, which have checkpoints already; resume those without it, and "
             "begin it in a call of its own"
         )
-    return common_start([run.folder / CHECKPOINTS for run in runs], log)
+    start = common_start([run.folder / CHECKPOINTS for run in runs], log)
+    if not start.checkpoints:
+        log(f"{', '.join(str(run.folder) for run in runs)}: stopped before the first checkpoint; going on from step 0")
+    return start
 
 
 def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
@@ -233,9 +253,7 @@ def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: boo
         for run, origin in zip(runs, origins):
             refuse_other_inputs(run.folder, origin)
     for run, origin in zip(runs, origins):
-        if overwrite:
-            clear(run.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        begin_folder(run.folder, [TEMPLATE] if run.data.template.jinja else [], overwrite)
         write_text(run.folder / RECIPE, recipe_yaml(run.recipe))
         if run.data.template.jinja:
             write_text(run.folder / TEMPLATE, run.data.template.jinja)
@@ -254,8 +272,12 @@ def _smaller_passes(runs: Sequence[_Run], log: Log) -> Callable[[int, str], None
 
 
 def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
-    names = run.recipe.training.report_to
+    names, events = run.recipe.training.report_to, set((run.folder / TENSORBOARD).glob("*"))
+    if "wandb" in names:
+        own(run.folder, WANDB_ID)
     sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
+    new = set((run.folder / TENSORBOARD).glob("*")) - events  # it names them itself
+    own(run.folder, *(path.relative_to(run.folder).as_posix() for path in new))
     return MetricsLog(run.folder, at, sinks, log)
 
 

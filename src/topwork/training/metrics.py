@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import append_line, write_bytes, write_text
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
 Kind = Literal["train", "eval", "note"]
 
@@ -127,7 +127,7 @@ class TensorBoardSink:
         except ImportError as error:
             raise _missing("tensorboard", "tensorboard") from error
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._writer = SummaryWriter(log_dir=str(run_dir / TENSORBOARD), purge_step=purge_step)
         if resume_step is None:
             self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
@@ -147,7 +147,7 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise _missing("wandb", "Weights & Biases") from error
-        id_file = run_dir / "wandb_id"
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             write_text(id_file, secrets.token_hex(8))
         self._run = wandb.init(

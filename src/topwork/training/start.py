@@ -33,12 +33,12 @@ class _Kept:
     """One adapter's checkpoints."""
 
     folder: Path
-    warn: Callable[[str], None]
+    wrong: list[str] = field(default_factory=list)
     newest: Path | None = field(init=False)
     state: TrainState | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.newest = newest_whole_checkpoint(self.folder, self.warn)
+        self.newest = newest_whole_checkpoint(self.folder, self.wrong.append)
         self.state = read_state(self.newest) if self.newest is not None else None
 
     def rounds(self) -> set[int]:
@@ -62,9 +62,14 @@ class _Kept:
 def common_start(folders: Sequence[Path], warn: Callable[[str], None]) -> Start:
     """The newest start that the checkpoints in `folders`, one for each adapter, allow; passed over ones are told.
 
-    Raises RequestError where they were not trained together.
+    Raises RequestError where they were not trained together, or where one has checkpoints and none is whole.
     """
-    kept = [_Kept(folder, warn) for folder in folders]
+    kept = [_Kept(folder) for folder in folders]
+    for each in kept:
+        if each.newest is None and each.wrong:
+            raise _none_is_whole(each)
+        for told in each.wrong:
+            warn(told)
     for at in sorted({found for each in kept for found in each.rounds()}, reverse=True):
         checkpoints = [each.at(at) for each in kept]
         if None not in checkpoints:
@@ -76,6 +81,14 @@ def common_start(folders: Sequence[Path], warn: Callable[[str], None]) -> Start:
             "each with those that it was begun with"
         )
     return Start()
+
+
+def _none_is_whole(kept: _Kept) -> RequestError:
+    told = "\n  ".join(kept.wrong)
+    return RequestError(
+        f"{kept.folder.parent} has checkpoints, and none is whole, so there is nothing to go on from:\n  {told}\nBring "
+        "back a copy of one of them, or begin anew: with --overwrite, or in another output_dir"
+    )
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """One adapter in training: row source, optimizer, state, metrics, run folder. The loop tells it what its steps gave."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Place:
     name: str
     base_id: BaseId
     run_dir: Path
+    own: Callable[[str], None] = lambda _: None
+    """Is told the name in `run_dir` of each checkpoint before it is written."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Trial:
     def save(self) -> None:
         """Write a checkpoint of the step it is at."""
         place = self.place
+        place.own(f"{CHECKPOINTS}/{checkpoint_path(self.checkpoints, self.state.step).name}")
         save_checkpoint(
             self.checkpoints,
             self.state.step,

@@ -8,19 +8,22 @@ from typing import Any
 
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import NonFiniteLossError, RequestError
+from topwork.common.locks import locked
 from topwork.recipe.recipe import Recipe
 from topwork.reporting.sweep import write_sweep_report
 from topwork.reporting.sweep_points import diminishing_returns, points
 from topwork.reporting.sweep_state import SweepState, TrialState, Wave
+from topwork.run.begin import check_request
 from topwork.run.evaluate import Finished, evaluate_members
 from topwork.run.fit import refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER
 from topwork.run.outcome import TrainedRun
+from topwork.run.ownership import is_run
 from topwork.run.session import Session, open_session
 from topwork.run.sweep.cost import cost, measure_alone, take_pass_cost
 from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep, waves
-from topwork.run.sweep.state import clear, discard, open_state, result_of, take_scores
-from topwork.run.train import train_together
+from topwork.run.sweep.state import clear, discard, earlier_runs, open_state, result_of, take_scores
+from topwork.run.train import train_held
 from topwork.training.progress import Progress
 
 ENDED = (TrialState.FINISHED, TrialState.EARLY_STOPPING, TrialState.DIVERGED)
@@ -77,7 +80,22 @@ def sweep(
     name. `resume` goes on with what is not finished. Raises RequestError where
     something is wrong with the request (nothing is written then), RunError where the sweep fails.
     """
+    if Path(recipe).is_dir():
+        raise RequestError(
+            f"{recipe} is a folder; give the recipe that the sweep was begun with, and --set output_dir=… where it went"
+        )
     plan = plan_sweep(Path(recipe), overrides, options)
+    with locked([plan.out]):
+        runs = [Path(trial.recipe.output_dir) for trial in plan.trials]
+        with locked([*runs, *(earlier_runs(plan.out) if overwrite else ())]):
+            return _held(plan, options, resume, overwrite, progress, log)
+
+
+def _held(
+    plan: SweepPlan, options: SweepOptions, resume: bool, overwrite: bool,
+    progress: Callable[[], Callable[[str], Progress]] | None, log: Log,
+) -> Swept:  # fmt: skip
+    """A sweep in folders that this process holds."""
     state = open_state(plan, resume, overwrite)
     resumed = resume and bool(state.waves)
     tell_plan(plan, log)
@@ -184,11 +202,12 @@ def _wave_trained(going: _Sweep, wave: Wave) -> bool:
         state.trial(name).state = TrialState.TRAINING
     wave.begun = True
     going.save()
-    begun = going.resumed or wave.rung > 0
     recipes = [going.recipe(name) for name in names]
+    begun = (going.resumed or wave.rung > 0) and any(is_run(Path(recipe.output_dir)) for recipe in recipes)
     progress = going.progress() if going.progress else None
     try:
-        runs = train_together(
+        check_request(recipes, begun, going.overwrite and not begun)
+        runs = train_held(
             recipes, resume=begun, overwrite=going.overwrite and not begun, progress=progress,
             log=going.log, stop_at=wave.stop_at, on=going.on,
         )  # fmt: skip
@@ -199,7 +218,7 @@ def _wave_trained(going: _Sweep, wave: Wave) -> bool:
         alone.state, alone.rung, alone.error = TrialState.DIVERGED, wave.rung, str(error)
         going.log(f"{alone.name} diverged: {error}")
     except RequestError:
-        if first and not any(Path(recipe.output_dir).exists() for recipe in recipes):
+        if first and not any(is_run(Path(recipe.output_dir)) for recipe in recipes):
             discard(going.plan.out)
         raise
     else:

@@ -1,17 +1,19 @@
 """A sweep's state (`reporting/sweep_state.py`) as it begins, goes on, and takes what its trials came to."""
 
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from topwork.adapters.config import CONFIGS
 from topwork.common.errors import RequestError
+from topwork.common.locks import leave
 from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import PlannedTrial
 from topwork.reporting.readers import number
+from topwork.reporting.sweep import picture_names
 from topwork.reporting.sweep_state import (
     PICTURES,
     REPORTS,
@@ -25,7 +27,8 @@ from topwork.reporting.sweep_state import (
     read_sweep,
     trial_metrics,
 )
-from topwork.run.folder import RECIPE
+from topwork.run.begin import check_replaceable, holds_others
+from topwork.run.ownership import is_run, nothing_begun, take_away
 from topwork.run.sweep.plan import SweepPlan
 
 IDLE = {
@@ -38,7 +41,7 @@ def open_state(plan: SweepPlan, resume: bool, overwrite: bool) -> SweepState:
     """The state of a sweep that begins, or goes on with `resume`; nothing is written yet.
 
     Raises RequestError where the folder holds something else, a sweep that neither `resume` nor `overwrite` was asked
-    for, one that cannot be read, or one with other trials.
+    for, one that cannot be read or with other trials, or none to resume. It is held by this process.
     """
     if resume and overwrite:
         raise RequestError("--resume goes on with a sweep and --overwrite deletes it; give one of the two")
@@ -48,37 +51,55 @@ def open_state(plan: SweepPlan, resume: bool, overwrite: bool) -> SweepState:
             f"output_dir {folder} holds a sweep already; go on with it by --resume, replace it by --overwrite, or name "
             "another with --set output_dir=…"
         )
-    if not file.is_file() and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if not file.is_file() and _holds_others(plan):
         raise RequestError(
             f"output_dir {folder} holds other files; name an empty or a new folder by --set output_dir=…"
         )
     fresh = _fresh(plan)
     if not file.is_file():
+        if resume:
+            raise nothing_begun(folder, "sweep", lambda path: (path / SWEEP).is_file())
         return fresh
     known = read_sweep(folder)
     if resume:
         _refuse_another(folder, known, fresh)
+    else:
+        for run in earlier_runs(folder):
+            check_replaceable(run)
     return known if resume else fresh
 
 
+def earlier_runs(folder: Path) -> list[Path]:
+    """The runs that an earlier sweep made in its folder."""
+    if not (folder / SWEEP).is_file():
+        return []
+    runs = [folder / trial.folder for trial in read_sweep(folder).trials]
+    return [run for run in runs if run.resolve().parent == folder.resolve() and is_run(run)]
+
+
 def clear(folder: Path) -> None:
-    """Take an earlier sweep out of its folder: its files, and the runs in it that it made."""
+    """Take an earlier sweep out of its folder: its files, and the runs in it that it made. All of them are held."""
+    for run in earlier_runs(folder):
+        if take_away(run):
+            leave(run)
     if not (folder / SWEEP).is_file():
         return
-    for trial in read_sweep(folder).trials:
-        run = folder / trial.folder
-        if run.resolve().parent == folder.resolve() and (run / RECIPE).is_file():
-            shutil.rmtree(run)
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)
-    for name in (SWEEP, *REPORTS):
+    for name in (*picture_names(read_sweep(folder)), *REPORTS, SWEEP):
         (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something of its owner is in there, or it is not there
+        (folder / PICTURES).rmdir()
 
 
 def discard(folder: Path) -> None:
     """Take back a sweep of which nothing was begun."""
     (folder / SWEEP).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+
+
+def _holds_others(plan: SweepPlan) -> bool:
+    """Whether it holds anything but hidden files, and folders made for trials that nothing came into."""
+    made = {Path(trial.recipe.output_dir).resolve() for trial in plan.trials}
+    seen = [path for path in (plan.out.iterdir() if plan.out.is_dir() else ()) if not path.name.startswith(".")]
+    return any(path.resolve() not in made or holds_others(path) for path in seen)
 
 
 def result_of(folder: Path, trial: TrialRecord, result: Mapping[str, Any]) -> TrialResult:
