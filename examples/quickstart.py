@@ -22,8 +22,9 @@ TICKET = (
 
 def main(folder: str) -> None:
     print("1/4  training (about 120,000 tokens)", flush=True)
-    run = topwork.train(RECIPE, [f"output_dir={folder}"], resume=is_run(Path(folder)), progress=training_progress())
-    if run.result["stopped"] == "interrupted":
+    try:
+        run = topwork.train(RECIPE, [f"output_dir={folder}"], resume=is_run(Path(folder)), progress=training_progress())
+    except topwork.RunInterrupted:
         sys.exit("interrupted; run `make quickstart` again to go on")
     print("\n2/4  measuring on 300 tickets worded unlike any in training, without and with the adapter", flush=True)
     scores = topwork.evaluate(folder)

@@ -56,6 +56,7 @@ COMMANDS = {
     "merge_rounding": "merge_rounding.py",
     "pairs_on_one_folder": "pairs_on_one_folder.py --pairs 200",
     "products": "products.py",
+    "kills": "kills.py --a-run 10",
     "lint_speed": "lint_speed.py",
     "long_conversations": "long_conversations.py BEFORE --out long_conversations",
     "profile_step": "profile_step.py",

@@ -19,6 +19,7 @@ _WHERE = {
     "train_together": "topwork.run.train",
     "open_session": "topwork.run.session",
     "sweep": "topwork.run.sweep.run",
+    "RunInterrupted": "topwork.run.interrupted",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",

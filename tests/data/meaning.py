@@ -5,7 +5,8 @@ from typing import Any
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.files.rows import Row
-from topwork.data.meaning.formats import Format, read_conversations, recognise, refuse_bad
+from topwork.data.meaning.formats import Format, read_conversations, recognise
+from topwork.data.summary import refuse_bad
 
 U: dict[str, Any] = {"role": "user", "content": "q"}
 A: dict[str, Any] = {"role": "assistant", "content": "a"}

@@ -1,14 +1,25 @@
 """What errors advise is followed, to the letter, and the rows load."""
 
+import ast
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis.strategies import text
 from meaning import A, U, load, read, turns
+from pasting import pasted, printed
 
+import topwork
 from topwork.common.errors import DataError
+from topwork.common.yaml_text import in_yaml, quoted
+from topwork.data.config import DataConfig
+from topwork.data.parts import read_parts
+from topwork.recipe.recipe import Recipe, all_keys, load_recipe
 
 PASSAGE = "The mill of Brask was opened in 1830 by a miller of whom nobody knows more than that he was called"
 
@@ -30,7 +41,7 @@ def advised(error: str) -> Iterator[dict[str, Any]]:
     """Each advice as the options that it is: `data.A: … and data.B: …` are one."""
     one = r"data\.(\w+): (\{(?:[^{}\"]|\"(?:[^\"\\]|\\.)*\")*\}|text)"
     for found in re.finditer(rf"{one}(?: and {one})*", error):
-        yield {name: yaml.safe_load(value) for name, value in re.findall(one, found[0])}
+        yield pasted(printed(found[0]))
 
 
 SHAPES: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -181,3 +192,88 @@ def test_answers_are_not_learned_without_their_pictures(column: str, value: Any)
         (way,) = advised(str(caught.value))
         assert turns(read(*fields, **way)[1])[1] == ("assistant", "a")
     assert len(read(*rows(question="N?", answer="a", **{column: None}))) == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("answers", ["N", "b"]), ("an, answer: #1", ["N", "b"]), ("meta.answers", ["N", "b"])]
+)
+def test_choosing_from_a_list_keeps_what_the_recipe_names_already(column: str, value: Any) -> None:
+    fields = rows(**{"the ask": "qN", column: value, "who": "w"})
+    mapped = {"prompt": "the ask", "completion": column, "system": "who"}
+    for spec in (column, f"{{{column}}}"):
+        with pytest.raises(DataError, match="joined they would be one that nobody wrote") as caught:
+            load(*fields, columns={**mapped, "completion": spec})
+        way = next(advised(str(caught.value)))
+        assert turns(read(*fields, **way)[1]) == [("system", "w"), ("user", "q1"), ("assistant", "1")]
+
+
+def test_a_key_and_a_role_beside_those_that_are_named_already() -> None:
+    talk = [{"who": "client", "content": "N", "my-flag: loss": 1}, {"who": "bard", "content": "a"}]
+    named = {"message_keys": {"who": "role"}, "roles": {"client": "user"}}
+    with pytest.raises(DataError, match="sounds as if it said whether") as caught:
+        load(*rows(messages=talk), **named | {"roles": {"client": "user", "bard": "assistant"}})
+    way = next(advised(str(caught.value)))
+    assert way == {"message_keys": {"who": "role", "my-flag: loss": "train"}}
+    with pytest.raises(DataError, match="unknown role 'bard'") as caught:
+        load(*rows(messages=talk), **named | way)
+    more = next(advised(str(caught.value)))
+    assert turns(read(*rows(messages=talk), **way | more)[1]) == [("user", "1"), ("assistant", "a")]
+
+
+def test_material_is_added_to_what_the_recipe_names_already() -> None:
+    fields = rows(ask="qN", evidence="c", answer="a", persona="w")
+    with pytest.raises(DataError, match="evidence looks like a part") as caught:
+        load(*fields, columns={"prompt": "ask", "system": "persona"})
+    for way, asked in zip(advised(str(caught.value)), ("q1\n\nc", "q1")):
+        assert turns(read(*fields, **way)[1]) == [("system", "w"), ("user", asked), ("assistant", "a")]
+
+
+@given(text())
+def test_whatever_a_column_is_called_may_be_pasted(name: str) -> None:
+    assert yaml.safe_load(quoted(name)) == name
+    assert pasted([f"data.columns: {in_yaml({'prompt': name})}"]) == {"columns": {"prompt": name}}
+
+
+def test_one_of_several_sources_is_given_its_own(tmp_path: Path) -> None:
+    for name, row in (("b, c.jsonl", {"mr": "q", "ref": "a"}), ("a.jsonl", {"prompt": "p", "completion": "c"})):
+        (tmp_path / name).write_text(json.dumps(row) + "\n", "utf-8")
+    own = str(tmp_path / "b, c.jsonl")
+    with pytest.raises(DataError, match="give this one its own") as caught:
+        read_parts(config := DataConfig(train=[str(tmp_path / "a.jsonl"), own]), config.train)
+    source = re.search(r"its own: (\{path.*\})", str(caught.value))
+    assert source is not None
+    config = DataConfig(train=[str(tmp_path / "a.jsonl"), yaml.safe_load(source[1])])
+    assert [part.format.columns for part in read_parts(config, config.train)] == [
+        {"prompt": "prompt", "completion": "completion"},
+        {"prompt": "mr", "completion": "ref"},
+    ]
+
+
+# What any message of the package says to set
+
+_OPTION = re.compile(r"\b([a-z]+(?:\.[a-z_0-9]+)+): ([a-z_0-9]+|\{|\"|⟨)")
+_BESIDE = {"adapter.init_lora_weights": ("quantization.load_in_4bit=true",)}
+
+
+def said_in_the_package() -> Iterator[tuple[str, str, str]]:
+    """(where, key, value) of each `section.key: value` in a text of the sources; ⟨ begins what a message fills in."""
+    for path in sorted(Path(topwork.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "⟨" for part in parts]
+            for key, value in _OPTION.findall("".join(part for part in texts if isinstance(part, str))):
+                if key.partition(".")[0] in Recipe.model_fields:
+                    yield path.name, key, value
+
+
+_PROSE = ("below", "expected")  # a sentence about the option, and no value of it
+
+
+def test_every_option_that_a_message_names_is_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {model_name_or_path: a/b}\ndata: {train: a.jsonl}\n", "utf-8")
+    said = set(said_in_the_package())
+    assert len(said) > 50
+    for where, key, value in sorted(said):
+        assert key in all_keys(), f"{where}: {key}"
+        if value[0] not in '{"⟨' and value not in _PROSE:
+            load_recipe(tmp_path / "recipe.yaml", [*_BESIDE.get(key, ()), f"{key}: {value}"])

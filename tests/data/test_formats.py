@@ -10,7 +10,8 @@ from topwork.common.errors import DataError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.files.rows import Row, read_rows
-from topwork.data.meaning.formats import read_conversations, recognise, refuse_bad
+from topwork.data.meaning.formats import read_conversations, recognise
+from topwork.data.summary import refuse_bad
 
 
 def rows_of(*fields: dict[str, Any]) -> list[Row]:

@@ -6,7 +6,8 @@ import pytest
 from meaning import load, read, turns
 
 from topwork.common.errors import DataError
-from topwork.data.meaning.mapping import in_yaml, value_of
+from topwork.common.yaml_text import in_yaml
+from topwork.data.meaning.mapping import value_of
 from topwork.data.meaning.values import RowProblem
 
 ROW = {

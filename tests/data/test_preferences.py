@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from pasting import pasted, printed
 from preference_rows import ASKED, BEFORE, GOOD, JUDGED, PAIRS, POOR, PROMPTS, SYSTEM, hh
 
 from topwork.common.errors import DataError
@@ -85,8 +85,7 @@ def advised(fields: dict[str, Any], match: str) -> dict[str, Any]:
     text = ADVICE.search(str(refused.value))
     assert text is not None
     assert "\n" not in str(refused.value)
-    said = re.findall(r'data\.(\w+): (\{.*?\}|"[^"]*"|\w+)', text[1])
-    return {name: yaml.safe_load(value) for name, value in said}
+    return pasted(printed(text[1]))
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS.keys() - {"nectar", "hh"}))
@@ -349,8 +348,8 @@ def test_the_advice_can_be_pasted_whatever_columns_are_called(make_tokenizer: Ca
     columns = {"prompt": "The question: which?", "chosen": "a, b", "rejected": "c"}
     with pytest.raises(DataError, match="preference data") as refused:
         recognise(rows_of(fields), DataConfig(train="a", columns=columns))
-    said = str(refused.value).partition("set data.columns: ")[2]
-    assert learned(make_tokenizer("qwen2_5"), fields, columns=yaml.safe_load(said))[1] == "Four.<|im_end|>"
+    options = pasted(printed(str(refused.value)))
+    assert learned(make_tokenizer("qwen2_5"), fields, **options)[1] == "Four.<|im_end|>"
 
 
 def test_what_is_wrong_with_judged_answers_and_prompts() -> None:

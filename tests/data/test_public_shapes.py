@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from data.pasting import pasted, printed
 from data.public_columns import COLUMNS
 from data.public_shapes import CHATS
 from topwork.common.errors import DataError
@@ -46,16 +46,17 @@ def read(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Callable[..., tu
 
 
 SHAPES = CHATS | COLUMNS
-OPTION = re.compile(r'data\.(\w+): ({(?:"(?:\\.|[^"])*"|[^}"])*}|"(?:\\.|[^"])*"|\w+)')
+
+
+_MEANT = ("columns", "format", "response_part", "instruction_part", "roles")
 
 
 def advised(message: str) -> dict[str, Any]:
     """The options that a refusal says to set; of two ways the first. None where it leaves a part of them open."""
-    options: dict[str, Any] = {}
-    for name, value in OPTION.findall(re.split(", or data\\.|; to learn ", message)[0]):
-        if name in ("columns", "format", "response_part", "instruction_part", "roles"):
-            options.setdefault(name, yaml.safe_load(value))
-    return {} if "COLUMN" in str(options) else options
+    one_way = re.split(", or data\\.|; to learn ", message)[0]
+    named = {option.partition(":")[0]: option for option in reversed(printed(one_way))}
+    told = [option for name, option in named.items() if name.removeprefix("data.") in _MEANT]
+    return {} if not told or "COLUMN" in one_way else pasted(told)
 
 
 def one_line(message: str) -> bool:

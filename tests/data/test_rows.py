@@ -62,7 +62,17 @@ def test_missing_files_and_near_names(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", "{}")
     refused(str(tmp_path / "trian.jsonl"), "does not exist", "did you mean 'train.jsonl'")
     refused(str(tmp_path / "no" / "train.jsonl"), "nor does its folder")
-    refused(write("a.xlsx", "x"), "ends in '.xlsx'", "save its sheet as CSV", ".jsonl")
+    for name in ("a.xls", "a.XLSB", "a.ods", "a.numbers"):
+        refused(write(name, "x"), "ends in '.", "save its sheet as CSV", ".jsonl")
+    for name, told in (
+        ("a.docx", "save it as .txt in UTF-8"),
+        ("a.rtf", "save it as .txt"),
+        ("a.pdf", "take its text"),
+    ):
+        refused(write(name, "x"), told)
+    for address in ("https://docs.google.com/spreadsheets/d/1/edit#gid=0", "s3://bucket/rows.jsonl"):
+        refused(address, "is an address on the web", "download it, a sheet as CSV")
+    refused("data/rows.ods", "does not exist")  # and is not looked for on the Hub
     refused(write("a.parquet.gz", "x"), "packed inside already")
     (tmp_path / "empty").mkdir()
     refused(str(tmp_path / "empty"), "holds no data file")

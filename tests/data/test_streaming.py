@@ -420,7 +420,7 @@ BAD = jsonl([*PAIRS[:4], {"prompt": "What?", "completion": ""}, *PAIRS[4:], {"pr
         ("rows.jsonl", jsonl(PAIRS).replace("more", "m\0re"), "holds a NUL byte at offset"),
         ("rows.jsonl", jsonl(PAIRS).encode("cp1252", "replace"), r"is not UTF-8: byte 0xe4 .*data\.encoding: cp1252"),
         ("rows.jsonl", jsonl([{"x": 1}]), r"the columns? x"),
-        ("rows.xlsx", "PK", r"'\.xlsx'"),
+        ("rows.xls", "PK", r"'\.xls'"),
         ("rows.jsonl.gz", gzip.compress(jsonl(PAIRS).encode())[:-20], "cannot be unpacked"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from meaning import load, read
+from pasting import pasted, printed
 
 from topwork.common.errors import DataError
 
@@ -41,8 +42,7 @@ def test_a_text_of_all_turns_is_never_advised_as_an_answer(asks: str, answers: s
     rows = [{"system": f"Be brief {n}.", "chat": f"{asks} Hi {n}\n\n{answers} Ho."} for n in range(3)]
     with pytest.raises(DataError) as caught:
         load(*rows)
-    said = re.findall(r'data\.(\w+): (\{.*?\}(?= and data)|"[^"]*")', str(caught.value))
-    way = {name: yaml.safe_load(value) for name, value in said}
+    way = pasted(printed(str(caught.value)))
     assert way == {
         "columns": {"text": "{system?}\n\n{chat}"},
         "response_part": answers,

@@ -27,6 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(source_part, "embedded_file", lambda _: None)
+    monkeypatch.setattr(source_part, "ask_hub", lambda *_: None)  # tests/common/test_hub.py
     return tmp_path
 
 
@@ -94,6 +95,18 @@ def test_local_folder(here: Path) -> None:
     assert find("models/mine").folder == "models/mine"  # a model that also keeps an adapter somewhere below
 
 
+@pytest.mark.parametrize("form", ["{}", " {}\n", "'{}'", '"{}"', "file://{}", "{}/"])
+def test_a_folder_is_found_however_its_path_is_written(form: str, here: Path) -> None:
+    folder = make_model(here / "with a space, ünd mehr" / "mine")
+    assert Path(find(form.format(folder)).folder) == folder
+
+
+def test_a_model_in_somebodys_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    folder = make_model(here / "home" / "mine")
+    assert Path(find("~/mine").folder) == folder
+
+
 def test_revision_of_something_local_is_refused(here: Path) -> None:
     make_model(here / "mine")
     with pytest.raises(ModelError, match="revision 'v1'"):
@@ -110,6 +123,17 @@ def test_revision_of_something_local_is_refused(here: Path) -> None:
         ("./models/mistrel", "did you mean 'models/mistral'"),
         ("models/tiny.Q4.gguf", "did you mean 'models/tiny.Q8.gguf'"),
         ("nowhere/deep/model", "'nowhere/deep' is not there either"),
+        ("models/qwen", "no folder and no .gguf file of that name is there .nor asked of the Hub"),
+        ("./qwen", "no folder and no .gguf file of that name is there"),
+        ("a/b/c", "no folder and no .gguf file of that name is there"),
+        ("models/mistrel/", "did you mean 'models/mistral'"),
+        ("C:\\models\\mistral", "folders are parted by /"),
+        ("models\\mistral", "did you mean 'models/mistral'"),
+        ("~nobody-of-this-name/mistral", "~nobody-of-this-name is no home that is known here"),
+        ("$MODELS/mistral", r"variables .\$MODELS. are not expanded"),
+        ("%MODELS%/mistral", "variables .%MODELS%. are not expanded"),
+        ("owner/name..x", "a Hub id reads owner/name"),
+        ("owner/" + "x" * 300, "a Hub id reads owner/name"),
         ("gpt2", "a Hub id reads owner/name"),
     ],
 )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from topwork.models.source import ALIASES, HUB_ID
+from topwork.common.hub import HUB_ID
+from topwork.models.source import ALIASES
 from topwork.recipe.recipe import load_recipe
 from topwork.run.evaluate import evaluate
 from topwork.run.sweep.plan import plan_sweep

@@ -114,6 +114,17 @@ def test_it_tells_what_was_trained_and_how(tmp_path: Path) -> None:
         assert told in card, told
 
 
+def test_an_adapter_that_it_began_from_is_told_without_its_place(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    provenance = json.loads((run / "provenance.json").read_text("utf-8"))
+    begun = {"path": "/home/ada/runs/first", "folder": "/home/ada/runs/first/adapter", "sha256": "c4" * 32}
+    write(run, provenance=provenance | {"begun_from": begun})
+    card = card_of(run)
+    assert f"the adapter `first`, its tensors' file `{'c4' * 32}`" in card
+    assert "validation loss (before: with the adapter that it began from)" in card
+    assert "/home/ada" not in card
+
+
 def test_no_path_of_this_machine(tmp_path: Path) -> None:
     provenance = {"base": {"id": "/home/ada/models/base"}, "data": {}}
     made = {"base": "/home/ada/models/base", "sources": [{"name": "/home/ada/runs/one", "sha256": "ab"}]}

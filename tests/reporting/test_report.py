@@ -108,7 +108,7 @@ def test_the_page_tells_the_key_figures(run_dir: Path) -> None:
     )  # fmt: skip
     for figure in figures:
         assert figure in page, figure
-    for note in (NOTE, "two rows stand twice", "The run was interrupted"):
+    for note in (NOTE, "two rows stand twice", "The run was stopped after step 12"):
         assert page.index(note) < page.index('id="curves"')
 
 

@@ -192,6 +192,6 @@ _ROUTES = {
     rf"POST /{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     r"PUT /objects/(\w+)": _Handler.store,
     rf"POST /api/models/{_NAME}/commit/(.+)": _Handler.commit,
-    rf"(?:GET|HEAD) /{_NAME}/resolve/([\w.-]+)/(.+)": _Handler.file,
+    rf"(?:GET|HEAD) /(?:datasets/)?{_NAME}/resolve/([\w.-]+)/(.+)": _Handler.file,
 }
 """METHOD /path -> what answers it."""

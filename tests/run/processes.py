@@ -12,7 +12,8 @@ from typing import Any
 
 SERVER = """
 import json, os, sys
-import topwork.run.train, topwork.run.console, topwork.run.sweep.run, topwork.cli.app as app, torch
+import topwork.run.train, topwork.run.evaluate, topwork.run.console, topwork.run.sweep.run, torch
+import topwork.cli.app as app
 from pathlib import Path
 from topwork.recipe.recipe import load_recipe
 from topwork.run.ownership import is_run
@@ -29,6 +30,9 @@ for line in sys.stdin:
             os.dup2(log, 1), os.dup2(log, 2)
             sys.argv = ["topwork", *asked["arguments"]]
             code = 0
+            if asked["strike"]:
+                from run.strike import arm
+                arm(**asked["strike"])
             try:
                 exec(asked["before"])
                 if asked["arguments"][0] == "together":
@@ -50,6 +54,7 @@ for line in sys.stdin:
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 LIMIT_SECONDS = 120
+TESTS = Path(__file__).parents[1]
 
 
 class Commands:
@@ -59,18 +64,25 @@ class Commands:
         self._logs, self._count = logs, 0
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {
+                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
+            },
         )  # fmt: skip
 
     def run(
-        self, arguments: Sequence[str], during: Callable[[int], None] | None = None, before: str = ""
+        self,
+        arguments: Sequence[str],
+        during: Callable[[int], None] | None = None,
+        strike: Any = None,
+        before: str = "",
     ) -> tuple[int, str]:
         """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id, and
-        `before` is Python that the child runs first.
+        `strike` is what `strike.arm` is called with in the child, and `before` Python that it runs first.
 
         Beside the command line's own there is `together RECIPE…`, which trains them in one pass, or goes on.
         """
-        [child], logs = self._begin([arguments], before)
+        [child], logs = self._begin([arguments], strike, before)
         if during is not None:
             during(child)
         return self._read()[0], logs[0].read_text("utf-8")
@@ -82,11 +94,13 @@ class Commands:
             (code, log.read_text("utf-8"), child) for code, log, child in zip(self._read(), logs, children, strict=True)
         ]
 
-    def _begin(self, several: Sequence[Sequence[str]], before: str = "") -> tuple[list[int], list[Path]]:
+    def _begin(
+        self, several: Sequence[Sequence[str]], strike: Any = None, before: str = ""
+    ) -> tuple[list[int], list[Path]]:
         logs = [self._logs / f"{self._count + number}.log" for number in range(len(several))]
         self._count += len(several)
         asked = [
-            {"arguments": list(each), "log": str(log), "before": before}
+            {"arguments": list(each), "log": str(log), "strike": strike, "before": before}
             for each, log in zip(several, logs, strict=True)
         ]
         assert self._server.stdin is not None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def allocates(monkeypatch: pytest.MonkeyPatch, name: str, most_tokens: int) -> l
     asked for."""
     real, asked = getattr(loop, name), []
 
-    def run(base: Any, learners: Any, passes: Sequence[Batch]) -> Any:
+    def run(base: Any, learners: Any, given: Iterable[Batch]) -> Any:
+        passes = list(given)
         asked.append(max(len(batch.tokens) for batch in passes))
         if asked[-1] > most_tokens:
             for learner in learners:

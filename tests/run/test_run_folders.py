@@ -80,6 +80,7 @@ def test_the_folder_that_is_given_is_gone_on_with_wherever_it_is(
     copied = run_of(moved, tmp_path / "copied")
     inside = run_of(moved, tmp_path / "inside")
     advised = run_of(moved, tmp_path / "advised")
+    shutil.rmtree(advised / "checkpoints")  # else it would be asked as it is
     command = topwork("eval", advised).err.split("`")[1].removeprefix("topwork ").split()
     for arguments in (["train", moved, "--resume"], ["train", copied / "recipe.yaml", "--resume"], command):
         said = topwork(*arguments)

@@ -50,7 +50,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
 }
 BF16_LOSSES, BF16_WEIGHTS = 1e-3, 2e-2
 POISON = {"learning_rate": 1e30, "max_steps": 12}
-"""Not a number after its second step."""
+"""Not a number after its first step."""
 
 
 @pytest.fixture
@@ -169,15 +169,15 @@ def test_one_that_diverges_leaves_and_the_others_end_as_alone(recipes: Recipes) 
     assert [run.result["stopped"] for run in runs] == ["finished", "diverged", "finished"]
     assert [heard[name].ends for name in heard] == [["finished"], ["diverged"], ["finished"]]
     poisoned = runs[1]
-    assert "diverged, and left the pass: step 3: the loss is nan" in heard["poison"].notes[0]
+    assert "diverged, and left the pass: step 2: the loss is nan" in heard["poison"].notes[0]
     assert "The batch was" in poisoned.result["warnings"][0]
-    assert poisoned.result["steps"] == 2
+    assert poisoned.result["steps"] == 1
     assert not (poisoned.folder / "adapter").exists()
     for name, run in (("wide", runs[0]), ("plus", runs[2])):
         [alone] = quietly(recipes(name, "alone"))
         assert losses(run.folder) == pytest.approx(losses(alone.folder), rel=1e-5)
         assert farthest(run.folder, alone.folder) < 1e-4
-    with pytest.raises(NonFiniteLossError, match="step 3: the loss is nan"):
+    with pytest.raises(NonFiniteLossError, match="step 2: the loss is nan"):
         quietly(recipes("poison", "alone", training=POISON))
     again = quietly(recipes("wide"), recipes("poison", training=POISON), recipes("plus"), resume=True)
     assert [run.result["stopped"] for run in again] == ["finished", "diverged", "finished"]
@@ -266,7 +266,7 @@ def test_killed_at_random_moments_and_resumed_all_end_with_the_same_bytes(
         assert code == -signal.SIGKILL, (moments, said)
     code, said = commands.run(["together", *made("killed")])
     assert code == 0, (moments, said)
-    last = {"a": 12, "b": 5, "poison": 2}
+    last = {"a": 12, "b": 5, "poison": 1}
     for name, step in last.items():
         killed, unbroken = tmp_path / "killed" / name, tmp_path / "unbroken" / name
         place = f"checkpoints/step-{step:06d}"
@@ -277,15 +277,15 @@ def test_killed_at_random_moments_and_resumed_all_end_with_the_same_bytes(
 
 def test_a_round_that_is_run_again_has_all_who_were_in_it(recipes: Recipes) -> None:
     """One diverged in a round whose checkpoints the others lost: it takes part again, and dropout draws as before."""
-    noisy: dict[str, Any] = {"adapter": {"lora_dropout": 0.2}, "training": {"save_steps": 2, "save_total_limit": 9}}
+    noisy: dict[str, Any] = {"adapter": {"lora_dropout": 0.2}, "training": {"save_steps": 1, "save_total_limit": 12}}
     poison = {"adapter": {"lora_dropout": 0.2}, "training": POISON}
     unbroken = quietly(recipes("wide", "whole", **noisy), recipes("poison", "whole", **poison))
     made = recipes("wide", **noisy), recipes("poison", **poison)
     wide, poisoned = (run.folder for run in quietly(*made))
     for path in (wide / "checkpoints").iterdir():
-        if path.name > "step-000002":
+        if path.name > "step-000001":
             shutil.rmtree(path)
-    assert [path.name for path in (poisoned / "checkpoints").iterdir()] == ["step-000002"]
+    assert [path.name for path in (poisoned / "checkpoints").iterdir()] == ["step-000001"]
     quietly(*made, resume=True)
     assert len(records(poisoned, "note")) >= 1
     assert folder_bytes(wide / "adapter") == folder_bytes(unbroken[0].folder / "adapter")

@@ -19,6 +19,7 @@ from topwork.objectives.objective import Loss
 from topwork.objectives.sft import Sft
 from topwork.run.outcome import TrainedRun
 from topwork.run.ownership import own
+from topwork.run.report import report
 from topwork.run.train import train
 from topwork.training.passes import Memory, activation_bytes_per_token, plan_passes
 from topwork.training.progress import Silent
@@ -185,6 +186,9 @@ def test_a_loss_that_is_no_number_names_its_rows_and_keeps_the_state_before(make
     assert (run / "checkpoints" / f"step-{step:06d}" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (run / "adapter").exists()
     assert heard.done == 1
+    page = report(run).html.read_text("utf-8")
+    assert f"The run diverged after step {step} of 10" in page
+    assert page.count("the loss is nan") == 1
 
 
 class Poisoned(Sft):
@@ -209,8 +213,10 @@ def test_what_was_saved_before_a_nan_is_not_written_anew(make_recipe: Recipes, m
     with pytest.raises(NonFiniteLossError, match="step 5: the loss is nan"):
         quietly(recipe)
     monkeypatch.undo()
+    assert json.loads((recipe.with_suffix("") / "result.json").read_text("utf-8"))["stopped"] == "diverged"
     run = quietly(recipe, resume=True).folder
     assert folder_bytes(run / "adapter") == folder_bytes(whole / "adapter")
+    assert json.loads((run / "result.json").read_text("utf-8"))["warnings"] == []
 
 
 @pytest.mark.parametrize("where", ["fsync", "safetensors"])
@@ -344,7 +350,9 @@ def test_a_validation_that_is_no_number_ends_the_run(make_recipe: Recipes, monke
     recipe = make_recipe(training={"eval_steps": 2, "save_steps": 2})
     with pytest.raises(NonFiniteLossError, match="validation loss at step 4 is nan"):
         quietly(recipe)
-    assert [path.name for path in (recipe.with_suffix("") / "checkpoints").iterdir()] == ["step-000002"]
+    run = recipe.with_suffix("")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert "The run diverged after step 4 of " in report(run).html.read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def recipe_values(base: Path, train: Path, output_dir: Path, /, **changes: Any) 
         "output_dir": str(output_dir),
     }  # fmt: skip
     for name, change in changes.items():
-        values[name] = {**values[name], **change} if isinstance(change, dict) else change
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
     return values
 
 

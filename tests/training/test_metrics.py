@@ -134,10 +134,10 @@ def test_missing_package_names_the_extra(
     assert list(tmp_path.iterdir()) == []
 
 
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+def scalars(run_dir: Path, name: str = "tensorboard") -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(run_dir / name))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -158,6 +158,15 @@ def test_tensorboard_after_a_resume_shows_each_step_once(tmp_path: Path) -> None
             for step in steps:
                 log.write("train", step, {"loss": float(step if resume_step is None else 10 * step)})
     assert scalars(tmp_path) == {"train/loss": [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]}
+
+
+WANDB = ("PROJECT", "NAME", "DIR", "RUN_ID", "RESUME", "ENTITY", "RUN_GROUP", "MODE")
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TENSORBOARD_LOGGING_DIR", *(f"WANDB_{each}" for each in WANDB)):
+        monkeypatch.delenv(name, raising=False)
 
 
 class FakeRun:
@@ -207,6 +216,44 @@ def test_wandb_gets_the_records_and_a_resume_goes_on_in_the_same_run(
     assert run.logged == [{"step": 2, "train/loss": 0.5}]
     assert ("*", "step") in run.defined
     assert run.finished
+
+
+def test_the_environment_goes_before_what_stands_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = fake_wandb(monkeypatch)
+    said = {
+        "WANDB_PROJECT": "mills", "WANDB_NAME": "tuesday", "WANDB_DIR": str(tmp_path), "WANDB_RUN_ID": "abc",
+        "WANDB_RESUME": "must", "WANDB_ENTITY": "us", "WANDB_RUN_GROUP": "g", "WANDB_MODE": "offline",
+    }  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    together = [open_sinks(["wandb"], tmp_path / name, {}, warn=pytest.fail) for name in ("first", "second")]
+    for sinks in together:
+        sinks[0].close()
+    first, second = (options for options, _ in runs)
+    asked = ("project", "name", "dir", "id", "resume")
+    assert [first[name] for name in asked] == ["mills", "tuesday", str(tmp_path), "abc", "must"]
+    assert second["name"] == "tuesday-second"
+    assert second["id"] != "abc"
+    assert not {"entity", "group", "mode"} & first.keys()  # wandb reads these itself, and an argument would go before
+    monkeypatch.delenv("WANDB_RUN_ID")
+    open_sinks(["wandb"], tmp_path / "first", {}, 1, warn=pytest.fail)[0].close()
+    assert (runs[-1][0]["id"], runs[-1][0]["name"]) == ("abc", "tuesday")
+    for name in said:
+        monkeypatch.setenv(name, "")
+    open_sinks(["wandb"], tmp_path / "third", {}, warn=pytest.fail)[0].close()
+    assert [runs[-1][0][name] for name in ("project", "name", "resume")] == ["topwork", "third", "allow"]
+
+
+def test_tensorboards_place_is_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
+    run = tmp_path / "support"
+    run.mkdir()
+    for value in (1.0, 2.0):
+        with MetricsLog(run, sinks=open_sinks(["tensorboard"], run, {}), warn=pytest.fail) as log:
+            log.write("train", 1, {"loss": value})
+    assert scalars(tmp_path / "boards", "support") == {"train/loss": [(1, 2.0)]}
+    assert not (run / "tensorboard").exists()
 
 
 def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

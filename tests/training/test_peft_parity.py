@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,9 +24,12 @@ from topwork.models.load import load_base
 from topwork.models.source import ALIASES, embedded_file, find_source
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import Batch, Labels, batch_of
+from topwork.recipe.recipe import make_recipe
+from topwork.run.beginning_from import begin_from
 from topwork.training.config import TrainingConfig
 from topwork.training.schedule import learning_rate
 from topwork.training.step import Learner, StepResult, train_step
+from topwork.training.trial import Place
 
 STEPS = 20
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -65,6 +69,12 @@ def compare(base: Base, folder: str, config: AdapterConfig, rows: list[tuple[lis
     adapters = Adapters(base.module)
     adapters.add("mine", config, seed=5)
     write_adapter(tmp, adapters, "mine", BaseId(base.name))
+    compare_from(tmp, base, adapters, folder, rows, training)
+
+
+def compare_from(tmp: Path, base: Base, adapters: Adapters, folder: str, rows: list[tuple[list[Tensor], list[int]]],
+                 training: TrainingConfig) -> None:  # fmt: skip
+    """The adapter "mine" and PEFT's own from the folder `tmp`, which hold the same, take the same steps."""
     their_base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(their_base, tmp, is_trainable=True).train()
     rates = [learning_rate(training, step, STEPS) for step in range(len(rows))]
@@ -102,6 +112,39 @@ def compare_twenty(folder: Path, config: AdapterConfig, tmp: Path) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_twenty_steps(name: str, small_llama: Path, tmp_path: Path) -> None:
     compare_twenty(small_llama, AdapterConfig(**{"r": 4, "lora_alpha": 8, **ADAPTERS[name]}), tmp_path)
+
+
+THEIRS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "patterns": LoraConfig(
+        r=4, use_rslora=True, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 2},
+        alpha_pattern={"up_proj": 3}, modules_to_save=["norm"], init_lora_weights=False,
+    ),
+    "dora": LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "gate_proj"], init_lora_weights=False),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}  # fmt: skip
+"""Folders that PEFT writes; IA3's vectors of ones are moved a little before."""
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_steps_from_a_folder_that_peft_wrote(name: str, made_llama: Path, tmp_path: Path) -> None:
+    their_base = AutoModelForCausalLM.from_pretrained(made_llama, dtype=torch.float32)
+    made = get_peft_model(their_base, THEIRS[name])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    made.save_pretrained(tmp_path)
+    values = {"model": {"model_name_or_path": "m"}, "data": {"train": "x"}, "adapter": {"init_from": str(tmp_path)}}
+    recipe = make_recipe(values, folder=tmp_path)
+    base = load_base(ModelConfig(model_name_or_path=str(made_llama), dtype="float32"), lambda _: None)
+    adapters = Adapters(base.module)
+    adapters.add("mine", recipe.adapter, seed=5)
+    begin_from(Place(adapters, "mine", BaseId(base.name), tmp_path / "run"), recipe, base, lambda _: None)
+    stored = {key.removeprefix(PREFIX): t for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert all(torch.equal(parameter, stored[key]) for key, parameter in adapters.parameters("mine").items())
+    rows = batches(base.module.config.vocab_size, [[9, 14, 20], [31, 8, 12]])
+    compare_from(tmp_path, base, adapters, str(made_llama), rows, TrainingConfig(learning_rate=1e-3))
 
 
 @pytest.mark.slow

@@ -30,6 +30,9 @@ class AdapterConfig(Options):
 
     method: str
     """The adapter method."""
+    init_from: str | None = None
+    """Train on: a run's folder or any PEFT folder, with whose weights the adapter begins. Options that are left out are
+    taken from there, and those that are given have to agree, but for dropout; optimizer, steps and rows are new."""
 
     def __new__(cls, **options: Any) -> Self:
         return super().__new__(_kind(options) if cls is AdapterConfig else cls)  # type: ignore[return-value]
@@ -56,7 +59,7 @@ class AdapterConfig(Options):
         idle = [name for name in sorted(values) if name in others and name not in known]
         changed = [name for name in idle if values[name] != others[name].get_default(call_default_factory=True)]
         if changed:
-            own = sorted(known - {"method"})
+            own = sorted(known - {"method", "init_from"})
             raise ValueError(
                 f"{', '.join(changed)} say{'s' if len(changed) == 1 else ''} nothing to method "
                 f"{cls.model_fields['method'].default}, which knows {', '.join(own)}; leave out what it does not know, "

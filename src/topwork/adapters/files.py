@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.module import AdapterModule
+from topwork.adapters.peft_options import own_names, own_options
 from topwork.adapters.targets import matching
 
 PREFIX = "base_model.model."
@@ -66,16 +67,13 @@ def own_files(kind: type[Config]) -> Files[Config]:
     full fine-tuning load as a state dict with `strict=False`. `adapter_config.json` says `"peft_type": null`, the
     method as `topwork_method`, and its options.
     """
-    method, names = kind.model_fields["method"].default, sorted(kind.model_fields.keys() - {"method"})
+    method, names = kind.model_fields["method"].default, own_names(kind)
 
     def keys(adapter: Grafted[Config]) -> dict[str, Any]:
         own = {name: getattr(adapter.config, name) for name in names}
         return {"peft_type": None, "topwork_method": method, "task_type": "CAUSAL_LM", **own}
 
-    def options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:  # noqa: ARG001
-        return {name: raw[name] for name in names if raw.get(name) is not None}
-
-    return Files(None, keys, options, to_file=dict, from_file=dict)
+    return Files(None, keys, own_options(kind), to_file=dict, from_file=dict)
 
 
 def peft_keys(peft_type: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def content_of(saved: SavedAdapter) -> str:
     """`sha256:…` over an adapter's options and its tensors. Lists of names count as sets, in whose order PEFT writes
     them, another one each time; lists of numbers (tokens' ids) have their order. Raises AdapterError for an option that
     is not finite."""
-    options = {name: _as_set(value) for name, value in saved.config.model_dump().items()}
+    options = {name: _as_set(value) for name, value in saved.config.model_dump(exclude={"init_from"}).items()}
     try:
         meaning = json.dumps(options, sort_keys=True, allow_nan=False)
     except ValueError:

@@ -25,6 +25,7 @@ from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
 from topwork.common.memory import out_of_memory
+from topwork.common.paths import missed
 
 SLACK_VALUES = 1 << 20
 """How many more than twice the file's values a plan may ask for and still be made, so that what is missing is named."""
@@ -70,7 +71,10 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
     """Read a PEFT folder of one of the `methods`, whoever wrote it. Raises AdapterError naming what is missing or not
     supported."""
     if not folder.is_dir():
-        raise AdapterError(f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder")
+        near = missed(folder)
+        raise AdapterError(
+            f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder{near}"
+        )
     raw = _json(folder / "adapter_config.json")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -128,13 +132,20 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
 
+    fill_from(saved, parts, bare)
+    return parts
+
+
+def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
+    """Set parts that were made for this base from what was read from disk. Raises AdapterError where they do not fit;
+    nothing is set then."""
+
     def stored(path: str, kind: str) -> Tensor | None:
         found = getattr(bare.modules.get(path), kind, None)
         return found.cpu() if isinstance(found, Tensor) else None
 
     tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
     fill(parts, with_beginnings(tensors, state_of(parts)))
-    return parts
 
 
 def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:

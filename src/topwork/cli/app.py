@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -19,6 +20,7 @@ from topwork.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
+from topwork.cli.home import AtHome
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -39,9 +41,11 @@ from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
 from topwork.common.errors import TopworkError
 from topwork.common.memory import memory_for
+from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
     name="topwork",
+    cls=AtHome,
     help="One frozen base, many adapters, one pass: LoRA fine-tuning of open LLMs, from a recipe to an adapter in use.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,17 +60,19 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with memory_for("running this command", "give more memory, or ask for less at once"):
+        memory = memory_for("running this command", "give more memory, or ask for less at once")
+        with ending_on_signals(), memory:
             app()
+    except Stopped as stopped:
+        with suppress(OSError):  # a terminal that has gone takes no words
+            print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)
+        raise
     except TopworkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a name that is too long, a file system that only reads, a disk that is gone
         print(f"error: {error}; look at that place, or name another", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 app.command(epilog=TRAIN_EPILOG)(train)

@@ -58,10 +58,14 @@ def sweep(
         _listed(recipe, overrides or [], options, as_json)
         return
     from topwork.run.console_together import together_progress
+    from topwork.run.interrupted import RunInterrupted
     from topwork.run.sweep.run import sweep as run
 
     progress = None if as_json else together_progress
-    done = run(recipe, overrides or [], options, resume, overwrite, progress, teller(as_json))
+    try:
+        done = run(recipe, overrides or [], options, resume, overwrite, progress, teller(as_json))
+    except RunInterrupted as stopped:
+        done = stopped.done
     if as_json:
         print(json.dumps(done.result))
     if done.stopped == "interrupted":

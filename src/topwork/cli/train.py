@@ -27,10 +27,14 @@ def train(
 
     read = which_recipe(recipe, overrides or [], resume)
     from topwork.run.console import training_progress
+    from topwork.run.interrupted import RunInterrupted
     from topwork.run.train import train as run
     from topwork.training.progress import Silent
 
-    done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
+    try:
+        done = run(read, (), resume, overwrite, Silent() if as_json else training_progress(), teller(as_json))
+    except RunInterrupted as stopped:  # its work may have been done when the signal came
+        done = stopped.done
     if as_json:
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":
@@ -46,10 +50,18 @@ def _resuming(recipe: Path, overrides: list[str] | None) -> str:
     return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
 
 
+def _best(result: dict[str, Any]) -> str:
+    """Of the validation loss that the run's adapter has."""
+    if not result["better_than_base"]:
+        return f"{result.get('begun_from') or 'the base without the adapter'} is no worse"
+    at_best = result["eval_loss_after"] == result["best_eval_loss"]
+    return f"lowest at step {result['best_step']}" if at_best else "of the last step"
+
+
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
     before, after = result["eval_loss_before"], result["eval_loss_after"]
     if before is not None and after is not None:
-        print(f"validation loss {before:.4f} -> {after:.4f} (lowest at step {result['best_step']})")
+        print(f"validation loss {before:.4f} -> {after:.4f} ({_best(result)})")
     print(f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps")
     print(
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "

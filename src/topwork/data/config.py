@@ -16,11 +16,13 @@ class SourceConfig(Options):
     """One of several places that rows come from, with what is its own; what is left out is as in `data`."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; also .gz, .zst, .bz2, .xz), a glob (`part-*.jsonl`),
-    a folder of such files or of `save_to_disk`, or a Hub data set: `owner/name`, `owner/name:config:split`."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .xlsx, .txt; also .gz, .zst, .bz2, .xz), a sheet
+    (`book.xlsx:Sheet2`), a glob (`part-*.jsonl`), a folder of such files or of `save_to_disk`, or a Hub data set:
+    `owner/name`, `owner/name:config:split`."""
     split: str | None = None
-    """Which split of a folder or a Hub data set is read; left out, its training split, as `data.eval` its validation
-    split, as `evaluation.data` its test split. Of several with | between them, the first that it has."""
+    """Which split of a folder or a Hub data set is read, or which sheet of a .xlsx; left out, its training split, as
+    `data.eval` its validation split, as `evaluation.data` its test split. Of several with | between them, the first
+    that it has."""
     format: FormatName | None = None
     """How a row is read, where it is not as in `data.format`."""
     columns: dict[str, str] | None = None
@@ -54,10 +56,10 @@ Sources: TypeAlias = Annotated[_Text | _Source | _Several, Discriminator(_kind)]
 
 class DataConfig(Options):
     train: Sources
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; also .gz, .zst, .bz2, .xz), a glob (`part-*.jsonl`),
-    a folder of such files or of `save_to_disk`, a Hub data set id, optionally with its configuration and split
-    (`owner/name`, `owner/name:config`, `owner/name:config:split`), or a list of these, each alone or as {path, split,
-    format, columns, system, weight, max_rows, encoding}."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .xlsx, .txt; also .gz, .zst, .bz2, .xz), a sheet
+    (`book.xlsx:Sheet2`), a glob (`part-*.jsonl`), a folder of such files or of `save_to_disk`, a Hub data set id,
+    optionally with its configuration and split (`owner/name`, `owner/name:config`, `owner/name:config:split`), or a
+    list of these, each alone or as {path, split, format, columns, system, weight, max_rows, encoding}."""
     eval: Sources | None = None
     """The same, held out. Left out, the validation split of `train` where it is a folder that has one; else
     `eval_fraction` of the training rows, held out by `seed`."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from topwork.common.errors import did_you_mean
+from topwork.common.yaml_text import in_yaml
 from topwork.data.meaning.content_parts import unfolded
-from topwork.data.meaning.mapping import in_yaml
+from topwork.data.meaning.fields import first_called, plain, said_of
 from topwork.data.meaning.marks import EXTRA_KEYS, mark_of, refuse_thought, weight_of
 from topwork.data.meaning.values import RowProblem as RowProblem
 from topwork.data.meaning.values import is_blank, kind, parsed, text_of, written
@@ -84,16 +85,17 @@ class Spelling:
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def role(self, given: object) -> str | None:
-        """Ours, or None where it is not known; capital letters do not matter."""
+        """Ours, or None where it is not known; capital letters and white space do not matter."""
         if isinstance(given, str):
-            named = self.roles.get(given) or ROLES.get(given)
-            return ROLES.get(named) if named else ROLES.get(given.strip().lower())
+            named = self.roles.get(given) or ROLES.get(given) or said_of(given, self.roles) or plain(given)
+            return ROLES.get(named)
         return ROLES.get(self.roles.get(str(given), ""))
 
     def renamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """The message under our keys; what the file calls `unread` is left out."""
-        named = {key: value for key, value in item.items() if key not in self.keys}
-        theirs = {self.keys[key]: value for key, value in item.items() if key in self.keys and value is not None}
+        ours = {key: said_of(key, self.keys) for key in item}
+        named = {key: value for key, value in item.items() if ours[key] is None}
+        theirs = {str(ours[key]): value for key, value in item.items() if ours[key] is not None and value is not None}
         return {key: value for key, value in {**named, **theirs}.items() if key != "unread"}
 
 
@@ -123,11 +125,12 @@ def read_messages(items: object, name: str, spelling: Spelling = OURS) -> tuple[
 
 
 def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of the keys that holds a value; else the first that is there; else None."""
+    """The first of the keys that holds a value; else the first that is there; else one that differs from it in capital
+    letters and white space alone; else None."""
     for key in keys:
         if item.get(key) is not None:
             return key
-    return next((key for key in keys if key in item), None)
+    return next((key for key in keys if key in item), None) or first_called(keys, item)
 
 
 def _read_message(item: object, name: str, spelling: Spelling, among: list[Any]) -> tuple[str, Message]:
@@ -149,7 +152,7 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
             continue
         (extra if mark_of(key) is None else marks)[key] = value
         if role == "assistant":
-            refuse_thought(key, value, name)
+            refuse_thought(key, value, name, spelling.keys)
     called = "tool_calls" in item or "function_call" in item
     calls = content if role in CALL_ROLES else _first_calls(item) if called else None
     if calls:
@@ -158,8 +161,8 @@ def _read_message(item: object, name: str, spelling: Spelling, among: list[Any])
         extra["tool_calls"] = read_calls(calls, name)
         content = None if role in CALL_ROLES else content
     elif content_key is None:
-        _check_content(item, extra, name, role)
-    weight = weight_of(marks, name) if marks else None
+        _check_content(item, extra, name, role, spelling.keys)
+    weight = weight_of(marks, name, spelling.keys) if marks else None
     ours = "assistant" if calls else role
     return role, Message(ours, _content(content, ours, name), weight, extra)
 
@@ -175,14 +178,16 @@ def _content(content: object, role: str, name: str) -> str:
     return text_of(content, f"the content of {name}")
 
 
-def _check_content(item: Mapping[str, Any], extra: Mapping[str, Any], name: str, role: str) -> None:
+def _check_content(
+    item: Mapping[str, Any], extra: Mapping[str, Any], name: str, role: str, keys: Mapping[str, str]
+) -> None:
     """Raises RowProblem for what may be said under a key that is not known, which must not become an empty turn, and
     for a user without a word."""
     for key, value in extra.items():
         if isinstance(value, str | list | Mapping) and not is_blank(value) and key not in EXTRA_KEYS:
             raise RowProblem(
                 f"{name} has no content; its keys are {', '.join(map(str, item))}. If {key} is the content, set "
-                f"data.message_keys: {in_yaml({key: 'content'})}"
+                f"data.message_keys: {in_yaml({**keys, key: 'content'})}"
             )
     if role == "user":
         raise RowProblem(f"{name} has no content; its keys are {', '.join(map(str, item))}")
@@ -193,11 +198,19 @@ def _unknown_role(
 ) -> str:
     if key is None:
         keys, example = ", ".join(map(str, item)), suggested_keys(item)
-        how = f", for example data.message_keys: {in_yaml(example)}" if "role" in example.values() else ""
+        how = (
+            f", for example data.message_keys: {in_yaml({**spelling.keys, **example})}"
+            if "role" in example.values()
+            else ""
+        )
         return f"{name} has no role; its keys are {keys}; data.message_keys says which is what{how}"
     near = did_you_mean(str(given), ROLES, 1)
     example = suggested_roles([among], spelling)
-    how = f"; data.roles says whose turns they are, for example data.roles: {in_yaml(example)}" if example else ""
+    how = (
+        f"; data.roles says whose turns they are, for example data.roles: {in_yaml({**spelling.roles, **example})}"
+        if example
+        else ""
+    )
     return f"{name} has the unknown role {given!r}{near}{how}"
 
 

@@ -1,9 +1,11 @@
 """What a recipe's sources hold: rows, the format they are in, and the conversations that they become."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from topwork.common.errors import DataError
+from topwork.common.yaml_text import quoted
 from topwork.data.config import DataConfig, SourceConfig, Sources, called
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.files.rows import Row, read_rows
@@ -77,20 +79,27 @@ def format_of(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> 
     try:
         return recognise(rows, config.of_source(source))
     except DataError as error:
-        raise DataError(f"{called(source.path)}: {error}{_own_columns(config, source, rows)}") from error
+        raise DataError(f"{called(source.path)}: {error}{_own_columns(config, source, rows, str(error))}") from error
 
 
-def _own_columns(config: DataConfig, source: SourceConfig, rows: Sequence[Row]) -> str:
-    """What to say where `data.columns`, which one of several sources is meant by, is none of this one's."""
+_MAPPING = re.compile(r'data\.columns: (\{(?:"(?:\\.|[^"\\])*"|[^"{}])*\})')
+
+
+def _own_columns(config: DataConfig, source: SourceConfig, rows: Sequence[Row], error: str) -> str:
+    """What to say of one of several sources: `data.columns` is for all of them that name none."""
     sides = [*config.sources(config.train), *(config.sources(config.eval) if config.eval is not None else [])]
-    if len(sides) < 2 or not config.columns or source.columns != config.columns:
+    if len(sides) < 2:
         return ""
+    advised = _MAPPING.search(error)
+    own = advised[1] if advised else "{}"
     names = dict.fromkeys(name for row in rows for name in row.fields)
-    if all(column in names for spec in config.columns.values() for column in columns_of(spec, names)):
-        return ""
-    return (
-        f". If data.columns is meant for another source, give this one its own: {{path: {source.path}, columns: {{}}}}"
+    meant = source.columns != config.columns or all(
+        column in names for spec in config.columns.values() for column in columns_of(spec, names)
     )
+    if meant and not advised:
+        return ""
+    begins = "If data.columns is meant for another source" if not meant else "Where other sources have other columns"
+    return f". {begins}, give this one its own: {{path: {quoted(source.path)}, columns: {own}}}"
 
 
 Formats = Sequence[tuple[SourceConfig, Format]]

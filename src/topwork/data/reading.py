@@ -10,10 +10,10 @@ from topwork.data.chat.template import ChatTemplate, Encoded
 from topwork.data.config import DataConfig, SourceConfig, Sources
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.fitting import Fitted, Fitting
-from topwork.data.meaning.formats import Format, refuse_bad
+from topwork.data.meaning.formats import Format
 from topwork.data.parts import Formats, read_parts
 from topwork.data.splitting import hold_out, no_such_column, prompt_key, repeats, units
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes, refuse_bad
 
 _CHUNK = 1000  # rows that are texts and lists of ids at the same time
 Arrays = tuple[np.ndarray, np.ndarray]

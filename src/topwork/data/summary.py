@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from topwork.common.errors import DataError
+from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow
 
+_SHOWN = 5  # bad rows named in a message
 NAMED = 3
 """Rows named beside a note."""
 REASONS = 5
@@ -198,3 +201,15 @@ def added(first: Counts, fates: Iterable[Mapping[str, int]]) -> Counts:
         for name, number in fate.items():
             totals[name] += number
     return Counts(**totals)
+
+
+def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:
+    """Raises DataError naming the first bad rows and their number, unless the recipe says to drop them."""
+    if not bad or config.on_bad_row == "drop":
+        return
+    named = "\n".join(f"  {row.source}: {row.reason}" for row in bad[:_SHOWN])
+    more = f"\n  … and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+    raise DataError(
+        f"{len(bad):,} of {count:,} rows cannot be used:\n{named}{more}\n"
+        "Correct them, or set data.on_bad_row: drop to leave them out"
+    )

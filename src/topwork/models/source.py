@@ -1,18 +1,19 @@
 """From what a recipe calls its model to a folder (or Hub id) that transformers loads.
 
-An alias, a local folder, a `.gguf` file or a Hub id, in this order. Nothing is downloaded here, and no torch is needed
-to say that a name is wrong.
+An alias, a local folder, a `.gguf` file or a Hub id, in this order. Nothing is downloaded here, but the Hub is asked
+whether it has the model; and no torch is needed to say that a name is wrong.
 """
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.hub import ask_hub, is_hub_id
+from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_gguf
 
@@ -25,7 +26,6 @@ EMBEDDED = {
 }
 """Bases of which an installed Python package holds a copy: Hub id -> package, file in it."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 Log = Callable[[str], None]
 
@@ -46,17 +46,17 @@ class Source:
 
 def find_source(config: ModelConfig, log: Log) -> Source:
     """Where the model of a recipe is; a `.gguf` file is converted on the way (once). Raises ModelError."""
-    given = config.model_name_or_path.strip()
-    path = Path(given).expanduser()
+    given = plain_path(config.model_name_or_path)
+    path = Path(given)
     if given in ALIASES:
         return _alias_source(ALIASES[given], config.revision, log)
-    if given and path.exists():
+    if given and is_there(path):
         if config.revision is not None:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
         folder = _check_folder(path) if path.is_dir() else _check_file(path, log)
         return Source(name=given, folder=str(folder), revision=None)
-    if HUB_ID.fullmatch(given) and path.suffix.lower() != ".gguf" and not _near_paths(path):
-        return Source(name=given, folder=given, revision=config.revision)
+    if is_hub_id(given) and not (is_path(given) or _near_paths(path)):
+        return _of_hub(given, config.revision, log)
     raise ModelError(_nothing_there(given, path))
 
 
@@ -78,8 +78,18 @@ def _alias_source(hub_id: str, revision: str | None, log: Log) -> Source:
     that what a recipe names does not change with what happens to be cached."""
     embedded = embedded_file(hub_id) if revision is None else None
     if embedded is None:
-        return Source(name=hub_id, folder=hub_id, revision=revision)
+        return _of_hub(hub_id, revision, log)
     return Source(name=hub_id, folder=str(convert_gguf(embedded, cache_root(), log)), revision=None)
+
+
+def _of_hub(hub_id: str, revision: str | None, log: Log) -> Source:
+    """The Hub's, or the copy in its cache where it cannot be reached, so that nothing waits for it."""
+    near = did_you_mean(hub_id, [*ALIASES, *(entry.name for entry in Path().iterdir())])
+    copy = ask_hub(hub_id, revision, "model", near)
+    if copy is None:
+        return Source(name=hub_id, folder=hub_id, revision=revision)
+    log(f"{hub_id}: the Hub cannot be reached; the copy in its cache is taken ({copy})")
+    return Source(name=hub_id, folder=str(copy), revision=None)
 
 
 def _check_folder(folder: Path) -> Path:
@@ -145,10 +155,8 @@ def _check_file(path: Path, log: Log) -> Path:
 
 
 def _near_paths(path: Path) -> str:
-    """Names like the missing path's in the nearest existing folder above it, as `did_you_mean` puts them."""
-    if not path.parent.is_dir() or path.parent == Path():
-        return ""
-    return did_you_mean(str(path), [str(path.parent / entry.name) for entry in path.parent.iterdir()])
+    """Names like the missing path's in its folder, as `did_you_mean` puts them, where it lies in one that is here."""
+    return "" if path.parent == Path() or not is_folder(path.parent) else missed(path)
 
 
 def _nothing_there(given: str, path: Path) -> str:
@@ -156,10 +164,12 @@ def _nothing_there(given: str, path: Path) -> str:
         return (
             f"model_name_or_path is empty, expected an alias ({', '.join(ALIASES)}), a Hub id, a folder or a .gguf file"
         )
-    here = [entry.name for entry in Path().iterdir()] if path.parent == Path() else []
-    near = _near_paths(path) or did_you_mean(given, [*ALIASES, *here])
-    if path.parent != Path() and not path.parent.is_dir():
+    near = missed(given) or did_you_mean(given, ALIASES)
+    if path.parent != Path() and not is_folder(path.parent):
         near = near or f"; the folder {str(path.parent)!r} is not there either"
+    if is_path(given):
+        owner = " (nor asked of the Hub, because a folder of its owner's name is here)" if is_hub_id(given) else ""
+        return f"there is no model {given!r}: no folder and no .gguf file of that name is there{owner}{near}"
     return (
         f"there is no model {given!r}: no alias ({', '.join(ALIASES)}), no folder, no .gguf file of that name, "
         f"and a Hub id reads owner/name{near}"

@@ -20,9 +20,11 @@ from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.hub import ask_hub, is_hub_id
+from topwork.common.paths import is_path, is_there, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
-from topwork.models.source import ALIASES, HUB_ID
+from topwork.models.source import ALIASES
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
@@ -105,18 +107,18 @@ def config_of(name: str, revision: str | None = None, trust_remote_code: bool = 
 
     The Hub is asked last: for an id that is neither cached nor a shipped shape's. Raises ModelError.
     """
-    path = Path(name).expanduser()
-    if name and name not in ALIASES and path.exists():
+    path = Path(plain_path(name))
+    if name and name not in ALIASES and is_there(path):
         return _local_config(path, trust_remote_code)
     if name in shape_names():
         return _shape(_shapes()[name])
     hub_id = ALIASES.get(name, name)
-    if HUB_ID.fullmatch(hub_id):
+    if is_hub_id(hub_id) and not is_path(name):
         return _hub_config(hub_id, revision, trust_remote_code)
     known = [*shape_names(), *ALIASES]
     raise ModelError(
         f"there is no model {name!r} to count: expected a folder, a config.json, a .gguf file, a Hub id (owner/name) "
-        f"or one of {', '.join(sorted(set(known)))}{did_you_mean(name, known)}"
+        f"or one of {', '.join(sorted(set(known)))}{did_you_mean(name, known) or missed(name)}"
     )
 
 
@@ -195,6 +197,7 @@ def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> P
         if hub_id in shipped and revision is None:
             return _shape(shipped[hub_id])
         cached = error
+    ask_hub(hub_id, revision, "model", did_you_mean(hub_id, shipped))
     try:
         return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

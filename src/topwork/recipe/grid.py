@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from hashlib import sha256
 from typing import Any, get_args
@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from topwork.common.errors import RecipeError
+from topwork.recipe.places import named_here
 from topwork.recipe.recipe import all_keys, key_hint, options_at
 
 SEED = "training.seed"
@@ -62,16 +63,18 @@ def parse_grid(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def grid_axes(grid: dict[str, Any]) -> list[Axis]:
-    """An axis for every key. Raises RecipeError for keys that do not exist or cannot differ, and for bad values."""
+def grid_axes(grid: dict[str, Any], here: Collection[str] = ()) -> list[Axis]:
+    """An axis for every key. The paths of the keys in `here`, which the command line names, are looked for in the
+    current folder first. Raises RecipeError for keys that do not exist or cannot differ, and for bad values."""
     for key in grid:
         check_key(key)
     short = {key: key.rpartition(".")[2] for key in grid}
     shorts = list(short.values())
-    return [
+    axes = [
         _axis(key, short[key] if shorts.count(short[key]) == 1 else key, axis_values(key, spec))
         for key, spec in grid.items()
     ]
+    return [_placed_here(axis) if axis.label in here else axis for axis in axes]
 
 
 def seed_axis(count: int) -> Axis:
@@ -116,6 +119,15 @@ def safe_name(value: Any) -> str:
 
 def _axis(key: str, short: str, values: Sequence[Any]) -> Axis:
     return Axis(key, tuple(Variant(value, f"{short}-{safe_name(value)}", {key: value}) for value in values))
+
+
+def _placed_here(axis: Axis) -> Axis:
+    """Members keep the names by which their paths were given."""
+
+    def placed(variant: Variant) -> Variant:
+        return replace(variant, changes={key: named_here(key, value) for key, value in variant.changes.items()})
+
+    return replace(axis, variants=tuple(map(placed, axis.variants)))
 
 
 def _listed(key: str, text: str) -> list[Any]:

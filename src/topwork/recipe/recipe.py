@@ -1,21 +1,24 @@
 """A recipe: everything a run is, in one strict and typed YAML file. Free of torch, so that it reads in a blink."""
 
-import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from topwork.adapters.config import CONFIGS, AnyAdapterConfig, LoraConfig
 from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.options import Options
+from topwork.common.paths import missed, plain_path
 from topwork.data.config import SOURCE_TAGS, DataConfig
 from topwork.evaluation.config import EvaluationConfig
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
+from topwork.recipe.beginning import with_beginning
+from topwork.recipe.pasted import setting, unfolded
+from topwork.recipe.places import named_here, named_in_file
 from topwork.training.config import TrainingConfig
 
 PEERS_NAMES = {
@@ -34,7 +37,6 @@ PEERS_NAMES = {
 }  # fmt: skip
 """Where other tools' names live here; told to whoever uses one."""
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 SEVERAL = ("sweep", "jobs")
 """Sections that describe several runs (`recipe/sweep_config.py`)."""
 
@@ -55,7 +57,13 @@ class Recipe(Options):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """How it is measured."""
     output_dir: str = "runs/run"
-    """The run's folder."""
+    """The run's folder, from the current folder on."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _from_home(cls, value: str) -> str:
+        """A file's ~ is no shell's: without this it would be a folder of that name."""
+        return plain_path(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -75,10 +83,12 @@ class Recipe(Options):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `a.b=c` overrides. Data files named in it are looked for beside the recipe first.
+    """Read a recipe and apply `a.b=c` overrides. What the file names is looked for beside it first, what an override
+    names in the current folder first (`places.py`).
 
     Raises RecipeError naming the file, the key, what was expected and the nearest key that exists.
     """
+    path = Path(plain_path(str(path)))
     values = read_values(path, overrides)
     several = [name for name in SEVERAL if values.get(name) is not None]
     if several:
@@ -91,8 +101,9 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file") from error
-    values = parse_yaml(text, str(path))
+        near = missed(path) if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"recipe {path} cannot be read ({error}); give a YAML file{near}") from error
+    values = unfolded(parse_yaml(text, str(path)), {*Recipe.model_fields, *SEVERAL}, str(path))
     for override in overrides:
         _apply(values, override)
     return values
@@ -103,7 +114,7 @@ def make_recipe(values: dict[str, Any], source: str = "recipe", folder: Path | N
     empty = {key for key in (*Recipe.model_fields, *SEVERAL) if key in values and values[key] is None}
     values = _translated({key: value for key, value in values.items() if key not in empty})
     if folder is not None:
-        values = _beside(values, folder)
+        values = with_beginning(named_in_file(values, folder), folder)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -136,11 +147,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    given = setting(override)
+    if given is None:
         raise RecipeError(f"--set {override!r}: expected a.b=value, for example training.learning_rate=1e-4")
+    key, text = given
     at: Any = values
-    *parents, last = key.strip().split(".")
+    *parents, last = key.split(".")
     for depth, parent in enumerate(parents, 1):
         if at.get(parent) is None:  # absent, or a section left empty
             at[parent] = {}
@@ -150,9 +162,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(at, dict):
             raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
     try:
-        at[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
+    at[last] = named_here(key.strip(), value)
 
 
 def _translated(values: dict[str, Any]) -> dict[str, Any]:
@@ -174,50 +187,6 @@ def _translated(values: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"training.{name}: expected a count of at least 1, given {count!r}")
     training["batch_size"] = math.prod(given.values())
     return {**values, "training": training}
-
-
-def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths that exist beside the recipe are taken from there, all others from the working directory."""
-    named = {
-        "data": ("train", "eval", "chat_template"), "evaluation": ("data",), "model": ("model_name_or_path",),
-    }  # fmt: skip
-    found = dict(values)
-    for section, names in named.items():
-        options = values.get(section)
-        if isinstance(options, dict):
-            found[section] = {
-                key: _found_in(value, folder) if key in names else value for key, value in options.items()
-            }
-    return found
-
-
-def _found_in(value: Any, folder: Path) -> Any:
-    """`_found` of a path, of each in a list, and of `path` in a source that is an object."""
-    if isinstance(value, list):
-        return [_found_in(each, folder) for each in value]
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
-        return {**value, "path": _found(value["path"], folder)}
-    return _found(value, folder) if isinstance(value, str) else value
-
-
-def _found(value: str, folder: Path) -> str:
-    """The absolute path of a file or folder, or of a glob that matches some, so that a run can be opened from anywhere;
-    else the value as it is. What follows a folder's name, `:configuration:split`, stays. A data file that is nowhere is
-    missed beside the recipe where something there has nearly its name."""
-    if "\n" in value or "{" in value or len(value) > 255:  # a template's text, not a path
-        return value
-    head, colon, rest = value.partition(":")
-    for place in (folder, Path()):
-        matches = glob.has_magic(value) and next(glob.iglob(value, root_dir=place, recursive=True), None) is not None
-        if matches or (place / value).exists():
-            return str((place / value).resolve())
-        if colon and (place / head).is_dir():
-            return f"{(place / head).resolve()}:{rest}"
-    missed = folder / value
-    if missed.suffix in _DATA_SUFFIXES and missed.parent.is_dir():
-        near = glob.has_magic(value) or did_you_mean(missed.name, [entry.name for entry in missed.parent.iterdir()])
-        return str(missed.resolve()) if near else value
-    return value
 
 
 def _explained(entry: Any) -> str:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from topwork.adapters.config import CONFIGS
 from topwork.common.errors import RecipeError, RequestError, did_you_mean
 from topwork.common.options import Options
+from topwork.common.paths import plain_path
 from topwork.recipe.grid import SEED, Axis
 from topwork.recipe.recipe import SEVERAL, Recipe, make_recipe, read_values
 from topwork.reporting.sweep_state import PICTURES, REPORTS, SWEEP
@@ -100,6 +101,7 @@ class SweepRequest:
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepRequest:
     """Read a recipe that may have `sweep:` or `jobs:`. Raises RecipeError."""
+    path = Path(plain_path(str(path)))
     request = make_sweep(read_values(path, overrides), str(path), path.parent)
     return replace(request, described=_describes(read_values(path)))
 

@@ -125,6 +125,9 @@ def _base_rows(source: CardSource) -> Rows:
         found.append(("Base as named", copied))
     if held := source.result.get("base_held_as"):
         found.append(("Base held", text(held)))
+    if begun := section(source.provenance, "begun_from"):
+        name = code(last_part(str(begun.get("path"))))
+        found.append(("Begun from", f"the adapter {name}, its tensors' file {code(begun.get('sha256'))}"))
     return found
 
 
@@ -203,13 +206,19 @@ def score_rows(source: CardSource) -> Rows:
         found.append((name, *shown, score.difference or "–", score.interval or "–"))
     pairs = {
         "loss": tuple(number(source.evaluation, when, "loss") for when in ("before", "after")),
-        "validation loss": tuple(number(source.result, f"eval_loss_{when}") for when in ("before", "after")),
+        _validated(source): tuple(number(source.result, f"eval_loss_{when}") for when in ("before", "after")),
     }
     for name, pair in pairs.items():
         if pair[1] is not None:
             shown = [wording.loss(value) if value is not None else "–" for value in pair]
             found.append((name, *shown, "", ""))
     return found
+
+
+def _validated(source: CardSource) -> str:
+    """What the validation loss is called: an adapter that began from another has that one's before its first step."""
+    begun = section(source.provenance, "begun_from")
+    return "validation loss (before: with the adapter that it began from)" if begun else "validation loss"
 
 
 def made_rows(source: CardSource) -> Rows:

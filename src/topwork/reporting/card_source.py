@@ -9,7 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from topwork.common.errors import RequestError
-from topwork.models.source import ALIASES, HUB_ID
+from topwork.common.hub import HUB_ID
+from topwork.models.source import ALIASES
 from topwork.reporting.checkpoints import records_to, result_at
 from topwork.reporting.markdown import one_line
 from topwork.reporting.readers import parse_recipe, read_json, read_text, scores_file, section

@@ -10,7 +10,7 @@ from topwork.reporting.readers import Record, RunFiles, number, read_json, read_
 
 WHATEVER_STEP = (
     "parameters", "data", "system", "base_weights_bytes", "base_held_as", "checkpointed_layers", "shared_with",
-    "planned_steps", "first_loss", "eval_loss_before",
+    "planned_steps", "plan", "first_loss", "eval_loss_before",
 )  # fmt: skip
 """Figures of result.json that do not depend on how far the run came."""
 

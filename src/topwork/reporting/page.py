@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from topwork.reporting import sections, wording
 from topwork.reporting.curves import DARK, LIGHT, Theme, curves, png_bytes, series, small_chart, svg_bytes
+from topwork.reporting.endings import rows_told
 from topwork.reporting.readers import Record, RunFiles, entries, number, read_run, section
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def render(run: RunFiles) -> str:
             loss_picture=_loss_picture(records),
             small_pictures=[_small_picture(records, *chart) for chart in _measured_charts(records)],
             scores=sections.scores(run.evaluation),
-            evaluation_rows=number(run.evaluation, "rows"),
+            evaluation_rows_told=rows_told(number(run.evaluation, "rows")),
             evaluation_facts=sections.evaluation_facts(run.evaluation),
             samples=sections.samples(run.evaluation),
             sample_count=len(entries(run.evaluation, "samples")),

@@ -84,6 +84,9 @@ def read_metrics(path: Path, problems: list[str] | None = None) -> list[Record]:
         problems.append(f"{path.name}: {len(unreadable)} unreadable line(s) passed over, the first is {unreadable[0]}")
     records = _without_rewound(records)
     if not any(record["kind"] in ("train", "eval") for record in records):
+        ended = [str(record.get("text")) for record in records if record["kind"] == "note"]
+        if ended and ended[-1].startswith("diverged"):
+            raise RequestError(f"no measurement in '{path}': the run {ended[-1]}")
         raise RequestError(
             f"no measurement in '{path}': it has {len(lines)} line(s), none of them a readable training or validation "
             "step; train for at least one step first"

@@ -3,10 +3,21 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from topwork.reporting import wording
 from topwork.reporting.differences import Piece, differences
+from topwork.reporting.endings import (
+    Trend,
+    ending,
+    epochs,
+    held_out_rows,
+    is_told,
+    rows_told,
+    share_trend,
+    too_few,
+    trend,
+)
 from topwork.reporting.readers import RunFiles, entries, number, section
 
 SHOWN_SAMPLES = 60
@@ -19,8 +30,6 @@ OUTCOMES = {
     "True False": "lost",
 }
 """Right before and after training, in a word."""
-
-Trend = Literal["better", "worse", "same"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,6 @@ class ParameterRow:
     share: float
 
 
-def trend(before: float | None, after: float | None, higher_is_better: bool) -> Trend | None:
-    """Whether the second value is better; None where one is unknown."""
-    if before is None or after is None:
-        return None
-    if before == after:
-        return "same"
-    return "better" if (after > before) == higher_is_better else "worse"
-
-
 def cards(run: RunFiles) -> list[Card]:
     """The figures that people look for first."""
     result = run.result
@@ -110,11 +110,13 @@ def _loss_card(run: RunFiles) -> Card | None:
         last = number(run.result, "last_loss")
         return Card("Training loss", wording.loss(last)) if last is not None else None
     best, step = number(run.result, "best_eval_loss"), number(run.result, "best_step")
-    detail = (
+    rows = held_out_rows(run)
+    lowest = (
         f"best {wording.loss(best)} at step {wording.whole(step)}" if best is not None and step is not None else None
     )
+    detail = ", ".join(part for part in (lowest, rows_told(rows)) if part) or None
     shown_before = wording.loss(before) if before is not None else None
-    return Card("Validation loss", wording.loss(after), shown_before, detail, trend(before, after, False))
+    return Card("Validation loss", wording.loss(after), shown_before, detail, trend(before, after, False, rows))
 
 
 def _exact_card(run: RunFiles) -> Card | None:
@@ -122,9 +124,11 @@ def _exact_card(run: RunFiles) -> Card | None:
     if after is None:
         return None
     rows = number(run.evaluation, "rows")
-    detail = f"{wording.whole(rows)} held-out rows" if rows is not None else None
     shown_before = wording.share(before) if before is not None else None
-    return Card("Exact match", wording.share(after), shown_before, detail, trend(before, after, True))
+    found, detail = share_trend(before, after, rows), rows_told(rows)
+    if rows and not too_few(rows) and before is not None and found is None:
+        detail = f"{detail}: a difference that may be chance"
+    return Card("Exact match", wording.share(after), shown_before, detail, found)
 
 
 def scores(evaluation: Mapping[str, Any]) -> list[Score]:
@@ -150,7 +154,7 @@ def _score(name: str, is_field: bool, before: float | None, after: float | None,
         interval = f"{100 * low:.0f}–{100 * high:.0f} %"
     difference = wording.points(after - before) if before is not None and after is not None else None
     title = name if is_field else name.replace("_", " ").replace("json", "JSON")
-    return Score(title, is_field, before, after, interval, difference, trend(before, after, True))
+    return Score(title, is_field, before, after, interval, difference, share_trend(before, after, rows))
 
 
 def evaluation_facts(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -230,27 +234,15 @@ def facts(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 def notes(run: RunFiles) -> list[str]:
     """Everything that asks for attention, the run's end first."""
-    found = []
-    stopped = run.result.get("stopped")
-    if stopped == "interrupted":
-        found.append(f"{_stopped(run)}: these are the figures up to there, not those of a finished run.")
-    elif not run.result:
-        found.append("The run has not finished (or was cut off): there is no result yet, only its measurements so far.")
+    noted = [(record["step"], _text(record.get("text"))) for record in run.records if record["kind"] == "note"]
+    own = {text for _, text in noted}  # a run's warnings are its notes and others
+    found = ending(run)
     if (step := number(run.evaluation, "checkpoint")) is not None:
         found.append(f"The scores and answers are those of the checkpoint of step {wording.whole(step)}.")
-    found.extend(_text(warning) for warning in entries(run.result, "warnings"))
-    for record in run.records:
-        if record["kind"] == "note":
-            found.append(f"Step {record['step']}: {_text(record.get('text'))}")
+    found.extend(text for warning in entries(run.result, "warnings") if (text := _text(warning)) not in own)
+    found.extend(f"Step {step}: {text}" for step, text in noted if not is_told(run, text))
     found.extend(run.problems)
     return list(dict.fromkeys(found))
-
-
-def _stopped(run: RunFiles) -> str:
-    steps, planned = (number(run.result, name) for name in ("steps", "planned_steps"))
-    of = f" of {wording.whole(planned)}" if planned is not None else ""
-    told = f" (stopped after step {wording.whole(steps)}{of})" if steps is not None else ""
-    return f"The run was interrupted{told}"
 
 
 def headline(run: RunFiles) -> list[tuple[str, str]]:
@@ -267,7 +259,7 @@ def headline(run: RunFiles) -> list[tuple[str, str]]:
         ("Alpha", adapter.get("lora_alpha")),
         ("Learning rate", training.get("learning_rate")),
         ("Batch", training.get("batch_size")),
-        ("Epochs", training.get("num_train_epochs")),
+        ("Epochs", epochs(run)),
         ("Seed", run.provenance.get("seed", training.get("seed"))),
         ("Ended", run.result.get("stopped")),
     ]

@@ -20,6 +20,11 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def number(value: float) -> str:
+    """At most two decimals, without zeros at the end: '3.6', '0.25', '12'; small ones keep two digits."""
+    return f"{value:,.2f}".rstrip("0").rstrip(".") if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+
+
 def size(size_bytes: float) -> str:
     """Bytes with binary prefixes."""
     for limit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

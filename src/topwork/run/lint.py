@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import AdapterError, ModelError
+from topwork.common.paths import plain_path
 from topwork.data.examples import Data
 from topwork.data.summary import WARNING
 from topwork.models.config import ModelConfig
@@ -93,7 +94,7 @@ def lint(
 
 def _source(model: ModelConfig, log: Log) -> Source:
     """Where the base is; a folder that has a config and no weights is enough here."""
-    folder = Path(model.model_name_or_path).expanduser()
+    folder = Path(plain_path(model.model_name_or_path))
     if model.model_name_or_path not in ALIASES and (folder / "config.json").is_file() and model.revision is None:
         return Source(model.model_name_or_path, str(folder), None)
     return find_source(model, log)

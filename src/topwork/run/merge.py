@@ -14,6 +14,7 @@ from typing import Any
 from topwork.common.errors import RequestError, RunError, TopworkError
 from topwork.common.files import write_folder, write_json
 from topwork.common.memory import memory_for
+from topwork.common.paths import plain_path
 from topwork.merging.threshold import doubt, refusal
 from topwork.merging.verify import Verification
 from topwork.reporting.card import add_card
@@ -64,7 +65,7 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model, checkpoint, log)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
-    base_folder = Path(adapter.model.model_name_or_path).expanduser()
+    base_folder = Path(plain_path(adapter.model.model_name_or_path))
     if base_folder.is_dir():
         check_out(out, base_folder, "the base's own folder", overwrite)
     fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
@@ -148,7 +149,7 @@ def told(adapter: Given, plan: MergePlan, inputs: str = "") -> dict[str, Any]:
 
 def _public(name: str) -> str:
     """A base's name without the folders that lead to it here."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return Path(name).name if Path(plain_path(name)).exists() else name
 
 
 def _judge(verified: Verification, plan: MergePlan, force: bool, log: Callable[[str], None]) -> None:

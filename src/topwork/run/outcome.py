@@ -57,6 +57,8 @@ def figures(
     seconds = sum(record["seconds"] for record in trained)
     passed = sum(record.get("pass_tokens", record["tokens"]) for record in trained)
     history = outcome.state.history
+    before = history[0].eval_loss if history else None
+    after = outcome.state.best_loss if config.load_best_model_at_end else _last(history)
     return {
         "stopped": outcome.stopped,
         "steps": outcome.state.step,
@@ -68,8 +70,9 @@ def figures(
         "peak_memory_bytes": peak_memory_bytes(base.device),
         "first_loss": trained[0]["loss"] if trained else None,
         "last_loss": trained[-1]["loss"] if trained else None,
-        "eval_loss_before": history[0].eval_loss if history else None,
-        "eval_loss_after": outcome.state.best_loss if config.load_best_model_at_end else _last(history),
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "better_than_base": None if before is None or after is None or len(history) < 2 else after < before,
         "best_step": outcome.state.best_step,
         "best_eval_loss": outcome.state.best_loss,
         "parameters": {

@@ -22,6 +22,8 @@ from topwork.models.base import Base
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.folder import read_json
+from topwork.training.checkpoint import list_checkpoints
+from topwork.training.trial import CHECKPOINTS
 
 PROVENANCE = "provenance.json"
 
@@ -55,6 +57,8 @@ def refuse_other_inputs(folder: Path, now: dict[str, Any]) -> None:
     if not before:
         return
     changed = [name for name, then, here in _identities(before, now) if then != here]
+    if not list_checkpoints(folder / CHECKPOINTS):  # nothing is kept but what it began from
+        changed += _begun_from_another(before, now)
     if changed:
         raise RequestError(
             f"{folder} was begun with {_listed(changed)} than there is now, under the same names; a resumed run would "
@@ -81,6 +85,11 @@ def _identities(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
         ("other held-out rows", rows(before, "eval"), rows(now, "eval")),
         ("another chat template", before["template_sha256"], now["template_sha256"]),
     ]
+
+
+def _begun_from_another(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    then, here = before.get("begun_from", {}).get("sha256"), now.get("begun_from", {}).get("sha256")
+    return ["another adapter in adapter.init_from"] if then != here else []
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import write_folder, write_json
 from topwork.common.memory import memory_for
+from topwork.common.paths import plain_path
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
@@ -78,7 +79,7 @@ def quantize(
     """
     out = Path(out)
     wanted = quantization_of(kind, block_size, double_quant)
-    source = Path(model.model_name_or_path).expanduser()
+    source = Path(plain_path(model.model_name_or_path))
     check_out(out, source if source.exists() else None, "the model's own folder", overwrite)
     base = load_base(model.model_copy(update={"device": "cpu"}), log, wanted)  # packed and written by the host
     _tell_of_split_rows(base, log)

@@ -24,8 +24,11 @@ from topwork.objectives.table import objective_of
 from topwork.plan.count import ParameterCount, count_adapter
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
+from topwork.run.beginning_from import begin_from, origin_of, resolved
+from topwork.run.divergence import record_divergence
 from topwork.run.fit import passes_that_fit, refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.interrupted import RunInterrupted
 from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.ownership import is_run, own
@@ -33,6 +36,7 @@ from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_
 from topwork.run.session import Session, open_session
 from topwork.run.which import which_recipe
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
+from topwork.training.interrupts import Interrupts
 from topwork.training.loop import Loop, Outcome
 from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
 from topwork.training.passes import PassPlan
@@ -75,11 +79,16 @@ def train(
 
     `resume` goes on with a run from its newest whole checkpoint. Raises RequestError where something is wrong with the
     request (nothing is written then): no run to resume, or a folder that another process trains in, too. Raises
-    RunError where the run fails.
+    RunError where the run fails, and RunInterrupted, which is a KeyboardInterrupt, once Ctrl-C or another signal has
+    stopped it and a checkpoint is saved; in a thread other than the main one no signal does.
     """
     recipe = recipe if isinstance(recipe, Recipe) else which_recipe(Path(recipe), overrides, resume)
     one = progress or Silent()
-    return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
+    try:
+        return train_together([recipe], resume, overwrite, lambda _: one, log)[0]
+    except RunInterrupted as stopped:
+        stopped.done = stopped.done[0]
+        raise
 
 
 def train_together(
@@ -104,8 +113,9 @@ def train_together(
 
     Raises RequestError where something is wrong with the request (nothing is written then), RunError where training
     fails, and NonFiniteLossError where there is one recipe and it diverges; of several that one is "diverged".
+    RunInterrupted as `train` does.
     """
-    recipes = list(recipes)
+    recipes = [resolved(recipe) for recipe in recipes]
     check_shared(recipes)
     if stop_at is not None and stop_at < 1:
         raise RequestError(f"stop_at is {stop_at}; give at least 1 step, or leave it out")
@@ -128,7 +138,8 @@ def train_held(
             return _trained(
                 held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at
             )
-    except BaseException:
+    except BaseException as error:
+        record_divergence(recipes, error)
         for name in names:
             if name in held.adapters.configs:
                 held.adapters.remove(name)
@@ -163,24 +174,30 @@ def _trained(
     checkpoint_layers(base, plan.checkpointed_layers)
     start = _start(runs, log) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
-    with ExitStack() as logs:
-        trials = []
-        for index, run in enumerate(runs):
-            at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
-            metrics = logs.enter_context(_metrics(run, at, log))
-            trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
-        shrinks = base.device.type == "cpu" and recipes[0].training.tokens_per_pass is None
-        loop = Loop(base, on.adapters, trials, plan.tokens_per_pass, _smaller_passes(runs, log) if shrinks else None)
-        if start.checkpoints:
-            loop.resume(start)
-            log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
-        outcomes = loop.run(stop_at)
+    shrinks = base.device.type == "cpu" and recipes[0].training.tokens_per_pass is None
+    told_smaller = _smaller_passes(runs, log) if shrinks else None
+    with Interrupts() as interrupts:
+        with ExitStack() as logs:
+            trials = []
+            for index, run in enumerate(runs):
+                at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
+                metrics = logs.enter_context(_metrics(run, at, log))
+                trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
+            loop = Loop(base, on.adapters, trials, plan.tokens_per_pass, told_smaller)
+            if start.checkpoints:
+                loop.resume(start)
+                log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+            outcomes = loop.run(stop_at, interrupts)
+        plan = replace(plan, tokens_per_pass=loop.size.tokens)
+        done = [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+    if interrupts.asked:
+        steps = max(outcome.state.step for outcome in outcomes)
+        raise RunInterrupted(done, interrupts.number, f"interrupted after step {steps}")
     for trial in trials:
         if isinstance(trial.rows, StreamedRows):
             for line in trial.rows.read.told():
                 log(line)
-    plan = replace(plan, tokens_per_pass=loop.size.tokens)
-    return [_finished(run, on, plan, outcome, len(runs)) for run, outcome in zip(runs, outcomes)]
+    return done
 
 
 def _grafted(
@@ -202,6 +219,7 @@ def _grafted(
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         folder = Path(recipe.output_dir)
         place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), folder, partial(own, folder))
+        begin_from(place, recipe, base, log)
         runs.append(_Run(recipe, place, data, counted))
     return runs
 
@@ -248,7 +266,7 @@ def _start(runs: Sequence[_Run], log: Log) -> Start:
 def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
     """Each run's folder with its recipe, template and provenance; nothing is written where one is refused."""
     folders = [run.folder.name for run in runs] if len(runs) > 1 else []
-    origins = [provenance(run.recipe, base, run.data, tokens, folders) for run in runs]
+    origins = [provenance(run.recipe, base, run.data, tokens, folders) | origin_of(run.recipe) for run in runs]
     if resume:
         for run, origin in zip(runs, origins):
             refuse_other_inputs(run.folder, origin)
@@ -298,6 +316,7 @@ def _finished(run: _Run, on: Session, plan: PassPlan, outcome: Outcome, members:
         "tokens_per_pass": plan.tokens_per_pass,
         "checkpointed_layers": plan.checkpointed_layers,
         "shared_with": members,
+        **({"begun_from": run.recipe.adapter.init_from} if run.recipe.adapter.init_from else {}),
     }
     write_json(run.folder / RESULT, result)
     return TrainedRun(run.folder, result, run.place.name)

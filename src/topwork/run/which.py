@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topwork.common.errors import RequestError
+from topwork.common.paths import plain_path
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.ownership import is_run, nothing_begun
 
@@ -19,6 +20,7 @@ def which_recipe(given: Path, overrides: Sequence[str] = (), resume: bool = Fals
     Raises RecipeError, and RequestError for a folder that is no run's, or where the run would write into the folder of
     its own recipe.
     """
+    given = Path(plain_path(str(given)))
     folder = given if given.is_dir() else given.parent
     is_folder = given.is_dir() or given.name == _RECIPE
     if is_folder and is_run(folder):

@@ -7,12 +7,12 @@ engine: {batch_size: 32}
 
 from collections.abc import Mapping
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, field_validator, model_validator
 
 from topwork.common.options import Options
+from topwork.common.paths import plain_path
 from topwork.models.config import ModelConfig
 from topwork.quantization.config import QuantizationConfig
 from topwork.serving.backends.vllm_config import VllmConfig
@@ -189,7 +189,7 @@ class ServeConfig(Options):
     @classmethod
     def _from_home(cls, value: str | None) -> str | None:
         """A file's ~ is no shell's: without this it would be a folder of that name."""
-        return None if value is None else str(Path(value).expanduser())
+        return None if value is None else plain_path(value)
 
     @field_validator("adapters", mode="before")
     @classmethod

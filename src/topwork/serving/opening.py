@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RequestError
+from topwork.common.paths import plain_path
 from topwork.data.chat.template import ChatTemplate, Reading
 from topwork.generation.engine import Engine, EngineSettings
 from topwork.generation.registry import Registry
@@ -73,7 +74,7 @@ def open_service(config: ServeConfig, say: Say = print) -> Opened:
 
 def named_by(config: ServeConfig) -> Named:
     """Raises RequestError for an adapter's folder, or the adapters folder, that is not there."""
-    place = Path(config.model.model_name_or_path).expanduser()
+    place = Path(plain_path(config.model.model_name_or_path))
     adapters = {name: _there(name, path) for name, path in config.adapters.items()}
     if missing := [folder for folder in _within(config) if not folder.is_dir()]:
         raise RequestError(f"adapters_folder {missing[0]} is no folder; make it, or name the one that adapters are in")
@@ -109,7 +110,7 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     own = base.name if base is not None else find_source(named.model, say).name
     served = config.served_model_name or served_name(own)
     asked = named.model.model_name_or_path  # an alias answers too; a path stays ours
-    names = tuple(dict.fromkeys((served, own, *([] if Path(asked).expanduser().exists() else [asked]))))
+    names = tuple(dict.fromkeys((served, own, *([] if Path(plain_path(asked)).exists() else [asked]))))
     if taken := [name for name in names if name in named.adapters]:
         raise RequestError(f"{taken[0]!r} is the name of the base and of an adapter; give the adapter another")
     found = [ToLoad(name, folder, None, True, True) for name, folder in named.adapters.items()]
@@ -155,7 +156,7 @@ def _vllm(
     assert config.vllm is not None
     template = None
     if named.template is not None:
-        template = Path(named.template).expanduser()
+        template = Path(plain_path(named.template))
         if not template.is_file():
             raise RequestError(f"vLLM takes a chat template as a file; {named.template!r} is none")
     if named.fold_system:
@@ -181,7 +182,7 @@ def _kept(state: StateFolder, configured: Mapping[str, Path]) -> Kept:
 
 
 def _there(name: str, path: str) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(plain_path(path))
     if not folder.is_dir():
         raise RequestError(f"adapter {name!r}: {path} is no folder; give one with adapter_config.json, or a run's")
     return folder

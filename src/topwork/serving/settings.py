@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from topwork.common.errors import RecipeError, RequestError, did_you_mean
+from topwork.recipe.pasted import setting
 from topwork.recipe.recipe import parse_yaml
 from topwork.serving.config import ServeConfig
 
@@ -29,10 +30,10 @@ def load_config(
         values = _beside(parse_yaml(text, str(path)), path.parent)
     values = _over(values, given or {})
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
+        parts = setting(override)
+        if parts is None:
             raise RequestError(f"--set {override!r}: expected a.b=value, for example engine.batch_size=32")
-        values = _over(values, _nested(key.strip().split("."), _value(override, text)))
+        values = _over(values, _nested(parts[0].split("."), _value(override, parts[1])))
     return make_config(values, str(path or "the server's options"))
 
 

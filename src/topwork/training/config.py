@@ -34,9 +34,10 @@ class TrainingConfig(Options):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to zero along a cosine or a line, or not at all."""
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
-    """The share of steps in which the learning rate rises from zero."""
+    """The share of steps in which the learning rate rises to its peak, rounded to the nearest number of steps (a half
+    up) and never all of them. The first step trains too: of w warm-up steps it takes a share of 1 / (w + 1)."""
     warmup_steps: int | None = Field(None, ge=0)
-    """The same as a number of steps; it goes before `warmup_ratio`."""
+    """The same as a number of steps; it goes before `warmup_ratio`. One that is as long as the run is told."""
     num_train_epochs: float = Field(1.0, gt=0)
     """How often the training rows are seen."""
     max_steps: int | None = Field(None, ge=1)
@@ -76,6 +77,7 @@ class TrainingConfig(Options):
     logging_steps: int = Field(1, ge=1)
     """Write metrics every so many steps."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Where metrics go beside `metrics.jsonl`."""
+    """Where metrics go beside `metrics.jsonl`. WANDB_PROJECT, WANDB_NAME and the like, and TENSORBOARD_LOGGING_DIR, say
+    where in the environment."""
     seed: int = 0
     """Decides the adapter's first weights, the order of the rows, dropout and the held-out rows."""

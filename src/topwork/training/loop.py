@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +55,21 @@ class Loop:
             trial.resume(path, start.at)
         self._resumed = True
 
-    def run(self, stop_at: int | None = None) -> list[Outcome]:
+    def run(self, stop_at: int | None = None, interrupts: Interrupts | None = None) -> list[Outcome]:
         """Train all to their ends, or up to step `stop_at`, where they are validated and saved.
 
-        Raises RunError, and NonFiniteLossError where the only trial diverges; checkpoints written before stay good.
+        Ctrl-C and the like end it with a checkpoint of the last step, and "interrupted" for those that have not ended;
+        `interrupts`, entered by the caller, tells of one that came when all had. Raises RunError, and
+        NonFiniteLossError where the only trial diverges; checkpoints written before stay good.
         """
         if not self._resumed:
             torch.manual_seed(self.trials[0].config.seed)
             random.seed(self.trials[0].config.seed)
-        with Interrupts() as interrupts:
+        with nullcontext(interrupts) if interrupts is not None else Interrupts() as asked:
             try:
-                self._begin()
-                while active := self._active(stop_at):
-                    self._round(active, stop_at, interrupts)
-                    if interrupts.asked:
-                        break
+                self._begin(stop_at, asked)
+                while not asked.asked and (active := self._active(stop_at)):
+                    self._round(active, stop_at, asked)
             finally:
                 if self.base.workspace is not None:
                     self.base.workspace.release()
@@ -77,9 +78,19 @@ class Loop:
                     trial.progress.finished()
         return [_outcome(trial, stop_at) for trial in self.trials]
 
-    def _begin(self) -> None:
+    def _begin(self, stop_at: int | None, interrupts: Interrupts) -> None:
+        """The validation before the first step, or the one that an interrupt broke off."""
         if not self._resumed:
-            self._validate(self.trials, 0)
+            for trial in self.trials:
+                trial.begin()
+        at = max(trial.state.step for trial in self.trials)
+        there = [trial for trial in self.trials if trial.state.step == at]
+        waiting = [trial for trial in there if trial.awaits_validation(stop_at)]
+        done = not waiting or self._validated(there, at, stop_at, interrupts)
+        if self._resumed and done:
+            _save(waiting)
+        elif not self._resumed and interrupts.asked:
+            _save(self.trials)
         for trial in self.trials:
             self.adapters.train(trial.name)
             trial.progress.started(trial.state.step, trial.steps)
@@ -94,15 +105,27 @@ class Loop:
     def _round(self, active: Sequence[Trial], stop_at: int | None, interrupts: Interrupts) -> None:
         at = max(trial.state.step for trial in active) + 1
         self._step(active, at)
-        stepped = [trial for trial in active if trial.state.ended is None]
-        self._validate([m for m in stepped if m.validation_is_due() or m.state.step == stop_at], at)
-        for trial in stepped:
-            if trial.state.ended is None:
-                trial.settle()
+        self._validated([trial for trial in active if trial.state.ended is None], at, stop_at, interrupts)
         paused = any(trial.state.step == stop_at for trial in active)
         if interrupts.asked or paused or any(trial.save_is_due() for trial in active):
-            for trial in active:  # whenever one saves all do, so that they can go on together
-                trial.save()
+            _save(active)
+
+    def _validated(self, trials: Sequence[Trial], at: int, stop_at: int | None, interrupts: Interrupts) -> bool:
+        """Validate those of some trials at one step that are due, and see who has ended. Once asked to stop it breaks
+        off, and is false: they are saved as they are, and the resumed run validates them, in the same passes."""
+        waiting = [trial for trial in trials if trial.awaits_validation(stop_at)]
+        for trial in trials:
+            if trial.state.ended is None and trial not in waiting:
+                trial.settle()
+        due = [trial for trial in trials if trial.validation_is_due(stop_at)] if waiting else []
+        try:
+            self._validate(due, waiting, at, interrupts)
+        except _BrokenOff:
+            return False
+        for trial in waiting:
+            if trial.state.ended is None:
+                trial.settle()
+        return True
 
     def _step(self, active: Sequence[Trial], at: int) -> None:
         """One optimizer step of each, in shared passes."""
@@ -128,18 +151,19 @@ class Loop:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
         return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds)
 
-    def _validate(self, trials: Sequence[Trial], at: int) -> None:
-        """The trials' held-out rows, in shared passes."""
-        due = [trial for trial in trials if trial.held_out]
+    def _validate(self, due: Sequence[Trial], waiting: Sequence[Trial], at: int, interrupts: Interrupts) -> None:
+        """The held-out rows of those that are due, in shared passes; what it comes to is for those that wait for it.
+        Raises _BrokenOff once asked to stop."""
         if not due:
             return
         groups, objectives = [(m.name, m.held_out) for m in due], {m.name: m.learner.objective for m in due}
         with self.adapters.evaluating(*(trial.name for trial in due)):
             losses, _ = self.size.run(
-                f"in the validation at step {at}", lambda: self._passes(groups),
-                lambda passes: mean_losses(self.base, objectives, passes),
-            )  # fmt: skip
-        for trial in due:
+                f"in the validation at step {at}",
+                lambda: self._passes(groups),
+                lambda passes: mean_losses(self.base, objectives, _until_asked(interrupts, passes)),
+            )
+        for trial in waiting:
             means, step = losses[trial.name], trial.state.step
             if math.isfinite(means.loss):
                 trial.validated(means)
@@ -149,10 +173,28 @@ class Loop:
 
     def _diverged(self, trial: Trial, error: NonFiniteLossError, at: int) -> None:
         if len(self.trials) == 1:
+            trial.record_divergence(error, at)
             raise error
         trial.diverge(error, at)
 
 
+class _BrokenOff(Exception):
+    """A validation was asked to stop."""
+
+
+def _until_asked(interrupts: Interrupts, passes: Sequence[Batch]) -> Iterator[Batch]:
+    for batch in passes:
+        if interrupts.asked:
+            raise _BrokenOff
+        yield batch
+
+
+def _save(trials: Sequence[Trial]) -> None:
+    """Whenever one saves all do, so that they can go on together."""
+    for trial in trials:
+        trial.save()
+
+
 def _outcome(trial: Trial, stop_at: int | None) -> Outcome:
-    open_end = "paused" if stop_at is not None and trial.state.step >= stop_at else "interrupted"
-    return Outcome(trial.state, trial.steps, trial.state.ended or open_end)
+    there = stop_at is not None and trial.state.step >= stop_at and not trial.awaits_validation(stop_at)
+    return Outcome(trial.state, trial.steps, trial.state.ended or ("paused" if there else "interrupted"))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import append_line, write_bytes, write_text
 
 METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
+DIVERGED = "diverged at step"
+"""How the note of a run begins that ended so, and is no run's that went on."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
 Kind = Literal["train", "eval", "note"]
 
@@ -110,8 +113,11 @@ def _lines_up_to(path: Path, step: int, warn: Callable[[str], None]) -> bytes:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step and not str(record.get("text")).startswith(DIVERGED):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             warn(f"{path}, line {number} is not a metrics record and is left out: {line[:80]!r}")
@@ -119,7 +125,10 @@ def _lines_up_to(path: Path, step: int, warn: Callable[[str], None]) -> bytes:
 
 
 class TensorBoardSink:
-    """Event files in RUN/tensorboard: each number under `kind/key`. Events after `resume_step` are hidden."""
+    """Event files in RUN/tensorboard: each number under `kind/key`. Events after `resume_step` are hidden.
+
+    Where the environment has TENSORBOARD_LOGGING_DIR they are in a folder there, named as the run's.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int | None = None) -> None:
         try:
@@ -127,7 +136,11 @@ class TensorBoardSink:
         except ImportError as error:
             raise _missing("tensorboard", "tensorboard") from error
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(run_dir / TENSORBOARD), purge_step=purge_step)
+        elsewhere = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        if elsewhere and purge_step is None:
+            purge_step = 0  # an earlier run of this name may have been there
+        place = Path(elsewhere, run_dir.resolve().name) if elsewhere else run_dir / TENSORBOARD
+        self._writer = SummaryWriter(log_dir=str(place), purge_step=purge_step)
         if resume_step is None:
             self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
@@ -140,25 +153,38 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run. Its id stands in RUN/wandb_id, so that a resumed run goes on in the same one."""
+    """A Weights & Biases run. Its id stands in RUN/wandb_id, so that a resumed run goes on in the same one.
+
+    What the environment says (WANDB_PROJECT, WANDB_NAME, WANDB_DIR, WANDB_RUN_ID, WANDB_RESUME) goes before what stands
+    here; the rest of it (entity, group, mode, tags) is read by wandb itself. Of runs that train together the first has
+    that name and id, the others a name that begins so.
+    """
+
+    _open: ClassVar[set[str]] = set()
+    """Ids of those of this process, which no two may share."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise _missing("wandb", "Weights & Biases") from error
+        said, name = os.environ.get, run_dir.resolve().name
         id_file = run_dir / WANDB_ID
         if not id_file.exists():
-            write_text(id_file, secrets.token_hex(8))
+            asked = said("WANDB_RUN_ID")
+            write_text(id_file, asked if asked and asked not in self._open else secrets.token_hex(8))
+        self._id = id_file.read_text("utf-8")
+        named = said("WANDB_NAME")
         self._run = wandb.init(
-            project="topwork",
-            name=run_dir.name,
-            id=id_file.read_text(),
-            resume="allow",
+            project=said("WANDB_PROJECT") or "topwork",
+            name=f"{named}-{name}" if named and self._open else named or name,
+            id=self._id,
+            resume=said("WANDB_RESUME") or "allow",
             reinit="create_new",  # several members of one process have a run each
-            dir=str(run_dir),
+            dir=said("WANDB_DIR") or str(run_dir),
             config=dict(config),
         )
+        self._open.add(self._id)
         # its own step count cannot go back, which a resume from an earlier checkpoint does
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -167,6 +193,7 @@ class WandbSink:
         self._run.log({"step": record["step"], **_shown_numbers(record)})
 
     def close(self) -> None:
+        self._open.discard(self._id)
         self._run.finish()
 
 

@@ -1,5 +1,6 @@
 """What a run tells the person who waits for it."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -39,3 +40,35 @@ class Silent:
     def ended(self, how: str) -> None: ...
 
     def finished(self) -> None: ...
+
+
+class Unbroken:
+    """Tells it to another, until the other cannot write any more (a terminal that has gone, a pipe that is closed):
+    then it falls silent, and training goes on."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+
+    def started(self, step: int, steps: int) -> None:
+        self._tell(lambda: self._inner.started(step, steps))
+
+    def stepped(self, step: int, record: dict[str, Any]) -> None:
+        self._tell(lambda: self._inner.stepped(step, record))
+
+    def validated(self, step: int, record: dict[str, Any]) -> None:
+        self._tell(lambda: self._inner.validated(step, record))
+
+    def note(self, text: str) -> None:
+        self._tell(lambda: self._inner.note(text))
+
+    def ended(self, how: str) -> None:
+        self._tell(lambda: self._inner.ended(how))
+
+    def finished(self) -> None:
+        self._tell(self._inner.finished)
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except OSError:
+            self._inner = Silent()

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -142,7 +142,7 @@ def _mean_gradients(learner: Learner, known: _Sum) -> list[Tensor]:
 
 
 @torch.no_grad()
-def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Sequence[Batch]) -> dict[str, Means]:
+def mean_losses(base: Base, objectives: Mapping[str, Objective], passes: Iterable[Batch]) -> dict[str, Means]:
     """Each adapter's mean of its objective over held-out passes, without a gradient. Raises RunError for an adapter
     whose rows count nothing."""
     sums = {name: _Sum(objective) for name, objective in objectives.items()}

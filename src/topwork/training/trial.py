@@ -23,12 +23,12 @@ from topwork.training.checkpoint import (
     save_checkpoint,
 )
 from topwork.training.config import TrainingConfig
-from topwork.training.metrics import MetricsLog
+from topwork.training.metrics import DIVERGED, MetricsLog
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
-from topwork.training.progress import Progress
-from topwork.training.schedule import learning_rate
+from topwork.training.progress import Progress, Unbroken
+from topwork.training.schedule import learning_rate, warmup_note
 from topwork.training.step import Learner, Means, StepResult
-from topwork.training.watch import overfitting_since
+from topwork.training.watch import FirstWeights, overfitting_since, worse_than_base
 
 CHECKPOINTS = "checkpoints"
 
@@ -70,11 +70,13 @@ class Trial:
     ) -> None:
         self.place, self.name, self.config = place, place.name, config
         self.rows, self.held_out = rows, held_out
-        self.metrics, self.progress = metrics, progress
+        self.metrics, self.progress = metrics, Unbroken(progress)
         self.keep = keep or config.save_total_limit
         parameters = place.adapters.parameters(place.name)
         groups = parameter_groups(config, parameters)
         self.names = [name for group in groups for name in group["names"]]
+        self._first_weights = FirstWeights(parameters)
+        self._begun_from = getattr(place.adapters.configs[place.name], "init_from", None)
         self.optimizer = make_optimizer(config, groups, place.run_dir)
         self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
         self.steps = planned_steps(config, rows.steps_per_epoch)
@@ -101,6 +103,12 @@ class Trial:
         if state.ended_at is not None and state.ended_at > at:  # it ended in a round that is now run again
             state = replace(state, ended=None, ended_at=None)
         self.state = state
+
+    def begin(self) -> None:
+        """Tell, before its first step, what is known of its plan."""
+        told = warmup_note(self.config, self.steps)
+        if told is not None:
+            self._note(told)
 
     def next_rows(self) -> Sequence[Example]:
         """The rows of its next optimizer step, for which its learning rate is set."""
@@ -163,18 +171,29 @@ class Trial:
     def settle(self) -> None:
         """See whether the plan is done, or patience is out."""
         if self.state.step == self.steps:
-            self._end("finished", self.state.step)
+            self._finish("finished")
         elif self._patience_is_out():
-            self._end("early stopping", self.state.step)
+            self._finish("early stopping")
 
     def diverge(self, error: NonFiniteLossError, at: int) -> None:
         """Leave the pass in round `at`, with the last good state."""
         self._note(f"diverged, and left the pass: {error}")
         self._end("diverged", at)
 
-    def validation_is_due(self) -> bool:
-        """Whether it is to be validated after the step it is at."""
-        return self.state.step % self.eval_every == 0 or self.state.step == self.steps
+    def record_divergence(self, error: NonFiniteLossError, at: int) -> None:
+        """Keep in its metrics that it diverged in round `at`; who catches the error tells it."""
+        self.metrics.write("note", self.state.step, {"text": f"{DIVERGED} {at}: {error}"})
+
+    def validation_is_due(self, stop_at: int | None = None) -> bool:
+        """Whether it is to be validated at the step it is at, where a run that stops at `stop_at` is, too."""
+        step = self.state.step
+        return bool(self.held_out) and (step % self.eval_every == 0 or step in (self.steps, stop_at))
+
+    def awaits_validation(self, stop_at: int | None = None) -> bool:
+        """Whether that validation is still to be done: an interrupt came before its end."""
+        history = self.state.history
+        validated = bool(history) and history[-1].step == self.state.step
+        return self.state.ended is None and self.validation_is_due(stop_at) and not validated
 
     def save_is_due(self) -> bool:
         """Whether a checkpoint is to be written of the step it is at."""
@@ -211,6 +230,17 @@ class Trial:
             f"{step} is kept in {self.checkpoints}. Look at these rows, lower training.learning_rate or take "
             "model.dtype: float32, then start again."
         )
+
+    def _finish(self, how: str) -> None:
+        """End, and tell what the adapter that is kept is not worth."""
+        if self._first_weights.unmoved():
+            self._note(
+                "the adapter learned nothing: its weights are those that it began with, and it changes no answer. See "
+                "that the rows have answers to learn, and that training.learning_rate is not too low"
+            )
+        elif told := worse_than_base(self.state, self.config.load_best_model_at_end, self._begun_from):
+            self._note(told)
+        self._end(how, self.state.step)
 
     def _end(self, how: str, at: int) -> None:
         self.state = replace(self.state, ended=how, ended_at=at)

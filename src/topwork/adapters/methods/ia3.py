@@ -16,6 +16,7 @@ from topwork.adapters.config import OWN_TARGETS, Ia3Config
 from topwork.adapters.files import Files, Grafted, has_conv1d, names_of, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.module import AdapterModule, FusedTerms
+from topwork.adapters.peft_options import ia3_options
 from topwork.adapters.targets import LINEAR, features, find_targets, matching
 from topwork.common.errors import AdapterError
 from topwork.ops.vectors import Gain
@@ -101,9 +102,6 @@ def _there(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if matching(paths, [name])]
 
 
-READ = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
-
-
 def _keys(adapter: Grafted[Ia3Config]) -> dict[str, Any]:
     """Names are written out, excluded modules left out of them already."""
     modules = adapter.modules
@@ -125,13 +123,9 @@ def _keys(adapter: Grafted[Ia3Config]) -> dict[str, Any]:
     }
 
 
-def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:  # noqa: ARG001
-    return {key: raw[key] for key in READ if raw.get(key) is not None}
-
-
 IA3 = Method(
     Ia3Config,
     ia3_plan,
-    Files("IA3", _keys, _options),
+    Files("IA3", _keys, ia3_options),
     {"ia3": Preset({"adapter.target_modules": OWN_TARGETS}, rate=10)},
 )

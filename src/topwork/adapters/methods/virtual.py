@@ -20,6 +20,7 @@ from topwork.adapters.config import PrefixConfig, PromptConfig
 from topwork.adapters.files import Files, Grafted, peft_keys
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.module import AdapterModule, hold_in, path_seed
+from topwork.adapters.peft_options import virtual_options
 from topwork.adapters.targets import embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
@@ -207,24 +208,15 @@ def _prompt_keys(adapter: Grafted[PromptConfig]) -> dict[str, Any]:
     }
 
 
-def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    if raw.get("modules_to_save") or (raw.get("num_transformer_submodules") or 1) != 1:
-        raise AdapterError(
-            f"{folder} has modules_to_save or num_transformer_submodules beside its virtual tokens, which cannot be "
-            "read; a decoder's virtual tokens alone can"
-        )
-    return {"num_virtual_tokens": raw.get("num_virtual_tokens")}
-
-
 PREFIX = Method(
     PrefixConfig,
     prefix_plan,
-    Files("PREFIX_TUNING", _prefix_keys, _options, _to_file, dict),
+    Files("PREFIX_TUNING", _prefix_keys, virtual_options, _to_file, dict),
     {"prefix": Preset(rate=10)},
 )
 PROMPT = Method(
     PromptConfig,
     prompt_plan,
-    Files("PROMPT_TUNING", _prompt_keys, _options, _to_file, dict),
+    Files("PROMPT_TUNING", _prompt_keys, virtual_options, _to_file, dict),
     {"prompt": Preset(rate=30)},
 )

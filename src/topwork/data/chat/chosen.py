@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.paths import missed, plain_path
 
 RAW = "raw"
 _SHIPPED = Path(__file__).parents[1] / "templates"
@@ -20,10 +21,10 @@ def jinja_of(tokenizer: Any, template: str | None) -> str | None:
     if "{{" in template or "{%" in template:
         return template
     shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
-    path = shipped.get(template, Path(template).expanduser())
+    path = shipped.get(template, Path(plain_path(template)))
     if not path.is_file():
         raise DataError(
-            f"data.chat_template is {template!r}, which is no file{did_you_mean(template, shipped)}; "
+            f"data.chat_template is {template!r}, which is no file{did_you_mean(template, shipped) or missed(path)}; "
             f"expected {', '.join(sorted(shipped))}, or a Jinja file"
         )
     try:

@@ -42,7 +42,7 @@ def csv_rows(file: DataFile) -> Found:
     records = _records(file, reader)
     _, cells = next(records, (0, []))
     header = [name.strip() for name in cells]
-    _check_header(file, header)
+    check_header(file, header)
     width = max((number for number, name in enumerate(header, 1) if name), default=0)
     for line, cells in records:
         if not any(cells) and len(header) > 1:
@@ -56,19 +56,20 @@ def _fields(
     if len(cells) < width or any(cells[len(header) :]):
         raise DataError(
             f"{file.path}, line {line:,}: {len(cells)} cells where the header has {len(header)} "
-            f"({', '.join(header)}; separator {delimiter!r}): {_shown(delimiter.join(cells))}. "
+            f"({', '.join(header)}; separator {delimiter!r}): {shown(delimiter.join(cells))}. "
             "A cell that holds the separator or a line break must stand in double quotes"
         )
     unnamed = next((at for at, name in enumerate(header) if at and not name and cells[at : at + 1] > [""]), 0)
     if unnamed:  # the first may be pandas' numbers of the rows
         raise DataError(
-            f"{file.path}, line {line:,}: {_shown(cells[unnamed])} stands in column {unnamed + 1}, which has no "
+            f"{file.path}, line {line:,}: {shown(cells[unnamed])} stands in column {unnamed + 1}, which has no "
             "name in the header; name it there, or take the column out"
         )
     return {name: cell for name, cell in zip(header, cells) if name}
 
 
-def _check_header(file: DataFile, header: list[str]) -> None:
+def check_header(file: DataFile, header: list[str]) -> None:
+    """Raises DataError where the first row cannot be names, and notes where it may be a row."""
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise DataError(
@@ -77,7 +78,7 @@ def _check_header(file: DataFile, header: list[str]) -> None:
     wide = next((each for each in _WIDE if len(header) == 1 and each in header[0]), None)
     if wide:
         raise DataError(
-            f"{file.path}: its first line, {_shown(header[0])}, is one name; if {wide!r} parts several, write , or ; "
+            f"{file.path}: its first line, {shown(header[0])}, is one name; if {wide!r} parts several, write , or ; "
             "or a tab in its place, in all rows"
         )
     if not any(header):
@@ -86,7 +87,7 @@ def _check_header(file: DataFile, header: list[str]) -> None:
         file.note("its first column, which has no name, is not read")
     if any(map(_is_no_name, header)):
         file.note(
-            f"its first line is taken for the names of the columns ({_shown(', '.join(header))}) and not learned; if "
+            f"its first line is taken for the names of the columns ({shown(', '.join(header))}) and not learned; if "
             "it is a row, put a line of names before it"
         )
 
@@ -155,5 +156,6 @@ def _spaced(lines: list[str], delimiter: str) -> bool:
     return len(records) > 1 and bool(inner) and all(cell.startswith(" ") for cell in inner)
 
 
-def _shown(text: str, width: int = 60) -> str:
+def shown(text: str, width: int = 60) -> str:
+    """The beginning of a cell, for people."""
     return repr(text[:width] + ("…" if len(text) > width else ""))

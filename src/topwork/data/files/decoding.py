@@ -31,7 +31,7 @@ _OTHER_KINDS = (
     (b"\x28\xb5\x2f\xfd", "packed with zstd; name it so: {name}.zst"),
     (b"BZh", "packed with bzip2; name it so: {name}.bz2"),
     (b"\xfd7zXZ\x00", "packed with xz; name it so: {name}.xz"),
-    (b"PK\x03\x04", "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV in UTF-8"),
+    (b"PK\x03\x04", "a zip archive or an Excel sheet; unpack it, or name it .xlsx"),
     (b"PAR1", "a parquet file; name it .parquet"),
     (b"ARROW1", "an arrow file; name it .arrow"),
     (b"SQLite format 3", "a SQLite data base; export its table as CSV"),
@@ -49,7 +49,7 @@ class DataFile:
     name       what people call it: its name, or its path in a folder where several have this name
     encoding   of text that is not UTF-8; None where nobody said
     documents  what is one document of a .txt: file, paragraph or line
-    split      the list of this name, in a .json that holds several
+    split      the list of this name, in a .json that holds several; the sheet of a .xlsx
     chosen     whether the recipe says which columns are read, so that others may be what they like
     notes      what was noticed while it was read, for people
     """

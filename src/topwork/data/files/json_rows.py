@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.yaml_text import in_yaml
 from topwork.data.files.decoding import DataFile, read_lines, read_text
 
 Found = Iterator[tuple[dict[str, Any], str]]
@@ -232,7 +233,8 @@ def _rows_of_object(file: DataFile, value: dict[str, Any]) -> list[Any]:
     if len(rows) > 1:
         raise DataError(
             f"{file.path}: expected a list of objects, or an object that holds one such list; found an object with "
-            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: {{path: {file.path}, split: {next(iter(rows))}}}"
+            f"{len(rows)} lists of rows ({', '.join(rows)}); name one: "
+            + in_yaml({"path": str(file.path), "split": next(iter(rows))})
         )
     lengths = {len(item) for item in lists.values()}
     if lists and len(lists) == len(value) and len(lengths) == 1 and len(rows) < len(lists):

@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.paths import is_folder, is_path, is_there, missed, plain_path
 from topwork.data.files.decoding import unpacked_name
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".txt")
 """Kinds of data files; those of text may be packed."""
-TABLES = (".parquet", ".arrow")
+TABLES = (".parquet", ".arrow", ".xlsx")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")
 _WORDS = {
     "train": ("train", "training"),
@@ -31,11 +32,14 @@ _NO_DATA = re.compile(
     r"|(dataset_infos?|dataset_dict|state|croissant|config)\.json",
     re.IGNORECASE,
 )
+_SHEET = re.compile(r"(.+\.xlsx):([^:/\\]+)", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://.*", re.IGNORECASE)
+_AS_CSV, _AS_TEXT = "save its sheet as CSV in UTF-8", "save it as .txt in UTF-8"
 _INSTEAD = {
-    ".xlsx": "save its sheet as CSV in UTF-8", ".xls": "save its sheet as CSV in UTF-8",
-    ".ods": "save its sheet as CSV in UTF-8", ".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it",
-    ".7z": "unpack it", ".rar": "unpack it", ".pdf": "take its text out into a .txt",
-    ".docx": "save it as .txt in UTF-8", ".doc": "save it as .txt in UTF-8", ".md": "name it .txt to learn it as text",
+    **dict.fromkeys((".xls", ".xlsm", ".xlsb", ".ods", ".numbers", ".gsheet"), _AS_CSV),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pages", ".gdoc", ".pptx", ".epub", ".html"), _AS_TEXT),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it"), ".pdf": "take its text out into a .txt",
+    ".md": "name it .txt to learn it as text",
     ".pkl": "write it with pandas' to_json(orient='records', lines=True)", ".yaml": "write its rows as .jsonl",
     ".yml": "write its rows as .jsonl", ".db": "export its table as CSV", ".sqlite": "export its table as CSV",
 }  # fmt: skip
@@ -71,17 +75,26 @@ def split_of(word: str) -> str | None:
 def find_place(named: str) -> Place | None:
     """What is on disk under this name; None where it can only be a data set of the Hub. Raises DataError for a path of
     which there is nothing, with near names."""
-    path = Path(named).expanduser()
-    if path.is_dir():
+    named = plain_path(named)
+    path = Path(named)
+    if is_folder(path):
         return _folder(path, None, None)
-    if path.exists():
+    if is_there(path):
         return Place(named, path.parent, {"": [path]}, alone=True)
+    sheet = _SHEET.fullmatch(named)
+    if sheet and (book := Path(sheet[1])).is_file():
+        return Place(sheet[1], book.parent, {"": [book]}, alone=True, split=sheet[2])
+    if _ADDRESS.fullmatch(named):
+        raise DataError(
+            f"{named} is an address on the web, and rows are read from files: download it, a sheet as CSV, and name "
+            "the file; a data set of the Hub is owner/name"
+        )
     head, *rest = named.split(":")
-    if rest and len(rest) <= 2 and Path(head).expanduser().is_dir():
-        return _folder(Path(head).expanduser(), rest[0] or None, rest[1] if len(rest) > 1 else None)
+    if rest and len(rest) <= 2 and is_folder(Path(head)):
+        return _folder(Path(head), rest[0] or None, rest[1] if len(rest) > 1 else None)
     if glob.has_magic(named):
         return _matches(path)
-    if HUB_ID.fullmatch(named) and kind_of(path) not in SUFFIXES:
+    if HUB_ID.fullmatch(named) and kind_of(path) not in (*SUFFIXES, *_INSTEAD) and not is_path(head):
         return None
     raise DataError(_missing(path))
 
@@ -107,9 +120,9 @@ def check_kind(path: Path) -> None:
 
 
 def _missing(path: Path) -> str:
-    if not path.parent.is_dir():
+    hint = missed(path)
+    if not is_folder(path.parent) and not hint:
         return f"{path} does not exist, nor does its folder {path.parent}; check the path (it starts at {Path.cwd()})"
-    hint = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
     return f"{path} does not exist{hint or '; expected a data file, a folder of them, or a Hub id owner/name'}"
 
 
@@ -154,10 +167,12 @@ def _folder(folder: Path, config: str | None, split: str | None) -> Place:
         raise DataError(f"the folder {folder} holds no data file; expected some of {', '.join(sorted(SUFFIXES))}")
     if config is not None and split is not None:
         raise DataError(f"{folder} has no configuration {config!r}; leave it out: {folder}::{split}")
-    text = [file for file in files if kind_of(file) == ".txt"]  # a README of another name, where there are rows
-    rows = [file for file in files if file not in text]
-    passed = tuple(text) if rows else ()
-    return Place(str(folder), folder, _by_split(rows or text, folder), split=split or config, passed=passed)
+    beside = (".txt", ".xlsx")  # where there are rows, a README of another name, and what they were exported from
+    rows = [file for file in files if kind_of(file) not in beside]
+    for kind in reversed(beside):
+        rows = rows or [file for file in files if kind_of(file) == kind]
+    passed = tuple(file for file in files if file not in rows)
+    return Place(str(folder), folder, _by_split(rows, folder), split=split or config, passed=passed)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from topwork.common.errors import DataError
+from topwork.common.hub import ask_hub
+from topwork.common.paths import missed
+from topwork.common.yaml_text import quoted
 from topwork.data.config import SourceConfig
 from topwork.data.files.csv_rows import csv_rows
 from topwork.data.files.decoding import DataFile, read_lines, read_text
@@ -14,6 +17,7 @@ from topwork.data.files.json_rows import json_rows, jsonl_rows
 from topwork.data.files.places import kind_of
 from topwork.data.files.sources import Located, locate
 from topwork.data.files.tables import arrow_rows, dataset_rows, parquet_rows
+from topwork.data.files.xlsx_rows import xlsx_rows
 
 Found = Iterator[tuple[dict[str, Any], str]]
 
@@ -64,7 +68,8 @@ def _all_rows(located: Located) -> Iterator[Row]:
         if first and begin.fields and set(begin.fields).isdisjoint(first[1]):
             raise DataError(
                 f"{first[0].name} has the columns {', '.join(first[1])}, and {file.name} {', '.join(begin.fields)}: "
-                f"files of one source hold rows of one kind; name each as a source: [{first[0].path}, {file.path}]"
+                f"files of one source hold rows of one kind; name each as a source: [{quoted(str(first[0].path))}, "
+                f"{quoted(str(file.path))}]"
             )
         yield begin
         yield from rows
@@ -126,6 +131,7 @@ def hub_table(source: SourceConfig, max_rows: int | None) -> tuple[Any, str]:
     repository, _, rest = source.path.partition(":")
     config, _, split = rest.partition(":")
     several = [split] if split else [name or "train" for name in (source.split or "").split("|")]
+    ask_hub(repository, None, "dataset", missed(repository))
     from datasets import load_dataset
 
     for part in several:
@@ -154,5 +160,6 @@ READERS: dict[str, Callable[[DataFile], Found]] = {
     ".tsv": csv_rows,
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
+    ".xlsx": xlsx_rows,
     ".txt": _txt,
 }

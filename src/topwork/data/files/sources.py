@@ -8,9 +8,10 @@ from pathlib import Path
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.common.memory import free_host_memory
+from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.files.decoding import DataFile, packing, unpacked_name
-from topwork.data.files.places import SPLIT_WORDS, TABLES, Place, check_kind, find_place, kind_of, split_of
+from topwork.data.files.places import SPLIT_WORDS, Place, check_kind, find_place, kind_of, split_of
 
 HELD_OUT = "validation|test|"
 """What is read of a folder as `data.eval`: the first of these splits that it has, else what training would read."""
@@ -52,8 +53,8 @@ def locate(source: SourceConfig, documents: str = "file") -> Located | None:
 
 
 def _list_in(place: Place, paths: Sequence[Path], asked: str) -> str | None:
-    """The list of a .json that `split` names. Raises DataError for what holds no splits."""
-    if len(paths) == 1 and not place.saved and kind_of(paths[0]) == ".json":
+    """The list of a .json or the sheet of a .xlsx that `split` names. Raises DataError for what holds no splits."""
+    if len(paths) == 1 and not place.saved and kind_of(paths[0]) in (".json", ".xlsx"):
         return asked
     if all(split_of(path.name) == split_of(asked) for path in paths) and split_of(asked) is not None:
         return None
@@ -97,7 +98,7 @@ def _training(place: Place) -> list[str]:
     held = ", ".join(f"{name} ({_names(place, [name])})" for name in place.splits)
     raise DataError(
         f"{place.name} holds nothing to train on, only the split{'s' if len(place.splits) > 1 else ''} {held}; to "
-        f"learn it nevertheless, say so: {{path: {place.name}, split: {next(iter(place.splits))}}}"
+        f"learn it nevertheless, say so: {_as_source(place, next(iter(place.splits)))}"
     )
 
 
@@ -106,9 +107,14 @@ def _one(place: Place, names: list[str], what: str) -> list[str]:
     if len(names) > 1:
         raise DataError(
             f"{place.name} holds several {what + ' ' if what else ''}splits: {', '.join(names)}; name one: "
-            f"{{path: {place.name}, split: {names[0]}}}"
+            f"{_as_source(place, names[0])}"
         )
     return names
+
+
+def _as_source(place: Place, split: str) -> str:
+    """What `data.train` says to read this split."""
+    return in_yaml({"path": place.name, "split": split})
 
 
 # What is told
@@ -232,5 +238,5 @@ def _text_bytes(file: DataFile) -> int:
     """About how large a file's rows are; folders are memory-mapped, and their rows as large as their files."""
     if file.path.is_dir():
         return sum(inner.stat().st_size for inner in file.path.rglob("*") if inner.is_file())
-    packed = packing(file.path) or kind_of(file.path) == TABLES[0]
+    packed = packing(file.path) or kind_of(file.path) in (".parquet", ".xlsx")
     return file.path.stat().st_size * (_UNPACKED if packed else 1)

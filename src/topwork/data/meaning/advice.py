@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.yaml_text import in_yaml, quoted
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation, Spelling, suggested_keys, suggested_roles
 from topwork.data.meaning.columns import Columns, speaks
@@ -19,7 +20,7 @@ from topwork.data.meaning.fields import (
     plain,
     sounds_like,
 )
-from topwork.data.meaning.mapping import columns_of, in_yaml, quoted
+from topwork.data.meaning.mapping import columns_of
 from topwork.data.meaning.recognition import Found, mapping
 from topwork.data.meaning.transcripts import rendered_talks
 from topwork.data.meaning.values import RowProblem, is_blank, parsed, text_of
@@ -39,7 +40,9 @@ def refuse_lost_answers(found: Found, survey: Columns, config: DataConfig, works
     if found.rivals and config.format in ("auto", found.name):
         field = "output" if found.name == "alpaca" else "completion"
         ways = [{**found.columns, field: name} for name in (found.columns[field], *found.rivals)]
-        told = [mapping(Found(found.name, way)) for way in ways if works({"columns": _needed(found, way)})]
+        told = [
+            mapping(Found(found.name, way), config.columns) for way in ways if works({"columns": _needed(found, way)})
+        ]
         named = ", ".join(columns for way in ways for columns in [way[field]])
         raise DataError(f"the answer could be any of the columns {named}. Say which is learned: {' or '.join(told)}")
     if found.name == "text" and config.format == "auto":
@@ -78,7 +81,7 @@ def _refuse_pictures(found: Found, survey: Columns, config: DataConfig) -> None:
         return
     raise DataError(
         f"the column {name} holds what the questions are about ({survey.by_name[name].first}), and only text is "
-        f"learned here; leave those rows out, or, to learn the text alone, set {mapping(found)}"
+        f"learned here; leave those rows out, or, to learn the text alone, set {mapping(found, config.columns)}"
     )
 
 
@@ -98,13 +101,14 @@ def refuse_unread_material(
     unread = [name for name in found.names if name not in used and _is_part(name, survey, rows)]
     if not unread:
         return
-    ways = _with_material(found, unread, survey)
+    named = {field: found.columns[field] for field in config.columns if field in found.columns and field != "input"}
+    ways = ({**way, **named} for way in _with_material(found, unread, survey))
     told = next((way for way in ways if works({"columns": way})), None)
     read = f"To read {'it' if len(unread) == 1 else 'them'}, set data.columns: {in_yaml(told)}; to" if told else "To"
     raise DataError(
         f"{', '.join(unread)} look{'s' if len(unread) == 1 else ''} like a part of the question and would not be read "
         f"beside {' and '.join(found.columns[field] for field in _needed(found, found.columns))}, so answers would be "
-        f"learned without what they are taken from. {read} learn them without, set {mapping(found)}"
+        f"learned without what they are taken from. {read} learn them without, set {mapping(found, config.columns)}"
     )
 
 
@@ -188,7 +192,7 @@ def _lists_of_text(values: Sequence[Any], path: str) -> list[str]:
 
 def unrecognised(survey: Columns, config: DataConfig, works: Works) -> str:
     """What to say of them: which mapping would do, or which fields there are."""
-    way = next((way for way in _ways(survey, config) if works(way)), None)
+    way = next((way for each in _ways(survey, config) for way in _beside_own(each, config) if works(way)), None)
     if config.format != "auto":
         groups = [" or ".join(group[:1]) for group in NEEDED[config.format]]
         missing = [group[0] for group in NEEDED[config.format] if not any(name in survey.by_name for name in group)]
@@ -204,6 +208,14 @@ def unrecognised(survey: Columns, config: DataConfig, works: Works) -> str:
     fields = "; ".join(f"{name}: {', '.join(FIELDS[name])}" for name in FIELDS if config.format in ("auto", name))
     end = " " if said.endswith("?") else ". "
     return f"{said}{end}Say in data.columns, as field: column, which is which; the fields are, by format, {fields}"
+
+
+def _beside_own(way: Options, config: DataConfig) -> Iterable[Options]:
+    """Options with the columns that the recipe names already, if that can be, and without: who pastes them replaces
+    those."""
+    if config.columns and "columns" in way:
+        yield {**way, "columns": {**config.columns, **way["columns"]}}
+    yield way
 
 
 def _in_yaml(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from topwork.data.conversations import CONTENT_KEYS, OURS, ROLE_KEYS, Spelling, first_of
 from topwork.data.files.rows import Row
+from topwork.data.meaning.fields import plain
 from topwork.data.meaning.values import is_blank, is_nothing, parsed
 
 _SAMPLE = 50  # the first rows, kept
@@ -158,7 +159,8 @@ def _kind_of_list(items: list[Any]) -> str:
 
 
 def speaks(value: object, spelling: Spelling = OURS) -> tuple[str, str] | None:
-    """(the key that says who speaks, the key of what is said) in a list of messages, or that as text; else None."""
+    """(the key that says who speaks, the key of what is said) in a list of messages, or that as text, as `plain` has
+    them; else None."""
     items = parsed(value)
     first = parsed(items[0]) if isinstance(items, list) and items else None
     if not isinstance(first, Mapping):
@@ -169,4 +171,4 @@ def speaks(value: object, spelling: Spelling = OURS) -> tuple[str, str] | None:
         return None
     content = first_of(first, CONTENT_KEYS)
     calls = any(key in first for key in ("tool_calls", "function_call"))
-    return (role, content or "content") if content or calls else None
+    return (plain(role), plain(content or "content")) if content or calls else None

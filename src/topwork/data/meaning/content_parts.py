@@ -4,6 +4,7 @@ results, as Anthropic and Mistral write them), and an object that is a question 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from topwork.data.meaning.fields import first_called, plain
 from topwork.data.meaning.values import RowProblem, text_of
 
 _THINKS, _CALLS, _RESULTS = ("thinking", "reasoning"), ("tool_use",), ("tool_result",)
@@ -52,9 +53,13 @@ _SPEAKS = ("role", "from", "speaker", "author", "sender")
 
 def exchange_keys(item: object) -> tuple[str, str] | None:
     """Under which keys an object of a talk holds a question and its answer; None where it is no such."""
-    if not isinstance(item, Mapping) or any(key in item for key in _SPEAKS):
+    if not isinstance(item, Mapping) or any(plain(key) in _SPEAKS for key in item):
         return None
-    return next((keys for keys in EXCHANGES if all(isinstance(item.get(key), str) for key in keys)), None)
+    for pair in EXCHANGES:
+        asked, answered = (first_called((key,), item) for key in pair)
+        if asked and answered and isinstance(item[asked], str) and isinstance(item[answered], str):
+            return asked, answered
+    return None
 
 
 def _exchange(item: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:

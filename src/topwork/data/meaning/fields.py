@@ -1,8 +1,10 @@
 """The names of things: the fields of each format, and what files call them."""
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools", "system"),
@@ -39,7 +41,13 @@ KNOWN_AS: dict[str, tuple[str, ...]] = {
     "reasoning": ("reasoning", "thinking", "reasoning_content", "cot", "chain_of_thought", "thought", "complex_cot"),
 }
 """What files call a field, the first that is there; capital letters and spaces do not matter."""
-TOGETHER = (("source", "target"), ("user", "assistant"), ("human", "assistant"))
+TOGETHER = (
+    ("source", "target"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("user_message", "assistant_message"),
+    ("user_message", "assistant_response"),
+)
 """Names of a question and its answer that mean so only beside each other."""
 STANDARD = {"prompt": "completion", "instruction": "output", "input": "output"}
 """The answer's name that goes with a question's, beside which others are no rivals."""
@@ -87,9 +95,38 @@ _ANSWER = (
 )
 
 
+_UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # a BOM, and letters without a width
+
+
+@lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
+    seen = unicodedata.normalize("NFKC", name).translate(_UNSEEN)
+    return re.sub(r"[\s\-]+", "_", seen.strip().casefold())
+
+
 def plain(name: object) -> str:
-    """A column's name without capital letters, and with one way of parting words."""
-    return re.sub(r"[\s\-]+", "_", str(name).strip().lower())
+    """A column's name without capital letters and what does not show, and with one way of parting words."""
+    return _plain(str(name))
+
+
+def called(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that are this one: the one that is written exactly so, else all that differ from it in capital
+    letters and white space alone."""
+    names = list(names)
+    return [name] if name in names else [other for other in names if plain(other) == plain(name)]
+
+
+def first_called(known: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of the names that is called as the first of the known ones is; None where there is none."""
+    names = list(names)
+    return next((found[0] for name in known if (found := called(name, names))), None)
+
+
+def said_of(name: str, mapping: Mapping[str, str]) -> str | None:
+    """What a mapping says of a name, whatever its capital letters; what it says of exactly this one first."""
+    if name in mapping or not mapping:
+        return mapping.get(name)
+    return next((value for key, value in mapping.items() if plain(key) == plain(name)), None)
 
 
 def _words(name: str) -> list[str]:

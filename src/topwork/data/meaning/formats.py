@@ -26,15 +26,13 @@ from topwork.data.files.rows import Row
 from topwork.data.meaning.advice import refuse_lost_answers, refuse_unread_material, unrecognised
 from topwork.data.meaning.columns import Columns, speaks
 from topwork.data.meaning.fields import FIELDS, NEEDED
-from topwork.data.meaning.mapping import columns_of, value_of
-from topwork.data.meaning.recognition import Found, check_options, found_in, keys_in
+from topwork.data.meaning.mapping import columns_of, under_own_names, value_of
+from topwork.data.meaning.recognition import Found, check_options, found_in, keys_in, refuse_twins
 from topwork.data.meaning.transcripts import refuse_lone_messages
 from topwork.data.meaning.usable import hashed, prompt_group, usable
 from topwork.data.meaning.values import RowProblem, is_blank, opens, parsed, text_of, written
 from topwork.data.preferences.refusals import no_answers, refuse_preferences
 from topwork.data.preferences.talks import as_talk
-
-_SHOWN = 5  # bad rows named in a message
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,12 @@ class Format:
 
 @dataclass
 class _Reading:
-    """One row, and where its fields are."""
+    """One row, and where its fields are; `mapped` is what data.columns says of that."""
 
     row: Mapping[str, Any]
     columns: Mapping[str, str]
     spelling: Spelling
+    mapped: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
 
     def value(self, name: str) -> Any:
@@ -87,13 +86,14 @@ class _Reading:
     def text(self, name: str) -> str:
         """A field's text; empty where the format or the row has none."""
         value = self.value(name)
-        return "" if is_blank(value) else text_of(value, self.columns[name], name)
+        return "" if is_blank(value) else text_of(value, self.columns[name], name, self.mapped)
 
     def said(self, name: str) -> str:
         """A field's text, which may stand in a message of its own; empty where there is none."""
         value = self.value(name)
         key = first_of(value, CONTENT_KEYS) if isinstance(value, Mapping) else None
-        return self.text(name) if key is None or is_blank(value[key]) else text_of(value[key], self.columns[name], name)
+        whole = key is None or is_blank(value[key])
+        return self.text(name) if whole else text_of(value[key], self.columns[name], name, self.mapped)
 
     def needed(self, name: str, missing: str) -> str:
         """A text without which the row cannot be used."""
@@ -223,7 +223,7 @@ def read_conversations(
 
 def _conversation(row: Row, format: Format, config: DataConfig, spelling: Spelling) -> Conversation:
     convert = FORMATS[format.name][0]
-    reading = _Reading(row.fields, format.columns, spelling)
+    reading = _Reading(row.fields, format.columns, spelling, config.columns)
     if convert is None:
         text = reading.needed("text", "no text")
         return Conversation((), None, row.source, "text", text, _group(row, config, lambda: hashed(text)))
@@ -257,6 +257,7 @@ def recognise(rows: Sequence[Row], config: DataConfig) -> Format:
 def recognise_from(survey: Columns, config: DataConfig) -> Format:
     """As `recognise`, from what all rows have, for rows that are not at hand."""
     sample = [row.fields for row in survey.sample]
+    config = config.model_copy(update={"columns": under_own_names(config.columns, survey.by_name)})
     refuse_preferences(config, sample, survey.names)
     check_options(survey, config)
     found = found_in(survey, config)
@@ -269,6 +270,7 @@ def recognise_from(survey: Columns, config: DataConfig) -> Format:
     if not found:
         prompts = no_answers(survey.names) if config.format == "auto" else None
         raise DataError(prompts or unrecognised(survey, config, works))
+    refuse_twins(found, survey, config.columns)
     format = _format(found, survey, config)
     refuse_lost_answers(found[0], survey, config, works)
     seen, _ = read_conversations(survey.sample, format, config)
@@ -335,15 +337,3 @@ def _sentence(found: Found, survey: Columns, config: DataConfig) -> str:
     also = [field for field in ("system", "history", "tools", "tool_calls", "reasoning") if field in columns]
     more = [_told(columns[field], survey) for field in also]
     return f"{found.name}: {how}{', with ' + ', '.join(more) if more else ''}".replace("\n", "\\n")
-
-
-def refuse_bad(bad: Sequence[BadRow], count: int, config: DataConfig) -> None:
-    """Raises DataError naming the first bad rows and their number, unless the recipe says to drop them."""
-    if not bad or config.on_bad_row == "drop":
-        return
-    named = "\n".join(f"  {row.source}: {row.reason}" for row in bad[:_SHOWN])
-    more = f"\n  … and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
-    raise DataError(
-        f"{len(bad):,} of {count:,} rows cannot be used:\n{named}{more}\n"
-        "Correct them, or set data.on_bad_row: drop to leave them out"
-    )

@@ -1,32 +1,34 @@
 """What `data.columns` may say of a field: a column's name, a path into a column, or a template over columns.
 
+A name is the column's as it stands, else one that differs from it in capital letters and white space alone.
 `answers.text[0]` is a path. A value with braces is a template: "{title}\\n{answers.text[0]} {notes?}". `{name?}` may
 have no value, and then takes the white space before it along; `{{` and `}}` are braces.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from topwork.common.errors import DataError
+from topwork.data.meaning.fields import called
 from topwork.data.meaning.values import RowProblem, is_blank, parsed, text_of
 
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_PLAIN = re.compile(r"[A-Za-z_][\w-]*")
-_NOT_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan")  # what YAML reads otherwise
+
+
+Steps = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A place in a row: a column, and steps into it (keys and numbers)."""
+    """A place in a row, as it is written, and its readings as a column and steps into it (keys and numbers): a column
+    may have dots and brackets in its own name, so the longest is first."""
 
     written: str
-    column: str
-    steps: tuple[str | int, ...] = ()
+    readings: tuple[tuple[str, Steps], ...]
     optional: bool = False
 
 
@@ -70,31 +72,53 @@ def _named(written: str) -> Named:
     optional = written.endswith("?")
     path = written.removesuffix("?")
     first = _STEP.search(path)
-    start = first.start() if first else len(path)
-    steps: list[str | int] = []
-    at = start
+    steps: list[tuple[int, str | int]] = []
+    at = first.start() if first else len(path)
     while at < len(path):
         step = _STEP.match(path, at)
         if step is None:
-            return Named(path, path, (), optional)
-        steps.append(step[1] if step[1] is not None else int(step[2]))
+            return Named(path, ((path, ()),), optional)
+        steps.append((at, step[1] if step[1] is not None else int(step[2])))
         at = step.end()
-    return Named(path, path[:start], tuple(steps), optional)
+    starts = [*(start for start, _ in steps), len(path)]
+    readings = [(path[:start], tuple(step for _, step in steps[number:])) for number, start in enumerate(starts)]
+    return Named(path, tuple(reversed(readings)), optional)
 
 
 def columns_of(spec: str, known: Mapping[str, Any]) -> list[str]:
     """The columns that a value of `data.columns` reads; those of `known` under the name that they have there."""
     if spec in known:
         return [spec]
-    return list(dict.fromkeys(actual(named, known) for named in template_of(spec).named))
+    return list(dict.fromkeys(_place(named, known)[0] for named in template_of(spec).named))
 
 
-def actual(named: Named, known: Mapping[str, Any]) -> str:
-    """The column that a place is in: it may have dots in its own name, or white space around it."""
-    for name in (named.written, named.column):
-        if name in known:
-            return name
-    return next((name for name in known if str(name).strip() in (named.written, named.column)), named.column)
+def likenesses(spec: str, known: Collection[str]) -> list[str]:
+    """Columns of which a value of `data.columns` may mean either, since none is written exactly so."""
+    if spec in known:
+        return []
+    for named in template_of(spec).named:
+        alike = next((found for column, _ in named.readings if (found := called(column, known))), [])
+        if len(alike) > 1:
+            return alike
+    return []
+
+
+def under_own_names(mapped: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, str]:
+    """`data.columns` with each column that is named alone under the name that it has in `known`, where one is meant."""
+    alike = {field: called(spec, known) for field, spec in mapped.items()}
+    return {field: alike[field][0] if len(alike[field]) == 1 else spec for field, spec in mapped.items()}
+
+
+def _place(named: Named, known: Mapping[str, Any]) -> tuple[str, Steps]:
+    """The column of `known` that a place is in, and the steps into it."""
+    for reading in named.readings:
+        if reading[0] in known:
+            return reading
+    for column, steps in named.readings:
+        alike = called(column, known)
+        if alike:
+            return alike[0], steps
+    return named.readings[-1]
 
 
 def value_of(fields: Mapping[str, Any], spec: str) -> Any:
@@ -124,12 +148,9 @@ def value_of(fields: Mapping[str, Any], spec: str) -> Any:
 
 
 def _at(fields: Mapping[str, Any], named: Named) -> Any:
-    if named.written in fields:
-        return fields[named.written]
-    value = fields.get(named.column)
-    if value is None and named.column not in fields:
-        value = fields.get(actual(named, fields))
-    for step in named.steps:
+    column, steps = _place(named, fields)
+    value = fields.get(column)
+    for step in steps:
         value = parsed(value)
         if isinstance(step, int):
             alone = step == 0 and isinstance(value, str | int | float)  # of rows with one value, and rows with a list
@@ -139,14 +160,3 @@ def _at(fields: Mapping[str, Any], named: Named) -> Any:
         else:
             return None
     return value
-
-
-def in_yaml(mapping: Mapping[str, str]) -> str:
-    """A mapping as one may paste it into a recipe."""
-    return "{" + ", ".join(f"{quoted(key)}: {quoted(value)}" for key, value in mapping.items()) + "}"
-
-
-def quoted(text: str) -> str:
-    """A text as one may paste it into a recipe."""
-    plain = _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT
-    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from topwork.common.errors import did_you_mean
+from topwork.common.yaml_text import in_yaml
 from topwork.data.meaning.values import RowProblem
 
 
@@ -42,19 +43,22 @@ MESSAGE_KEYS = ("role", "content", *EXTRA_KEYS, *_KNOWN, "unread")
 _THOUGHT = re.compile(r"reason|think|thought|rationale|scratchpad|monologue|(?:\A|_)(?:cot|analysis)(?:_|\Z)")
 
 
-def refuse_thought(key: str, value: object, name: str) -> None:
-    """Raises RowProblem for what an answer may hold of thinking under a key that nothing reads: it would be lost."""
+def refuse_thought(key: str, value: object, name: str, keys: Mapping[str, str]) -> None:
+    """Raises RowProblem for what an answer may hold of thinking under a key that nothing reads: it would be lost.
+
+    keys  what data.message_keys says now
+    """
     if key in EXTRA_KEYS or not _THOUGHT.search(str(key).lower()):
         return
     if isinstance(value, str) and len(value.split()) > 1:
-        how = f"set data.message_keys: {{{key}: thinking}} to learn it"
+        how = f"set data.message_keys: {in_yaml({**keys, key: 'thinking'})} to learn it"
     elif isinstance(value, list | Mapping) and value:
         how = "write it as text under reasoning_content"
     else:
         return
     raise RowProblem(
         f"{name} has the key {key!r}, which sounds as if it held the answer's thinking, and is not known; {how}, or "
-        f"data.message_keys: {{{key}: unread}} to leave it out"
+        f"data.message_keys: {in_yaml({**keys, key: 'unread'})} to leave it out"
     )
 
 
@@ -66,13 +70,13 @@ def mark_of(key: str) -> Mark | None:
     return found if found or not any(sound in name for sound in _SOUNDS) else Mark.DOUBTFUL
 
 
-def weight_of(marks: Mapping[str, Any], name: str) -> float:
+def weight_of(marks: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> float:
     """The weight that a message's marks, at least one, give it.
 
     Raises RowProblem, which calls the message `name`, for values that mean nothing and for marks that contradict each
     other.
     """
-    said = {key: _read(key, value, name) for key, value in marks.items()}
+    said = {key: _read(key, value, name, keys) for key, value in marks.items()}
     numbers = {key: value for key, value in said.items() if not isinstance(value, bool)}
     sure = {key: value for key, value in said.items() if isinstance(value, bool)}
     if len(set(numbers.values())) > 1 or len(set(sure.values())) > 1 or _disagree(numbers, sure):
@@ -87,11 +91,11 @@ def _disagree(numbers: Mapping[str, Any], sure: Mapping[str, bool]) -> bool:
     return any(bool(number) != learned for number in numbers.values() for learned in sure.values())
 
 
-def _read(key: str, value: object, name: str) -> bool | float:
+def _read(key: str, value: object, name: str, keys: Mapping[str, str]) -> bool | float:
     """Whether it is learned, or with which weight."""
     mark = mark_of(key)
     if mark is Mark.DOUBTFUL:
-        raise RowProblem(_doubtful(key, value, name))
+        raise RowProblem(_doubtful(key, value, name, keys))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if mark is Mark.WEIGHT:
         if not number or not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
@@ -104,7 +108,7 @@ def _read(key: str, value: object, name: str) -> bool | float:
     raise RowProblem(f"the key {key} of {name} is {value!r}, expected {mark.value if mark else 'nothing'}")
 
 
-def _doubtful(key: str, value: object, name: str) -> str:
+def _doubtful(key: str, value: object, name: str, keys: Mapping[str, str]) -> str:
     says = isinstance(value, bool | int | float) and 0 <= value <= 1
     masked = isinstance(value, bool) and any(sound in key.lower() for sound in _LEFT_OUT)
     example = "masked" if masked else "train" if says else "unread"
@@ -112,5 +116,5 @@ def _doubtful(key: str, value: object, name: str) -> str:
     return (
         f"{name} has the key {key!r}, which sounds as if it said whether the message is learned, and is not known"
         f"{near or ';'} known are {', '.join(_KNOWN)}; data.message_keys says what it is, for example "
-        f"data.message_keys: {{{key}: {example}}} (unread: it says nothing)"
+        f"data.message_keys: {in_yaml({**keys, key: example})} (unread: it says nothing)"
     )

@@ -1,15 +1,16 @@
 """Which format rows are in and which column is which field, by names and by what the columns hold."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig
 from topwork.data.conversations import CONTENT_KEYS, OURS, ROLE_KEYS, ROLES, Spelling, first_of
 from topwork.data.meaning.columns import Columns, Shape, speaks
 from topwork.data.meaning.content_parts import exchange_keys
-from topwork.data.meaning.fields import FIELDS, KNOWN_AS, NEEDED, STANDARD, TOGETHER, plain
-from topwork.data.meaning.mapping import columns_of, in_yaml
+from topwork.data.meaning.fields import FIELDS, KNOWN_AS, NEEDED, STANDARD, TOGETHER, called, first_called, plain
+from topwork.data.meaning.mapping import columns_of, likenesses
 from topwork.data.meaning.marks import MESSAGE_KEYS
 from topwork.data.meaning.values import parsed
 
@@ -42,8 +43,7 @@ def check_options(survey: Columns, config: DataConfig) -> None:
                 f"data.columns names the field {field!r}{did_you_mean(field, fields)}; expected {', '.join(fields)}. "
                 "It maps a field of the format to a column of the file"
             )
-        for column in columns_of(spec, survey.by_name):
-            _check_column(f"data.columns maps {field} to the column", column, survey)
+        _check_columns(f"data.columns maps {field} to the column", spec, survey)
     for ours, known, option in (
         *((ours, ROLES, "roles") for ours in config.roles.values()),
         *((ours, MESSAGE_KEYS, "message_keys") for ours in config.message_keys.values()),
@@ -55,16 +55,35 @@ def check_options(survey: Columns, config: DataConfig) -> None:
             )
     held_out = config.eval is None and config.eval_fraction > 0
     if held_out and config.hold_out_by not in ("prompt", "row"):
-        for column in columns_of(config.hold_out_by, survey.by_name):
-            _check_column("data.hold_out_by is the column", column, survey)
+        _check_columns("data.hold_out_by is the column", config.hold_out_by, survey)
 
 
-def _check_column(said: str, column: str, survey: Columns) -> None:
-    if column not in survey.by_name:
-        raise DataError(
-            f"{said} {column!r}, which the data does not have{did_you_mean(column, map(str, survey.names))}; "
-            f"its columns are {survey.listed()}"
-        )
+def _check_columns(said: str, spec: str, survey: Columns) -> None:
+    for column in columns_of(spec, survey.by_name):
+        if column not in survey.by_name:
+            raise DataError(
+                f"{said} {column!r}, which the data does not have{did_you_mean(column, map(str, survey.names))}; "
+                f"its columns are {survey.listed()}"
+            )
+    alike = likenesses(spec, survey.names)
+    if alike:
+        raise DataError(f"{said} {spec!r}, which may be {' or '.join(map(repr, alike))}; write it as the file does")
+
+
+def refuse_twins(several: Sequence[Found], survey: Columns, mapped: Mapping[str, str]) -> None:
+    """Raises DataError where a field's column was found by its name, and a row has another that differs from it in
+    capital letters and white space alone: neither is the likelier one, unless it is written as the field is."""
+    for found, field, column in ((each, *item) for each in several for item in each.columns.items()):
+        if field in mapped or column == plain(column):
+            continue
+        beside = {name for key in survey.shapes if column in key for name in key}
+        alike = [name for name in survey.names if name in beside and plain(name) == plain(column)]
+        if len(alike) > 1:
+            ways = [mapping(replace(found, columns={**found.columns, field: name}), mapped) for name in alike]
+            raise DataError(
+                f"the columns {' and '.join(map(repr, alike))} have one name but for capital letters and white space, "
+                f"and either may be the {field}; say which: {' or '.join(ways)}"
+            )
 
 
 def found_in(survey: Columns, config: DataConfig) -> list[Found]:
@@ -135,13 +154,7 @@ def _fits(field: str, column: str, survey: Columns) -> bool:
 
 def _column(field: str, names: Collection[str]) -> str | None:
     """The column that is called as a field is; one that is written exactly so before others."""
-    for known in KNOWN_AS[field]:
-        if known in names:
-            return known
-        for name in names:
-            if plain(name) == known:
-                return name
-    return None
+    return first_called(KNOWN_AS[field], names)
 
 
 def _first(survey: Columns, config: DataConfig, names: Collection[str]) -> Found | None:
@@ -183,7 +196,7 @@ def _talks(survey: Columns, config: DataConfig, names: Collection[str]) -> Itera
     if config.format != "auto":
         return
     for known in KNOWN_AS["messages"]:
-        column = next((name for name in names if plain(name) == known and name not in mapped.values()), None)
+        column = first_called((known,), [name for name in names if name not in mapped.values()])
         keys = keys_in(column, survey, _spelling(config)) if column is not None else None
         if column is not None and keys is not None:
             sharegpt = keys == ("from", "value")
@@ -213,15 +226,15 @@ def _questions(
         if calls is not None:
             yield Found(name, {**mapped, question: asked, "tool_calls": calls})
     if name == "prompt_completion":
-        by_name = {plain(column): column for column in names}
-        for first, second in TOGETHER:
-            if first in by_name and second in by_name:
-                yield Found(name, {question: by_name[first], answer: by_name[second], **mapped})
+        for pair in TOGETHER:
+            first, second = (first_called((one,), names) for one in pair)
+            if first is not None and second is not None:
+                yield Found(name, {question: first, answer: second, **mapped})
 
 
 def _answers(answer: str, free: Sequence[str], survey: Columns) -> list[str]:
     """The columns that are called as answers are, the likeliest first; those with no value in any row last."""
-    known = [name for known in KNOWN_AS[answer] for name in free if plain(name) == known]
+    known = [name for known in KNOWN_AS[answer] for name in called(known, free)]
     filled = [name for name in known if survey.filled(name)]
     return filled or known[:1]
 
@@ -265,7 +278,9 @@ def _holds_talks(column: str, survey: Columns, spelling: Spelling) -> bool:
     return None not in roles and "assistant" in roles
 
 
-def mapping(found: Found, **more: str) -> str:
-    """What a recipe says to read the needed fields so, as one may paste it."""
+def mapping(found: Found, mapped: Mapping[str, str]) -> str:
+    """What a recipe says to read the needed fields so, and those that it names already (`mapped`), as one may paste it
+    in the place of what it says now."""
     needed = [field for group in NEEDED[found.name] for field in group if field in found.columns]
-    return "data.columns: " + in_yaml({**{field: found.columns[field] for field in needed}, **more})
+    named = dict.fromkeys([*needed, *(field for field in mapped if field in found.columns)])
+    return "data.columns: " + in_yaml({field: found.columns[field] for field in named})

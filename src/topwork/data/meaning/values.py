@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from datetime import date, time
 from decimal import Decimal
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
+
+from topwork.common.yaml_text import in_yaml
 
 
 class RowProblem(Exception):
@@ -36,10 +39,11 @@ def kind(value: object) -> str:
     return "missing" if is_nothing(value) else f"of type {type(value).__name__}"
 
 
-def text_of(value: object, name: str, field: str = "") -> str:
+def text_of(value: object, name: str, field: str = "", mapped: Mapping[str, str] = MappingProxyType({})) -> str:
     """The text that a value stands for. Raises RowProblem, which calls the value `name`, where it stands for none.
 
-    field  the field that data.columns may map to a part of `name`
+    field   the field that data.columns may map to a part of `name`
+    mapped  what data.columns says now
 
     A number is its shortest text (3, 0.1, 3.0), true and false are those words, a date is ISO's, an object is JSON on
     one line, and OpenAI's and LLaMA-Factory's text parts are put together as they are. Several texts are not: nobody
@@ -56,10 +60,10 @@ def text_of(value: object, name: str, field: str = "") -> str:
             return repr(value)
         raise RowProblem(f"{name} is {'missing' if value != value else value}, expected text")
     if isinstance(value, list | tuple):
-        return _text_of_list(value, name, field)
+        return _text_of_list(value, name, field, mapped)
     if isinstance(value, Mapping):
         return _part_text(value, name) if value.get("type") == "text" and "text" in value else written(value, name)
-    return _text_of_other(value, name, field)
+    return _text_of_other(value, name, field, mapped)
 
 
 def _whole(text: str, name: str) -> str:
@@ -70,7 +74,7 @@ def _whole(text: str, name: str) -> str:
     return text
 
 
-def _text_of_other(value: object, name: str, field: str) -> str:
+def _text_of_other(value: object, name: str, field: str = "", mapped: Mapping[str, str] = MappingProxyType({})) -> str:
     if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, Decimal):
@@ -83,7 +87,7 @@ def _text_of_other(value: object, name: str, field: str) -> str:
     plain = _plain(value)
     if plain is value:
         raise RowProblem(f"{name} is {kind(value)}, expected text")
-    return text_of(plain, name, field)
+    return text_of(plain, name, field, mapped)
 
 
 def _plain(value: object) -> object:
@@ -92,24 +96,36 @@ def _plain(value: object) -> object:
     return change() if callable(change) else value
 
 
-def _text_of_list(items: list[Any] | tuple[Any, ...], name: str, field: str) -> str:
+def _text_of_list(
+    items: list[Any] | tuple[Any, ...], name: str, field: str, mapped: Mapping[str, str]
+) -> str:  # fmt: skip
     if any(isinstance(item, Mapping) and ("text" in item or "type" in item) for item in items):
         return "".join(_part_text(part, name) for part in items)
     if any(isinstance(item, Mapping | list | tuple) for item in items):
         return written(items, name)
     if len(items) == 1:
-        return text_of(items[0], name, field)
+        return text_of(items[0], name, field, mapped)
     if not items:
         raise RowProblem(f"{name} is an empty list, expected text")
-    how = "write them as one"
-    if not field and re.fullmatch(r"[^\s{}]+", name):
-        one, both = f"{{{name}[0]}}", f"{{{name}[0]}}, {{{name}[1]}}"
-        how = f"in a template, choose one, as {one}, or say what stands between them, as {both}"
-    if field:
-        ways = (f"{{{name}[0]}}", f"{{{name}[0]}}, {{{name}[1]}}")
-        one, both = (f"data.columns: {{{field}: {json.dumps(way, ensure_ascii=False)}}}" for way in ways)
-        how = f"choose one with {one}, or say what stands between them, as {both}"
-    raise RowProblem(f"{name} is a list of {len(items)} texts, and joined they would be one that nobody wrote; {how}")
+    raise RowProblem(
+        f"{name} is a list of {len(items)} texts, and joined they would be one that nobody wrote; "
+        f"{_how_to_choose(name, field, mapped)}"
+    )
+
+
+_ONE_PLACE = re.compile(r"\{?([^{}?]+)(\??)\}?")
+
+
+def _how_to_choose(name: str, field: str, mapped: Mapping[str, str]) -> str:
+    """What a recipe may say of a column that holds several texts."""
+    place = _ONE_PLACE.fullmatch(name)
+    if place is None or not (field or " " not in name):
+        return "write them as one"
+    first, second = (f"{{{place[1]}[{number}]{place[2]}}}" for number in (0, 1))
+    if not field:
+        return f"in a template, choose one, as {first}, or say what stands between them, as {first}, {second}"
+    one, both = (f"data.columns: {in_yaml({**mapped, field: way})}" for way in (first, f"{first}, {second}"))
+    return f"choose one with {one}, or say what stands between them, as {both}"
 
 
 def _part_text(part: object, name: str) -> str:
@@ -138,7 +154,7 @@ def written(value: object, name: str) -> str:
 
 def _inner(value: object, name: str) -> object:
     plain = _plain(value)
-    return plain if plain is not value else _text_of_other(value, f"a value in {name}", "")
+    return plain if plain is not value else _text_of_other(value, f"a value in {name}")
 
 
 # Objects that were written as text

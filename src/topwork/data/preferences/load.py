@@ -13,7 +13,6 @@ from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.examples import Example, grouped
 from topwork.data.files.rows import Row, read_rows
 from topwork.data.files.sources import with_held_out
-from topwork.data.meaning.formats import refuse_bad
 from topwork.data.meaning.mapping import value_of
 from topwork.data.meaning.values import is_blank
 from topwork.data.preferences import reading
@@ -21,7 +20,7 @@ from topwork.data.preferences.examples import encode_judged, encode_pairs, promp
 from topwork.data.preferences.reading import Judged, Pair, Prompt, Unit
 from topwork.data.preferences.shapes import Kind
 from topwork.data.splitting import hold_out, repeats, times
-from topwork.data.summary import Note, Tally, dropped_notes, file_notes
+from topwork.data.summary import Note, Tally, dropped_notes, file_notes, refuse_bad
 
 _UNITS: dict[Kind, str] = {"preference": "pairs", "kto": "answers", "prompts": "prompts"}
 

@@ -9,7 +9,9 @@ from topwork.common.errors import DataError, did_you_mean
 from topwork.data.config import DataConfig
 from topwork.data.conversations import BadRow, Conversation, Message, RowProblem
 from topwork.data.files.rows import Row
+from topwork.data.meaning.fields import called, first_called
 from topwork.data.meaning.formats import FORMATS, Format, read_conversations
+from topwork.data.meaning.mapping import likenesses, under_own_names
 from topwork.data.preferences.shapes import FIELDS, KINDS, Kind, Shape, judgement, shape_of
 from topwork.data.preferences.talks import is_talk, respelled, role_of
 
@@ -89,7 +91,8 @@ def recognise_preferences(rows: Sequence[Row], config: DataConfig, kind: Kind | 
         ["preference"] if (kind, config.format) == ("kto", "auto") else []
     )  # both answers of a pair are judged ones
     _check_columns(config.columns, kinds, found)
-    shapes = (shape_of(one, fields, found, config.columns) for one in kinds)
+    mapped = under_own_names(config.columns, dict.fromkeys(found))
+    shapes = (shape_of(one, fields, found, mapped) for one in kinds)
     shape = next((shape for shape in shapes if shape is not None), None)
     if shape is None:
         raise DataError(_unrecognised(kinds, found))
@@ -110,10 +113,16 @@ def _check_columns(columns: Mapping[str, str], kinds: Sequence[Kind], found: Seq
             raise DataError(
                 f"data.columns names the field {name!r}{did_you_mean(name, fields)}; expected {', '.join(fields)}"
             )
-        if column not in found and "{" not in column:
+        if not called(column, found) and "{" not in column:
             raise DataError(
                 f"data.columns maps {name} to the column {column!r}, which the data does not have"
                 f"{did_you_mean(column, found)}; its columns are {', '.join(found)}"
+            )
+        alike = likenesses(column, found)
+        if alike:
+            raise DataError(
+                f"data.columns maps {name} to the column {column!r}, which may be {' or '.join(map(repr, alike))}; "
+                "write it as the file does"
             )
 
 
@@ -203,10 +212,11 @@ def _check_answered(value: object) -> None:
 def _with_own(shape: Shape, number: int, rows: Sequence[Row], config: DataConfig) -> dict[str, str]:
     """The columns of an answer, and the format's others that the file has under their own names or the recipe names."""
     columns = dict(shape.answers[number])
-    names = {name for row in rows for name in row.fields}
+    names = dict.fromkeys(name for row in rows for name in row.fields)
     for name in FORMATS[shape.format][1]:
-        if name not in columns and (name in config.columns or name in names):
-            columns[name] = config.columns.get(name, name)
+        column = config.columns.get(name) or first_called((name,), names)
+        if name not in columns and column is not None:
+            columns[name] = column
     return columns
 
 

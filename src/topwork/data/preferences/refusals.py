@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from topwork.common.errors import DataError
+from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig
-from topwork.data.meaning.mapping import in_yaml
+from topwork.data.meaning.fields import first_called
 from topwork.data.preferences.shapes import ANSWERS, KINDS, Fields, Kind, Shape, shape_of
 from topwork.data.preferences.talks import SPEAKS, is_talk, respelled, role_of
 
@@ -60,12 +61,13 @@ def _answers_before(shape: Shape, rows: Sequence[Fields]) -> bool:
 
 def no_answers(found: Sequence[str]) -> str | None:
     """What to say of rows that objective sft cannot read because they are prompts alone; None where they are not."""
-    if "prompt" not in found or set(ANSWERS) & set(found):
+    prompt = first_called(("prompt",), found)
+    if prompt is None or first_called(ANSWERS, found):
         return None
-    rest = [name for name in found if name != "prompt"]
-    way = in_yaml({"prompt": "prompt", "completion": rest[0] if len(rest) == 1 else "COLUMN"})
+    rest = [name for name in found if name != prompt]
+    way = in_yaml({"prompt": prompt, "completion": rest[0] if len(rest) == 1 else "COLUMN"})
     where = f"If {'one of ' if len(rest) > 1 else ''}{', '.join(rest)} holds them" if rest else "Give each row one, and"
     return (
-        "no answers: these rows are prompts (column prompt) beside which no column is known to hold any, while "
+        f"no answers: these rows are prompts (column {prompt}) beside which no column is known to hold any, while "
         f"training.objective is sft, which learns answers. {where}{',' if rest else ''} set data.columns: {way}"
     )

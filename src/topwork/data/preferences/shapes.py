@@ -4,12 +4,14 @@ A shape says how each of its answers is read in one of the formats of `formats.p
 same code in a pair and alone, and what a recipe has to say to learn it alone follows from the shape.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from topwork.common.errors import DataError
+from topwork.common.yaml_text import in_yaml
 from topwork.data.conversations import RowProblem
-from topwork.data.meaning.mapping import in_yaml
+from topwork.data.meaning.fields import called, first_called, plain
 from topwork.data.preferences.talks import SPEAKS, is_talk, role_of, transcript
 
 Kind = Literal["preference", "kto", "prompts"]
@@ -63,8 +65,26 @@ class Shape:
 
 
 def shape_of(kind: Kind, rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shape | None:
-    """The shape of rows whose columns are `found`; `mapped` is data.columns. None where they have none of this kind."""
-    return _SHAPES[kind](rows, found, mapped)
+    """The shape of rows whose columns are `found`; `mapped` is data.columns. None where they have none of this kind.
+
+    Raises DataError where a column was found by its name, and another differs from it in capital letters alone.
+    """
+    shape = _SHAPES[kind](rows, found, mapped)
+    if shape is not None:
+        read = {name for answer in shape.answers for name in answer.values()}
+        read |= {name for names in shape.columns.values() for name in names}
+        _refuse_twins(read - {*mapped.values()}, rows, found)
+    return shape
+
+
+def _refuse_twins(read: Collection[str], rows: Sequence[Fields], found: Sequence[str]) -> None:
+    for column in read:
+        alike = [name for name in found if plain(name) == plain(column) and _first(rows, name) is not None]
+        if len(alike) > 1 and column in alike and column != plain(column):
+            raise DataError(
+                f"the columns {' and '.join(map(repr, alike))} have one name but for capital letters and white space; "
+                "say in data.columns which is read"
+            )
 
 
 def _alone(format: str, columns: Columns) -> str:
@@ -87,7 +107,7 @@ def _read_as(
 
 
 def _pair(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shape | None:
-    known = next((two for two in _PAIRS if set(two) <= set(found)), ("", ""))
+    known = _known_together(_PAIRS, found) or ("", "")
     chosen, rejected = mapped.get("chosen", known[0]), mapped.get("rejected", known[1])
     if not (chosen and rejected):
         return _swift(rows, found) or _ranked(rows, found, mapped)
@@ -98,7 +118,7 @@ def _pair(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shap
         return _read_as("preference", format, [{name: chosen}, {name: rejected}], told, margin)
     if prompt is None:
         return _transcripts(chosen, rejected, margin) if transcript(value) else None
-    if prompt == "instruction" and isinstance(value, str):
+    if plain(prompt) == "instruction" and isinstance(value, str):
         question, format, answer = {"instruction": prompt}, "alpaca", "output"
     else:
         question, format, answer = {"prompt": prompt}, "prompt_completion", "completion"
@@ -124,8 +144,8 @@ def _transcripts(chosen: str, rejected: str, margin: Mapping[str, tuple[str, ...
 
 def _swift(rows: Sequence[Fields], found: Sequence[str]) -> Shape | None:
     """ms-swift: messages that end with the chosen answer, beside the rejected one or the rejected talk."""
-    talk = next((name for name in _TALKS if name in found and is_talk(_first(rows, name))), None)
-    rejected = next((name for name in ("rejected_response", "rejected_messages") if name in found), None)
+    talk = next((name for name in _all_known(_TALKS, found) if is_talk(_first(rows, name))), None)
+    rejected = _known(("rejected_response", "rejected_messages"), found)
     if talk is None or rejected is None:
         return None
     format, name = _talk_format(_first(rows, talk))
@@ -140,35 +160,36 @@ def _swift(rows: Sequence[Fields], found: Sequence[str]) -> Shape | None:
         return {**fields, talk: [*turns[:-1], {**last, "content": fields.get(rejected)}]}
 
     told, margin = f"columns {talk} and {rejected}", _margin(found, {})
-    if rejected == "rejected_messages":
+    if plain(rejected) == "rejected_messages":
         return _read_as("preference", format, [{name: talk}, {name: rejected}], told, margin)
     return _read_as("preference", format, [{name: talk}] * 2, told, margin, opened)
 
 
 def _ranked(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shape | None:
     """Nectar: a list of answers with ranks, 1 the best. The first and the last are a pair."""
-    first = _first(rows, "answers") if "answers" in found else None
+    column = _known(("answers",), found) or "answers"
+    first = _first(rows, column)
     prompt = _prompt(found, mapped)
     ranked = isinstance(first, list) and first and isinstance(first[0], Mapping) and {"answer", "rank"} <= set(first[0])
     if not ranked or prompt is None:
         return None
 
     def opened(fields: Fields, number: int) -> Fields:
-        ranks = _ranks(fields)
+        ranks = _ranks(fields, column)
         if len(ranks) < 2:
-            raise RowProblem("answers has fewer than two ranks that are numbers, so none is better than another")
+            raise RowProblem(f"{column} has fewer than two ranks that are numbers, so none is better than another")
         return {**_opens(prompt)(fields, number), ANSWER: ranks[(min, max)[number](ranks)]}
 
     answers = ({"prompt": prompt, "completion": ANSWER},) * 2
-    in_order = all(min(ranks) == next(iter(ranks)) for ranks in map(_ranks, rows) if ranks)
-    best = {"prompt": prompt, "completion": "answers[0].answer" if in_order else "COLUMN"}
+    in_order = all(min(ranks) == next(iter(ranks)) for fields in rows if (ranks := _ranks(fields, column)))
+    best = {"prompt": prompt, "completion": f"{column}[0].answer" if in_order else "COLUMN"}
     alone = f"data.columns: {in_yaml(best)}" + ("" if in_order else ", after writing the best answers into a COLUMN")
-    return Shape("preference", "prompt_completion", answers, "column answers, with ranks", alone, opened)
+    return Shape("preference", "prompt_completion", answers, f"column {column}, with ranks", alone, opened)
 
 
-def _ranks(fields: Fields) -> dict[float, Any]:
+def _ranks(fields: Fields, column: str) -> dict[float, Any]:
     """The answers of a row by their ranks, in its order; none where a rank is no number."""
-    given = fields.get("answers")
+    given = fields.get(column)
     items = [item for item in given if isinstance(item, Mapping)] if isinstance(given, list) else []
     return {item["rank"]: item.get("answer") for item in items if isinstance(item.get("rank"), int | float)}
 
@@ -177,11 +198,12 @@ def _ranks(fields: Fields) -> dict[float, Any]:
 
 
 def _judged(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Shape | None:
-    label = mapped.get("label") or next((name for name in ("kto_tag", "label") if name in found), None)
+    label = mapped.get("label") or _known(("kto_tag", "label"), found)
     if label is None or ("label" not in mapped and not _judges(rows, label)):
         return None
     columns = {"label": (label,)}
-    talks = [mapped["messages"]] if "messages" in mapped else [*_TALKS, mapped.get("completion", "completion")]
+    completion = mapped.get("completion") or _known(("completion",), found)
+    talks = [mapped["messages"]] if "messages" in mapped else [*_all_known(_TALKS, found), *filter(None, [completion])]
     talk = next((name for name in talks if is_talk(_first(rows, name))), None)
     prompt, answer = _prompt(found, mapped), mapped.get("completion") or _known(ANSWERS, found)
     if talk is not None and (talk != answer or role_of(_first(rows, talk)[0]) not in SPEAKS):
@@ -190,7 +212,7 @@ def _judged(rows: Sequence[Fields], found: Sequence[str], mapped: Columns) -> Sh
     if prompt is None or answer is None or prompt == answer:
         return None
     told = f"true/false column {label} beside {answer}"
-    if prompt == "instruction" and isinstance(_first(rows, answer), str):
+    if plain(prompt) == "instruction" and isinstance(_first(rows, answer), str):
         return _read_as("kto", "alpaca", [{"instruction": prompt, "output": answer}], told, columns)
     return _read_as(
         "kto", "prompt_completion", [{"prompt": prompt, "completion": answer}], told, columns, _opens(prompt, answer)
@@ -249,8 +271,8 @@ def _opens(prompt: str, *answers: str) -> Callable[[Fields, int], Fields]:
 
 
 def _margin(found: Sequence[str], mapped: Columns) -> Mapping[str, tuple[str, ...]]:
-    known = [(mapped["margin"],)] if "margin" in mapped else [two for two in _MARGINS if set(two) <= set(found)]
-    return {"margin": known[0]} if known else {}
+    known = (mapped["margin"],) if "margin" in mapped else _known_together(_MARGINS, found)
+    return {"margin": known} if known else {}
 
 
 def _prompt(found: Sequence[str], mapped: Columns) -> str | None:
@@ -258,7 +280,16 @@ def _prompt(found: Sequence[str], mapped: Columns) -> str | None:
 
 
 def _known(names: Sequence[str], found: Sequence[str]) -> str | None:
-    return next((name for name in names if name in found), None)
+    return first_called(names, found)
+
+
+def _all_known(names: Sequence[str], found: Sequence[str]) -> list[str]:
+    return [column for name in names for column in called(name, found)[:1]]
+
+
+def _known_together(several: Sequence[tuple[str, ...]], found: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns that are called as the first of these that are all there."""
+    return next((tuple(own) for names in several if len(own := _all_known(names, found)) == len(names)), None)
 
 
 def _first(rows: Sequence[Fields], column: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from topwork.data.config import DataConfig
 from topwork.data.conversations import RowProblem
+from topwork.data.meaning.fields import plain, said_of
 
 SPEAKS = ("assistant", "gpt", "chatgpt", "bot", "model")
 """How the assistant is called."""
@@ -20,8 +21,8 @@ def is_talk(value: object) -> TypeGuard[list[Any]]:
 
 
 def role_of(turn: object) -> str:
-    """As the message spells it; empty where it is none."""
-    return str(turn.get("role", turn.get("from", ""))) if isinstance(turn, Mapping) else ""
+    """Without capital letters; empty where it is none."""
+    return plain(turn.get("role", turn.get("from", ""))) if isinstance(turn, Mapping) else ""
 
 
 def as_talk(value: Any, name: str) -> Any:
@@ -44,9 +45,26 @@ def transcript(value: object) -> list[dict[str, str]] | None:
 
 def respelled(fields: Mapping[str, Any], config: DataConfig) -> Mapping[str, Any]:
     """A row whose talks are spelled as ours, by data.message_keys and data.roles; talks as JSON text become talks."""
-    if not (config.message_keys or config.roles or any(_opens(value) for value in fields.values())):
+    if not (
+        config.message_keys or config.roles or any(_opens(value) or _is_capital(value) for value in fields.values())
+    ):
         return fields
     return {name: _respelled(_opened(value, config), config) for name, value in fields.items()}
+
+
+_KEYS = ("role", "from", "content", "value", "messages", "tool_calls")
+
+
+def _ours(key: str, config: DataConfig) -> str:
+    """A message's key as we spell it."""
+    named = said_of(key, config.message_keys)
+    return named if named is not None else plain(key) if plain(key) in _KEYS else key
+
+
+def _is_capital(value: object) -> bool:
+    """Whether it is a talk whose keys are ours but for capital letters."""
+    turn = value[0] if isinstance(value, list) and value else value
+    return isinstance(turn, Mapping) and any(key not in _KEYS and plain(key) in _KEYS for key in turn)
 
 
 def _opens(value: object) -> bool:
@@ -68,7 +86,7 @@ def _opened(value: Any, config: DataConfig) -> Any:
 
 def _is_message(turn: object, config: DataConfig) -> bool:
     """Whether it says who speaks and what is said; an answer may be JSON that is no message."""
-    keys = {config.message_keys.get(key, key) for key in turn} if isinstance(turn, dict) else set()
+    keys = {_ours(key, config) for key in turn} if isinstance(turn, dict) else set()
     return bool({"role", "from"} & keys) and bool({"content", "value", "tool_calls"} & keys)
 
 
@@ -77,9 +95,9 @@ def _respelled(value: Any, config: DataConfig) -> Any:
         return [_respelled(each, config) if isinstance(each, Mapping) else each for each in value]
     if not isinstance(value, Mapping):
         return value
-    named = {config.message_keys.get(key, key): each for key, each in value.items()}
+    named = {_ours(key, config): each for key, each in value.items()}
     turn = {
         key: _respelled(each, config) if key == "messages" else each for key, each in named.items() if key != _UNREAD
     }
     role = "role" if "role" in turn else "from"
-    return {**turn, role: config.roles.get(str(turn[role]), turn[role])} if role in turn else turn
+    return {**turn, role: said_of(str(turn[role]), config.roles) or turn[role]} if role in turn else turn

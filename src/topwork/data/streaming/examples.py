@@ -18,11 +18,10 @@ from topwork.data.config import DataConfig, told
 from topwork.data.conversations import BadRow, Conversation
 from topwork.data.examples import Data, Example, measured
 from topwork.data.fitting import Fitting
-from topwork.data.meaning.formats import refuse_bad
 from topwork.data.parts import other_sentences, sentences
 from topwork.data.reading import arrays, encoded
 from topwork.data.streaming.sources import Log, Split, Streamed, content_of, drawn_rows, read_streamed, split_streamed
-from topwork.data.summary import NAMED, Counts, DataSummary, Note, Tally, added, dropped_notes
+from topwork.data.summary import NAMED, Counts, DataSummary, Note, Tally, added, dropped_notes, refuse_bad
 
 EVAL_ROWS = 2000
 """Rows that are validated on while training rows are streamed, drawn by seed where more are held out."""

@@ -17,13 +17,13 @@ from topwork.data.files.places import kind_of
 from topwork.data.files.rows import Row, file_rows, hub_file, hub_table, saved_rows
 from topwork.data.files.sources import locate
 from topwork.data.files.tables import dataset_rows
-from topwork.data.meaning.formats import Format, read_conversations, refuse_bad
+from topwork.data.meaning.formats import Format, read_conversations
 from topwork.data.parts import Formats, format_of
 from topwork.data.splitting import held_rows, is_first, no_such_column, times, unit_numbers, unit_of, weight_note
 from topwork.data.streaming.copies import copied_rows
 from topwork.data.streaming.index import IndexedRows, Joined, by_owner
 from topwork.data.streaming.plain import plain_rows
-from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes
+from topwork.data.summary import NAMED, Note, Tally, dropped_notes, file_notes, refuse_bad
 
 Log = Callable[[str], None]
 _CHUNK = 1000  # rows that are conversations at the same time while all are checked

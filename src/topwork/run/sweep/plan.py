@@ -15,6 +15,7 @@ from topwork.models.source import find_source
 from topwork.models.tokenizer import open_tokenizer
 from topwork.plan.count import base_skeleton
 from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
+from topwork.recipe.places import run_folder
 from topwork.recipe.recipe import Recipe
 from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, expand, load_sweep
 from topwork.run.folder import check_place
@@ -62,7 +63,7 @@ def plan_sweep(
     model = _skeleton(request)
     ready = experiment(request.sweep.preset, request, model) if request.sweep.preset else None
     axes = [] if ready is None else [ready.axis]
-    axes += grid_axes(request.sweep.grid)
+    axes += grid_axes(request.sweep.grid, parse_grid(options.grid))
     axes += [seed_axis(request.sweep.seeds)] if request.sweep.seeds > 1 else []
     out = _out(request)
     check_place(out, "output_dir")
@@ -107,7 +108,8 @@ def _with_options(request: SweepRequest, options: SweepOptions) -> SweepRequest:
 def _out(request: SweepRequest) -> Path:
     """Where a sweep goes: the recipe's output_dir where that has a `sweep:` or `jobs:`; beside a single run's else."""
     named = request.values.get("output_dir") or Recipe.model_fields["output_dir"].default
-    return Path(str(named) if request.described else f"{named}-{request.sweep.preset or 'sweep'}")
+    own = str(Path(run_folder(str(named))))
+    return Path(own if request.described else f"{own}-{request.sweep.preset or 'sweep'}")
 
 
 def _skeleton(request: SweepRequest) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from topwork.run.begin import check_request
 from topwork.run.evaluate import Finished, evaluate_members
 from topwork.run.fit import refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER
+from topwork.run.interrupted import RunInterrupted
 from topwork.run.outcome import TrainedRun
 from topwork.run.ownership import is_run
 from topwork.run.session import Session, open_session
@@ -32,7 +33,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep's folder, and all that it found. `stopped` is finished or interrupted."""
+    """A sweep's folder, and all that it found. `stopped` is finished, or interrupted in what RunInterrupted carries."""
 
     folder: Path
     state: SweepState
@@ -78,7 +79,8 @@ def sweep(
 
     Each trial is an ordinary run in OUT/NAME. `progress` is asked at each wave for what gives trials' Progress by
     name. `resume` goes on with what is not finished. Raises RequestError where
-    something is wrong with the request (nothing is written then), RunError where the sweep fails.
+    something is wrong with the request (nothing is written then), RunError where the sweep fails, and RunInterrupted,
+    which is a KeyboardInterrupt, once a signal has stopped a training and what is trained is saved.
     """
     if Path(recipe).is_dir():
         raise RequestError(
@@ -104,8 +106,11 @@ def _held(
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
-        if not _trained(_Sweep(plan, state, resumed, overwrite, progress, log, on)):
-            return Swept(plan.out, state, "interrupted")
+        try:
+            _trained(_Sweep(plan, state, resumed, overwrite, progress, log, on))
+        except RunInterrupted as stopped:
+            stopped.done = Swept(plan.out, state, "interrupted")
+            raise
     if options.measure_alone:
         measure_alone(plan.out, state, {trial.name: trial.recipe for trial in plan.trials}, log)
     state.points, state.diminishing_returns, state.cost = points(state), diminishing_returns(state), cost(state)
@@ -132,8 +137,8 @@ def tell_plan(plan: SweepPlan, log: Log) -> None:
         log(f"halving: after steps {stops} one of {plan.halving.factor} goes on, by validation loss")
 
 
-def _trained(going: _Sweep) -> bool:
-    """All rungs, or the one rung there is. False where it was interrupted."""
+def _trained(going: _Sweep) -> None:
+    """All rungs, or the one rung there is."""
     stops: list[int | None] = [*going.plan.stops, None]
     for rung, stop_at in enumerate(stops):
         begun = [wave for wave in going.state.waves if wave.rung == rung]
@@ -143,14 +148,13 @@ def _trained(going: _Sweep) -> bool:
         for wave in begun:
             if not wave.begun:
                 begun += _cut_again(going, wave)
-            if not wave.done and not _wave_trained(going, wave):
-                return False
+            if not wave.done:
+                _wave_trained(going, wave)
             if stop_at is None and not wave.scored:
                 _score(going, wave)
             _take_off(going)
         if stop_at is not None:
             _drop(going, rung)
-    return True
 
 
 def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
@@ -194,7 +198,7 @@ def _cut_again(going: _Sweep, wave: Wave) -> list[Wave]:
     return [rest]
 
 
-def _wave_trained(going: _Sweep, wave: Wave) -> bool:
+def _wave_trained(going: _Sweep, wave: Wave) -> None:
     """Train a wave's trials together, to the end or to where its rung compares them."""
     state, names = going.state, wave.names
     first = not any(other.done for other in state.waves) and not going.resumed
@@ -205,12 +209,15 @@ def _wave_trained(going: _Sweep, wave: Wave) -> bool:
     recipes = [going.recipe(name) for name in names]
     begun = (going.resumed or wave.rung > 0) and any(is_run(Path(recipe.output_dir)) for recipe in recipes)
     progress = going.progress() if going.progress else None
+    runs, interrupted = [], None
     try:
         check_request(recipes, begun, going.overwrite and not begun)
         runs = train_held(
             recipes, resume=begun, overwrite=going.overwrite and not begun, progress=progress,
             log=going.log, stop_at=wave.stop_at, on=going.on,
         )  # fmt: skip
+    except RunInterrupted as stopped:
+        runs, interrupted = stopped.done, stopped
     except NonFiniteLossError as error:  # one alone; among several it leaves and the others go on
         if len(names) > 1:
             raise
@@ -221,14 +228,12 @@ def _wave_trained(going: _Sweep, wave: Wave) -> bool:
         if first and not any(is_run(Path(recipe.output_dir)) for recipe in recipes):
             discard(going.plan.out)
         raise
-    else:
-        if not _taken(going, wave, dict(zip(names, runs))):
-            going.save()
-            return False
-    take_pass_cost(going.plan.out, state, wave)
-    wave.done = True
+    if _taken(going, wave, dict(zip(names, runs))):
+        take_pass_cost(going.plan.out, state, wave)
+        wave.done = True
     going.save()
-    return True
+    if interrupted is not None:
+        raise interrupted
 
 
 def _taken(going: _Sweep, wave: Wave, runs: dict[str, TrainedRun]) -> bool:

@@ -123,8 +123,11 @@ def take_scores(trial: TrialRecord, scored: Mapping[str, Any], on_validation: bo
 def recipe_hash(recipe: Recipe) -> str:
     """What makes a trial what it is; files may have moved (their hashes stand in provenance.json)."""
     values = recipe.model_dump(mode="json")
+    adapter = {**_every_option(), **values["adapter"]}  # as the first sweeps wrote it down
+    if adapter["init_from"] is None:
+        del adapter["init_from"]
     told = {
-        "adapter": {**_every_option(), **values["adapter"]},  # as the first sweeps wrote it down
+        "adapter": adapter,
         "quantization": values["quantization"],
         "evaluation": {key: value for key, value in values["evaluation"].items() if key != "data"},
         "training": {key: value for key, value in values["training"].items() if key not in IDLE},

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from topwork.common.options import Options
+from topwork.common.paths import plain_path
 
 
 class VllmConfig(Options):
@@ -30,6 +31,11 @@ class VllmConfig(Options):
     folder of its own that goes with the server."""
     start_seconds: float = Field(default=1800.0, gt=0)
     """How long vLLM may take to begin."""
+
+    @field_validator("work_folder")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        return None if value is None else plain_path(value)
 
 
 def vllm_command(

@@ -17,9 +17,6 @@ from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import PackedModule
 
-EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-"""What families call their input embedding."""
-
 
 class EmbeddingLora(AdapterModule):
     """y + s (A[:, ids]' B') at one embedding."""

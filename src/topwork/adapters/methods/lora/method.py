@@ -18,7 +18,6 @@ from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import (
-    EMBEDDING_NAMES,
     EmbeddingLora,
     TiedTokens,
     TrainedTokens,
@@ -29,18 +28,10 @@ from topwork.adapters.methods.lora.embedding import (
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import AdapterModule
+from topwork.adapters.peft_options import LORA_FIELDS, lora_options
 from topwork.adapters.targets import EMBEDDINGS, LINEAR, embedding_shape, features, find_targets, matching, near_names
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
-
-SHARED_FIELDS = LoraConfig.model_fields.keys() - {"method"}
-"""Options that PEFT has by the same names: all."""
-CHANGE_THE_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
-"""Beginnings that PEFT takes out of the base, other than those that are found again from it (PiSSA, OLoRA)."""
-UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +152,7 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
         **peft_keys("LORA"),
-        **{field: getattr(config, field) for field in SHARED_FIELDS},
+        **{field: getattr(config, field) for field in LORA_FIELDS},
         **_ranks(config),
         "target_modules": written,
         "layers_to_transform": None if by_path else config.layers_to_transform,
@@ -198,34 +189,6 @@ def _written_targets(config: LoraConfig, paths: list[str], modules: Mapping[str,
     return names if set(matching(modules, names)) == set(paths) else sorted(paths)
 
 
-PEFT_LEAVES_OUT = {"r": 8, "lora_alpha": 8}
-"""What PEFT takes where adapter_config.json says nothing; a recipe's own defaults are others."""
-
-
-def _options(raw: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    present = [key for key in UNSUPPORTED if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        present.append(f"bias={raw['bias']}")
-    if present:
-        raise AdapterError(f"{folder} uses {', '.join(present)}, which cannot be read; LoRA, rsLoRA and DoRA can")
-    fields = {**PEFT_LEAVES_OUT, **{key: raw[key] for key in SHARED_FIELDS if raw.get(key) is not None}}
-    init = fields.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
-        raise AdapterError(
-            f"{folder} began with init_lora_weights: {init}, for which PEFT changes the base's weights in a way that "
-            "its file does not tell; save it as an ordinary LoRA (PEFT: save_pretrained(…, "
-            "path_initial_model_for_weight_conversion=…)), and load that"
-        )
-    if init not in (True, "gaussian", *PAIRS):
-        fields["init_lora_weights"] = True  # the weights are in the file; how they began does not matter
-    tokens = fields.get("trainable_token_indices")
-    if isinstance(tokens, dict):  # by module
-        if len(tokens) != 1 or next(iter(tokens)).rpartition(".")[2] not in EMBEDDING_NAMES:
-            raise AdapterError(f"{folder} trains tokens of {sorted(tokens)}; those of the input embedding can be read")
-        fields["trainable_token_indices"] = next(iter(tokens.values()))
-    return fields
-
-
 LORAPLUS_RATIO = 16
 """How much faster B learns than A in LoRA+."""
 PLAIN = {
@@ -244,7 +207,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 LORA = Method(
     LoraConfig,
     lora_plan,
-    Files("LORA", _keys, _options),
+    Files("LORA", _keys, lora_options),
     {name: Preset(PLAIN | changes) for name, changes in PRESETS.items()},
 )
 """LoRA, rsLoRA, DoRA, LoRA+, and other beginnings."""

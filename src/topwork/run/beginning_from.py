@@ -1,0 +1,113 @@
+"""`adapter.init_from` where the base is: a fresh adapter takes the weights of another, and the run says so."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.foreign import adapter_folder
+from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
+from topwork.common.errors import AdapterError
+from topwork.common.files import sha256_file
+from topwork.data.config import DataConfig
+from topwork.models.base import Base
+from topwork.quantization.linear import packed_kinds
+from topwork.recipe.beginning import chosen_otherwise, with_beginning
+from topwork.recipe.recipe import Recipe
+from topwork.run.chosen import Chosen, choose
+from topwork.run.folder import RECIPE, TEMPLATE, read_json, read_recipe
+from topwork.run.given import run_of
+from topwork.run.provenance import PROVENANCE
+from topwork.training.checkpoint import list_checkpoints
+from topwork.training.trial import CHECKPOINTS, Place
+
+TENSORS = "adapter_model.safetensors"
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with all that `adapter.init_from` decides written out, as `load_recipe` gives it, where it was made in
+    Python. Raises RecipeError and AdapterError."""
+    if recipe.adapter.init_from is None:
+        return recipe
+    given = {name: getattr(recipe, name).model_dump(exclude_unset=True) for name in ("adapter", "data")}
+    found = with_beginning({**given, "output_dir": recipe.output_dir}, Path())
+    update = {"adapter": AdapterConfig(**found["adapter"]), "data": DataConfig(**found["data"])}
+    return recipe.model_copy(update=update)
+
+
+def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], None]) -> None:
+    """Give a fresh adapter the weights that its recipe names; for a run that is gone on with, those of its checkpoint
+    will count. Raises AdapterError where they are another base's, or do not fit."""
+    named = recipe.adapter.init_from
+    if named is None or _is_gone(Path(named), place.run_dir):
+        return
+    start = start_of(Path(named), log)
+    _check_base(start.saved, place.base_id, log)
+    try:
+        fill_from(start.saved, place.adapters.parts(place.name), place.adapters.bare())
+    except AdapterError as error:
+        otherwise = chosen_otherwise(recipe.adapter, Path(named))
+        raise AdapterError(f"adapter.init_from {named}{otherwise}: {error}") from error
+    trained = sum(parameter.numel() for parameter in place.adapters.parameters(place.name).values())
+    log(
+        f"{place.name} begins from {start.folder}: its {trained:,} parameters, a fresh optimizer; the "
+        "validation before the first step is of the base with it"
+    )
+    _tell_differences(recipe, Path(named), base, log)
+
+
+def start_of(place: Path, log: Callable[[str], None]) -> Chosen:
+    """The adapter to begin from: a run's, or its newest whole checkpoint's where it has none yet; a checkpoint's; or
+    one alone. Raises RequestError where there is none, AdapterError and CheckpointError where it cannot be read."""
+    run, step = run_of(place)
+    if (run / RECIPE).is_file():
+        return choose(run, read_recipe(run), step, log)
+    folder = adapter_folder(place)
+    return Chosen(folder, read_adapter(folder))
+
+
+def origin_of(recipe: Recipe) -> dict[str, Any]:
+    """What provenance.json says of it: its place, and the SHA-256 of the file with its tensors."""
+    named = recipe.adapter.init_from
+    if named is None or not Path(named).exists():
+        return {}
+    start = start_of(Path(named), lambda _: None)
+    step = {} if start.checkpoint is None else {"checkpoint": start.checkpoint}
+    return {"begun_from": {"path": named, "sha256": sha256_file(start.folder / TENSORS), **step}}
+
+
+def _is_gone(named: Path, run_dir: Path) -> bool:
+    if named.exists():
+        return False
+    if list_checkpoints(run_dir / CHECKPOINTS):
+        return True
+    raise AdapterError(
+        f"adapter.init_from {named} is not there any more, and {run_dir} has no checkpoint to go on from; bring it "
+        "back, or name another place to begin from"
+    )
+
+
+def _check_base(saved: SavedAdapter, base: BaseId, log: Callable[[str], None]) -> None:
+    try:
+        warning = check_base(saved, base)
+    except AdapterError as error:
+        told = str(error).partition(". Load it onto")[0]
+        raise AdapterError(
+            f"adapter.init_from: {told}. Train on over the base that it was trained on (model.model_name_or_path)"
+        ) from error
+    if warning:
+        log(f"warning: {warning}")
+
+
+def _tell_differences(recipe: Recipe, named: Path, base: Base, log: Callable[[str], None]) -> None:
+    run, _ = run_of(named)
+    if not (run / RECIPE).is_file():
+        return
+    if recipe.data.chat_template == str(run.resolve() / TEMPLATE):
+        log(f"chat template: the one that {run} was trained with; data.chat_template names another")
+    held = read_json(run / PROVENANCE).get("base", {}).get("held_as")
+    if held is not None and held != packed_kinds(base.module):
+        log(
+            f"warning: {run} was trained on the base held as {held or 'dense'}, which is held as "
+            f"{packed_kinds(base.module) or 'dense'} here; set quantization as it was there to begin where it ended"
+        )

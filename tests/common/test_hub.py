@@ -1,0 +1,140 @@
+"""Asking the Hub whether it has a name: once, briefly, and with the cache before."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from run.hub_stand_in import HubStandIn
+from topwork.common import hub
+from topwork.common.errors import DataError, ModelError
+from topwork.common.hub import ask_hub, is_hub_id
+from topwork.data.files.places import find_place
+from topwork.models.config import ModelConfig
+from topwork.models.source import find_source
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nobody said offline; the Hub's caches are empty, and the current folder is."""
+    hub._asked.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    return tmp_path
+
+
+def endpoint(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """What HF_ENDPOINT sets where it stands before the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def stand_in(online: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    server = HubStandIn()
+    endpoint(monkeypatch, server.address)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def cache_model(root: Path, name: str = "owner/base") -> Path:
+    """As huggingface_hub's cache has it."""
+    repository = root / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (snapshot / "config.json").write_text("{}")
+    return snapshot
+
+
+def asked(server: HubStandIn) -> list[str]:
+    """Requests for a file; the client has others of its own, once a day."""
+    return [request for request in server.seen if "/resolve/" in request]
+
+
+def find(name: str) -> object:
+    return find_source(ModelConfig(model_name_or_path=name), lambda _: None)
+
+
+def test_what_is_no_hub_id() -> None:
+    names = ["owner/name", "owner/na.me-1_x", "name", "a/b/c", "a/b--c", "a/b..c", "a/b.git", "a/b-", "a/" + "b" * 95]
+    assert [name for name in names if is_hub_id(name)] == ["owner/name", "owner/na.me-1_x"]
+
+
+def test_a_name_that_the_hub_does_not_have_is_asked_for_once(stand_in: HubStandIn) -> None:
+    (Path("model")).mkdir()
+    with pytest.raises(ModelError, match=r"tried as a Hub id: the Hub has none.*did you mean 'model'"):
+        find("models/x")
+    assert asked(stand_in) == ["HEAD /models/x/resolve/main/config.json"]
+    with pytest.raises(DataError, match=r"no data set .rows/x..*tried as a Hub id: the Hub has none"):
+        ask_hub("rows/x", None, "dataset")
+    assert len(asked(stand_in)) == 2
+
+
+def test_a_name_that_it_has_is_asked_for_once(stand_in: HubStandIn) -> None:
+    stand_in.put("owner/base", {"config.json": b"{}"})
+    stand_in.repos["owner/base"].branches["main"] = [("main", {"config.json": b"{}"})]  # asked for by its branch
+    for _ in range(3):
+        assert ask_hub("owner/base", None, "model") is None
+    assert asked(stand_in) == ["HEAD /owner/base/resolve/main/config.json"]
+
+
+def test_troubles_of_the_hubs_own_are_left_to_its_client(stand_in: HubStandIn) -> None:
+    stand_in.refuse["HEAD /owner/base"] = (503, "busy")
+    assert ask_hub("owner/base", None, "model") is None
+    assert len(asked(stand_in)) == 1
+
+
+def test_a_server_that_knows_no_such_page(stand_in: HubStandIn) -> None:
+    stand_in.refuse["HEAD /owner/base"] = (404, "no such page")
+    with pytest.raises(ModelError, match=r"tried as a Hub id: http.* has no such page"):
+        find("owner/base")
+
+
+def test_a_network_that_is_not_there_is_tried_once(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(ModelError, match=r"tried as a Hub id: http.*cannot be reached \("):
+            find("models/x")
+        snapshot, said = cache_model(online), list[str]()
+        found = find_source(ModelConfig(model_name_or_path="owner/base"), said.append)
+    assert (found.name, found.folder, found.revision) == ("owner/base", str(snapshot), None)
+    assert "the Hub cannot be reached; the copy in its cache is taken" in said[0]
+
+
+def test_a_network_that_swallows_everything(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ModelError, match=r"did not answer within 0\.2 s"):
+            find("models/x")
+
+
+def test_offline_nobody_is_asked(stand_in: HubStandIn, online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set and the Hub's cache here has no copy"):
+        find("models/x")
+    cache_model(online)
+    assert ask_hub("owner/base", None, "model") is None, "its client takes the copy by itself"
+    assert asked(stand_in) == []
+
+
+@pytest.mark.parametrize("name", ["./models/x", "a/b/c", "here/x", "~/x", "x.gguf", "owner\\name", "$HOME/x"])
+def test_what_can_only_be_a_path_is_asked_of_nobody(name: str, stand_in: HubStandIn) -> None:
+    Path("here").mkdir()
+    with pytest.raises(ModelError):
+        find(name)
+    with pytest.raises(DataError):
+        find_place(name)
+    assert asked(stand_in) == []
