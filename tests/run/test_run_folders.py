@@ -62,9 +62,9 @@ def test_resume_begins_nothing(given: str, refused: Callable[..., str], make_rec
     assert "did you mean" not in told
     run_of(trained, recipe.parent / "support")
     run_of(trained, recipe.parent / "other")
-    assert f"suport is not there, so there is nothing to go on with; did you mean {recipe.parent}/support?" in refused(
-        "train", place, "--resume"
-    )
+    told = refused("train", place, "--resume")
+    assert "suport is not there, so there is nothing to go on with" in told
+    assert f"did you mean {recipe.parent}/support?" in told
     missing.mkdir()
     assert "suport holds no run" in refused("train", place, "--resume")
     assert list(missing.iterdir()) == []
@@ -80,7 +80,7 @@ def test_the_folder_that_is_given_is_gone_on_with_wherever_it_is(
     copied = run_of(moved, tmp_path / "copied")
     inside = run_of(moved, tmp_path / "inside")
     advised = run_of(moved, tmp_path / "advised")
-    shutil.rmtree(advised / "checkpoints")  # else it would be asked as it is
+    shutil.rmtree(advised / "checkpoints")
     command = topwork("eval", advised).err.split("`")[1].removeprefix("topwork ").split()
     for arguments in (["train", moved, "--resume"], ["train", copied / "recipe.yaml", "--resume"], command):
         said = topwork(*arguments)
@@ -225,12 +225,16 @@ def test_a_list_that_is_not_ours_names_nothing(
 
 
 def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(
-    topwork: Command, trained: Path, tmp_path: Path
+    topwork: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import topwork.reporting.page as page
+
+    for slow, content in (("png_bytes", b"a picture"), ("render", "a page")):
+        monkeypatch.setattr(page, slow, lambda *_, content=content, **__: content)
     run = run_of(trained, tmp_path / "run")
     evaluate(run, max_rows=1, log=lambda _: None)
     assert topwork("report", run).code == 0
-    assert topwork("merge", run, tmp_path / "merged").code == 0
+    assert topwork("merge", run, tmp_path / "merged", "--check", "2").code == 0
     written = set(tiny.folder_bytes(run))
     assert {"report/index.html", "report/curves.png", "merge.json", "evaluation-trial.json"} <= written
     mine = [

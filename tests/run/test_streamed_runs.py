@@ -48,7 +48,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(streamed: Callable[...,
     unbroken = train(streamed("unbroken"), log=lambda _: None).folder
     path, said = streamed("broken"), list[str]()
     for stop in (6, 12, None):
-        train_together(recipes(path), resume=True, log=said.append, stop_at=stop)
+        train_together(recipes(path), resume=stop != 6, log=said.append, stop_at=stop)
     run = path.parent / "broken"
     assert sum("going on from" in line for line in said) == 2
     assert tiny.folder_bytes(run / "adapter") == tiny.folder_bytes(unbroken / "adapter")

@@ -97,7 +97,7 @@ def nothing_begun(folder: Path, kind: str = "run", is_kind: Callable[[Path], boo
     """That there is nothing to go on with, and which folder may have been meant."""
     what = f"holds no {kind}" if folder.is_dir() else "is not there"
     near = _near(folder, is_kind)
-    return RequestError(f"{folder} {what}, so there is nothing to go on with{near}; leave --resume out to begin")
+    return RequestError(f"{folder} {what}, so there is nothing to go on with (leave --resume out to begin){near}")
 
 
 def _near(folder: Path, is_kind: Callable[[Path], bool]) -> str:

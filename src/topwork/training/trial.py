@@ -76,7 +76,7 @@ class Trial:
         groups = parameter_groups(config, parameters)
         self.names = [name for group in groups for name in group["names"]]
         self._first_weights = FirstWeights(parameters)
-        self._begun_from = getattr(place.adapters.configs[place.name], "init_from", None)
+        self._begun_from = place.adapters.configs[place.name].init_from
         self.optimizer = make_optimizer(config, groups, place.run_dir)
         self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
         self.steps = planned_steps(config, rows.steps_per_epoch)
