@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from topwork.common.errors import DataError
+from topwork.common.memory import Free
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.examples import Data, load_data
 from topwork.data.files import sources
@@ -318,10 +319,10 @@ def test_files_larger_than_memory_are_told_before_they_are_read(folder: Make, mo
     (path / "a.jsonl").write_text('{"text": "a"}\n' * 100)
     size = (path / "a.jsonl").stat().st_size
     config = DataConfig(train=str(path))
-    for free, told in ((size * 2 - 2, 1), (size * 2, 0), (None, 0)):
-        monkeypatch.setattr(sources, "_free_bytes", lambda free=free: free)
+    for free, told in ((size * 2 - 2, 1), (size * 2, 0)):
+        monkeypatch.setattr(sources, "free_host_memory", lambda free=free: Free(free))
         assert len(memory_notes(config)) == told
-    monkeypatch.setattr(sources, "_free_bytes", lambda: 1)
+    monkeypatch.setattr(sources, "free_host_memory", lambda: Free(1))
     assert memory_notes(config)[0].startswith("warning: set holds about")
     assert "data.streaming: true" in memory_notes(config)[0]
     assert not memory_notes(config.model_copy(update={"streaming": True}))

@@ -34,6 +34,7 @@ for line in sys.stdin:
                 from run.strike import arm
                 arm(**asked["strike"])
             try:
+                exec(asked["before"])
                 if asked["arguments"][0] == "together":
                     recipes = [load_recipe(Path(path)) for path in asked["arguments"][1:]]
                     train_together(recipes, resume=any(is_run(Path(recipe.output_dir)) for recipe in recipes))
@@ -70,14 +71,18 @@ class Commands:
         )  # fmt: skip
 
     def run(
-        self, arguments: Sequence[str], during: Callable[[int], None] | None = None, strike: Any = None
+        self,
+        arguments: Sequence[str],
+        during: Callable[[int], None] | None = None,
+        strike: Any = None,
+        before: str = "",
     ) -> tuple[int, str]:
         """(exit code, or minus the signal that ended it; everything it printed). `during` gets the child's id, and
-        `strike` is what `strike.arm` is called with in the child.
+        `strike` is what `strike.arm` is called with in the child, and `before` Python that it runs first.
 
         Beside the command line's own there is `together RECIPE…`, which trains them in one pass, or goes on.
         """
-        [child], logs = self._begin([arguments], strike)
+        [child], logs = self._begin([arguments], strike, before)
         if during is not None:
             during(child)
         return self._read()[0], logs[0].read_text("utf-8")
@@ -89,11 +94,13 @@ class Commands:
             (code, log.read_text("utf-8"), child) for code, log, child in zip(self._read(), logs, children, strict=True)
         ]
 
-    def _begin(self, several: Sequence[Sequence[str]], strike: Any = None) -> tuple[list[int], list[Path]]:
+    def _begin(
+        self, several: Sequence[Sequence[str]], strike: Any = None, before: str = ""
+    ) -> tuple[list[int], list[Path]]:
         logs = [self._logs / f"{self._count + number}.log" for number in range(len(several))]
         self._count += len(several)
         asked = [
-            {"arguments": list(each), "log": str(log), "strike": strike}
+            {"arguments": list(each), "log": str(log), "strike": strike, "before": before}
             for each, log in zip(several, logs, strict=True)
         ]
         assert self._server.stdin is not None

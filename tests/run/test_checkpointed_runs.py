@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from run.tiny import folder_bytes
 from topwork.common.errors import ModelError
+from topwork.common.memory import Free
 from topwork.run.outcome import TrainedRun
 from topwork.run.train import train
 from topwork.training.passes import activation_bytes_per_token
@@ -47,7 +48,8 @@ def test_too_many_layers_are_refused_before_anything_is_written(make_recipe: Rec
 
 
 def test_little_memory_is_told(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("topwork.run.fit.free_memory_bytes", lambda _: 1000)
+    monkeypatch.setattr("topwork.run.train.refuse_small_memory", lambda *_: None)
+    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free(1000))
     recipe = make_recipe(training={"max_steps": 1})
     _, said = told(recipe)
     assert "activation checkpointing: 1 of 2 layers, from free memory" in said
@@ -59,7 +61,8 @@ def test_layers_that_stay_plain_are_planned_with_what_they_keep(
     """They keep more, so memory that holds a pass over fast ones is too little. DoRA that drops out runs so too."""
     config = AutoConfig.from_pretrained(tiny_llama)
     fast, plain = (2 * 300 * activation_bytes_per_token(config, 0, True, fast) for fast in (True, False))
-    monkeypatch.setattr("topwork.run.fit.free_memory_bytes", lambda _: (fast + plain) // 2)
+    monkeypatch.setattr("topwork.run.fit.PROCESS_BYTES", 0)
+    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free((fast + plain) // 2))
     assert "activation checkpointing" not in told(make_recipe("fast", training={"max_steps": 1}))[1]
     short, checkpointed = {"max_steps": 1}, "activation checkpointing: 1 of 2 layers, from free memory"
     dora: dict[str, Any] = {"use_dora": True, "lora_dropout": 0.1}

@@ -18,6 +18,7 @@ from run import tiny
 from run.processes import Commands, signal_at
 from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError
+from topwork.common.memory import Free
 from topwork.data.examples import load_data
 from topwork.models.recognise import is_fast
 from topwork.ops.workspace import Workspace
@@ -374,11 +375,12 @@ def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
     two = sum(count_adapter(model, recipe.adapter).trainable for recipe in three[:2])
     each = 4 + 4 + 8  # weight, gradient, both of AdamW's moments
-    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: pass_bytes + each * two + 100)
+    monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + each * two + 100))
     assert trials_that_fit(on, three) == 2
     with pytest.raises(RequestError, match=r"3 adapters do not fit .* the first 2 do"):
         quietly(*three, on=on)
-    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: 0)
+    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(0))
     assert trials_that_fit(on, three) == 1
     assert not on.adapters.configs
 
@@ -390,7 +392,8 @@ def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch
     model = on.base.module
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
     trained = 2 * count_adapter(model, recipes("wide").adapter).trainable
-    monkeypatch.setattr(topwork.run.fit, "free_memory_bytes", lambda _: pass_bytes + 16 * trained + 100)
+    monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + 16 * trained + 100))
     assert trials_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
     pissa = recipes("wide", adapter={"init_lora_weights": "pissa"})
     assert trials_that_fit(on, [recipes("wide"), pissa]) == 1

@@ -338,8 +338,8 @@ def test_running_out_of_memory_says_what_to_do(make_recipe: Recipes, monkeypatch
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(topwork.training.loop, "train_step", full)
-    with pytest.raises(RunError, match=r"step 1 with 300 tokens per pass.*--resume --set training.tokens_per_pass=150"):
-        quietly(make_recipe())
+    with pytest.raises(RunError, match=r"step 1 with 400 tokens per pass.*--resume --set training.tokens_per_pass=200"):
+        quietly(make_recipe(training={"tokens_per_pass": 400}))
 
 
 def test_a_validation_that_is_no_number_ends_the_run(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:

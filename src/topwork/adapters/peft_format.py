@@ -24,6 +24,7 @@ from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import write_bytes, write_json
+from topwork.common.memory import out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.paths import missed
 
@@ -79,6 +80,8 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise AdapterError(
             f"{folder} has no readable adapter_model.safetensors ({why(error)}); .bin files are not read, because "
             "reading one runs code: save it again with PEFT's safe_serialization"

@@ -41,6 +41,7 @@ from topwork.cli.train import EPILOG as TRAIN_EPILOG
 from topwork.cli.train import train
 from topwork.cli.version import version
 from topwork.common.errors import TopworkError
+from topwork.common.memory import memory_for
 from topwork.common.os_errors import as_topwork, os_error_in
 from topwork.common.streams import SureStreams
 from topwork.training.interrupts import Stopped, ending_on_signals
@@ -73,7 +74,8 @@ def main() -> None:
 def _ended() -> int:
     """How the command ended, as an exit code."""
     try:
-        with ending_on_signals():
+        memory = memory_for("running this command", "give more memory, or ask for less at once")
+        with ending_on_signals(), memory:
             app()
     except Stopped as stopped:
         print(f"stopped by {stopped.name}; what was written before is whole", file=sys.stderr)

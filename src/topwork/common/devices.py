@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,23 +22,17 @@ def peak_memory_bytes(device: "torch.device") -> int:
         with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return _largest_resident_bytes()
 
 
-def free_memory_bytes(device: "torch.device") -> int:
-    """What could still be taken."""
-    if device.type == "cuda":
-        import torch
-
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+def _largest_resident_bytes() -> int:
+    """0 where the platform has no getrusage (Windows)."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def hardware(device: "torch.device") -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from topwork.adapters.graft import adapted_layers
 from topwork.adapters.module import AdaptedLayer
 from topwork.common.errors import AdapterError, RequestError, did_you_mean
+from topwork.common.memory import memory_for
 from topwork.common.seeds import hashed
 from topwork.generation.answer import Answer, blocks_of
 from topwork.generation.blocks import Blocks
@@ -273,6 +274,7 @@ class Engine:
             )
 
 
+@memory_for("writing answers", "a smaller batch of answers (evaluation.batch_size) or fewer new tokens take less")
 def generate(
     base: Base,
     prompts: Sequence[Sequence[int]],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from topwork.common.devices import free_memory_bytes
+from topwork.common.memory import free_memory_bytes
 from topwork.models.base import Base
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.batch import batch_of

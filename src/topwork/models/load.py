@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
+from topwork.common.memory import memory_for, out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.telling import doing
 from topwork.models.attention import use_flat_attention
@@ -30,6 +31,9 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@memory_for(
+    "reading the base", "quantization.load_in_4bit holds it in a quarter; else give more memory or a smaller base"
+)
 def load_base(
     config: ModelConfig | str, log: Callable[[str], None] = print, quantization: QuantizationConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -108,6 +112,8 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(
             f"{source.name} could not be read as a causal language model with safetensors weights: {why(error)}"
         ) from error

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from topwork.common.errors import ModelError
+from topwork.common.memory import out_of_memory
 from topwork.ops.batch import batch_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def probe(base: "Base", use_flat: Callable[[PreTrainedModel], None]) -> None:
         try:
             flat = base.logits(batch_of(sequences), torch.arange(len(tokens), device=base.device))
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(f"{family}: could not be run as a flat batch ({error}); choose another base.") from error
     difference = float((flat - alone).norm() / alone.norm().clamp_min(1e-9))
     if not difference <= TOLERANCE.get(base.module.dtype, 1e-4):

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from topwork.common.errors import ModelError
+from topwork.common.memory import out_of_memory
 from topwork.common.os_errors import why
 from topwork.ops.packed import Packed
 from topwork.quantization.bnb_format import from_tensors, layer_of
@@ -56,6 +57,8 @@ class _OpenFiles:
                 self.opened, self.path = safe_open(path, framework="pt"), path
             return self.opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(
                 f"{path} cannot be read ({why(error)}); was it altered, or the download not finished?"
             ) from error
@@ -122,6 +125,8 @@ def promised(paths: Sequence[str]) -> dict[str, Any]:
                     at[key] = str(path)
                     said[key] = tuple(slices.get_shape()), _type(key, slices.get_dtype())
         except (SafetensorError, OSError) as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(
                 f"{path} cannot be read ({why(error)}); was it altered, or the download not finished?"
             ) from error

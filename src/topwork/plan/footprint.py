@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from topwork.models.weights import quantizable, weight_shape
+from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.error import Packing
 
 QUANTIZED = {
@@ -48,6 +49,16 @@ def footprint(model: PreTrainedModel) -> list[FootprintRow]:
             for name, form in QUANTIZED.items()
         ),
     ]
+
+
+def held_bytes(model: PreTrainedModel, dtype: str, quantization: QuantizationConfig) -> int:
+    """What the weights take as a recipe asks for them, of its base's skeleton; the least where it is packed already."""
+    packed = getattr(model.config, "quantization_config", None) is not None
+    wide = "float32" in (str(model.config.dtype or "float32") if dtype == "auto" else dtype)
+    form = "int8" if quantization.load_in_8bit else "NF4 + DQ" if quantization.active or packed else ""
+    rows = {row.name: row for row in footprint(model)}
+    other = rows["fp32" if wide else "bf16"]
+    return (rows[form] if form else other).linear_bytes + other.other_bytes
 
 
 def as_table(rows: Sequence[FootprintRow]) -> str:

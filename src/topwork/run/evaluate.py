@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
 from topwork.common.errors import DataError, RequestError
+from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.config import DataConfig, Sources, told
@@ -33,6 +34,8 @@ from topwork.run.given import Given, given_run
 from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
 from topwork.run.opened import open_given
 from topwork.run.own_rows import load_own
+
+LESS = "a smaller evaluation.batch_size or evaluation.max_new_tokens, or fewer adapters at once, take less"
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class ScoredArms:
     arms: dict[str, Scores]
 
 
+@memory_for("evaluating", LESS)
 def score_arms(
     base: Base, arms: Mapping[str, str | None], data: DataConfig, named: Sources | None, config: EvaluationConfig,
     seed: int, log: Callable[[str], None] = print,
@@ -276,6 +280,7 @@ def _drawn(conversations: list[Conversation], count: int | None, seed: int) -> l
     return [conversations[i] for i in chosen]
 
 
+@memory_for("evaluating", LESS)
 def _score_arms(
     base: Base, arms: dict[str, str | None], rows: Rows, template: ChatTemplate, config: EvaluationConfig,
     log: Callable[[str], None],

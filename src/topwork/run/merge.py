@@ -13,6 +13,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, RunError, TopworkError
 from topwork.common.files import write_folder, write_json
+from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.common.telling import doing
@@ -28,6 +29,7 @@ from topwork.run.merging.plan import DEQUANTIZED, ORIGINAL, MergePlan, plan_merg
 INPUTS = 100
 BASES = ("auto", ORIGINAL, DEQUANTIZED)
 REPORT = "merge.json"
+LESS = "the check runs the whole model, and --check 0 leaves it out; --dtype bfloat16 halves what fp32 takes"
 
 
 @explained()
@@ -89,6 +91,7 @@ def _keep_in(run: Path, found: dict[str, Any], log: Callable[[str], None]) -> No
         log(f"{REPORT} stands beside the merged model alone: {run} cannot be written ({error})")
 
 
+@memory_for("preparing the merge", LESS)
 def prepared_merge(
     adapter: Given, out: Path, dtype: str | None = None, base: str = "auto", force: bool = False,
     log: Callable[[str], None] = print, check: int = INPUTS, data: str | None = None,
@@ -103,6 +106,7 @@ def prepared_merge(
         doing(log, f"running base + adapter on {len(inputs.sequences)} inputs")
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
+    @memory_for("merging", LESS)
     def fill(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         doing(log, "folding the adapter into the base")

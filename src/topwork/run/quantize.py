@@ -7,6 +7,7 @@ from typing import Any
 
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.files import write_folder, write_json
+from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.models.base import Base
@@ -63,6 +64,7 @@ def quantization_of(kind: str, block_size: int | None, double_quant: bool) -> Qu
 
 
 @explained()
+@memory_for("quantizing", "a base is read into 4 or 8 bits tensor by tensor, so its packed size is what is needed")
 def quantize(
     model: ModelConfig,
     out: Path | str,

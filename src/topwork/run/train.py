@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.locks import locked
+from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
 from topwork.common.streams import sure
 from topwork.common.telling import doing
@@ -30,7 +31,7 @@ from topwork.run.beforehand import Beforehand, tell_beforehand
 from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
 from topwork.run.beginning_from import begin_from, origin_of, resolved
 from topwork.run.divergence import record_divergence
-from topwork.run.fit import passes_that_fit, trials_that_fit
+from topwork.run.fit import passes_that_fit, refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.interrupted import RunInterrupted
 from topwork.run.lint import quick_line
@@ -49,6 +50,11 @@ from topwork.training.start import Start, common_start
 from topwork.training.trial import CHECKPOINTS, Place, Trial
 
 Log = Callable[[str], None]
+LESS = (
+    "what was saved is kept, so go on with --resume; training.tokens_per_pass, adapter.r and the number of adapters "
+    "decide how much is needed"
+)
+"""Beside what a pass takes, which `training/smaller.py` tells of."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,10 @@ def train_held(
     loaded, held = _prepared(recipes, on, log)
     names = _names(recipes, held.adapters)
     try:
-        return _trained(held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
+        with memory_for("training", LESS):
+            return _trained(
+                held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at
+            )
     except BaseException as error:
         record_divergence(recipes, error)
         for name in names:
@@ -152,6 +161,8 @@ def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[
     check_targets(recipes)
     tokenizer, context_length = open_tokenizer(recipes[0].model, log)
     loaded = _load_data(recipes, tokenizer, context_length, log)
+    longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
+    refuse_small_memory(recipes[0], longest)
     return loaded, open_session(recipes[0], log, tokenizer)
 
 
@@ -169,6 +180,8 @@ def _trained(
     checkpoint_layers(base, plan.checkpointed_layers)
     start = _start(runs, log) if resume else Start()
     _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
+    shrinks = base.device.type == "cpu" and recipes[0].training.tokens_per_pass is None
+    told_smaller = _smaller_passes(runs, log) if shrinks else None
     with Interrupts() as interrupts:
         with ExitStack() as logs:
             logs.enter_context(explained(started=True))
@@ -177,7 +190,7 @@ def _trained(
                 at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
                 metrics = logs.enter_context(_metrics(run, at, log))
                 trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
-            loop = Loop(base, on.adapters, trials, plan.tokens_per_pass)
+            loop = Loop(base, on.adapters, trials, plan.tokens_per_pass, told_smaller)
             if start.checkpoints:
                 loop.resume(start)
                 log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
@@ -187,6 +200,7 @@ def _trained(
             if not start.checkpoints and any(run.data.eval for run in runs):
                 doing(log, "validating before the first step")
             outcomes = loop.run(stop_at, interrupts)
+        plan = replace(plan, tokens_per_pass=loop.size.tokens)
         done = [_finished(run, on, plan, own, out, len(runs)) for run, own, out in zip(runs, planned, outcomes)]
     if interrupts.asked:
         steps = max(outcome.state.step for outcome in outcomes)
@@ -222,6 +236,7 @@ def _grafted(
     return runs
 
 
+@memory_for("reading the rows", "data.streaming: true reads them as they are needed, and data.max_rows fewer of them")
 def _load_data(
     recipes: Sequence[Recipe], tokenizer: PreTrainedTokenizerBase, context_length: int, log: Log
 ) -> list[Data]:
@@ -276,6 +291,17 @@ def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: boo
         record(run.folder, origin, base)
 
 
+def _smaller_passes(runs: Sequence[_Run], log: Log) -> Callable[[int, str], None]:
+    """Told of passes that turn out to be too large: says so, and records what a resume will take."""
+
+    def told(tokens: int, work: str) -> None:
+        log(f"out of memory {work}: on with {tokens:,} tokens per pass; the result does not depend on it")
+        for run in runs:
+            write_json(run.folder / PROVENANCE, read_json(run.folder / PROVENANCE) | {"tokens_per_pass": tokens})
+
+    return told
+
+
 def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
     names, events = run.recipe.training.report_to, set((run.folder / TENSORBOARD).glob("*"))
     if "wandb" in names:
@@ -304,6 +330,7 @@ def _finished(
         "warnings": [*result["warnings"], *planned.warnings()],
         "base_weights_bytes": on.weight_bytes,
         "base_held_as": on.held_as,
+        "tokens_per_pass": plan.tokens_per_pass,
         "checkpointed_layers": plan.checkpointed_layers,
         "shared_with": members,
         **({"begun_from": run.recipe.adapter.init_from} if run.recipe.adapter.init_from else {}),

@@ -46,7 +46,7 @@ class TrainingConfig(Options):
     """Sequences per optimizer step, over all devices."""
     tokens_per_pass: int | None = Field(None, ge=1)
     """The token budget of one forward and backward pass. It decides memory, not the result. Left out, it is chosen
-    from free memory."""
+    from free memory, which is a container's or a process's where those have a limit."""
     activation_checkpointing: Checkpointing = "auto"
     """Layers that keep only their input and run again going backward: less memory, more time, the same result. `off`,
     `full`, a number of layers, or `auto`: as few as let a pass fit into free memory."""

@@ -3,20 +3,21 @@
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from topwork.adapters.graft import Adapters
-from topwork.common.errors import NonFiniteLossError, RunError
+from topwork.common.errors import NonFiniteLossError
 from topwork.data.batches import AdapterRows
 from topwork.models.base import Base
 from topwork.ops.batch import Batch
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
 from topwork.training.interrupts import Interrupts
 from topwork.training.passes import step_passes
+from topwork.training.smaller import PassSize
 from topwork.training.start import Start
 from topwork.training.step import mean_losses, train_step
 from topwork.training.trial import Timed, Trial
@@ -38,9 +39,12 @@ class Loop:
     A trial leaves when its plan is done, by early stopping, or when it diverges; the others go on.
     """
 
-    def __init__(self, base: Base, adapters: Adapters, trials: Sequence[Trial], tokens_per_pass: int) -> None:
+    def __init__(
+        self, base: Base, adapters: Adapters, trials: Sequence[Trial], tokens_per_pass: int,
+        on_smaller: Callable[[int, str], None] | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.adapters, self.trials = base, adapters, trials
-        self.tokens_per_pass = tokens_per_pass
+        self.size = PassSize(tokens_per_pass, on_smaller, base.workspace)
         self._resumed = False
 
     def resume(self, start: Start) -> None:
@@ -126,16 +130,14 @@ class Loop:
     def _step(self, active: Sequence[Trial], at: int) -> None:
         """One optimizer step of each, in shared passes."""
         groups = [(trial.name, trial.next_rows()) for trial in active]
-        passes = self._passes(groups, {trial.name: trial.dropout_seed() for trial in active})
+        seeds, learners = {trial.name: trial.dropout_seed() for trial in active}, [trial.learner for trial in active]
         start = time.perf_counter()
-        try:
-            results = train_step(self.base, [trial.learner for trial in active], passes)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"out of memory at step {at} with {self.tokens_per_pass} tokens per pass; the result does "
-                f"not depend on it, so go on with --resume --set training.tokens_per_pass={self.tokens_per_pass // 2} "
-                "or --set training.activation_checkpointing=full"
-            ) from error
+        results, passes = self.size.run(
+            f"at step {at}",
+            lambda: self._passes(groups, seeds),
+            lambda passes: train_step(self.base, learners, passes),
+            [learner.optimizer for learner in learners],
+        )
         seconds, tokens = time.perf_counter() - start, sum(len(batch.tokens) for batch in passes)
         for trial, result in zip(active, results, strict=True):
             if isinstance(result, NonFiniteLossError):
@@ -147,17 +149,20 @@ class Loop:
 
     def _passes(self, groups: Sequence[AdapterRows], seeds: Mapping[str, int] | None = None) -> list[Batch]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
-        return step_passes(groups, self.tokens_per_pass, self.base.device, virtual, seeds)
+        return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds)
 
     def _validate(self, due: Sequence[Trial], waiting: Sequence[Trial], at: int, interrupts: Interrupts) -> None:
         """The held-out rows of those that are due, in shared passes; what it comes to is for those that wait for it.
         Raises _BrokenOff once asked to stop."""
         if not due:
             return
-        passes = self._passes([(trial.name, trial.held_out) for trial in due])
+        groups, objectives = [(m.name, m.held_out) for m in due], {m.name: m.learner.objective for m in due}
         with self.adapters.evaluating(*(trial.name for trial in due)):
-            objectives = {trial.name: trial.learner.objective for trial in due}
-            losses = mean_losses(self.base, objectives, _until_asked(interrupts, passes))
+            losses, _ = self.size.run(
+                f"in the validation at step {at}",
+                lambda: self._passes(groups),
+                lambda passes: mean_losses(self.base, objectives, _until_asked(interrupts, passes)),
+            )
         for trial in waiting:
             means, step = losses[trial.name], trial.state.step
             if math.isfinite(means.loss):

@@ -53,6 +53,10 @@ def step_passes(
     return [batch.to(device) for batch in batches]
 
 
+LARGEST_ERROR = 1.4
+"""How many times the estimate a pass may keep."""
+
+
 @dataclass(frozen=True)
 class PassPlan:
     """How large a pass may be, and how many layers are checkpointed for it."""
@@ -64,7 +68,8 @@ class PassPlan:
 @dataclass(frozen=True)
 class Memory:
     """What decides how much a pass may keep: the model's shape, whether its adapter drops out, how many of its layers
-    can be checkpointed, whether they are fast ones, and the free memory. Half of that is planned with: families that
+    can be checkpointed, whether they are fast ones, the free memory, and what the process will take of it beside a
+    pass. Half of what is free is planned with, or less where that leaves too little for the rest: families that
     normalise more often than llama keep up to 1.4 times the estimate, and a backward pass has temporaries of its own.
     """
 
@@ -74,11 +79,19 @@ class Memory:
     checkpointable_layers: int = 0
     dropout: bool = False
     fast: bool = True
+    beside_bytes: int = 0
 
     def holds(self, tokens: int, checkpointed_layers: int) -> bool:
         """Whether a pass of so many tokens fits."""
-        per_token = activation_bytes_per_token(self.config, checkpointed_layers, self.dropout, self.fast)
-        return tokens * per_token <= self.free_bytes / 2
+        planned = min(self.free_bytes / 2, (self.free_bytes - self.beside_bytes) / LARGEST_ERROR)
+        return self._pass_bytes(tokens, checkpointed_layers) <= planned
+
+    def needed_bytes(self, tokens: int, checkpointed_layers: int) -> int:
+        """What training in passes of so many tokens takes at least."""
+        return self.beside_bytes + self._pass_bytes(tokens, checkpointed_layers)
+
+    def _pass_bytes(self, tokens: int, checkpointed_layers: int) -> int:
+        return tokens * activation_bytes_per_token(self.config, checkpointed_layers, self.dropout, self.fast)
 
 
 def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: int, memory: Memory) -> PassPlan:
@@ -111,7 +124,8 @@ def trials_that_fit(
     layers = {"off": 0, "auto": most, "full": memory.checkpointable_layers}.get(str(asked_layers), asked_layers)
     assert isinstance(layers, int)
     per_token = activation_bytes_per_token(memory.config, layers, memory.dropout, memory.fast)
-    room = memory.free_bytes - 2 * (asked_tokens or SMALLEST_PASS) * per_token
+    pass_bytes = (asked_tokens or SMALLEST_PASS) * per_token
+    room = memory.free_bytes - max(2 * pass_bytes, memory.beside_bytes + LARGEST_ERROR * pass_bytes)
     return max(1, sum(total <= room for total in accumulate(needed_bytes)))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.common.errors import NonFiniteLossError, RunError
+from topwork.common.memory import memory_for
 from topwork.models.base import Base
 from topwork.objectives.columns import with_columns
 from topwork.objectives.objective import Objective
@@ -102,7 +103,11 @@ def train_step(
                 logprobs.register_hook(_finite)
             totals = [known.add(logprobs[rows], part) for known, rows, part in parts]
             torch.stack(totals).sum().backward()
-    return _updated(learners, [sums[learner.name] for learner in learners])
+    # once some weights are updated the step cannot be run again
+    with memory_for(
+        "updating the weights", "go on with --resume; training.optim: adamw_8bit holds less, or lower adapter.r"
+    ):
+        return _updated(learners, [sums[learner.name] for learner in learners])
 
 
 def _updated(learners: Sequence[Learner], sums: Sequence[_Sum]) -> list[StepResult | NonFiniteLossError]:

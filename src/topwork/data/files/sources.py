@@ -1,6 +1,5 @@
 """Which files a source is: the split that is read of a folder, what is left out of it, and what validates."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topwork.common.errors import DataError, did_you_mean
+from topwork.common.memory import free_host_memory
 from topwork.common.yaml_text import in_yaml
 from topwork.data.config import DataConfig, SourceConfig
 from topwork.data.files.decoding import DataFile, packing, unpacked_name
@@ -219,9 +219,9 @@ def with_held_out(config: DataConfig) -> DataConfig:
 
 def memory_notes(config: DataConfig) -> list[str]:
     """What is to be told before files are read that memory may be too small for."""
-    free_bytes = _free_bytes()
-    if config.streaming or free_bytes is None:
+    if config.streaming:
         return []
+    free_bytes = free_host_memory().bytes
     notes = []
     for source in [*config.sources(config.train), *(config.sources(config.eval) if config.eval is not None else [])]:
         found = locate(source)
@@ -240,16 +240,3 @@ def _text_bytes(file: DataFile) -> int:
         return sum(inner.stat().st_size for inner in file.path.rglob("*") if inner.is_file())
     packed = packing(file.path) or kind_of(file.path) in (".parquet", ".xlsx")
     return file.path.stat().st_size * (_UNPACKED if packed else 1)
-
-
-def _free_bytes() -> int | None:
-    """Memory that can be had; None where the platform does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from topwork.common.errors import DataError
+from topwork.common.memory import out_of_memory
 from topwork.common.os_errors import why
 from topwork.data.files.decoding import DataFile
 
@@ -28,6 +29,8 @@ def parquet_rows(file: DataFile) -> Found:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             yield from _batches_rows(file, table.iter_batches(_BATCH_ROWS), table.schema_arrow)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if out_of_memory(error):
+            raise
         raise DataError(f"{file.path} cannot be read as parquet ({_first_line(error)}); fetch it again") from error
 
 
@@ -46,6 +49,8 @@ def arrow_rows(file: DataFile) -> Found:
                 batches = iter(table)
             yield from _batches_rows(file, batches, table.schema)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if out_of_memory(error):
+            raise
         raise DataError(f"{file.path} cannot be read as arrow ({_first_line(error)}); fetch it again") from error
 
 

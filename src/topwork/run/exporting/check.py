@@ -12,8 +12,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from topwork.adapters.graft import Adapters
 from topwork.adapters.lazy_parts import Stored
 from topwork.adapters.peft_format import BaseId, load_adapter
-from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import ModelError
+from topwork.common.memory import free_memory_bytes
 from topwork.export.read_back import Asked
 from topwork.merging.stream import Stored as StoredTensors
 from topwork.models.base import Base

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from topwork.common.devices import free_memory_bytes
 from topwork.common.errors import RequestError
+from topwork.common.memory import free_memory_bytes
 from topwork.merging.verify import KEPT_BYTES, Measurement, Verification, compare, measure, verify
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base

@@ -17,7 +17,7 @@ from topwork.reporting.sweep_points import diminishing_returns, points
 from topwork.reporting.sweep_state import SweepState, TrialState, Wave
 from topwork.run.begin import check_request
 from topwork.run.evaluate import Finished, evaluate_members
-from topwork.run.fit import trials_that_fit
+from topwork.run.fit import refuse_small_memory, trials_that_fit
 from topwork.run.folder import ADAPTER
 from topwork.run.interrupted import RunInterrupted
 from topwork.run.outcome import TrainedRun
@@ -106,6 +106,7 @@ def _held(
     log = sure(log)
     tell_plan(plan, log)
     if not _is_done(plan, state):
+        refuse_small_memory(plan.trials[0].recipe)
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)

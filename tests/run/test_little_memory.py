@@ -1,0 +1,242 @@
+"""Training where memory is short: what is planned, what is refused, and what is said where an allocation fails."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+import topwork.run.fit as fit
+import topwork.training.loop as loop
+from reference.containers import container
+from run.fixtures import Said
+from run.processes import Commands
+from run.tiny import folder_bytes
+from topwork.common.errors import RequestError, RunError
+from topwork.common.memory import Free
+from topwork.models.load import load_base
+from topwork.ops.batch import Batch
+from topwork.quantization.config import QuantizationConfig
+from topwork.run.outcome import TrainedRun
+from topwork.run.train import train
+from topwork.training.passes import activation_bytes_per_token
+from topwork.training.step import Learner
+
+Recipes = Callable[..., Path]
+MB = 10**6
+CONTAINER = "the 400 MB that this container may use"
+SHORT: dict[str, Any] = {"max_steps": 3, "eval_steps": 3, "tokens_per_pass": None}
+
+
+def told(recipe: Path, **how: Any) -> tuple[TrainedRun, str]:
+    lines: list[str] = []
+    return train(recipe, log=lines.append, **how), "\n".join(lines)
+
+
+def allocates(monkeypatch: pytest.MonkeyPatch, name: str, most_tokens: int) -> list[int]:
+    """From now on a pass of more tokens asks torch for more than there is, with gradients half made. Returns what was
+    asked for."""
+    real, asked = getattr(loop, name), []
+
+    def run(base: Any, learners: Any, given: Iterable[Batch]) -> Any:
+        passes = list(given)
+        asked.append(max(len(batch.tokens) for batch in passes))
+        if asked[-1] > most_tokens:
+            for learner in learners:
+                for parameter in learner.parameters if isinstance(learner, Learner) else ():
+                    parameter.grad = torch.full_like(parameter, 7.0)
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return real(base, learners, passes)
+
+    monkeypatch.setattr(loop, name, run)
+    return asked
+
+
+def test_a_pass_that_does_not_fit_is_halved_and_the_step_is_the_same(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, _ = told(make_recipe("small", training=SHORT | {"tokens_per_pass": 256}))
+    asked = allocates(monkeypatch, "train_step", 256)
+    run, said = told(make_recipe("run", training=SHORT))
+    assert asked[0] > 256 >= max(asked[-3:]), "the first step was run again, and the others with what fits"
+    assert "out of memory at step 1: on with 256 tokens per pass" in said
+    assert "DefaultCPUAllocator" not in said
+    first, second = (folder_bytes(one.folder / "adapter")["adapter_model.safetensors"] for one in (small, run))
+    assert first == second
+    assert run.result["tokens_per_pass"] == 256
+    assert json.loads((run.folder / "provenance.json").read_text("utf-8"))["tokens_per_pass"] == 256
+
+
+def test_a_validation_that_does_not_fit_is_halved(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocates(monkeypatch, "mean_losses", 256)
+    run, said = told(make_recipe(training=SHORT, data={"eval_fraction": 0.3}))
+    assert "out of memory in the validation at step 0: on with" in said
+    assert run.result["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("train_step", "at step 1"), ("mean_losses", "in the validation at step 0")]
+)
+def test_a_size_that_was_asked_for_is_kept_and_what_to_lower_is_said(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
+    allocates(monkeypatch, name, 0)
+    with pytest.raises(RunError, match=rf"^out of memory {where} with 512 .*--set training.tokens_per_pass=256 or"):
+        told(make_recipe(training=SHORT | {"tokens_per_pass": 512}))
+
+
+def test_halving_ends_where_a_row_would_not_fit(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocates(monkeypatch, "train_step", 0)
+    with pytest.raises(RunError, match=r"with 256 tokens per pass; .*--set training.activation_checkpointing=full"):
+        told(make_recipe(training=SHORT))
+
+
+def test_an_optimizer_that_does_not_fit_is_no_step_to_run_again(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(RunError, match=r"^out of memory while updating the weights; .*--resume"):
+        told(make_recipe(training=SHORT))
+
+
+def test_what_else_training_takes_is_planned_with(
+    make_recipe: Recipes, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training=SHORT)
+    monkeypatch.setattr(fit, "PROCESS_BYTES", 10 * MB)
+    passes = 2048 * activation_bytes_per_token(AutoConfig.from_pretrained(tiny_llama), 0, True)
+    assert passes > 2 * MB  # so that half of free memory would hold it in both cases
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(11 * MB + 2 * passes, CONTAINER))
+    assert f"tokens per pass: 2,048, from {CONTAINER}" in told(recipe)[1]
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(11 * MB + passes, CONTAINER))
+    assert f"tokens per pass: 1,024, from {CONTAINER}" in told(recipe, overwrite=True)[1]
+
+
+def test_what_cannot_fit_is_refused_before_any_weight_is_read(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import topwork.run.train as module
+
+    monkeypatch.setattr(module, "open_session", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(99 * MB, CONTAINER))
+    recipe = make_recipe(training=SHORT)
+    with pytest.raises(RequestError, match=rf"takes at least \d+ MB, .* 99 MB of {CONTAINER} are free. .*4bit"):
+        told(recipe)
+    assert not recipe.with_suffix("").exists()
+
+
+def test_a_run_that_goes_on_with_less_memory(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its size as long as that fits, and leaves it, which is told, where it does not."""
+    recipe = make_recipe(training=SHORT | {"max_steps": 2})
+    told(recipe)
+    assert "tokens per pass" not in told(recipe, resume=True)[1]
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
+    said = told(recipe, resume=True)[1]
+    assert f"MB of {CONTAINER} are free: the run goes on with fewer" in said
+    assert re.search(r"^tokens per pass: (256|512|1,024), from", said, re.MULTILINE)
+
+
+def test_a_size_that_was_asked_for_and_does_not_fit_is_told(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
+    said = told(make_recipe(training=SHORT | {"tokens_per_pass": 2048, "activation_checkpointing": "off"}))[1]
+    assert "warning: training with 2,048 tokens per pass takes about" in said
+
+
+def asks_for_too_much(*_: Any, **__: Any) -> Any:
+    """As torch fails on a CPU."""
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("place", "told_as"),
+    [
+        ("topwork.run.train.load_data", "reading the rows; data.streaming"),
+        ("topwork.models.load.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
+        ("topwork.run.train.Trial", "training; .*adapter.r"),
+    ],
+)
+def test_wherever_training_allocates(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, place: str, told_as: str
+) -> None:
+    monkeypatch.setattr(place, asks_for_too_much)
+    with pytest.raises(RunError, match=f"^out of memory while {told_as}"):
+        told(make_recipe(training=SHORT))
+
+
+def test_a_shard_that_memory_does_not_hold_is_not_called_altered(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped(*_: Any, **__: Any) -> Any:
+        raise SafetensorError("Error while opening: Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("topwork.models.shards.safe_open", mapped)
+    with pytest.raises(RunError, match=r"^out of memory while reading the base;"):
+        load_base(str(tiny_llama), quantization=QuantizationConfig(load_in_4bit=True))
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "told_as"),
+    [
+        ("eval", "topwork.generation.engine.Engine", "writing answers; a smaller batch of answers"),
+        ("eval", "topwork.evaluation.score.mean_answer_loss", "evaluating; a smaller evaluation.batch_size"),
+        ("merge", "topwork.run.merging.plan._write", "merging; the check runs the whole model"),
+        ("merge", "topwork.run.merging.check.measure", "preparing the merge; the check runs the whole model"),
+        ("report", "topwork.run.report.report", "running this command; give more memory"),
+    ],
+)
+def test_wherever_a_verb_allocates(
+    trained: Path, topwork: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, place: str,
+    told_as: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(place, asks_for_too_much)
+    said = topwork(verb, trained, *([tmp_path / "merged"] if verb == "merge" else []))
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith(f"error: out of memory while {told_as}")
+    assert not (tmp_path / "merged").exists()
+
+
+LIMITED = """
+import os, resource
+import topwork.run.fit as fit
+fit.PROCESS_BYTES = {process}
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("{field}")) * 1024
+resource.setrlimit(resource.{limit}, (size + {more},) * 2)
+"""
+
+
+@pytest.mark.parametrize(("limit", "field", "option"), [("RLIMIT_AS", "VmSize", "-v"), ("RLIMIT_DATA", "VmData", "-d")])
+def test_under_a_limit_of_the_process(
+    make_recipe: Recipes, commands: Commands, limit: str, field: str, option: str
+) -> None:
+    """Too little by far is refused; where the plan is wrong, the allocation that really fails ends in a sentence."""
+    recipe, tried = make_recipe(training=SHORT), make_recipe("tried", training=SHORT | {"tokens_per_pass": 300})
+    how = {"limit": limit, "field": field, "more": 50 * MB}
+    code, said = commands.run(["train", str(recipe)], before=LIMITED.format(process=fit.PROCESS_BYTES, **how))
+    assert (code, f"(ulimit {option}) are free" in said) == (2, True), said
+    code, said = commands.run(["train", str(tried)], before=LIMITED.format(process=0, **how))
+    assert code == 1, said
+    assert said.splitlines()[-1].startswith("error: out of memory"), said
+    assert "DefaultCPUAllocator" not in said
+
+
+def test_in_a_container(make_recipe: Recipes, commands: Commands) -> None:
+    """A real control group: what it may use is what is planned with, and too little of it is refused."""
+    recipe, said = make_recipe(training=SHORT), {}
+    for megabytes in (400, 100):
+        try:
+            with container(megabytes * MB) as group:
+                join = f"open({str(group.folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+                said[megabytes] = commands.run(["train", str(recipe), "--overwrite"], before=join)
+        except OSError as error:
+            pytest.skip(f"no control group with a limit on memory can be made here: {error}")
+    assert said[100][0] == 2
+    assert "of the 100 MB that this container may use are free" in said[100][1]
+    assert said[400][0] == 0, said[400][1]
+    assert f"from {CONTAINER}" in said[400][1]
