@@ -54,9 +54,16 @@ def explained(path: Path | str | None = None, started: bool = False) -> Iterator
 
 
 def check_link(path: Path) -> None:
-    """Raises RequestError for a link that points to nothing, or back to itself: `exists` takes it for no file."""
-    if path.is_symlink():
-        with explained(path):
+    """Raises RequestError for a link that points to nothing, or back to itself: `exists` takes it for no file. A name
+    that no disk takes is no link, and may be no path at all."""
+    with explained(path):
+        try:
+            is_link = path.is_symlink()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return
+        if is_link:
             path.stat()
 
 
