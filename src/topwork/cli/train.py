@@ -67,13 +67,14 @@ def _print_trained(folder: Path, result: dict[str, Any]) -> None:
 def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
     """How a run ended, for people."""
     run = shlex.quote(str(folder))
+    scored = run if result["plan"]["held_out_rows"] else f"{run} --data ROWS"  # which that command refuses without
     return [
         _validated(result),
         f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps",
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         f"adapter: {folder / 'adapter'}",
-        f"next: topwork eval {run}      its answers beside the base's",
+        f"next: topwork eval {scored}      its answers beside the base's",
         f"      topwork chat {run}      ask it",
         f"      topwork report {run}    one page with curves and scores",
         f"      topwork merge {run} OUT    a model of its own",
