@@ -194,7 +194,11 @@ def test_a_shard_that_memory_does_not_hold_is_not_called_altered(
     ("verb", "place", "told_as"),
     [
         ("eval", "topwork.generation.engine.Engine", "writing answers; a smaller batch of answers"),
-        ("eval", "topwork.evaluation.score.mean_answer_loss", "evaluating; a smaller evaluation.batch_size"),
+        (
+            "eval",
+            "topwork.evaluation.score.mean_answer_loss",
+            "evaluating; a smaller evaluation.batch_size or evaluation.max_new_tokens in the run's",
+        ),
         ("merge", "topwork.run.merging.plan._write", "merging; the check runs the whole model"),
         ("merge", "topwork.run.merging.check.measure", "preparing the merge; the check runs the whole model"),
         ("report", "topwork.run.report.report", "running this command; give more memory"),

@@ -47,10 +47,11 @@ def passes_that_fit(
     plan = plan_passes(asked, checkpointing, longest, memory)
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
     if memory.beside_bytes and needed > memory.free_bytes:
+        taken = _takes(plan, needed + others)
         if asked is not None and asked != recipes[0].training.tokens_per_pass:
-            log(f"{_takes(plan, needed + others)}, and {_told(free)} are free: the run goes on with fewer, to the same result")
+            log(f"{taken}, and {_told(free)} are free: the run goes on with fewer, to the same result")
             return passes_that_fit(recipes, counted, longest, None, base, log)
-        _too_little(recipes[0], f"{_takes(plan, needed + others)} beside the base, and {_told(free)} are free", log)
+        _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
     return plan
 
