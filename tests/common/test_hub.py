@@ -14,6 +14,7 @@ from topwork.common.hub import ask_hub, is_hub_id
 from topwork.data.files.places import find_place
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
+from topwork.plan.count import config_of
 
 COMMIT = "a" * 40
 
@@ -88,6 +89,8 @@ def test_a_folder_of_the_owners_name_does_not_hide_what_the_hub_has(stand_in: Hu
     assert find("owner/base-1b") == Source("owner/base-1b", "owner/base-1b", None)
     with pytest.raises(ModelError, match=r"the Hub has none.*did you mean 'owner/base-7b'"):
         find("owner/base-7")
+    with pytest.raises(ModelError, match=r"the Hub has none.*did you mean 'owner/base-7b'"):
+        config_of("owner/base-7")
     assert find_place("owner/rows") is None
 
 
@@ -120,7 +123,7 @@ def test_a_network_that_is_not_there_is_tried_once(online: Path, monkeypatch: py
         snapshot, said = cache_model(online), list[str]()
         found = find_source(ModelConfig(model_name_or_path="owner/base"), said.append)
     assert (found.name, found.folder, found.revision) == ("owner/base", str(snapshot), None)
-    assert "the Hub cannot be reached; the copy in its cache is taken" in said[0]
+    assert "the Hub cannot be reached or does not give it; the copy in its cache is taken" in said[0]
 
 
 def test_a_network_that_swallows_everything(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:

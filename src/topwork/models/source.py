@@ -80,12 +80,12 @@ def _alias_source(hub_id: str, revision: str | None, log: Log) -> Source:
 
 
 def _of_hub(hub_id: str, revision: str | None, log: Log) -> Source:
-    """The Hub's, or the copy in its cache where it cannot be reached, so that nothing waits for it."""
+    """The Hub's, or the copy in its cache where it cannot be reached, so that nothing waits for it, or gives none."""
     near = missed(hub_id) or did_you_mean(hub_id, [*ALIASES, *(entry.name for entry in Path().iterdir())])
     copy = ask_hub(hub_id, revision, "model", near)
     if copy is None:
         return Source(name=hub_id, folder=hub_id, revision=revision)
-    log(f"{hub_id}: the Hub cannot be reached; the copy in its cache is taken ({copy})")
+    log(f"{hub_id}: the Hub cannot be reached or does not give it; the copy in its cache is taken ({copy})")
     return Source(name=hub_id, folder=str(copy), revision=None)
 
 
