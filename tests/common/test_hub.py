@@ -102,10 +102,14 @@ def test_a_name_that_it_has_is_asked_for_once(stand_in: HubStandIn) -> None:
     assert asked(stand_in) == ["HEAD /owner/base/resolve/main/config.json"]
 
 
-def test_troubles_of_the_hubs_own_are_left_to_its_client(stand_in: HubStandIn) -> None:
+def test_a_hub_that_is_out_of_order_is_asked_once(stand_in: HubStandIn, online: Path) -> None:
+    """Its client would go on for half a minute; a copy that is here is taken."""
     stand_in.refuse["HEAD /owner/base"] = (503, "busy")
-    assert ask_hub("owner/base", None, "model") is None
+    with pytest.raises(ModelError, match="it answers 503"):
+        ask_hub("owner/base", None, "model")
     assert len(asked(stand_in)) == 1
+    copy = cache_model(online)
+    assert ask_hub("owner/base", None, "model") == copy
 
 
 def test_a_server_that_knows_no_such_page(stand_in: HubStandIn) -> None:
