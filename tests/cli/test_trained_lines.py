@@ -39,3 +39,8 @@ def test_commands_that_are_copied_find_the_run() -> None:
     assert [line.split("topwork ")[1].split("    ")[0] for line in lines if "topwork " in line] == [
         "eval 'my runs/a'", "chat 'my runs/a'", "report 'my runs/a'", "merge 'my runs/a' OUT",
     ]  # fmt: skip
+
+
+def test_a_loss_that_nobody_knows_any_more() -> None:
+    lines = trained_lines(Path("run"), RESULT | {"first_loss": None, "last_loss": None, "steps": 1})
+    assert lines[1] == "training loss not in metrics.jsonl any more, 1 step"
