@@ -41,3 +41,8 @@ def test_commands_that_are_copied_find_the_run() -> None:
     ]  # fmt: skip
     none = trained_lines(Path("a"), RESULT | {"plan": {"held_out_rows": 0}})
     assert any("topwork eval a --data ROWS  " in line for line in none), "without them it has nothing to ask"
+
+
+def test_a_loss_that_nobody_knows_any_more() -> None:
+    lines = trained_lines(Path("run"), RESULT | {"first_loss": None, "last_loss": None, "steps": 1})
+    assert lines[1] == "training loss not in metrics.jsonl any more, 1 step"

@@ -15,7 +15,7 @@ from generation.cases import CALLS, NAMES, NEW, called, mixed_base
 from reference.families import CONTEXT, added, logits, sequences, tiny_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.common.errors import AdapterError, RequestError
+from topwork.common.errors import AdapterError, RequestError, RunError
 from topwork.generation import engine as module
 from topwork.generation import pool
 from topwork.generation.engine import Engine, EngineSettings, generate
@@ -226,6 +226,14 @@ def test_what_weights_alone_decide_is_held_from_beginning_to_end(monkeypatch: py
     changed = tokens_of(drained(engine)[again])
     assert count == 5 * parts
     assert changed != before
+
+
+def test_weights_that_give_no_number_end_in_a_sentence() -> None:
+    base = tiny_base("llama")
+    with torch.no_grad():
+        next(base.module.parameters()).fill_(torch.nan)
+    with pytest.raises(RunError, match=r"prompt 0: the model's logits are not finite \(nan\)"):
+        generate(base, [[5, 6, 7]], [None], (), greedy(2))
 
 
 def test_no_gradient_is_taken() -> None:

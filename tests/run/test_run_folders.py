@@ -70,6 +70,20 @@ def test_resume_begins_nothing(given: str, refused: Callable[..., str], make_rec
     assert list(missing.iterdir()) == []
 
 
+def test_the_run_that_may_be_meant_is_one_that_is_there(
+    trained: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, empty = run_of(trained, tmp_path / "runs" / "support"), tmp_path / "runs" / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert f"did you mean {beside}?" in refused("train", ".", "--resume")
+    run_of(trained, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean runs/support?" in refused("train", "runs", "--resume")
+    run_of(trained, tmp_path / "runs" / "other")
+    assert "did you mean runs/other, or another in there?" in refused("train", "runs", "--resume")
+
+
 def test_the_folder_that_is_given_is_gone_on_with_wherever_it_is(
     topwork: Command, make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -148,6 +162,19 @@ def test_without_a_whole_checkpoint_it_is_refused_with_what_each_lacks(trained: 
     assert "optimizer.safetensors is truncated" in told
     assert "--overwrite" in told
     assert tiny.folder_bytes(run) == before
+    quietly(run, *ANEW, overwrite=True)
+
+
+def test_what_a_run_without_a_whole_checkpoint_is_told_to_do_can_be_done(trained: Path, tmp_path: Path) -> None:
+    run = run_of(trained, tmp_path / "run")
+    for path in (run / "checkpoints").iterdir():
+        (path / "manifest.json").write_bytes(b"{")
+    with pytest.raises(RequestError, match=r"--overwrite, once those whose manifest\.json is damaged are moved away"):
+        quietly(run, resume=True)
+    with pytest.raises(RequestError, match=r"nothing was deleted: move .* away"):
+        quietly(run, overwrite=True)
+    for path in (run / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
     quietly(run, *ANEW, overwrite=True)
 
 

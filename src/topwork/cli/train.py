@@ -70,7 +70,7 @@ def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
     scored = run if result["plan"]["held_out_rows"] else f"{run} --data ROWS"  # which that command refuses without
     return [
         _validated(result),
-        f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps",
+        _learned(result),
         f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         f"adapter: {folder / 'adapter'}",
@@ -79,6 +79,13 @@ def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
         f"      topwork report {run}    one page with curves and scores",
         f"      topwork merge {run} OUT    a model of its own",
     ]
+
+
+def _learned(result: dict[str, Any]) -> str:
+    """The training loss; of a run whose metrics.jsonl was lost or damaged nobody knows it any more."""
+    first, last, steps = result["first_loss"], result["last_loss"], result["steps"]
+    losses = "not in metrics.jsonl any more" if first is None or last is None else f"{first:.4f} -> {last:.4f}"
+    return f"training loss {losses}, {steps:,} step{'' if steps == 1 else 's'}"
 
 
 def _validated(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topwork.adapters.graft import adapted_layers
 from topwork.adapters.module import AdaptedLayer
-from topwork.common.errors import AdapterError, RequestError, did_you_mean
+from topwork.common.errors import AdapterError, RequestError, RunError, did_you_mean
 from topwork.common.memory import memory_for
 from topwork.common.seeds import hashed
 from topwork.generation.answer import Answer, blocks_of
@@ -290,7 +290,7 @@ def generate(
     adapters: one name (or None for the bare base) per prompt. `on_finished(count)` is told how many sequences came to
     their end, `on_token(prompt's index, token)` every token as it comes. A prompt that is given again for the same
     adapter draws by another seed. Raises RequestError for an empty prompt, for one that leaves no room
-    in the model's context and for an adapter that is not there, and RuntimeError where nothing can be chosen.
+    in the model's context and for an adapter that is not there, and RunError where nothing can be chosen.
     """
     stops, engine = frozenset(stop_ids), Engine(base, EngineSettings(batch_size))
     requests: list[Request] = []
@@ -308,7 +308,7 @@ def generate(
             events = engine.step()
             for event in events:
                 if event.ended == "failed":
-                    raise RuntimeError(f"prompt {index_of[event.id]}: {event.error}")
+                    raise RunError(f"prompt {index_of[event.id]}: {event.error}")
                 if event.token is not None:
                     results[index_of[event.id]].append(event.token)
                     if on_token is not None:

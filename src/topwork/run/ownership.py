@@ -101,8 +101,13 @@ def nothing_begun(folder: Path, kind: str = "run", is_kind: Callable[[Path], boo
 
 
 def _near(folder: Path, is_kind: Callable[[Path], bool]) -> str:
-    """The one beside it whose name is nearest, or that is the only one."""
+    """One in it; or else the one beside it whose name is nearest, or that is the only one."""
+    if folder.name in ("", ".."):  # its parent as it is written is not the folder that it lies in
+        folder = folder.resolve()
     try:
+        inside = [path for path in sorted(folder.iterdir()) if is_kind(path)] if folder.is_dir() else []
+        if inside:
+            return f"; did you mean {inside[0]}{', or another in there' if len(inside) > 1 else ''}?"
         beside = [path for path in folder.absolute().parent.iterdir() if path.is_dir() and is_kind(path)]
     except OSError:
         return ""

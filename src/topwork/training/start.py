@@ -87,7 +87,8 @@ def _none_is_whole(kept: _Kept) -> RequestError:
     told = "\n  ".join(kept.wrong)
     return RequestError(
         f"{kept.folder.parent} has checkpoints, and none is whole, so there is nothing to go on from:\n  {told}\nBring "
-        "back a copy of one of them, or begin anew: with --overwrite, or in another output_dir"
+        "back a copy of one of them, or begin anew: in another output_dir, or with --overwrite, once those whose "
+        "manifest.json is damaged are moved away"
     )
 
 
