@@ -159,7 +159,7 @@ def asks_for_too_much(*_: Any, **__: Any) -> Any:
     [
         ("topwork.run.train.load_data", "reading the rows; data.streaming"),
         ("topwork.models.load.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
-        ("topwork.run.train.Trial", "training; .*adapter.r"),
+        ("topwork.run.training.Trial", "training; .*adapter.r"),
     ],
 )
 def test_wherever_training_allocates(
