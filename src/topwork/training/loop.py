@@ -149,7 +149,7 @@ class Loop:
 
     def _passes(self, groups: Sequence[AdapterRows], seeds: Mapping[str, int] | None = None) -> list[Batch]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
-        return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds)
+        return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds, self.size.free)
 
     def _validate(self, due: Sequence[Trial], waiting: Sequence[Trial], at: int, interrupts: Interrupts) -> None:
         """The held-out rows of those that are due, in shared passes; what it comes to is for those that wait for it.
