@@ -202,6 +202,19 @@ def test_a_sweep_raises_with_what_it_has(make_recipe: Callable[..., Path]) -> No
     assert not (caught.value.done.folder / "sweep.html").exists()
 
 
+def test_a_rung_whose_validation_was_broken_off_is_not_done(make_recipe: Callable[..., Path]) -> None:
+    """Its members would be compared by the losses of an earlier step."""
+    recipe, options = (
+        make_recipe(training={**PLAN, "max_steps": 9, "eval_steps": 1}),
+        SweepOptions(("adapter.r=2,4",), halving=True),
+    )
+    with pytest.raises(RunInterrupted) as caught:
+        sweep(recipe, options=options, progress=lambda: lambda _: At(1, signal.SIGTERM), log=lambda _: None)
+    state = caught.value.done.state
+    assert [(wave.stop_at, wave.done) for wave in state.waves] == [(1, False)]
+    assert [(trial.result.steps, trial.rung) for trial in state.trials] == [(1, None)] * 2
+
+
 def test_a_terminal_that_has_gone_loses_no_step(make_recipe: Callable[..., Path]) -> None:
     class Gone(Silent):
         """Hung up in step 2: whatever is written from there on fails."""
