@@ -166,6 +166,22 @@ def test_stopped_in_the_validation_of_a_pause_it_is_not_yet_paused(
         assert tiny.folder_bytes(tmp_path / "run" / folder) == tiny.folder_bytes(tmp_path / "unbroken" / folder)
 
 
+def test_a_run_whose_plan_was_cut_short_ends(make_recipe: Callable[..., Path]) -> None:
+    """Whoever lowers max_steps in the run's recipe has it end where it is, and not never."""
+
+    class Beyond(Silent):
+        def stepped(self, step: int, record: dict[str, Any]) -> None:
+            pytest.fail("it trained on")
+
+    [run] = train_together([load_recipe(make_recipe(training=PLAN))], stop_at=4, log=lambda _: None)
+    recipe = run.folder / "recipe.yaml"
+    for steps in (4, 3):
+        recipe.write_text(recipe.read_text().replace(f"max_steps: {PLAN['max_steps']}", f"max_steps: {steps}"))
+        done = train(run.folder, resume=True, progress=Beyond(), log=lambda _: None).result
+        assert (done["stopped"], done["steps"]) == ("finished", 4)
+        recipe.write_text(recipe.read_text().replace(f"max_steps: {steps}", f"max_steps: {PLAN['max_steps']}"))
+
+
 def test_a_loop_over_runs_that_goes_on_after_errors_stops(make_recipe: Callable[..., Path]) -> None:
     begun = []
 

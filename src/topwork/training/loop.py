@@ -86,7 +86,7 @@ class Loop:
         at = max(trial.state.step for trial in self.trials)
         there = [trial for trial in self.trials if trial.state.step == at]
         waiting = [trial for trial in there if trial.awaits_validation(stop_at)]
-        done = not waiting or self._validated(there, at, stop_at, interrupts)
+        done = self._validated(there, at, stop_at, interrupts)  # and settled, should its plan have been cut short
         if self._resumed and done:
             _save(waiting)
         elif not self._resumed and interrupts.asked:

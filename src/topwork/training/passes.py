@@ -35,8 +35,8 @@ def step_passes(
 ) -> list[Batch]:
     """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment.
     `virtual` is how many tokens an adapter puts in front of each of its rows, by its name, and `seeds` decides what
-    drops out in them, however they are packed. What alone is longer than a pass is DataError, or with `stretch` a pass of
-    its own."""
+    drops out in them, however they are packed. What alone is longer than a pass is DataError, or with `stretch` has a
+    pass of its own."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
     def by_adapter(indices: Sequence[int]) -> list[AdapterRows]:

@@ -170,7 +170,7 @@ class Trial:
 
     def settle(self) -> None:
         """See whether the plan is done, or patience is out."""
-        if self.state.step == self.steps:
+        if self.state.step >= self.steps:
             self._finish("finished")
         elif self._patience_is_out():
             self._finish("early stopping")
