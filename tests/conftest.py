@@ -1,6 +1,7 @@
 """What all tests share: one thread, one seed, the models that may be absent, small bases that a seed makes."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from proven import OPTION, PROVEN, ROOT, is_proven
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft asks the Hub for a base's config as it saves
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells begin what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
 """A llama of 260 thousand parameters that learned to tell stories, too large for the repository."""

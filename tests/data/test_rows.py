@@ -60,7 +60,7 @@ def test_text_is_one_document_unless_asked_otherwise(write: Write) -> None:
 
 def test_missing_files_and_near_names(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", "{}")
-    refused(str(tmp_path / "trian.jsonl"), "does not exist", "did you mean 'train.jsonl'")
+    refused(str(tmp_path / "trian.jsonl"), "does not exist", f"did you mean '{tmp_path / 'train.jsonl'}'")
     refused(str(tmp_path / "no" / "train.jsonl"), "nor does its folder")
     for name in ("a.xls", "a.XLSB", "a.ods", "a.numbers"):
         refused(write(name, "x"), "ends in '.", "save its sheet as CSV", ".jsonl")

@@ -24,6 +24,7 @@ from topwork.common.errors import DataError, RunError
 from topwork.data.config import DataConfig
 from topwork.data.conversations import Conversation
 from topwork.data.examples import Data, Example, load_data
+from topwork.data.files import rows
 from topwork.data.files.rows import Row
 from topwork.data.source import StreamedRows, rows_of
 from topwork.data.splitting import is_first, permuted, unit_numbers
@@ -187,6 +188,7 @@ def test_data_sets_of_the_hub_and_saved_ones_are_copied_once(
         asked.append(f"{name} {config} {split}")
         return made
 
+    monkeypatch.setattr(rows, "ask_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     for name in (str(tmp_path / "saved"), "owner/name:config"):
         said: list[list[str]] = [[], []]

@@ -12,6 +12,7 @@ import pytest
 
 from topwork.common.errors import DataError
 from topwork.data.config import SourceConfig
+from topwork.data.files import rows
 from topwork.data.files.rows import Reading, read_rows
 
 datasets.disable_progress_bars()
@@ -221,6 +222,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError("Unknown split \"validation\". Should be one of ['train', 'test'].")
         return table
 
+    monkeypatch.setattr(rows, "ask_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = read_rows(SourceConfig(path="owner/name:main:test"), max_rows=5)
     assert [(row.fields, row.source) for row in first.rows] == [

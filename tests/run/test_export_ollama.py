@@ -101,11 +101,11 @@ def test_a_run_that_learned_tools_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_scale_is_seen_by_llama_cpp(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a converter writes it that folds nothing: llama.cpp's answers are another adapter's."""
 
-    def doubled(adapter: Lowered, *rest: Any) -> None:
-        updates = {path: replace(update, b=2 * update.b) for path, update in adapter.updates.items()}
+    def quartered(adapter: Lowered, *rest: Any) -> None:
+        updates = {path: replace(update, b=update.b / 4) for path, update in adapter.updates.items()}
         write_gguf_adapter(Lowered(updates, adapter.rank), *rest)
 
-    monkeypatch.setattr(export_gguf, "write_gguf_adapter", doubled)
+    monkeypatch.setattr(export_gguf, "write_gguf_adapter", quartered)
     monkeypatch.setattr(export_gguf, "reread", lambda *_: 0.0)
     with pytest.raises(RunError, match=r"llama.cpp's log-probabilities with the adapter are .* nats from ours"):
         export(trained, tmp_path / "out", "gguf-adapter", log=lambda _: None)

@@ -212,13 +212,18 @@ def test_a_packed_base_is_handed_over_dense_and_written_once(tmp_path: Path) -> 
     before = weights.stat().st_mtime_ns
     assert hand_over(model, wanted, tmp_path / "work", said.append).id == found.id
     assert weights.stat().st_mtime_ns == before
-    assert len(said) == 1
+    assert len(of_writing(said)) == 1
     weights.write_bytes(weights.read_bytes()[:-1])  # damaged: written anew
     hand_over(model, wanted, tmp_path / "work", said.append)
-    assert len(said) == 2
+    assert len(of_writing(said)) == 2
     os.utime(next((tmp_path / "base").glob("*.safetensors")))  # another base, for all that anybody knows
     hand_over(model, wanted, tmp_path / "work", said.append)
-    assert len(said) == 3
+    assert len(of_writing(said)) == 3
+
+
+def of_writing(said: list[str]) -> list[str]:
+    """The lines that say so, without those on what is being read."""
+    return [line for line in said if "writing it dequantized" in line]
 
 
 def test_a_dense_base_is_handed_over_as_it_lies(tmp_path: Path) -> None:

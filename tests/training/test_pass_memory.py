@@ -32,6 +32,8 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules
 from topwork.training.step import Learner, StepResult, train_step
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [(13, 5, 7), (3, 1, 4), (24, 30, 11), (9, 2, 2)]
 """Of the rows of each pass: shorter and longer than the one before."""
 OTHER = AdapterConfig(r=3, target_modules=["q_proj", "v_proj"])

@@ -64,8 +64,3 @@ def test_all_that_have_ended_are_found_at_their_ends(tmp_path: Path) -> None:
 def test_they_begin_anew_where_a_kill_fell_into_the_first_save(tmp_path: Path) -> None:
     assert common_start([saved(tmp_path / "a", 2), tmp_path / "b"], pytest.fail) == Start()
     assert common_start([tmp_path / "b"], pytest.fail) == Start()
-    warnings: list[str] = []
-    a = saved(tmp_path / "c", 2)
-    torn(a, 2)
-    assert common_start([a], warnings.append) == Start()
-    assert "step-000002 is passed over" in warnings[0]
