@@ -33,6 +33,11 @@ def test_the_validation_loss_in_words(change: dict[str, Any], words: str) -> Non
     assert words in trained_lines(Path("run"), RESULT | change)[0]
 
 
+def test_a_run_whose_metrics_were_lost_ends_without_a_traceback() -> None:
+    lost = RESULT | {"first_loss": None, "last_loss": None, "tokens_per_second": None, "seconds": 0}
+    assert trained_lines(Path("run"), lost)[1] == "40 steps, of which metrics.jsonl has no loss any more"
+
+
 def test_commands_that_are_copied_find_the_run() -> None:
     lines = trained_lines(Path("my runs/a"), RESULT)
     assert "adapter: my runs/a/adapter" in lines

@@ -51,14 +51,6 @@ def _resuming(recipe: Path, overrides: list[str] | None) -> str:
     return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
 
 
-def _best(result: dict[str, Any]) -> str:
-    """Of the validation loss that the run's adapter has."""
-    if not result["better_than_base"]:
-        return f"{result.get('begun_from') or 'the base without the adapter'} is no worse"
-    at_best = result["eval_loss_after"] == result["best_eval_loss"]
-    return f"lowest at step {result['best_step']}" if at_best else "of the last step"
-
-
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
     for line in trained_lines(folder, result):
         print(line)
@@ -67,11 +59,18 @@ def _print_trained(folder: Path, result: dict[str, Any]) -> None:
 def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
     """How a run ended, for people."""
     run = shlex.quote(str(folder))
+    steps = f"{result['steps']} steps"
+    if result["first_loss"] is None or result["tokens_per_second"] is None:  # metrics.jsonl was lost
+        trained = [f"{steps}, of which metrics.jsonl has no loss any more"]
+    else:
+        trained = [
+            f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {steps}",
+            f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
+            f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ]
     return [
         _validated(result),
-        f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {result['steps']} steps",
-        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        *trained,
         f"adapter: {folder / 'adapter'}",
         f"next: topwork eval {run}      its answers beside the base's",
         f"      topwork chat {run}      ask it",
