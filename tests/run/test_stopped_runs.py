@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -180,6 +181,26 @@ def test_a_run_whose_plan_was_cut_short_ends(make_recipe: Callable[..., Path]) -
         done = train(run.folder, resume=True, progress=Beyond(), log=lambda _: None).result
         assert (done["stopped"], done["steps"]) == ("finished", 4)
         recipe.write_text(recipe.read_text().replace(f"max_steps: {steps}", f"max_steps: {PLAN['max_steps']}"))
+
+
+def test_steps_that_were_not_yet_logged_are_so_when_they_are_saved(make_recipe: Callable[..., Path]) -> None:
+    plan = {**PLAN, "max_steps": 5, "logging_steps": 3}
+    unbroken = train(make_recipe("unbroken", training=plan), log=lambda _: None)
+    stopped(make_recipe(training=plan), resume=False, progress=At(2, signal.SIGTERM))
+    run = train(make_recipe(training=plan), resume=True, log=lambda _: None)
+    assert run.result["learned_tokens"] == unbroken.result["learned_tokens"]
+    logged = [
+        [(one["step"], one["tokens"]) for one in map(json.loads, lines) if one["kind"] == "train"]
+        for lines in ((each.folder / "metrics.jsonl").read_text().splitlines() for each in (run, unbroken))
+    ]
+    assert logged[0] == logged[1]
+    assert [step for step, _ in logged[0]] == [1, 2, 3, 4, 5]
+
+
+def test_it_comes_out_of_another_process_as_it_is() -> None:
+    told = RunInterrupted(["done"], signal.SIGTERM, "interrupted after step 3")
+    again = pickle.loads(pickle.dumps(told))
+    assert (again.done, again.number, str(again)) == (told.done, told.number, str(told))
 
 
 def test_a_loop_over_runs_that_goes_on_after_errors_stops(make_recipe: Callable[..., Path]) -> None:
