@@ -44,3 +44,5 @@ def test_commands_that_are_copied_find_the_run() -> None:
     assert [line.split("topwork ")[1].split("    ")[0] for line in lines if "topwork " in line] == [
         "eval 'my runs/a'", "chat 'my runs/a'", "report 'my runs/a'", "merge 'my runs/a' OUT",
     ]  # fmt: skip
+    none = trained_lines(Path("a"), RESULT | {"plan": {"held_out_rows": 0}})
+    assert any("topwork eval a --data ROWS  " in line for line in none), "without them it has nothing to ask"

@@ -29,6 +29,12 @@ def test_version_2(tmp_path: Path) -> None:
     assert tree(tmp_path, "0::/job", V2, {"job": own}) == [Limit(1000, 340)]
 
 
+def test_what_the_kernel_notes_of_files_is_given_up(tmp_path: Path) -> None:
+    stat = "anon 100\ninactive_file 60\nactive_file 20\nfile_mapped 90\nslab_reclaimable 300\nslab_unreclaimable 50"
+    own = {"memory.max": 1000, "memory.current": 700, "memory.stat": stat}
+    assert tree(tmp_path, "0::/job", V2, {"job": own}) == [Limit(1000, 400)]
+
+
 def test_a_limit_above_the_own_group_and_the_one_that_slows_down(tmp_path: Path) -> None:
     groups = {
         "a/b/c": {"memory.max": "max", "memory.high": "max", "memory.current": 10},
@@ -98,7 +104,7 @@ def test_a_place_with_a_space(tmp_path: Path) -> None:
 
 
 def test_files_that_are_cached_are_free_and_those_that_are_mapped_are_not(tmp_path: Path) -> None:
-    stat = "inactive_file 300\nactive_file 200\nfile_mapped 150\nslab_reclaimable 5"
+    stat = "inactive_file 300\nactive_file 200\nfile_mapped 150\nslab_unreclaimable 5"
     own = {"memory.max": 1000, "memory.current": 600, "memory.stat": stat}
     assert tree(tmp_path, "0::/", V2, {"": own}) == [Limit(1000, 250)]
     assert tree(tmp_path, "0::/", V2, {"": {"memory.stat": "inactive_file 900"}}) == [Limit(1000, 0)]

@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import socket
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def test_kinds_that_a_path_makes(tmp_path: Path) -> None:
         (errno.EFBIG, "ulimit -f", 1),
         (errno.ENOSPC, "the disk is full", 1),
         (errno.EBUSY, "another program uses it", 1),
+        (errno.ENOMEM, "there is no memory for it", 1),
         (errno.EINVAL, "look at that place", 1),
     ],
 )
@@ -65,6 +68,24 @@ def test_kinds_that_a_disk_makes(number: int, words: str, code: int, tmp_path: P
     nameless = as_topwork(OSError(number, os.strerror(number)))
     assert "None" not in str(nameless)
     assert str(tmp_path) in str(as_topwork(OSError(number, os.strerror(number)), tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        OSError(errno.EADDRINUSE, "Address already in use"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        ssl.SSLCertVerificationError(1, "certificate verify failed"),  # a number that is EPERM's
+    ],
+)
+def test_what_a_network_refuses_is_no_file(error: OSError, tmp_path: Path) -> None:
+    for path in (None, tmp_path):
+        made = as_topwork(error, path)
+        assert str(made).startswith(f"the network: {error.strerror}; look to it")
+        assert made.exit_code == 1
+    disk = as_topwork(TimeoutError(errno.ETIMEDOUT, "timed out", str(tmp_path / "a")))
+    assert str(disk).startswith(f"{tmp_path / 'a'} could not be"), "of a disk on the network"
 
 
 def test_what_was_begun_fails_on_its_way(tmp_path: Path) -> None:

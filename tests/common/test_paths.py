@@ -54,8 +54,8 @@ def test_a_name_that_has_quotes_itself(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_what_can_only_be_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    paths = ["./a/b", "../b", "/a", "~/a", "C:\\a", "D:/a", "a\\b", "a/b/c", "models/x", "a/b.gguf", "a/b.safetensors"]
-    assert [name for name in (*paths, "owner/name", "gpt2", "name.with-dots/too") if is_path(name)] == paths
+    paths = ["./a/b", "../b", "/a", "~/a", "C:\\a", "D:/a", "a\\b", "a/b/c", "a/b.gguf", "a/b.safetensors"]
+    assert [name for name in (*paths, "owner/name", "models/x", "gpt2", "name.with-dots/too") if is_path(name)] == paths
 
 
 def test_what_is_said_of_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

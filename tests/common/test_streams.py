@@ -56,6 +56,15 @@ def test_streams_that_are_closed(close: str) -> None:
     assert ended(work, ends=False, close=f"{'' if '<' in close else '< /dev/null '}{close}")[0] == 0
 
 
+def test_a_standard_input_that_a_program_has_read_from_before() -> None:
+    before = "import sys; assert sys.stdin.readline() == 'a\\n'"
+    code = PRINTS.format(ends=False, work="print(sys.stdin.read(), end='')")
+    found = subprocess.run(
+        [sys.executable, "-c", f"{before}\n{code}"], input="a\nb\n", capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (0, "b\n"), found.stderr
+
+
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("latin-1", b"\xe4 \\u2192 \\udcff\n"), ("ascii", b"\\xe4 \\u2192 \\udcff\n")]
 )

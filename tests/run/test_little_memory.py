@@ -153,6 +153,15 @@ def test_what_cannot_fit_is_refused_before_any_weight_is_read(
     assert not recipe.with_suffix("").exists()
 
 
+def test_a_base_that_does_not_fit_is_refused_without_advice_that_would_be_refused_too(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(9, CONTAINER))
+    for size in (None, 256):
+        with pytest.raises(RequestError, match=r"lower what is needed: .*data.max_length$"):
+            told(make_recipe(training=SHORT | {"tokens_per_pass": size}))
+
+
 def test_a_run_that_goes_on_with_less_memory(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps its size as long as that fits, and leaves it, which is told, where it does not."""
     recipe = make_recipe(training=SHORT | {"max_steps": 2})
@@ -208,7 +217,11 @@ def test_a_shard_that_memory_does_not_hold_is_not_called_altered(
     ("verb", "place", "told_as"),
     [
         ("eval", "topwork.generation.engine.Engine", "writing answers; a smaller batch of answers"),
-        ("eval", "topwork.evaluation.score.mean_answer_loss", "evaluating; a smaller evaluation.batch_size"),
+        (
+            "eval",
+            "topwork.evaluation.score.mean_answer_loss",
+            "evaluating; a smaller evaluation.batch_size or evaluation.max_new_tokens in the run's",
+        ),
         ("merge", "topwork.run.merging.plan._write", "merging; the check runs the whole model"),
         ("merge", "topwork.run.merging.check.measure", "preparing the merge; the check runs the whole model"),
         ("report", "topwork.run.report.report", "running this command; give more memory"),

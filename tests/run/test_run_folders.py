@@ -102,7 +102,8 @@ def test_a_run_that_is_given_is_not_begun_again_elsewhere(
     for given in (moved, moved / "recipe.yaml"):
         assert "moved holds a run already" in refused("train", given)
     assert tiny.folder_bytes(trained) == before
-    assert "there is nothing to go on with" in refused("train", moved, "--resume", "--set", f"output_dir={tmp_path}/no")
+    for elsewhere in (f"output_dir={tmp_path}/no", f"output_dir: {tmp_path}/no"):
+        assert "there is nothing to go on with" in refused("train", moved, "--resume", "--set", elsewhere)
     (tmp_path / "plain").mkdir()
     assert "plain is a folder and holds no run" in refused("train", tmp_path / "plain")
 

@@ -68,11 +68,12 @@ def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
             f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
             f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ]
+    scored = run if result["plan"]["held_out_rows"] else f"{run} --data ROWS"  # which that command refuses without
     return [
         _validated(result),
         *trained,
         f"adapter: {folder / 'adapter'}",
-        f"next: topwork eval {run}      its answers beside the base's",
+        f"next: topwork eval {scored}      its answers beside the base's",
         f"      topwork chat {run}      ask it",
         f"      topwork report {run}    one page with curves and scores",
         f"      topwork merge {run} OUT    a model of its own",
@@ -81,7 +82,7 @@ def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
 
 def _validated(result: dict[str, Any]) -> str:
     """The loss on held-out rows, whether it is better than the base's, and how much that says."""
-    from topwork.run.beforehand import FEW_HELD_OUT
+    from topwork.reporting.endings import too_few
 
     before, after, rows = result["eval_loss_before"], result["eval_loss_after"], result["plan"]["held_out_rows"]
     if before is None or after is None:
@@ -90,6 +91,6 @@ def _validated(result: dict[str, Any]) -> str:
     better = f"better than {first}" if after < before else f"NOT better than {first} without this training"
     kept = result["best_step"] if after == result["best_eval_loss"] else result["steps"]
     losses = f"validation loss {before:.4f} -> {after:.4f}, the lower the better"
-    few = ", which are few to go by" if rows < FEW_HELD_OUT else ""
+    few = ", which are few to go by" if too_few(rows) else ""
     on = f"on {rows:,} held-out row{'' if rows == 1 else 's'}{few if rows != 1 else ', which is little to go by'}"
     return f"{losses}: {better} {on}; the adapter is step {kept}'s"

@@ -110,10 +110,11 @@ def _version_1(group: Path) -> Iterator[Limit]:
 
 
 def _reclaimable(stat: Mapping[str, int], prefix: str) -> int:
-    """Cached files' bytes, but for those that programs have mapped: they hold code and weights that are in use."""
+    """Cached files' bytes, but for those that programs have mapped: they hold code and weights that are in use; and the
+    kernel's notes on files (names, inodes), of which a container that read many may hold gigabytes."""
     kept = [stat.get(prefix + name, 0) for name in ("inactive_file", "active_file")]
     mapped = stat.get(prefix + ("mapped_file" if prefix else "file_mapped"), 0)
-    return max(0, sum(kept) - mapped)
+    return max(0, sum(kept) - mapped) + stat.get("slab_reclaimable", 0)
 
 
 def _stat(group: Path) -> dict[str, int]:

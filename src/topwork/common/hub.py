@@ -61,7 +61,7 @@ def _refusal(hub_id: str, kind: Kind, ended: str, near: str) -> RequestError:
 
 
 def _answer(hub_id: str, revision: str | None, kind: Kind, endpoint: str) -> str | None:
-    """How asking ended, for people; None where the Hub has it, or has troubles of its own that are for its client."""
+    """How asking ended, for people; None where the Hub has it, or refuses in a way that is for its client to tell."""
     try:
         return _asked(hub_id, revision, kind, endpoint)
     except TimeoutError:
@@ -85,6 +85,8 @@ def _asked(hub_id: str, revision: str | None, kind: Kind, endpoint: str) -> str 
     except errors.RevisionNotFoundError:
         return f"the Hub has it without a revision {revision!r}"
     except errors.HfHubHTTPError as error:
+        if error.response.status_code >= 500:  # its client would try again for half a minute
+            raise ConnectionError(f"it answers {error.response.status_code}; try again later") from error
         plain = (
             kind == "model" and error.response.status_code == 404 and not isinstance(error, errors.EntryNotFoundError)
         )

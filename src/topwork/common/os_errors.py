@@ -26,6 +26,12 @@ _WRONG_PLACE = (
     errno.EEXIST, errno.ENOTEMPTY,
 )  # fmt: skip
 """Another path would have been answered: the request was wrong, as long as nothing was begun."""
+_NETWORK = (
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENOTCONN,
+)  # fmt: skip
+_NETWORK_KINDS = {"gaierror", "herror", "SSLError"}
+"""Their numbers are of other lists, in which 1 is no EPERM."""
 _IN_RUST = re.compile(r"\(os error (\d+)\)")
 _QUOTED = re.compile(r"""["'`](/[^"'`]+)["'`]""")
 _NOT_THERE = "No such file or directory: "
@@ -48,9 +54,16 @@ def explained(path: Path | str | None = None, started: bool = False) -> Iterator
 
 
 def check_link(path: Path) -> None:
-    """Raises RequestError for a link that points to nothing, or back to itself: `exists` takes it for no file."""
-    if path.is_symlink():
-        with explained(path):
+    """Raises RequestError for a link that points to nothing, or back to itself: `exists` takes it for no file. A name
+    that no disk takes is no link, and may be no path at all."""
+    with explained(path):
+        try:
+            is_link = path.is_symlink()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return
+        if is_link:
             path.stat()
 
 
@@ -74,7 +87,7 @@ def os_error_in(error: BaseException) -> OSError | None:
 
 def as_topwork(error: OSError, path: Path | str | None = None, started: bool = False) -> TopworkError:
     """The error as Topwork's own: RequestError where another path would have done and nothing was begun."""
-    wrong = not started and error.errno in _WRONG_PLACE
+    wrong = not started and error.errno in _WRONG_PLACE and not _of_network(error)
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
     made = _made(RequestError if wrong else RunError, kind)
     return made(error.errno, error.strerror, _name(error, path), sentence(error, path))
@@ -107,9 +120,17 @@ def _again(base: type[TopworkError], kind: type[OSError], *values: Any) -> Topwo
 
 def sentence(error: OSError, path: Path | str | None = None) -> str:
     """Which path, why, and what to do."""
+    if _of_network(error):
+        return f"the network: {error.strerror or error}; look to it, or to a proxy, then run it again"
     name = _name(error, path)
     in_hub = name is not None and "huggingface" in Path(name).parts
     return _sentence(error, name) + (", or set HF_HOME to a folder that may be written" if in_hub else "")
+
+
+def _of_network(error: OSError) -> bool:
+    """Whether it tells of a connection, and of no file. A network's disk names one."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & _NETWORK_KINDS) or (error.filename is None and error.errno in _NETWORK)
 
 
 def _sentence(error: OSError, name: str | None) -> str:
@@ -143,6 +164,7 @@ _REASONS = {
     errno.EROFS: "its disk can only be read; name a place on another disk",
     errno.EIO: "the disk reports an input/output error; look at it (dmesg), and read from or write to another",
     errno.EFBIG: "it would be larger than a file may be there; raise the limit (ulimit -f), or name another disk",
+    errno.ENOMEM: "there is no memory for it; give this process more, or ask for less at once",
     errno.EBUSY: "another program uses it; end that, or name another place",
     errno.ENODEV: "its disk is not there; mount it, or name another place",
     getattr(errno, "ESTALE", -1): "its network disk has lost it (stale file handle); mount that again, then try again",

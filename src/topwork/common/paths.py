@@ -41,8 +41,8 @@ def is_folder(path: Path) -> bool:
 
 
 def is_path(given: str) -> bool:
-    """Whether a name can only be meant as a path, and not as `owner/name` of the Hub: by how it is written, or because
-    a folder of its first part's name is here."""
+    """Whether a name can only be meant as a path, and not as `owner/name` of the Hub, by how it is written. A folder of
+    the owner's name does not tell: people keep copies of some models in one, and name others of the same owner."""
     parts = re.split(r"[\\/]", given)
     return (
         given.startswith((".", "/", "\\", "~"))
@@ -50,7 +50,6 @@ def is_path(given: str) -> bool:
         or "\\" in given
         or len(parts) > 2
         or given.lower().endswith(MODEL_FILES)
-        or (len(parts) == 2 and is_folder(Path(parts[0])))
     )
 
 

@@ -60,7 +60,7 @@ class SureStreams:
         sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - stays open
         if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is told by `readable`
             ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
-            with suppress(io.UnsupportedOperation):  # whoever called us has read from it
+            with suppress(io.UnsupportedOperation):  # read from already, by a program that calls this one
                 sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="surrogateescape")
         sys.stdout, self._out = _sure(sys.stdout, ends)
         sys.stderr, _ = _sure(sys.stderr, False)

@@ -57,7 +57,7 @@ def find_source(config: ModelConfig, log: Log) -> Source:
             raise ModelError(f"revision {config.revision!r} was given with the local {given!r}; leave revision out")
         folder = _check_folder(path) if path.is_dir() else _check_file(path, log)
         return Source(name=given, folder=str(folder), revision=None)
-    if is_hub_id(given) and not (is_path(given) or _near_paths(path)):
+    if is_hub_id(given) and not is_path(given):
         return _of_hub(given, config.revision, log)
     raise ModelError(_nothing_there(given, path))
 
@@ -80,12 +80,12 @@ def _alias_source(hub_id: str, revision: str | None, log: Log) -> Source:
 
 
 def _of_hub(hub_id: str, revision: str | None, log: Log) -> Source:
-    """The Hub's, or the copy in its cache where it cannot be reached, so that nothing waits for it."""
-    near = did_you_mean(hub_id, [*ALIASES, *(entry.name for entry in Path().iterdir())])
+    """The Hub's, or the copy in its cache where it cannot be reached, so that nothing waits for it, or gives none."""
+    near = missed(hub_id) or did_you_mean(hub_id, [*ALIASES, *(entry.name for entry in Path().iterdir())])
     copy = ask_hub(hub_id, revision, "model", near)
     if copy is None:
         return Source(name=hub_id, folder=hub_id, revision=revision)
-    log(f"{hub_id}: the Hub cannot be reached; the copy in its cache is taken ({copy})")
+    log(f"{hub_id}: the Hub cannot be reached or does not give it; the copy in its cache is taken ({copy})")
     return Source(name=hub_id, folder=str(copy), revision=None)
 
 
@@ -151,11 +151,6 @@ def _check_file(path: Path, log: Log) -> Path:
     )
 
 
-def _near_paths(path: Path) -> str:
-    """Names like the missing path's in its folder, as `did_you_mean` puts them, where it lies in one that is here."""
-    return "" if path.parent == Path() or not is_folder(path.parent) else missed(path)
-
-
 def _nothing_there(given: str, path: Path) -> str:
     if not given:
         return (
@@ -165,8 +160,7 @@ def _nothing_there(given: str, path: Path) -> str:
     if path.parent != Path() and not is_folder(path.parent):
         near = near or f"; the folder {str(path.parent)!r} is not there either"
     if is_path(given):
-        owner = " (nor asked of the Hub, because a folder of its owner's name is here)" if is_hub_id(given) else ""
-        return f"there is no model {given!r}: no folder and no .gguf file of that name is there{owner}{near}"
+        return f"there is no model {given!r}: no folder and no .gguf file of that name is there{near}"
     return (
         f"there is no model {given!r}: no alias ({', '.join(ALIASES)}), no folder, no .gguf file of that name, "
         f"and a Hub id reads owner/name{near}"

@@ -199,7 +199,7 @@ def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> P
         if hub_id in shipped and revision is None:
             return _shape(shipped[hub_id])
         cached = error
-    ask_hub(hub_id, revision, "model", did_you_mean(hub_id, shipped))
+    ask_hub(hub_id, revision, "model", did_you_mean(hub_id, shipped) or missed(hub_id))
     try:
         return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ from topwork.reporting import wording
 from topwork.reporting.readers import RunFiles, number, section
 
 FEW_ROWS = 20
-"""Of fewer held-out rows a single one decides a twentieth of every figure."""
+"""Of fewer held-out rows a single one decides a twentieth of every figure, and with it which step is the best."""
 WORSE = "the base without the adapter is"
 """How the note of training begins that the bare base is the better one."""
 Trend = Literal["better", "worse", "same"]

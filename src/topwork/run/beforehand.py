@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from topwork.data.examples import Data
+from topwork.reporting.endings import FEW_ROWS as FEW_HELD_OUT
 from topwork.training.schedule import warmup_steps
 from topwork.training.trial import Trial
 
 FEW_STEPS = 10
 """With fewer an adapter goes where a few batches push it: AdamW's mean of gradients alone reaches back over ten."""
-FEW_HELD_OUT = 20
-"""Of fewer rows a single one decides a twentieth of the validation loss, and with it which step is the best."""
 FEW_LEARNED_TOKENS = 1000
 """Fewer in an epoch are ten or twenty short answers: these can be learned, and not what they have in common."""
 MANY_EPOCHS = 10

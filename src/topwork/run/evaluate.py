@@ -35,7 +35,10 @@ from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
 from topwork.run.opened import open_given
 from topwork.run.own_rows import load_own
 
-LESS = "a smaller evaluation.batch_size or evaluation.max_new_tokens, or fewer adapters at once, take less"
+LESS = (
+    "a smaller evaluation.batch_size or evaluation.max_new_tokens in the run's recipe.yaml (without a run: "
+    "--max-new-tokens), or fewer adapters at once, take less"
+)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,11 @@ def passes_that_fit(
     plan = plan_passes(asked, checkpointing, 0 if kept else longest, memory)
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
     if memory.beside_bytes and needed > memory.free_bytes:
+        taken = _takes(plan, needed + others)
         if asked is not None and kept:
-            log(f"{_takes(plan, needed)}, and {_told(free)} are free: the run goes on with fewer, to the same result")
+            log(f"{taken}, and {_told(free)} are free: the run goes on with fewer, to the same result")
             return passes_that_fit(recipes, counted, longest, None, base, log)
-        _too_little(recipes[0], f"{_takes(plan, needed)} beside the base, and {_told(free)} are free", log)
+        _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
     return plan
 
@@ -63,7 +64,7 @@ def _takes(plan: PassPlan, needed: int) -> str:
 def _too_little(recipe: Recipe, told: str, log: Callable[[str], None]) -> None:
     """A size that was asked for is tried. Raises RequestError where it was not."""
     if recipe.training.tokens_per_pass is None:
-        raise RequestError(f"{told}. {_less(recipe)}")
+        raise RequestError(f"{told}. {_less(recipe)}. {_TRIED}")
     log(
         f"warning: {told}; the run may be ended for want of memory. A smaller training.tokens_per_pass, or none, "
         "leaves the result as it is"
@@ -89,17 +90,17 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
     if needed > free.bytes:
         raise RequestError(
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
-            f"{_told(free)} are free. {_less(recipe)}"
+            f"{_told(free)} are free. {_less(recipe)}" + (f". {_TRIED}" if weights <= free.bytes else "")
         )
+
+
+_TRIED = "A training.tokens_per_pass that the recipe names is tried"
 
 
 def _less(recipe: Recipe) -> str:
     """What would fit."""
     packed = "" if recipe.quantization.active else "quantization.load_in_4bit: true, "
-    return (
-        f"Give more memory, or lower what is needed: {packed}a smaller base, adapter.r or data.max_length. A "
-        "training.tokens_per_pass that the recipe names is tried"
-    )
+    return f"Give more memory, or lower what is needed: {packed}a smaller base, adapter.r or data.max_length"
 
 
 def _told(free: Free) -> str:

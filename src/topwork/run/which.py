@@ -8,6 +8,7 @@ from pathlib import Path
 
 from topwork.common.errors import RequestError
 from topwork.common.paths import plain_path
+from topwork.recipe.pasted import setting
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.ownership import is_run, nothing_begun
 
@@ -40,7 +41,7 @@ def _in_place(folder: Path, overrides: Sequence[str]) -> Recipe:
             f"the run in {folder} was stopped before it wrote its {_RECIPE}; give the recipe that it was begun with"
         )
     recipe = load_recipe(folder / _RECIPE, overrides)
-    named = any(override.partition("=")[0].strip() == "output_dir" for override in overrides)
+    named = any((setting(override) or ("", ""))[0] == "output_dir" for override in overrides)
     if named or Path(recipe.output_dir).resolve() == folder.resolve():
         return recipe
     return recipe.model_copy(update={"output_dir": str(folder if folder.name else folder.resolve())})
