@@ -33,6 +33,11 @@ def test_the_validation_loss_in_words(change: dict[str, Any], words: str) -> Non
     assert words in trained_lines(Path("run"), RESULT | change)[0]
 
 
+def test_a_run_whose_metrics_were_lost_ends_without_a_traceback() -> None:
+    lost = RESULT | {"first_loss": None, "last_loss": None, "tokens_per_second": None, "seconds": 0}
+    assert trained_lines(Path("run"), lost)[1] == "40 steps, of which metrics.jsonl has no loss any more"
+
+
 def test_commands_that_are_copied_find_the_run() -> None:
     lines = trained_lines(Path("my runs/a"), RESULT)
     assert "adapter: my runs/a/adapter" in lines
@@ -41,8 +46,3 @@ def test_commands_that_are_copied_find_the_run() -> None:
     ]  # fmt: skip
     none = trained_lines(Path("a"), RESULT | {"plan": {"held_out_rows": 0}})
     assert any("topwork eval a --data ROWS  " in line for line in none), "without them it has nothing to ask"
-
-
-def test_a_loss_that_nobody_knows_any_more() -> None:
-    lines = trained_lines(Path("run"), RESULT | {"first_loss": None, "last_loss": None, "steps": 1})
-    assert lines[1] == "training loss not in metrics.jsonl any more, 1 step"

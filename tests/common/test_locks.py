@@ -185,3 +185,22 @@ def test_a_moment_is_waited_for(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert file.read_text() == "200"
+
+
+def test_whoever_holds_the_folder_itself_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`flock RUN topwork train …`: the first ends when we do."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.05)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    entered = threading.Event()
+
+    def other() -> None:
+        with briefly(tmp_path):
+            entered.set()
+
+    threading.Thread(target=other, daemon=True).start()
+    assert entered.wait(5)
+    os.close(held)

@@ -97,3 +97,10 @@ def test_a_line_of_a_run_is_never_its_end() -> None:
     tell("ä → b")
     latin.flush()
     assert latin.buffer.getvalue() == b"\\xe4 \\u2192 b\n"  # type: ignore[attr-defined]
+
+
+def test_standard_input_that_was_read_from_stays_as_it_is() -> None:
+    """By a program that calls ours."""
+    code = "import sys; sys.stdin.readline(); from topwork.common.streams import SureStreams; SureStreams(ends=False)"
+    done = subprocess.run([sys.executable, "-c", code], input="a line\n", text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

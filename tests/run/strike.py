@@ -17,7 +17,7 @@ PHASES = {
     "training": "topwork.training.loop:train_step",
     "validation": "topwork.training.loop:mean_losses",
     "saving": "topwork.training.trial:save_checkpoint",
-    "ending": "topwork.run.train:_finished",
+    "ending": "topwork.run.training:_finished",
     "asking": "topwork.run.evaluate:_score_arms",
     "writing scores": "topwork.run.evaluate:keep_scores",
 }

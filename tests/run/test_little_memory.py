@@ -14,6 +14,7 @@ from transformers import AutoConfig
 import topwork.run.fit as fit
 import topwork.training.loop as loop
 from reference.containers import container
+from run import tiny
 from run.fixtures import Said
 from run.processes import Commands
 from run.tiny import folder_bytes
@@ -25,7 +26,7 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.run.outcome import TrainedRun
 from topwork.run.train import train
 from topwork.training.passes import activation_bytes_per_token
-from topwork.training.step import Learner
+from topwork.training.step import Learner, train_step
 
 Recipes = Callable[..., Path]
 MB = 10**6
@@ -94,6 +95,28 @@ def test_halving_ends_where_a_row_would_not_fit(make_recipe: Recipes, monkeypatc
     allocates(monkeypatch, "train_step", 0)
     with pytest.raises(RunError, match=r"with 256 tokens per pass; .*--set training.activation_checkpointing=full"):
         told(make_recipe(training=SHORT))
+
+
+def test_a_row_that_is_longer_than_a_pass_became_has_one_of_its_own(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Memory was short once, for other rows: the run goes on, and may be gone on with."""
+    rows = tiny.rows(12)
+    rows[3]["messages"][0]["content"] *= 10
+    data = {"train": str(tiny.write_rows(tmp_path / "long.jsonl", rows)), "eval_fraction": 0.0}
+    asked = allocates(monkeypatch, "train_step", 256)
+    recipe = make_recipe(training=SHORT | {"max_steps": 4, "batch_size": 3}, data=data)
+    real, told_of = loop.train_step, []
+
+    def once(base: Any, learners: Any, passes: Any) -> Any:
+        told_of.append(1)
+        return real(base, learners, passes) if len(told_of) <= 2 else train_step(base, learners, passes)
+
+    monkeypatch.setattr(loop, "train_step", once)
+    run, said = told(recipe)
+    assert re.findall("on with .* tokens per pass", said) == ["on with 256 tokens per pass"], said
+    assert asked[0] > 256
+    assert told(recipe, resume=True)[0].result["tokens_per_pass"] == run.result["tokens_per_pass"] == 256
 
 
 def test_an_optimizer_that_does_not_fit_is_no_step_to_run_again(
@@ -168,7 +191,7 @@ def asks_for_too_much(*_: Any, **__: Any) -> Any:
     [
         ("topwork.run.train.load_data", "reading the rows; data.streaming"),
         ("topwork.models.load.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
-        ("topwork.run.train.Trial", "training; .*adapter.r"),
+        ("topwork.run.training.Trial", "training; .*adapter.r"),
     ],
 )
 def test_wherever_training_allocates(

@@ -125,7 +125,7 @@ def test_a_run_that_is_given_is_not_begun_again_elsewhere(
 def test_stopped_before_its_first_checkpoint_it_goes_on_from_step_0_and_says_so(
     make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import topwork.run.train
+    import topwork.run.training
 
     recipe = make_recipe(training=SHORT)
     whole = quietly(make_recipe("whole", training=SHORT))
@@ -134,7 +134,7 @@ def test_stopped_before_its_first_checkpoint_it_goes_on_from_step_0_and_says_so(
         raise KeyboardInterrupt
 
     for where in ("write_text", "Loop"):  # before its recipe is written, and before its first step
-        monkeypatch.setattr(topwork.run.train, where, killed)
+        monkeypatch.setattr(topwork.run.training, where, killed)
         with pytest.raises(KeyboardInterrupt):
             quietly(recipe, resume=is_run(recipe.with_suffix("")))
         monkeypatch.undo()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -166,6 +167,42 @@ def test_stopped_in_the_validation_of_a_pause_it_is_not_yet_paused(
         assert tiny.folder_bytes(tmp_path / "run" / folder) == tiny.folder_bytes(tmp_path / "unbroken" / folder)
 
 
+def test_a_run_whose_plan_was_cut_short_ends(make_recipe: Callable[..., Path]) -> None:
+    """Whoever lowers max_steps in the run's recipe has it end where it is, and not never."""
+
+    class Beyond(Silent):
+        def stepped(self, step: int, record: dict[str, Any]) -> None:
+            pytest.fail("it trained on")
+
+    [run] = train_together([load_recipe(make_recipe(training=PLAN))], stop_at=4, log=lambda _: None)
+    recipe = run.folder / "recipe.yaml"
+    for steps in (4, 3):
+        recipe.write_text(recipe.read_text().replace(f"max_steps: {PLAN['max_steps']}", f"max_steps: {steps}"))
+        done = train(run.folder, resume=True, progress=Beyond(), log=lambda _: None).result
+        assert (done["stopped"], done["steps"]) == ("finished", 4)
+        recipe.write_text(recipe.read_text().replace(f"max_steps: {steps}", f"max_steps: {PLAN['max_steps']}"))
+
+
+def test_steps_that_were_not_yet_logged_are_so_when_they_are_saved(make_recipe: Callable[..., Path]) -> None:
+    plan = {**PLAN, "max_steps": 5, "logging_steps": 3}
+    unbroken = train(make_recipe("unbroken", training=plan), log=lambda _: None)
+    stopped(make_recipe(training=plan), resume=False, progress=At(2, signal.SIGTERM))
+    run = train(make_recipe(training=plan), resume=True, log=lambda _: None)
+    assert run.result["learned_tokens"] == unbroken.result["learned_tokens"]
+    logged = [
+        [(one["step"], one["tokens"]) for one in map(json.loads, lines) if one["kind"] == "train"]
+        for lines in ((each.folder / "metrics.jsonl").read_text().splitlines() for each in (run, unbroken))
+    ]
+    assert logged[0] == logged[1]
+    assert [step for step, _ in logged[0]] == [1, 2, 3, 4, 5]
+
+
+def test_it_comes_out_of_another_process_as_it_is() -> None:
+    told = RunInterrupted(["done"], signal.SIGTERM, "interrupted after step 3")
+    again = pickle.loads(pickle.dumps(told))
+    assert (again.done, again.number, str(again)) == (told.done, told.number, str(told))
+
+
 def test_a_loop_over_runs_that_goes_on_after_errors_stops(make_recipe: Callable[..., Path]) -> None:
     begun = []
 
@@ -200,6 +237,19 @@ def test_a_sweep_raises_with_what_it_has(make_recipe: Callable[..., Path]) -> No
     assert caught.value.done.stopped == "interrupted"
     assert [trial.result.steps for trial in caught.value.done.state.trials] == [2, 2]
     assert not (caught.value.done.folder / "sweep.html").exists()
+
+
+def test_a_rung_whose_validation_was_broken_off_is_not_done(make_recipe: Callable[..., Path]) -> None:
+    """Its members would be compared by the losses of an earlier step."""
+    recipe, options = (
+        make_recipe(training={**PLAN, "max_steps": 9, "eval_steps": 1}),
+        SweepOptions(("adapter.r=2,4",), halving=True),
+    )
+    with pytest.raises(RunInterrupted) as caught:
+        sweep(recipe, options=options, progress=lambda: lambda _: At(1, signal.SIGTERM), log=lambda _: None)
+    state = caught.value.done.state
+    assert [(wave.stop_at, wave.done) for wave in state.waves] == [(1, False)]
+    assert [(trial.result.steps, trial.rung) for trial in state.trials] == [(1, None)] * 2
 
 
 def test_a_terminal_that_has_gone_loses_no_step(make_recipe: Callable[..., Path]) -> None:

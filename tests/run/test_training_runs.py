@@ -204,11 +204,11 @@ class Poisoned(Sft):
 
 
 def test_what_was_saved_before_a_nan_is_not_written_anew(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    import topwork.run.train
+    import topwork.run.training
 
     training = {"tokens_per_pass": 100_000, "max_steps": 8}
     whole = quietly(make_recipe("whole", training=training)).folder
-    monkeypatch.setattr(topwork.run.train, "objective_of", lambda _: Poisoned(after=4))
+    monkeypatch.setattr(topwork.run.training, "objective_of", lambda _: Poisoned(after=4))
     recipe = make_recipe("poisoned", training=training)
     with pytest.raises(NonFiniteLossError, match="step 5: the loss is nan"):
         quietly(recipe)

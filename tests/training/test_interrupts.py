@@ -40,9 +40,10 @@ def test_they_are_those_of_people_terminals_and_schedulers() -> None:
     assert {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"} <= {number.name for number in SIGNALS}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
-def test_what_comes_twice_by_itself_is_one_request(number: signal.Signals) -> None:
-    """`timeout` sends SIGTERM to a process and to its group, a terminal that goes hangs up twice."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_what_comes_twice_by_itself_is_one_request(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends a signal to a process and to its group, a terminal that goes hangs up twice."""
+    monkeypatch.setattr("time.monotonic", lambda: 7.0)
     with Interrupts() as interrupts:
         send(number, number)
         send(signal.SIGHUP)
@@ -50,12 +51,13 @@ def test_what_comes_twice_by_itself_is_one_request(number: signal.Signals) -> No
 
 
 def test_ctrl_c_twice_and_sigterm_some_time_later_break_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Interrupts():
-        send(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
+    with Interrupts():
+        send(signal.SIGINT)
+        now = 0.1
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
     with Interrupts():
         send(signal.SIGTERM)
         now = 5.0

@@ -51,14 +51,6 @@ def _resuming(recipe: Path, overrides: list[str] | None) -> str:
     return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
 
 
-def _best(result: dict[str, Any]) -> str:
-    """Of the validation loss that the run's adapter has."""
-    if not result["better_than_base"]:
-        return f"{result.get('begun_from') or 'the base without the adapter'} is no worse"
-    at_best = result["eval_loss_after"] == result["best_eval_loss"]
-    return f"lowest at step {result['best_step']}" if at_best else "of the last step"
-
-
 def _print_trained(folder: Path, result: dict[str, Any]) -> None:
     for line in trained_lines(folder, result):
         print(line)
@@ -67,25 +59,25 @@ def _print_trained(folder: Path, result: dict[str, Any]) -> None:
 def trained_lines(folder: Path, result: dict[str, Any]) -> list[str]:
     """How a run ended, for people."""
     run = shlex.quote(str(folder))
+    steps = "1 step" if result["steps"] == 1 else f"{result['steps']:,} steps"
+    if result["first_loss"] is None or result["tokens_per_second"] is None:  # metrics.jsonl was lost
+        trained = [f"{steps}, of which metrics.jsonl has no loss any more"]
+    else:
+        trained = [
+            f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}, {steps}",
+            f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
+            f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ]
     scored = run if result["plan"]["held_out_rows"] else f"{run} --data ROWS"  # which that command refuses without
     return [
         _validated(result),
-        _learned(result),
-        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s: {result['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        *trained,
         f"adapter: {folder / 'adapter'}",
         f"next: topwork eval {scored}      its answers beside the base's",
         f"      topwork chat {run}      ask it",
         f"      topwork report {run}    one page with curves and scores",
         f"      topwork merge {run} OUT    a model of its own",
     ]
-
-
-def _learned(result: dict[str, Any]) -> str:
-    """The training loss; of a run whose metrics.jsonl was lost or damaged nobody knows it any more."""
-    first, last, steps = result["first_loss"], result["last_loss"], result["steps"]
-    losses = "not in metrics.jsonl any more" if first is None or last is None else f"{first:.4f} -> {last:.4f}"
-    return f"training loss {losses}, {steps:,} step{'' if steps == 1 else 's'}"
 
 
 def _validated(result: dict[str, Any]) -> str:

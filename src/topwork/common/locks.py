@@ -71,17 +71,29 @@ def leave(folder: Path) -> None:
 @contextmanager
 def briefly(folder: Path) -> Iterator[None]:
     """Wait for the folder itself and hold it for a moment, to read and write a file of it as one. Where the system
-    cannot do that it goes on without."""
+    cannot do that it goes on without, and where somebody holds it for longer (`flock RUN topwork …` is one who waits
+    for us)."""
     descriptor = None
     try:
         if fcntl is not None:
             with suppress(OSError):
                 descriptor = os.open(folder, os.O_RDONLY)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _wait_for(descriptor)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _wait_for(descriptor: int) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _HELD or time.monotonic() > until:
+                raise
+        time.sleep(0.005)
 
 
 def _take(folder: Path, called: Path) -> _Lock:

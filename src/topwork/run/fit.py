@@ -44,11 +44,12 @@ def passes_that_fit(
     others = sum(map(_needed_bytes, recipes[1:], counted[1:]))
     free = free_memory(base.device)
     memory = _memory(base, recipes, free.bytes - others, _needed_bytes(recipes[0], counted[0]))
-    plan = plan_passes(asked, checkpointing, longest, memory)
+    kept = asked != recipes[0].training.tokens_per_pass  # memory may have made it smaller than the longest
+    plan = plan_passes(asked, checkpointing, 0 if kept else longest, memory)
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
     if memory.beside_bytes and needed > memory.free_bytes:
         taken = _takes(plan, needed + others)
-        if asked is not None and asked != recipes[0].training.tokens_per_pass:
+        if asked is not None and kept:
             log(f"{taken}, and {_told(free)} are free: the run goes on with fewer, to the same result")
             return passes_that_fit(recipes, counted, longest, None, base, log)
         _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)

@@ -15,4 +15,7 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, done: Any, number: int | None, told: str) -> None:
         name = "the caller" if number is None else signal.Signals(number).name
         super().__init__(f"{told} by {name}; what was trained is kept: call again with resume=True to go on")
-        self.done, self.number = done, number
+        self.done, self.number, self._told = done, number, told
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunInterrupted, (self.done, self.number, self._told)  # as it leaves a process of a pool

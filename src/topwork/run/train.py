@@ -1,17 +1,12 @@
 """`topwork train`: recipes on one base, trained in the same passes, one or several. Where all parts meet."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters, is_free
-from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
-from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.locks import locked
 from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
@@ -20,34 +15,19 @@ from topwork.common.telling import doing
 from topwork.data.config import told
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
-from topwork.data.source import StreamedRows, rows_of
-from topwork.models.base import Base
-from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.tokenizer import open_tokenizer
-from topwork.objectives.table import objective_of
-from topwork.plan.count import ParameterCount, count_adapter
-from topwork.recipe.recipe import Recipe, recipe_yaml
-from topwork.run.beforehand import Beforehand, tell_beforehand
-from topwork.run.begin import begin_folder, check_folder, check_request, check_shared, check_targets
-from topwork.run.beginning_from import begin_from, origin_of, resolved
+from topwork.recipe.recipe import Recipe
+from topwork.run.begin import check_folder, check_request, check_shared, check_targets
+from topwork.run.beginning_from import resolved
 from topwork.run.divergence import record_divergence
-from topwork.run.fit import passes_that_fit, refuse_small_memory, trials_that_fit
-from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
+from topwork.run.fit import refuse_small_memory
 from topwork.run.interrupted import RunInterrupted
 from topwork.run.lint import quick_line
-from topwork.run.outcome import TrainedRun, figures, keep_adapter
-from topwork.run.ownership import is_run, own
-from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
+from topwork.run.outcome import TrainedRun
 from topwork.run.session import Session, open_session
+from topwork.run.training import Asked, trained
 from topwork.run.which import which_recipe
-from topwork.training.checkpoint import checkpoint_step, list_checkpoints
-from topwork.training.interrupts import Interrupts
-from topwork.training.loop import Loop, Outcome
-from topwork.training.metrics import TENSORBOARD, WANDB_ID, MetricsLog, open_sinks
-from topwork.training.passes import PassPlan
 from topwork.training.progress import Progress, Silent
-from topwork.training.start import Start, common_start
-from topwork.training.trial import CHECKPOINTS, Place, Trial
 
 Log = Callable[[str], None]
 LESS = (
@@ -55,20 +35,6 @@ LESS = (
     "decide how much is needed"
 )
 """Beside what a pass takes, which `training/smaller.py` tells of."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One recipe with what belongs to it."""
-
-    recipe: Recipe
-    place: Place
-    data: Data
-    counted: ParameterCount
-
-    @property
-    def folder(self) -> Path:
-        return self.place.run_dir
 
 
 def train(
@@ -141,9 +107,8 @@ def train_held(
     names = _names(recipes, held.adapters)
     try:
         with memory_for("training", LESS):
-            return _trained(
-                held, recipes, loaded, names, resume, overwrite, progress or (lambda _: Silent()), log, stop_at
-            )
+            asked = Asked(resume, overwrite, progress or (lambda _: Silent()), log, stop_at)
+            return trained(held, recipes, loaded, names, asked)
     except BaseException as error:
         record_divergence(recipes, error)
         for name in names:
@@ -164,76 +129,6 @@ def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[
     longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
     refuse_small_memory(recipes[0], longest)
     return loaded, open_session(recipes[0], log, tokenizer)
-
-
-def _trained(
-    on: Session, recipes: Sequence[Recipe], loaded: Sequence[Data], names: Sequence[str], resume: bool,
-    overwrite: bool, progress: Callable[[str], Progress], log: Log, stop_at: int | None,
-) -> list[TrainedRun]:  # fmt: skip
-    base = on.base
-    runs = _grafted(on, recipes, loaded, names, log)
-    asked = recipes[0].training.tokens_per_pass
-    if asked is None and resume:
-        asked = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
-    longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
-    plan = passes_that_fit(recipes, [run.counted for run in runs], longest, asked, base, log)
-    checkpoint_layers(base, plan.checkpointed_layers)
-    start = _start(runs, log) if resume else Start()
-    _write_beginnings(runs, base, plan.tokens_per_pass, resume, overwrite)
-    shrinks = base.device.type == "cpu" and recipes[0].training.tokens_per_pass is None
-    told_smaller = _smaller_passes(runs, log) if shrinks else None
-    with Interrupts() as interrupts:
-        with ExitStack() as logs:
-            logs.enter_context(explained(started=True))
-            trials = []
-            for index, run in enumerate(runs):
-                at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
-                metrics = logs.enter_context(_metrics(run, at, log))
-                trials.append(_trial(run, metrics, progress(run.place.name), len(runs) > 1))
-            loop = Loop(base, on.adapters, trials, plan.tokens_per_pass, told_smaller)
-            if start.checkpoints:
-                loop.resume(start)
-                log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
-            planned = tell_beforehand(
-                trials, [run.data for run in runs], (lambda _: None) if start.checkpoints else log
-            )
-            if not start.checkpoints and any(run.data.eval for run in runs):
-                doing(log, "validating before the first step")
-            outcomes = loop.run(stop_at, interrupts)
-        plan = replace(plan, tokens_per_pass=loop.size.tokens)
-        done = [_finished(run, on, plan, own, out, len(runs)) for run, own, out in zip(runs, planned, outcomes)]
-    if interrupts.asked:
-        steps = max(outcome.state.step for outcome in outcomes)
-        raise RunInterrupted(done, interrupts.number, f"interrupted after step {steps}")
-    for trial in trials:
-        if isinstance(trial.rows, StreamedRows):
-            for line in trial.rows.read.told():
-                log(line)
-    return done
-
-
-def _grafted(
-    on: Session, recipes: Sequence[Recipe], loaded: Sequence[Data], names: Sequence[str], log: Log
-) -> list[_Run]:
-    """A fresh adapter for each recipe. Raises RequestError where memory is too small."""
-    base, several = on.base, len(recipes) > 1
-    fit = trials_that_fit(on, recipes)
-    if fit < len(recipes):
-        raise RequestError(
-            f"{len(recipes)} adapters do not fit into memory together: the first {fit} do; train them in parts of "
-            f"{fit}, or lower training.tokens_per_pass or adapter.r"
-        )
-    runs = []
-    for recipe, name, data in zip(recipes, names, loaded):
-        on.adapters.add(name, recipe.adapter, recipe.training.seed)
-        counted = count_adapter(base.module, recipe.adapter)
-        called = f"{base.name}, {name}" if several else base.name
-        log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
-        folder = Path(recipe.output_dir)
-        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), folder, partial(own, folder))
-        begin_from(place, recipe, base, log)
-        runs.append(_Run(recipe, place, data, counted))
-    return runs
 
 
 @memory_for("reading the rows", "data.streaming: true reads them as they are needed, and data.max_rows fewer of them")
@@ -258,85 +153,6 @@ def _load_data(
                 log(quick_line(recipe, known[key], tokenizer, room))
         found.append(known[key])
     return found
-
-
-def _start(runs: Sequence[_Run], log: Log) -> Start:
-    """Where all go on. Raises RequestError for one that was not begun with the others."""
-    for run in runs:
-        recover_folder(run.folder / ADAPTER)
-    new = [run.folder for run in runs if not is_run(run.folder)]
-    if new and any(list_checkpoints(run.folder / CHECKPOINTS) for run in runs):
-        raise RequestError(
-            f"{new[0]} was not begun with the others, which have checkpoints already; resume those without it, and "
-            "begin it in a call of its own"
-        )
-    start = common_start([run.folder / CHECKPOINTS for run in runs], log)
-    if not start.checkpoints:
-        log(f"{', '.join(str(run.folder) for run in runs)}: stopped before the first checkpoint; going on from step 0")
-    return start
-
-
-def _write_beginnings(runs: Sequence[_Run], base: Base, tokens: int, resume: bool, overwrite: bool) -> None:
-    """Each run's folder with its recipe, template and provenance; nothing is written where one is refused."""
-    folders = [run.folder.name for run in runs] if len(runs) > 1 else []
-    origins = [provenance(run.recipe, base, run.data, tokens, folders) | origin_of(run.recipe) for run in runs]
-    if resume:
-        for run, origin in zip(runs, origins):
-            refuse_other_inputs(run.folder, origin)
-    for run, origin in zip(runs, origins):
-        begin_folder(run.folder, [TEMPLATE] if run.data.template.jinja else [], overwrite)
-        write_text(run.folder / RECIPE, recipe_yaml(run.recipe))
-        if run.data.template.jinja:
-            write_text(run.folder / TEMPLATE, run.data.template.jinja)
-        record(run.folder, origin, base)
-
-
-def _smaller_passes(runs: Sequence[_Run], log: Log) -> Callable[[int, str], None]:
-    """Told of passes that turn out to be too large: says so, and records what a resume will take."""
-
-    def told(tokens: int, work: str) -> None:
-        log(f"out of memory {work}: on with {tokens:,} tokens per pass; the result does not depend on it")
-        for run in runs:
-            write_json(run.folder / PROVENANCE, read_json(run.folder / PROVENANCE) | {"tokens_per_pass": tokens})
-
-    return told
-
-
-def _metrics(run: _Run, at: int | None, log: Log) -> MetricsLog:
-    names, events = run.recipe.training.report_to, set((run.folder / TENSORBOARD).glob("*"))
-    if "wandb" in names:
-        own(run.folder, WANDB_ID)
-    sinks = open_sinks(names, run.folder, run.recipe.model_dump(mode="json"), at)
-    new = set((run.folder / TENSORBOARD).glob("*")) - events  # it names them itself
-    own(run.folder, *(path.relative_to(run.folder).as_posix() for path in new))
-    return MetricsLog(run.folder, at, sinks, log)
-
-
-def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) -> Trial:
-    training = run.recipe.training
-    keep = max(2, training.save_total_limit) if several else training.save_total_limit
-    rows = rows_of(run.data.train, training.batch_size, training.seed)
-    objective = objective_of(training.objective)
-    return Trial(run.place, objective, training, rows, run.data.eval, metrics, progress, keep)
-
-
-def _finished(
-    run: _Run, on: Session, plan: PassPlan, planned: Beforehand, outcome: Outcome, members: int
-) -> TrainedRun:  # fmt: skip
-    keep_adapter(run.place, run.recipe.training, outcome)
-    result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
-    result |= {
-        "plan": planned.as_json(),
-        "warnings": [*result["warnings"], *planned.warnings()],
-        "base_weights_bytes": on.weight_bytes,
-        "base_held_as": on.held_as,
-        "tokens_per_pass": plan.tokens_per_pass,
-        "checkpointed_layers": plan.checkpointed_layers,
-        "shared_with": members,
-        **({"begun_from": run.recipe.adapter.init_from} if run.recipe.adapter.init_from else {}),
-    }
-    write_json(run.folder / RESULT, result)
-    return TrainedRun(run.folder, result, run.place.name)
 
 
 def _names(recipes: Sequence[Recipe], adapters: Adapters) -> list[str]:

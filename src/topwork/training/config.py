@@ -75,7 +75,7 @@ class TrainingConfig(Options):
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after so many validations without a lower loss."""
     logging_steps: int = Field(1, ge=1)
-    """Write metrics every so many steps."""
+    """Write metrics every so many steps, and of what is left with each checkpoint."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics go beside `metrics.jsonl`. WANDB_PROJECT, WANDB_NAME and the like, and TENSORBOARD_LOGGING_DIR, say
     where in the environment."""

@@ -24,8 +24,9 @@ _AT_ONCE = tuple(number for number in SIGNALS if number.name in ("SIGINT", "SIGB
 """Which of them, given again, end a run at once. The others come again by themselves: a terminal that goes hangs up
 twice, and SIGXCPU is sent every second."""
 
-_ECHO_SECONDS = 1.0
-"""`timeout` and schedulers send SIGTERM to a process and to its group: one so soon after the first is the same."""
+_ECHO_SECONDS, _BY_HAND_ECHO_SECONDS = 1.0, 0.05
+"""`timeout` and schedulers send a signal to a process and to its group: one so soon after the first is the same. Nobody
+presses Ctrl-C twice in the shorter time, in which `timeout -s INT` sends it twice."""
 
 
 class Stopped(SystemExit):
@@ -60,7 +61,8 @@ class Interrupts:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked:
-            if number in _BY_HAND or (number in _AT_ONCE and now - self._since > _ECHO_SECONDS):
+            echo = _BY_HAND_ECHO_SECONDS if number in _BY_HAND else _ECHO_SECONDS
+            if number in _AT_ONCE and (now - self._since > echo or (number in _BY_HAND and number != self.number)):
                 self._break_off(number, frame)
             return
         self.asked, self.number, self._since = True, number, now

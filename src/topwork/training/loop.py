@@ -86,7 +86,7 @@ class Loop:
         at = max(trial.state.step for trial in self.trials)
         there = [trial for trial in self.trials if trial.state.step == at]
         waiting = [trial for trial in there if trial.awaits_validation(stop_at)]
-        done = not waiting or self._validated(there, at, stop_at, interrupts)
+        done = self._validated(there, at, stop_at, interrupts)  # and settled, should its plan have been cut short
         if self._resumed and done:
             _save(waiting)
         elif not self._resumed and interrupts.asked:
@@ -149,7 +149,7 @@ class Loop:
 
     def _passes(self, groups: Sequence[AdapterRows], seeds: Mapping[str, int] | None = None) -> list[Batch]:
         virtual = {str(name): self.base.virtual_tokens(name) for name, _ in groups}
-        return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds)
+        return step_passes(groups, self.size.tokens, self.base.device, virtual, seeds, self.size.free)
 
     def _validate(self, due: Sequence[Trial], waiting: Sequence[Trial], at: int, interrupts: Interrupts) -> None:
         """The held-out rows of those that are due, in shared passes; what it comes to is for those that wait for it.

@@ -31,10 +31,12 @@ def step_passes(
     device: torch.device,
     virtual: Mapping[str, int] = MappingProxyType({}),
     seeds: Mapping[str, int] | None = None,
+    stretch: bool = False,
 ) -> list[Batch]:
     """The rows that each adapter brings, packed into as few passes as fit; its rows in a pass are one segment.
     `virtual` is how many tokens an adapter puts in front of each of its rows, by its name, and `seeds` decides what
-    drops out in them, however they are packed."""
+    drops out in them, however they are packed. What alone is longer than a pass is DataError, or with `stretch` has a
+    pass of its own."""
     rows = [(at, example) for at, (_, examples) in enumerate(groups) for example in examples]
 
     def by_adapter(indices: Sequence[int]) -> list[AdapterRows]:
@@ -44,7 +46,9 @@ def step_passes(
     extra = [virtual.get(str(name), 0) for name, _ in groups]
     lengths = [len(example.tokens) + extra[at] for at, example in rows]
     kept = together(groups)
-    units = pack([sum(lengths[i] for i in own) for own in kept], tokens_per_pass, [rows[own[0]][0] for own in kept])
+    sizes = [sum(lengths[i] for i in own) for own in kept]
+    budget = max([tokens_per_pass, *sizes]) if stretch else tokens_per_pass
+    units = pack(sizes, budget, [rows[own[0]][0] for own in kept])
     packed = [[index for unit in numbers for index in kept[unit]] for numbers in units]
     batches = [collate_segments(by_adapter(indices)) for indices in packed]
     if seeds is not None:

@@ -33,6 +33,12 @@ class PassSize:
     on_smaller: Callable[[int, str], None] | None = None
     workspace: Workspace | None = field(default=None, repr=False)
 
+    @property
+    def free(self) -> bool:
+        """Whether nobody asked for the size, so that a sequence that is longer may have a pass of its own: other steps
+        go on with a size that is too small for it."""
+        return self.on_smaller is not None
+
     def run(
         self, work: str, packed: Callable[[], Sequence[Batch]], run: Callable[[Sequence[Batch]], Found],
         optimizers: Sequence[torch.optim.Optimizer] = (),
@@ -45,7 +51,7 @@ class PassSize:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                half = self._half(packed)
+                half = self._smaller(packed, _largest(passes))
                 if half is None or self.on_smaller is None:
                     raise RunError(self._told(work, half)) from error
             del passes  # and the error, which holds what the pass kept
@@ -56,16 +62,19 @@ class PassSize:
             self.tokens = half
             self.on_smaller(half, work)
 
-    def _half(self, packed: Callable[[], Sequence[Batch]]) -> int | None:
-        """None where that is too little for a sequence, or no help."""
-        whole, self.tokens = self.tokens, self.tokens // 2
+    def _smaller(self, packed: Callable[[], Sequence[Batch]], largest: int) -> int | None:
+        """The next half, or half of that, by which the largest pass gets smaller; None where none does."""
+        whole = self.tokens
         try:
-            packed()
-        except DataError:
-            return None
+            while self.tokens // 2 >= LEAST_TOKENS:
+                self.tokens //= 2
+                if _largest(packed()) < largest:
+                    return self.tokens
+        except DataError:  # too little for a sequence
+            pass
         finally:
-            half, self.tokens = self.tokens, whole
-        return half if half >= LEAST_TOKENS else None
+            self.tokens = whole
+        return None
 
     def _told(self, work: str, half: int | None) -> str:
         smaller = "" if half is None else f" training.tokens_per_pass={half} or --set"
@@ -74,3 +83,7 @@ class PassSize:
             f"out of memory {work} with {self.tokens} tokens per pass; the result does not depend on it, so go on with "
             f"--resume --set{smaller} training.activation_checkpointing=full{shorter}"
         )
+
+
+def _largest(passes: Sequence[Batch]) -> int:
+    return max(len(batch.tokens) for batch in passes)

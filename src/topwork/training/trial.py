@@ -138,8 +138,7 @@ class Trial:
         step = self.state.step
         self._unlogged.append(timed)
         if step % self.config.logging_steps == 0 or step in (1, self.steps):
-            self.metrics.write("train", step, self._record(self._unlogged, rate))
-            self._unlogged = []
+            self._log()
         self.progress.stepped(step, self._record([timed], rate))
 
     def validated(self, means: Means) -> None:
@@ -170,7 +169,7 @@ class Trial:
 
     def settle(self) -> None:
         """See whether the plan is done, or patience is out."""
-        if self.state.step == self.steps:
+        if self.state.step >= self.steps:
             self._finish("finished")
         elif self._patience_is_out():
             self._finish("early stopping")
@@ -201,7 +200,8 @@ class Trial:
         return state.ended is not None or state.step % self.save_every == 0 or state.best_step == state.step
 
     def save(self) -> None:
-        """Write a checkpoint of the step it is at."""
+        """Write a checkpoint of the step it is at; who goes on from there finds all steps before it in the metrics."""
+        self._log()
         place = self.place
         place.own(f"{CHECKPOINTS}/{checkpoint_path(self.checkpoints, self.state.step).name}")
         save_checkpoint(
@@ -249,6 +249,13 @@ class Trial:
     def _patience_is_out(self) -> bool:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state.evals_without_gain >= patience
+
+    def _log(self) -> None:
+        """Write down the steps since the last record."""
+        if self._unlogged:
+            rate = learning_rate(self.config, self.state.step - 1, self.steps)
+            self.metrics.write("train", self.state.step, self._record(self._unlogged, rate))
+            self._unlogged = []
 
     def _record(self, timed: Sequence[Timed], rate: float) -> dict[str, Any]:
         """The mean loss of some steps, what went through them, and the rest as the last of them had it."""

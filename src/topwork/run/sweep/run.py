@@ -249,7 +249,7 @@ def _taken(going: _Sweep, wave: Wave, runs: dict[str, TrainedRun]) -> bool:
         going.trained[name] = run.name
         if trial.result.stopped in ENDED:
             trial.state, trial.rung = TrialState(trial.result.stopped), wave.rung
-        elif wave.stop_at is not None and trial.result.steps >= wave.stop_at:
+        elif trial.result.stopped == "paused":  # validated at the rung, and not only there
             trial.rung = wave.rung
         else:
             interrupted = True
