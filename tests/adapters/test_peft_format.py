@@ -307,6 +307,9 @@ def test_folders_that_are_not_there_or_broken(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     written(tmp_path, tiny_base())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(AdapterError, match=r"no readable adapter_model\.safetensors .*: bring back a copy of it"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"no readable adapter_model\.safetensors .*\.bin files are not read"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")

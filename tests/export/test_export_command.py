@@ -220,6 +220,8 @@ def test_what_is_refused_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> Non
         export(dora, out, "peft", overwrite=True, **QUIET)
     with pytest.raises(RequestError, match="lies in it or holds it"):
         export(dora, dora / "inside", "peft", **QUIET)
+    with pytest.raises(RequestError, match="is the base's own folder, lies in it or holds it"):
+        export(dora, tiny_llama / "inside", "peft", **QUIET)
 
 
 def test_a_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path, topwork: Topwork) -> None:

@@ -16,6 +16,7 @@ from topwork.reporting.sweep_state import read_sweep
 from topwork.run.folder import read_json, read_recipe
 from topwork.run.given import given_run
 from topwork.run.opened import open_run
+from topwork.run.provenance import refuse_other_inputs
 from topwork.training.checkpoint import list_checkpoints, read_state
 
 DAMAGED = {
@@ -39,6 +40,13 @@ def test_objects_of_a_run(content: bytes, name: str, run: Path) -> None:
     if name == "provenance.json" or content != b"\n":
         found = read_run(run)
         assert any(name in problem for problem in found.problems) or not content.strip()
+
+
+@pytest.mark.parametrize("lacks", [{"base": 1}, {"base": {}}, {"base": {"fingerprint": "a"}, "data": []}])
+def test_a_provenance_of_other_content_ends_a_resume_by_its_name(lacks: dict[str, object], run: Path) -> None:
+    write_json(run / "provenance.json", lacks)
+    with pytest.raises(RequestError, match=r"provenance\.json is damaged .*bring back a copy of it"):
+        refuse_other_inputs(run, {"base": {}, "data": {}})
 
 
 def test_what_is_not_there_is_empty_and_a_link_to_nothing_is_told(run: Path) -> None:

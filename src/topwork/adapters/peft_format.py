@@ -82,10 +82,13 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
     except (OSError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        raise AdapterError(
-            f"{folder} has no readable adapter_model.safetensors ({why(error)}); .bin files are not read, because "
-            "reading one runs code: save it again with PEFT's safe_serialization"
-        ) from error
+        file = folder / "adapter_model.safetensors"
+        told = (
+            "the file is damaged: bring back a copy of it"
+            if file.exists()
+            else ".bin files are not read, because reading one runs code: save it again with PEFT's safe_serialization"
+        )
+        raise AdapterError(f"{folder} has no readable adapter_model.safetensors ({why(error)}); {told}") from error
     own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
     return saved_adapter(raw, tensors, own, str(folder), methods)
 

@@ -96,7 +96,7 @@ def cards(run: RunFiles) -> list[Card]:
         found.append(Card("Trainable", wording.share(trained), detail=detail))
     if (seconds := number(result, "seconds")) is not None:
         steps = number(result, "steps")
-        detail = f"{wording.whole(steps)} steps" if steps is not None else None
+        detail = f"{wording.whole(steps)} step{'' if steps == 1 else 's'}" if steps is not None else None
         found.append(Card("Duration", wording.duration(seconds), detail=detail))
     return [card for card in found if card is not None]
 

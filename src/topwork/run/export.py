@@ -36,7 +36,7 @@ from topwork.run.exporting.models import ModelJob, stem, write_gguf, write_hf
 from topwork.run.exporting.ollama import takes_adapters, write_ollama_adapter, write_ollama_model
 from topwork.run.exporting.peft import AdapterJob, write_lorax, write_peft, write_sglang, write_vllm
 from topwork.run.exporting.written import OUT, Written
-from topwork.run.folder import ADAPTER_NAME, check_out
+from topwork.run.folder import ADAPTER_NAME, check_beside_base, check_out
 from topwork.run.given import Given, given_adapter, is_adapter
 from topwork.run.merge import prepared_merge, told
 from topwork.run.merging.inputs import merge_inputs
@@ -129,6 +129,7 @@ def export(
         gguf_package()  # before an adapter is merged for it
     if is_adapter(place):
         given = given_adapter(place, model, checkpoint, log)
+        check_beside_base(out, given.model, overwrite)
         base = _called(given.saved.base.name or given.model.model_name_or_path)
         how = _How(reader, kind, overwrite, force, dry_run, check, log, base, given.run, given.checkpoint)
         if reader is OLLAMA and (why := _merged_for_ollama(given)):

@@ -20,7 +20,9 @@ from typing import Any
 from topwork.common.errors import RequestError
 from topwork.common.files import MANIFEST, read_object, read_text
 from topwork.common.os_errors import check_link, why
+from topwork.common.paths import plain_path
 from topwork.data.config import DataConfig
+from topwork.models.config import ModelConfig
 from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml
 
 ADAPTER_NAME = "default"
@@ -69,6 +71,13 @@ def check_out(out: Path, own: Path | None, called: str, overwrite: bool | None) 
             f"{out} holds files that Topwork has not written; --overwrite replaces only what it wrote itself. Name "
             "another OUT"
         )
+
+
+def check_beside_base(out: Path, model: ModelConfig, overwrite: bool | None) -> None:
+    """`check_out` for what an adapter is written as: not over its base, where that is a folder here."""
+    base = Path(plain_path(model.model_name_or_path))
+    if base.is_dir():
+        check_out(out, base, "the base's own folder", overwrite)
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -19,7 +19,7 @@ from topwork.common.paths import plain_path
 from topwork.common.telling import doing
 from topwork.merging.threshold import UNCHECKED, Verdict, verdict
 from topwork.reporting.card import add_card
-from topwork.run.folder import check_out
+from topwork.run.folder import check_beside_base, check_out
 from topwork.run.given import Given, given_adapter
 from topwork.run.keeping import keep_json
 from topwork.run.merging.check import after_merge, before_merge, refuse_small_disk, refuse_small_memory
@@ -67,9 +67,7 @@ def merge(
     _refuse_request(base, check, data)
     adapter = given_adapter(given, model, checkpoint, log)
     check_out(out, adapter.place, "the run's own folder" if adapter.recipe else "the adapter's own folder", overwrite)
-    base_folder = Path(plain_path(adapter.model.model_name_or_path))
-    if base_folder.is_dir():
-        check_out(out, base_folder, "the base's own folder", overwrite)
+    check_beside_base(out, adapter.model, overwrite)
     fill = prepared_merge(adapter, out, dtype, base, force, log, check, data)
     found: dict[str, Any] = {}
 

@@ -56,7 +56,13 @@ def refuse_other_inputs(folder: Path, now: dict[str, Any]) -> None:
     before = read_json(folder / PROVENANCE)
     if not before:
         return
-    changed = [name for name, then, here in _identities(before, now) if then != here]
+    try:
+        changed = [name for name, then, here in _identities(before, now) if then != here]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RequestError(
+            f"{folder / PROVENANCE} is damaged ({error!r}), so that nothing tells whether base and rows are those that "
+            "the run was begun with; bring back a copy of it, or start anew with --overwrite"
+        ) from error
     if not list_checkpoints(folder / CHECKPOINTS):  # nothing is kept but what it began from
         changed += _begun_from_another(before, now)
     if changed:
