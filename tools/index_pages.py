@@ -31,8 +31,8 @@ COMMANDS = {
     "combine_error": "combine_error.py",
     "combine_tasks": "combine_tasks.py",
     "combine_tasks_unmixed": "combine_tasks.py --so-far (as of 4d5468f: no general rows among the tasks')",
-    "container_memory": "container_memory.py --limits 1350,900,850 --addresses 2200 --data 900 --steps 1 --before SRC "
-    "(BEFORE: 6cefe2f)",
+    "container_memory": "container_memory.py --limits 1350,1200,1000,900 --addresses 2200 --data 900 --steps 1 "
+    "--before SRC (BEFORE: 6cefe2f)",
     "elementwise": "elementwise.py",
     "gguf_export": "gguf_export.py",
     "gradients": "gradients.py",
