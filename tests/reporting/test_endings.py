@@ -10,8 +10,9 @@ from reporting.test_report import evaluated, evaluation, result, train, write_li
 from topwork.common.errors import RequestError
 from topwork.reporting import sections
 from topwork.reporting.endings import epochs, share_trend, trend
-from topwork.reporting.page import render, write_report
+from topwork.reporting.page import render
 from topwork.reporting.readers import read_run
+from topwork.run.report import report as write_report
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 from topwork.common.errors import RequestError
 from topwork.reporting.curves import curves, png_bytes, series, small_chart, smoothed, svg_bytes
 from topwork.reporting.differences import differences
-from topwork.reporting.page import ReportPaths, render, write_report
+from topwork.reporting.page import ReportPaths, render
 from topwork.reporting.readers import read_metrics, read_run
+from topwork.run.report import report as write_report
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x.png>"
 NOTE = "validation loss rises while training loss falls: overfitting since step 8"

@@ -31,7 +31,7 @@ from topwork.objectives.columns import reference, with_columns
 from topwork.objectives.objective import Fill, Loss, NonlinearObjective
 from topwork.objectives.sft import Sft
 from topwork.ops.batch import Labels
-from topwork.reporting.page import write_report
+from topwork.run.report import report as write_report
 from topwork.training.config import TrainingConfig
 from topwork.training.loop import Loop
 from topwork.training.metrics import MetricsLog

@@ -10,7 +10,7 @@ from topwork.common.files import write_bytes
 from topwork.reporting import sections, wording
 from topwork.reporting.curves import DARK, LIGHT, Theme, curves, png_bytes, series, small_chart, svg_bytes
 from topwork.reporting.endings import rows_told
-from topwork.reporting.readers import Record, RunFiles, entries, number, read_run, section
+from topwork.reporting.readers import Record, RunFiles, entries, number, section
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,11 +42,6 @@ class Picture:
     dark: str
     light_narrow: str | None = None
     dark_narrow: str | None = None
-
-
-def write_report(run_dir: Path) -> ReportPaths:
-    """Write a run's page to RUN/report. Raises RequestError where the folder holds no measurement."""
-    return write_page(read_run(run_dir), run_dir / "report")
 
 
 def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda *_: None) -> ReportPaths:
