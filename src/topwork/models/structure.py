@@ -1,0 +1,78 @@
+"""What a base is made of, as planning sees it: modules and their sizes, no weights. Free of torch.
+
+`models/structures/` gives it from a config.json alone, for the families that stand in its table, in a blink;
+`models/structure_of.py` from a skeleton, for every model that transformers can build. Both give the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+Kind = Literal["linear", "embedding", "other"]
+"""`other` is whatever is neither: norms, attention blocks, lists of layers, experts held in one tensor."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module by its path, as `named_modules` gives it.
+
+    rows, columns   a linear layer's outputs and inputs, an embedding's entries and width; 0 of others
+    parameters      of its own and not of modules inside it; of tied ones, 0 where they do not stand first
+    bias            whether a linear layer has one
+    """
+
+    path: str
+    kind: Kind
+    rows: int = 0
+    columns: int = 0
+    parameters: int = 0
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Values of a linear layer's or an embedding's weight, tied or not."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A base: every module in the model's order, and the widths that decide what a pass keeps.
+
+    inner            the width of an MLP, of all experts that a token visits
+    fast             whether all decoder layers run through `models/fast.py`, which keeps less and is quicker
+    checkpointable   how many decoder layers can be checkpointed
+    config           the config's own values, those of the text part where it has several
+    """
+
+    family: str
+    modules: tuple[Module, ...]
+    embedding: str | None
+    head: str | None
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    inner: int
+    vocabulary: int
+    context_length: int
+    dtype: str
+    fast: bool
+    checkpointable: int
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def by_path(self) -> Mapping[str, Module]:
+        """The modules by their paths."""
+        return {module.path: module for module in self.modules}
+
+    @cached_property
+    def parameters(self) -> int:
+        """All of them, tied ones once."""
+        return sum(module.parameters for module in self.modules)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's weight."""
+        return self.head is not None and self.by_path[self.head].parameters == 0
