@@ -22,9 +22,8 @@ class Told:
     @property
     def value(self) -> str:
         """As it is told, shortened."""
-        if self.given.code is not None:
-            return shortened(" ".join(self.given.code.split()), _VALUE)
-        return shortened(_spelled(self.given.value), _VALUE)
+        text = self.given.code if self.given.code is not None else _spelled(self.given.value)
+        return shortened(one_line(text), _VALUE)
 
 
 @dataclass
@@ -103,7 +102,10 @@ def translate(draft: Draft) -> Draft:
             default = Given(record.theirs, record.default)
             draft.given.append(default)
             _take(draft, default, record)
-    draft.tool.gather(draft)
+    try:
+        draft.tool.gather(draft)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:  # a shape that the tool refuses, too
+        draft.missing.append(f"data: it is not written as {draft.tool.name} takes it ({error}); set it by hand")
     _without_idle(draft)
     return draft
 
@@ -168,6 +170,11 @@ def _apply(draft: Draft, given: Given, record: Key, result: Result) -> None:
             for ours, value in values.items():
                 draft.origins.setdefault(ours, []).append(told)
                 draft.values[ours] = value
+
+
+def one_line(text: str) -> str:
+    """For a comment or a message: what a stranger's file says may hold line breaks and letters that do not show."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def _spelled(value: Any) -> str:

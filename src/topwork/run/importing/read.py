@@ -5,15 +5,18 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from yaml import MappingNode
+
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.os_errors import why
 from topwork.common.paths import missed
 from topwork.run.importing.command_lines import Command, commands_in
 from topwork.run.importing.python_calls import calls_in, notebook_source
-from topwork.run.importing.records import Given, Tool
+from topwork.run.importing.records import Given, Tool, unnumbered
 from topwork.run.importing.scripts import given_in, is_unsloth
 from topwork.run.importing.tools.table import TOOLS
-from topwork.run.importing.yaml_lines import read_yaml
+from topwork.run.importing.yaml_lines import given_in as given_in_yaml
+from topwork.run.importing.yaml_lines import parsed
 
 _MOST = {".ipynb": 64 * 2**20}
 _MOST_BYTES = 2 * 2**20
@@ -79,26 +82,29 @@ def _text(path: Path) -> str:
 
 
 def _keys(path: Path, text: str, named: str | None) -> Read:
-    tool = TOOLS[named] if named else _recognised(path, text)
-    return Read(tool, read_yaml(text, str(path), tool.has_inside), named is None)
+    root = parsed(text, str(path))
+    tool = TOOLS[named] if named else _recognised(path, root)
+    return Read(tool, given_in_yaml(root, str(path), tool.has_inside), named is None)
 
 
-def _recognised(path: Path, text: str) -> Tool:
+def _recognised(path: Path, root: MappingNode) -> Tool:
     """The tool of which the file has the most own keys. Raises RequestError where there is none, or two."""
-    scores = {}
-    for tool in TOOLS.values():
-        given = {_plain(each.key) for each in read_yaml(text, str(path), tool.has_inside)}
-        scores[tool.name] = len(given & tool.signs)
-    best = sorted(scores, key=lambda name: -scores[name])[:2]
-    if scores[best[0]] and scores[best[0]] > scores[best[1]]:
-        return TOOLS[best[0]]
-    given = {each.key for each in read_yaml(text, str(path), lambda _: True)}
+    given = {unnumbered(each.key) for each in given_in_yaml(root, str(path), lambda _: True)}
+    given |= {_head(key) for key in given}
+    scores = {name: len(given & tool.signs) for name, tool in TOOLS.items()}
+    best, second = sorted(scores, key=lambda name: -scores[name])[:2]
+    if scores[best] > scores[second]:
+        return TOOLS[best]
     if given & _OURS:
         raise RequestError(f"{path} is a recipe of Topwork's already; `topwork train {path}` trains it")
-    if scores[best[0]]:
-        tied = [name for name in scores if scores[name] == scores[best[0]]]
+    if scores[best]:
+        tied = [name for name in scores if scores[name] == scores[best]]
         raise RequestError(f"{path} may be for {' or '.join(tied)}; say which: --from {tied[0]}")
     raise RequestError(_unknown(path, sorted(given)))
+
+
+def _head(key: str) -> str:
+    return key.partition(".")[0].partition("[")[0]
 
 
 def _unknown(path: Path, given: list[str]) -> str:
@@ -107,11 +113,6 @@ def _unknown(path: Path, given: list[str]) -> str:
     near = [f"{key!r} may be {every[known[0]]}'s {known[0]!r}" for key, known in likely if known][:1]
     told = f"; {near[0]}" if near else f" (it has {', '.join(given[:6])})" if given else ""
     return f"{path} has the keys of no tool that is read here: {', '.join(TOOLS)}{told}; say which it is with --from"
-
-
-def _plain(key: str) -> str:
-    head, *rest = key.split("[")
-    return head + "".join(f"[]{part.partition(']')[2]}" for part in rest)
 
 
 # Scripts and notebooks
@@ -197,7 +198,8 @@ def _with_config(path: Path, tool: Tool, command: Command, given: list[Given], r
             )
             continue
         own = {each.key for each in given}
-        below = [each for each in read_yaml(_text(file), str(file), tool.has_inside) if each.key not in own]
+        root = parsed(_text(file), str(file))
+        below = [each for each in given_in_yaml(root, str(file), tool.has_inside) if each.key not in own]
         remarks.append(f"{name} is read first, under the command's own options; its lines are counted for themselves")
         given = [*below, *given]
     return [each for each in given if each.key != "c"]

@@ -1,8 +1,10 @@
 """What the importing of other tools' configs is told in: a value that they give, a record for each key of theirs, and
 what becomes of it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -150,21 +152,31 @@ class Tool:
     source: str = ""
     """The package and version that its keys and defaults were read in."""
 
+    @cached_property
+    def _records(self) -> dict[str, Key]:
+        return {record.theirs: record for record in reversed(self.keys)}
+
+    @cached_property
+    def _groups(self) -> list[Key]:
+        return [record for record in self.keys if record.theirs.endswith("*")]
+
+    @cached_property
+    def _sections(self) -> set[str]:
+        """Keys with records for what stands inside of them."""
+        names = (record.theirs for record in self.keys)
+        return {name[: dot.start()] for name in names for dot in re.finditer(r"\.|\[\]", name)}
+
     def record(self, key: str) -> Key | None:
         """That of a key as a file gives it, `datasets[2].path`."""
-        plain = _unnumbered(key)
-        found = next((record for record in self.keys if record.theirs == plain), None)
-        if found is not None:
-            return found
-        groups = (record for record in self.keys if record.theirs.endswith("*"))
-        return next((record for record in groups if plain.startswith(record.theirs[:-1])), None)
+        plain = unnumbered(key)
+        known = self._records.get(plain)
+        return known or next((each for each in self._groups if plain.startswith(each.theirs[:-1])), None)
 
     def has_inside(self, key: str) -> bool:
         """Whether there are records for what stands inside of this key."""
-        plain = _unnumbered(key)
-        return any(record.theirs.startswith((f"{plain}.", f"{plain}[]")) for record in self.keys)
+        return unnumbered(key) in self._sections
 
 
-def _unnumbered(key: str) -> str:
-    parts = key.split("[")
-    return parts[0] + "".join(f"[]{part.partition(']')[2]}" for part in parts[1:])
+def unnumbered(key: str) -> str:
+    """`datasets[].path` of `datasets[2].path`, as records name it."""
+    return re.sub(r"\[\d+\]", "[]", key)

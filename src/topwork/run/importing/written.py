@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from topwork.recipe.recipe import options_at
-from topwork.run.importing.draft import Draft, Told
+from topwork.run.importing.draft import Draft, Told, one_line
 from topwork.run.importing.records import Fate
 
 HEADINGS: dict[Fate, str] = {
@@ -52,10 +52,10 @@ def _place(order: list[str], name: str) -> int:
 def recipe_text(draft: Draft, source: str) -> str:
     """The recipe, a comment behind each line that tells of which key of theirs it is, and what is missing as "
     "comments."""
-    lines = [f"# Of {source} ({draft.tool.name}), by `topwork import`."]
-    lines += [f"# Missing: {missing}" for missing in draft.missing]
+    lines = [f"# Of {one_line(source)} ({draft.tool.name}), by `topwork import`."]
+    lines += [f"# Missing: {one_line(missing)}" for missing in draft.missing]
     loud = [told for told in draft.told if told.fate in LOUD]
-    lines += [f"# {HEADINGS[told.fate].capitalize()}: {sentence(told)}" for told in loud]
+    lines += [f"# {HEADINGS[told.fate].capitalize()}: {one_line(sentence(told))}" for told in loud]
     for section, inner in nested(draft.values).items():
         lines.append("")
         if not isinstance(inner, dict):
@@ -95,7 +95,7 @@ def _origin(origins: list[Told]) -> str:
     given = list({told.given.key: told for told in origins}.values())
     parts = [f"{told.given.place}: {_pair(told)}" for told in given if told.given.line is not None]
     parts = parts or [f"{told.given.place}: {_pair(told)}" for told in given]
-    return " ".join(" + ".join(parts[:_PARTS]).split())
+    return one_line(" + ".join(parts[:_PARTS]))
 
 
 def _pair(told: Told) -> str:

@@ -15,9 +15,8 @@ _VARIABLE = re.compile(r"\$\{([\w.]+)\}")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
-def read_yaml(text: str, source: str, inside: Callable[[str], bool]) -> list[Given]:
-    """What a YAML or JSON mapping gives, in its order, by dotted keys. `inside` tells which mappings, and lists of
-    mappings, are read key by key; others are one value. Raises RequestError."""
+def parsed(text: str, source: str) -> yaml.MappingNode:
+    """A YAML or JSON mapping. Raises RequestError for what is none."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -26,11 +25,16 @@ def read_yaml(text: str, source: str, inside: Callable[[str], bool]) -> list[Giv
         raise RequestError(f"{source} is empty; give a training config of another tool")
     if not isinstance(root, yaml.MappingNode):
         raise RequestError(f"{source} holds no keys; give a training config, with keys such as learning_rate")
+    return root
+
+
+def given_in(root: yaml.MappingNode, source: str, inside: Callable[[str], bool]) -> list[Given]:
+    """What it gives, in its order, by dotted keys. `inside` tells which mappings, and lists of mappings, are read key
+    by key; others are one value. Raises RequestError."""
     try:
-        given = list(_walk(root, "", source, inside, [0]))
+        return _with_variables(list(_walk(root, "", source, inside, [0])))
     except RecursionError as error:
         raise RequestError(f"{source} is nested too deep to be a training config") from error
-    return _with_variables(given)
 
 
 def number(value: Any) -> Any:

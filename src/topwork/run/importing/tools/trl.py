@@ -1,5 +1,6 @@
 """TRL: YAML of `trl sft --config`, command lines, and scripts with SFTConfig and LoraConfig. Keys, meanings and
-defaults as in the packages trl 1.16.0 (`scripts/sft.py`, `trainer/sft_config.py`, `trainer/model_config.py`) and peft 0.21.2."""
+defaults as in the packages trl 1.16.0 (`scripts/sft.py`, `trainer/sft_config.py`, `trainer/model_config.py`) and peft
+0.21.2."""
 
 from typing import Any
 
