@@ -8,6 +8,8 @@ from topwork.common.errors import did_you_mean, shortened
 from topwork.run.importing.records import Fate, Given, Key, Lacking, Needless, Put, Refused, Result, Tool
 
 _VALUE = 60
+_UNUSUAL = (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError)
+"""What a stranger's value of another shape raises, which the tool would refuse, too."""
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Draft:
         return record.default if record is not None and record.has_default else default
 
     def has(self, key: str) -> bool:
-        return any(each.key == key and each.value is not None for each in self.given)
+        """Whether their file itself gives it."""
+        return any(each.key == key and each.value is not None and each.line is not None for each in self.given)
 
     def known(self, key: str, default: Any) -> Any:
         """As `value`; raises ValueError where the file gives code that is not run."""
@@ -98,16 +101,24 @@ def translate(draft: Draft) -> Draft:
         _take(draft, each, draft.tool.record(each.key))
     given = {each.key for each in draft.given if each.value is not None or each.code is not None}
     for record in draft.tool.keys:
-        if record.has_default and record.theirs not in given and (record.needed is None or record.needed(draft)):
+        if record.has_default and record.theirs not in given and _counts(record, draft):
             default = Given(record.theirs, record.default)
             draft.given.append(default)
             _take(draft, default, record)
     try:
         draft.tool.gather(draft)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:  # a shape that the tool refuses, too
+    except _UNUSUAL as error:
         draft.missing.append(f"data: it is not written as {draft.tool.name} takes it ({error}); set it by hand")
     _without_idle(draft)
     return draft
+
+
+def _counts(record: Key, draft: Draft) -> bool:
+    """Whether a default has to be written out."""
+    try:
+        return record.needed is None or record.needed(draft)
+    except _UNUSUAL:
+        return False
 
 
 def _without_idle(draft: Draft) -> None:
@@ -150,7 +161,7 @@ def _converted(record: Key, given: Given, draft: Draft) -> Result:
     assert record.convert is not None
     try:
         return record.convert(given.value, draft)
-    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except _UNUSUAL as error:
         return Lacking(f"its value is not what {draft.tool.name} takes there ({error}); set it by hand")
 
 

@@ -58,7 +58,7 @@ def recipe_text(draft: Draft, source: str) -> str:
     lines += [f"# {HEADINGS[told.fate].capitalize()}: {one_line(sentence(told))}" for told in loud]
     for section, inner in nested(draft.values).items():
         lines.append("")
-        if not isinstance(inner, dict):
+        if section in draft.values:
             lines.append(_line(section, inner, draft.origins.get(section, []), ""))
             continue
         lines.append(f"{section}:")
@@ -79,11 +79,11 @@ def _line(name: str, value: Any, origins: list[Told], indent: str) -> str:
 
 
 def in_flow(value: Any) -> str:
-    """A value on one line, as YAML reads it."""
+    """A value on one line, as YAML reads it: a number with an exponent has a dot and a sign there."""
     if isinstance(value, float) and value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         digits = f"{value:.12g}"
         mantissa, e, exponent = digits.partition("e")
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent)}" if e else digits
+        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else digits
     if isinstance(value, str) and ("\n" in value or not value.isprintable()):
         return json.dumps(value)
     dumped = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)

@@ -167,6 +167,7 @@ def gather(draft: Draft) -> None:
     draft.put("data.too_long", "truncate", "max_seq_length")
     for key, ours, value in (
         ("clip_grad_norm", "training.max_grad_norm", 0.0),
+        ("lr_schedule", "training.lr_scheduler_type", "constant"),
         ("warmup", "training.warmup_ratio", 0.0),
         ("load_best", "training.load_best_model_at_end", False),
     ):

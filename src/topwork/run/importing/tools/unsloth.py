@@ -237,6 +237,7 @@ def _arguments() -> tuple[Key, ...]:
     """transformers', of which Unsloth changes some defaults; Studio's files have none of them."""
     own = {key.theirs for key in (*_LOADED, *_GRAFTED, *_TRAINER, *_STUDIO)}
     taken = training_arguments(5e-5, share=0.1, size=4, passes=2, seed=3407)
+    first = "get_peft_model.random_state"
     decay = {"weight_decay": 0.01, "optim": "adamw_8bit"}
 
     def scripted(key: Key) -> Key:
@@ -244,6 +245,8 @@ def _arguments() -> tuple[Key, ...]:
         given = replace(key, default=decay[key.theirs]) if key.theirs in decay else key
         if not given.has_default:
             return given
+        if key.theirs == "seed":
+            return replace(given, needed=lambda draft: _scripted(draft) and not draft.has(first))
         return replace(given, needed=lambda draft: _scripted(draft) and (inner is None or inner(draft)))
 
     return tuple(scripted(key) for key in taken if key.theirs not in own)
