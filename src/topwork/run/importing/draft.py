@@ -172,9 +172,10 @@ def _apply(draft: Draft, given: Given, record: Key, result: Result) -> None:
         case Lacking(why=why):
             draft.told.append(Told(given, "no equal", note=why))
         case Refused(why=why):
-            draft.told.append(Told(given, "no equal", note=why))
+            told = Told(given, "no equal", note=why)
+            draft.told.append(told)
             where = f"{given.place}: " if given.line else ""
-            draft.refused.append(f"{where}{given.key}: {_spelled(given.value)}: {why}")
+            draft.refused.append(f"{where}{given.key}: {told.value}: {why}")
         case Put(values=values, note=note):
             told = Told(given, "mapped", ", ".join(values), "; ".join(filter(None, (record.how, note))))
             draft.told.append(told)

@@ -109,7 +109,9 @@ def _head(key: str) -> str:
 
 def _unknown(path: Path, given: list[str]) -> str:
     every = {key.theirs: tool.name for tool in TOOLS.values() for key in tool.keys}
-    likely = ((key, get_close_matches(key, every, n=1, cutoff=_LIKELY)) for key in given[:_LOOKED_AT])
+    likely = (
+        (key, get_close_matches(key, every, n=1, cutoff=_LIKELY)) for key in given[:_LOOKED_AT] if key not in every
+    )
     near = [f"{key!r} may be {every[known[0]]}'s {known[0]!r}" for key, known in likely if known][:1]
     told = f"; {near[0]}" if near else f" (it has {', '.join(given[:6])})" if given else ""
     return f"{path} has the keys of no tool that is read here: {', '.join(TOOLS)}{told}; say which it is with --from"

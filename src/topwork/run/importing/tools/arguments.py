@@ -10,7 +10,6 @@ from topwork.run.importing.convert import (
     LOGGING,
     RECOMPUTED,
     batch,
-    because,
     dtype,
     epochs,
     every,
@@ -94,7 +93,7 @@ def training_arguments(
         to("bf16", "model.dtype", _half("bfloat16")),
         to("fp16", "model.dtype", _half("float16")),
         to("label_smoothing_factor", "", _no_smoothing),
-        to("gradient_checkpointing", "", because(RECOMPUTED)),
+        *needless("gradient_checkpointing", RECOMPUTED),
         to(
             "lr_scheduler_kwargs",
             "",

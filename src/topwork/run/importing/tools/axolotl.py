@@ -12,11 +12,9 @@ from topwork.run.importing.convert import (
     PRECISION,
     RECOMPUTED,
     batch,
-    because,
     epochs,
     every,
     fraction,
-    lacks,
     names,
     optimizer,
     optional,
@@ -125,7 +123,7 @@ _MODEL: Sequence[Key] = (
     to("bnb_config_kwargs.bnb_4bit_use_double_quant", "quantization.bnb_4bit_use_double_quant"),
     to("bnb_config_kwargs.llm_int8_skip_modules", "quantization.llm_int8_skip_modules"),
     *needless("bnb_config_kwargs.*", PRECISION),
-    to("processor_type", "", lacks(_IMAGES)),
+    *lacking("processor_type", _IMAGES),
     *lacking("image_size image_resize_algorithm freeze_mm_modules processor_kwargs", _IMAGES),
     *needless(
         "base_model_config tokenizer_config tokenizer_use_fast tokenizer_legacy tokenizer_type model_type "
@@ -134,7 +132,7 @@ _MODEL: Sequence[Key] = (
         "hf_use_auth_token tokenizer_save_jinja_files low_cpu_mem_usage experimental_skip_move_to_device",
         "the model's folder says it, and its tokenizer is taken as it is",
     ),
-    to("special_tokens.pad_token", "", because("nothing is padded here")),
+    *needless("special_tokens.pad_token", "nothing is padded here"),
     *lacking(
         "special_tokens* bos_token eos_token unk_token additional_special_tokens added_tokens_overrides",
         "the tokenizer's own special tokens are kept here; change them in a copy of the model's folder",
@@ -216,7 +214,7 @@ _TRAINING: Sequence[Key] = (
     to("logging_steps", "training.logging_steps", every("training.logging_steps")),
     to("early_stopping_patience", "training.early_stopping_patience"),
     to("load_best_model_at_end", "training.load_best_model_at_end", default=False),
-    to("gradient_checkpointing", "", because(RECOMPUTED)),
+    *needless("gradient_checkpointing", RECOMPUTED),
     to(
         "val_set_size",
         "data.eval_fraction",

@@ -10,7 +10,6 @@ from topwork.run.importing.convert import (
     LOADING,
     LOGGING,
     RECOMPUTED,
-    because,
     dtype,
     fraction,
     listed_targets,
@@ -140,7 +139,7 @@ _MODEL = (
     to("model", "model.model_name_or_path"),
     to("model_revision", "model.revision", revision),
     to("trust_remote_code", "model.trust_remote_code", optional("model.trust_remote_code")),
-    to("infer_dtype", "", because("for its inference")),
+    *needless("infer_dtype", "for its inference"),
     to("compute_dtype", "model.dtype", dtype),
     to(
         "pure_bf16",
@@ -246,7 +245,7 @@ _REST = (
     to("global_batch_size", "training.batch_size", _global),
     to("micro_batch_size", "training.batch_size", _micro),
     to("early_stopping_steps", "training.early_stopping_patience", how="both count validations"),
-    to("disable_gradient_checkpointing", "", because(RECOMPUTED)),
+    *needless("disable_gradient_checkpointing", RECOMPUTED),
     *needless("enable_activation_checkpointing use_reentrant_gc use_unsloth_gc", RECOMPUTED),
     *needless(
         "flash_attn use_unsloth enable_liger_kernel upcast_* use_v1_kernels kernel_config* disable_shuffling", KERNELS

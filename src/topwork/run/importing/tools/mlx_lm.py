@@ -11,9 +11,7 @@ from topwork.run.importing.convert import (
     LOADING,
     LOGGING,
     RECOMPUTED,
-    because,
     every,
-    lacks,
     optional,
     whole,
 )
@@ -264,7 +262,7 @@ _KEYS = (
     to("steps_per_report", "training.logging_steps", _counted("training.logging_steps"), default=10),
     to("adapter_path", "output_dir"),
     to("report_to", "training.report_to", _sinks),
-    to("grad_checkpoint", "", because(RECOMPUTED)),
+    *needless("grad_checkpoint", RECOMPUTED),
     together("data", "data.train", "a folder of train.jsonl and valid.jsonl, or a Hub id"),
     *(
         together(f"{at}.{name}", "data.train")
@@ -284,10 +282,8 @@ _KEYS = (
         "hf_dataset.test_split hf_dataset[].test_split hf_dataset.config* hf_dataset[].config*",
         "`topwork eval` reads a test split (evaluation.data)",
     ),
-    to(
-        "resume_adapter_file",
-        "",
-        lacks("`topwork convert` makes PEFT's format of it; then name that folder in adapter.init_from"),
+    *lacking(
+        "resume_adapter_file", "`topwork convert` makes PEFT's format of it; then name that folder in adapter.init_from"
     ),
     to(
         "training_mode",

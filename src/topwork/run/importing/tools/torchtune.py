@@ -12,11 +12,9 @@ from topwork.run.importing.convert import (
     LOGGING,
     RECOMPUTED,
     batch,
-    because,
     dtype,
     epochs,
     every,
-    lacks,
     number_of,
     optional,
     packed,
@@ -183,10 +181,9 @@ _MODEL = (
     to("model.quantize_base", "quantization.load_in_4bit", optional("quantization.load_in_4bit")),
     *lacking("model.encoder_trainable model.decoder_trainable model.fusion_trainable model.image_size", _IMAGES),
     *lacking("model.*", "the model's config is taken as it is; change it in a copy of its folder"),
-    to(
+    *lacking(
         "checkpointer.adapter_checkpoint",
-        "",
-        lacks("it begins from an adapter: convert it to PEFT's format, and name it in adapter.init_from"),
+        "it begins from an adapter: convert it to PEFT's format, and name it in adapter.init_from",
     ),
     *needless("checkpointer.*", LOADING),
 )
@@ -212,7 +209,7 @@ _TRAINING = (
     to("seed", "training.seed"),
     to("output_dir", "output_dir"),
     to("log_every_n_steps", "training.logging_steps", every("training.logging_steps")),
-    to("enable_activation_checkpointing", "", because(RECOMPUTED)),
+    *needless("enable_activation_checkpointing", RECOMPUTED),
     *needless("enable_activation_offloading ac_mode ac_option", RECOMPUTED),
     *needless(
         "optimizer_in_bwd compile low_cpu_ram custom_sharded_layers memory_efficient_fsdp_wrap device enable_kv_cache",
@@ -228,10 +225,8 @@ _TRAINING = (
 
 _TOKENS = (
     to("tokenizer.max_seq_len", "data.max_length"),
-    to(
-        "tokenizer.prompt_template",
-        "",
-        lacks("the model's own chat template is used here; another one: data.chat_template"),
+    *lacking(
+        "tokenizer.prompt_template", "the model's own chat template is used here; another one: data.chat_template"
     ),
     *needless("tokenizer.*", "the model's folder has it"),
 )
@@ -259,7 +254,7 @@ _DATA = (
     *_each("dataset[]"),
     *_each("dataset"),
     *needless("shuffle collate_fn dataloader*", LOADING),
-    to("dataset_val._component_", "", lacks("its own data set for validation: name it in data.eval")),
+    *lacking("dataset_val._component_", "its own data set for validation: name it in data.eval"),
     *lacking("dataset_val* datasets*", "other data sets: name them in data.train and data.eval"),
 )
 
@@ -275,10 +270,8 @@ _REST = (
         "kl_coeff stop_token_ids forward_batch_size max_generated_tokens num_steps",
         "the objective's own, which is told at the loss",
     ),
-    to(
-        "quantizer._component_",
-        "",
-        lacks("a quantized base is NF4, FP4 or int8 here; quantize-aware training has no equal"),
+    *lacking(
+        "quantizer._component_", "a quantized base is NF4, FP4 or int8 here; quantize-aware training has no equal"
     ),
     *needless("quantizer.*", "the quantizer's own"),
     *refused(
