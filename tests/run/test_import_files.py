@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,14 @@ def test_every_record_says_what_becomes_of_its_key(tool: Any) -> None:
 
 
 # The command
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(MLX)  # whose layers are counted
+    heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = f"import sys, topwork; topwork.import_recipe('config.yaml'); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def run(*arguments: str) -> Any:

@@ -32,7 +32,8 @@ def gather(draft: Draft) -> None:
     if draft.has("model") or draft.has("train_dataset"):
         _second(draft)
         return
-    draft.put("data.too_long", "truncate", "cutoff_len")
+    texts = draft.value("stage") == "pt"  # which are put together there, and cut up into sequences
+    draft.put("data.too_long", "split" if texts else "truncate", "cutoff_len", "stage")
     train = _named(draft, "dataset")
     if train:
         put_sources(draft, "data.train", train)
