@@ -29,6 +29,8 @@ from topwork.cli.push import EPILOG as PUSH_EPILOG
 from topwork.cli.push import push
 from topwork.cli.quantize import EPILOG as QUANTIZE_EPILOG
 from topwork.cli.quantize import quantize
+from topwork.cli.recipes import EPILOG as RECIPES_EPILOG
+from topwork.cli.recipes import recipes
 from topwork.cli.report import EPILOG as REPORT_EPILOG
 from topwork.cli.report import report
 from topwork.cli.serve import EPILOG as SERVE_EPILOG
@@ -57,7 +59,7 @@ app = typer.Typer(
 )
 
 
-ONLY_PRINT = ("lint", "chat", "count", "compare")
+ONLY_PRINT = ("lint", "chat", "count", "compare", "models")
 """Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
 
 
@@ -101,6 +103,8 @@ def _told(error: TopworkError) -> int:
 
 
 app.callback()(version)
+
+app.command(epilog=RECIPES_EPILOG)(recipes)
 
 app.command(epilog=TRAIN_EPILOG)(train)
 
