@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from data.family_tokenizers import FAMILIES, OTHERS, build_tokenizer
-from topwork.common.errors import DataError, TopworkError
-from topwork.data.chat.compiled import compiled
+from topwork.common.errors import DataError
 from topwork.data.chat.template import ChatTemplate
 from topwork.data.examples import load_data
 from topwork.models.light_tokenizer import LightTokenizer, tokenizer_folder
@@ -77,7 +76,8 @@ def test_all_rows_counted_are_what_training_reads(base: Path, tmp_path: Path, ki
         options = {"train": [{"path": str(path), "weight": 0.5}, {"path": str(other), "weight": 2}]}
     recipe = recipe_of(base, path, options)
     found, data = counted(recipe, 8192), trained_on(base, recipe)
-    assert found is not None and found.counted == "all"
+    assert found is not None
+    assert found.counted == "all"
     train, held = data.summary.train, data.summary.eval
     told = (found.rows, found.sequences, found.tokens, found.learned_tokens, found.held_out_rows, found.held_out_tokens)
     assert told == (train.rows, train.sequences, train.tokens, train.learned_tokens, held.rows, held.tokens)
@@ -101,7 +101,9 @@ def test_a_sample_is_near_what_training_reads_and_has_the_longest_row(
         monkeypatch.setattr(sampled_rows, "WHOLE_BYTES", 1000)
     recipe = recipe_of(base, path, {"columns": {"prompt": "text", "completion": "category"}})
     found, data = counted(recipe, 8192), trained_on(base, recipe)
-    assert found is not None and found.counted == "sample" and found.looked_at <= 100
+    assert found is not None
+    assert found.counted == "sample"
+    assert found.looked_at <= 100
     assert found.tokens == pytest.approx(data.summary.train.tokens, rel=0.05)
     assert found.learned_tokens == pytest.approx(data.summary.train.learned_tokens, rel=0.05)
     assert found.rows == pytest.approx(data.summary.train.rows, rel=0.05)
@@ -113,7 +115,9 @@ def test_a_sample_is_near_what_training_reads_and_has_the_longest_row(
 def test_without_a_tokenizer_letters_tell(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", "messages", 40)
     found = counted(recipe_of("llama-3-8b", path, {}), 8192)
-    assert found is not None and found.counted == "estimated" and "estimated" in found.how()
+    assert found is not None
+    assert found.counted == "estimated"
+    assert "estimated" in found.how()
     assert 0 < found.learned_tokens < found.tokens
     assert found.rows == 42  # 43 and the three copies, less two per cent that are held out
 
@@ -190,9 +194,11 @@ def test_light_templates_are_as_closed_as_those_of_transformers() -> None:
         "{{ ().__class__.__base__ }}", "{% set n = namespace(_x=1) %}", "{% set n = namespace() %}{% set n._x = 1 %}",
         "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{{ dict.__init__.__globals__ }}",
     ):  # fmt: skip
-        with pytest.raises(TemplateError):
-            assert not compile_template(harmful).render(messages=[])  # what is not raised is at least nothing
-            raise TemplateError
+        try:
+            written = compile_template(harmful).render(messages=[])
+        except TemplateError:
+            continue
+        assert written == "", harmful  # what is not raised is at least nothing
 
 
 def test_a_light_tokenizer_keeps_the_same_names_from_templates() -> None:
@@ -204,7 +210,6 @@ def test_a_light_tokenizer_keeps_the_same_names_from_templates() -> None:
 
 def test_what_marks_generation_is_found_in_a_light_template() -> None:
     tokenizer = build_tokenizer("generation")
-    light = compiled(tokenizer, tokenizer.chat_template)
     blocks: list[str] = []
     places: list[tuple[int, int]] = []
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -213,7 +218,7 @@ def test_what_marks_generation_is_found_in_a_light_template() -> None:
     template = compile_template(tokenizer.chat_template)
     with template.environment.activate_tracker(blocks, places):
         blocks += template.generate(messages=talk, **tokenizer.special_tokens_map)
-    assert light is not None and ["".join(blocks)[start:stop] for start, stop in places] != []
+    assert ["".join(blocks)[start:stop].strip() for start, stop in places] == ["b</s>"]
 
 
 def test_no_tokenizer_is_looked_for_where_code_would_be_run_or_nothing_is(base: Path, tmp_path: Path) -> None:
@@ -224,15 +229,14 @@ def test_no_tokenizer_is_looked_for_where_code_would_be_run_or_nothing_is(base: 
 
     assert of(str(base)) == base
     assert of(str(base), trust_remote_code=True) is None
-    assert of(str(tmp_path)) is None and of("nobody/nothing") is None and of("no-such-model") is None
+    assert of(str(tmp_path)) is None
+    assert of("nobody/nothing") is None
+    assert of("no-such-model") is None
 
 
 def test_a_damaged_tokenizer_is_as_none(base: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     path = write_rows(tmp_path / "train.jsonl", "messages", 9)
     found = counted(recipe_of(tmp_path, path, {}), 8192)
-    assert found is not None and found.counted == "estimated"
-
-
-def test_errors_are_topworks_own() -> None:
-    assert issubclass(DataError, TopworkError) and DataError.exit_code == 2
+    assert found is not None
+    assert found.counted == "estimated"

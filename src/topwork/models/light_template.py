@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Template, ext, nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -17,10 +17,9 @@ from jinja2.utils import Namespace
 class _Generation(ext.Extension):
     """`{% generation %}` … `{% endgeneration %}`: written as it is, and its places remembered while somebody asks."""
 
-    tags: ClassVar = {"generation"}
-
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
+        self.tags = {"generation"}
         environment.extend(activate_tracker=self.activate_tracker)
         self._blocks: list[str] | None = None
         self._places: list[tuple[int, int]] | None = None
