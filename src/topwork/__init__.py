@@ -29,6 +29,7 @@ _WHERE = {
     "push": "topwork.run.push",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",
+    "advise": "topwork.run.advise",
     "serve": "topwork.serving.extra",
     "Engine": "topwork.generation.engine",
     "Recipe": "topwork.recipe.recipe",

@@ -6,6 +6,8 @@ import warnings
 
 import typer
 
+from topwork.cli.advise import EPILOG as ADVISE_EPILOG
+from topwork.cli.advise import advise
 from topwork.cli.chat import EPILOG as CHAT_EPILOG
 from topwork.cli.chat import chat
 from topwork.cli.combine import EPILOG as COMBINE_EPILOG
@@ -133,6 +135,8 @@ app.command(epilog=PUSH_EPILOG)(push)
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
 
 app.command(epilog=COUNT_EPILOG)(count)
+
+app.command(epilog=ADVISE_EPILOG)(advise)
 
 app.command(epilog=SERVE_EPILOG)(serve)
 

@@ -8,6 +8,8 @@ from topwork.recipe.recipe import Recipe
 
 WITHIN = {"training.learning_rate": 1.5, "data.eval_fraction": 2.0}
 """Values whose ratio is no larger are as good as the same: the evidence is no finer."""
+SAFE = {"data.too_long": "refuse", "evaluation.grader": "auto"}
+"""Values that do no harm whatever is advised: a run that stops and says so, a grader that looks first."""
 AT_LEAST = ("data.max_length", "evaluation.max_new_tokens")
 """Limits, which may be higher."""
 
@@ -28,7 +30,7 @@ class Difference:
 def compare(recipe: Recipe, advice: Advice) -> tuple[Difference, ...]:
     """Where they differ, in the advice's order."""
     found = (Difference(choice.key, value_at(recipe, choice.key), choice) for choice in advice.choices)
-    return tuple(each for each in found if not _same(each.key, each.given, each.choice.value))
+    return tuple(each for each in found if not _same(each.key, each.given, each.choice.value) and _spoken_of(each))
 
 
 def value_at(recipe: Recipe, key: str) -> Any:
@@ -41,8 +43,13 @@ def value_at(recipe: Recipe, key: str) -> Any:
     return at
 
 
+def _spoken_of(each: Difference) -> bool:
+    """Not the options of another adapter's method: that the method differs is said once."""
+    return each.given is not None or not each.key.startswith("adapter.")
+
+
 def _same(key: str, given: Any, advised: Any) -> bool:
-    if given == advised:
+    if given == advised or given == SAFE.get(key, advised):
         return True
     if not isinstance(given, int | float) or isinstance(given, bool):
         return False

@@ -77,7 +77,8 @@ class Facts:
         ):  # fmt: skip
             given = getattr(self, name)
             if given is not None and not given >= least:
-                raise RequestError(f"{name.replace('_', ' ')}: {given:,} cannot be; expected at least {least}")
+                called = "examples" if name == "rows" else name
+                raise RequestError(f"{called.replace('_', ' ')}: {given:,} cannot be; expected at least {least}")
         if self.learned_share is not None and not 0 <= self.learned_share <= 1:
             raise RequestError(f"learned share: {self.learned_share:g} cannot be; expected a share from 0 to 1")
 

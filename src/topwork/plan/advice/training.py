@@ -75,13 +75,14 @@ TRAINING: Table = (
     ),
     Rule(
         "rows-enough-once", "training.num_train_epochs", f"{ENOUGH_ROWS:,} rows or more",
-        lambda case: (case.facts.rows or 0) >= ENOUGH_ROWS, "1", given(1),
+        lambda case: (case.facts.rows or 0) >= ENOUGH_ROWS and "training.max_steps" not in case.chosen, "1", given(1),
         "Rows that are new teach more than rows that come again; so many make steps enough in one epoch (banking77: "
         "313 to 85.7 %).",
         (BANKING, REPEATS),
     ),
     Rule(
-        "steps-enough", "training.num_train_epochs", "fewer rows", lambda case: bool(case.facts.rows),
+        "steps-enough", "training.num_train_epochs", "fewer rows",
+        lambda case: bool(case.facts.rows) and "training.max_steps" not in case.chosen,
         f"as many as make {WANTED_STEPS} steps, 1 to {MOST_EPOCHS} (of plain text {MOST_OF_TEXT})", _epochs,
         "Sixty and a hundred steps left banking77 at 0.7 of loss and more, 313 brought it to 0.12. Rows that come more "
         "than a few times are learned by heart; the validation loss tells when.",
