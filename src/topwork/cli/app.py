@@ -23,6 +23,8 @@ from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.home import AtHome
+from topwork.cli.init import EPILOG as INIT_EPILOG
+from topwork.cli.init import init
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -105,6 +107,8 @@ def _told(error: TopworkError) -> int:
 
 
 app.callback()(version)
+
+app.command(epilog=INIT_EPILOG)(init)
 
 app.command(epilog=RECIPES_EPILOG)(recipes)
 
