@@ -103,8 +103,8 @@ def shape_of(folder: str) -> Shape:
 def shape_of_config(given: "PretrainedConfig") -> Shape:
     """A model's shape from its config, without weights."""
     from topwork.adapters.graft import bare_base
-    from topwork.adapters.targets import LINEAR, features
     from topwork.models.skeleton import skeleton
+    from topwork.quantization.kinds import LINEAR, features
 
     model = skeleton(given)
     config, bare = model.config.get_text_config(), bare_base(model)

@@ -15,12 +15,12 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
-from topwork.adapters.targets import LINEAR
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
 from topwork.models.config_files import find_config
 from topwork.models.skeleton import skeleton
+from topwork.quantization.kinds import LINEAR
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
