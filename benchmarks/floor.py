@@ -95,7 +95,7 @@ def floor_report(measured: Sequence[dict[str, Any]], lengths: Lengths, r: int) -
 
 def shape_of(folder: str) -> Shape:
     """The shape of a folder's model, or of a shipped shape's."""
-    from topwork.plan.count import config_of
+    from topwork.plan.built import config_of
 
     return shape_of_config(config_of(folder))
 
