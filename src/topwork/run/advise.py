@@ -22,7 +22,7 @@ from topwork.plan.advice.pages import skill_files
 from topwork.plan.advice.text import advice_text, differences_text, recipe_text
 from topwork.plan.base import structure_named
 from topwork.recipe.pasted import setting
-from topwork.recipe.recipe import Recipe, load_recipe, make_recipe, with_overrides
+from topwork.recipe.recipe import Recipe, load_recipe, make_recipe, overridden
 
 Log = Callable[[str], None]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -158,7 +158,7 @@ def _for_request(request: Request, overrides: Sequence[str], log: Log) -> Advise
     values["data"]["train"] = request.train or "train.jsonl"
     if request.eval is not None:
         values["data"]["eval"] = request.eval
-    recipe = make_recipe(with_overrides(values, overrides), "what was given")
+    recipe = make_recipe(overridden(values, overrides), "what was given")
     decided = {key: value_at(recipe, key) for key in map(_key, overrides)}
     looked = _look(recipe.data, log) if request.train is not None else None
     held_out = request.eval is not None or "data.eval" in decided

@@ -17,7 +17,7 @@ from topwork.plan.advice.advise import advise as advice_on
 from topwork.plan.advice.compare import value_at
 from topwork.plan.advice.looked import look
 from topwork.recipe.pasted import setting
-from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml, with_overrides
+from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml, overridden
 from topwork.run.initial.base import NewBase, find_base
 from topwork.run.initial.chosen import lines_of, lines_of_memory
 from topwork.run.initial.known import Held, Known, refuse_short
@@ -100,7 +100,7 @@ def _draft(base: NewBase, sources: NewSources, overrides: Sequence[str]) -> Reci
     values: dict[str, Any] = {"model": {"model_name_or_path": base.named}, "data": {"train": train}}
     if sources.eval:
         values["data"]["eval"] = sources.eval[0] if len(sources.eval) == 1 else sources.eval
-    return make_recipe(with_overrides(values, overrides), "what was asked for")
+    return make_recipe(overridden(values, overrides), "what was asked for")
 
 
 def _known(

@@ -117,6 +117,7 @@ def refuse_short(known: Known, recipe: Recipe) -> None:
     lost, tried = too_long(taken, config, tokenizer)
     if lost > MOST_LOST * tried:
         raise DataError(
-            f"{lost:,} of {tried:,} rows that were tried are too long for data.max_length: {maximum} (the base reads {known.base.structure.context_length:,} tokens), even with data.too_long: "
+            f"{lost:,} of {tried:,} rows that were tried are too long for data.max_length: {maximum} (the base reads "
+            f"{known.base.structure.context_length:,} tokens), even with data.too_long: "
             f"{recipe.data.too_long}. {known.lengths(maximum)}; take shorter rows, or a base that reads more"
         )
