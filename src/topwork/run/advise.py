@@ -160,7 +160,10 @@ def _for_request(request: Request, overrides: Sequence[str], log: Log) -> Advise
         values["data"]["eval"] = request.eval
     recipe = make_recipe(with_overrides(values, overrides), "what was given")
     decided = {key: value_at(recipe, key) for key in map(_key, overrides)}
-    looked = _look(recipe.data, log) if request.train is not None else None
+    data = recipe.data
+    if _documents(data) and "data.documents" not in decided:  # as advised: a file is more than one row
+        data = data.model_copy(update={"documents": "paragraph"})
+    looked = _look(data, log) if request.train is not None else None
     held_out = request.eval is not None or "data.eval" in decided
     facts, told = _facts(request, looked, recipe.model, decided, held_out, _documents(recipe.data))
     given = {"model.model_name_or_path": model.model_name_or_path, "data.train": values["data"]["train"]}
