@@ -1,6 +1,7 @@
 """What is advised trains without change: rows of every kind, and each real set as its user would give it."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from topwork.run.advise import Request, advise
 from topwork.run.train import train
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-COLUMNS = {"classified": "{prompt: text, completion: label}"}
 SHORT = ("training.max_steps=1", "data.max_rows=24", "training.tokens_per_pass=512", "evaluation.max_rows=2")
 
 REAL: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,7 +65,17 @@ SHIPPED: dict[str, list[dict[str, Any]]] = {
 """The task that rows look like -> rows."""
 
 
-def trains(request: Request, base: Path, folder: Path, overrides: Sequence[str] = ()) -> str:
+@pytest.fixture(scope="module")
+def base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that reads long rows."""
+    folder = tmp_path_factory.mktemp("long") / "tiny-llama"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}), "utf-8")
+    return folder
+
+
+def trains(request: Request, folder: Path, overrides: Sequence[str] = ()) -> str:
     """Writes the advised recipe and trains it for a step; the task."""
     found = advise(None, overrides, request)
     path = folder / "recipe.yaml"
@@ -76,29 +86,29 @@ def trains(request: Request, base: Path, folder: Path, overrides: Sequence[str] 
 
 
 @pytest.mark.parametrize("task", SHIPPED)
-def test_rows_of_every_kind_are_recognised_and_train(task: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_rows_of_every_kind_are_recognised_and_train(task: str, base: Path, tmp_path: Path) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", SHIPPED[task])
-    request = Request(model=str(tiny_llama), train=str(rows), memory="4GB")
-    assert trains(request, tiny_llama, tmp_path) == task
+    request = Request(model=str(base), train=str(rows), memory="4GB")
+    assert trains(request, tmp_path) == task
 
 
-def test_a_text_file_trains_by_its_paragraphs(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_text_file_trains_by_its_paragraphs(base: Path, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("\n\n".join(f"Chapter {n}. " + "The wind was fair. " * 9 for n in range(60)), "utf-8")
-    request = Request(model=str(tiny_llama), train=str(text), memory="4GB")
-    assert trains(request, tiny_llama, tmp_path) == "continued-pretraining"
+    request = Request(model=str(base), train=str(text), memory="4GB")
+    assert trains(request, tmp_path) == "continued-pretraining"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real sets do not stand beside the clone")
 @pytest.mark.parametrize("name", REAL)
-def test_what_is_advised_for_a_real_set_trains_without_change(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_is_advised_for_a_real_set_trains_without_change(name: str, base: Path, tmp_path: Path) -> None:
     task, said = REAL[name]
-    request = Request(task=task, model=str(tiny_llama), train=str(DATA / name), memory="4GB")
-    assert trains(request, tiny_llama, tmp_path, said) == task
+    request = Request(task=task, model=str(base), train=str(DATA / name), memory="4GB")
+    assert trains(request, tmp_path, said) == task
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real sets do not stand beside the clone")
 @pytest.mark.parametrize("name", NOT_TO_IMITATE)
-def test_sets_without_answers_to_imitate_are_refused(name: str, tiny_llama: Path) -> None:
+def test_sets_without_answers_to_imitate_are_refused(name: str, base: Path) -> None:
     with pytest.raises((DataError, ValueError), match=r"preference|answer|label|prompt"):
-        advise(None, (), Request(task="instruction", model=str(tiny_llama), train=str(DATA / name)))
+        advise(None, (), Request(task="instruction", model=str(base), train=str(DATA / name)))

@@ -40,8 +40,8 @@ ROWS: Table = (
     Rule(
         "template-for-calls", "data.chat_template", "tool calls, and the base's own template does not write them",
         lambda case: case.facts.task == "tool-calls" and case.facts.writes_calls is False, "chatml", given("chatml"),
-        "A template that leaves calls and tools out would teach empty answers, so such rows are refused; ours writes them. "
-        "Serve with the template that was learned.",
+        "A template that leaves calls and tools out would teach empty answers, so such rows are refused; ours writes "
+        "them. Serve with the template that was learned.",
         (TEMPLATES,),
     ),
     Rule(
@@ -117,8 +117,8 @@ ROWS: Table = (
     Rule(
         "answers-are-worked-out", "evaluation.max_new_tokens", "reasoning", lambda case: case.facts.task == "reasoning",
         "512", given(512),
-        "An answer that is cut before its end is counted wrong; PEFT's benchmark gives GSM8K 300 tokens, harder tasks need "
-        "more.",
+        "An answer that is cut before its end is counted wrong; PEFT's benchmark gives GSM8K 300 tokens, harder tasks "
+        "need more.",
         (PEFT_ANSWERS,),
     ),
 )  # fmt: skip

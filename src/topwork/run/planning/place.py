@@ -93,7 +93,9 @@ def gigabytes(size: int) -> str:
 def _so_much(size: int, wanted: str) -> Place:
     """A recipe that says cpu means the CPU's; else so much memory is a card's."""
     if wanted == "cpu":
-        return Place("a CPU", "cpu", size, f"{gigabytes(size)} of memory", assumed="a CPU's memory: model.device is cpu")
+        return Place(
+            "a CPU", "cpu", size, f"{gigabytes(size)} of memory", assumed="a CPU's memory: model.device is cpu"
+        )
     return Place("a card", "cuda", size, f"{gigabytes(size)} of a card's memory", assumed="a card's memory")
 
 
