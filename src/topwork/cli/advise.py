@@ -37,6 +37,7 @@ def advise(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="The base: an alias, folder, Hub id.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows, as a recipe's data.train.")] = None,
     held_out: Annotated[str | None, typer.Option("--eval", metavar="FILE", help="Rows that are held out.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="CARD", help='The card to train on: "RTX 4090".')] = None,
     memory: Annotated[str | None, typer.Option(metavar="24GB", help="Left out, what this machine has free.")] = None,
     goal: Annotated[
         list[str] | None,
@@ -62,7 +63,7 @@ def advise(
         return
     from topwork.run.advise import Request
 
-    request = Request(task, examples, tokens, longest, model, data, held_out, memory, tuple(goal or ()))
+    request = Request(task, examples, tokens, longest, model, data, held_out, device, memory, tuple(goal or ()))
     if recipe is None and request == Request() and not overrides:
         request = _asked()
     log = starting(to_errors=True)
@@ -116,7 +117,7 @@ def _asked() -> "Request":
     _listed("What matters", GOALS)
     goals = typer.prompt("Which of these, with commas (empty: none)", default="", show_default=False)
     named = tuple(goal.strip() for goal in goals.split(",") if goal.strip())
-    return Request(task or None, examples, None, None, model, data, None, memory, named)
+    return Request(task or None, examples, None, None, model, data, None, None, memory, named)
 
 
 def _listed(title: str, words: object) -> None:

@@ -7,47 +7,22 @@ from typing import Any
 
 from topwork.common.errors import RequestError
 from topwork.common.files import write_text
-from topwork.common.memory import free_host_memory
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
-from topwork.data.config import DataConfig, paths_of
-from topwork.data.parts import read_parts
 from topwork.models.config import ModelConfig
 from topwork.plan.advice.advise import DEFAULT_MODEL, Advice
 from topwork.plan.advice.advise import advise as advice_on
 from topwork.plan.advice.compare import Difference, compare, value_at
-from topwork.plan.advice.facts import Facts
-from topwork.plan.advice.looked import Looked, look
 from topwork.plan.advice.pages import skill_files
 from topwork.plan.advice.text import advice_text, differences_text, recipe_text
 from topwork.plan.base import structure_named
 from topwork.recipe.pasted import setting
 from topwork.recipe.recipe import Recipe, load_recipe, make_recipe, overridden
+from topwork.run.advising.facts import Request as Request
+from topwork.run.advising.facts import facts_of
+from topwork.run.advising.seen import are_documents, see
 
 Log = Callable[[str], None]
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked, beside a recipe. All of it may be left out but the task, where there are no rows to tell it.
-
-    examples  training rows, where there are no files of them
-    tokens    of a row on average; `longest` of the longest
-    train     a file of rows, which then tell the task, their number and their lengths; `eval` one of held-out rows
-    memory    24GB, 16GiB; left out, what this machine has free
-    goals     names of `plan.advice.facts.GOALS`
-    """
-
-    task: str | None = None
-    examples: int | None = None
-    tokens: float | None = None
-    longest: int | None = None
-    model: str | None = None
-    train: str | None = None
-    eval: str | None = None
-    memory: str | None = None
-    goals: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -114,13 +89,16 @@ def advise(
     request = request or Request()
     if recipe is None:
         return _for_request(request, overrides, log)
+    beside = [name for name in ("model", "train", "eval") if getattr(request, name) is not None]
+    if beside:
+        raise RequestError(f"{beside[0]}: the recipe names its own; change that with --set, or leave out the recipe")
     read = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     decided = {key: value_at(read, key) for key in map(_key, overrides)}
     if read.training.max_steps is not None:
         decided["training.max_steps"] = read.training.max_steps
-    looked = _look(read.data, log)
-    held_out = read.data.eval is not None
-    facts, told = _facts(request, looked, read.model, decided, held_out, _documents(read.data))
+    structure = structure_named(read.model)
+    more = {"decided": decided, "held_out": read.data.eval is not None, "documents": are_documents(read.data)}
+    facts, told = facts_of(request, see(read, request.task, structure, log), read.model, structure, more)
     found = advice_on(facts)
     given = {**_places(read), **decided}
     return Advised(found, told, given, compare(read, found))
@@ -137,19 +115,6 @@ def write_skill(folder: Path) -> list[Path]:
     return list(files)
 
 
-def memory_bytes(text: str) -> int:
-    """24GB, 16 GiB. Raises RequestError."""
-    number, unit = text.strip().rstrip("GgMmKkTtIiBb "), text.strip().upper()
-    unit = unit[len(number) :].strip()
-    try:
-        found = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        raise RequestError(f"memory {text!r}: expected a number with a unit, as 24GB or 16GiB") from None
-    if not 0 < found < float("inf"):
-        raise RequestError(f"memory {text!r}: expected more than nothing")
-    return round(found)
-
-
 def _for_request(request: Request, overrides: Sequence[str], log: Log) -> Advised:
     if request.task is None and request.train is None:
         raise RequestError("nothing to advise on: give a recipe, --task (and --examples), or --data with its rows")
@@ -160,64 +125,20 @@ def _for_request(request: Request, overrides: Sequence[str], log: Log) -> Advise
         values["data"]["eval"] = request.eval
     recipe = make_recipe(overridden(values, overrides), "what was given")
     decided = {key: value_at(recipe, key) for key in map(_key, overrides)}
-    looked = _look(recipe.data, log) if request.train is not None else None
-    held_out = request.eval is not None or "data.eval" in decided
-    facts, told = _facts(request, looked, recipe.model, decided, held_out, _documents(recipe.data))
+    documents = are_documents(recipe.data)
+    if documents and "data.documents" not in decided:  # as advised: a file is more than one row
+        data = recipe.data.model_copy(update={"documents": "paragraph"})
+        recipe = recipe.model_copy(update={"data": data})
+    structure = structure_named(recipe.model)
+    seen = see(recipe, request.task, structure, log) if request.train is not None else None
+    more = {"decided": decided, "held_out": recipe.data.eval is not None, "documents": documents}
+    facts, told = facts_of(request, seen, recipe.model, structure, more)
     given = {"model.model_name_or_path": model.model_name_or_path, "data.train": values["data"]["train"]}
     if request.eval is not None:
         given["data.eval"] = request.eval
     stem = Path(plain_path(request.train)).name.partition(".")[0] if request.train else "advised"
     given |= {**decided, "output_dir": decided.get("output_dir", f"runs/{stem}")}
     return Advised(advice_on(facts), told, given)
-
-
-def _look(data: DataConfig, log: Log) -> Looked:
-    """At the rows that can be read; `log` is told how many cannot."""
-    parts = read_parts(data, data.train, data.max_rows)
-    rows = [row for part in parts for row in part.conversations]
-    bad = [row for part in parts for row in part.bad]
-    if not rows:
-        first = f": {bad[0].source}: {bad[0].reason}" if bad else ""
-        raise RequestError(f"none of {len(bad):,} rows can be used{first}; topwork lint RECIPE shows why")
-    if bad:
-        log(f"warning: {len(bad):,} of {len(bad) + len(rows):,} rows cannot be used; topwork lint RECIPE shows why")
-    return look(rows)
-
-
-def _facts(
-    request: Request, looked: Looked | None, model: ModelConfig, decided: Mapping[str, Any], held_out: bool,
-    documents: bool,
-) -> tuple[Facts, tuple[str, ...]]:  # fmt: skip
-    """What advice is given on, and the lines that tell it. What a request says goes before what rows look like."""
-    structure = structure_named(model)
-    memory = memory_bytes(request.memory) if request.memory is not None else free_host_memory().bytes
-    task = request.task or (looked.task if looked else "")
-    rows = request.examples if request.examples is not None else looked.rows if looked else None
-    tokens = request.tokens if request.tokens is not None else looked.tokens_per_row if looked else None
-    longest = request.longest if request.longest is not None else looked.longest if looked else None
-    text = (looked.kind == "text") if looked else task == "continued-pretraining"
-    facts = Facts(
-        task, rows, tokens, looked.learned_share if looked else None, longest,
-        measured=request.longest is not None, kind="text" if text else "messages", documents=documents,
-        turns=looked.turns if looked else task == "chat-style", structure=structure, memory_bytes=memory,
-        goals=frozenset(request.goals), held_out=held_out, decided=decided,
-    )  # fmt: skip
-    told = [f"task: {task}{f' ({looked.why}; --task says otherwise)' if looked and not request.task else ''}"]
-    if rows is not None:
-        told.append(f"examples: {rows:,}")
-    if tokens is not None:
-        of = "" if request.tokens is not None else ", estimated from letters"
-        told.append(f"tokens of an example: {tokens:,.0f}{f', at most {longest:,}' if longest else ''}{of}")
-    name = model.model_name_or_path
-    told.append(f"base: {name}, {structure.parameters:,} parameters, width {structure.hidden:,}")
-    told.append(f"memory: {memory / 2**30:.1f} GiB{'' if request.memory else ' free on this machine'}")
-    told += [f"goal: {goal}" for goal in request.goals]
-    told += [f"decided: {key} = {value}" for key, value in decided.items()]
-    return facts, tuple(told)
-
-
-def _documents(data: DataConfig) -> bool:
-    return all(path.lower().partition(".txt")[1] == ".txt" for path in paths_of(data.train))
 
 
 def _places(recipe: Recipe) -> dict[str, Any]:

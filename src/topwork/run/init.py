@@ -17,7 +17,7 @@ from topwork.plan.advice.advise import advise as advice_on
 from topwork.plan.advice.compare import value_at
 from topwork.plan.advice.looked import look
 from topwork.recipe.pasted import setting
-from topwork.recipe.recipe import Recipe, make_recipe, parse_yaml, overridden
+from topwork.recipe.recipe import Recipe, make_recipe, overridden, parse_yaml
 from topwork.run.initial.base import NewBase, find_base
 from topwork.run.initial.chosen import lines_of, lines_of_memory
 from topwork.run.initial.known import Held, Known, refuse_short

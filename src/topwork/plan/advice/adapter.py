@@ -1,6 +1,6 @@
 """What is trained: method, quantization, rank, alpha, targets, dropout."""
 
-from topwork.plan.advice.room import full_bytes, needed_bytes
+from topwork.plan.advice.room import fits
 from topwork.plan.advice.rule import Case, Rule, Table, always, given
 from topwork.plan.advice.sources import (
     BANKING_METHODS,
@@ -38,10 +38,8 @@ def _needed_rank(case: Case) -> int | None:
 
 
 def _beyond_lora(case: Case) -> bool:
-    rank, memory, full = _needed_rank(case), case.facts.memory_bytes, full_bytes(case)
-    if rank is None or memory is None or full is None:
-        return False
-    return rank > LARGEST_RANK and full <= memory
+    rank = _needed_rank(case)
+    return rank is not None and rank > LARGEST_RANK and fits(case, full=True) is True
 
 
 def _large(case: Case) -> bool:
@@ -55,12 +53,11 @@ def _large_rank(case: Case) -> int:
 
 
 def _room_known(case: Case) -> bool:
-    return case.low_rank and case.facts.memory_bytes is not None and needed_bytes(case, False) is not None
+    return case.low_rank and fits(case) is not None
 
 
 def _needs_four_bits(case: Case) -> bool:
-    needed = needed_bytes(case, four_bit=False)
-    return _room_known(case) and needed is not None and needed > (case.facts.memory_bytes or 0)
+    return case.low_rank and fits(case) is False
 
 
 METHOD: Table = (

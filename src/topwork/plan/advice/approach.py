@@ -17,7 +17,8 @@ FEW = 50
 
 
 def _few(case: Case) -> bool:
-    return case.facts.rows is not None and case.facts.rows < FEW
+    text = case.facts.task == "continued-pretraining"  # a file of text may be one row
+    return case.facts.rows is not None and case.facts.rows < FEW and not text
 
 
 APPROACH: Table = (
@@ -42,7 +43,7 @@ APPROACH: Table = (
         (NEW_FACTS, RETRIEVAL),
     ),
     Rule(
-        "few-examples", ANSWER, f"fewer than {FEW} examples", _few, "prompt", given("prompt"),
+        "few-examples", ANSWER, f"fewer than {FEW} examples (not: documents)", _few, "prompt", given("prompt"),
         "So few fit into a prompt, where the next try costs a minute; improvements from fine-tuning begin at 50 to 100 "
         "good examples. Write them into the prompt, measure, and collect more.",
         (OPENAI_AMOUNT,),

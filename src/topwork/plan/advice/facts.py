@@ -42,6 +42,7 @@ class Facts:
     measured        whether tokens were counted, and not estimated from letters
     kind            conversations, or plain text
     documents       whether plain text stands in a .txt
+    writes_calls    whether the base's template writes tool calls; None where it was not looked at
     turns           whether conversations have more than one answer
     structure       the base; `parameters` where only its size is known
     memory_bytes    of the card, or what this machine has free
@@ -58,6 +59,7 @@ class Facts:
     measured: bool = False
     kind: Rows = "messages"
     documents: bool = False
+    writes_calls: bool | None = None
     turns: bool = False
     structure: Structure | None = None
     parameters: int | None = None

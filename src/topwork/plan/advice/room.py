@@ -1,49 +1,57 @@
-"""What a base and its adapter need of memory, to choose between 16 and 4 bits.
+"""Whether a base and its adapter fit into memory, to choose between 16 and 4 bits: by what training itself plans with
+(`training/memory.py`) where the base's structure is known; where its size alone is, by an estimate from sizes."""
 
-An estimate, from sizes alone, of the least that a run takes: every layer checkpointed, one row a pass. Where the base's
-structure is known `topwork plan` computes it part by part.
-"""
-
+from topwork.adapters.config import AdapterConfig, FullConfig, LoraConfig
 from topwork.plan.advice.rule import Case
+from topwork.quantization.config import QuantizationConfig
+from topwork.training.memory import Member, Setup, largest_pass
 
 GIB = 1 << 30
 NF4_BYTES = 4.127 / 8
 """A parameter in NF4 with double quantization."""
 LINEAR_SHARE = 0.85
-"""Of a base's parameters, those in linear layers, where only its size is known."""
-ADAPTER_BYTES = 16
-"""A trained parameter: itself, its gradient and two moments, in fp32."""
-PROCESS_BYTES = GIB
-"""Python, libraries, and what allocators hold."""
+"""Of a base's parameters, those in linear layers."""
+TRAINED_SHARE = 0.005
+"""Of a base's parameters, those that LoRA trains at the usual rank: 41.9 million of 8 billion."""
+ADAPTER_BYTES, FULL_BYTES = 16, 4 + 4 + 2.03
+"""A trained parameter of an adapter: itself, its gradient and two moments, in fp32. Of a base that is trained whole,
+beside its 16 bits: the same with moments in 8 bits."""
+PASS_BYTES = 2 * GIB
+"""A small pass, and the process."""
+LONGEST, LEARNED_SHARE = 1024, 0.5
+"""Where nobody said."""
 
 
-def needed_bytes(case: Case, four_bit: bool) -> int | None:
-    """The least that training an adapter takes; None where the base's size is not known."""
+def fits(case: Case, four_bit: bool = False, full: bool = False) -> bool | None:
+    """Whether a run fits, layers checkpointed as far as need be; None where the memory or the base is not known."""
     facts = case.facts
-    total = facts.structure.parameters if facts.structure is not None else facts.parameters
-    hidden = facts.hidden
-    if total is None or hidden is None:
+    if facts.memory_bytes is None or (facts.structure is None and facts.parameters is None):
         return None
-    linear = _linear(case, total)
-    weights = linear * (NF4_BYTES if four_bit else 2) + (total - linear) * 2
-    trained = (facts.trained_per_rank or total // 300) * case.value("adapter.r", 16)
-    tokens = facts.longest or 1024
-    layers = facts.structure.layers if facts.structure is not None else max(1, hidden // 128)
-    inner = facts.structure.inner if facts.structure is not None else 4 * hidden
-    kept = 2 * hidden * layers * tokens + 2 * (8 * hidden + 5 * inner) * tokens
-    return round(weights + ADAPTER_BYTES * trained + kept + PROCESS_BYTES)
+    if facts.structure is None:
+        return _estimated_bytes(facts.parameters or 0, four_bit, full) <= facts.memory_bytes
+    adapter: AdapterConfig = FullConfig() if full else LoraConfig(r=case.value("adapter.r", 16))
+    member = Member(adapter, "adamw_8bit" if full else "adamw", _trained(case, full))
+    dtype = str(case.value("model.dtype", "bfloat16"))
+    quantization = QuantizationConfig(load_in_4bit=four_bit)
+    setup = Setup(facts.structure, dtype, quantization, (member,), facts.device)
+    share = LEARNED_SHARE if facts.learned_share is None else facts.learned_share
+    longest = min(facts.longest or LONGEST, int(case.value("data.max_length", facts.longest or LONGEST)))
+    return largest_pass(setup, facts.memory_bytes, share, longest) is not None
 
 
-def full_bytes(case: Case) -> int | None:
-    """The least that full fine-tuning takes with 8-bit moments: weights, fp32 masters, gradients, moments."""
-    bare = needed_bytes(case, four_bit=False)
-    facts = case.facts
-    total = facts.structure.parameters if facts.structure is not None else facts.parameters
-    return None if bare is None or total is None else bare + round(total * (4 + 4 + 2.03))
-
-
-def _linear(case: Case, total: int) -> int:
+def _trained(case: Case, full: bool) -> dict[str, int]:
+    """Trained values by module."""
     structure = case.facts.structure
-    if structure is None:
-        return round(total * LINEAR_SHARE)
-    return sum(m.parameters for m in structure.modules if m.kind == "linear" and m.path != structure.head)
+    assert structure is not None
+    if full:
+        return {module.path: module.parameters for module in structure.modules if module.parameters}
+    rank = int(case.value("adapter.r", 16))
+    linear = [module for module in structure.modules if module.kind == "linear" and module.path != structure.head]
+    return {module.path: rank * (module.rows + module.columns) for module in linear}
+
+
+def _estimated_bytes(parameters: int, four_bit: bool, full: bool) -> float:
+    linear = parameters * LINEAR_SHARE
+    weights = linear * (NF4_BYTES if four_bit else 2) + (parameters - linear) * 2
+    trained = parameters * FULL_BYTES if full else parameters * TRAINED_SHARE * ADAPTER_BYTES
+    return weights + trained + PASS_BYTES

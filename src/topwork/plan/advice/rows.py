@@ -1,7 +1,7 @@
 """What becomes of the rows: how long they may be, what is held out, how answers are graded."""
 
 from topwork.plan.advice.rule import Case, Rule, Table, given
-from topwork.plan.advice.sources import ARITHMETIC, BANKING, FITTING, INTENTS, SUPPORT
+from topwork.plan.advice.sources import ARITHMETIC, BANKING, FITTING, INTENTS, PEFT_ANSWERS, SUPPORT, TEMPLATES
 
 STEP = 64
 """Limits of length are multiples of it."""
@@ -37,6 +37,13 @@ def _decides_answers(case: Case) -> bool:
 
 
 ROWS: Table = (
+    Rule(
+        "template-for-calls", "data.chat_template", "tool calls, and the base's own template does not write them",
+        lambda case: case.facts.task == "tool-calls" and case.facts.writes_calls is False, "chatml", given("chatml"),
+        "A template that leaves calls and tools out would teach empty answers, so such rows are refused; ours writes "
+        "them. Serve with the template that was learned.",
+        (TEMPLATES,),
+    ),
     Rule(
         "documents-are-paragraphs", "data.documents", "continued pretraining on a .txt",
         lambda case: _pieces(case) and case.facts.documents, "paragraph", given("paragraph"),
@@ -106,5 +113,12 @@ ROWS: Table = (
         "answers-are-short", "evaluation.max_new_tokens", "classification",
         lambda case: case.facts.task == "classification", "32", given(32),
         "Names of classes are a few tokens; an answer that goes on is wrong already.", (INTENTS,),
+    ),
+    Rule(
+        "answers-are-worked-out", "evaluation.max_new_tokens", "reasoning", lambda case: case.facts.task == "reasoning",
+        "512", given(512),
+        "An answer that is cut before its end is counted wrong; PEFT's benchmark gives GSM8K 300 tokens, harder tasks "
+        "need more.",
+        (PEFT_ANSWERS,),
     ),
 )  # fmt: skip

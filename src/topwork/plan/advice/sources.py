@@ -48,6 +48,7 @@ DROPOUT = _record("beside_lora", "2026-11-22")
 OPTIMIZERS = Source("docs/qlora.md, adamw_8bit", "measured here", "2026-11-22")
 KEPT_BEST = Source("docs/options.md, training.load_best_model_at_end", "read", "2026-11-29")
 FITTING = Source("docs/data.md, Lengths: what `too_long` does", "read", "2026-11-29")
+TEMPLATES = Source("docs/data.md, Templates", "read", "2026-11-29")
 ARITHMETIC = Source("the binomial's standard error, √(p (1 − p) / n)", "arithmetic", "2026-11-29")
 
 WITHOUT_REGRET = Source(
@@ -59,6 +60,7 @@ TINKER_RATE = Source(
     "width)^p, p = 0.781 for llamas, 0.0775 for Qwen", "read", "2026-11-29",
 )  # fmt: skip
 TINKER_RANK = Source("Tinker's documentation, LoRA Primer, the choice of a rank", "excerpts read", "2026-11-29")
+PEFT_ANSWERS = Source("peft, method_comparison/MetaMathQA, max_new_tokens 300", "read", "2026-08-21")
 RATE_MATTERS = Source('"Learning Rate Matters", arXiv:2602.04998v2', "excerpts read", "2026-11-29")
 OPENAI_AMOUNT = Source(
     "OpenAI's guide to supervised fine-tuning, \"Right number of examples\"", "read", "2026-11-29"
