@@ -1,6 +1,5 @@
 """The base that a new recipe names: that it is there, and its tokenizer, as far as that can be had without weights."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from topwork.common.errors import ModelError
 from topwork.common.hub import ask_hub, is_hub_id
 from topwork.common.paths import is_there, plain_path
 from topwork.models.config import ModelConfig
+from topwork.models.config_files import shape_names, shape_values
 from topwork.models.light_tokenizer import LightTokenizer, tokenizer_folder
 from topwork.models.source import ALIASES, embedded_file, find_source
 from topwork.models.structure import Structure
 from topwork.plan.base import structure_named
-from topwork.plan.count import shape_names
 
 CONVERTED_BYTES = 1 << 30
 """A .gguf file up to this size is converted at once, as training does, for its tokenizer; a larger one takes long."""
@@ -42,11 +41,10 @@ def find_base(model: str, log: Log) -> NewBase:
     Raises ModelError for what is none of these, with the nearest names.
     """
     given = plain_path(model)
-    named = (
-        _hub_id_of(given) if given in shape_names() and given not in ALIASES and not is_there(Path(given)) else given
-    )
+    is_shape = given in shape_names() and given not in ALIASES and not is_there(Path(given))
+    named = str(shape_values(given)["_name_or_path"]) if is_shape else given
     config = ModelConfig(model_name_or_path=named)
-    structure = structure_named(config)
+    structure = structure_named(config, log)
     _look(config, log)
     tokenizer = _opened(config)
     why = (
@@ -63,13 +61,6 @@ def find_base(model: str, log: Log) -> NewBase:
 def millions(count: int) -> str:
     """135 M, 8.0 B."""
     return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _hub_id_of(shape: str) -> str:
-    from importlib.resources import files
-
-    file = files("topwork.models") / "shapes" / f"{shape}.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["_name_or_path"])
 
 
 def _look(config: ModelConfig, log: Log) -> None:
@@ -96,9 +87,12 @@ def _fetch(hub_id: str, log: Log) -> None:
 
         snapshot_download(hub_id, allow_patterns=list(_TOKENIZER_FILES))
     except ModelError as error:
-        log(f"the tokenizer of {hub_id} could not be fetched: {error}")
+        why = str(error).partition("tried as a Hub id: ")[2] or str(error)
+        log(f"the tokenizer of {hub_id} could not be fetched, so lengths are estimated: {why}")
     except Exception as error:  # the client raises whatever its network and cache do
-        log(f"the tokenizer of {hub_id} could not be fetched: {type(error).__name__}: {error}")
+        log(
+            f"the tokenizer of {hub_id} could not be fetched, so lengths are estimated: {type(error).__name__}: {error}"
+        )
 
 
 def _opened(config: ModelConfig) -> LightTokenizer | None:
