@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from reference.families import OWN, SIZES
 from topwork.models.config_files import shape_names, shape_values
-from topwork.models.probe import PROVEN
+from topwork.models.proven import PROVEN
 from topwork.models.skeleton import skeleton
 from topwork.models.structure import Structure
 from topwork.models.structure_of import structure_of

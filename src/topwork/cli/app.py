@@ -29,6 +29,8 @@ from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
+from topwork.cli.models import EPILOG as MODELS_EPILOG
+from topwork.cli.models import models
 from topwork.cli.plan import EPILOG as PLAN_EPILOG
 from topwork.cli.plan import plan
 from topwork.cli.push import EPILOG as PUSH_EPILOG
@@ -113,6 +115,8 @@ app.callback()(version)
 app.command(epilog=INIT_EPILOG)(init)
 
 app.command(epilog=RECIPES_EPILOG)(recipes)
+
+app.command(epilog=MODELS_EPILOG)(models)
 
 app.command(epilog=TRAIN_EPILOG)(train)
 
