@@ -45,6 +45,9 @@ GENERAL = "smollm2-135m"
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 WARM_UP = 1
 
+ENDLESS: dict[str, Any] = {"max_steps": 1 << 20, "warmup_steps": 0, "report_to": []}
+"""Of the recipe's training, for steps that nobody counts."""
+
 Lengths = Sequence[tuple[int, int]]
 """Rows as (tokens, learned tokens)."""
 
@@ -154,7 +157,7 @@ class _Model:
             self.adapters.add(name, _plain(recipe.adapter), seed=number)
             self.adapters.train(name)
             metrics = stack.enter_context(MetricsLog(folder))
-            training = recipe.training.model_copy(update={"max_steps": 1 << 20, "report_to": []})
+            training = recipe.training.model_copy(update=ENDLESS)
             where = Place(self.adapters, name, BaseId(None), folder)
             source = FixedRows(rows, question.batch_size, number)
             self.trials.append(Trial(where, objective_of(training.objective), training, source, [], metrics, Silent()))
