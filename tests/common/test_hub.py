@@ -14,7 +14,7 @@ from topwork.common.hub import ask_hub, is_hub_id
 from topwork.data.files.places import find_place
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 
 COMMIT = "a" * 40
 

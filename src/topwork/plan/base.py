@@ -20,6 +20,6 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
         f"{values.get('model_type', found.name)}: a config alone does not tell its modules, so transformers builds them"
     )
     from topwork.models.structure_of import structure_of
-    from topwork.plan.count import base_skeleton
+    from topwork.plan.built import base_skeleton
 
     return structure_of(base_skeleton(model), fast=False)
