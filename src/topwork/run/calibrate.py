@@ -25,9 +25,9 @@ from topwork.models.load import DTYPES, pick_device
 from topwork.models.shaped import shaped_base
 from topwork.objectives.table import objective_of
 from topwork.plan.base import structure_named
+from topwork.plan.built import config_of
 from topwork.plan.calibration import Arm, Measured, Question, fewer_layers, measured, planned_arms, rows_of
 from topwork.plan.calibrations import Found, keep, kept, seconds_here
-from topwork.plan.count import config_of
 from topwork.plan.setup import setup_of
 from topwork.plan.speeds import here
 from topwork.recipe.recipe import Recipe, make_recipe
