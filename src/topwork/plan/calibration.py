@@ -176,7 +176,7 @@ def fewer_layers(setup: Setup, layers: int) -> Setup:
     kept = tuple(module for module in base.modules if _number(module.path) < layers)
     paths = {module.path for module in kept}
     members = tuple(
-        replace(member, trained={path: count for path, count in member.trained.items() if path in paths})
+        replace(member, sizes={path: sizes for path, sizes in member.sizes.items() if path in paths})
         for member in setup.members
     )
     cut = replace(base, modules=kept, layers=layers, checkpointable=min(layers, base.checkpointable))
@@ -203,20 +203,20 @@ def rows_of(lengths: Sequence[tuple[int, int]]) -> Rows:
 def spread_rows(
     mean: float, learned_share: float, longest: int, percentiles: Mapping[int, int], count: int = 64
 ) -> list[tuple[int, int]]:
-    """Rows of (tokens, learned tokens) that have this mean, longest row and these percentiles, about."""
-    knots = [
-        (0.0, 1.0),
-        *((share / 100, float(length)) for share, length in sorted(percentiles.items())),
-        (1.0, float(longest)),
-    ]
+    """Rows of (tokens, learned tokens) that have this mean, longest row and these percentiles, about: lengths rise in
+    straight lines from one to the next, from whatever the shortest must be for the mean."""
+    knots = [(share / 100, float(length)) for share, length in sorted(percentiles.items())] + [(1.0, float(longest))]
+    above = sum((right - left) * (low + high) / 2 for (left, low), (right, high) in zip(knots, knots[1:]))
+    share, first = knots[0]
+    shortest = min(first, max(1.0, 2 * (mean - above) / share - first))
+    knots = [(0.0, shortest), *knots]
 
     def length_at(share: float) -> float:
-        right = next(at for at in range(1, len(knots)) if share <= knots[at][0])
-        (x0, y0), (x1, y1) = knots[right - 1], knots[right]
-        return y0 + (y1 - y0) * (share - x0) / (x1 - x0) if x1 > x0 else y1
+        (left, low), (right, high) = next(pair for pair in zip(knots, knots[1:]) if share <= pair[1][0])
+        return low + (high - low) * (share - left) / (right - left) if right > left else high
 
     drawn = [length_at((number + 0.5) / count) for number in range(count)]
-    factor = mean * count / sum(drawn)
+    factor = min(1.0, mean * count / sum(drawn))  # lengths that crowd below the first percentile
     lengths = [min(longest, max(2, round(length * factor))) for length in drawn]
     return [(length, min(length - 1, max(1, round(length * learned_share)))) for length in lengths]
 

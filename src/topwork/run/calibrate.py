@@ -25,9 +25,9 @@ from topwork.models.load import DTYPES, pick_device
 from topwork.models.shaped import shaped_base
 from topwork.objectives.table import objective_of
 from topwork.plan.base import structure_named
+from topwork.plan.built import config_of
 from topwork.plan.calibration import Arm, Measured, Question, fewer_layers, measured, planned_arms, rows_of
 from topwork.plan.calibrations import Found, keep, kept, seconds_here
-from topwork.plan.count import config_of
 from topwork.plan.setup import setup_of
 from topwork.plan.speeds import here
 from topwork.recipe.recipe import Recipe, make_recipe
@@ -44,6 +44,9 @@ GENERAL = "smollm2-135m"
 """The shape of the general rates; it is shipped, so that no file is needed."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 WARM_UP = 1
+
+ENDLESS: dict[str, Any] = {"max_steps": 1 << 20, "warmup_steps": 0, "report_to": []}
+"""Of the recipe's training, for steps that nobody counts."""
 
 Lengths = Sequence[tuple[int, int]]
 """Rows as (tokens, learned tokens)."""
@@ -154,7 +157,7 @@ class _Model:
             self.adapters.add(name, _plain(recipe.adapter), seed=number)
             self.adapters.train(name)
             metrics = stack.enter_context(MetricsLog(folder))
-            training = recipe.training.model_copy(update={"max_steps": 1 << 20, "report_to": []})
+            training = recipe.training.model_copy(update=ENDLESS)
             where = Place(self.adapters, name, BaseId(None), folder)
             source = FixedRows(rows, question.batch_size, number)
             self.trials.append(Trial(where, objective_of(training.objective), training, source, [], metrics, Silent()))
