@@ -14,7 +14,6 @@ from run.fixtures import Said
 from topwork.plan.advice.pages import prompt
 from topwork.recipe.recipe import load_recipe
 from topwork.run.advise import Request, advise
-from topwork.run.advising.facts import memory_bytes
 
 Command = Callable[..., Said]
 ASKED = ("--task", "classification", "--examples", 5000, "--model", "llama-3.2-1b", "--memory", "24GB")
@@ -133,9 +132,10 @@ def test_a_prompt_and_a_skill(topwork: Command, tmp_path: Path) -> None:
         (("--task", "classification", "--examples", "-5"), "examples: -5 cannot be; expected at least 0"),
         (("--task", "classification", "--goal", "citation"), "did you mean 'citations'"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
-        (("--task", "reasoning", "--memory", "lots"), "memory 'lots': expected a number with a unit"),
-        (("--task", "reasoning", "--memory", "-1GB"), "memory '-1GB': expected more than nothing"),
+        (("--task", "reasoning", "--memory", "lots"), "--memory is 'lots'; expected a size"),
+        (("--task", "reasoning", "--memory", "-1GB"), "--memory is '-1GB'; expected a size"),
         (("--task", "reasoning", "--device", "RTX 4O90"), "there is no device 'RTX 4O90'"),
+        (("--task", "reasoning", "--device", "T4", "--memory", "9GB"), "give one of them"),
         (("--task", "reasoning", "--model", "lama-3-8b"), "there is no model 'lama-3-8b'"),
         (("--task", "reasoning", "--set", "adapter.rank=3"), "adapter.r"),
         (("--examples", "5"), "nothing to advise on"),
@@ -167,13 +167,6 @@ def test_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = command._asked()
     assert (asked.task, asked.examples, asked.model, asked.memory) == ("classification", 700, "llama-3.2-1b", None)
     assert asked.goals == ("latency", "cost")
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("24GB", 24 * 10**9), (" 16 GiB ", 16 << 30), ("1.5tb", 15 * 10**11), ("900mb", 9 * 10**8)]
-)
-def test_memory_is_read_with_its_unit(text: str, count: int) -> None:
-    assert memory_bytes(text) == count
 
 
 def test_the_table_needs_no_torch() -> None:

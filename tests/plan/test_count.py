@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import AdapterError, ModelError
+from topwork.models.config_files import shape_names
 from topwork.models.skeleton import skeleton
 from topwork.plan import count as count_part
-from topwork.plan.count import config_of, count_adapter, count_table, shape_names
+from topwork.plan.count import config_of, count_adapter, count_table
 
 PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,

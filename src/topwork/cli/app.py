@@ -27,6 +27,8 @@ from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
+from topwork.cli.plan import EPILOG as PLAN_EPILOG
+from topwork.cli.plan import plan
 from topwork.cli.push import EPILOG as PUSH_EPILOG
 from topwork.cli.push import push
 from topwork.cli.quantize import EPILOG as QUANTIZE_EPILOG
@@ -59,7 +61,7 @@ app = typer.Typer(
 )
 
 
-ONLY_PRINT = ("lint", "chat", "count", "compare")
+ONLY_PRINT = ("lint", "chat", "count", "compare", "plan")
 """Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
 
 
@@ -131,6 +133,8 @@ app.command(epilog=PUSH_EPILOG)(push)
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
 
 app.command(epilog=COUNT_EPILOG)(count)
+
+app.command(epilog=PLAN_EPILOG)(plan)
 
 app.command(epilog=ADVISE_EPILOG)(advise)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-Kind = Literal["linear", "embedding", "other"]
-"""`other` is whatever is neither: norms, attention blocks, lists of layers, experts held in one tensor."""
+Kind = Literal["linear", "embedding", "norm", "other"]
+"""`other` is whatever is none of these: attention blocks, lists of layers, experts held in one tensor, activations."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,10 @@ class Module:
 
     rows, columns   a linear layer's outputs and inputs, an embedding's entries and width; 0 of others
     parameters      of its own and not of modules inside it; of tied ones, 0 where they do not stand first
-    bias            whether a linear layer has one
+    bias            whether a linear layer or a norm has one
+    tensors         how many values each of its own parameters has, tied ones too; a bias stands last
+    attends         whether it is an attention, or holds one: it mixes tokens of a sequence
+    by_row          whether it has parameters, no modules inside, and takes every token's row by itself
     """
 
     path: str
@@ -28,6 +31,9 @@ class Module:
     columns: int = 0
     parameters: int = 0
     bias: bool = False
+    tensors: tuple[int, ...] = ()
+    attends: bool = False
+    by_row: bool = False
 
     @property
     def weights(self) -> int:
@@ -74,5 +80,6 @@ class Structure:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the head is the embedding's weight."""
-        return self.head is not None and self.by_path[self.head].parameters == 0
+        """Whether the head's weight is the embedding's."""
+        head = None if self.head is None else self.by_path[self.head]
+        return head is not None and head.parameters < head.weights

@@ -1,11 +1,14 @@
 """A base's structure from its modules: for every model that transformers can build, at the price of importing it."""
 
+import inspect
+
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from topwork.models.structure import Module, Structure
+from topwork.models.structure import Kind, Module, Structure
+from topwork.models.structures.values import Values, widths
 from topwork.models.weights import weight_shape
 
 
@@ -13,50 +16,60 @@ def structure_of(model: PreTrainedModel, fast: bool) -> Structure:
     """Of a model or its skeleton (`models/skeleton.py`), bare and unquantized. Whether its layers are made fast is not
     seen in a skeleton, so it is told."""
     text = model.config.get_text_config()
-    seen: set[int] = set()
-    modules = tuple(_module(path, module, seen) for path, module in model.named_modules() if path)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    values = {**text.to_dict(), "dtype": text.dtype}
     paths = {id(module): path for path, module in model.named_modules()}
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    head = model.get_output_embeddings()
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     return Structure(
-        family=str(text.model_type),
-        modules=modules,
-        embedding=paths.get(id(embedding)),
+        **widths(Values(str(text.model_type), values, {})),
+        modules=_modules(model),
+        embedding=paths.get(id(model.get_input_embeddings())),
         head=paths.get(id(head)) if head is not None else None,
-        layers=int(text.num_hidden_layers),
-        hidden=hidden,
-        heads=heads,
-        key_value_heads=_value(text, heads, "num_key_value_heads"),
-        head_dim=_value(text, hidden // heads, "head_dim"),
-        inner=_inner(text, hidden),
-        vocabulary=int(text.vocab_size),
-        context_length=_value(text, 1 << 30, "max_position_embeddings", "n_positions", "max_sequence_length"),
-        dtype=str(getattr(text, "dtype", None) or "float32").removeprefix("torch."),
         fast=fast,
         checkpointable=layers,
-        config=text.to_dict(),
+        config=values,
     )
 
 
-def _module(path: str, module: nn.Module, seen: set[int]) -> Module:
-    own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
+def _modules(model: PreTrainedModel) -> tuple[Module, ...]:
+    seen: set[int] = set()
+    named = [(path, module) for path, module in model.named_modules() if path]
+    attentions = [path for path, module in named if hasattr(module, "layer_idx")]
+    found = []
+    for path, module in named:
+        attends = any(other == path or other.startswith(path + ".") for other in attentions)
+        found.append(_module(path, module, attends, seen))
+    return tuple(found)
+
+
+def _module(path: str, module: nn.Module, attends: bool, seen: set[int]) -> Module:
+    held = list(module.parameters(recurse=False))
+    own = [parameter for parameter in held if id(parameter) not in seen]
     seen.update(map(id, own))
-    parameters = sum(parameter.numel() for parameter in own)
-    if isinstance(module, nn.Linear | Conv1D):
+    kind = kind_of(module)
+    rows, columns = 0, 0
+    if kind == "linear":
         rows, columns = weight_shape(module)
-        return Module(path, "linear", rows, columns, parameters, module.bias is not None)
+    elif isinstance(module, nn.Embedding):
+        rows, columns = module.num_embeddings, module.embedding_dim
+    return Module(
+        path, kind, rows, columns, sum(parameter.numel() for parameter in own),
+        kind in ("linear", "norm") and isinstance(getattr(module, "bias", None), nn.Parameter),
+        tuple(parameter.numel() for parameter in held), attends, bool(held) and is_by_row(module),
+    )  # fmt: skip
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """What kind of module it is."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear"
     if isinstance(module, nn.Embedding):
-        return Module(path, "embedding", module.num_embeddings, module.embedding_dim, parameters)
-    return Module(path, "other", parameters=parameters)
+        return "embedding"
+    return "norm" if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm") else "other"
 
 
-def _inner(text: PreTrainedConfig, hidden: int) -> int:
-    width = _value(text, 4 * hidden, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
-    return width * _value(text, 1, "num_experts_per_tok")
-
-
-def _value(text: PreTrainedConfig, default: int, *names: str) -> int:
-    """The first of these that the config has."""
-    found = next((value for name in names if (value := getattr(text, name, None)) is not None), default)
-    return int(found)
+def is_by_row(module: nn.Module) -> bool:
+    """A leaf that is called with rows and nothing else, and does not mix them."""
+    arguments = list(inspect.signature(module.forward).parameters.values())
+    mixes = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not mixes and not list(module.children()) and len(arguments) == 1

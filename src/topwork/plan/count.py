@@ -6,11 +6,8 @@ A module of `modules_to_save` counts whole, because it is copied whole. Tied wei
 is `frozen`: its own parameters, which an adapter leaves as they are.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -19,13 +16,11 @@ from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
 from topwork.adapters.module_copy import parameters_of
 from topwork.adapters.targets import LINEAR
-from topwork.common.errors import ModelError, did_you_mean
-from topwork.common.hub import ask_hub, is_hub_id
-from topwork.common.os_errors import check_link, why
-from topwork.common.paths import is_path, is_there, missed, plain_path
+from topwork.common.errors import ModelError
+from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
+from topwork.models.config_files import find_config
 from topwork.models.skeleton import skeleton
-from topwork.models.source import ALIASES
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
@@ -104,29 +99,20 @@ def base_skeleton(model: ModelConfig) -> PreTrainedModel:
 
 
 def config_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of an alias, a folder, a config.json, a `.gguf` file, a shipped shape (`shape_names`) or a Hub id.
-
-    The Hub is asked last: for an id that is neither cached nor a shipped shape's. Raises ModelError.
-    """
-    path = Path(plain_path(name))
-    check_link(path)
-    if name and name not in ALIASES and is_there(path):
-        return _local_config(path, trust_remote_code)
-    if name in shape_names():
-        return _shape(_shapes()[name])
-    hub_id = ALIASES.get(name, name)
-    if is_hub_id(hub_id) and not is_path(name):
-        return _hub_config(hub_id, revision, trust_remote_code)
-    known = [*shape_names(), *ALIASES]
-    raise ModelError(
-        f"there is no model {name!r} to count: expected a folder, a config.json, a .gguf file, a Hub id (owner/name) "
-        f"or one of {', '.join(sorted(set(known)))}{did_you_mean(name, known) or missed(name)}"
-    )
-
-
-def shape_names() -> list[str]:
-    """Well-known models whose configs are shipped, so that they are counted without a network."""
-    return sorted(_shapes())
+    """transformers' config of a model by any of its names (`models/config_files.py`). Raises ModelError."""
+    found = find_config(name, revision)
+    if found.shipped:
+        given = found.values()
+        return AutoConfig.for_model(given.pop("model_type"), **given)
+    try:
+        if found.hub_id is not None:  # by its name, under which the code lies that it may come with
+            return AutoConfig.from_pretrained(found.hub_id, revision=revision, trust_remote_code=trust_remote_code)
+        path = Path(str(found.file))
+        if found.is_gguf:
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{found.name} does not hold a model config that transformers knows: {why(error)}") from error
 
 
 def _own_parameters(model: PreTrainedModel) -> int:
@@ -166,44 +152,3 @@ def _role(parts: list[str]) -> str | None:
     if inside:
         return "attention" if parts[-1] in ATTENTION else None
     return "mlp" if parts[-1] in MLP else None
-
-
-def _shapes() -> dict[str, Traversable]:
-    folder = files("topwork.models") / "shapes"
-    return {file.name.removesuffix(".json"): file for file in folder.iterdir() if file.name.endswith(".json")}
-
-
-def _shape(file: Traversable) -> PretrainedConfig:
-    given = json.loads(file.read_text(encoding="utf-8"))
-    return AutoConfig.for_model(given.pop("model_type"), **given)
-
-
-def _local_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json, expected a Hugging Face model folder (weights are not needed)")
-    try:
-        if path.suffix.lower() == ".gguf":
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path} does not hold a model config that transformers knows: {why(error)}") from error
-
-
-def _hub_config(hub_id: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    shipped = {json.loads(file.read_text(encoding="utf-8"))["_name_or_path"]: file for file in _shapes().values()}
-    try:
-        return AutoConfig.from_pretrained(
-            hub_id, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        if hub_id in shipped and revision is None:
-            return _shape(shipped[hub_id])
-        cached = error
-    ask_hub(hub_id, revision, "model", did_you_mean(hub_id, shipped) or missed(hub_id))
-    try:
-        return AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the config of {hub_id!r} is neither cached nor to be had from the Hub ({error or cached}); check the "
-            f"name and the network, or give its config.json{did_you_mean(hub_id, shipped)}"
-        ) from error

@@ -39,6 +39,7 @@ class Tokens:
     sequences       that become of them
     longest         tokens of the longest sequence that was seen, validation's among them, without virtual tokens
     percentiles     how long sequences are: of 50, 90 and 99 per cent of them none is longer
+    attended        sum l^2 / sum l of their lengths: how long a sequence is that a token stands in
     held_out_rows   that are validated on, and their tokens
     counted         `all`: exactly; `sample`: told from `looked_at` rows; `estimated`: from their letters
     """
@@ -49,6 +50,7 @@ class Tokens:
     learned_tokens: int
     longest: int
     percentiles: Mapping[int, int]
+    attended: float
     held_out_rows: int
     held_out_tokens: int
     counted: Counted
@@ -108,13 +110,15 @@ def _tokenizer(recipe: Recipe) -> LightTokenizer | None:
 def _all(data: Data) -> Tokens:
     """What training itself would read."""
     counts, held = data.summary.train, data.summary.eval
+    lengths = [len(example.tokens) for example in data.train]
     return Tokens(
         rows=counts.rows,
         sequences=counts.sequences,
         tokens=counts.tokens,
         learned_tokens=counts.learned_tokens,
         longest=data.longest(),
-        percentiles=_percentiles([len(example.tokens) for example in data.train]),
+        percentiles=_percentiles(lengths),
+        attended=_attended(lengths),
         held_out_rows=held.rows,
         held_out_tokens=held.tokens,
         counted="all",
@@ -126,6 +130,11 @@ def _percentiles(lengths: Sequence[int], often: Sequence[float] | None = None) -
     weights = None if often is None else np.asarray(often)
     found = np.percentile(np.asarray(lengths), PERCENTILES, method="inverted_cdf", weights=weights)
     return {percent: int(value) for percent, value in zip(PERCENTILES, found)}
+
+
+def _attended(lengths: Sequence[int], often: Sequence[float] | None = None) -> float:
+    found, weights = np.asarray(lengths, np.float64), np.ones(len(lengths)) if often is None else np.asarray(often)
+    return float((weights * found**2).sum() / (weights * found).sum())
 
 
 # From some of the rows
@@ -257,6 +266,7 @@ def _told_from(config: DataConfig, train: _Side, held: _Side, how: Counted) -> T
         learned_tokens=round(train.total(train.learned) * kept),
         longest=max(train.longest, held.longest),
         percentiles=_percentiles(train.lengths, train.often),
+        attended=_attended(train.lengths, train.often),
         held_out_rows=round(held_rows),
         held_out_tokens=held_tokens,
         counted=how,

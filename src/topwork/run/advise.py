@@ -17,7 +17,7 @@ from topwork.plan.advice.pages import skill_files
 from topwork.plan.advice.text import advice_text, differences_text, recipe_text
 from topwork.plan.base import structure_named
 from topwork.recipe.pasted import setting
-from topwork.recipe.recipe import Recipe, load_recipe, make_recipe, with_overrides
+from topwork.recipe.recipe import Recipe, load_recipe, make_recipe, overridden
 from topwork.run.advising.facts import Request as Request
 from topwork.run.advising.facts import facts_of
 from topwork.run.advising.seen import are_documents, see
@@ -123,7 +123,7 @@ def _for_request(request: Request, overrides: Sequence[str], log: Log) -> Advise
     values["data"]["train"] = request.train or "train.jsonl"
     if request.eval is not None:
         values["data"]["eval"] = request.eval
-    recipe = make_recipe(with_overrides(values, overrides), "what was given")
+    recipe = make_recipe(overridden(values, overrides), "what was given")
     decided = {key: value_at(recipe, key) for key in map(_key, overrides)}
     documents = are_documents(recipe.data)
     if documents and "data.documents" not in decided:  # as advised: a file is more than one row

@@ -1,0 +1,126 @@
+"""What a config.json says, with what its family's class says where it is silent. Free of torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from topwork.common.errors import ModelError, quoted
+
+HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+HEAD_DIM = ("qk_rope_head_dim", "head_dim")
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+"""What families call their sizes."""
+UNBOUNDED = 1 << 30
+"""The context of a model whose config states none: ALiBi's."""
+
+
+class Values:
+    """A config's values under any of their names; `defaults` are the family's. Sizes are positive whole numbers."""
+
+    def __init__(self, family: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.family = family
+        self.given = given
+        self.defaults = defaults
+
+    def get(self, *names: str) -> Any:
+        """What is given under one of the names, else the family's; None where neither says anything."""
+        for values in (self.given, self.defaults):
+            for name in names:
+                if name in values:
+                    return values[name]
+        return None
+
+    def flag(self, *names: str) -> bool:
+        """As `get`, for what is on or off."""
+        return bool(self.get(*names))
+
+    def size(self, *names: str, default: int | None = None) -> int:
+        """As `get`. Raises ModelError for what is no positive whole number, and where nothing is known."""
+        value = self.get(*names)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise ModelError(
+                f"the config of this {self.family!r} model says nothing of {names[0]}, and its size cannot be told "
+                "without; was the whole config.json copied?"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            name = next(name for name in names if name in {**self.defaults, **self.given})
+            raise ModelError(
+                f"the config of this {self.family!r} model has {name}: {quoted(value)}, expected a positive whole "
+                "number; correct its config.json"
+            )
+        return value
+
+    @property
+    def hidden(self) -> int:
+        """The width of the residual stream."""
+        return self.size(*HIDDEN)
+
+    @property
+    def heads(self) -> int:
+        """Heads of queries."""
+        return self.size(*HEADS)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.size(*KEY_VALUE_HEADS, default=self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        if self.get(*HEAD_DIM) is None and self.hidden % self.heads:
+            raise ModelError(
+                f"the config of this {self.family!r} model has hidden_size {self.hidden}, which is no multiple of its "
+                f"{self.heads} attention heads, and states no head_dim; correct its config.json"
+            )
+        return self.size(*HEAD_DIM, default=self.hidden // self.heads)
+
+    @property
+    def inner(self) -> int:
+        """The width of an MLP."""
+        return self.size(*INNER)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the embedding."""
+        return self.size("vocab_size")
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.size(*LAYERS)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return self.flag("tie_word_embeddings")
+
+
+def widths(values: Values) -> dict[str, Any]:
+    """The fields of a `Structure` that a config alone tells."""
+    dtype = values.get("dtype", "torch_dtype") or "float32"
+    return {
+        "family": values.family,
+        "layers": values.layers,
+        "hidden": values.hidden,
+        "heads": values.heads,
+        "key_value_heads": values.key_value_heads,
+        "head_dim": values.head_dim,
+        "inner": _visited(values),
+        "vocabulary": values.vocabulary,
+        "context_length": values.size(*CONTEXT, default=UNBOUNDED),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _visited(values: Values) -> int:
+    """The width of all MLPs that a token goes through in a layer; four times the model's where a family states none."""
+    inner = values.size(*INNER, default=4 * values.hidden)
+    expert = values.size("moe_intermediate_size", default=inner)
+    shared = values.get("shared_expert_intermediate_size") or expert * (values.get("n_shared_experts") or 0)
+    return values.size("num_experts_per_tok", default=1) * expert + int(shared)
