@@ -38,7 +38,9 @@ def advise(
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows, as a recipe's data.train.")] = None,
     held_out: Annotated[str | None, typer.Option("--eval", metavar="FILE", help="Rows that are held out.")] = None,
     device: Annotated[str | None, typer.Option(metavar="CARD", help='The card to train on: "RTX 4090".')] = None,
-    memory: Annotated[str | None, typer.Option(metavar="24GB", help="Left out, what this machine has free.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="24GB", help="In the place of a device; without both, this machine.")
+    ] = None,
     goal: Annotated[
         list[str] | None,
         typer.Option(

@@ -146,9 +146,9 @@ app.command(epilog=QUANTIZE_EPILOG)(quantize)
 
 app.command(epilog=COUNT_EPILOG)(count)
 
-app.command(epilog=ADVISE_EPILOG)(advise)
-
 app.command(epilog=PLAN_EPILOG)(plan)
+
+app.command(epilog=ADVISE_EPILOG)(advise)
 
 app.command(epilog=SERVE_EPILOG)(serve)
 

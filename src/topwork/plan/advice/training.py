@@ -36,7 +36,6 @@ BATCHES = ((100, 4), (1_000, 8), (20_000, 16))
 LARGEST_BATCH = 32
 """Rows a step, by the number of rows below which they are meant."""
 WANTED_STEPS, MOST_EPOCHS, MOST_OF_TEXT = 300, 5, 4
-ENOUGH_ROWS = 10_000
 
 
 def _batch(case: Case) -> int:
@@ -74,18 +73,11 @@ TRAINING: Table = (
         (BANKING_BATCH, WITHOUT_REGRET),
     ),
     Rule(
-        "rows-enough-once", "training.num_train_epochs", f"{ENOUGH_ROWS:,} rows or more",
-        lambda case: (case.facts.rows or 0) >= ENOUGH_ROWS and "training.max_steps" not in case.chosen, "1", given(1),
-        "Rows that are new teach more than rows that come again; so many make steps enough in one epoch (banking77: "
-        "313 to 85.7 %).",
-        (BANKING, REPEATS),
-    ),
-    Rule(
-        "steps-enough", "training.num_train_epochs", "fewer rows",
+        "steps-enough", "training.num_train_epochs", "the rows are counted, and no number of steps is given",
         lambda case: bool(case.facts.rows) and "training.max_steps" not in case.chosen,
         f"as many as make {WANTED_STEPS} steps, 1 to {MOST_EPOCHS} (of plain text {MOST_OF_TEXT})", _epochs,
-        "Sixty and a hundred steps left banking77 at 0.7 of loss and more, 313 brought it to 0.12. Rows that come more "
-        "than a few times are learned by heart; the validation loss tells when.",
+        "Sixty and a hundred steps left banking77 at 0.7 of loss and more, 313 brought it to 0.12. New rows "
+        "teach more than rows that come again, and those that come more than a few times are learned by heart.",
         (BANKING_RATES, BANKING_RANKS, BANKING, REPEATS),
     ),
     Rule(
