@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.errors import ModelError, did_you_mean, quoted
 from topwork.common.hub import ask_hub, is_hub_id
 from topwork.common.os_errors import check_link, why
 from topwork.common.paths import is_path, is_there, missed, plain_path
@@ -42,6 +42,10 @@ class ConfigFile:
             raise ModelError(f"{self.file} cannot be read as a config.json: {why(error)}") from error
         if not isinstance(given, dict):
             raise ModelError(f"{self.file} holds no config, expected a JSON object with the model's sizes")
+        if not isinstance(given.get("model_type", ""), str):
+            raise ModelError(
+                f"{self.file} has model_type: {quoted(given['model_type'])}, expected a name such as llama"
+            )
         return given
 
 

@@ -19,6 +19,7 @@ def structure_from(config: Mapping[str, Any]) -> Structure | None:
     values = Values(str(config.get("model_type")), config, family.defaults if family else {})
     if family is None or any(values.get(key) not in (None, value) for key, value in family.only.items()):
         return None
+    values.check_stated()
     activation = values.get("hidden_activation", "hidden_act")
     return Structure(
         **widths(values),
