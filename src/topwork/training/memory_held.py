@@ -75,7 +75,7 @@ def rank(member: Member, module: Module) -> int:
         not isinstance(member.adapter, LoraConfig)
         or len(sizes) < 2
         or not module.columns
-        or module.path in whole(member)
+        or _is_whole(member, module.path)
     ):
         return 0
     lengths = module.rows if getattr(member.adapter, "use_dora", False) else 0
@@ -85,10 +85,12 @@ def rank(member: Member, module: Module) -> int:
 
 def whole(member: Member) -> set[str]:
     """Modules that it trains as copies of their own."""
-    if isinstance(member.adapter, FullConfig):
-        return set(member.sizes)
-    names = member.adapter.saved_modules
-    return {path for path in member.sizes if any(f".{path}".endswith(f".{name}") for name in names)}
+    return {path for path in member.sizes if _is_whole(member, path)}
+
+
+def _is_whole(member: Member, path: str) -> bool:
+    saved = member.adapter.saved_modules
+    return isinstance(member.adapter, FullConfig) or any(f".{path}".endswith(f".{name}") for name in saved)
 
 
 def state_bytes(optim: str, sizes: Iterable[int], parameter_bytes: int = 4) -> int:
