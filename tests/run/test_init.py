@@ -309,7 +309,7 @@ def test_it_is_made_to_fit(here: Path) -> None:
     assert not large.recipe.quantization.active
     assert "#   load_in_4bit: true" in large.text
     with pytest.raises(RequestError, match=r"takes at least .* and there are .* of a card's memory"):
-        init("llama-3-70b", "pairs.jsonl", "none.yaml", memory="6GB")
+        init("llama-3.2-3b", "pairs.jsonl", "none.yaml", memory="2GB")
     with pytest.raises(RequestError, match=r"which --set says otherwise"):
         init("qwen2.5-7b", "pairs.jsonl", "none.yaml", memory="12GB", overrides=["quantization.load_in_4bit=false"])
 

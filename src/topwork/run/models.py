@@ -24,8 +24,11 @@ from topwork.training.memory_setup import Setup
 
 Here = Literal["package", "cache", "file", ""]
 _TOLD: dict[Here, str] = {
-    "package": "here, in a Python package", "cache": "here, in the Hub's cache", "file": "here", "": "fetched from the Hub"
-}  # fmt: skip
+    "package": "here, in a Python package",
+    "cache": "here, in the Hub's cache",
+    "file": "here",
+    "": "fetched from the Hub",
+}
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,38 @@ def model_details(name: str) -> ModelDetails:
     )  # fmt: skip
 
 
+_COLUMNS = ("name", "family", "parameters", "reads", "bf16", "NF4", "layers", "family is", "weights")
+_WAYS = "<<>>>><<<"
+
+
+def _cells(row: ModelRow) -> tuple[str, ...]:
+    return (
+        row.name, row.family, f"{row.parameters:,}", f"{row.context_length:,}", _gigabytes(row.bf16_bytes),
+        _gigabytes(row.nf4_bytes), "fast" if row.fast else "plain", "proven" if row.proven else "probed",
+        _TOLD[row.here],
+    )  # fmt: skip
+
+
 def models_text(rows: Sequence[ModelRow]) -> str:
     """A table for people."""
-    wide = max(len(row.name) for row in rows)
-    head = f"{'name':{wide}}  {'family':12} {'parameters':>14} {'reads':>9} {'bf16':>9} {'NF4':>9}  layers  family   weights"
+    table = [_COLUMNS, *map(_cells, rows)]
+    wide = [max(len(cells[at]) for cells in table) for at in range(len(_COLUMNS))]
     lines = [
-        f"{row.name:{wide}}  {row.family:12} {row.parameters:14,} {row.context_length:9,} {_gigabytes(row.bf16_bytes):>9} "
-        f"{_gigabytes(row.nf4_bytes):>9}  {'fast' if row.fast else 'plain':6}  {'proven' if row.proven else 'probed':7}  "
-        f"{_TOLD[row.here]}"
-        for row in rows
+        "  ".join(f"{cell:{way}{wide[at]}}" for at, (cell, way) in enumerate(zip(cells, _WAYS))) for cells in table
     ]
     aliases = ", ".join(ALIASES)
     after = (
         f"A recipe takes {aliases} by name, any Hub id, a folder or a .gguf file; `topwork init`, `plan` and `count` "
         "take all of these names."
     )
-    return "\n".join([head, *lines, "", after, "One of them: topwork models NAME. Other families: docs/families.md"])
+    return "\n".join(
+        [
+            *(line.rstrip() for line in lines),
+            "",
+            after,
+            "One of them: topwork models NAME. Other families: docs/families.md",
+        ]
+    )
 
 
 def cached_ids() -> list[str]:
