@@ -20,6 +20,7 @@ _WHERE = {
     "open_session": "topwork.run.session",
     "sweep": "topwork.run.sweep.run",
     "RunInterrupted": "topwork.run.interrupted",
+    "init": "topwork.run.init",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",

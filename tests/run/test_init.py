@@ -243,7 +243,8 @@ def test_the_option_that_works_is_chosen(
     assert parts
     assert parts[-1].rstrip("\n").endswith(("<|im_end|>", "<end_of_turn>", "<eos>"))
     assert ANSWERS[0] in parts[-1]
-    train(begun.path, ["training.max_steps=1"], log=lambda _: None)
+    if family == "gemma":
+        train(begun.path, ["training.max_steps=1"], log=lambda _: None)
 
 
 def test_a_base_without_marks_gets_the_plain_template(tmp_path: Path, made_llama: Path, here: Path) -> None:
