@@ -54,6 +54,10 @@ def _short(case: Case) -> bool:
     return case.steps is not None and case.steps < SHORT_STEPS
 
 
+def _warms_by_share(case: Case) -> bool:
+    return "training.warmup_steps" not in case.chosen
+
+
 def _wide(case: Case) -> bool:
     return case.low_rank and case.facts.hidden is not None
 
@@ -114,14 +118,14 @@ TRAINING: Table = (
         (BANKING_RATES, BANKING),
     ),
     Rule(
-        "warm-up-of-a-short-run", "training.warmup_ratio", f"fewer than {SHORT_STEPS} steps", _short, "0.05",
-        given(0.05),
+        "warm-up-of-a-short-run", "training.warmup_ratio", f"fewer than {SHORT_STEPS} steps",
+        lambda case: _short(case) and _warms_by_share(case), "0.05", given(0.05),
         "A short run's rate is high, and Adam's first steps are full ones whatever the gradient; three of sixty rise "
         "to it in the records here.",
         (BANKING_RATES,),
     ),
     Rule(
-        "warm-up", "training.warmup_ratio", "else", always, "0.03", given(0.03),
+        "warm-up", "training.warmup_ratio", "else", _warms_by_share, "0.03", given(0.03),
         "Adam's first steps are full ones whatever the gradient; so few steps of rising are enough.",
         (QLORA, BANKING),
     ),
