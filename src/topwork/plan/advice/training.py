@@ -102,8 +102,9 @@ TRAINING: Table = (
     Rule(
         "rate-by-the-width", "training.learning_rate", "LoRA, the base's width is known", _wide,
         "10 · 5e-5 · (2000 / width)^0.781, for Qwen ^0.0775", lambda case: _rate(case, LORA_FACTOR),
-        "About ten times full fine-tuning's best rate, whatever the rank, and the lower the wider the base. What "
-        "methods seem to differ by is mostly this number: `topwork sweep --preset learning-rate` finds your own.",
+        "About ten times full fine-tuning's best rate, whatever the rank, and the lower the wider the base; families "
+        "that nobody fitted go by llamas. What methods seem to differ by is mostly this number: `topwork sweep --preset "
+        "learning-rate` finds your own.",
         (TINKER_RATE, WITHOUT_REGRET, RATE_MATTERS),
     ),
     Rule(
