@@ -22,7 +22,7 @@ from topwork.common.memory import Free
 from topwork.data.examples import load_data
 from topwork.models.recognise import is_fast
 from topwork.ops.workspace import Workspace
-from topwork.plan.count import count_adapter
+from topwork.plan.built import count_built
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.fit import trials_that_fit
 from topwork.run.folder import read_json
@@ -373,7 +373,7 @@ def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     assert trials_that_fit(on, three) == 3
     model = on.base.module
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
-    two = sum(count_adapter(model, recipe.adapter).trainable for recipe in three[:2])
+    two = sum(count_built(model, recipe.adapter).trainable for recipe in three[:2])
     each = 4 + 4 + 8  # weight, gradient, both of AdamW's moments
     monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
     monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + each * two + 100))
@@ -391,7 +391,7 @@ def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch
     on = open_session(recipes("wide"), lambda _: None)
     model = on.base.module
     pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
-    trained = 2 * count_adapter(model, recipes("wide").adapter).trainable
+    trained = 2 * count_built(model, recipes("wide").adapter).trainable
     monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
     monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + 16 * trained + 100))
     assert trials_that_fit(on, [recipes("wide"), recipes("wide")]) == 2

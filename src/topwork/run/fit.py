@@ -10,7 +10,8 @@ from topwork.models.base import Base
 from topwork.models.checkpointing import decoder_layers
 from topwork.models.load import pick_device
 from topwork.models.recognise import is_fast
-from topwork.plan.count import ParameterCount, base_skeleton, count_adapter
+from topwork.plan.built import base_skeleton, count_built
+from topwork.plan.count import ParameterCount
 from topwork.plan.footprint import held_bytes
 from topwork.recipe.recipe import Recipe
 from topwork.run.session import Session
@@ -26,7 +27,7 @@ def trials_that_fit(on: Session, recipes: Sequence[Recipe]) -> int:
     """How many of the first recipes' adapters fit into free memory together with a pass; at least 1."""
     training = recipes[0].training
     memory = _memory(on.base, recipes, free_memory(on.base.device).bytes)
-    needed = [_needed_bytes(recipe, count_adapter(on.base.module, recipe.adapter)) for recipe in recipes]
+    needed = [_needed_bytes(recipe, count_built(on.base.module, recipe.adapter)) for recipe in recipes]
     return fitting(needed, training.tokens_per_pass, training.activation_checkpointing, memory)
 
 
@@ -83,7 +84,7 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
     except ModelError:
         return
     weights = held_bytes(bare, recipe.model.dtype, recipe.quantization)
-    beside = PROCESS_BYTES + _needed_bytes(recipe, count_adapter(bare, recipe.adapter))
+    beside = PROCESS_BYTES + _needed_bytes(recipe, count_built(bare, recipe.adapter))
     layers = 0 if training.activation_checkpointing == "off" else len(decoder_layers(bare))
     beside = Memory(bare.config, cpu, 0, beside_bytes=beside).needed_bytes(min(SMALLEST_PASS, longest), layers)
     needed, free = weights + (beside if training.tokens_per_pass is None else 0), free_memory(cpu)

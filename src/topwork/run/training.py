@@ -16,7 +16,8 @@ from topwork.data.source import StreamedRows, rows_of
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.objectives.table import objective_of
-from topwork.plan.count import ParameterCount, count_adapter
+from topwork.plan.built import count_built
+from topwork.plan.count import ParameterCount
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.beforehand import Beforehand, tell_beforehand
 from topwork.run.begin import begin_folder
@@ -152,7 +153,7 @@ def _grafted(
     runs = []
     for recipe, name, data in zip(recipes, names, loaded):
         on.adapters.add(name, recipe.adapter, recipe.training.seed)
-        counted = count_adapter(base.module, recipe.adapter)
+        counted = count_built(base.module, recipe.adapter)
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         folder = Path(recipe.output_dir)

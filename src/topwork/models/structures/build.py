@@ -8,7 +8,9 @@ from topwork.models.structures.parts import modules_of
 from topwork.models.structures.table import FAMILIES
 from topwork.models.structures.values import Values, widths
 
-FAST_ACTIVATIONS = frozenset({"silu", "swish", "gelu_pytorch_tanh", "gelu"})
+FAST_ACTIVATIONS = frozenset({
+    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
+})  # fmt: skip
 """As configs call what `models/fast.py` computes."""
 
 
@@ -19,6 +21,7 @@ def structure_from(config: Mapping[str, Any]) -> Structure | None:
     values = Values(str(config.get("model_type")), config, family.defaults if family else {})
     if family is None or any(values.get(key) not in (None, value) for key, value in family.only.items()):
         return None
+    values.check_stated()
     activation = values.get("hidden_activation", "hidden_act")
     return Structure(
         **widths(values),

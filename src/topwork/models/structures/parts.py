@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from topwork.models.structure import Kind, Module
+from topwork.common.kinds import Kind
+from topwork.models.structure import Module
 from topwork.models.structures.values import Values
 
 
