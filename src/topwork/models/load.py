@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
+from topwork.common.heap import trim_heap
 from topwork.common.memory import memory_for, out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.telling import doing
@@ -57,7 +58,9 @@ def load_base(
     if wanted.active and (told := left_dense(module)):
         log(f"{source.name}: {told}")
     tokenizer = tokenizer or load_tokenizer(source, config.trust_remote_code)
-    return as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
+    base = as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
+    trim_heap()
+    return base
 
 
 def as_base(

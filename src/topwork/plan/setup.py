@@ -1,8 +1,9 @@
 """What planning memory needs to know of recipes that train together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
+from topwork.adapters.sizes import tensor_sizes
 from topwork.models.structure import Structure
 from topwork.recipe.recipe import Recipe
 from topwork.training.memory_setup import Member, Setup
@@ -12,13 +13,11 @@ def setup_of(recipes: Sequence[Recipe], structure: Structure, device: Literal["c
     """Of recipes that share a base. Raises AdapterError where an adapter does not fit it."""
     first = recipes[0]
     dtype = structure.dtype if first.model.dtype == "auto" else first.model.dtype
-    members = tuple(Member(recipe.adapter, recipe.training.optim, _trained(recipe)) for recipe in recipes)
+    members = tuple(
+        Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter)) for recipe in recipes
+    )
     return Setup(structure, dtype, first.quantization, members, device)
 
 
-def _trained(recipe: Recipe) -> Mapping[str, int]:
-    from topwork.adapters.graft import plan_adapter
-    from topwork.plan.count import base_skeleton
-
-    planned = plan_adapter(base_skeleton(recipe.model), recipe.adapter)
-    return {path: part.trained for path, part in planned.items()}
+def _member(recipe: Recipe, structure: Structure) -> Member:
+    return Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter))
