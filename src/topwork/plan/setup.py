@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from topwork.adapters.sizes import trained_sizes
+from topwork.adapters.sizes import tensor_sizes
 from topwork.models.structure import Structure
 from topwork.recipe.recipe import Recipe
 from topwork.training.memory_setup import Member, Setup
@@ -14,6 +14,10 @@ def setup_of(recipes: Sequence[Recipe], structure: Structure, device: Literal["c
     first = recipes[0]
     dtype = structure.dtype if first.model.dtype == "auto" else first.model.dtype
     members = tuple(
-        Member(recipe.adapter, recipe.training.optim, trained_sizes(structure, recipe.adapter)) for recipe in recipes
+        Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter)) for recipe in recipes
     )
     return Setup(structure, dtype, first.quantization, members, device)
+
+
+def _member(recipe: Recipe, structure: Structure) -> Member:
+    return Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter))

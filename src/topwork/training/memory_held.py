@@ -64,38 +64,31 @@ def adapter_bytes(member: Member, structure: Structure) -> int:
     if member.adapter.keeps_beginnings:
         values *= 2
     if isinstance(member.adapter, LoraConfig) and member.adapter.use_dora:
-        values += sum(structure.by_path[path].rows for path in member.trained)
+        values += sum(structure.by_path[path].rows for path in member.sizes if path in structure.by_path)
     return 4 * values
 
 
-def tensor_sizes(member: Member, structure: Structure) -> list[int]:
-    """How many values each of its trained tensors has: A and B of a low-rank part apart, DoRA's lengths too."""
-    sizes: list[int] = []
-    for path, count in member.trained.items():
-        module = structure.by_path.get(path)
-        if isinstance(member.adapter, LoraConfig) and module is not None and path not in whole_paths(member):
-            r = rank(member, module)
-            sizes += [r * module.columns, r * module.rows]
-            sizes += [module.rows] if member.adapter.use_dora and module.kind == "linear" else []
-        else:
-            sizes.append(count)
-    return sizes
-
-
-def rank(member: Member, module: Module | None) -> int:
-    """Of a LoRA member's part at a module; 0 where it has none, or one of another kind."""
-    if module is None or not isinstance(member.adapter, LoraConfig) or not module.weights:
+def rank(member: Member, module: Module) -> int:
+    """Of a LoRA member's part at a module; with what it began as twice. 0 where there is none, or a whole copy."""
+    sizes = member.sizes.get(module.path, ())
+    if (
+        not isinstance(member.adapter, LoraConfig)
+        or len(sizes) < 2
+        or not module.columns
+        or module.path in whole(member)
+    ):
         return 0
-    trained, lengths = member.trained.get(module.path, 0), module.rows if member.adapter.use_dora else 0
-    return max(0, trained - lengths) // (module.rows + module.columns)
+    lengths = module.rows if getattr(member.adapter, "use_dora", False) else 0
+    r = (sum(sizes) - lengths) // (module.rows + module.columns)
+    return 2 * r if member.adapter.keeps_beginnings else r
 
 
-def whole_paths(member: Member) -> set[str]:
+def whole(member: Member) -> set[str]:
     """Modules that it trains as copies of their own."""
     if isinstance(member.adapter, FullConfig):
-        return {path for path, count in member.trained.items() if count}
-    names = set(member.adapter.saved_modules)
-    return {path for path in member.trained if any(f".{path}".endswith(f".{name}") for name in names)}
+        return set(member.sizes)
+    names = member.adapter.saved_modules
+    return {path for path in member.sizes if any(f".{path}".endswith(f".{name}") for name in names)}
 
 
 def state_bytes(optim: str, sizes: Iterable[int], parameter_bytes: int = 4) -> int:

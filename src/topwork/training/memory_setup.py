@@ -17,16 +17,17 @@ Part = Literal[
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter that is trained: its options, its optimizer, and how many values it trains at each module's path."""
+    """An adapter that is trained: its options, its optimizer, and how many values each of its tensors has, by the path
+    of the module where it stands (`adapters/sizes.py`)."""
 
     adapter: AdapterConfig
     optim: str
-    trained: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, ...]]
 
     @cached_property
     def values(self) -> int:
         """All that it trains."""
-        return sum(self.trained.values())
+        return sum(map(sum, self.sizes.values()))
 
 
 @dataclass(frozen=True)
