@@ -176,7 +176,7 @@ def fewer_layers(setup: Setup, layers: int) -> Setup:
     kept = tuple(module for module in base.modules if _number(module.path) < layers)
     paths = {module.path for module in kept}
     members = tuple(
-        replace(member, trained={path: count for path, count in member.trained.items() if path in paths})
+        replace(member, sizes={path: sizes for path, sizes in member.sizes.items() if path in paths})
         for member in setup.members
     )
     cut = replace(base, modules=kept, layers=layers, checkpointable=min(layers, base.checkpointable))

@@ -115,7 +115,7 @@ def lowrank_parameters(member: Member) -> float:
     if not isinstance(member.adapter, LoraConfig):
         return 0.0
     saved = member.adapter.saved_modules
-    return float(sum(count for path, count in member.trained.items() if path.rpartition(".")[2] not in saved))
+    return float(sum(sum(sizes) for path, sizes in member.sizes.items() if path.rpartition(".")[2] not in saved))
 
 
 def kept_bytes(setup: Setup) -> float:
