@@ -26,7 +26,6 @@ _WHERE = {
     "combine": "topwork.run.combine",
     "compare_adapters": "topwork.run.likeness",
     "convert": "topwork.run.convert",
-    "plan": "topwork.run.plan",
     "push": "topwork.run.push",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from topwork.adapters.config import FullConfig, LoraConfig
 from topwork.models.config import ModelConfig
+from topwork.models.config_files import shape_names
 from topwork.models.structure import Structure
 from topwork.plan.base import structure_named
-from topwork.plan.count import shape_names
 from topwork.plan.setup import setup_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe

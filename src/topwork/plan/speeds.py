@@ -2,7 +2,7 @@
 
 import os
 
-from topwork.plan.devices import Device
+from topwork.plan.devices import Device, find_device
 from topwork.plan.time import Speed
 
 LAUNCH_SECONDS = 6e-6
@@ -13,6 +13,9 @@ SMALL_SHARE = 0.7
 """Adapters' and attention's products on a card, of the base's rate: 500 of 680 TFLOP/s on an H200 (a count by hand)."""
 REACHED_BANDWIDTH = 0.8
 """The share of a card's bandwidth that element-wise kernels reach."""
+
+FP32_SHARE = 0.1
+"""Of a card's 16-bit peak that is left in fp32: 0.06 to 0.5 by the data sheets; a guess for all."""
 
 CPU_PRODUCTS = 393e9
 """Operations a second and core in base products: 832 GFLOP in 1,058 ms on two cores of an AMD EPYC
@@ -39,13 +42,20 @@ def speed_of(device: Device) -> Speed:
         pass_seconds=1e-3,
         step_seconds=2e-3,
         source=f"its peak times {device.utilization.value:.2f} ({device.utilization.source})",
+        fp32=FP32_SHARE,
         beside=True,
     )
 
 
+def threads() -> int:
+    """How many torch will run, unless it is told otherwise."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
+
+
 def cpu_speed(cores: int | None = None) -> Speed:
     """A CPU's before any measurement: the records' machine, core for core."""
-    count = cores or os.cpu_count() or 1
+    count = cores or threads()
     return Speed(
         name="this CPU",
         products=CPU_PRODUCTS * count,
@@ -57,3 +67,8 @@ def cpu_speed(cores: int | None = None) -> Speed:
         source=f"a default for {count} cores (AMD EPYC of benchmarks/results/profile_step.md); measure this machine "
         "with topwork plan --calibrate",
     )
+
+
+def here(device: str = "cpu") -> Speed:
+    """This machine's before any measurement: of a card that nobody knows, an A100's."""
+    return cpu_speed() if device == "cpu" else speed_of(find_device("A100 40GB"))

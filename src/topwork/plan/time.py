@@ -22,6 +22,7 @@ class Speed:
     bytes_per_second  that element-wise passes, unpacking and updates move
     layer_seconds, pass_seconds, step_seconds  overheads: of each layer in each pass, of a pass, of a step
     beside          whether the layers' overheads run beside the work (a host that drives a card)
+    fp32            the share of the products' rates that is left in fp32
     scale           what a measurement of this machine found in place of 1: times all of the above
     source          where the rates are from, for people
     """
@@ -34,6 +35,7 @@ class Speed:
     pass_seconds: float
     step_seconds: float
     source: str
+    fp32: float = 0.5
     beside: bool = False
     scale: float = 1.0
 
@@ -79,7 +81,7 @@ def step_seconds(
     the sequences; left out, all are as long as the longest."""
     work = pass_work(setup, shape, checkpointed_layers, attended)
     repeated = checkpointed_layers / 3
-    one = _pass_seconds(work, speed, setup.structure.layers + repeated)
+    one = _pass_seconds(setup, work, speed, setup.structure.layers + repeated)
     updates = speed.scale * (update_bytes(setup) / speed.bytes_per_second + speed.step_seconds * len(setup.members))
     return passes * one + updates
 
@@ -89,7 +91,7 @@ def forward_seconds(
 ) -> float:
     """`passes` of this shape without a gradient, as validation runs them."""
     work = pass_work(setup, shape, 0, attended, backward=False)
-    return passes * _pass_seconds(work, speed, setup.structure.layers / 3)
+    return passes * _pass_seconds(setup, work, speed, setup.structure.layers / 3)
 
 
 def start_seconds(setup: Setup, weight_bytes: float) -> float:
@@ -111,12 +113,13 @@ def run_cost(
     return RunCost(start, step, steps, validation * validations, money)
 
 
-def _pass_seconds(work: Work, speed: Speed, layers: float) -> float:
+def _pass_seconds(setup: Setup, work: Work, speed: Speed, layers: float) -> float:
     """`layers` is how many layers' forward and backward the host goes through."""
     small = work.adapter + work.attention
+    rate = speed.fp32 if setup.dtype == "float32" else 1.0
     busy = (
-        (work.base + work.head + work.recomputed) / speed.products
-        + small / speed.small_products
+        (work.base + work.head + work.recomputed) / (rate * speed.products)
+        + small / (rate * speed.small_products)
         + (work.walked_bytes + work.unpacked_bytes) / speed.bytes_per_second
     )
     overhead = layers * speed.layer_seconds

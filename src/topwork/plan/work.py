@@ -84,8 +84,7 @@ def update_bytes(setup: Setup) -> float:
     """What the members' optimizers move in one update of each."""
     return float(
         sum(
-            sum(member.sizes) * (UPDATE_BYTES if member.optim == "adamw" else UPDATE_BYTES_8BIT)
-            for member in setup.members
+            member.values * (UPDATE_BYTES if member.optim == "adamw" else UPDATE_BYTES_8BIT) for member in setup.members
         )
     )
 
@@ -115,7 +114,8 @@ def lowrank_parameters(member: Member) -> float:
     """A LoRA's values, which are multiplied for every token; other methods' vectors cost no product."""
     if not isinstance(member.adapter, LoraConfig):
         return 0.0
-    return float(sum(member.sizes)) if not member.adapter.saved_modules else float(_lowrank_alone(member))
+    saved = member.adapter.saved_modules
+    return float(sum(sum(sizes) for path, sizes in member.sizes.items() if path.rpartition(".")[2] not in saved))
 
 
 def kept_bytes(setup: Setup) -> float:
@@ -150,12 +150,6 @@ def _trains_layers(adapter: AdapterConfig) -> float:
 def _trains_head(base: Structure, adapter: AdapterConfig) -> float:
     name = (base.head or "").rpartition(".")[2]
     return 1.0 if isinstance(adapter, FullConfig) or (name and name in adapter.saved_modules) else 0.0
-
-
-def _lowrank_alone(member: Member) -> int:
-    """Saved modules are the largest tensors by far: those of more than a hundred times the smallest are not A or B."""
-    least = min(member.sizes, default=0)
-    return sum(size for size in member.sizes if size <= 100 * least)
 
 
 def _mean(values: list[float]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from topwork.common.errors import RequestError
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.models.structure import Structure
@@ -52,6 +53,11 @@ def plan(
     tokens = None if recipe.data.train == NO_ROWS else counted(recipe, structure.context_length)
     job = job_of([recipe], structure, place, tokens)
     here = device is None and memory is None
+    if calibrate and not here:
+        raise RequestError(
+            f"--calibrate measures this machine, and {'--device' if device is not None else '--memory'} plans for "
+            "another place; give one of the two"
+        )
     if calibrate:
         _measure(recipe, job, tokens, log)
     found = Planned(

@@ -29,7 +29,7 @@ class Place:
 
     name            for people: "RTX 4090", "24 GB of a card's memory", "this machine's CPU"
     memory_bytes    that may be taken
-    of              what that is, behind "of": "the 24 GB of an RTX 4090", "the 5.7 GB that are free"
+    of              what that is, behind "of the …": "24 GB on the RTX 4090", "5.7 GB free on this machine"
     speed           None where only memory is known
     price_per_hour  US dollars
     """
@@ -65,7 +65,7 @@ def find_place(
 
 def card_place(card: Device) -> Place:
     """A card that is there for the run alone."""
-    of = f"{gigabytes(card.memory_bytes)} of {'an' if card.name[:1] in 'AHL' else 'a'} {card.name}"
+    of = f"{gigabytes(card.memory_bytes)} on the {card.name}"
     return Place(card.name, "cuda", card.memory_bytes, of, speed_of(card), card.price_per_hour)
 
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from topwork.plan.calibration import Question, Rows, kept, seconds_here
+from topwork.plan.calibration import Question, Rows
+from topwork.plan.calibrations import kept, seconds_here
 from topwork.plan.fits import Fit, Job
 from topwork.plan.time import RunCost, forward_seconds, run_cost, start_seconds
 from topwork.plan.tokens import Tokens
