@@ -14,7 +14,7 @@ from topwork.run.advise import Request, advise
 from topwork.run.train import train
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-SHORT = ("training.max_steps=1", "data.max_rows=24", "training.tokens_per_pass=512", "evaluation.max_rows=2")
+SHORT = ("training.max_steps=1", "data.max_rows=12", "evaluation.max_rows=2")
 
 REAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "banking77/train.csv": ("classification", ("data.columns={prompt: text, completion: category}",)),

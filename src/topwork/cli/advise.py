@@ -1,13 +1,14 @@
 """`topwork advise`. Imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import AsJson, starting
+from topwork.cli.options import AsJson
 
 if TYPE_CHECKING:
     from topwork.run.advise import Advised, Request
@@ -68,11 +69,10 @@ def advise(
     request = Request(task, examples, tokens, longest, model, data, held_out, device, memory, tuple(goal or ()))
     if recipe is None and request == Request() and not overrides:
         request = _asked()
-    log = starting(to_errors=True)
     from topwork.run.advise import advise as run
 
-    found = run(recipe, overrides or [], request, log)
-    log.quiet()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
+    found = run(recipe, overrides or [], request, lambda line: print(line, file=sys.stderr))
     _tell(found, as_json, out)
 
 

@@ -22,6 +22,8 @@ from topwork.run.advising.facts import Request as Request
 from topwork.run.advising.facts import facts_of
 from topwork.run.advising.seen import are_documents, see
 
+INSTEAD = ("training.max_steps", "training.warmup_steps")
+"""What a recipe may say in the place of something that is advised, which then is not."""
 Log = Callable[[str], None]
 
 
@@ -94,8 +96,9 @@ def advise(
         raise RequestError(f"{beside[0]}: the recipe names its own; change that with --set, or leave out the recipe")
     read = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     decided = {key: value_at(read, key) for key in map(_key, overrides)}
-    if read.training.max_steps is not None:
-        decided["training.max_steps"] = read.training.max_steps
+    for key in INSTEAD:
+        if value_at(read, key) is not None:
+            decided[key] = value_at(read, key)
     structure = structure_named(read.model)
     more = {"decided": decided, "held_out": read.data.eval is not None, "documents": are_documents(read.data)}
     facts, told = facts_of(request, see(read, request.task, structure, log), read.model, structure, more)

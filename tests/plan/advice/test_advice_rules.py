@@ -162,6 +162,11 @@ def test_a_short_run_warms_up_longer(steps: int, share: float) -> None:
     assert advise(Facts("instruction", decided={"training.max_steps": steps})).value("training.warmup_ratio") == share
 
 
+def test_a_warm_up_in_steps_is_left_alone() -> None:
+    advice = advise(Facts("instruction", rows=500, decided={"training.warmup_steps": 3}))
+    assert advice.value("training.warmup_ratio") is None
+
+
 @pytest.mark.parametrize(
     ("hidden", "family", "method", "rate"),
     [

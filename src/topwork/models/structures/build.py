@@ -8,7 +8,9 @@ from topwork.models.structures.parts import modules_of
 from topwork.models.structures.table import FAMILIES
 from topwork.models.structures.values import Values, widths
 
-FAST_ACTIVATIONS = frozenset({"silu", "swish", "gelu_pytorch_tanh", "gelu"})
+FAST_ACTIVATIONS = frozenset({
+    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
+})  # fmt: skip
 """As configs call what `models/fast.py` computes."""
 
 

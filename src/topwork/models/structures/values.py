@@ -5,7 +5,7 @@ from typing import Any
 
 from topwork.common.errors import ModelError, quoted
 
-HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 VOCABULARY = ("vocab_size",)
@@ -31,12 +31,11 @@ class Values:
         self.defaults = defaults
 
     def get(self, *names: str) -> Any:
-        """What is given under one of the names, else the family's; None where neither says anything."""
-        for values in (self.given, self.defaults):
-            for name in names:
-                if name in values:
-                    return values[name]
-        return None
+        """What is given under one of the names, else the family's; None where neither says anything, or where what is
+        given says none."""
+        given = [self.given[name] for name in names if name in self.given]
+        found = given or [self.defaults[name] for name in names if name in self.defaults]
+        return next((value for value in found if value is not None), None)
 
     def flag(self, *names: str) -> bool:
         """As `get`, for what is on or off."""
@@ -71,8 +70,8 @@ class Values:
 
     @property
     def hidden(self) -> int:
-        """The width of the residual stream."""
-        return self.size(*HIDDEN)
+        """The width of the residual stream; Bloom's and Falcon's older name goes before the newer."""
+        return self.size("n_embed") if self.get("n_embed") is not None else self.size(*HIDDEN)
 
     @property
     def heads(self) -> int:

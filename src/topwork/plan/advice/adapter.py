@@ -3,6 +3,7 @@
 from topwork.plan.advice.room import fits
 from topwork.plan.advice.rule import Case, Rule, Table, always, given
 from topwork.plan.advice.sources import (
+    BANKING,
     BANKING_METHODS,
     BANKING_RATES,
     BANKING_SCALES,
@@ -142,7 +143,8 @@ ADAPTER: Table = (
     ),
     Rule(
         "no-dropout", "adapter.lora_dropout", "LoRA, else", lambda case: case.low_rank, "0", given(0.0),
-        "Rows that are seen once or twice are not known by heart, and nothing is gained by hiding a part of them.",
-        (WITHOUT_REGRET, DROPOUT),
+        "Rows that are seen once or twice are not known by heart, and nothing is gained by hiding a part of them; "
+        "banking77 was learned without.",
+        (BANKING, DROPOUT),
     ),
 )  # fmt: skip

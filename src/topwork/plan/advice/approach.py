@@ -3,11 +3,13 @@
 from topwork.plan.advice.rule import ANSWER, Case, Rule, Table, always, given
 from topwork.plan.advice.sources import (
     BANKING,
+    CHANGING_FACTS,
     GSM8K_METHODS,
     LEARNS_LESS,
     MICROSOFT_CHOICE,
     NEW_FACTS,
     OPENAI_AMOUNT,
+    PROVENANCE,
     RETRIEVAL,
     SUPPORT,
 )
@@ -27,13 +29,13 @@ APPROACH: Table = (
         lambda case: "changing-knowledge" in case.facts.goals, "retrieval", given("retrieval"),
         "A trained model knows what its rows said on the day they were written; a document that is looked up is as new "
         "as the document. Fine-tune the form of the answers later, if a prompt does not get it.",
-        (MICROSOFT_CHOICE, RETRIEVAL),
+        (CHANGING_FACTS, MICROSOFT_CHOICE, RETRIEVAL),
     ),
     Rule(
         "sources-are-named", ANSWER, "answers have to name where they are from (goal citations)",
         lambda case: "citations" in case.facts.goals, "retrieval", given("retrieval"),
         "Weights hold no sources: a model that was trained on them makes them up. What was looked up can be named.",
-        (MICROSOFT_CHOICE, RETRIEVAL),
+        (PROVENANCE,),
     ),
     Rule(
         "facts-are-new", ANSWER, "the model should know facts that it does not know (goal new-facts)",

@@ -57,7 +57,7 @@ WITHOUT_REGRET = Source(
 )  # fmt: skip
 TINKER_RATE = Source(
     "tinker-cookbook, hyperparam_utils.py and docs/supervised-learning/sl-hyperparams: LR = 5e-5 · 10 · (2000 / "
-    "width)^p, p = 0.781 for llamas, 0.0775 for Qwen", "read", "2026-11-29",
+    "width)^p, p = 0.781 for llamas, 0.0775 for Qwen", "excerpts read", "2026-11-29",
 )  # fmt: skip
 TINKER_RANK = Source("Tinker's documentation, LoRA Primer, the choice of a rank", "excerpts read", "2026-11-29")
 PEFT_ANSWERS = Source("peft, method_comparison/MetaMathQA, max_new_tokens 300", "read", "2026-08-21")
@@ -67,6 +67,13 @@ OPENAI_AMOUNT = Source(
 )  # fmt: skip
 MICROSOFT_CHOICE = Source(
     'Microsoft Learn, "Compare and combine optimization strategies"', "excerpts read", "2026-11-29"
+)  # fmt: skip
+CHANGING_FACTS = Source(
+    '"Building Reliable AI Systems" (Manning), section 5.1.1, prompt, retrieval or fine-tuning', "excerpts read",
+    "2026-11-29",
+)  # fmt: skip
+PROVENANCE = Source(
+    'Lewis et al., "Retrieval-Augmented Generation", arXiv:2005.11401, on provenance', "from memory", "2026-11-29"
 )  # fmt: skip
 NEW_FACTS = Source(
     'Gekhman et al., "Does Fine-Tuning LLMs on New Knowledge Encourage Hallucinations?", arXiv:2405.05904',

@@ -74,9 +74,9 @@ class _Sources:
         self._numbers: dict[Source, int] = {}
 
     def named(self, choice: Choice) -> str:
-        """`[1, 4]`."""
+        """`[1,4]`: no line ends in it."""
         numbers = [self._numbers.setdefault(source, len(self._numbers) + 1) for source in choice.rule.sources]
-        return f"[{', '.join(map(str, numbers))}]"
+        return f"[{','.join(map(str, numbers))}]"
 
     def lines(self) -> list[str]:
         """What the numbers stand for."""

@@ -54,6 +54,10 @@ def _short(case: Case) -> bool:
     return case.steps is not None and case.steps < SHORT_STEPS
 
 
+def _warms_by_share(case: Case) -> bool:
+    return "training.warmup_steps" not in case.chosen
+
+
 def _wide(case: Case) -> bool:
     return case.low_rank and case.facts.hidden is not None
 
@@ -98,8 +102,9 @@ TRAINING: Table = (
     Rule(
         "rate-by-the-width", "training.learning_rate", "LoRA, the base's width is known", _wide,
         "10 · 5e-5 · (2000 / width)^0.781, for Qwen ^0.0775", lambda case: _rate(case, LORA_FACTOR),
-        "About ten times full fine-tuning's best rate, whatever the rank, and the lower the wider the base. What "
-        "methods seem to differ by is mostly this number: `topwork sweep --preset learning-rate` finds your own.",
+        "About ten times full fine-tuning's best rate, whatever the rank, and the lower the wider the base; families "
+        "that nobody fitted go by llamas. What methods seem to differ by is mostly this number: `topwork sweep --preset "
+        "learning-rate` finds your own.",
         (TINKER_RATE, WITHOUT_REGRET, RATE_MATTERS),
     ),
     Rule(
@@ -114,14 +119,14 @@ TRAINING: Table = (
         (BANKING_RATES, BANKING),
     ),
     Rule(
-        "warm-up-of-a-short-run", "training.warmup_ratio", f"fewer than {SHORT_STEPS} steps", _short, "0.05",
-        given(0.05),
+        "warm-up-of-a-short-run", "training.warmup_ratio", f"fewer than {SHORT_STEPS} steps",
+        lambda case: _short(case) and _warms_by_share(case), "0.05", given(0.05),
         "A short run's rate is high, and Adam's first steps are full ones whatever the gradient; three of sixty rise "
         "to it in the records here.",
         (BANKING_RATES,),
     ),
     Rule(
-        "warm-up", "training.warmup_ratio", "else", always, "0.03", given(0.03),
+        "warm-up", "training.warmup_ratio", "else", _warms_by_share, "0.03", given(0.03),
         "Adam's first steps are full ones whatever the gradient; so few steps of rising are enough.",
         (QLORA, BANKING),
     ),

@@ -50,8 +50,8 @@ def facts_of(
         task, rows, each, seen.learned_share if seen else None, longest,
         measured=request.longest is not None or (tokens is not None and tokens.counted != "estimated"),
         kind="text" if text else "messages", turns=looked.turns if looked else task == "chat-style",
-        writes_calls=seen.writes_calls if seen else None, structure=structure, memory_bytes=place.memory_bytes, device=place.kind,
-        goals=frozenset(request.goals), **more,
+        writes_calls=seen.writes_calls if seen else None, structure=structure,
+        memory_bytes=place.memory_bytes, device=place.kind, goals=frozenset(request.goals), **more,
     )  # fmt: skip
     told = [f"task: {task}{f' ({looked.why}; --task says otherwise)' if looked and not request.task else ''}"]
     if rows is not None:
