@@ -1,4 +1,4 @@
-"""`topwork init` on real data sets, as they were published: its recipe trains as it stands, or it says what is amiss."""
+"""`topwork init` on real data sets, as they were published: a recipe that trains as it stands, or what is amiss."""
 
 import json
 from collections.abc import Callable
