@@ -1,6 +1,7 @@
 """`topwork init`. Imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,20 +42,15 @@ def init(
     from topwork.run.console import Teller
     from topwork.run.init import init as begin
 
-    log = Teller()
-    if as_json:
-        begun = begin(
-            model, data, out, task=task, device=device, memory=memory, overrides=overrides or [], overwrite=overwrite
-        )
-        print(json.dumps(begun.as_json()))
-        return
+    log = Teller(sys.stderr if as_json else sys.stdout)
     begun = begin(
         model, data, out, task=task, device=device, memory=memory, overrides=overrides or [], overwrite=overwrite,
         log=log,
     )  # fmt: skip
-    for line in begun.told:
-        print(line)
-    print(f"wrote {begun.path}")
+    if as_json:
+        print(json.dumps(begun.as_json()))
+        return
+    print("\n".join([*begun.told, f"wrote {begun.path}"]))
     print(f"next: topwork lint {begun.path}     rows as the model will see them")
     print(f"      topwork plan {begun.path}     memory, time and cost")
     print(f"      topwork train {begun.path}")

@@ -74,10 +74,7 @@ def init(
     Raises RequestError (ModelError, DataError …) for what cannot be found, read or made to fit, and where `out` is
     there and is not to be overwritten.
     """
-    out, data = Path(plain_path(str(out))), [data] if isinstance(data, str) else list(data)
-    if out.suffix.lower() not in YAML:
-        raise RequestError(f"--out {str(out)!r} is no recipe's name; expected one that ends in .yaml")
-    refuse_taken([out], overwrite)
+    out, data = _free(out, overwrite), [data] if isinstance(data, str) else list(data)
     base, sources = find_base(model, log), find_sources(data)
     draft = _draft(base, sources, overrides)
     place = find_place(device, memory, draft.model.device)
@@ -92,6 +89,15 @@ def init(
     made = make_recipe(parse_yaml(text, str(out)), str(out), out.parent)
     write_text(out, text)
     return Begun(out, made, told, text)
+
+
+def _free(out: Path | str, overwrite: bool) -> Path:
+    """Where the recipe goes. Raises RequestError where that is no place for one."""
+    path = Path(plain_path(str(out)))
+    if path.suffix.lower() not in YAML:
+        raise RequestError(f"--out {str(out)!r} is no recipe's name; expected one that ends in .yaml")
+    refuse_taken([path], overwrite)
+    return path
 
 
 def _draft(base: NewBase, sources: NewSources, overrides: Sequence[str]) -> Recipe:
