@@ -95,7 +95,7 @@ def floor_report(measured: Sequence[dict[str, Any]], lengths: Lengths, r: int) -
 
 def shape_of(folder: str) -> Shape:
     """The shape of a folder's model, or of a shipped shape's."""
-    from topwork.plan.count import config_of
+    from topwork.plan.built import config_of
 
     return shape_of_config(config_of(folder))
 
@@ -103,8 +103,8 @@ def shape_of(folder: str) -> Shape:
 def shape_of_config(given: "PretrainedConfig") -> Shape:
     """A model's shape from its config, without weights."""
     from topwork.adapters.graft import bare_base
-    from topwork.adapters.targets import LINEAR, features
     from topwork.models.skeleton import skeleton
+    from topwork.quantization.kinds import LINEAR, features
 
     model = skeleton(given)
     config, bare = model.config.get_text_config(), bare_base(model)

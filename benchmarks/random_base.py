@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from topwork.models.config import ModelConfig
+from topwork.models.config_files import shape_names
 from topwork.models.skeleton import skeleton
 from topwork.models.source import find_source
-from topwork.plan.count import config_of, shape_names
+from topwork.plan.built import config_of
 
 SHARD_BYTES = 1 << 29
 """A shard holds this much, or one tensor that is larger: no more is in memory at a time."""

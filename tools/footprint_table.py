@@ -11,7 +11,7 @@ from pathlib import Path
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.models.skeleton import skeleton
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 from topwork.plan.footprint import FootprintRow, footprint
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes

@@ -84,6 +84,8 @@ COMMANDS = {
         f"sweep_gsm8k_{preset}": f"sweeps.py --data gsm8k --preset {preset}"
         for preset in ("methods", "rank", "scaling", "targets")
     },
+    "sweep_gsm8k_learning-rate": "sweeps.py --data gsm8k --preset learning-rate --seeds 2",
+    "sweep_e2e_nlg_learning-rate": "sweeps.py --data e2e_nlg --preset learning-rate --seeds 2",
 }
 """What made a record, without folders, as far as the record (or docs/log.md) tells."""
 

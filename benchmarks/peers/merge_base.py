@@ -21,7 +21,7 @@ from topwork.models.lazy import open_lazily
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, weight_shape
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 
 
 def make(folder: Path, shape: str, rank: int) -> dict[str, Any]:

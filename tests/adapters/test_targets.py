@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from reference.families import tiny_base, tiny_model
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, adapted_layers
+from topwork.adapters.seen import seen_base
 from topwork.adapters.targets import find_targets
 from topwork.common.errors import AdapterError
 
@@ -104,7 +105,7 @@ def test_a_regular_expression_must_match_the_whole_path() -> None:
 
 def test_a_target_that_is_no_linear_layer() -> None:
     told = refused(target_modules=["q_proj", "input_layernorm"])
-    assert "'model.layers.0.input_layernorm', which is a LlamaRMSNorm" in told
+    assert "'model.layers.0.input_layernorm', which is a norm" in told
     assert "modules_to_save" in told
 
 
@@ -132,7 +133,7 @@ def test_modules_to_save_that_match_nothing_or_too_much() -> None:
 
 def test_a_base_without_linear_layers() -> None:
     with pytest.raises(AdapterError, match="matched 0 modules"):
-        find_targets({}, None, AdapterConfig())
+        find_targets(seen_base({}, None, None, None), AdapterConfig())
 
 
 @pytest.mark.parametrize("name", ["self_attn", "layers.0"])

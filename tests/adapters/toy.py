@@ -11,7 +11,7 @@ from topwork.adapters.files import own_files
 from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdapterModule
-from topwork.adapters.targets import features, find_targets
+from topwork.adapters.targets import find_targets
 
 
 class ToyConfig(Targeted):
@@ -41,10 +41,10 @@ def toy_plan(bare: Bare, config: ToyConfig) -> Plan:
     """A vector at every target."""
 
     def at(path: str) -> Planned:
-        outputs = features(bare.modules[path])[1]
+        outputs = bare.seen.by_path[path].rows
         return Planned(lambda: Toy(outputs, config.strength), outputs)
 
-    return {path: at(path) for path in find_targets(bare.modules, bare.head, config)}
+    return {path: at(path) for path in find_targets(bare.seen, config)}
 
 
 TOY = Method(ToyConfig, toy_plan, own_files(ToyConfig))

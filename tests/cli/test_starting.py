@@ -15,13 +15,13 @@ from topwork.run.console import Counter, Teller, TrainingBar, training_progress
 from topwork.run.console_together import TogetherTable, together_progress
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-LIGHT = {"report", "serve-key", "import"}
+LIGHT = {"report", "serve-key", "import", "count"}
 """They need no torch."""
 ARGUMENTS = {
     "train": ["recipe.yaml"], "sweep": ["recipe.yaml", "--grid", "adapter.r=2,4"], "lint": ["recipe.yaml"],
     "eval": ["run"], "chat": ["run", "Hello?"], "merge": ["run", "out"], "combine": ["a", "b", "out"],
     "compare": ["a", "b"], "export": ["run", "out", "--format", "peft"], "convert": ["a", "out"],
-    "push": ["run", "ada/x"], "quantize": ["tiny", "out"], "count": ["recipe.yaml"], "serve": ["tiny"],
+    "push": ["run", "ada/x"], "quantize": ["tiny", "out"], "serve": ["tiny"],
 }  # fmt: skip
 RECIPE = "model: {model_name_or_path: smollm2-135m}\ndata: {train: rows.jsonl}\noutput_dir: run\n"
 STAND_IN = "import sys; sys.stdin.readline(); print('torch is imported', flush=True); raise SystemExit(7)"

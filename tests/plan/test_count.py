@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import AdapterError, ModelError
+from topwork.models import config_files
+from topwork.models.config import ModelConfig
 from topwork.models.config_files import shape_names
 from topwork.models.skeleton import skeleton
-from topwork.plan import count as count_part
-from topwork.plan.count import config_of, count_adapter, count_table
+from topwork.models.structure import Structure
+from topwork.models.structures.build import structure_from
+from topwork.plan.base import structure_named
+from topwork.plan.built import config_of, count_built
+from topwork.plan.count import count_adapter, count_table
 
 PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,
@@ -48,8 +53,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str) -> PreTrainedModel:
-    return skeleton(AutoConfig.for_model(family, **FAMILIES[family]))
+def tiny(family: str) -> Structure:
+    structure = structure_from({"model_type": family, **FAMILIES[family]})
+    assert structure is not None
+    return structure
+
+
+def named(name: str) -> Structure:
+    return structure_named(ModelConfig(model_name_or_path=name))
 
 
 def peft_count(family: str, config: AdapterConfig) -> tuple[int, int]:
@@ -61,7 +72,7 @@ def peft_count(family: str, config: AdapterConfig) -> tuple[int, int]:
 
 
 def test_llama_3_8b() -> None:
-    model = skeleton(config_of("llama-3-8b"))
+    model = named("llama-3-8b")
     table = {row.target_set: row.count for row in count_table(model, ranks=(16,))}
     assert {name: count.trainable for name, count in table.items()} == {
         "q,v": 6_815_744,
@@ -77,20 +88,18 @@ def test_llama_3_8b() -> None:
 
 
 def test_smollm2_counts_its_tied_embedding_once() -> None:
-    count = count_adapter(skeleton(config_of("smollm2-135m")), AdapterConfig(r=16))
+    count = count_adapter(named("smollm2-135m"), AdapterConfig(r=16))
     assert (count.frozen, count.trainable) == (134_515_008, 4_884_480)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_have_the_published_size(name: str) -> None:
-    assert sum(parameter.numel() for parameter in skeleton(config_of(name)).parameters()) == PUBLISHED[name]
+    assert named(name).parameters == PUBLISHED[name]
 
 
 def test_every_shape_is_a_model_with_a_table() -> None:
     for name in shape_names():
-        model = skeleton(config_of(name))
-        assert model.device.type == "meta"
-        assert {row.target_set for row in count_table(model, ranks=(4,))} >= {"q,k,v,o", "all-linear"}
+        assert {row.target_set for row in count_table(named(name), ranks=(4,))} >= {"q,k,v,o", "all-linear"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,11 +136,11 @@ def test_patterns_and_saved_modules_agree_with_peft(family: str, fields: dict[st
 def test_counts_are_what_the_grafted_adapter_trains_and_ignore_it_afterwards() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **FAMILIES["qwen2"]))
     config = AdapterConfig(r=3, modules_to_save=["lm_head"])
-    before = count_adapter(model, config)
+    before = count_built(model, config)
     adapters = Adapters(model)
     adapters.add("first", config)
     assert before.trainable == sum(parameter.numel() for parameter in adapters.parameters("first").values())
-    assert count_adapter(model, config) == before
+    assert count_built(model, config) == before == count_adapter(tiny("qwen2"), config)
 
 
 def test_a_set_that_the_family_lacks_is_left_out() -> None:
@@ -159,15 +168,14 @@ def test_a_config_is_enough(tmp_path: Path, as_file: bool) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", **SMALL}))
     model = skeleton(config_of(str(path if as_file else tmp_path)))
-    assert count_adapter(model, AdapterConfig()).frozen == sum(p.numel() for p in tiny("llama").parameters())
+    counted = count_adapter(named(str(path if as_file else tmp_path)), AdapterConfig())
+    assert counted.frozen == sum(p.numel() for p in model.parameters())
+    assert counted == count_built(model, AdapterConfig())
 
 
 def test_a_hub_id_that_is_not_cached_is_found_among_the_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def nothing_cached(name: str, **options: Any) -> None:
-        assert options["local_files_only"], "the network was asked"
-        raise OSError("not cached")
-
-    monkeypatch.setattr(count_part.AutoConfig, "from_pretrained", nothing_cached)
+    monkeypatch.setattr(config_files, "ask_hub", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     assert config_of("HuggingFaceTB/SmolLM2-135M-Instruct").num_hidden_layers == 30
     assert config_of("smollm2-135m").num_hidden_layers == 30
 

@@ -10,7 +10,7 @@ from run import tiny
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.models.skeleton import skeleton
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 from topwork.plan.footprint import as_table, footprint
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import weight_bytes

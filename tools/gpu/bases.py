@@ -17,7 +17,7 @@ from topwork.models.load import as_base
 from topwork.models.quantized import pack
 from topwork.models.skeleton import skeleton
 from topwork.models.weights import quantizable, weight_shape
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedLinear
 

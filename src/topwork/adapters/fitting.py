@@ -1,7 +1,7 @@
 """An adapter's parts, planned, made and filled, before they stand in a model: nothing here changes the model, so it may
 be done while the model runs, on another thread (`Adapters.put` is what takes them)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import planned_copy
-from topwork.adapters.targets import find_saved
+from topwork.adapters.places import inside
+from topwork.adapters.targets import find_saved, refuse_overlap
 from topwork.common.errors import AdapterError
 
 Parts = dict[str, AdapterModule]
@@ -30,9 +31,9 @@ def plan_on(bare: Bare, config: AdapterConfig, methods: Mapping[str, Method[Any]
             f"record: methods=METHODS | {{{config.method!r}: …}}"
         )
     plan = methods[config.method].plan(bare, config)
-    saved = find_saved(bare.modules, config.saved_modules)
-    _refuse_overlap(list(plan), saved)
-    return plan | {path: planned_copy(bare.modules[path]) for path in saved}
+    saved = find_saved(bare.seen, config.saved_modules)
+    refuse_overlap(list(plan), saved)
+    return plan | {path: planned_copy(bare.modules[path], sum(inside(bare.seen, path))) for path in saved}
 
 
 def fresh_parts(bare: Bare, plan: Plan, seed: int = 0) -> Parts:
@@ -111,14 +112,3 @@ def _placed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 def key_of(path: str, key: str) -> str:
     """PEFT's name, without the `base_model.model.` in front, of what a part calls `key`."""
     return f"{path}.{key}" if path else key
-
-
-def _refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
-    for whole in saved:
-        inside = [path for path in (*targets, *saved) if path.startswith(whole + ".")]
-        inside += [whole] if whole in targets else []
-        if inside:
-            raise AdapterError(
-                f"modules_to_save chooses {whole}, and {inside[0]} is chosen as well; one module can't be both, give "
-                "longer names in modules_to_save or leave the other out with exclude_modules"
-            )

@@ -7,12 +7,14 @@ the records. `Adapters`, `plan_adapter` and `read_adapter` take the table as an 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic
 
 from torch import Tensor, nn
 
 from topwork.adapters.files import Config, Files
 from topwork.adapters.module import AdapterModule
+from topwork.adapters.seen import SeenBase, seen_base
 
 Original = Callable[[str], Tensor]
 """Path of a linear layer -> its weight [out, in] as it was before it was quantized."""
@@ -42,6 +44,11 @@ class Bare:
     config: Any = None
     tokenizer: Any = None
     original: Original | None = None
+
+    @cached_property
+    def seen(self) -> SeenBase:
+        """Its kinds and sizes, by which targets are chosen."""
+        return seen_base(self.modules, self.embedding, self.head, self.config)
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ class ModuleCopy(AdapterModule):
         return merged
 
 
-def planned_copy(module: nn.Module) -> Planned:
-    """A copy of the module that is yet to be made."""
-    return Planned(lambda: ModuleCopy(module), sum(parameters_of(module).values()))
+def planned_copy(module: nn.Module, trained: int) -> Planned:
+    """A copy of the module that is yet to be made, and how many parameters it has."""
+    return Planned(lambda: ModuleCopy(module), trained)
 
 
 def fp32_copy(module: nn.Module) -> nn.Module:

@@ -1,45 +1,35 @@
-"""Which modules an adapter goes into, decided exactly as PEFT decides it, and loud about misses."""
+"""Which modules an adapter goes into, decided exactly as PEFT decides it, and loud about misses. Free of torch."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from topwork.adapters.config import Targeted
+from topwork.adapters.places import CALLED, Module, Places
 from topwork.common.errors import AdapterError
-from topwork.quantization.linear import PackedModule, QuantizedEmbedding, QuantizedLinear
-
-LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
-EMBEDDINGS = (nn.Embedding, QuantizedEmbedding)
+from topwork.common.kinds import Kind
 
 
-def find_targets(
-    modules: Mapping[str, nn.Module],
-    head: str | None,
-    config: Targeted,
-    fitting: tuple[type[nn.Module], ...] = LINEAR,
-) -> list[str]:
-    """Paths of the modules that `config` names, in the model's order; `head` is the output head's path, which
-    all-linear leaves out.
+def find_targets(base: Places, config: Targeted, fitting: Container[Kind] = ("linear",)) -> list[str]:
+    """Paths of the modules that `config` names, in the model's order; all-linear leaves the output head out.
 
     Raises AdapterError where a name matches nothing, with the nearest names there are, and where a match is not of the
     kinds that are fitting.
     """
-    kept = choose_modules(modules, head, config)
-    wrong = [path for path in kept if not isinstance(modules[path], fitting)]
+    kept, modules = choose_modules(base, config), base.by_path
+    wrong = [path for path in kept if modules[path].kind not in fitting]
     if wrong:
         raise AdapterError(
-            f"target_modules names {wrong[0]!r}, which is a {type(modules[wrong[0]]).__name__}; an adapter goes into "
+            f"target_modules names {wrong[0]!r}, which is {CALLED[modules[wrong[0]].kind]}; an adapter goes into "
             f"linear layers: {', '.join(linear_names(modules))}. Train it whole with modules_to_save instead."
         )
     return kept
 
 
-def choose_modules(modules: Mapping[str, nn.Module], head: str | None, config: Targeted) -> list[str]:
+def choose_modules(base: Places, config: Targeted) -> list[str]:
     """Paths of the modules of any kind that `target_modules` names and nothing leaves out; AdapterError for none."""
-    chosen = _named(modules, config.target_modules, head)
+    modules = base.by_path
+    chosen = _named(modules, config.target_modules, base.head)
     excluded = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
     saved = config.saved_modules
     kept = [
@@ -54,56 +44,46 @@ def choose_modules(modules: Mapping[str, nn.Module], head: str | None, config: T
     return kept
 
 
-def find_saved(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+def find_saved(base: Places, names: Sequence[str]) -> list[str]:
     """Paths of the modules that `modules_to_save` names; AdapterError for a name that matches nothing.
 
     As in PEFT, which saves by the same rule, a name is any ending: `norm` is `input_layernorm` too.
     """
+    modules = base.by_path
     for name in names:
         if not any(path.endswith(name) for path in modules):
             raise AdapterError(f"modules_to_save names {name!r}, which matches no module{near_names(name, modules)}")
     found = [path for path in modules if path.endswith(tuple(names))]
-    mixing = [path for path in found if hasattr(modules[path], "layer_idx") or _has_layers(path, modules)]
+    mixing = [path for path in found if modules[path].attends]
     if mixing:
         inside = sorted({path.rpartition(".")[2] for path in modules if path.startswith(mixing[0] + ".")})
         raise AdapterError(
-            f"modules_to_save chooses {mixing[0]}, a {type(modules[mixing[0]]).__name__}, which mixes tokens of a "
-            f"sequence; a copy that sees an adapter's own rows can't stand for it: name the modules in it "
-            f"({', '.join(inside[:12])})"
+            f"modules_to_save chooses {mixing[0]}, which mixes tokens of a sequence; a copy that sees an adapter's own "
+            f"rows can't stand for it: name the modules in it ({', '.join(inside[:12])})"
         )
     return found
 
 
-def _has_layers(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether attention is somewhere in it: its module knows its layer's number."""
-    return any(inner.startswith(path + ".") and hasattr(module, "layer_idx") for inner, module in modules.items())
+def refuse_overlap(targets: Sequence[str], saved: Sequence[str]) -> None:
+    """AdapterError where a module is saved whole and another part goes into it."""
+    for whole in saved:
+        inside = [path for path in (*targets, *saved) if path.startswith(whole + ".")]
+        inside += [whole] if whole in targets else []
+        if inside:
+            raise AdapterError(
+                f"modules_to_save chooses {whole}, and {inside[0]} is chosen as well; one module can't be both, give "
+                "longer names in modules_to_save or leave the other out with exclude_modules"
+            )
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, (V, d) of an embedding; a Conv1D (gpt2) holds its weight transposed, a quantized one
-    packed."""
-    if isinstance(layer, EMBEDDINGS):
-        return embedding_shape(layer)
-    if isinstance(layer, QuantizedLinear):
-        return layer.in_features, layer.out_features
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
-
-
-def embedding_shape(module: nn.Module) -> tuple[int, int]:
-    """(V, d) of an embedding, or of the head tied to it."""
-    rows, columns = module.shape if isinstance(module, PackedModule) else module.weight.shape  # type: ignore[misc]
-    return int(rows), int(columns)
-
-
-def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
+def linear_names(modules: Mapping[str, Module]) -> list[str]:
     """The distinct last names of the linear layers."""
-    return sorted({path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, LINEAR)})
+    return sorted({path.rpartition(".")[2] for path, module in modules.items() if module.kind == "linear"})
 
 
-def _named(modules: Mapping[str, nn.Module], names: str | list[str], head: str | None) -> list[str]:
+def _named(modules: Mapping[str, Module], names: str | list[str], head: str | None) -> list[str]:
     if names == "all-linear":
-        return [path for path, module in modules.items() if isinstance(module, LINEAR) and path != head]
+        return [path for path, module in modules.items() if module.kind == "linear" and path != head]
     found = matching(modules, names)
     if not found:
         wanted = [names] if isinstance(names, str) else names

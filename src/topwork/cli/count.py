@@ -19,9 +19,9 @@ def count(
     as_json: AsJson = False,
 ) -> None:
     """Table trainable, frozen and total parameters per target set and rank, from the configuration alone."""
-    log = starting(to_errors=True)
+    log = starting(to_errors=True, doing="reading the config")
     from topwork.run.count import count as counted
 
-    result = counted(what, rank, overrides or [])
+    result = counted(what, rank, overrides or [], log)
     log.quiet()
     print(json.dumps(result.as_json()) if as_json else result.as_text())

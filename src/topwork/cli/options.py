@@ -21,10 +21,11 @@ Checkpoint = Annotated[
         "adapter, or the newest where there is none yet.",
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
-def starting(to_errors: bool) -> "Teller":
+def starting(to_errors: bool, doing: str = "loading torch and transformers") -> "Teller":
     """A command's `log`, which says at once what the first seconds are for: call it before torch is imported, and its
     `quiet` before results are printed. To standard error where a program, or a file, gets what is printed."""
     from topwork.run.console import Teller
@@ -33,5 +34,5 @@ def starting(to_errors: bool) -> "Teller":
     context = click.get_current_context(silent=True)
     if context is not None:
         context.call_on_close(log.quiet)
-    log.doing("loading torch and transformers")
+    log.doing(doing)
     return log

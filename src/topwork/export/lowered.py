@@ -10,7 +10,7 @@ import torch
 from topwork.adapters.fitting import Parts
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
 from topwork.adapters.method import Bare
-from topwork.adapters.targets import features
+from topwork.quantization.kinds import features
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import PAIRS
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.peft_format import SavedAdapter, fitted_shapes
-from topwork.adapters.targets import EMBEDDINGS, embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.export.lowered import missing_layers
 from topwork.export.readers import FEATURES, Action, Reader, Verdict
+from topwork.quantization.kinds import EMBEDDINGS, embedding_shape
 
 INSTEAD = {
     "prefix": "use it where it was trained, or with PEFT (--format peft)",

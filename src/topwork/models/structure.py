@@ -7,10 +7,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["linear", "embedding", "norm", "other"]
-"""`other` is whatever is none of these: attention blocks, lists of layers, experts held in one tensor, activations."""
+from topwork.common.kinds import Kind
 
 
 @dataclass(frozen=True)

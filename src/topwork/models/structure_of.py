@@ -1,15 +1,12 @@
 """A base's structure from its modules: for every model that transformers can build, at the price of importing it."""
 
-import inspect
-
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
-from topwork.models.structure import Kind, Module, Structure
+from topwork.models.structure import Module, Structure
 from topwork.models.structures.values import Values, widths
-from topwork.models.weights import weight_shape
+from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
 
 
 def structure_of(model: PreTrainedModel, fast: bool) -> Structure:
@@ -49,27 +46,11 @@ def _module(path: str, module: nn.Module, attends: bool, seen: set[int]) -> Modu
     kind = kind_of(module)
     rows, columns = 0, 0
     if kind == "linear":
-        rows, columns = weight_shape(module)
-    elif isinstance(module, nn.Embedding):
-        rows, columns = module.num_embeddings, module.embedding_dim
+        columns, rows = features(module)
+    elif kind == "embedding":
+        rows, columns = embedding_shape(module)
     return Module(
         path, kind, rows, columns, sum(parameter.numel() for parameter in own),
         kind in ("linear", "norm") and isinstance(getattr(module, "bias", None), nn.Parameter),
         tuple(parameter.numel() for parameter in held), attends, bool(held) and is_by_row(module),
     )  # fmt: skip
-
-
-def kind_of(module: nn.Module) -> Kind:
-    """What kind of module it is."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "norm" if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm") else "other"
-
-
-def is_by_row(module: nn.Module) -> bool:
-    """A leaf that is called with rows and nothing else, and does not mix them."""
-    arguments = list(inspect.signature(module.forward).parameters.values())
-    mixes = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return not mixes and not list(module.children()) and len(arguments) == 1

@@ -12,7 +12,7 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
     """Without torch where the family stands in `models/structures/`; else from its skeleton, which takes some seconds
     and is told. Raises ModelError."""
     found = find_config(model.model_name_or_path, model.revision)
-    values = {} if found.is_gguf else found.values()
+    values = found.values()
     structure = None if model.trust_remote_code and "auto_map" in values else structure_from(values)
     if structure is not None:
         return structure
@@ -20,6 +20,6 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
         f"{values.get('model_type', found.name)}: a config alone does not tell its modules, so transformers builds them"
     )
     from topwork.models.structure_of import structure_of
-    from topwork.plan.count import base_skeleton
+    from topwork.plan.built import base_skeleton
 
     return structure_of(base_skeleton(model), fast=False)

@@ -1,4 +1,4 @@
-"""How many parameters an adapter trains: from a model's config alone, no weights read.
+"""How many parameters an adapter trains: from a model's config alone, no weights read and no torch imported.
 
     LoRA on a layer of `in` inputs and `out` outputs:  r * (in + out)
 
@@ -6,21 +6,12 @@ A module of `modules_to_save` counts whole, because it is copied whole. Tied wei
 is `frozen`: its own parameters, which an adapter leaves as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from topwork.adapters.config import AdapterConfig, LoraConfig
-from topwork.adapters.graft import adapted_layers, bare_modules, plan_adapter
-from topwork.adapters.module_copy import parameters_of
-from topwork.adapters.targets import LINEAR
-from topwork.common.errors import ModelError
-from topwork.common.os_errors import why
-from topwork.models.config import ModelConfig
-from topwork.models.config_files import find_config
-from topwork.models.skeleton import skeleton
+from topwork.adapters.sizes import trained_sizes
+from topwork.models.structure import Structure
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGET_SETS = ("q,v", "q,k,v,o", "all-linear")
@@ -67,73 +58,37 @@ class CountRow:
     count: ParameterCount
 
 
-def count_adapter(model: PreTrainedModel, config: AdapterConfig) -> ParameterCount:
-    """What `config` would train in `model`, which may be a skeleton without weights or hold other adapters already.
+def count_adapter(base: Structure, config: AdapterConfig) -> ParameterCount:
+    """What `config` would train in a base. Raises AdapterError where the config does not fit it."""
+    return counted(trained_sizes(base, config), base.parameters)
 
-    Raises AdapterError where the config does not fit the model.
-    """
-    trained = {path: planned.trained for path, planned in plan_adapter(model, config).items()}
-    trainable, frozen = sum(trained.values()), _own_parameters(model)
+
+def counted(trained: Mapping[str, int], frozen: int) -> ParameterCount:
+    """Of parameters by the path of the module where they are trained, and those that are not."""
+    trainable = sum(trained.values())
     total = trainable + frozen
     return ParameterCount(trainable, frozen, total, trainable / total, _by_name(trained))
 
 
 def count_table(
-    model: PreTrainedModel, ranks: Sequence[int] = RANKS, target_sets: Sequence[str] = TARGET_SETS
+    base: Structure, ranks: Sequence[int] = RANKS, target_sets: Sequence[str] = TARGET_SETS
 ) -> list[CountRow]:
     """A row for every target set and rank. Sets: q,v / q,k,v,o / mlp / all-linear; a set that the family lacks (q,v
     where one layer holds queries, keys and values) is left out."""
     rows = []
     for name in target_sets:
-        targets = _targets_of(model, name)
+        targets = targets_of(base, name)
         for r in ranks if targets else ():
-            count = count_adapter(model, LoraConfig(r=r, target_modules=targets))
+            count = count_adapter(base, LoraConfig(r=r, target_modules=targets))
             rows.append(CountRow(name, targets if isinstance(targets, str) else tuple(targets), r, count))
     return rows
 
 
-def base_skeleton(model: ModelConfig) -> PreTrainedModel:
-    """`skeleton` of the base that a recipe names. Raises ModelError."""
-    known = config_of(model.model_name_or_path, model.revision, model.trust_remote_code)
-    return skeleton(known, model.trust_remote_code)
-
-
-def config_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """transformers' config of a model by any of its names (`models/config_files.py`). Raises ModelError."""
-    found = find_config(name, revision)
-    if found.shipped:
-        given = found.values()
-        return AutoConfig.for_model(given.pop("model_type"), **given)
-    try:
-        if found.hub_id is not None:  # by its name, under which the code lies that it may come with
-            return AutoConfig.from_pretrained(found.hub_id, revision=revision, trust_remote_code=trust_remote_code)
-        path = Path(str(found.file))
-        if found.is_gguf:
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{found.name} does not hold a model config that transformers knows: {why(error)}") from error
-
-
-def _own_parameters(model: PreTrainedModel) -> int:
-    """The base's parameters, tied ones once (`parameters()` gives each tensor once)."""
-    grafted = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
-    return sum(count for key, count in parameters_of(model).items() if key not in grafted)
-
-
-def _by_name(trained: dict[str, int]) -> tuple[ModuleCount, ...]:
-    groups: dict[str, list[int]] = {}
-    for path, count in trained.items():
-        groups.setdefault(path.rpartition(".")[2], []).append(count)
-    return tuple(ModuleCount(name, len(counts), sum(counts)) for name, counts in groups.items())
-
-
-def _targets_of(model: PreTrainedModel, target_set: str) -> str | list[str]:
-    """`target_modules` of a set in this model, as `self_attn.q_proj`; empty where the family has no such set."""
+def targets_of(base: Structure, target_set: str) -> str | list[str]:
+    """`target_modules` of a set in this base, as `self_attn.q_proj`; empty where the family has no such set."""
     if target_set == "all-linear":
         return target_set
-    modules = bare_modules(model)
-    linear = [path.split(".") for path, module in modules.items() if isinstance(module, LINEAR)]
+    linear = [module.path.split(".") for module in base.modules if module.kind == "linear"]
     roles = {".".join(parts[-2:]): _role(parts) for parts in linear if len(parts) > 1}
     attention = sorted(name for name, role in roles.items() if role == "attention")
     query_value = [name for name in attention if name.rpartition(".")[2] in QUERY_VALUE]
@@ -145,6 +100,13 @@ def _targets_of(model: PreTrainedModel, target_set: str) -> str | list[str]:
     if target_set not in sets:
         raise ValueError(f"unknown target set {target_set!r}; there are {', '.join([*sets, 'all-linear'])}")
     return sets[target_set]
+
+
+def _by_name(trained: Mapping[str, int]) -> tuple[ModuleCount, ...]:
+    groups: dict[str, list[int]] = {}
+    for path, count in trained.items():
+        groups.setdefault(path.rpartition(".")[2], []).append(count)
+    return tuple(ModuleCount(name, len(counts), sum(counts)) for name, counts in groups.items())
 
 
 def _role(parts: list[str]) -> str | None:

@@ -21,7 +21,7 @@ from topwork.models.load import DTYPES, load_base
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
-from topwork.plan.count import config_of
+from topwork.plan.built import config_of
 from topwork.plan.footprint import FootprintRow, as_table, footprint
 from topwork.quantization.error import FormatErrors, Packing, Sums, dequantized, measure, normal_weights, sweep
 from topwork.reporting.curves import png_bytes

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from topwork.adapters.sizes import trained_sizes
 from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import clear_leftovers, recover_folder, recover_folders
-from topwork.plan.count import base_skeleton, count_adapter
+from topwork.plan.base import structure_named
 from topwork.recipe.recipe import Recipe
 from topwork.run.folder import ADAPTER, EVALUATION, RECIPE, RESULT, TEMPLATE, TRIAL, check_place, read_recipe
 from topwork.run.ownership import (
@@ -74,11 +75,11 @@ def check_targets(recipes: Sequence[Recipe]) -> None:
     """Raises AdapterError where an adapter does not fit the base that the first recipe names, told by its config alone.
     A base that cannot be built so is for its loading to speak of."""
     try:
-        shape = base_skeleton(recipes[0].model)
+        base = structure_named(recipes[0].model)
     except ModelError:
         return
     for recipe in recipes:
-        count_adapter(shape, recipe.adapter)
+        trained_sizes(base, recipe.adapter)
 
 
 def check_request(recipes: Sequence[Recipe], resume: bool, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from topwork.common.os_errors import check_link, explained, why
 from topwork.export.peft import CONFIG, TENSORS, plain_config, plain_tensors
 from topwork.models.config import ModelConfig
 from topwork.models.gguf import convert_into
-from topwork.plan.count import base_skeleton
+from topwork.plan.built import base_skeleton
 from topwork.run.converting.kinds import Found, recognised
 from topwork.run.converting.mlx import mlx_adapter
 from topwork.run.converting.peft_names import on_modules, plain_names

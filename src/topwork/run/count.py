@@ -1,21 +1,14 @@
 """`topwork count`: parameters before and after, from a configuration alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from topwork.common.os_errors import explained
-from topwork.models.skeleton import skeleton
-from topwork.plan.count import (
-    RANKS,
-    CountRow,
-    ParameterCount,
-    base_skeleton,
-    config_of,
-    count_adapter,
-    count_table,
-)  # fmt: skip
+from topwork.models.config import ModelConfig
+from topwork.plan.base import structure_named
+from topwork.plan.count import RANKS, CountRow, ParameterCount, count_adapter, count_table
 from topwork.recipe.recipe import load_recipe
 
 
@@ -49,15 +42,19 @@ class Counted:
 
 
 @explained()
-def count(what: str, ranks: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Counted:
-    """Count a recipe's adapter, or the adapters that a model could have. `what` is a recipe or names a model."""
+def count(
+    what: str,
+    ranks: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _: None,
+) -> Counted:
+    """Count a recipe's adapter, or the adapters that a model could have. `what` is a recipe or names a model; `log` is
+    told where its config alone is not enough, which takes longer."""
     ranks = ranks or RANKS
     if Path(what).suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(Path(what), overrides)
-        model = recipe.model
-        bare = base_skeleton(model)
-        own = count_adapter(bare, recipe.adapter)
-        return Counted(model.model_name_or_path, own.frozen, count_table(bare, ranks), own)
-    bare = skeleton(config_of(what))
-    table = count_table(bare, ranks)
-    return Counted(what, sum(p.numel() for p in bare.parameters()), table)
+        base = structure_named(recipe.model, log)
+        own = count_adapter(base, recipe.adapter)
+        return Counted(recipe.model.model_name_or_path, own.frozen, count_table(base, ranks), own)
+    base = structure_named(ModelConfig(model_name_or_path=what), log)
+    return Counted(what, base.parameters, count_table(base, ranks))

@@ -27,7 +27,7 @@ from topwork.models.lazy import open_lazily
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config
-from topwork.plan.count import base_skeleton
+from topwork.plan.built import base_skeleton
 from topwork.reporting.card import add_card
 from topwork.reporting.card_source import is_hub_id, last_part, without_places
 from topwork.run.exporting.check import asked, stored_by, tokenizer_of

@@ -17,7 +17,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config, load_tokenizer, usable_length
-from topwork.plan.count import config_of, count_adapter
+from topwork.plan.built import config_of, count_built
 from topwork.plan.lint.examine import examine, examine_loaded
 from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, totals
@@ -107,7 +107,7 @@ def _trainable(recipe: Recipe, source: Source, log: Log) -> int | None:
     model = recipe.model
     try:
         config = config_of(source.folder, source.revision, model.trust_remote_code)
-        return count_adapter(skeleton(config, model.trust_remote_code), recipe.adapter).trainable
+        return count_built(skeleton(config, model.trust_remote_code), recipe.adapter).trainable
     except (ModelError, AdapterError) as error:
         log(f"warning: what the adapter trains was not counted: {error}")
         return None

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from topwork.adapters.config import LoraConfig
 from topwork.adapters.methods.lora.method import LORAPLUS_RATIO
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import RequestError, TopworkError
+from topwork.models.structure import Structure
 from topwork.plan.count import count_adapter, count_table
 from topwork.recipe.grid import Axis, Variant, axis_values
 from topwork.recipe.recipe import Recipe
@@ -32,18 +31,18 @@ class Experiment:
     left_out: tuple[str, ...] = ()
 
 
-def experiment(name: str, request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
+def experiment(name: str, request: SweepRequest, structure: Structure) -> Experiment:
     """The ready experiment of this name on the request's base. Raises RequestError for a name that there is not, or
     where the base takes fewer than two of its variants."""
     if name not in PRESETS:
         raise RequestError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    made = PRESETS[name](request, skeleton)
+    made = PRESETS[name](request, structure)
     if len(made.axis.variants) < 2:
         raise RequestError(f"preset {name} needs two variants that the base can take; left out: {list(made.left_out)}")
     return made
 
 
-def _rank(request: SweepRequest, _: PreTrainedModel) -> Experiment:
+def _rank(request: SweepRequest, _: Structure) -> Experiment:
     adapter = _lora(request)
     scale = adapter.lora_alpha / adapter.r
     variants = [
@@ -58,10 +57,10 @@ def _rank(request: SweepRequest, _: PreTrainedModel) -> Experiment:
     return Experiment("rank", text, Axis("r", tuple(variants)))
 
 
-def _targets(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
+def _targets(request: SweepRequest, structure: Structure) -> Experiment:
     adapter = _lora(request)
     scale = adapter.lora_alpha / adapter.r
-    rows = {row.target_set: row for row in count_table(skeleton, (1,), TARGET_SETS)}
+    rows = {row.target_set: row for row in count_table(structure, (1,), TARGET_SETS)}
     budget = rows["all-linear"].count.trainable * adapter.r
     variants, told = [], []
     for name, row in rows.items():
@@ -81,7 +80,7 @@ def _targets(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
     return Experiment("targets", text, Axis("targets", tuple(variants)), missing)
 
 
-def _scaling(_request: SweepRequest, _: PreTrainedModel) -> Experiment:
+def _scaling(_request: SweepRequest, _: Structure) -> Experiment:
     variants = [
         Variant(
             scale,
@@ -98,7 +97,7 @@ def _scaling(_request: SweepRequest, _: PreTrainedModel) -> Experiment:
     return Experiment("scaling", text, Axis("alpha/r", tuple(variants)))
 
 
-def _learning_rate(_request: SweepRequest, _: PreTrainedModel) -> Experiment:
+def _learning_rate(_request: SweepRequest, _: Structure) -> Experiment:
     rates = axis_values("training.learning_rate", LEARNING_RATES)
     variants = [Variant(rate, f"learning_rate-{rate:g}", {"training.learning_rate": rate}) for rate in rates]
     text = (
@@ -109,7 +108,7 @@ def _learning_rate(_request: SweepRequest, _: PreTrainedModel) -> Experiment:
     return Experiment("learning-rate", text, Axis("learning rate", tuple(variants)))
 
 
-def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
+def _methods(request: SweepRequest, structure: Structure) -> Experiment:
     base = request.base()
     presets = {name: (method, preset) for method in METHODS for name, preset in METHODS[method].presets.items()}
     variants, left_out, told = [], [], []
@@ -119,7 +118,7 @@ def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
         changes = plain | dict(preset.changes)
         try:
             recipe = request.base(changes, f" as {name}")
-            trained = _trained(skeleton, recipe)
+            trained = _trained(structure, recipe)
         except TopworkError as error:
             left_out.append(f"{name}: {error}")
             continue
@@ -136,11 +135,11 @@ def _methods(request: SweepRequest, skeleton: PreTrainedModel) -> Experiment:
     return Experiment("methods", text, Axis("method", tuple(variants)), tuple(left_out))
 
 
-def _trained(skeleton: PreTrainedModel, recipe: Recipe) -> int:
+def _trained(structure: Structure, recipe: Recipe) -> int:
     """What a method trains in this base. Raises AdapterError, RequestError where the base cannot take it."""
     if recipe.quantization.active and recipe.adapter.method == "full":
         raise RequestError("a quantized base has no weights that could be trained whole")
-    return count_adapter(skeleton, recipe.adapter).trainable
+    return count_adapter(structure, recipe.adapter).trainable
 
 
 def _lora(request: SweepRequest) -> LoraConfig:
@@ -158,7 +157,7 @@ def _listed(values: Any) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-PRESETS: dict[str, Callable[[SweepRequest, PreTrainedModel], Experiment]] = {
+PRESETS: dict[str, Callable[[SweepRequest, Structure], Experiment]] = {
     "rank": _rank, "targets": _targets, "scaling": _scaling, "learning-rate": _learning_rate, "methods": _methods,
 }  # fmt: skip
 """Name -> the experiment on a base."""

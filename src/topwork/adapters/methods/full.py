@@ -1,8 +1,6 @@
 """Full fine-tuning: every module is trained as a copy of its own (`module_copy.py`); a head that is tied to the
 embedding shares its copy, and is not repeated in the file."""
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -11,11 +9,10 @@ from torch import Tensor, nn
 
 from topwork.adapters.config import FullConfig
 from topwork.adapters.files import own_files
-from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
+from topwork.adapters.method import Bare, Method, Plan, Preset
+from topwork.adapters.methods.places import full_sizes, shared_head
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy, planned_copy
-from topwork.adapters.targets import matching
-from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
 
 
@@ -47,46 +44,14 @@ class TiedHead(AdapterModule):
 
 def full_plan(bare: Bare, config: FullConfig) -> Plan:
     """A copy of every module; a head that is tied to the embedding shares its copy."""
-    paths = whole_targets(bare.modules, config)
-    plan = {path: planned_copy(bare.modules[path]) for path in paths}
-    if bare.head in plan and bare.embedding in plan and bare.head != bare.embedding:
-        head, embedding = bare.modules[bare.head], bare.modules[bare.embedding]
-        if head.get_parameter("weight") is embedding.get_parameter("weight"):
-            copied = cache(lambda: ModuleCopy(embedding))
-            bias = getattr(head, "bias", None)
-            plan[bare.embedding] = replace(plan[bare.embedding], make=copied)
-            plan[bare.head] = Planned(lambda: TiedHead(head, copied()), 0 if bias is None else bias.numel())
+    sizes = full_sizes(bare.seen, config)
+    plan = {path: planned_copy(bare.modules[path], sum(own)) for path, own in sizes.items()}
+    if shared_head(bare.seen, sizes):
+        embedding, head = str(bare.embedding), str(bare.head)
+        copied = cache(lambda: ModuleCopy(bare.modules[embedding]))
+        plan[embedding] = replace(plan[embedding], make=copied)
+        plan[head] = replace(plan[head], make=lambda: TiedHead(bare.modules[head], copied()))
     return plan
-
-
-def whole_targets(modules: Mapping[str, nn.Module], config: FullConfig) -> list[str]:
-    """Paths of every module with parameters of its own, but those left out.
-
-    Raises AdapterError where one cannot be held as a copy: it is given more than the tokens' rows, or mixes them.
-    """
-    out = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
-    chosen = [path for path, module in modules.items() if path not in out and _has_own(module)]
-    wrong = [path for path in chosen if not _is_by_row(modules[path])]
-    if wrong:
-        raise AdapterError(
-            f"method full cannot train {wrong[0]} ({type(modules[wrong[0]]).__name__}) or {len(wrong) - 1} others: a "
-            "copy can stand for modules that take every token's row by itself; leave these out with exclude_modules: "
-            f"{', '.join(sorted({path.rpartition('.')[2] for path in wrong}))}"
-        )
-    if not chosen:
-        raise AdapterError(f"exclude_modules {config.exclude_modules!r} leaves nothing to train; loosen it")
-    return chosen
-
-
-def _has_own(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
-def _is_by_row(module: nn.Module) -> bool:
-    """A leaf that is called with rows and nothing else."""
-    arguments = list(inspect.signature(module.forward).parameters.values())
-    mixes = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return not mixes and not list(module.children()) and len(arguments) == 1
 
 
 FULL = Method(FullConfig, full_plan, own_files(FullConfig), {"full": Preset(rate=0.1)})

@@ -6,7 +6,6 @@
 l begins as ones, so a fresh adapter changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +14,11 @@ from torch import Tensor, nn
 from topwork.adapters.config import OWN_TARGETS, Ia3Config
 from topwork.adapters.files import Files, Grafted, has_conv1d, names_of, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
+from topwork.adapters.methods.places import ia3_sizes, ia3_targets
 from topwork.adapters.module import AdapterModule, FusedTerms
 from topwork.adapters.peft_options import ia3_options
-from topwork.adapters.targets import LINEAR, features, find_targets, matching
-from topwork.common.errors import AdapterError
 from topwork.ops.vectors import Gain
-
-KEYS_VALUES = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv")
-"""Names of projections to keys and values; a fused one is scaled whole, queries too."""
-MLP_LAST = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out", "w2")
-"""Names of an MLP's last projection."""
+from topwork.quantization.kinds import features
 
 
 class Ia3(AdapterModule):
@@ -54,52 +48,13 @@ class Ia3(AdapterModule):
 
 def ia3_plan(bare: Bare, config: Ia3Config) -> Plan:
     """A vector at every target, for its outputs or its inputs."""
+    targets, sizes = ia3_targets(bare.seen, config), ia3_sizes(bare.seen, config)
 
     def at(path: str, scales_inputs: bool) -> Planned:
         inputs, outputs = features(bare.modules[path])
-        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), inputs if scales_inputs else outputs)
+        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), sum(sizes[path]))
 
-    return {path: at(path, last) for path, last in ia3_targets(bare.modules, bare.head, config).items()}
-
-
-def ia3_targets(modules: Mapping[str, nn.Module], head: str | None, config: Ia3Config) -> dict[str, bool]:
-    """Path -> whether its inputs are scaled, of the modules that `config` names or that IA3 is meant for.
-
-    Raises AdapterError where a base has none that are known, or where `feedforward_modules` is no target.
-    """
-    if config.targets == OWN_TARGETS:
-        config = config.model_copy(update={"target_modules": own_names(modules)})
-    paths = [path for path in find_targets(modules, head, config) if ".experts." not in path]
-    asked = config.feedforward_modules
-    if asked is None:
-        last = set(matching(paths, list(MLP_LAST)))
-    elif isinstance(asked, str):
-        last = set(matching(paths, asked))
-    else:
-        last = {path for path in paths if path.endswith(tuple(asked))}
-    if asked and not last:
-        raise AdapterError(
-            f"feedforward_modules {asked!r} matches none of the {len(paths)} target modules (first {paths[0]}); name "
-            "some of target_modules, or leave it out for the MLP's last layers"
-        )
-    return {path: path in last for path in paths}
-
-
-def own_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names of a base's keys, values and last MLP layers."""
-    linear = [path for path, module in modules.items() if isinstance(module, LINEAR)]
-    found = [_there(linear, names) for names in (KEYS_VALUES, MLP_LAST)]
-    if not all(found):
-        raise AdapterError(
-            f"method ia3 knows no {'keys and values' if not found[0] else 'last MLP layer'} in this base (names such "
-            f"as {', '.join((KEYS_VALUES if not found[0] else MLP_LAST)[:4])}); give target_modules and "
-            f"feedforward_modules yourself, out of {', '.join(sorted({p.rpartition('.')[2] for p in linear}))}"
-        )
-    return [*found[0], *found[1]]
-
-
-def _there(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    return [name for name in names if matching(paths, [name])]
+    return {path: at(path, last) for path, last in targets.items()}
 
 
 def _keys(adapter: Grafted[Ia3Config]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ more.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,29 +18,16 @@ from torch import Tensor, nn
 from topwork.adapters.config import PrefixConfig, PromptConfig
 from topwork.adapters.files import Files, Grafted, peft_keys
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
+from topwork.adapters.methods.places import CacheShape, cache_shape, prefix_sizes, prompt_sizes
 from topwork.adapters.module import AdapterModule, hold_in, path_seed
 from topwork.adapters.peft_options import virtual_options
-from topwork.adapters.targets import embedding_shape
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
+from topwork.quantization.kinds import embedding_shape
 
 PREFIX_DEVIATION = 0.02
 SAMPLED_TOKENS = 1024
 """Embeddings whose standard deviation a random prompt takes."""
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """What attention keeps of a token: in each layer so many heads of keys, and as many of values, each `size` wide."""
-
-    layers: int
-    heads: int
-    size: int
-
-    @property
-    def values(self) -> int:
-        """Of one token in all layers."""
-        return 2 * self.layers * self.heads * self.size
 
 
 class VirtualTokens(AdapterModule):
@@ -117,40 +103,22 @@ class Prefix(VirtualTokens):
 
 def prompt_plan(bare: Bare, config: PromptConfig) -> Plan:
     """Learned embeddings before the text; the embedding's layer holds them."""
-    path, count = virtual_place(bare.embedding), config.num_virtual_tokens
-    width = embedding_shape(bare.modules[path])[1]
+
+    ((path, (size,)),) = prompt_sizes(bare.seen, config).items()
+    count = config.num_virtual_tokens
 
     def make() -> Prompt:
-        return Prompt(count, width, config.prompt_tuning_init, start_tokens(config, bare.tokenizer))
+        tokens = start_tokens(config, bare.tokenizer)
+        return Prompt(count, size // count, config.prompt_tuning_init, tokens)
 
-    return {path: Planned(make, count * width)}
+    return {path: Planned(make, size)}
 
 
 def prefix_plan(bare: Bare, config: PrefixConfig) -> Plan:
     """Learned keys and values of all layers before the text; the embedding's layer holds them too."""
-    path, count, shape = virtual_place(bare.embedding), config.num_virtual_tokens, cache_shape(bare.config)
-    return {path: Planned(lambda: Prefix(count, shape), count * shape.values)}
-
-
-def cache_shape(config: Any) -> CacheShape:
-    """From a base's config. Raises AdapterError where its layers' keys and values are not all alike."""
-    text = config.get_text_config()
-    shared = getattr(text, "num_kv_shared_layers", 0) or getattr(text, "global_head_dim", None)
-    if shared or getattr(text, "kv_lora_rank", None):
-        raise AdapterError(
-            f"{text.model_type}'s layers do not all keep keys and values of one shape, and a learned prefix is one "
-            "table for all; take prompt tuning or another method"
-        )
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, size)
-
-
-def virtual_place(embedding: str | None) -> str:
-    """The path whose layer holds learned tokens."""
-    if embedding is None:
-        raise AdapterError("prefix and prompt tuning need a base with an input embedding; this one has none")
-    return embedding
+    ((path, (size,)),) = prefix_sizes(bare.seen, config).items()
+    shape = cache_shape(bare.seen)
+    return {path: Planned(lambda: Prefix(config.num_virtual_tokens, shape), size)}
 
 
 def start_tokens(config: PromptConfig, tokenizer: Any) -> list[int]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from topwork.adapters.lowrank import LowRankUpdate
-from topwork.adapters.targets import EMBEDDINGS, embedding_shape, features
 from topwork.common.errors import AdapterError, ModelError, quoted
 from topwork.common.os_errors import why
 from topwork.export.gguf.adapter import EMBEDDING
 from topwork.export.gguf.families import family_of, gguf_name, rotary_heads
 from topwork.export.gguf.package import gguf_package
 from topwork.export.lowered import Lowered
+from topwork.quantization.kinds import EMBEDDINGS, embedding_shape, features
 
 _A, _B = ".lora_a", ".lora_b"
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from topwork.adapters.method import Bare
-from topwork.adapters.targets import EMBEDDINGS, features
 from topwork.common.errors import RequestError
 from topwork.merging.changes import Changes, Parameter
 from topwork.merging.combine import masks
@@ -23,6 +22,7 @@ from topwork.merging.combine.settings import Settings
 from topwork.merging.combine.table import Way, way_of
 from topwork.merging.combine.truncate import truncated
 from topwork.merging.deltas import Delta, DenseDelta, LowRankDelta, as_factors, as_matrix, reduced, weighted_sum
+from topwork.quantization.kinds import EMBEDDINGS, features
 
 RANK_OF_DENSE = 16
 """What a source counts that has no rank of its own (IA3)."""

@@ -23,11 +23,11 @@ from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.methods.lora.method import LORA
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_format import BaseId, SavedAdapter, saved_adapter
-from topwork.adapters.targets import EMBEDDINGS, features
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json, write_text
 from topwork.merging.combine.driver import Combined
 from topwork.merging.deltas import LowRankDelta
+from topwork.quantization.kinds import EMBEDDINGS, features
 
 RECORD, TEMPLATE = "combine.json", "chat_template.jinja"
 

@@ -11,7 +11,7 @@ from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import read_text
 from topwork.merging.changes import Changes, changes_of
 from topwork.merging.combine.places import alone
-from topwork.plan.count import base_skeleton
+from topwork.plan.built import base_skeleton
 from topwork.run.base_weights import base_weights
 from topwork.run.folder import ADAPTER, RECIPE, TEMPLATE, finished_recipe
 from topwork.run.given import Given, given_adapter

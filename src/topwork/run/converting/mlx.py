@@ -10,10 +10,10 @@ from torch import Tensor
 
 from topwork.adapters.lowrank import LowRankUpdate
 from topwork.adapters.method import Bare
-from topwork.adapters.targets import EMBEDDINGS
 from topwork.common.errors import AdapterError, quoted
 from topwork.export.lowered import Lowered
 from topwork.export.preflight import is_tied
+from topwork.quantization.kinds import EMBEDDINGS
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 

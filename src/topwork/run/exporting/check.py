@@ -23,7 +23,7 @@ from topwork.models.load import load_base
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_tokenizer
 from topwork.ops.batch import batch_of
-from topwork.plan.count import base_skeleton
+from topwork.plan.built import base_skeleton
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
 from topwork.run.merging.inputs import TEXTS, own_tokenizer

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
-from transformers import PreTrainedModel
 
-from topwork.adapters.graft import plan_adapter
+from topwork.adapters.sizes import trained_sizes
 from topwork.common.errors import RequestError
 from topwork.data.batches import steps_per_epoch
 from topwork.data.examples import load_data
 from topwork.models.source import find_source
+from topwork.models.structure import Structure
 from topwork.models.tokenizer import open_tokenizer
-from topwork.plan.count import base_skeleton
+from topwork.plan.base import structure_named
 from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
 from topwork.recipe.places import run_folder
 from topwork.recipe.recipe import Recipe
@@ -21,7 +21,7 @@ from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, exp
 from topwork.run.folder import check_place
 from topwork.run.presets import Experiment, experiment
 from topwork.training.passes import check_longest
-from topwork.training.trial import planned_steps
+from topwork.training.schedule import planned_steps
 
 VALIDATIONS = 10
 """Validations of a run that names no eval_steps."""
@@ -60,8 +60,8 @@ def plan_sweep(
     Raises RequestError for whatever is wrong with the request; nothing is written.
     """
     request = _with_options(load_sweep(recipe, overrides), options)
-    model = _skeleton(request)
-    ready = experiment(request.sweep.preset, request, model) if request.sweep.preset else None
+    structure = _structure(request)
+    ready = experiment(request.sweep.preset, request, structure) if request.sweep.preset else None
     axes = [] if ready is None else [ready.axis]
     axes += grid_axes(request.sweep.grid, parse_grid(options.grid))
     axes += [seed_axis(request.sweep.seeds)] if request.sweep.seeds > 1 else []
@@ -70,7 +70,7 @@ def plan_sweep(
     trials = tuple(expand(request, axes, out))
     _one_base(trials)
     for trial in trials:
-        plan_adapter(model, trial.recipe.adapter)  # says what the base cannot take
+        trained_sizes(structure, trial.recipe.adapter)  # says what the base cannot take
     shown: dict[str, list[JsonValue]] = {axis.label: [variant.shown for variant in axis.variants] for axis in axes}
     plan = SweepPlan(trials, shown, out, ready, bool(request.jobs), request.sweep.halving)
     if not plan.jobs:
@@ -112,14 +112,14 @@ def _out(request: SweepRequest) -> Path:
     return Path(own if request.described else f"{own}-{request.sweep.preset or 'sweep'}")
 
 
-def _skeleton(request: SweepRequest) -> PreTrainedModel:
-    """The base's shape, without weights."""
+def _structure(request: SweepRequest) -> Structure:
+    """The base's, by its config alone."""
     if request.jobs:
         model = expand(request, [], Path("jobs"))[0].recipe.model  # the recipe itself may have no data
     else:
         model = request.base().model
     find_source(model, lambda _: None)  # says what is wrong with the name, or where its weights are missing
-    return base_skeleton(model)
+    return structure_named(model)
 
 
 def _one_base(trials: Sequence[PlannedTrial]) -> None:

@@ -4,17 +4,13 @@ PEFT's names, shapes and rules: a LoRA's A is [r, V] and begins at zero, its B i
 embeddings, what an adapter adds is scaled with them.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.adapters.config import LoraConfig
 from topwork.adapters.module import AdapterModule, hold_in, path_seed
-from topwork.adapters.targets import EMBEDDINGS, embedding_shape
-from topwork.common.errors import AdapterError
 from topwork.quantization.linear import PackedModule
 
 
@@ -124,48 +120,6 @@ class TiedTokens(AdapterModule):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.embedding.merged(weight, bias)
-
-
-def check_tokens(tokens: Sequence[int], modules: Mapping[str, nn.Module], embedding: str | None) -> str:
-    """The embedding's path. Raises AdapterError for tokens that it does not have, or that are named twice."""
-    if embedding is None or not isinstance(modules[embedding], EMBEDDINGS):
-        raise AdapterError("trainable_token_indices needs a base with an input embedding; this one has none")
-    vocabulary = embedding_shape(modules[embedding])[0]
-    outside = sorted(token for token in set(tokens) if not 0 <= token < vocabulary)
-    if outside or not tokens:
-        raise AdapterError(
-            f"trainable_token_indices has {outside or 'no ids'}; the base has 0 to {vocabulary - 1}: give ids "
-            "that are in it (the tokenizer tells a token's id)"
-        )
-    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
-    if twice:
-        raise AdapterError(f"trainable_token_indices names {twice} more than once; give each id once")
-    return embedding
-
-
-def refuse_both(paths: Collection[str]) -> None:
-    """One module holds one part of an adapter."""
-    if paths:
-        raise AdapterError(
-            f"{min(paths)} is chosen by target_modules and has rows that trainable_token_indices trains (a head tied "
-            "to the embedding shares them); take one of the two, or leave the module out with exclude_modules"
-        )
-
-
-def refuse_more_than_lora(paths: Sequence[str], config: LoraConfig) -> None:
-    """Embeddings among the targets take LoRA in its plain form: rows are looked up, never multiplied, so their lengths
-    are no magnitude to learn here; and what begins from a weight begins from a linear layer's."""
-    init = config.init_lora_weights
-    if paths and config.use_dora:
-        raise AdapterError(
-            f"{paths[0]} is an embedding, where use_dora is not supported; leave it out of target_modules, or train "
-            "some of its rows with trainable_token_indices"
-        )
-    if paths and init in ("pissa", "olora", "loftq"):
-        raise AdapterError(
-            f"init_lora_weights: {init} begins from a linear layer's weight, and target_modules names {paths[0]}, an "
-            "embedding; leave that out, or take init_lora_weights: true"
-        )
 
 
 def _scaled(values: Tensor, base_layer: nn.Module) -> Tensor:

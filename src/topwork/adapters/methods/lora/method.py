@@ -5,9 +5,7 @@ with PiSSA or OLoRA is written as the LoRA of rank 2 r that it is, with the rank
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,84 +15,32 @@ from topwork.adapters.config import LoraConfig
 from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.adapters.methods.lora.embedding import (
-    EmbeddingLora,
-    TiedTokens,
-    TrainedTokens,
-    check_tokens,
-    refuse_both,
-    refuse_more_than_lora,
-)  # fmt: skip
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
-from topwork.adapters.targets import EMBEDDINGS, LINEAR, embedding_shape, features, find_targets, matching, near_names
+from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
 
 
-@dataclass(frozen=True)
-class Target:
-    """One module that gets an A and a B: its path, its rank and its alpha."""
-
-    path: str
-    r: int
-    alpha: float
-
-
 def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
     """LoRA in every target, with DoRA's lengths, or begun from the base's weights; and trained tokens."""
-    paths = find_targets(bare.modules, bare.head, config, (*LINEAR, *EMBEDDINGS))
-    targets = _ranked(paths, config)
-    refuse_more_than_lora([path for path in paths if isinstance(bare.modules[path], EMBEDDINGS)], config)
-    _refuse_large_ranks(bare, config, targets)
+    targets, tokens = lora_places(bare.seen, config)
 
     def at(target: Target) -> Planned:
-        inputs, outputs = features(bare.modules[target.path])
-        lengths = outputs if config.use_dora else 0
-        return Planned(lambda: _part(bare, config, target), target.r * (inputs + outputs) + lengths)
+        return Planned(lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)))
 
     plan = {target.path: at(target) for target in targets}
-    tokens = _token_plan(bare, config)
-    refuse_both(plan.keys() & tokens.keys())
-    return plan | tokens
-
-
-def _ranked(paths: Sequence[str], config: LoraConfig) -> list[Target]:
-    """Each path with its rank and alpha. A pattern that matches nothing would be ignored silently, and the run would
-    not be the one asked for: AdapterError."""
-
-    patterns = {key: _ending(key) for key in (*config.rank_pattern, *config.alpha_pattern)}
-
-    def matches(key: str, path: str) -> bool:
-        return patterns[key].match(path) is not None
-
-    def of(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-        return next((value for key, value in pattern.items() if matches(key, path)), default)
-
-    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in pattern:
-            if not any(matches(key, path) for path in paths):
-                raise AdapterError(f"{name} has {key!r}, which matches no target module{near_names(key, paths)}")
-    return [
-        Target(path, of(path, config.rank_pattern, config.r), of(path, config.alpha_pattern, config.lora_alpha))
-        for path in paths
-    ]
-
-
-def _ending(key: str) -> re.Pattern[str]:
-    """As PEFT looks for it."""
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
-        raise AdapterError(f"{key!r} in rank_pattern or alpha_pattern is no regular expression ({error})") from error
+    return plan if tokens is None else plan | _token_plan(tokens, config.trainable_token_indices or [])
 
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
-    inputs, outputs = features(bare.modules[target.path])
+    inputs, outputs = target.inputs, target.outputs
     scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
-    if isinstance(bare.modules[target.path], EMBEDDINGS):
+    if target.is_embedding:
         return EmbeddingLora(inputs, outputs, target.r, scaling)
     init, dropout = config.init_lora_weights, config.lora_dropout
     if init == "loftq":
@@ -120,29 +66,11 @@ def _original(bare: Bare) -> Original:
     return bare.original
 
 
-def _refuse_large_ranks(bare: Bare, config: LoraConfig, targets: Sequence[Target]) -> None:
-    """Weights have no more directions than rows or columns."""
-    for target in targets if isinstance(config.init_lora_weights, str) else ():
-        most = min(features(bare.modules[target.path]))
-        if target.r > most and config.init_lora_weights != "gaussian":
-            raise AdapterError(
-                f"init_lora_weights: {config.init_lora_weights} takes r directions of a weight, and that of "
-                f"{target.path} has {most}, fewer than r = {target.r}; lower r, there by rank_pattern"
-            )
-
-
-def _token_plan(bare: Bare, config: LoraConfig) -> Plan:
+def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
     """Trained rows of the embedding, which a head tied to it shares."""
-    if config.trainable_token_indices is None:
-        return {}
-    tokens = config.trainable_token_indices
-    path = check_tokens(tokens, bare.modules, bare.embedding)
-    width = embedding_shape(bare.modules[path])[1]
-    rows = cache(lambda: TrainedTokens(tokens, width))  # one part, which the head's looks at
-    plan = {path: Planned(rows, len(tokens) * width)}
-    if bare.head is not None and bare.modules[bare.head].weight is bare.modules[path].weight:
-        plan[bare.head] = Planned(lambda: TiedTokens(rows()), 0)
-    return plan
+    rows = cache(lambda: TrainedTokens(indices, tokens.width))  # one part, which the head's looks at
+    plan = {tokens.path: Planned(rows, len(indices) * tokens.width)}
+    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0)}
 
 
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
