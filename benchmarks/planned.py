@@ -90,10 +90,15 @@ def predicted(recipes: Sequence[Path], found: Mapping[str, Any], case: Case) -> 
 
     read = [load_recipe(path) for path in recipes]
     structure = structure_named(read[0].model)
-    tokens, learned = found["pass_tokens"][-1], case.members * found["learned_tokens"][-1]
-    layers = found["checkpointed_layers"]
-    usages = moments(setup_of(read, structure), PassShape(tokens, learned, case.length), layers)
+    shape = PassShape(*fill(case, read[0].adapter.virtual_tokens), case.length)
+    usages = moments(setup_of(read, structure), shape, found["checkpointed_layers"])
     return {"moments": {usage.moment: dict(usage.parts) for usage in usages}}
+
+
+def fill(case: Case, virtual: int) -> tuple[int, int]:
+    """(tokens, learned tokens) of a pass: as many of a step's rows as fit, with their virtual tokens."""
+    rows = min(case.batch_size * case.members, max(1, case.tokens // (case.length + virtual)))
+    return rows * (case.length + virtual), round(rows * case.learned * case.length)
 
 
 def tell(name: str, case: Mapping[str, Any]) -> None:
@@ -129,7 +134,10 @@ def text(record: Mapping[str, Any]) -> str:
         f"{max(map(abs, errors)):.1%}, furthest under {min(errors):+.1%}."
     )
     head = ["run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment"]
-    return "\n\n".join(["# Planned and measured", told, table(head, rows), surroundings_text(record["surroundings"])]) + "\n"
+    return (
+        "\n\n".join(["# Planned and measured", told, table(head, rows), surroundings_text(record["surroundings"])])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

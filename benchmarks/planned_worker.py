@@ -71,9 +71,7 @@ def main() -> None:
     recipes = [load_recipe(Path(path)) for path in sys.argv[1:]]
     done = run_train.train_together(recipes, overwrite=True, log=lambda *_: None)
     watch.enter("ended")
-    steps = [
-        json.loads(line) for line in (done[0].folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    steps = [json.loads(line) for line in (done[0].folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [record for record in steps if record["kind"] == "train"]
     print(json.dumps({
         "peaks": watch.peaks, "ends": watch.ends, "seconds": [record["seconds"] for record in trained],

@@ -14,7 +14,7 @@ from topwork.plan.base import structure_named
 from topwork.plan.setup import setup_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
-from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, Setup, Usage, largest_pass, peak
+from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, Setup, Usage, fitting_pass, peak
 
 IDLE_SHARE = 0.005
 """A change that brings less than so much of the whole is not worth its words."""
@@ -66,28 +66,28 @@ class Job:
     @cached_property
     def fit(self) -> Fit:
         """The largest pass that fits, as training itself plans it; one that the recipe names is as large as it says."""
-        training, every = self.recipes[0].training, self.structure.checkpointable
-        asked, checkpointing = training.tokens_per_pass, training.activation_checkpointing
-        if asked is None:
-            found = largest_pass(self.setup, self.memory_bytes, self.learned_share, self.longest, checkpointing)
-            return self.least if found is None else self._fit(*found)
-        if checkpointing != "auto":
-            return self.least
-        tried = (self._fit(asked, layers) for layers in range(max(1, every)))
-        return next((fit for fit in tried if fit.fits), self.least)
+        return self._planned(self.memory_bytes)
 
     @cached_property
     def least(self) -> Fit:
         """The smallest pass that the recipe allows, with as many layers checkpointed as may be: what a run needs."""
-        training, every = self.recipes[0].training, self.structure.checkpointable
-        most = {"auto": max(0, every - 1), "off": 0, "full": every}
-        layers = most.get(str(training.activation_checkpointing), training.activation_checkpointing)
-        assert isinstance(layers, int)
-        return self._fit(training.tokens_per_pass or max(SMALLEST_PASS, self.longest), layers)
+        return self._planned(0)
+
+    def _planned(self, memory_bytes: int) -> Fit:
+        training = self.recipes[0].training
+        tokens, layers = fitting_pass(
+            self.setup,
+            memory_bytes,
+            self.learned_share,
+            self.longest,
+            training.activation_checkpointing,
+            training.tokens_per_pass,
+        )
+        return self._fit(tokens, layers)
 
     def _fit(self, tokens: int, layers: int) -> Fit:
         usage = peak(self.setup, self.shape(tokens), layers)
-        return Fit(tokens, layers, usage, MARGIN * usage.bytes <= self.memory_bytes)
+        return Fit(tokens, layers, usage, round(MARGIN * usage.bytes) <= self.memory_bytes)
 
     def with_recipes(self, change: Callable[[Recipe], Recipe]) -> "Job":
         """The same with each recipe changed."""

@@ -42,6 +42,7 @@ class Need:
     scratch   a function's own, the largest
     handoff   on its way from one function to the next, the largest
     passing   for a moment while it goes backward, from the C library: the largest
+    again     what of that a layer that is run again keeps
     """
 
     saved: int = 0
@@ -49,12 +50,13 @@ class Need:
     scratch: int = 0
     handoff: int = 0
     passing: int = 0
+    again: int = 0
 
     def __add__(self, other: "Need") -> "Need":
         """Of one after the other."""
         return Need(
             self.saved + other.saved, self.heap + other.heap, max(self.scratch, other.scratch),
-            max(self.handoff, other.handoff), max(self.passing, other.passing),
+            max(self.handoff, other.handoff), max(self.passing, other.passing), max(self.again, other.again),
         )  # fmt: skip
 
 

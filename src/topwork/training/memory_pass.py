@@ -12,8 +12,8 @@ from topwork.training.memory_layers import (
     runs_modules,
     total,
 )
-from topwork.training.memory_plain import experts, mixed_layer, plain_layer
-from topwork.training.memory_process import HEAP_SHARE, KERNELS_BYTES, process_bytes
+from topwork.training.memory_plain import experts, mixed_layer, plain_layer, written_out_attention
+from topwork.training.memory_process import HEAD_COPIES, HEAP_SHARE, HEAP_TOP_BYTES, KERNELS_BYTES, process_bytes
 from topwork.training.memory_setup import Part, PassShape, Setup, Usage
 
 CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda": 512 << 20}
@@ -32,18 +32,18 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     blocks = need.scratch + need.handoff
     more = max(0, logits - need.scratch)  # a chunk of logits lies in the same block
     kept: Parts = {"activations": need.saved + need.heap, "scratch": blocks}
-    going = need.passing + need.heap
+    holes = HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) if setup.device == "cpu" else 0
     return [
         Usage("loading", loading(setup, held)),
         Usage("forward", {**held, **kept}),
         Usage("loss", {**held, **kept, "logits": more + at_loss}),
         Usage("backward", {
             **held, **kept, "logits": more, "gradients": gradients, "scratch": blocks + need.passing,
-            "allocator": int(HEAP_SHARE * going),
+            "allocator": holes,
         }),
         Usage("update", {
             **held, "activations": need.saved, "scratch": blocks, "logits": more, "gradients": gradients,
-            "allocator": int(HEAP_SHARE * going),
+            "allocator": holes,
         }),
         Usage("saving", {**held, "activations": need.saved, "scratch": blocks, "logits": more}),
     ]  # fmt: skip
@@ -66,7 +66,7 @@ def _held_parts(setup: Setup) -> Parts:
         "constants": constants,
         "adapter": sum(adapter_bytes(member, structure) for member in setup.members),
         "optimizer": sum(state_bytes(optim, own) for optim, own in sizes),
-        "process": process + KERNELS_BYTES,
+        "process": process + (KERNELS_BYTES if setup.device == "cpu" else 0),
     }
 
 
@@ -97,9 +97,10 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     boundary = shape.tokens * boundary_bytes(s, e)
     if checkpointed_layers:
         again = max(needs[:checkpointed_layers], key=_whole)
-        kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing)
+        kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing, again.heap)
     panel = PANEL_BYTES[setup.device] if setup.quantization.active else 0
-    return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel)
+    attention = written_out_attention(setup, shape)
+    return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel, 0, kept.passing + attention)
 
 
 def _whole(need: Need) -> int:
@@ -133,7 +134,10 @@ def logits_bytes(setup: Setup, shape: PassShape) -> tuple[int, int]:
     rows = chunk_rows(setup, 4 if learns else e)
     count = -(-shape.learned_tokens // max(1, -(-shape.learned_tokens // rows)))
     values = count * structure.vocabulary
-    return (0, values * (e + 3 * 4)) if learns else (values * e, 0)
+    if learns:
+        return 0, values * (e + 3 * 4)
+    packed = setup.quantization.active and setup.quantization.head != "16bit" and setup.device == "cpu"
+    return values * e * (1 + HEAD_COPIES * packed), 0
 
 
 def chunk_rows(setup: Setup, value_bytes: int) -> int:
