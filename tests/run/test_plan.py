@@ -1,6 +1,8 @@
 """`topwork plan`: what a run takes, whether it fits, what would make it fit, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def test_changes_are_told_in_the_order_of_harm_and_make_it_fit() -> None:
     assert found.changes[-1].fits
     assert all(not change.fits for change in found.changes[:-1])
     saved = sum(change.saved_bytes for change in found.changes)
-    assert found.fit.needed_bytes - saved == found.changes[-1].total_bytes <= found.place.memory_bytes
+    assert found.job.least.needed_bytes - saved == found.changes[-1].total_bytes <= found.place.memory_bytes
     sets = [f"{change.key}={json.dumps(change.value)}" for change in found.changes]
     assert plan("llama-3-8b", sets, memory="9GB").fits  # as it is told, it is
 
@@ -320,3 +322,13 @@ def test_a_job_speaks_of_several_members(recipe: Path) -> None:
     job = plan(recipe, device="T4").job
     two = Job([one, one], job.structure, job.device, job.memory_bytes, job.learned_share, job.longest)
     assert two.fit.peak.bytes > job.fit.peak.bytes or two.fit.tokens_per_pass < job.fit.tokens_per_pass
+
+
+def test_a_plan_imports_neither_torch_nor_transformers_nor_datasets(recipe: Path) -> None:
+    code = (
+        "import sys; from topwork.run.plan import plan; "
+        f"found = plan({str(recipe)!r}, device='T4', compare=True); plan('llama-3-8b', memory='9GB'); found.as_text(); "
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "[]"

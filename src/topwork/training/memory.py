@@ -12,6 +12,8 @@ What is held from step to step: weights and their constants, adapters, gradients
 (`memory_process.py`). On a CPU the blocks of a pass stay too (`ops/workspace.py`).
 """
 
+from bisect import bisect_left
+
 from topwork.training.config import Checkpointing
 from topwork.training.memory_pass import all_moments
 from topwork.training.memory_setup import Member, Part, PassShape, Setup, Usage
@@ -66,7 +68,7 @@ def largest_pass(
         found = tokens(layers, 1)
         return (found, layers) if fits(found, layers) else None
     found, most = tokens(0, FAST_PASS[setup.device]), max(0, every - 1)
-    fitting = next((layers for layers in range(most + 1) if fits(found, layers)), most)
+    fitting = min(most, bisect_left(range(most + 1), True, key=lambda layers: fits(found, layers)))
     if fitting == most:
         found = min(found, tokens(fitting, 1))
     return (found, fitting) if fits(found, fitting) else None
