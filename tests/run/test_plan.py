@@ -42,7 +42,9 @@ def test_memory_is_read_as_people_write_it(text: str) -> None:
     assert memory_bytes(text) == SIZES[text]
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-4GB", "lots", "24 GB of it", "1e99GB", "24XB", "nan", "inf", "9" * 30])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-4GB", "lots", "24 GB of it", "1e99GB", "24XB", "nan", "inf", "9" * 30]
+)
 def test_memory_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="--memory is"):
         memory_bytes(text)
@@ -149,7 +151,7 @@ def test_a_recipe_object_and_a_runs_folder_are_planned_too(recipe: Path, tmp_pat
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe.read_text().replace("train.jsonl", str(tmp_path / "train.jsonl")))
-    (run / "run.json").write_text(json.dumps({"topwork": 1, "owned": ["recipe.yaml"]}))
+    (run / "run.json").write_text(json.dumps({"format": 1, "topwork": "0", "files": ["recipe.yaml"]}))
     assert plan(run, device="T4").tokens_per_pass == plan(recipe, device="T4").tokens_per_pass
 
 
@@ -305,7 +307,9 @@ def test_the_text_begins_with_the_verdict_and_tells_what_to_change(recipe: Path)
     assert lines[1].startswith("fits: peak ")
     assert lines[1].endswith(("backward", "forward", "loss", "update", "read", "saved"))
     text = "\n".join(lines)
-    assert all(word in text for word in ("base weights", "optimizer", "process", "by moment:", "pass ", "steps ", "cost "))
+    assert all(
+        word in text for word in ("base weights", "optimizer", "process", "by moment:", "pass ", "steps ", "cost ")
+    )
     assert all(len(line) <= 120 for line in lines if not line.startswith("       by "))
     short = plan("llama-3-8b", memory="9GB").as_text()
     assert "does not fit: it takes" in short

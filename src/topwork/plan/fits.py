@@ -165,7 +165,10 @@ def changes_that_fit(job: Job, percentiles: Mapping[int, int] | None = None) -> 
         tried = step.on(at)
         if tried is None:
             continue
-        if at.least.needed_bytes - tried.least.needed_bytes < IDLE_SHARE * job.least.needed_bytes and not tried.fit.fits:
+        if (
+            at.least.needed_bytes - tried.least.needed_bytes < IDLE_SHARE * job.least.needed_bytes
+            and not tried.fit.fits
+        ):
             continue
         taken = [each for each in taken if each.key != step.key] + [step]
         at = tried

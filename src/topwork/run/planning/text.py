@@ -101,7 +101,8 @@ def _data(plan: "Planned") -> list[str]:
         f"data   {_about(tokens)}{tokens.rows:,} rows{held}; {_about(tokens)}{tokens.tokens:,} tokens an epoch, "
         f"{tokens.learned_share:.0%} of them learned",
         f"       lengths: half within {tokens.percentiles[50]:,}, 99 % within {tokens.percentiles[99]:,}, longest "
-        f"{tokens.longest:,}; {tokens.how()}",
+        f"{tokens.longest:,}",
+        f"       {tokens.how()}",
     ]
 
 
@@ -116,7 +117,9 @@ def _time(plan: "Planned") -> list[str]:
     lines = []
     if timing.steps is not None:
         each = f"{plan.recipe.training.batch_size:,} rows"
-        lines.append(f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epoch{'' if timing.epochs == 1 else 's'}")
+        lines.append(
+            f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epoch{'' if timing.epochs == 1 else 's'}"
+        )
     what = "a million tokens" if timing.steps is None else f"{duration(timing.cost.step_seconds)} a step"
     lines.append(
         f"time   about {duration(timing.cost.seconds)} {'for ' if timing.steps is None else '('}{what}"
