@@ -3,7 +3,8 @@
     python benchmarks/planned.py [--only NAME,…] [--resume] [--bases FOLDER]
 
 Each case (`planned_cases.py`) is a fresh process of `topwork train`; its peak is the largest resident size that the
-system counted (VmHWM), moment by moment (`planned_worker.py`). What is predicted follows from config.json alone. Writes
+system counted (VmHWM), moment by moment (`planned_worker.py`). What memory is predicted follows from config.json alone;
+a step's time is measured on random models of few layers just before (`planned_time.py`). Writes
 benchmarks/results/planned.* after each case, and docs/planning-errors.md.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 from planned_cases import CASES, SHAPES, STORIES, Case, write_rows
+from planned_time import foreseen, time_text
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="predict anew, measure nothing")
     parser.add_argument("--bases", type=Path, default=BENCHMARKS / "bases", help="where random bases are written")
     parser.add_argument("--out", type=Path, default=OUT, help="without its ending")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for measuring each case's steps before its run")
     given = parser.parse_args()
     file = given.out.with_name(given.out.name + ".json")
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {"cases": {}}
@@ -47,13 +50,14 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             recipes = recipes_of(case, given.bases, Path(folder))
+            timed = there.get("time") if given.again else foreseen(recipes, given.seconds)
             found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
             if "error" in found:
                 sys.exit(f"{name}: {found['error']}")
-            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found}
+            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found, "time": timed}
         tell(name, record["cases"][name])
         record["surroundings"] = surroundings()
-        write_record(given.out, record, text(record))
+        write_record(given.out, record, text(record) + time_text(record["cases"]))
 
 
 def recipes_of(case: Case, bases: Path, folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def question(name: str = "smollm2-135m", **changes: Any) -> Question:
     base = structure_named(ModelConfig(model_name_or_path=name))
     layers = [module for module in base.modules if module.kind == "linear" and module.path != base.head]
-    member = Member(LoraConfig(), "adamw", {module.path: 16 * (module.rows + module.columns) for module in layers})
+    member = Member(LoraConfig(), "adamw", {module.path: (16 * module.rows, 16 * module.columns) for module in layers})
     setup = Setup(base, "bfloat16", QuantizationConfig(), (member,))
     return replace(Question(setup, Rows(256, 128, 256, 256), 4, 1024, 0), **changes)
 

@@ -36,8 +36,8 @@ def setup_of(name: str, r: int = 16, adapter: AdapterConfig | None = None, nf4: 
     """LoRA on every linear layer but the head, or another adapter that trains as many values."""
     base = structure_named(ModelConfig(model_name_or_path=name))
     layers = [module for module in base.modules if module.kind == "linear" and module.path != base.head]
-    trained = {module.path: r * (module.rows + module.columns) for module in layers}
-    member = Member(adapter or LoraConfig(r=r), "adamw", trained)
+    sizes = {module.path: (r * module.rows, r * module.columns) for module in layers}
+    member = Member(adapter or LoraConfig(r=r), "adamw", sizes)
     return Setup(base, "bfloat16", QuantizationConfig(load_in_4bit=nf4), (member,))
 
 
@@ -92,8 +92,8 @@ def test_full_fine_tuning_is_six_operations_a_weight() -> None:
 
 def test_a_head_that_is_saved_whole_has_a_gradient_of_its_own_and_is_no_lora() -> None:
     plain = setup_of("smollm2-135m")
-    trained = {**plain.members[0].trained, "lm_head": 49152 * 576}
-    saved = replace(plain, members=(Member(LoraConfig(modules_to_save=["lm_head"]), "adamw", trained),))
+    sizes = {**plain.members[0].sizes, "lm_head": (49152 * 576,)}
+    saved = replace(plain, members=(Member(LoraConfig(modules_to_save=["lm_head"]), "adamw", sizes),))
     shape = PassShape(1000, 500, 500)
     assert pass_work(saved, shape).head == 1.5 * pass_work(plain, shape).head
     assert pass_work(saved, shape).adapter == pass_work(plain, shape).adapter

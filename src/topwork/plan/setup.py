@@ -17,7 +17,3 @@ def setup_of(recipes: Sequence[Recipe], structure: Structure, device: Literal["c
         Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter)) for recipe in recipes
     )
     return Setup(structure, dtype, first.quantization, members, device)
-
-
-def _member(recipe: Recipe, structure: Structure) -> Member:
-    return Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter))
