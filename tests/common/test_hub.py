@@ -13,6 +13,7 @@ from topwork.common.errors import DataError, ModelError
 from topwork.common.hub import ask_hub, is_hub_id
 from topwork.data.files.places import find_place
 from topwork.models.config import ModelConfig
+from topwork.models.config_files import find_config
 from topwork.models.source import Source, find_source
 from topwork.plan.built import config_of
 
@@ -154,3 +155,15 @@ def test_what_can_only_be_a_path_is_asked_of_nobody(name: str, stand_in: HubStan
     with pytest.raises(DataError):
         find_place(name)
     assert asked(stand_in) == []
+
+
+def test_a_config_is_read_from_the_cache_else_asked_for_once(stand_in: HubStandIn, online: Path) -> None:
+    cache_model(online)
+    found = find_config("owner/base")
+    assert (found.values(), found.hub_id) == ({}, "owner/base")
+    assert asked(stand_in) == []
+    stand_in.put("owner/other", {"config.json": b'{"model_type": "llama"}'})
+    stand_in.repos["owner/other"].branches["main"] = [("main", {"config.json": b'{"model_type": "llama"}'})]
+    for _ in range(2):
+        assert find_config("owner/other").values() == {"model_type": "llama"}
+    assert len([request for request in asked(stand_in) if request.startswith("GET")]) == 1

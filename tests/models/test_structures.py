@@ -1,23 +1,34 @@
 """A base's structure from its config alone against the same from transformers' modules, family by family."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
-from reference.families import OWN, SIZES
+from reference.families import OWN, SIZES, tiny_base
+from topwork.common.errors import ModelError
 from topwork.models.config_files import shape_names, shape_values
+from topwork.models.fast import ACTIVATIONS
 from topwork.models.probe import PROVEN
+from topwork.models.recognise import is_fast
 from topwork.models.skeleton import skeleton
 from topwork.models.structure import Structure
 from topwork.models.structure_of import structure_of
-from topwork.models.structures.build import structure_from
+from topwork.models.structures.build import FAST_ACTIVATIONS, structure_from
 from topwork.models.structures.table import FAMILIES
 
 REFUSED = {"lfm2", "mamba", "qwen3_next"}
 """Of reference/families.py, but no base that can be trained."""
 
+TINY_VISION = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14, "model_type": "siglip_vision_model",
+}  # fmt: skip
 STATED = {
     "vocab_size": 211, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 32, "intermediate_size": 96,
     "n_embd": 256, "n_layer": 2, "n_head": 32, "ffn_dim": 96, "pad_token_id": None,
@@ -32,6 +43,9 @@ def built(values: dict[str, Any]) -> Structure:
 
 
 def tiny_values(family: str) -> dict[str, Any]:
+    if FAMILIES[family].text is not None:
+        vision = {**TINY_VISION, "vision_use_head": False}
+        return {"model_type": family, "text_config": tiny_values(FAMILIES[family].text), "vision_config": vision}
     known = AutoConfig.for_model(family).to_dict()
     fitting = {key: value for key, value in SIZES.items() if key in known}
     return {"model_type": family, **fitting, **OWN.get(family, {})}
@@ -61,7 +75,13 @@ def test_a_tiny_model(family: str) -> None:
 def test_what_a_config_leaves_out_is_what_the_class_gives(family: str) -> None:
     """Every default of the table: the config states the sizes alone that it has to state."""
     known = AutoConfig.for_model(family).to_dict()
-    values = {"model_type": family, **{key: value for key, value in STATED.items() if key in known}}
+    stated = {key: value for key, value in STATED.items() if key in known}
+    if FAMILIES[family].text is not None:
+        stated = {
+            "text_config": {"hidden_size": 256, "num_hidden_layers": 2},
+            "vision_config": {"num_hidden_layers": 1},
+        }
+    values = {"model_type": family, **stated}
     assert_same(structure_from(values), built(values))
 
 
@@ -69,3 +89,65 @@ def test_what_a_config_leaves_out_is_what_the_class_gives(family: str) -> None:
 def test_a_shipped_shape(name: str) -> None:
     values = dict(shape_values(name))
     assert_same(structure_from(values), built(values))
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": None, "head_dim": None}),
+    ("llama", {"head_dim": 24, "torch_dtype": "bfloat16"}),
+    ("qwen2", {"num_key_value_heads": None, "dtype": "float16"}),
+    ("qwen3", {"attention_bias": True, "head_dim": 32}),
+    ("gemma2", {"tie_word_embeddings": False}),
+    ("gemma3_text", {"attention_bias": True}),
+    ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    ("qwen2_moe", {"mlp_only_layers": [0], "shared_expert_intermediate_size": 40}),
+    ("qwen3_moe", {"decoder_sparse_step": 2}),
+    ("gpt_oss", {"attention_bias": False}),
+    ("deepseek_v3", {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 0}),
+    ("gpt2", {"n_inner": None, "tie_word_embeddings": False}),
+    ("gpt2", {"n_inner": 40}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("opt", {"_remove_final_layer_norm": True, "word_embed_proj_dim": None}),
+    ("phi", {"qk_layernorm": True, "tie_word_embeddings": True}),
+    ("bloom", {"hidden_size": 32, "n_embed": 64}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 96, "alibi": False}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
+def test_what_a_family_may_have(family: str, changes: dict[str, Any]) -> None:
+    values = {**tiny_values(family), **changes}
+    assert_same(structure_from(values), built(values))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family].text is None])
+def test_which_families_run_fast(family: str) -> None:
+    found = structure_from(tiny_values(family))
+    assert found is not None
+    try:
+        base = tiny_base(family)
+    except ModelError:
+        assert not found.fast  # refused, so never run
+    else:
+        assert found.fast == is_fast(base.module)
+
+
+def test_other_activations_are_not_fast() -> None:
+    x = torch.linspace(-6, 6, 101)
+    known = {name for name in ACT2FN if any(map(partial(same_values, name, x), ACTIVATIONS.values()))}
+    assert known - {"gelu_10"} == FAST_ACTIVATIONS  # that one is cut off further out
+    assert not structure_from({**tiny_values("llama"), "hidden_act": "relu"}).fast  # type: ignore[union-attr]
+    assert not is_fast(tiny_base(hidden_act="relu").module)
+
+
+def same_values(name: str, x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    try:
+        return torch.allclose(ACT2FN[name](x), function(x))
+    except TypeError:  # xIELU wants its parameters' type
+        return False

@@ -12,10 +12,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from topwork.common.errors import ModelError, did_you_mean
+from topwork.common.errors import ModelError, did_you_mean, quoted
 from topwork.common.hub import ask_hub, is_hub_id
 from topwork.common.os_errors import check_link, why
 from topwork.common.paths import is_path, is_there, missed, plain_path
+from topwork.models.gguf_config import gguf_values
 from topwork.models.source import ALIASES
 
 
@@ -35,13 +36,20 @@ class ConfigFile:
         return self.file.name.lower().endswith(".gguf")
 
     def values(self) -> dict[str, Any]:
-        """What the config.json says. Raises ModelError for a file that is none."""
+        """What the config.json says, or a `.gguf` file's header where that is of a family that is known so; nothing
+        where it is not. Raises ModelError for a file that is none."""
+        if self.is_gguf:
+            return gguf_values(Path(str(self.file))) or {}
         try:
             given = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.file} cannot be read as a config.json: {why(error)}") from error
         if not isinstance(given, dict):
             raise ModelError(f"{self.file} holds no config, expected a JSON object with the model's sizes")
+        if not isinstance(given.get("model_type", ""), str):
+            raise ModelError(
+                f"{self.file} has model_type: {quoted(given['model_type'])}, expected a name such as llama"
+            )
         return given
 
 

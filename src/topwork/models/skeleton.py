@@ -15,7 +15,12 @@ def skeleton(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **typed)
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, ImportError) as error:
         raise ModelError(
-            f"no causal language model can be built from this {config.model_type!r} config: {error}"
+            f"no causal language model can be built from this {config.model_type!r} config: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """transformers goes on with every class that it has."""
+    return str(error).strip().partition("\n")[0]

@@ -10,11 +10,10 @@ from topwork.common.os_errors import why
 from topwork.common.telling import doing
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
+from topwork.models.structures.values import CONTEXT
 
 ABSURD_LENGTH = 10**9
 """transformers writes 1e30 where a tokenizer does not know its model's context."""
-
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 def open_tokenizer(
@@ -66,13 +65,13 @@ def context_length(hf_config: Any) -> int:
     Raises ModelError for a config that states none.
     """
     text_config = hf_config.get_text_config()
-    for field in CONTEXT_FIELDS:
+    for field in CONTEXT:
         length = getattr(text_config, field, None)
         if isinstance(length, int) and 0 < length <= ABSURD_LENGTH:
             return length
     raise ModelError(
         f"the config of this {text_config.model_type!r} model states no context length, expected one of "
-        f"{', '.join(CONTEXT_FIELDS)}; set max_position_embeddings in its config.json"
+        f"{', '.join(CONTEXT)}; set max_position_embeddings in its config.json"
     )
 
 

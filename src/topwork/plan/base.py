@@ -12,7 +12,7 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
     """Without torch where the family stands in `models/structures/`; else from its skeleton, which takes some seconds
     and is told. Raises ModelError."""
     found = find_config(model.model_name_or_path, model.revision)
-    values = {} if found.is_gguf else found.values()
+    values = found.values()
     structure = None if model.trust_remote_code and "auto_map" in values else structure_from(values)
     if structure is not None:
         return structure

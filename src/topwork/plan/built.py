@@ -3,15 +3,16 @@ Where a base's sizes are enough, `base.py` and `count.py` tell them without torc
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, __version__
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import adapted_layers, plan_adapter
 from topwork.adapters.module_copy import parameters_of
-from topwork.common.errors import ModelError
+from topwork.common.errors import ModelError, did_you_mean
 from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
-from topwork.models.config_files import find_config
+from topwork.models.config_files import ConfigFile, find_config
 from topwork.models.skeleton import skeleton
 from topwork.plan.count import ParameterCount, counted
 
@@ -35,8 +36,9 @@ def config_of(name: str, revision: str | None = None, trust_remote_code: bool = 
         if found.is_gguf:
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{found.name} does not hold a model config that transformers knows: {why(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        told = _unknown_type(found) or why(error)
+        raise ModelError(f"{found.name} does not hold a model config that transformers knows: {told}") from error
 
 
 def count_built(model: PreTrainedModel, config: AdapterConfig) -> ParameterCount:
@@ -50,3 +52,12 @@ def _own_parameters(model: PreTrainedModel) -> int:
     """The base's parameters, tied ones once (`parameters()` gives each tensor once)."""
     grafted = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
     return sum(count for key, count in parameters_of(model).items() if key not in grafted)
+
+
+def _unknown_type(found: ConfigFile) -> str | None:
+    """What is wrong with a model type that nobody knows."""
+    given = None if found.is_gguf else found.values().get("model_type")
+    if given is None or given in CONFIG_MAPPING:
+        return None
+    near = did_you_mean(given, CONFIG_MAPPING)
+    return f"its model_type is {given!r}, which transformers {__version__} lacks (a newer one may have it){near}"

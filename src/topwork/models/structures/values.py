@@ -1,13 +1,14 @@
 """What a config.json says, with what its family's class says where it is silent. Free of torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topwork.common.errors import ModelError, quoted
 
-HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
+VOCABULARY = ("vocab_size",)
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 HEAD_DIM = ("qk_rope_head_dim", "head_dim")
@@ -15,6 +16,10 @@ CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "se
 """What families call their sizes."""
 UNBOUNDED = 1 << 30
 """The context of a model whose config states none: ALiBi's."""
+MOST_LAYERS = 10_000
+"""More are a slip of the pen, and would take for ever to lay out."""
+LONG_ROPES = ("longrope", "su")
+"""Names of rotary positions that are scaled otherwise in a long sequence than in a short one."""
 
 
 class Values:
@@ -26,12 +31,11 @@ class Values:
         self.defaults = defaults
 
     def get(self, *names: str) -> Any:
-        """What is given under one of the names, else the family's; None where neither says anything."""
-        for values in (self.given, self.defaults):
-            for name in names:
-                if name in values:
-                    return values[name]
-        return None
+        """What is given under one of the names, else the family's; None where neither says anything, or where what is
+        given says none."""
+        given = [self.given[name] for name in names if name in self.given]
+        found = given or [self.defaults[name] for name in names if name in self.defaults]
+        return next((value for value in found if value is not None), None)
 
     def flag(self, *names: str) -> bool:
         """As `get`, for what is on or off."""
@@ -43,10 +47,7 @@ class Values:
         if value is None and default is not None:
             return default
         if value is None:
-            raise ModelError(
-                f"the config of this {self.family!r} model says nothing of {names[0]}, and its size cannot be told "
-                "without; was the whole config.json copied?"
-            )
+            raise self._silent([names[0]])
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             name = next(name for name in names if name in {**self.defaults, **self.given})
             raise ModelError(
@@ -55,10 +56,22 @@ class Values:
             )
         return value
 
+    def check_stated(self) -> None:
+        """Raises ModelError where the config lacks what no class can know."""
+        missing = [names[0] for names in (HIDDEN, LAYERS, HEADS, VOCABULARY) if self.get(*names) is None]
+        if missing:
+            raise self._silent(missing)
+
+    def _silent(self, missing: Sequence[str]) -> ModelError:
+        return ModelError(
+            f"the config of this {self.family!r} model says nothing of {', '.join(missing)}, without which its sizes "
+            "cannot be told; was the whole config.json copied?"
+        )
+
     @property
     def hidden(self) -> int:
-        """The width of the residual stream."""
-        return self.size(*HIDDEN)
+        """The width of the residual stream; Bloom's and Falcon's older name goes before the newer."""
+        return self.size("n_embed") if self.get("n_embed") is not None else self.size(*HIDDEN)
 
     @property
     def heads(self) -> int:
@@ -88,12 +101,15 @@ class Values:
     @property
     def vocabulary(self) -> int:
         """Entries of the embedding."""
-        return self.size("vocab_size")
+        return self.size(*VOCABULARY)
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return self.size(*LAYERS)
+        layers = self.size(*LAYERS)
+        if layers > MOST_LAYERS:
+            raise ModelError(f"the config of this {self.family!r} model has {layers:,} layers; correct its config.json")
+        return layers
 
     @property
     def tied(self) -> bool:
@@ -113,9 +129,20 @@ def widths(values: Values) -> dict[str, Any]:
         "head_dim": values.head_dim,
         "inner": _visited(values),
         "vocabulary": values.vocabulary,
-        "context_length": values.size(*CONTEXT, default=UNBOUNDED),
+        "context_length": _context(values),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _context(values: Values) -> int:
+    """How long a sequence may be, as `models/tokenizer.py: usable_length` tells it: longrope's positions change beyond
+    the length that they were first trained with."""
+    rope = values.get("rope_parameters", "rope_scaling") or {}
+    ropes = [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]
+    first = "original_max_position_embeddings"
+    long = [each for each in ropes if each.get("rope_type", each.get("type")) in LONG_ROPES]
+    steady = [each.get(first, values.get(first)) or UNBOUNDED for each in long]
+    return min([values.size(*CONTEXT, default=UNBOUNDED), *steady])
 
 
 def _visited(values: Values) -> int:
