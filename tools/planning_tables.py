@@ -23,7 +23,7 @@ from topwork.run.planning.timing import timing_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 RANKS = (8, 16, 64)
-TARGETS = {
+TARGETS: dict[str, str | list[str]] = {
     "q, v": ["q_proj", "v_proj"], "q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"], "all linear": "all-linear",
 }  # fmt: skip
 TIMED = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3-70b")
@@ -78,7 +78,7 @@ def job(
     """A method on a base at a place."""
     own = as_method(recipe(name, **sections), method)
     if method == "QLoRA" and head != "16bit":
-        own = own.model_copy(update={"quantization": QuantizationConfig(load_in_4bit=True, head=head)})  # type: ignore[arg-type]
+        own = own.model_copy(update={"quantization": QuantizationConfig(load_in_4bit=True, head=head)})
     longest = LENGTH if tokens is None else tokens.longest
     share = 0.5 if tokens is None else tokens.learned_share
     return Job([own], base(name), place.kind, place.memory_bytes, share, longest)
@@ -134,32 +134,32 @@ def quoted() -> Iterator[str]:
         "skills/unsloth), as told there, read 2026-11-30) | "
         f"{_needs(short)} with r 8 on all linear layers, sequences of 512 tokens and all layers but one checkpointed; "
         f"{_needs(packed)} with the output head in NF4 too. 6 GB is what the base alone comes to "
-        f"({gigabytes(short.least.peak.parts['weights'] + short.least.peak.parts['constants'])} packed): the process, the "
-        "adapter and a pass come on top. |"
+        f"({gigabytes(short.least.peak.parts['weights'] + short.least.peak.parts['constants'])} packed): the process, "
+        "the adapter and a pass come on top. |"
     )
     yield (
         '| **7B, full, "56 GB"** ([capstok](https://www.capstok.com/learn/machine-learning/advanced-ai-engineering/'
         "fine-tuning-fundamentals/full-fine-tune-vs-lora-vs-qlora-memory-time-quality-tradeoffs), of an 8B; "
-        "[another](https://code-mentor-xi-gilt.vercel.app/course/ai-llm-intro/lora-qlora) says it of a 7B; both read "
-        f"2026-11-30) | {_needs(seven)} here, with fp32 masters, gradients and moments (16 bytes a parameter) beside the "
-        f"bf16 base (2). 56 GB are 8 bytes for each of 7 billion parameters: AdamW's two fp32 moments alone. |"
+        "[another](https://code-mentor-xi-gilt.vercel.app/course/ai-llm-intro/lora-qlora) says it of a 7B; both "
+        f"read 2026-11-30) | {_needs(seven)} here, with fp32 masters, gradients and moments (16 bytes a parameter) "
+        f"beside the bf16 base (2). 56 GB are 8 bytes for each of 7 billion parameters: AdamW's two fp32 moments alone. |"
     )
     yield (
-        '| **7B, full, "60–80 GB"** ([VRLA Tech](https://vrlatech.com/how-much-vram-do-you-need-for-llm-fine-tuning-in-2026),'
-        f" read 2026-11-30) | {_needs(seven8)} with 8-bit moments; below that weights and moments have to be in 16 bits, "
-        "which rounds small updates away. |"
+        '| **7B, full, "60–80 GB"** ([VRLA Tech](https://vrlatech.com/how-much-vram-do-you-need-for-llm-fine-tuning-in-2026)'
+        f", read 2026-11-30) | {_needs(seven8)} with 8-bit moments; below that weights and moments have to be in 16 "
+        "bits, which rounds small updates away. |"
     )
     yield (
-        '| **70B QLoRA "on one 48 GB card"** ([VaultLayer](https://vaultlayer.cloud/learn/gpu-memory-to-fine-tune-llm): '
-        f"48–80 GB; read 2026-11-30) | {_needs(seventy)} with r 16 and sequences of 512 tokens: "
+        '| **70B QLoRA "on one 48 GB card"** ([VaultLayer](https://vaultlayer.cloud/learn/gpu-memory-to-fine-tune-llm):'
+        f" 48–80 GB; read 2026-11-30) | {_needs(seventy)} with r 16 and sequences of 512 tokens: "
         f"{'it fits' if seventy.least.fits else 'it does not fit'}; {_needs(packed70)} with r 8, an NF4 head and 8-bit "
         f"AdamW: {'it fits' if packed70.least.fits else 'it does not fit'}. |"
     )
     hours = [_hours(name, a100, length) for name, length in (("llama-2-7b", 200), ("llama-2-7b", 500))]
     yield (
-        '| **50,000 examples × 3 epochs "4 h on an A100"** (a figure that people quote; no page was found that says it '
-        f"with its assumptions) | LoRA r 16 on a 7B takes {hours[0]} at 200 tokens an example and {hours[1]} at 500: the "
-        f"4 hours are {_length_for(a100):,.0f} tokens an example. |"
+        '| **50,000 examples × 3 epochs "4 h on an A100"** (a figure that people quote; no page was found that says '
+        f"it with its assumptions) | LoRA r 16 on a 7B takes {hours[0]} at 200 tokens an example and {hours[1]} at 500:"
+        f" the 4 hours are {_length_for(a100):,.0f} tokens an example. |"
     )
 
 
@@ -202,7 +202,8 @@ def page(text: str) -> str:
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, found, rest = text.partition(begin)
         _, also, after = rest.partition(end)
-        assert found and also, f"docs/planning.md has no block {name}"
+        if not found or not also:
+            raise SystemExit(f"docs/planning.md has no block {name}")
         text = f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}"
     return text
 

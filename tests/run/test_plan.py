@@ -12,10 +12,14 @@ import yaml
 import topwork
 from run.tiny import rows, write_rows
 from topwork.common.errors import DataError, ModelError, RecipeError, RequestError
+from topwork.common.memory import Free
 from topwork.plan.devices import find_device, shipped_devices
 from topwork.plan.fits import Job
+from topwork.recipe.recipe import make_recipe
+from topwork.run import fit
 from topwork.run.plan import plan
 from topwork.run.planning import place as places
+from topwork.run.planning.first import would_fit
 from topwork.run.planning.place import find_place, memory_bytes
 from topwork.training.memory import MARGIN, largest_pass, peak
 
@@ -336,3 +340,22 @@ def test_a_plan_imports_neither_torch_nor_transformers_nor_datasets(recipe: Path
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+# Before a training
+
+
+def test_a_training_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(9 * 10**9))
+    monkeypatch.setattr(fit, "taken_memory", lambda _: 0)
+    values = {"model": {"model_name_or_path": "llama-3-8b", "device": "cpu"}, "data": {"train": "rows.jsonl"}}
+    with pytest.raises(
+        RequestError, match=r"takes at least .*\nWhat would make it fit, the least harmful first"
+    ) as refused:
+        fit.refuse_small_memory(make_recipe(values), 512)
+    assert "quantization.load_in_4bit: true saves" in str(refused.value)
+    assert str(refused.value).count("and it fits") == 1
+
+
+def test_nothing_is_advised_where_a_run_fits(recipe: Path) -> None:
+    assert would_fit(plan(recipe, device="T4").job) == ""

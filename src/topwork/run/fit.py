@@ -14,8 +14,11 @@ from topwork.models.checkpointing import decoder_layers
 from topwork.models.load import pick_device
 from topwork.models.recognise import is_fast
 from topwork.plan.base import structure_named
+from topwork.plan.fits import Job
 from topwork.plan.setup import setup_of
 from topwork.recipe.recipe import Recipe
+from topwork.run.planning.first import would_fit
+from topwork.run.planning.place import gigabytes
 from topwork.run.session import Session
 from topwork.training.memory import MARGIN, SMALLEST_PASS, Setup, moments
 from topwork.training.memory_held import adapter_bytes, base_bytes
@@ -52,6 +55,8 @@ def passes_that_fit(
             return passes_that_fit(recipes, longest, None, base, log)
         _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
+    needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
+    log(f"memory: {gigabytes(needed)} planned at the peak, of {gigabytes(memory.total_bytes)}")
     return plan
 
 
@@ -92,7 +97,9 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
     if needed > free.bytes:
         raise RequestError(
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
-            f"{_told(free)} are free. {_less(recipe)}" + (f". {_TRIED}" if weights <= free.bytes else "")
+            f"{_told(free)} are free. {_less(recipe)}"
+            + (f". {_TRIED}" if weights <= free.bytes else "")
+            + would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest))
         )
 
 

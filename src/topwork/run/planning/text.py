@@ -9,20 +9,30 @@ from topwork.plan.fits import Change
 from topwork.plan.tokens import Tokens
 from topwork.run.planning.compared import METHODS, Compared
 from topwork.run.planning.place import gigabytes
-from topwork.run.planning.timing import Timing
 
 if TYPE_CHECKING:
     from topwork.run.planning.planned import Planned
 
 MOMENTS = {
-    "loading": "while the base is read", "forward": "going forward", "loss": "at the loss", "backward": "going backward",
-    "update": "at the optimizer's update", "saving": "while a checkpoint is saved",
-}  # fmt: skip
+    "loading": "while the base is read",
+    "forward": "going forward",
+    "loss": "at the loss",
+    "backward": "going backward",
+    "update": "at the optimizer's update",
+    "saving": "while a checkpoint is saved",
+}
 PARTS = {
-    "weights": "base weights", "constants": "constants of packed weights", "adapter": "adapter", "gradients": "gradients",
-    "optimizer": "optimizer", "activations": "activations kept for going backward", "logits": "logits, a chunk of them",
-    "scratch": "scratch of a layer", "allocator": "freed memory not given back", "process": "process: torch and the rest",
-}  # fmt: skip
+    "weights": "base weights",
+    "constants": "constants of packed weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations kept for going backward",
+    "logits": "logits, a chunk of them",
+    "scratch": "scratch of a layer",
+    "allocator": "freed memory not given back",
+    "process": "process: torch and the rest",
+}
 
 
 def text_of(plan: "Planned") -> str:
@@ -120,12 +130,12 @@ def _time(plan: "Planned") -> list[str]:
         lines.append(
             f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epoch{'' if timing.epochs == 1 else 's'}"
         )
-    what = "a million tokens" if timing.steps is None else f"{duration(timing.cost.step_seconds)} a step"
-    lines.append(
-        f"time   about {duration(timing.cost.seconds)} {'for ' if timing.steps is None else '('}{what}"
-        f"{', ' if timing.steps is None else ', '}{timing.tokens_per_second:,.0f} tokens/s"
-        f"{')' if timing.steps is not None else ''}"
-    )
+    speed = f"{timing.tokens_per_second:,.0f} tokens/s"
+    if timing.steps is None:
+        lines.append(f"time   about {duration(timing.cost.seconds)} for a million tokens, {speed}")
+    else:
+        each = duration(timing.cost.step_seconds)
+        lines.append(f"time   about {duration(timing.cost.seconds)} ({each} a step, {speed})")
     lines.append(f"       by {timing.source}")
     if timing.cost.money is not None:
         price = plan.place.price_per_hour
