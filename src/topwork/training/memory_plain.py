@@ -61,7 +61,8 @@ def written_out_attention(setup: Setup, shape: PassShape) -> int:
     kernel = s.head_dim in KERNEL_SIZES and setup.dtype != "float16" and not window.get("attn_logit_softcapping")
     if kernel and s.family != "gpt_oss":
         return 0
-    sequences, length = max(1, shape.tokens // shape.longest), shape.longest
+    length = max(1, min(shape.longest, shape.tokens))
+    sequences = max(1, shape.tokens // length)
     rows = max(1, min(length, SCORES_PER_BLOCK // (sequences * s.heads * length)))
     each = 20 if rows == length else 32
     return each * sequences * s.heads * rows * length

@@ -7,8 +7,10 @@ transformers 5.23 on x86-64.
 
 IMPORTS_BYTES = 461 << 20
 """Python with torch, transformers, tokenizers and Topwork imported, their libraries' pages included, rows read."""
-TOKEN_BYTES = 450
-"""Of a tokenizer's entry, with its merges."""
+TOKENIZER_SHARE = 6.3
+"""Bytes that a tokenizer takes for each of its tokenizer.json's, in which an entry with its merges has about
+ENTRY_BYTES."""
+ENTRY_BYTES = 72
 KERNELS_BYTES = 16 << 20
 """Products' kernels that oneDNN compiles for the shapes of a pass (128 are kept, `common/devices.py`), and pages of
 libraries that are first looked at while a pass runs."""
@@ -24,6 +26,8 @@ HEAD_COPIES = 2
 vocabulary, a panel of few columns at a time."""
 
 
-def process_bytes(vocabulary: int) -> int:
-    """Of a process that has read its rows and is about to train, without base and adapters."""
-    return IMPORTS_BYTES + TOKEN_BYTES * vocabulary
+def process_bytes(vocabulary: int, tokenizer_bytes: int | None = None) -> int:
+    """Of a process that has read its rows and is about to train, without base and adapters; `tokenizer_bytes` as in
+    `Setup`."""
+    file = ENTRY_BYTES * vocabulary if tokenizer_bytes is None else tokenizer_bytes
+    return IMPORTS_BYTES + int(TOKENIZER_SHARE * file)

@@ -35,8 +35,9 @@ class Setup:
     """What is trained on what: the base as it will be held (`dtype` is bfloat16, float16 or float32; `auto` resolved),
     and the members that train together. `device` is cpu or cuda.
 
-    process_bytes   what the process takes beside all that is told here, where somebody measured it; None for what
-                    `memory_process.py` knows
+    process_bytes    what the process takes beside all that is told here, where somebody measured it; None for what
+                     `memory_process.py` knows
+    tokenizer_bytes  of the tokenizer's file, where it is at hand
     """
 
     structure: Structure
@@ -45,6 +46,7 @@ class Setup:
     members: tuple[Member, ...]
     device: Literal["cpu", "cuda"] = "cpu"
     process_bytes: int | None = None
+    tokenizer_bytes: int | None = None
 
     @property
     def value_bytes(self) -> int:
