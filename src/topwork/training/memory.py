@@ -41,7 +41,7 @@ FAST_PASS = {"cpu": 512, "cuda": 4096}
 SMALLEST_PASS = 256
 """Where memory asks for less, less would not help: the weights themselves do not fit."""
 MARGIN = 1.04
-"""How many times what is planned a run may take: of the runs of docs/planning-errors.md none took more."""
+"""How many times what is planned a run may take: the aim that docs/planning-errors.md is held to."""
 
 
 def largest_pass(

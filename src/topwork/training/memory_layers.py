@@ -123,10 +123,10 @@ class Layer:
         return [module for path, module in self.modules.items() if GROUPS.get(path.rpartition(".")[2]) == name]
 
     def terms(self, *groups: str) -> int:
-        """Values a token that low-rank terms make: of several members the mean, since their rows share a pass."""
+        """Values a token that low-rank terms make: of several members the most, whose rows may fill a pass."""
         modules = [module for name in groups for module in self.group(name)]
         found = [sum(rank(member, module) for module in modules) for member in self.setup.members]
-        return -(-sum(found) // max(1, len(found)))
+        return max(found, default=0)
 
     def gains(self, *groups: str) -> bool:
         """Whether somebody learns what a group's products are multiplied by."""

@@ -59,7 +59,9 @@ def held_parts(setup: Setup) -> Parts:
 def _held_parts(setup: Setup) -> Parts:
     weights, constants = base_bytes(setup)
     structure = setup.structure
-    process = process_bytes(structure.vocabulary) if setup.process_bytes is None else setup.process_bytes
+    process = setup.process_bytes
+    if process is None:
+        process = process_bytes(structure.vocabulary, setup.tokenizer_bytes)
     sizes = [(member.optim, [size for own in member.sizes.values() for size in own]) for member in setup.members]
     return {
         "weights": weights,

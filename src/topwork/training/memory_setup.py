@@ -43,9 +43,10 @@ class Setup:
     """What is trained on what: the base as it will be held (`dtype` is bfloat16, float16 or float32; `auto` resolved),
     and the members that train together. `device` is cpu or cuda.
 
-    process_bytes   what the process takes beside all that is told here, where somebody measured it; None for what
-                    `memory_process.py` knows
-    known           what was reckoned of it once, whatever the pass
+    process_bytes    what the process takes beside all that is told here, where somebody measured it; None for what
+                     `memory_process.py` knows
+    tokenizer_bytes  of the tokenizer's file, where it is at hand
+    known            what was reckoned of it once, whatever the pass
     """
 
     structure: Structure
@@ -54,6 +55,7 @@ class Setup:
     members: tuple[Member, ...]
     device: Literal["cpu", "cuda"] = "cpu"
     process_bytes: int | None = None
+    tokenizer_bytes: int | None = None
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
