@@ -142,7 +142,7 @@ def quoted() -> Iterator[str]:
         "fine-tuning-fundamentals/full-fine-tune-vs-lora-vs-qlora-memory-time-quality-tradeoffs), of an 8B; "
         "[another](https://code-mentor-xi-gilt.vercel.app/course/ai-llm-intro/lora-qlora) says it of a 7B; both "
         f"read 2026-11-30) | {_needs(seven)} here, with fp32 masters, gradients and moments (16 bytes a parameter) "
-        f"beside the bf16 base (2). 56 GB are 8 bytes for each of 7 billion parameters: AdamW's two fp32 moments alone. |"
+        f"beside the bf16 base (2). 56 GB are 8 bytes for each of 7 billion values: AdamW's fp32 moments alone. |"
     )
     yield (
         '| **7B, full, "60–80 GB"** ([VRLA Tech](https://vrlatech.com/how-much-vram-do-you-need-for-llm-fine-tuning-in-2026)'
