@@ -118,7 +118,6 @@ def kept_by(arm: Arm, tokens: int) -> dict[str, float]:
     sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
     from reference.kept import kept_bytes, kept_bytes_per_token
     from topwork.models.checkpointing import decoder_layers
-    from topwork.training.passes import kept_bytes_per_token as estimate
 
     arm.switch()
     short, long = (random_rows(arm.base, count, 0, arm.name) for count in (tokens // 4, tokens))
@@ -126,8 +125,26 @@ def kept_by(arm: Arm, tokens: int) -> dict[str, float]:
     return {
         "bytes": kept_bytes(arm.base, long),
         "per_token": kept_bytes_per_token(arm.base, short, long),
-        "estimate": estimate(arm.base.module.config, layers),
+        "estimate": planned_per_token(tokens, layers),
     }
+
+
+def planned_per_token(tokens: int, layers: int) -> float:
+    """What `auto` plans with, of SmolLM2 with this LoRA."""
+    from topwork.adapters.config import AdapterConfig
+    from topwork.adapters.sizes import tensor_sizes
+    from topwork.models.config import ModelConfig
+    from topwork.plan.base import structure_named
+    from topwork.quantization.config import QuantizationConfig
+    from topwork.training.memory import PassShape, Setup
+    from topwork.training.memory_pass import pass_need
+    from topwork.training.memory_setup import Member
+
+    structure, adapter = structure_named(ModelConfig(model_name_or_path="smollm2-135m")), AdapterConfig(r=16)
+    member = Member(adapter, "adamw", tensor_sizes(structure, adapter))
+    setup = Setup(structure, "bfloat16", QuantizationConfig(), (member,))
+    need = pass_need(setup, PassShape(tokens, tokens, tokens), layers)
+    return (need.saved + need.heap) / tokens
 
 
 def one_arm(model: str, tokens: int, name: str) -> dict[str, Any]:

@@ -3,14 +3,13 @@
     python benchmarks/planned.py [--only NAME,…] [--resume] [--bases FOLDER]
 
 Each case (`planned_cases.py`) is a fresh process of `topwork train`; its peak is the largest resident size that the
-system counted (VmHWM), moment by moment (`planned_worker.py`). What is predicted follows from config.json alone. Writes
+system counted (VmHWM), moment by moment (`planned_worker.py`). What memory is predicted follows from config.json alone;
+a step's time is measured on random models of few layers just before (`planned_time.py`). Writes
 benchmarks/results/planned.* after each case, and docs/planning-errors.md.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,13 @@ from statistics import median
 from typing import Any
 
 import yaml
-from planned_cases import CASES, SHAPES, STORIES, Case, write_rows
+from planned_cases import CASES, SET_ON, SHAPES, STORIES, Case, write_rows
+from planned_time import foreseen, time_text
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 
 OUT = BENCHMARKS / "results" / "planned"
+PAGE = BENCHMARKS.parent / "docs" / "planning-errors.md"
 MIB = 2**20
 MOMENTS = ("loading", "forward", "loss", "backward", "update", "saving")
 
@@ -33,39 +34,52 @@ def main() -> None:
     parser.add_argument("--only", help="names of cases, or beginnings of names, by commas")
     parser.add_argument("--resume", action="store_true", help="leave out what the record has")
     parser.add_argument("--again", action="store_true", help="predict anew, measure nothing")
+    parser.add_argument("--process", action="store_true", help="print what the record's processes had, and no more")
     parser.add_argument("--bases", type=Path, default=BENCHMARKS / "bases", help="where random bases are written")
+    parser.add_argument("--stories", type=Path, default=STORIES, help="stories260K's folder")
     parser.add_argument("--out", type=Path, default=OUT, help="without its ending")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for measuring each case's steps before its run")
     given = parser.parse_args()
     file = given.out.with_name(given.out.name + ".json")
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {"cases": {}}
+    if given.process:
+        print(processes(old))
+        return
     asked = [name for name in CASES if not given.only or name.startswith(tuple(given.only.split(",")))]
     record = {"surroundings": old.get("surroundings") or surroundings(), "cases": old["cases"]}
     for name in asked:
         case = CASES[name]
         there = record["cases"].get(name)
-        if given.again and there is None or given.resume and there is not None and not given.again:
+        if (given.again and there is None) or (given.resume and there is not None and not given.again):
             continue
+        if case.base in SHAPES and not (given.bases / case.base / "tokenizer.json").is_file() and not given.again:
+            made = run_process("planned_bases", str(given.bases / case.base), case.base)
+            print(made, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            recipes = recipes_of(case, given.bases, Path(folder))
+            recipes = recipes_of(case, given, Path(folder))
+            timed = there.get("time") if given.again else foreseen(recipes, given.seconds)
             found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
             if "error" in found:
                 sys.exit(f"{name}: {found['error']}")
-            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found}
+            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found, "time": timed}
         tell(name, record["cases"][name])
-        record["surroundings"] = surroundings()
-        write_record(given.out, record, text(record))
+        if not given.again:
+            record["surroundings"] = surroundings()
+        write_record(given.out, record, text(record) + time_text(record["cases"]))
+    if given.out == OUT:
+        PAGE.write_text(page(record), "utf-8")
 
 
-def recipes_of(case: Case, bases: Path, folder: Path) -> list[Path]:
+def recipes_of(case: Case, given: argparse.Namespace, folder: Path) -> list[Path]:
     """The recipes of a case's members, with their rows."""
     rows = write_rows(folder / "rows.jsonl", case, case.batch_size * case.steps)
-    return [_recipe(case, bases, rows, folder / f"member-{number}") for number in range(case.members)]
+    return [_recipe(case, given, rows, folder / f"member-{number}") for number in range(case.members)]
 
 
-def _recipe(case: Case, bases: Path, rows: Path, run: Path) -> Path:
-    where = {"stories260k": str(STORIES), "smollm2-135m": case.base}
+def _recipe(case: Case, given: argparse.Namespace, rows: Path, run: Path) -> Path:
+    where = {"stories260k": str(given.stories), "smollm2-135m": case.base}
     values: dict[str, Any] = {
-        "model": {"model_name_or_path": where.get(case.base, str(bases / case.base)), "device": "cpu"},
+        "model": {"model_name_or_path": where.get(case.base, str(given.bases / case.base)), "device": "cpu"},
         "data": {"train": str(rows), "eval_fraction": 0.0, "max_length": 8192, "chat_template": "raw"},
         "training": {
             "max_steps": case.steps, "save_steps": case.steps, "batch_size": case.batch_size,
@@ -120,24 +134,61 @@ def error(case: Mapping[str, Any]) -> float:
 def text(record: Mapping[str, Any]) -> str:
     """The record for people."""
     cases = record["cases"]
-    errors = [error(case) for case in cases.values()]
     rows = []
     for name, case in cases.items():
         said, seen = totals(case), case["measured"]["peaks"]
         rows.append([
             name, f"{case['measured']['pass_tokens'][-1]:,}", f"{max(said.values()) / MIB:,.0f}",
             f"{max(seen.values()) / MIB:,.0f}", f"{error(case):+.1%}", max(said, key=lambda key: said[key]),
-            max(seen, key=lambda key: seen[key]),
+            max(seen, key=lambda key: seen[key]), "yes" if name in SET_ON else "",
         ])  # fmt: skip
-    told = (
-        f"{len(errors)} runs: median of the errors' sizes {median(map(abs, errors)):.1%}, worst "
+    missing = [name for name in CASES if name not in cases]
+    told = [
+        summed("All", list(cases.values())),
+        summed(
+            "Of these, looked at while constants were set", [case for name, case in cases.items() if name in SET_ON]
+        ),
+        summed("Not looked at", [case for name, case in cases.items() if name not in SET_ON]),
+        f"Not run yet, of {len(CASES)} cases: {', '.join(missing) or 'none'}.",
+    ]
+    head = [
+        "run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment", "set on",
+    ]  # fmt: skip
+    around = surroundings_text(record["surroundings"])
+    return "\n\n".join(["# Planned and measured", *told, table(head, rows), around]) + "\n"
+
+
+def summed(name: str, cases: Sequence[Mapping[str, Any]]) -> str:
+    """How far some runs are off."""
+    errors = [error(case) for case in cases]
+    if not errors:
+        return f"{name}: none."
+    return (
+        f"{name}: {len(errors)} runs, median of the errors' sizes {median(map(abs, errors)):.1%}, worst "
         f"{max(map(abs, errors)):.1%}, furthest under {min(errors):+.1%}."
     )
-    head = ["run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment"]
+
+
+def processes(record: Mapping[str, Any]) -> str:
+    """What each run's process had before its first step, beside base and adapters: what `memory_process.py` knows."""
+    lines = []
+    for name, case in record["cases"].items():
+        made = next(end for moment, _, end in case["measured"]["ends"] if moment == "made")
+        adapter = case["predicted"]["moments"]["saving"]["adapter"]
+        lines.append(f"{name:36} {(made - case['measured']['weights'] - adapter) / MIB:,.0f} MiB")
+    return "\n".join(lines)
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """docs/planning-errors.md."""
+    table_of = text(record).partition("\n\n")[2]
     return (
-        "\n\n".join(["# Planned and measured", told, table(head, rows), surroundings_text(record["surroundings"])])
-        + "\n"
-    )
+        "# How far planned memory is from what a run takes\n\n"
+        "Made by `python benchmarks/planned.py`. Each line is a fresh `topwork train`; measured is the largest "
+        "resident size that the system counted (VmHWM), libraries included; predicted follows from config.json and the "
+        "recipe "
+        "alone (`training/memory.py`). Errors are of the prediction: below zero it promised too little.\n\n"
+    ) + table_of
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The runs whose memory and time are predicted and measured (`planned.py`), and the bases that they train on.
 
-A case is a base, options of a recipe, and rows of one length that fill its passes. Bases are real where they are at hand
-(SmolLM2, stories260K) and else random ones of a family's shape, written once into a folder.
+A case is a base, options of a recipe, and rows of one length that fill its passes. Bases are real where they are at
+hand (SmolLM2, stories260K) and else random ones of a family's shape, written once into a folder.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from common import BENCHMARKS
 
-STORIES = Path("/work/shared/models/stories260k")
+STORIES = BENCHMARKS.parents[1] / "shared" / "models" / "stories260k"
 TOKENIZER = "smollm2-135m"
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "qwen3-0.6b": {"shape": "qwen3-0.6b"},
@@ -52,7 +52,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     length: int = 256
     members: int = 1
-    steps: int = 2
+    steps: int = 4
     learned: float = 0.5
 
     @property
@@ -154,9 +154,16 @@ CASES = {case.name: case for case in (*_smollm2(), *_small(), *_families())}
 def write_rows(path: Path, case: Case, count: int) -> Path:
     """Rows of `case.length` tokens each: every word is one, and a sequence's end is one more."""
     answer = max(1, round(case.learned * case.length))
-    row = {"prompt": WORD[case.base == "stories260k"] * (case.length - answer), "completion": " and" * (answer - 1)}
+    row = {"prompt": " the" * (case.length - answer), "completion": " and" * (answer - 1)}
     path.write_text((json.dumps(row) + "\n") * count, "utf-8")
     return path
 
 
-WORD = {False: " the", True: " the"}
+SET_ON = frozenset({
+    "smollm2 lora 256", "smollm2 lora 1024", "smollm2 lora 2048", "smollm2 lora r256", "smollm2 lora q,v",
+    "smollm2 dropout", "smollm2 prefix", "smollm2 nf4 head int8", "smollm2 nf4 head nf4", "stories lora",
+    "stories lora 8192", "stories bf16", "stories checkpointed", "gpt2 lora", "gpt2 lora fp32", "gpt2 lora checkpointed",
+    "gpt2 dropout", "gemma3-270m lora", "gemma3-270m nf4", "gemma3-270m ia3",
+})  # fmt: skip
+"""The runs that were looked at while constants of `training/memory_process.py` and `memory_plain.py` were set: that the
+prediction is near in these says less than in the others."""

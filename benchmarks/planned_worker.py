@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from planned_time import use_clock
+
 
 class Watch:
     """The largest resident size of each moment."""
@@ -53,6 +55,7 @@ def marks() -> tuple[int, int]:
 
 
 def main() -> None:
+    use_clock()
     from topwork.models.base import Base
     from topwork.recipe.recipe import load_recipe
     from topwork.run import train as run_train

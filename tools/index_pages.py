@@ -57,6 +57,7 @@ COMMANDS = {
     "merge_memory": "merge_memory.py",
     "merge_rounding": "merge_rounding.py",
     "pairs_on_one_folder": "pairs_on_one_folder.py --pairs 200",
+    "planned": "planned.py",
     "products": "products.py",
     "kills": "kills.py --a-run 10",
     "lint_speed": "lint_speed.py",

@@ -184,3 +184,9 @@ def test_a_machines_general_rates_are_of_lora_in_16_and_4_bits(monkeypatch: pyte
     assert [question.setup.quantization.load_in_4bit for question in asked_for] == [False, True]
     assert {question.setup.structure.hidden for question in asked_for} == {576}
     assert replace(asked_for[0], setup=asked_for[1].setup) == asked_for[1]
+
+
+def test_virtual_tokens_take_their_part_of_a_rows_length() -> None:
+    rows = module._rows([(30, 10), (5, 2)], 99, 20, 0)
+    assert [len(row.tokens) for row in rows] == [10, 2]
+    assert [int(row.weights.sum()) for row in rows] == [9, 1]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from run.processes import Commands
 from run.tiny import folder_bytes
 from topwork.common.errors import RequestError, RunError
 from topwork.common.memory import Free
+from topwork.data.examples import load_data
 from topwork.models.load import load_base
 from topwork.ops.batch import Batch
 from topwork.quantization.config import QuantizationConfig
@@ -134,8 +136,9 @@ def short_of(monkeypatch: pytest.MonkeyPatch, recipe: Path, tokens: int, spare: 
     monkeypatch.setattr(fit, "taken_memory", lambda _: TAKEN)
     read = load_recipe(recipe)
     on = open_session(read, lambda _: None)
-    memory = fit._memory(on.base, [read], 1, 0)
-    more = memory.needed_bytes(tokens, layers) - TAKEN + spare
+    longest = load_data(read.data, on.base.tokenizer, on.base.context_length, 0, lambda _: None, False).longest(0)
+    memory = replace(fit._memory(on.base, [read], 1, 0), longest=longest)
+    more = memory.needed_bytes(tokens, layers) - TAKEN + fit.CHARGED_BYTES + spare
     monkeypatch.setattr(fit, "free_memory", lambda _: Free(more, CONTAINER))
 
 

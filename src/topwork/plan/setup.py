@@ -1,6 +1,7 @@
 """What planning memory needs to know of recipes that train together."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from topwork.adapters.sizes import tensor_sizes
@@ -16,4 +17,6 @@ def setup_of(recipes: Sequence[Recipe], structure: Structure, device: Literal["c
     members = tuple(
         Member(recipe.adapter, recipe.training.optim, tensor_sizes(structure, recipe.adapter)) for recipe in recipes
     )
-    return Setup(structure, dtype, first.quantization, members, device)
+    file = Path(first.model.model_name_or_path) / "tokenizer.json"
+    size = file.stat().st_size if file.is_file() else None
+    return Setup(structure, dtype, first.quantization, members, device, tokenizer_bytes=size)

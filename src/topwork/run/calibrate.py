@@ -30,6 +30,7 @@ from topwork.plan.calibration import Arm, Measured, Question, fewer_layers, meas
 from topwork.plan.calibrations import Found, keep, kept, seconds_here
 from topwork.plan.setup import setup_of
 from topwork.plan.speeds import here
+from topwork.plan.time import Speed
 from topwork.recipe.recipe import Recipe, make_recipe
 from topwork.training.memory import peak
 from topwork.training.metrics import MetricsLog
@@ -59,16 +60,18 @@ def calibrate(
     budget_seconds: float = BUDGET_SECONDS,
     log: Callable[[str], None] = print,
     clock: Callable[[], float] = time.perf_counter,
+    speed: Speed | None = None,
 ) -> Found:
     """Measure a step of recipes that train together, and keep what was found for later plans.
 
     question  what of them is asked: the base's structure, rows, passes
-    lengths   rows as the data have them
+    lengths   rows as a step has them, virtual tokens included
+    speed     what plans reckon this machine with before any measurement; left out, `plan/speeds.py`'s
 
     Raises RequestError where not even two layers fit into memory.
     """
     found = measure(recipes, question, lengths, budget_seconds, log, clock)
-    speed = here(question.setup.device)
+    speed = speed or here(question.setup.device)
     keep(question, found, speed, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
     models = " and ".join(map(str, found.layers))
     log(
@@ -153,9 +156,9 @@ class _Model:
         for number, recipe in enumerate(recipes):
             name, folder = f"member{number}", place / str(number)
             folder.mkdir(parents=True)
-            rows = _rows(lengths, vocabulary, number)
             self.adapters.add(name, _plain(recipe.adapter), seed=number)
             self.adapters.train(name)
+            rows = _rows(lengths, vocabulary, self.base.virtual_tokens(name), number)
             metrics = stack.enter_context(MetricsLog(folder))
             training = recipe.training.model_copy(update=ENDLESS)
             where = Place(self.adapters, name, BaseId(None), folder)
@@ -178,11 +181,12 @@ class _Model:
         return self.clock() - start
 
 
-def _rows(lengths: Lengths, vocabulary: int, seed: int) -> list[Example]:
-    """Random tokens; the last of each row are learned."""
+def _rows(lengths: Lengths, vocabulary: int, virtual: int, seed: int) -> list[Example]:
+    """Random tokens, `virtual` fewer in each row; the last of it are learned."""
     generator = np.random.default_rng(seed)
     rows = []
-    for number, (length, learned) in enumerate(lengths):
+    for number, (whole, learned) in enumerate(lengths):
+        length = max(2, whole - virtual)
         weights = np.zeros(length, np.float32)
         weights[max(1, length - learned) :] = 1.0
         rows.append(Example(generator.integers(0, vocabulary, length).astype(np.int32), weights, f"row {number}"))

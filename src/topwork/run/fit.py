@@ -14,8 +14,11 @@ from topwork.models.checkpointing import decoder_layers
 from topwork.models.load import pick_device
 from topwork.models.recognise import is_fast
 from topwork.plan.base import structure_named
+from topwork.plan.fits import Job
 from topwork.plan.setup import setup_of
 from topwork.recipe.recipe import Recipe
+from topwork.run.planning.first import would_fit
+from topwork.run.planning.place import gigabytes
 from topwork.run.session import Session
 from topwork.training.memory import MARGIN, SMALLEST_PASS, Setup, moments
 from topwork.training.memory_held import adapter_bytes, base_bytes
@@ -23,11 +26,15 @@ from topwork.training.memory_setup import PassShape
 from topwork.training.passes import Memory, PassPlan, plan_passes
 from topwork.training.passes import trials_that_fit as fitting
 
+CHARGED_BYTES = 64 << 20
+"""What a limit counts beside resident memory: pages of files that are being read and written, the kernel's tables of
+the process's own pages, threads' stacks."""
+
 
 def trials_that_fit(on: Session, recipes: Sequence[Recipe]) -> int:
     """How many of the first recipes' adapters fit into free memory together with a pass; at least 1."""
     training = recipes[0].training
-    memory = _memory(on.base, recipes, 0, free_memory(on.base.device).bytes)
+    memory = _memory(on.base, recipes, 0, _usable(free_memory(on.base.device)))
     return fitting(training.tokens_per_pass, training.activation_checkpointing, memory)
 
 
@@ -42,7 +49,7 @@ def passes_that_fit(
     """
     checkpointing = recipes[0].training.activation_checkpointing
     free = free_memory(base.device)
-    memory = _memory(base, recipes, len(recipes), free.bytes)
+    memory = replace(_memory(base, recipes, len(recipes), _usable(free)), longest=longest)
     kept = asked != recipes[0].training.tokens_per_pass  # memory may have made it smaller than the longest
     plan = plan_passes(asked, checkpointing, 0 if kept else longest, memory)
     if base.device.type == "cpu" and not memory.holds(plan.tokens_per_pass, plan.checkpointed_layers):
@@ -52,13 +59,20 @@ def passes_that_fit(
             return passes_that_fit(recipes, longest, None, base, log)
         _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
+    needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
+    log(f"memory: {gigabytes(needed)} planned at the peak, of {gigabytes(memory.total_bytes)}")
     return plan
 
 
 def _still(memory: Memory, plan: PassPlan, free: Free) -> int:
     """What it will take beside what was taken already."""
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
-    return needed - (memory.total_bytes - free.bytes)
+    return needed - (memory.total_bytes - _usable(free)) + free.bytes - _usable(free)
+
+
+def _usable(free: Free) -> int:
+    """Of what is free, for resident memory."""
+    return free.bytes - CHARGED_BYTES * free.limited
 
 
 def _takes(plan: PassPlan, needed: int) -> str:
@@ -88,11 +102,15 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
         return
     setup = replace(setup_of([recipe], structure), process_bytes=0)
     weights, free = sum(base_bytes(setup)), free_memory(cpu)
-    needed = weights if recipe.training.tokens_per_pass is not None else _least_bytes(setup, recipe, longest)
+    needed = weights
+    if recipe.training.tokens_per_pass is None:
+        needed = _least_bytes(setup, recipe, longest) + free.bytes - _usable(free)
     if needed > free.bytes:
         raise RequestError(
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
-            f"{_told(free)} are free. {_less(recipe)}" + (f". {_TRIED}" if weights <= free.bytes else "")
+            f"{_told(free)} are free. {_less(recipe)}"
+            + (f". {_TRIED}" if weights <= free.bytes else "")
+            + would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest))
         )
 
 

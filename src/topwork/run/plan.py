@@ -59,7 +59,7 @@ def plan(
             "another place; give one of the two"
         )
     if calibrate:
-        _measure(recipe, job, tokens, log)
+        _measure(recipe, job, tokens, place, log)
     found = Planned(
         recipe, job, place, tokens, timing_of(job, job.fit, tokens, place, here), notes=_notes(recipe, place)
     )
@@ -103,7 +103,7 @@ def _places(known: Mapping[str, Device]) -> list[Place]:
     return [find_place(None, None, "cpu"), *map(card_place, known.values())]
 
 
-def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, log: Log) -> None:
+def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, place: Place, log: Log) -> None:
     from topwork.plan.calibration import spread_rows
     from topwork.run.calibrate import calibrate
 
@@ -111,4 +111,4 @@ def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, log: Log) -> None:
     rows = question.rows
     percentiles = {} if tokens is None else tokens.percentiles
     lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, percentiles)
-    calibrate([recipe], question, lengths, log=log)
+    calibrate([recipe], question, lengths, log=log, speed=place.speed)

@@ -12,6 +12,8 @@ What is held from step to step: weights and their constants, adapters, gradients
 (`memory_process.py`). On a CPU the blocks of a pass stay too (`ops/workspace.py`).
 """
 
+from bisect import bisect_left
+
 from topwork.training.config import Checkpointing
 from topwork.training.memory_pass import all_moments
 from topwork.training.memory_setup import Member, Part, PassShape, Setup, Usage
@@ -39,7 +41,7 @@ FAST_PASS = {"cpu": 512, "cuda": 4096}
 SMALLEST_PASS = 256
 """Where memory asks for less, less would not help: the weights themselves do not fit."""
 MARGIN = 1.04
-"""How many times what is planned a run may take: of the runs of docs/planning-errors.md none took more."""
+"""How many times what is planned a run may take: the aim that docs/planning-errors.md is held to."""
 
 
 def largest_pass(
@@ -78,7 +80,9 @@ def fitting_pass(
         layers = int({"off": 0, "full": every or setup.structure.layers}.get(str(checkpointing), checkpointing))
         return tokens(layers, 1), layers
     found, most = tokens(0, FAST_PASS[setup.device]), max(0, every - 1)  # the last would be wanted again at once
-    layers = next((count for count in range(most + 1) if enough(found, count)), most)
+    layers = 0  # from the first checkpointed layer on each more saves some
+    if not enough(found, 0):
+        layers = min(most, bisect_left(range(most + 1), True, lo=1, key=lambda count: enough(found, count)))
     return (min(found, tokens(layers, 1)) if layers == most else found), layers
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from topwork.adapters.config import FullConfig, LoraConfig
+from topwork.adapters.config import LoraConfig
 from topwork.models.structure import Module, Structure
 from topwork.quantization.config import QuantizationConfig
 from topwork.training.memory_setup import Member, Setup
@@ -75,22 +75,12 @@ def rank(member: Member, module: Module) -> int:
         not isinstance(member.adapter, LoraConfig)
         or len(sizes) < 2
         or not module.columns
-        or _is_whole(member, module.path)
+        or module.path in member.whole
     ):
         return 0
     lengths = module.rows if getattr(member.adapter, "use_dora", False) else 0
     r = (sum(sizes) - lengths) // (module.rows + module.columns)
     return 2 * r if member.adapter.keeps_beginnings else r
-
-
-def whole(member: Member) -> set[str]:
-    """Modules that it trains as copies of their own."""
-    return {path for path in member.sizes if _is_whole(member, path)}
-
-
-def _is_whole(member: Member, path: str) -> bool:
-    saved = member.adapter.saved_modules
-    return isinstance(member.adapter, FullConfig) or any(f".{path}".endswith(f".{name}") for name in saved)
 
 
 def state_bytes(optim: str, sizes: Iterable[int], parameter_bytes: int = 4) -> int:

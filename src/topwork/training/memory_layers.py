@@ -13,7 +13,7 @@ transformers' own modules (`memory_plain.py`).
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from topwork.adapters.config import FullConfig, Ia3Config, LoraConfig
@@ -69,6 +69,15 @@ class Layer:
     modules: dict[str, Module] = field(hash=False)
 
     @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """The same for layers that are made alike, of which one is looked at."""
+        members = self.setup.members
+        return tuple(
+            (name, replace(module, path=""), *(member.sizes.get(module.path, ()) for member in members))
+            for name, module in self.modules.items()
+        )
+
+    @cached_property
     def widths(self) -> tuple[int, int, int, int]:
         """d, q, kv, f."""
         s = self.setup.structure
@@ -114,10 +123,10 @@ class Layer:
         return [module for path, module in self.modules.items() if GROUPS.get(path.rpartition(".")[2]) == name]
 
     def terms(self, *groups: str) -> int:
-        """Values a token that low-rank terms make: of several members the mean, since their rows share a pass."""
+        """Values a token that low-rank terms make: of several members the most, whose rows may fill a pass."""
         modules = [module for name in groups for module in self.group(name)]
         found = [sum(rank(member, module) for module in modules) for member in self.setup.members]
-        return -(-sum(found) // max(1, len(found)))
+        return max(found, default=0)
 
     def gains(self, *groups: str) -> bool:
         """Whether somebody learns what a group's products are multiplied by."""
@@ -127,12 +136,23 @@ class Layer:
 
 def layers_of(setup: Setup) -> list[Layer]:
     """The decoder layers, in order."""
+    if "layers" in setup.known:
+        return list(setup.known["layers"])
     found: dict[int, dict[str, Module]] = {number: {} for number in range(setup.structure.layers)}
     for module in setup.structure.modules:
         number = layer_number(module.path)
         if number in found:
             found[number][module.path[_end(module.path) :]] = module
-    return [Layer(setup, number, modules) for number, modules in found.items()]
+    setup.known["layers"] = [Layer(setup, number, modules) for number, modules in found.items()]
+    return list(setup.known["layers"])
+
+
+def kinds_of(setup: Setup) -> list[int]:
+    """For each layer a number, the same for those that are made alike: nearly all."""
+    if "kinds" not in setup.known:
+        numbers: dict[object, int] = {}
+        setup.known["kinds"] = [numbers.setdefault(layer.kind, len(numbers)) for layer in layers_of(setup)]
+    return list(setup.known["kinds"])
 
 
 def layer_number(path: str) -> int | None:

@@ -1,12 +1,13 @@
 """The moments of a run's step, from what is held and what a pass takes."""
 
-from topwork.training.memory_held import adapter_bytes, base_bytes, state_bytes, whole
+from topwork.training.memory_held import adapter_bytes, base_bytes, state_bytes
 from topwork.training.memory_layers import (
     Layer,
     Need,
     boundary_bytes,
     fast_attention,
     fast_mlp,
+    kinds_of,
     layers_of,
     runs_modules,
     total,
@@ -50,9 +51,17 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
 
 def held_parts(setup: Setup) -> Parts:
     """From step to step."""
+    if "held" not in setup.known:
+        setup.known["held"] = _held_parts(setup)
+    return dict(setup.known["held"])
+
+
+def _held_parts(setup: Setup) -> Parts:
     weights, constants = base_bytes(setup)
     structure = setup.structure
-    process = process_bytes(structure.vocabulary) if setup.process_bytes is None else setup.process_bytes
+    process = setup.process_bytes
+    if process is None:
+        process = process_bytes(structure.vocabulary, setup.tokenizer_bytes)
     sizes = [(member.optim, [size for own in member.sizes.values() for size in own]) for member in setup.members]
     return {
         "weights": weights,
@@ -79,10 +88,17 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     """What a pass takes at its end, of all layers."""
     s, e = setup.structure, setup.value_bytes
     layers = layers_of(setup)
-    kept = total(layer_need(layer, shape) for layer in layers[checkpointed_layers:])
+    known: dict[tuple[int, bool], Need] = {}
+    needs = []
+    for layer, kind in zip(layers, kinds_of(setup)):
+        key = kind, layer is layers[-1]
+        if key not in known:
+            known[key] = layer_need(layer, shape)
+        needs.append(known[key])
+    kept = total(needs[checkpointed_layers:])
     boundary = shape.tokens * boundary_bytes(s, e)
     if checkpointed_layers:
-        again = max((layer_need(layer, shape) for layer in layers[:checkpointed_layers]), key=_whole)
+        again = max(needs[:checkpointed_layers], key=_whole)
         kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing, again.heap)
     panel = PANEL_BYTES[setup.device] if setup.quantization.active else 0
     attention = written_out_attention(setup, shape)
@@ -116,7 +132,7 @@ def logits_bytes(setup: Setup, shape: PassShape) -> tuple[int, int]:
     """(a chunk of the head's products, what its way costs beside it): where a head is trained, autograd keeps logits in
     fp32 and makes them again."""
     structure, e = setup.structure, setup.value_bytes
-    learns = any(structure.head in whole(member) or structure.embedding in whole(member) for member in setup.members)
+    learns = any(structure.head in member.whole or structure.embedding in member.whole for member in setup.members)
     rows = chunk_rows(setup, 4 if learns else e)
     count = -(-shape.learned_tokens // max(1, -(-shape.learned_tokens // rows)))
     values = count * structure.vocabulary

@@ -1,29 +1,35 @@
 """What the process takes beside all that training asks for: measured, since nothing tells it beforehand. Training,
 which is such a process, reads its own size instead (`run/fit.py`).
 
-`python benchmarks/planned.py --process` prints these figures for the machine at hand; these are of torch 2.13 (CPU) and
-transformers 5.23 on x86-64.
+`python benchmarks/planned.py --process` prints what each recorded run's process had before its first step; these are
+of torch 2.13 (CPU) and transformers 5.23 on x86-64. The other figures here were set from a few runs of that record, and
+its table says from which.
 """
 
 IMPORTS_BYTES = 461 << 20
 """Python with torch, transformers, tokenizers and Topwork imported, their libraries' pages included, rows read."""
-TOKEN_BYTES = 450
-"""Of a tokenizer's entry, with its merges."""
+TOKENIZER_SHARE = 6.3
+"""Bytes that a tokenizer takes for each of its tokenizer.json's, in which an entry with its merges has about
+ENTRY_BYTES."""
+ENTRY_BYTES = 72
 KERNELS_BYTES = 16 << 20
-"""Products' kernels that oneDNN compiles for the shapes of a pass (128 are kept, `common/devices.py`), and pages of
-libraries that are first looked at while a pass runs."""
+"""What a process grows by in its first steps that no formula tells: products' kernels that oneDNN compiles for the
+shapes of a pass (128 are kept, `common/devices.py`), pages of libraries that are first looked at. Set from what four
+LoRA runs of SmolLM2 had beside their parts."""
 HEAP_TOP_BYTES = 12 << 20
-"""Free memory at the top of the C library's heap: glibc gives it back from twice the largest block on that it ever
-unmapped, 64 MiB at most (M_TRIM_THRESHOLD); runs alike end with 0 to 50 MiB of it."""
+"""Free memory that the C library's heap keeps. Two runs alike differed by up to 43 MiB; glibc gives its top back from
+M_TRIM_THRESHOLD on, which grows to 64 MiB, and that this is the cause was not looked into."""
 HEAP_SHARE = 0.35
-"""Holes beside what is kept in the C library's heap, where it is taken among what is needed for a moment: measured for
-plain layers, which are kept so (decision 12 has what a heap does then). What is kept in a pass's own blocks has
-none."""
+"""Holes beside what is kept in the C library's heap, where it is taken among what is needed for a moment (decision 12
+has what a heap does then). Set from two runs, GPT-2 in bf16 and fp32, which had 0.35 and 0.40. What is kept in a pass's
+own blocks has none."""
 HEAD_COPIES = 2
-"""Chunks of logits that a product with a packed head copies for itself on its way back: it sums over the whole
-vocabulary, a panel of few columns at a time."""
+"""Chunks of logits that a packed head takes beside the one it has: SmolLM2's in NF4 took two more, in int8 one. What
+holds them was not looked into; it may be a copy that a product makes which sums over the whole vocabulary."""
 
 
-def process_bytes(vocabulary: int) -> int:
-    """Of a process that has read its rows and is about to train, without base and adapters."""
-    return IMPORTS_BYTES + TOKEN_BYTES * vocabulary
+def process_bytes(vocabulary: int, tokenizer_bytes: int | None = None) -> int:
+    """Of a process that has read its rows and is about to train, without base and adapters; `tokenizer_bytes` as in
+    `Setup`."""
+    file = ENTRY_BYTES * vocabulary if tokenizer_bytes is None else tokenizer_bytes
+    return IMPORTS_BYTES + int(TOKENIZER_SHARE * file)

@@ -57,15 +57,16 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run is planned with: what is trained on what, and the bytes there are for all of it, what the process has
-    taken already included. Every row may be learned whole."""
+    """What a run is planned with: what is trained on what, the bytes there are for all of it, what the process has
+    taken already included, and the longest sequence (0: as long as a pass). Every row may be learned whole."""
 
     setup: Setup
     total_bytes: int
+    longest: int = 0
 
     def needed_bytes(self, tokens: int, checkpointed_layers: int) -> int:
         """What training in passes of so many tokens needs."""
-        return needed_bytes(self.setup, tokens, 1.0, tokens, checkpointed_layers)
+        return needed_bytes(self.setup, tokens, 1.0, self.longest or tokens, checkpointed_layers)
 
     def holds(self, tokens: int, checkpointed_layers: int) -> bool:
         """Whether a pass of so many tokens fits."""

@@ -14,14 +14,25 @@ if TYPE_CHECKING:
     from topwork.run.planning.planned import Planned
 
 MOMENTS = {
-    "loading": "while the base is read", "forward": "going forward", "loss": "at the loss", "backward": "going backward",
-    "update": "at the optimizer's update", "saving": "while a checkpoint is saved",
-}  # fmt: skip
+    "loading": "while the base is read",
+    "forward": "going forward",
+    "loss": "at the loss",
+    "backward": "going backward",
+    "update": "at the optimizer's update",
+    "saving": "while a checkpoint is saved",
+}
 PARTS = {
-    "weights": "base weights", "constants": "constants of packed weights", "adapter": "adapter", "gradients": "gradients",
-    "optimizer": "optimizer", "activations": "activations kept for going backward", "logits": "logits, a chunk of them",
-    "scratch": "scratch of a layer", "allocator": "freed memory not given back", "process": "process: torch and the rest",
-}  # fmt: skip
+    "weights": "base weights",
+    "constants": "constants of packed weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations kept for going backward",
+    "logits": "logits, a chunk of them",
+    "scratch": "scratch of a layer",
+    "allocator": "freed memory not given back",
+    "process": "process: torch and the rest",
+}
 
 
 def text_of(plan: "Planned") -> str:
@@ -71,7 +82,7 @@ def _millions(count: int) -> str:
 
 
 def _memory(plan: "Planned") -> list[str]:
-    parts = {part: size for part, size in plan.peak.parts.items() if size}
+    parts = {part: size for part, size in plan.peak.parts.items() if size >= 10**6}
     rows = [(PARTS[part], gigabytes(size)) for part, size in parts.items()]
     rows.append(("at the peak, in all", gigabytes(plan.peak.bytes)))
     others = ", ".join(f"{usage.moment} {gigabytes(usage.bytes)}" for usage in plan.moments)
@@ -87,7 +98,7 @@ def _pass(plan: "Planned") -> list[str]:
     layers, every = plan.checkpointed_layers, plan.job.structure.checkpointable
     again = f"{layers} of {every} layers run again going backward" if layers else "no layer is checkpointed"
     chosen = "as the recipe says" if plan.recipe.training.tokens_per_pass else "the largest that fits"
-    chosen = chosen if plan.fits or plan.recipe.training.tokens_per_pass else "the smallest"
+    chosen = chosen if plan.fits or plan.recipe.training.tokens_per_pass else "the smallest that holds every sequence"
     return [f"pass   {plan.tokens_per_pass:,} tokens ({chosen}); {again}"]
 
 
@@ -100,7 +111,8 @@ def _data(plan: "Planned") -> list[str]:
         f"data   {_about(tokens)}{tokens.rows:,} rows{held}; {_about(tokens)}{tokens.tokens:,} tokens an epoch, "
         f"{tokens.learned_share:.0%} of them learned",
         f"       lengths: half within {tokens.percentiles[50]:,}, 99 % within {tokens.percentiles[99]:,}, longest "
-        f"{tokens.longest:,}; {tokens.how()}",
+        f"{tokens.longest:,}",
+        f"       {tokens.how()}",
     ]
 
 
@@ -115,13 +127,15 @@ def _time(plan: "Planned") -> list[str]:
     lines = []
     if timing.steps is not None:
         each = f"{plan.recipe.training.batch_size:,} rows"
-        lines.append(f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epochs")
-    what = "a million tokens" if timing.steps is None else f"{duration(timing.cost.step_seconds)} a step"
-    lines.append(
-        f"time   about {duration(timing.cost.seconds)} {'for ' if timing.steps is None else '('}{what}"
-        f"{', ' if timing.steps is None else ', '}{timing.tokens_per_second:,.0f} tokens/s"
-        f"{')' if timing.steps is not None else ''}"
-    )
+        lines.append(
+            f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epoch{'' if timing.epochs == 1 else 's'}"
+        )
+    speed = f"{timing.tokens_per_second:,.0f} tokens/s"
+    if timing.steps is None:
+        lines.append(f"time   about {duration(timing.cost.seconds)} for a million tokens, {speed}")
+    else:
+        each = duration(timing.cost.step_seconds)
+        lines.append(f"time   about {duration(timing.cost.seconds)} ({each} a step, {speed})")
     lines.append(f"       by {timing.source}")
     if timing.cost.money is not None:
         price = plan.place.price_per_hour
@@ -153,7 +167,7 @@ def _changes(changes: Sequence[Change]) -> list[str]:
     rows = [(f"{change.key}: {written(change.value)}", change) for change in changes]
     width = max(len(line) for line, _ in rows)
     lines = [
-        f"  {line:{width}}  saves {gigabytes(change.saved_bytes):>7}, then it takes {gigabytes(change.total_bytes):>7}"
+        f"  {line:{width}}  saves {gigabytes(change.saved_bytes):>7}, then it needs {gigabytes(change.total_bytes):>7}"
         f"{': it fits' if change.fits else ''}\n  {'':{width}}  {change.says}"
         for line, change in rows
     ]
