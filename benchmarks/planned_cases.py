@@ -162,7 +162,8 @@ def write_rows(path: Path, case: Case, count: int) -> Path:
 SET_ON = frozenset({
     "smollm2 lora 256", "smollm2 lora 1024", "smollm2 lora 2048", "smollm2 lora r256", "smollm2 lora q,v",
     "smollm2 dropout", "smollm2 prefix", "smollm2 nf4 head int8", "smollm2 nf4 head nf4", "stories lora",
-    "stories lora 8192", "stories bf16", "stories checkpointed", "gpt2 lora", "gpt2 lora fp32", "gpt2 lora checkpointed",
+    "stories lora 8192", "stories bf16", "stories checkpointed", "gpt2 lora", "gpt2 lora fp32",
+    "gpt2 lora checkpointed",
     "gpt2 dropout", "gemma3-270m lora", "gemma3-270m nf4", "gemma3-270m ia3",
 })  # fmt: skip
 """The runs that were looked at while constants of `training/memory_process.py` and `memory_plain.py` were set: that the
