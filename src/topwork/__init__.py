@@ -26,6 +26,7 @@ _WHERE = {
     "combine": "topwork.run.combine",
     "compare_adapters": "topwork.run.likeness",
     "convert": "topwork.run.convert",
+    "import_recipe": "topwork.run.import_",
     "push": "topwork.run.push",
     "quantize": "topwork.run.quantize",
     "report": "topwork.run.report",

@@ -21,6 +21,8 @@ from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.home import AtHome
+from topwork.cli.import_ import EPILOG as IMPORT_EPILOG
+from topwork.cli.import_ import import_
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
@@ -125,6 +127,8 @@ app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EXPORT_EPILOG)(export)
 
 app.command(epilog=CONVERT_EPILOG)(convert)
+
+app.command(name="import", epilog=IMPORT_EPILOG)(import_)
 
 app.command(epilog=PUSH_EPILOG)(push)
 
