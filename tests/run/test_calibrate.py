@@ -114,11 +114,12 @@ def test_layers_are_checkpointed_as_the_run_will(
     assert [(layers, again) for layers, again, _ in steps[: len(models)]] == models
 
 
-def test_time_that_is_up_ends_it_after_some_rounds(llama: Path, steps: list[tuple[int, int, int]]) -> None:
+@pytest.mark.usefixtures("few_layers")
+@pytest.mark.parametrize(("budget", "rounds"), [(1e-3, 1), (10.0, 3)], ids=["far too slow", "slow"])
+def test_time_that_is_up_ends_it(llama: Path, steps: list[tuple[int, int, int]], budget: float, rounds: int) -> None:
     recipes, question = asked(llama)
-    calibrate(recipes, question, LENGTHS, 1e-3, lambda _: None, ticking())
-    assert len({layers for layers, _, _ in steps}) == 2
-    assert len(steps) == 2 + 2 * module.LEAST_ROUNDS
+    calibrate(recipes, question, LENGTHS, budget, lambda _: None, ticking())
+    assert len(steps) == 2 + 2 * rounds
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -45,6 +45,9 @@ GENERAL = "smollm2-135m"
 """The shape of the general rates; it is shipped, so that no file is needed."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 WARM_UP = 1
+LATE = 2
+"""How many times its budget a measurement may take where the machine is far slower than was guessed: one round then
+counts."""
 
 ENDLESS: dict[str, Any] = {"max_steps": 1 << 20, "warmup_steps": 0, "report_to": []}
 """Of the recipe's training, for steps that nobody counts."""
@@ -130,7 +133,9 @@ def _in_turns(arms: Sequence["_Model"], budget_seconds: float, clock: Callable[[
     taken: list[list[float]] = [[] for _ in arms]
     start = clock()
     for number in range(MOST_ROUNDS):
-        if number >= LEAST_ROUNDS and (clock() - start) * (number + 1) / number > budget_seconds:
+        spent = clock() - start
+        enough = number >= LEAST_ROUNDS and spent * (number + 1) / number > budget_seconds
+        if enough or (number and spent > LATE * budget_seconds):
             break
         order = range(len(arms)) if number % 2 else reversed(range(len(arms)))
         for at in order:
