@@ -2,6 +2,7 @@
 (`training/memory.py`) where the base's structure is known; where its size alone is, by an estimate from sizes."""
 
 from topwork.adapters.config import AdapterConfig, FullConfig, LoraConfig
+from topwork.adapters.sizes import tensor_sizes
 from topwork.plan.advice.rule import Case
 from topwork.quantization.config import QuantizationConfig
 from topwork.training.memory import Member, Setup, largest_pass
@@ -30,24 +31,13 @@ def fits(case: Case, four_bit: bool = False, full: bool = False) -> bool | None:
     if facts.structure is None:
         return _estimated_bytes(facts.parameters or 0, four_bit, full) <= facts.memory_bytes
     adapter: AdapterConfig = FullConfig() if full else LoraConfig(r=case.value("adapter.r", 16))
-    member = Member(adapter, "adamw_8bit" if full else "adamw", _trained(case, full))
+    member = Member(adapter, "adamw_8bit" if full else "adamw", tensor_sizes(facts.structure, adapter))
     dtype = str(case.value("model.dtype", "bfloat16"))
     quantization = QuantizationConfig(load_in_4bit=four_bit)
     setup = Setup(facts.structure, dtype, quantization, (member,), facts.device)
     share = LEARNED_SHARE if facts.learned_share is None else facts.learned_share
     longest = min(facts.longest or LONGEST, int(case.value("data.max_length", facts.longest or LONGEST)))
     return largest_pass(setup, facts.memory_bytes, share, longest) is not None
-
-
-def _trained(case: Case, full: bool) -> dict[str, int]:
-    """Trained values by module."""
-    structure = case.facts.structure
-    assert structure is not None
-    if full:
-        return {module.path: module.parameters for module in structure.modules if module.parameters}
-    rank = int(case.value("adapter.r", 16))
-    linear = [module for module in structure.modules if module.kind == "linear" and module.path != structure.head]
-    return {module.path: rank * (module.rows + module.columns) for module in linear}
 
 
 def _estimated_bytes(parameters: int, four_bit: bool, full: bool) -> float:
