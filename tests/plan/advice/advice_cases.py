@@ -46,7 +46,7 @@ FACTS: dict[str, Facts] = {
     "calls": Facts("tool-calls", rows=400, writes_calls=False, structure=SMALL),
     "lines": Facts("extraction", rows=1_000, kind="text", structure=SMALL),
     "a large base": Facts("instruction", rows=50_000, tokens_per_row=400, longest=1_500, structure=LARGE,
-                          memory_bytes=3 * GIB, device="cuda"),
+                          memory_bytes=2 * GIB, device="cuda"),
     "whole": Facts("instruction", rows=5_000, structure=SMALL, decided={"adapter.method": "full"}),
 }  # fmt: skip
 """What somebody could come with."""
