@@ -86,6 +86,7 @@ docs: $(VENV)/.tested
 	$(BIN)/python tools/index_pages.py
 	$(BIN)/python tools/delivery_table.py
 	$(BIN)/python tools/advice_page.py
+	$(BIN)/python tools/planning_tables.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

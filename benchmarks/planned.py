@@ -3,7 +3,8 @@
     python benchmarks/planned.py [--only NAME,…] [--resume] [--bases FOLDER]
 
 Each case (`planned_cases.py`) is a fresh process of `topwork train`; its peak is the largest resident size that the
-system counted (VmHWM), moment by moment (`planned_worker.py`). What is predicted follows from config.json alone. Writes
+system counted (VmHWM), moment by moment (`planned_worker.py`). What memory is predicted follows from config.json alone;
+a step's time is measured on random models of few layers just before (`planned_time.py`). Writes
 benchmarks/results/planned.* after each case, and docs/planning-errors.md.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 from planned_cases import CASES, SHAPES, STORIES, Case, write_rows
+from planned_time import foreseen, time_text
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="predict anew, measure nothing")
     parser.add_argument("--bases", type=Path, default=BENCHMARKS / "bases", help="where random bases are written")
     parser.add_argument("--out", type=Path, default=OUT, help="without its ending")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for measuring each case's steps before its run")
     given = parser.parse_args()
     file = given.out.with_name(given.out.name + ".json")
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {"cases": {}}
@@ -47,13 +50,14 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             recipes = recipes_of(case, given.bases, Path(folder))
+            timed = there.get("time") if given.again else foreseen(recipes, given.seconds)
             found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
             if "error" in found:
                 sys.exit(f"{name}: {found['error']}")
-            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found}
+            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found, "time": timed}
         tell(name, record["cases"][name])
         record["surroundings"] = surroundings()
-        write_record(given.out, record, text(record))
+        write_record(given.out, record, text(record) + time_text(record["cases"]))
 
 
 def recipes_of(case: Case, bases: Path, folder: Path) -> list[Path]:
@@ -90,10 +94,15 @@ def predicted(recipes: Sequence[Path], found: Mapping[str, Any], case: Case) -> 
 
     read = [load_recipe(path) for path in recipes]
     structure = structure_named(read[0].model)
-    tokens, learned = found["pass_tokens"][-1], case.members * found["learned_tokens"][-1]
-    layers = found["checkpointed_layers"]
-    usages = moments(setup_of(read, structure), PassShape(tokens, learned, case.length), layers)
+    shape = PassShape(*fill(case, read[0].adapter.virtual_tokens), case.length)
+    usages = moments(setup_of(read, structure), shape, found["checkpointed_layers"])
     return {"moments": {usage.moment: dict(usage.parts) for usage in usages}}
+
+
+def fill(case: Case, virtual: int) -> tuple[int, int]:
+    """(tokens, learned tokens) of a pass: as many of a step's rows as fit, with their virtual tokens."""
+    rows = min(case.batch_size * case.members, max(1, case.tokens // (case.length + virtual)))
+    return rows * (case.length + virtual), round(rows * case.learned * case.length)
 
 
 def tell(name: str, case: Mapping[str, Any]) -> None:
@@ -129,7 +138,10 @@ def text(record: Mapping[str, Any]) -> str:
         f"{max(map(abs, errors)):.1%}, furthest under {min(errors):+.1%}."
     )
     head = ["run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment"]
-    return "\n\n".join(["# Planned and measured", told, table(head, rows), surroundings_text(record["surroundings"])]) + "\n"
+    return (
+        "\n\n".join(["# Planned and measured", told, table(head, rows), surroundings_text(record["surroundings"])])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

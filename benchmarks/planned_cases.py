@@ -52,7 +52,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     length: int = 256
     members: int = 1
-    steps: int = 2
+    steps: int = 4
     learned: float = 0.5
 
     @property

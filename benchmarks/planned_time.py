@@ -18,8 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common import run_process, table
+
 CLOCK = "TOPWORK_PLANNED_CLOCK"
-HEAD = ["predicted s a step", "measured s", "error", "layers run", "load"]
+NEAR = 0.1
+"""How far a foreseen step may be off."""
+HEAD = ["run", "predicted s a step", "measured s", "error", "layers run", "spread", "load"]
 
 
 def use_clock() -> None:
@@ -56,6 +60,14 @@ def main() -> None:
     }))  # fmt: skip
 
 
+def foreseen(recipes: Sequence[Path], seconds: float) -> dict[str, Any]:
+    """What a process of this module finds. Exits where it failed."""
+    found = run_process("planned_time", str(seconds), *map(str, recipes))
+    if "error" in found:
+        sys.exit(f"measuring steps of {recipes[0].stem}: {found['error']}")
+    return found
+
+
 def measured_step(measured: Mapping[str, Any]) -> float:
     """Of a run: the median of its steps after the first, which meets its shapes for the first time."""
     seconds = measured["seconds"]
@@ -67,23 +79,26 @@ def time_error(case: Mapping[str, Any]) -> float:
     return float(case["time"]["step"]) / measured_step(case["measured"]) - 1
 
 
-def time_columns(case: Mapping[str, Any]) -> list[str]:
-    """A case's row under HEAD."""
-    found = case["time"]
-    return [
-        f"{found['step']:,.3f}", f"{measured_step(case['measured']):,.3f}", f"{time_error(case):+.1%}",
-        " and ".join(map(str, found["layers"])), f"{found['load']:.1f}",
-    ]  # fmt: skip
-
-
-def time_told(cases: Sequence[Mapping[str, Any]]) -> str:
-    """The errors of all cases, in a sentence."""
-    errors = [time_error(case) for case in cases]
-    near = sum(abs(error) <= 0.1 for error in errors)
-    return (
-        f"A step's time: {near} of {len(errors)} within 10 %, median of the errors' sizes "
-        f"{median(map(abs, errors)):.1%}, worst {max(errors, key=abs):+.1%}."
+def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """The record's second part, for people: a step of each case that was foreseen."""
+    told = {name: case for name, case in cases.items() if case.get("time")}
+    if not told:
+        return ""
+    errors = [time_error(case) for case in told.values()]
+    near = sum(abs(error) <= NEAR for error in errors)
+    rows = []
+    for name, case in told.items():
+        found = case["time"]
+        rows.append([
+            name, f"{found['step']:,.3f}", f"{measured_step(case['measured']):,.3f}", f"{time_error(case):+.1%}",
+            " and ".join(map(str, found["layers"])), f"{found['spread']:.0%}", f"{found['load']:.1f}",
+        ])  # fmt: skip
+    sentence = (
+        f"A step's time was foreseen after steps of random models with as many layers as told were measured: {near} of "
+        f"{len(errors)} within {NEAR:.0%}, median of the errors' sizes {median(map(abs, errors)):.1%}, worst "
+        f"{max(errors, key=abs):+.1%}. Measured is the median of a run's steps after its first."
     )
+    return f"\n## Time\n\n{sentence}\n\n{table(HEAD, rows)}\n"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from planned_time import use_clock
+
 
 class Watch:
     """The largest resident size of each moment."""
@@ -53,6 +55,7 @@ def marks() -> tuple[int, int]:
 
 
 def main() -> None:
+    use_clock()
     from topwork.models.base import Base
     from topwork.recipe.recipe import load_recipe
     from topwork.run import train as run_train
@@ -71,9 +74,7 @@ def main() -> None:
     recipes = [load_recipe(Path(path)) for path in sys.argv[1:]]
     done = run_train.train_together(recipes, overwrite=True, log=lambda *_: None)
     watch.enter("ended")
-    steps = [
-        json.loads(line) for line in (done[0].folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    steps = [json.loads(line) for line in (done[0].folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [record for record in steps if record["kind"] == "train"]
     print(json.dumps({
         "peaks": watch.peaks, "ends": watch.ends, "seconds": [record["seconds"] for record in trained],

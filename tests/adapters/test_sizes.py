@@ -206,7 +206,7 @@ def test_every_method_and_no_other() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_in_memory_is_seen_as_its_config_tells(family: str) -> None:
-    told, seen = tiny_structure(family), bare_base(tiny_model(family)).seen
+    told, seen = tiny_structure(family), bare_base(tiny_skeleton(family)).seen
     fields = ("kind", "bias", "tensors", "attends", "by_row")
     assert {path: [getattr(module, field) for field in fields] for path, module in seen.by_path.items()} == {
         path: [getattr(module, field) for field in fields] for path, module in told.by_path.items()

@@ -1,6 +1,8 @@
 """`topwork plan`: what a run takes, whether it fits, what would make it fit, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ def test_memory_is_read_as_people_write_it(text: str) -> None:
     assert memory_bytes(text) == SIZES[text]
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-4GB", "lots", "24 GB of it", "1e99GB", "24XB", "nan", "inf", "9" * 30])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-4GB", "lots", "24 GB of it", "1e99GB", "24XB", "nan", "inf", "9" * 30]
+)
 def test_memory_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="--memory is"):
         memory_bytes(text)
@@ -147,7 +151,7 @@ def test_a_recipe_object_and_a_runs_folder_are_planned_too(recipe: Path, tmp_pat
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe.read_text().replace("train.jsonl", str(tmp_path / "train.jsonl")))
-    (run / "run.json").write_text(json.dumps({"topwork": 1, "owned": ["recipe.yaml"]}))
+    (run / "run.json").write_text(json.dumps({"format": 1, "topwork": "0", "files": ["recipe.yaml"]}))
     assert plan(run, device="T4").tokens_per_pass == plan(recipe, device="T4").tokens_per_pass
 
 
@@ -166,7 +170,7 @@ def test_changes_are_told_in_the_order_of_harm_and_make_it_fit() -> None:
     assert found.changes[-1].fits
     assert all(not change.fits for change in found.changes[:-1])
     saved = sum(change.saved_bytes for change in found.changes)
-    assert found.fit.needed_bytes - saved == found.changes[-1].total_bytes <= found.place.memory_bytes
+    assert found.job.least.needed_bytes - saved == found.changes[-1].total_bytes <= found.place.memory_bytes
     sets = [f"{change.key}={json.dumps(change.value)}" for change in found.changes]
     assert plan("llama-3-8b", sets, memory="9GB").fits  # as it is told, it is
 
@@ -303,7 +307,9 @@ def test_the_text_begins_with_the_verdict_and_tells_what_to_change(recipe: Path)
     assert lines[1].startswith("fits: peak ")
     assert lines[1].endswith(("backward", "forward", "loss", "update", "read", "saved"))
     text = "\n".join(lines)
-    assert all(word in text for word in ("base weights", "optimizer", "process", "by moment:", "pass ", "steps ", "cost "))
+    assert all(
+        word in text for word in ("base weights", "optimizer", "process", "by moment:", "pass ", "steps ", "cost ")
+    )
     assert all(len(line) <= 120 for line in lines if not line.startswith("       by "))
     short = plan("llama-3-8b", memory="9GB").as_text()
     assert "does not fit: it takes" in short
@@ -320,3 +326,13 @@ def test_a_job_speaks_of_several_members(recipe: Path) -> None:
     job = plan(recipe, device="T4").job
     two = Job([one, one], job.structure, job.device, job.memory_bytes, job.learned_share, job.longest)
     assert two.fit.peak.bytes > job.fit.peak.bytes or two.fit.tokens_per_pass < job.fit.tokens_per_pass
+
+
+def test_a_plan_imports_neither_torch_nor_transformers_nor_datasets(recipe: Path) -> None:
+    code = (
+        "import sys; from topwork.run.plan import plan; "
+        f"found = plan({str(recipe)!r}, device='T4', compare=True); plan('llama-3-8b', memory='9GB'); found.as_text(); "
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "[]"

@@ -22,11 +22,11 @@ def peak_memory_bytes(device: "torch.device") -> int:
         with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        return _largest_resident_bytes()
+        return largest_resident_bytes()
 
 
-def _largest_resident_bytes() -> int:
-    """0 where the platform has no getrusage (Windows)."""
+def largest_resident_bytes() -> int:
+    """The process's, by getrusage; 0 where the platform has none (Windows)."""
     try:
         import resource
     except ImportError:

@@ -25,4 +25,4 @@ def _malloc_trim() -> Callable[[int], Any] | None:
     found: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
     if found is not None:
         found.argtypes = (ctypes.c_size_t,)
-    return found  # type: ignore[no-any-return]
+    return found

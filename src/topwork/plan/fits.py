@@ -14,7 +14,7 @@ from topwork.plan.base import structure_named
 from topwork.plan.setup import setup_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
-from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, Setup, Usage, largest_pass, peak
+from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, Setup, Usage, fitting_pass, peak
 
 IDLE_SHARE = 0.005
 """A change that brings less than so much of the whole is not worth its words."""
@@ -66,23 +66,28 @@ class Job:
     @cached_property
     def fit(self) -> Fit:
         """The largest pass that fits, as training itself plans it; one that the recipe names is as large as it says."""
+        return self._planned(self.memory_bytes)
+
+    @cached_property
+    def least(self) -> Fit:
+        """The smallest pass that the recipe allows, with as many layers checkpointed as may be: what a run needs."""
+        return self._planned(0)
+
+    def _planned(self, memory_bytes: int) -> Fit:
         training = self.recipes[0].training
-        asked, checkpointing = training.tokens_per_pass, training.activation_checkpointing
-        every = self.structure.checkpointable
-        most = {"auto": max(0, every - 1), "off": 0, "full": every}.get(str(checkpointing), checkpointing)
-        assert isinstance(most, int)
-        if asked is None:
-            found = largest_pass(self.setup, self.memory_bytes, self.learned_share, self.longest, checkpointing)
-            if found is not None:
-                return self._fit(*found)
-            return self._fit(max(SMALLEST_PASS, self.longest), most)
-        if checkpointing != "auto":
-            return self._fit(asked, most)
-        return next((fit for layers in range(most) if (fit := self._fit(asked, layers)).fits), self._fit(asked, most))
+        tokens, layers = fitting_pass(
+            self.setup,
+            memory_bytes,
+            self.learned_share,
+            self.longest,
+            training.activation_checkpointing,
+            training.tokens_per_pass,
+        )
+        return self._fit(tokens, layers)
 
     def _fit(self, tokens: int, layers: int) -> Fit:
         usage = peak(self.setup, self.shape(tokens), layers)
-        return Fit(tokens, layers, usage, MARGIN * usage.bytes <= self.memory_bytes)
+        return Fit(tokens, layers, usage, round(MARGIN * usage.bytes) <= self.memory_bytes)
 
     def with_recipes(self, change: Callable[[Recipe], Recipe]) -> "Job":
         """The same with each recipe changed."""
@@ -97,7 +102,7 @@ class Change:
 
     key, value   as the recipe has it
     says         what it costs, for people
-    saved_bytes  beside what the changes before it bring; total_bytes is what is needed then
+    saved_bytes  beside what the changes before it bring; total_bytes is what a run needs at least then
     """
 
     key: str
@@ -160,7 +165,10 @@ def changes_that_fit(job: Job, percentiles: Mapping[int, int] | None = None) -> 
         tried = step.on(at)
         if tried is None:
             continue
-        if at.fit.needed_bytes - tried.fit.needed_bytes < IDLE_SHARE * job.fit.needed_bytes and not tried.fit.fits:
+        if (
+            at.least.needed_bytes - tried.least.needed_bytes < IDLE_SHARE * job.least.needed_bytes
+            and not tried.fit.fits
+        ):
             continue
         taken = [each for each in taken if each.key != step.key] + [step]
         at = tried
@@ -192,7 +200,7 @@ def _told(job: Job, steps: Sequence[_Step]) -> list[Change]:
     for step in steps:
         after = step.on(job)
         assert after is not None
-        before, total = job.fit.needed_bytes, after.fit.needed_bytes
+        before, total = job.least.needed_bytes, after.least.needed_bytes
         found.append(Change(step.key, step.value, step.says, before - total, total, after.fit.fits))
         job = after
     return found

@@ -17,8 +17,8 @@ WHOLE_BYTES = 16 << 20
 """Files that are not larger together are read whole: all rows are counted, and the longest is known."""
 FIRST_ROWS = 20_000
 """Of larger files whose rows have no place that could be gone to, so many are read from the beginning."""
-SAMPLE_LETTERS = 400_000
-"""About so many letters are put into tokens, which takes half a second."""
+SAMPLE_LETTERS = 600_000
+"""About so many letters are put into tokens, which takes a second or less."""
 SAMPLE_ROWS = 4_000
 LONGEST = 8
 """So many of the longest rows are looked at beside the sample, since one row decides how large a pass has to be."""

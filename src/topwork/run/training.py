@@ -112,7 +112,7 @@ def _passes(base: Base, runs: Sequence[_Run], asked: Asked) -> PassPlan:
     if tokens is None and asked.resume:
         tokens = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
     longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
-    return passes_that_fit(recipes, [run.counted for run in runs], longest, tokens, base, asked.log)
+    return passes_that_fit(recipes, longest, tokens, base, asked.log)
 
 
 def _looped(

@@ -12,11 +12,16 @@ What is held from step to step: weights and their constants, adapters, gradients
 (`memory_process.py`). On a CPU the blocks of a pass stay too (`ops/workspace.py`).
 """
 
+from bisect import bisect_left
+
 from topwork.training.config import Checkpointing
 from topwork.training.memory_pass import all_moments
 from topwork.training.memory_setup import Member, Part, PassShape, Setup, Usage
 
-__all__ = ["Member", "Part", "PassShape", "Setup", "Usage", "largest_pass", "moments", "peak"]
+__all__ = [
+    "Member", "Part", "PassShape", "Setup", "Usage", "fits", "fitting_pass", "largest_pass", "moments", "needed_bytes",
+    "peak",
+]  # fmt: skip
 
 
 def moments(setup: Setup, shape: PassShape, checkpointed_layers: int = 0) -> list[Usage]:
@@ -36,37 +41,59 @@ FAST_PASS = {"cpu": 512, "cuda": 4096}
 SMALLEST_PASS = 256
 """Where memory asks for less, less would not help: the weights themselves do not fit."""
 MARGIN = 1.04
-"""How many times what is planned a run may take at most: planned.md's runs were never under by more."""
+"""How many times what is planned a run may take: of the runs of docs/planning-errors.md none took more."""
 
 
 def largest_pass(
     setup: Setup, memory_bytes: int, learned_share: float, longest: int, checkpointing: Checkpointing = "auto"
 ) -> tuple[int, int] | None:
-    """(tokens_per_pass, checkpointed_layers) of the largest pass with which a run fits into `memory_bytes`, the
-    process included; None where none does.
+    """(tokens_per_pass, checkpointed_layers) of the largest pass with which a run fits into `memory_bytes`, the process
+    included; None where none does.
 
     Smaller passes come before checkpointing while they are as fast as large ones; only then as few layers as fit are
     checkpointed, and passes smaller still are for where even that leaves too little. A pass holds at least the
     `longest` sequence.
     """
+    found, layers = fitting_pass(setup, memory_bytes, learned_share, longest, checkpointing)
+    return (found, layers) if fits(setup, memory_bytes, found, learned_share, longest, layers) else None
 
-    def fits(tokens: int, layers: int) -> bool:
-        shape = PassShape(tokens, max(1, round(learned_share * tokens)), min(longest, tokens))
-        return MARGIN * peak(setup, shape, layers).bytes <= memory_bytes
+
+def fitting_pass(
+    setup: Setup, memory_bytes: int, learned_share: float, longest: int, checkpointing: Checkpointing = "auto",
+    asked: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """The same, or what needs least where nothing fits; with a size that was `asked` for, that, and the layers."""
+
+    def enough(tokens: int, layers: int) -> bool:
+        return fits(setup, memory_bytes, tokens, learned_share, longest, layers)
 
     def tokens(layers: int, least: int) -> int:
+        if asked is not None:
+            return asked
         budget = LARGEST_PASS[setup.device]
-        while budget > max(least, SMALLEST_PASS) and not fits(max(budget, longest), layers):
+        while budget > max(least, SMALLEST_PASS) and not enough(max(budget, longest), layers):
             budget //= 2
         return max(budget, longest)
 
     every = setup.structure.checkpointable
-    if checkpointing != "auto":
-        layers = int({"off": 0, "full": every}.get(str(checkpointing), checkpointing))
-        found = tokens(layers, 1)
-        return (found, layers) if fits(found, layers) else None
-    found, most = tokens(0, FAST_PASS[setup.device]), max(0, every - 1)
-    fitting = next((layers for layers in range(most + 1) if fits(found, layers)), most)
-    if fitting == most:
-        found = min(found, tokens(fitting, 1))
-    return (found, fitting) if fits(found, fitting) else None
+    if checkpointing != "auto":  # where none can be, it is refused when it is switched on
+        layers = int({"off": 0, "full": every or setup.structure.layers}.get(str(checkpointing), checkpointing))
+        return tokens(layers, 1), layers
+    found, most = tokens(0, FAST_PASS[setup.device]), max(0, every - 1)  # the last would be wanted again at once
+    layers = 0  # from the first checkpointed layer on each more saves some
+    if not enough(found, 0):
+        layers = min(most, bisect_left(range(most + 1), True, lo=1, key=lambda count: enough(found, count)))
+    return (min(found, tokens(layers, 1)) if layers == most else found), layers
+
+
+def fits(
+    setup: Setup, memory_bytes: int, tokens: int, learned_share: float, longest: int, checkpointed_layers: int
+) -> bool:
+    """Whether a run in passes of so many tokens does."""
+    return needed_bytes(setup, tokens, learned_share, longest, checkpointed_layers) <= memory_bytes
+
+
+def needed_bytes(setup: Setup, tokens: int, learned_share: float, longest: int, checkpointed_layers: int) -> int:
+    """What a run is planned to need, so that it surely has it: its peak with the margin."""
+    shape = PassShape(tokens, max(1, round(learned_share * tokens)), min(longest, tokens))
+    return round(MARGIN * peak(setup, shape, checkpointed_layers).bytes)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from topwork.adapters.config import FullConfig, LoraConfig
+from topwork.adapters.config import LoraConfig
 from topwork.models.structure import Module, Structure
 from topwork.quantization.config import QuantizationConfig
 from topwork.training.memory_setup import Member, Setup
@@ -75,20 +75,12 @@ def rank(member: Member, module: Module) -> int:
         not isinstance(member.adapter, LoraConfig)
         or len(sizes) < 2
         or not module.columns
-        or module.path in whole(member)
+        or module.path in member.whole
     ):
         return 0
     lengths = module.rows if getattr(member.adapter, "use_dora", False) else 0
     r = (sum(sizes) - lengths) // (module.rows + module.columns)
     return 2 * r if member.adapter.keeps_beginnings else r
-
-
-def whole(member: Member) -> set[str]:
-    """Modules that it trains as copies of their own."""
-    if isinstance(member.adapter, FullConfig):
-        return set(member.sizes)
-    names = member.adapter.saved_modules
-    return {path for path in member.sizes if any(f".{path}".endswith(f".{name}") for name in names)}
 
 
 def state_bytes(optim: str, sizes: Iterable[int], parameter_bytes: int = 4) -> int:

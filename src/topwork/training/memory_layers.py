@@ -13,7 +13,7 @@ transformers' own modules (`memory_plain.py`).
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from topwork.adapters.config import FullConfig, Ia3Config, LoraConfig
@@ -42,6 +42,7 @@ class Need:
     scratch   a function's own, the largest
     handoff   on its way from one function to the next, the largest
     passing   for a moment while it goes backward, from the C library: the largest
+    again     what of that a layer that is run again keeps
     """
 
     saved: int = 0
@@ -49,12 +50,13 @@ class Need:
     scratch: int = 0
     handoff: int = 0
     passing: int = 0
+    again: int = 0
 
     def __add__(self, other: "Need") -> "Need":
         """Of one after the other."""
         return Need(
             self.saved + other.saved, self.heap + other.heap, max(self.scratch, other.scratch),
-            max(self.handoff, other.handoff), max(self.passing, other.passing),
+            max(self.handoff, other.handoff), max(self.passing, other.passing), max(self.again, other.again),
         )  # fmt: skip
 
 
@@ -65,6 +67,15 @@ class Layer:
     setup: Setup
     number: int
     modules: dict[str, Module] = field(hash=False)
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """The same for layers that are made alike, of which one is looked at."""
+        members = self.setup.members
+        return tuple(
+            (name, replace(module, path=""), *(member.sizes.get(module.path, ()) for member in members))
+            for name, module in self.modules.items()
+        )
 
     @cached_property
     def widths(self) -> tuple[int, int, int, int]:
@@ -125,12 +136,23 @@ class Layer:
 
 def layers_of(setup: Setup) -> list[Layer]:
     """The decoder layers, in order."""
+    if "layers" in setup.known:
+        return list(setup.known["layers"])
     found: dict[int, dict[str, Module]] = {number: {} for number in range(setup.structure.layers)}
     for module in setup.structure.modules:
         number = layer_number(module.path)
         if number in found:
             found[number][module.path[_end(module.path) :]] = module
-    return [Layer(setup, number, modules) for number, modules in found.items()]
+    setup.known["layers"] = [Layer(setup, number, modules) for number, modules in found.items()]
+    return list(setup.known["layers"])
+
+
+def kinds_of(setup: Setup) -> list[int]:
+    """For each layer a number, the same for those that are made alike: nearly all."""
+    if "kinds" not in setup.known:
+        numbers: dict[object, int] = {}
+        setup.known["kinds"] = [numbers.setdefault(layer.kind, len(numbers)) for layer in layers_of(setup)]
+    return list(setup.known["kinds"])
 
 
 def layer_number(path: str) -> int | None:

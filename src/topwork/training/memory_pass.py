@@ -1,18 +1,19 @@
 """The moments of a run's step, from what is held and what a pass takes."""
 
-from topwork.training.memory_held import adapter_bytes, base_bytes, state_bytes, whole
+from topwork.training.memory_held import adapter_bytes, base_bytes, state_bytes
 from topwork.training.memory_layers import (
     Layer,
     Need,
     boundary_bytes,
     fast_attention,
     fast_mlp,
+    kinds_of,
     layers_of,
     runs_modules,
     total,
 )
-from topwork.training.memory_plain import experts, mixed_layer, plain_layer
-from topwork.training.memory_process import HEAP_SHARE, KERNELS_BYTES, process_bytes
+from topwork.training.memory_plain import experts, mixed_layer, plain_layer, written_out_attention
+from topwork.training.memory_process import HEAD_COPIES, HEAP_SHARE, HEAP_TOP_BYTES, KERNELS_BYTES, process_bytes
 from topwork.training.memory_setup import Part, PassShape, Setup, Usage
 
 CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda": 512 << 20}
@@ -31,18 +32,18 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     blocks = need.scratch + need.handoff
     more = max(0, logits - need.scratch)  # a chunk of logits lies in the same block
     kept: Parts = {"activations": need.saved + need.heap, "scratch": blocks}
-    going = need.passing + need.heap
+    holes = HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) if setup.device == "cpu" else 0
     return [
         Usage("loading", loading(setup, held)),
         Usage("forward", {**held, **kept}),
         Usage("loss", {**held, **kept, "logits": more + at_loss}),
         Usage("backward", {
             **held, **kept, "logits": more, "gradients": gradients, "scratch": blocks + need.passing,
-            "allocator": int(HEAP_SHARE * going),
+            "allocator": holes,
         }),
         Usage("update", {
             **held, "activations": need.saved, "scratch": blocks, "logits": more, "gradients": gradients,
-            "allocator": int(HEAP_SHARE * going),
+            "allocator": holes,
         }),
         Usage("saving", {**held, "activations": need.saved, "scratch": blocks, "logits": more}),
     ]  # fmt: skip
@@ -50,6 +51,12 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
 
 def held_parts(setup: Setup) -> Parts:
     """From step to step."""
+    if "held" not in setup.known:
+        setup.known["held"] = _held_parts(setup)
+    return dict(setup.known["held"])
+
+
+def _held_parts(setup: Setup) -> Parts:
     weights, constants = base_bytes(setup)
     structure = setup.structure
     process = process_bytes(structure.vocabulary) if setup.process_bytes is None else setup.process_bytes
@@ -59,7 +66,7 @@ def held_parts(setup: Setup) -> Parts:
         "constants": constants,
         "adapter": sum(adapter_bytes(member, structure) for member in setup.members),
         "optimizer": sum(state_bytes(optim, own) for optim, own in sizes),
-        "process": process + KERNELS_BYTES,
+        "process": process + (KERNELS_BYTES if setup.device == "cpu" else 0),
     }
 
 
@@ -79,13 +86,21 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     """What a pass takes at its end, of all layers."""
     s, e = setup.structure, setup.value_bytes
     layers = layers_of(setup)
-    kept = total(layer_need(layer, shape) for layer in layers[checkpointed_layers:])
+    known: dict[tuple[int, bool], Need] = {}
+    needs = []
+    for layer, kind in zip(layers, kinds_of(setup)):
+        key = kind, layer is layers[-1]
+        if key not in known:
+            known[key] = layer_need(layer, shape)
+        needs.append(known[key])
+    kept = total(needs[checkpointed_layers:])
     boundary = shape.tokens * boundary_bytes(s, e)
     if checkpointed_layers:
-        again = max((layer_need(layer, shape) for layer in layers[:checkpointed_layers]), key=_whole)
-        kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing)
+        again = max(needs[:checkpointed_layers], key=_whole)
+        kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing, again.heap)
     panel = PANEL_BYTES[setup.device] if setup.quantization.active else 0
-    return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel)
+    attention = written_out_attention(setup, shape)
+    return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel, 0, kept.passing + attention)
 
 
 def _whole(need: Need) -> int:
@@ -115,11 +130,14 @@ def logits_bytes(setup: Setup, shape: PassShape) -> tuple[int, int]:
     """(a chunk of the head's products, what its way costs beside it): where a head is trained, autograd keeps logits in
     fp32 and makes them again."""
     structure, e = setup.structure, setup.value_bytes
-    learns = any(structure.head in whole(member) or structure.embedding in whole(member) for member in setup.members)
+    learns = any(structure.head in member.whole or structure.embedding in member.whole for member in setup.members)
     rows = chunk_rows(setup, 4 if learns else e)
     count = -(-shape.learned_tokens // max(1, -(-shape.learned_tokens // rows)))
     values = count * structure.vocabulary
-    return (0, values * (e + 3 * 4)) if learns else (values * e, 0)
+    if learns:
+        return 0, values * (e + 3 * 4)
+    packed = setup.quantization.active and setup.quantization.head != "16bit" and setup.device == "cpu"
+    return values * e * (1 + HEAD_COPIES * packed), 0
 
 
 def chunk_rows(setup: Setup, value_bytes: int) -> int:

@@ -12,15 +12,24 @@ Of a token, in the base's type of e bytes; frozen weights keep nothing of what t
     a copy           e in, and its weight in the base's type
 """
 
+import re
+
 from topwork.adapters.config import FullConfig, LoraConfig
 from topwork.models.structure import Module
 from topwork.training.memory_held import rank
 from topwork.training.memory_layers import GATES, Layer, Need, runs_modules
-from topwork.training.memory_setup import Member
+from topwork.training.memory_setup import Member, PassShape, Setup
 
 WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3, "relu": 0}
 """Inner widths that an activation keeps beside what the next layer is given; 1 of others. What relu gives is what it
 keeps."""
+EXPERTS = {"gpt_oss": 6}
+"""The same of experts' gated units, by family; 3 of others."""
+ATTENTION_LAST = re.compile(r"attn(\.self)?\.(o_proj|out_proj|c_proj|dense)$|attention\.dense$")
+"""What is given the attention's output, which the attention keeps itself."""
+KERNEL_SIZES, SCORES_PER_BLOCK = range(16, 257, 16), 1 << 22
+"""`ops/attention.py`'s and `attention_reference.py`'s."""
+ATTENTION_INPUT = "attention"
 STANDING = 6
 """Gradients of the widest rows that stand together while a plain layer goes backward: what came, what goes on, and what
 its activation makes in between."""
@@ -30,9 +39,9 @@ def plain_layer(layer: Layer, tokens: int) -> Need:
     """A layer that runs on plain modules, whole."""
     (d, q, kv, f), e, s = layer.widths, layer.setup.value_bytes, layer.setup.structure
     kept = _norms(layer, tokens) + tokens * (e * (2 * q + 2 * kv) + 4 * s.heads)
-    kept += tokens * e * f * _inner(layer)
-    kept += sum(_parts(layer, member, tokens) for member in layer.setup.members)
-    return Need(0, kept, 0, 0, tokens * e * STANDING * max(f, q, d))
+    mlp = experts(layer, tokens) if layer.experts else Need(0, tokens * e * f * _inner(layer))
+    kept += mlp.heap + sum(_parts(layer, member, tokens) for member in layer.setup.members)
+    return Need(0, kept, 0, 0, max(mlp.passing, tokens * e * STANDING * max(f, q, d)))
 
 
 def mixed_layer(layer: Layer, tokens: int, rows: int) -> Need:
@@ -44,12 +53,27 @@ def mixed_layer(layer: Layer, tokens: int, rows: int) -> Need:
     return Need(saved, kept, tokens * e * 2 * f, tokens * e * 2 * f, tokens * e * STANDING * f)
 
 
+def written_out_attention(setup: Setup, shape: PassShape) -> int:
+    """For a moment, where no kernel knows an attention and `ops/attention_reference.py` does it: scores of a block of
+    query rows in fp32, masked and as shares, their gradient, and copies that products make; where there are several
+    blocks those of the one before stand beside them."""
+    s, window = setup.structure, setup.structure.config
+    kernel = s.head_dim in KERNEL_SIZES and setup.dtype != "float16" and not window.get("attn_logit_softcapping")
+    if kernel and s.family != "gpt_oss":
+        return 0
+    sequences, length = max(1, shape.tokens // shape.longest), shape.longest
+    rows = max(1, min(length, SCORES_PER_BLOCK // (sequences * s.heads * length)))
+    each = 20 if rows == length else 32
+    return each * sequences * s.heads * rows * length
+
+
 def experts(layer: Layer, tokens: int) -> Need:
     """An MLP of many experts, of which each token visits `k`; `f` is the width of those together."""
     (d, _, _, f), e, config = layer.widths, layer.setup.value_bytes, layer.setup.structure.config
     k = int(config.get("num_experts_per_tok") or 1)
     count = int(config.get("num_experts") or config.get("num_local_experts") or 1)
-    kept = tokens * (e * (3 * f + k * d + k) + 8 * 4 * k + 4 * count + 8 * k + 4)
+    width = EXPERTS.get(layer.setup.structure.family, 3)
+    kept = tokens * (e * (width * f + k * d + k) + 8 * 4 * k + 4 * count + 4)
     return Need(tokens * e * d, kept, 0, 0, tokens * e * (STANDING * f + 3 * k * d))
 
 
@@ -74,7 +98,7 @@ def _parts(layer: Layer, member: Member, tokens: int) -> int:
     if isinstance(member.adapter, FullConfig):
         return sum(_copy(module, share, e) for module in chosen)
     linear = [module for module in chosen if module.kind == "linear"]
-    shared = {_input_of(module): module.columns for module in linear}
+    shared = {_input_of(layer, module): module.columns for module in linear if not ATTENTION_LAST.search(module.path)}
     drops = member.adapter.dropout > 0
     widths = sum(module.columns for module in linear) if drops else sum(shared.values())
     if not isinstance(member.adapter, LoraConfig):
@@ -96,8 +120,11 @@ def _copy(module: Module, tokens: int, value_bytes: int) -> int:
     return cast
 
 
-def _input_of(module: Module) -> str:
-    """Modules that are given the same."""
+def _input_of(layer: Layer, module: Module) -> str:
+    """Modules that are given the same. Where a layer has one norm, its attention and its MLP go side by side."""
     parent, _, name = module.path.rpartition(".")
-    groups = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    return f"{parent}.{groups.get(name, name)}"
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return ATTENTION_INPUT
+    if module.columns == layer.widths[0] and sum(one.kind == "norm" for one in layer.modules.values()) == 1:
+        return ATTENTION_INPUT
+    return f"{parent}.gate_proj" if name == "up_proj" else module.path

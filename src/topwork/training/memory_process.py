@@ -12,9 +12,16 @@ TOKEN_BYTES = 450
 KERNELS_BYTES = 16 << 20
 """Products' kernels that oneDNN compiles for the shapes of a pass (128 are kept, `common/devices.py`), and pages of
 libraries that are first looked at while a pass runs."""
-HEAP_SHARE = 0.03
-"""Of what the C library gives and takes while a pass runs, what lies in holes that nothing fits. (What is kept in a
-pass's own blocks has none.)"""
+HEAP_TOP_BYTES = 12 << 20
+"""Free memory at the top of the C library's heap: glibc gives it back from twice the largest block on that it ever
+unmapped, 64 MiB at most (M_TRIM_THRESHOLD); runs alike end with 0 to 50 MiB of it."""
+HEAP_SHARE = 0.35
+"""Holes beside what is kept in the C library's heap, where it is taken among what is needed for a moment: measured for
+plain layers, which are kept so (decision 12 has what a heap does then). What is kept in a pass's own blocks has
+none."""
+HEAD_COPIES = 2
+"""Chunks of logits that a product with a packed head copies for itself on its way back: it sums over the whole
+vocabulary, a panel of few columns at a time."""
 
 
 def process_bytes(vocabulary: int) -> int:

@@ -1,11 +1,11 @@
 """What planning memory speaks of: what is trained on what, a pass, and what is held at a moment. Free of torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import AdapterConfig, FullConfig
 from topwork.models.structure import Structure
 from topwork.quantization.config import QuantizationConfig
 
@@ -29,6 +29,14 @@ class Member:
         """All that it trains."""
         return sum(map(sum, self.sizes.values()))
 
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Modules that it trains as copies of their own."""
+        if isinstance(self.adapter, FullConfig):
+            return frozenset(self.sizes)
+        names = self.adapter.saved_modules
+        return frozenset(path for path in self.sizes if any(f".{path}".endswith(f".{name}") for name in names))
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -37,6 +45,7 @@ class Setup:
 
     process_bytes   what the process takes beside all that is told here, where somebody measured it; None for what
                     `memory_process.py` knows
+    known           what was reckoned of it once, whatever the pass
     """
 
     structure: Structure
@@ -45,6 +54,7 @@ class Setup:
     members: tuple[Member, ...]
     device: Literal["cpu", "cuda"] = "cpu"
     process_bytes: int | None = None
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def value_bytes(self) -> int:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from topwork.common.errors import ModelError
 from topwork.models.structure import Structure
-from topwork.models.structures.parts import modules_of
-from topwork.models.structures.table import FAMILIES
+from topwork.models.structures.parts import layers_in, modules_of
+from topwork.models.structures.table import FAMILIES, Family
 from topwork.models.structures.values import Values, widths
 
 FAST_ACTIVATIONS = frozenset({
@@ -18,17 +19,33 @@ def structure_from(config: Mapping[str, Any]) -> Structure | None:
     """Of a config.json's values; None where its family, or what it says of it, stands in no table. Raises ModelError
     for sizes that are missing or none."""
     family = FAMILIES.get(str(config.get("model_type")))
-    values = Values(str(config.get("model_type")), config, family.defaults if family else {})
-    if family is None or any(values.get(key) not in (None, value) for key, value in family.only.items()):
+    if family is None:
+        return None
+    values = _values(config, family)
+    if any(values.get(key) not in (None, value) for key, value in family.only.items()):
         return None
     values.check_stated()
-    activation = values.get("hidden_activation", "hidden_act")
+    activation, root = values.get("hidden_activation", "hidden_act"), family.layout(values)
     return Structure(
         **widths(values),
-        modules=modules_of(family.layout(values), family.head if values.tied else None),
+        modules=modules_of(root, family.head if values.tied else None),
         embedding=family.embedding,
         head=family.head,
         fast=family.fast and activation in FAST_ACTIVATIONS,
-        checkpointable=values.layers,
-        config={**family.defaults, **config},
+        checkpointable=layers_in(root),
+        config={**family.defaults, **values.given},
     )
+
+
+def _values(config: Mapping[str, Any], family: Family) -> Values:
+    """The config's own, or those of its text part, which then has the others beside it."""
+    name = str(config["model_type"])
+    if family.text is None:
+        return Values(name, config, family.defaults)
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelError(f"the config of this {name!r} model says nothing of text_config, which has its sizes")
+    beside = {
+        key: config[key] for key in ("vision_config", "tie_word_embeddings", "quantization_config") if key in config
+    }
+    return Values(family.text, {**text, **beside}, family.defaults)

@@ -10,7 +10,8 @@ from topwork.models.structures.values import Values
 
 @dataclass(frozen=True)
 class Node:
-    """A module and what is inside; fields as `Module` has them, and `whole` says that it is given more than a row."""
+    """A module and what is inside; fields as `Module` has them. `whole` says that it is given more than a row, `layers`
+    how many layers that can be checkpointed are in it as a list."""
 
     kind: Kind = "other"
     rows: int = 0
@@ -19,6 +20,7 @@ class Node:
     tensors: tuple[int, ...] = ()
     attends: bool = False
     whole: bool = False
+    layers: int = 0
     inside: Mapping[str, "Node"] = field(default_factory=dict)
 
 
@@ -32,8 +34,8 @@ def block(own: tuple[int, ...] = (), /, **inside: Node) -> Node:
 
 
 def listed(nodes: Sequence[Node]) -> Node:
-    """A list of modules."""
-    return Node(inside={str(number): node for number, node in enumerate(nodes)})
+    """A list of layers."""
+    return Node(layers=len(nodes), inside={str(number): node for number, node in enumerate(nodes)})
 
 
 def linear(outputs: int, inputs: int, bias: bool = False) -> Node:
@@ -112,6 +114,11 @@ def modules_of(root: Node, tied: str | None) -> tuple[Module, ...]:
             yield from visit(f"{path}.{name}" if path else name, inner)
 
     return tuple(visit("", root))
+
+
+def layers_in(node: Node) -> int:
+    """How many layers can be checkpointed."""
+    return node.layers + sum(map(layers_in, node.inside.values()))
 
 
 def _attends(node: Node) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from topwork.models.structures import llama, others
+from topwork.models.structures import llama, multimodal, others
 from topwork.models.structures.parts import Node
 from topwork.models.structures.values import Values
 
@@ -18,6 +18,7 @@ class Family:
     fast       whether all its layers run through `models/fast.py`, with an activation that this knows
     defaults   what its config class gives where a config.json is silent
     embedding  the path of its input embedding; `head` that of its output head
+    text       the `model_type` of the text part, where the config has several parts
     only       values with which alone it is laid out so; any other needs a skeleton
     """
 
@@ -26,6 +27,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    text: str | None = None
     only: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -53,6 +55,12 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(llama.gemma2, True, {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 8192}),
     "gemma3_text": Family(
         llama.gemma3, True, {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072}
+    ),
+    "gemma3": Family(
+        multimodal.gemma3, False,
+        {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072, "num_attention_heads": 8,
+         "vocab_size": 262208, "intermediate_size": 9216},
+        "model.language_model.embed_tokens", text="gemma3_text",
     ),
     "phi3": Family(llama.phi3, True, {**SILU, "max_position_embeddings": 4096}),
     "olmo": Family(llama.olmo, False, {**SILU, "max_position_embeddings": 2048}),

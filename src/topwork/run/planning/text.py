@@ -72,7 +72,7 @@ def _millions(count: int) -> str:
 
 
 def _memory(plan: "Planned") -> list[str]:
-    parts = {part: size for part, size in plan.peak.parts.items() if size}
+    parts = {part: size for part, size in plan.peak.parts.items() if size >= 10**6}
     rows = [(PARTS[part], gigabytes(size)) for part, size in parts.items()]
     rows.append(("at the peak, in all", gigabytes(plan.peak.bytes)))
     others = ", ".join(f"{usage.moment} {gigabytes(usage.bytes)}" for usage in plan.moments)
@@ -88,7 +88,7 @@ def _pass(plan: "Planned") -> list[str]:
     layers, every = plan.checkpointed_layers, plan.job.structure.checkpointable
     again = f"{layers} of {every} layers run again going backward" if layers else "no layer is checkpointed"
     chosen = "as the recipe says" if plan.recipe.training.tokens_per_pass else "the largest that fits"
-    chosen = chosen if plan.fits or plan.recipe.training.tokens_per_pass else "the smallest"
+    chosen = chosen if plan.fits or plan.recipe.training.tokens_per_pass else "the smallest that holds every sequence"
     return [f"pass   {plan.tokens_per_pass:,} tokens ({chosen}); {again}"]
 
 
@@ -101,7 +101,8 @@ def _data(plan: "Planned") -> list[str]:
         f"data   {_about(tokens)}{tokens.rows:,} rows{held}; {_about(tokens)}{tokens.tokens:,} tokens an epoch, "
         f"{tokens.learned_share:.0%} of them learned",
         f"       lengths: half within {tokens.percentiles[50]:,}, 99 % within {tokens.percentiles[99]:,}, longest "
-        f"{tokens.longest:,}; {tokens.how()}",
+        f"{tokens.longest:,}",
+        f"       {tokens.how()}",
     ]
 
 
@@ -116,7 +117,9 @@ def _time(plan: "Planned") -> list[str]:
     lines = []
     if timing.steps is not None:
         each = f"{plan.recipe.training.batch_size:,} rows"
-        lines.append(f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epochs")
+        lines.append(
+            f"steps  {timing.steps:,} of {each}, {_number(timing.epochs or 0)} epoch{'' if timing.epochs == 1 else 's'}"
+        )
     what = "a million tokens" if timing.steps is None else f"{duration(timing.cost.step_seconds)} a step"
     lines.append(
         f"time   about {duration(timing.cost.seconds)} {'for ' if timing.steps is None else '('}{what}"
@@ -154,7 +157,7 @@ def _changes(changes: Sequence[Change]) -> list[str]:
     rows = [(f"{change.key}: {written(change.value)}", change) for change in changes]
     width = max(len(line) for line, _ in rows)
     lines = [
-        f"  {line:{width}}  saves {gigabytes(change.saved_bytes):>7}, then it takes {gigabytes(change.total_bytes):>7}"
+        f"  {line:{width}}  saves {gigabytes(change.saved_bytes):>7}, then it needs {gigabytes(change.total_bytes):>7}"
         f"{': it fits' if change.fits else ''}\n  {'':{width}}  {change.says}"
         for line, change in rows
     ]
