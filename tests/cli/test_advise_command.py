@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -104,6 +105,27 @@ def test_what_is_set_over_a_recipe_stands(make_recipe: Callable[..., Path]) -> N
     assert found.advice.value("adapter.r") is None
     assert found.advice.steps == 50
     assert {"decided: training.max_steps = 50", "decided: adapter.r = 2"} <= set(found.told)
+
+
+@pytest.mark.parametrize(
+    ("key", "same", "other"),
+    [
+        ("training.learning_rate", 0.018, 0.021), ("training.warmup_ratio", 0.05, 0.1), ("training.batch_size", 2, 5),
+        ("data.max_length", 512, 130), ("data.eval_fraction", 0.11, 0.05), ("data.too_long", "refuse", "truncate"),
+        ("evaluation.grader", "auto", "exact_match"),
+    ],
+)  # fmt: skip
+def test_what_is_as_good_is_no_difference(
+    key: str, same: Any, other: Any, make_recipe: Callable[..., Path], topwork: Command
+) -> None:
+    """The advice for forty rows of a base 32 wide: 0.013, 0.03, 4, 192, 0.2, middle, auto."""
+    section, _, name = key.partition(".")
+    for value, differs in ((same, False), (other, True)):
+        fixed = {"max_steps": 300, "warmup_steps": None, "warmup_ratio": 0.03}
+        changes = {section: {name: value}, "training": fixed | ({name: value} if section == "training" else {})}
+        found = advise(make_recipe(**changes))
+        assert found.differences is not None
+        assert (key in [each.key for each in found.differences]) is differs, (key, value)
 
 
 def test_another_method_is_told_once(make_recipe: Callable[..., Path]) -> None:

@@ -1,34 +1,29 @@
 """Facts by name, of every kind that a rule speaks of."""
 
+from functools import cache
 from typing import Any
 
-from topwork.models.structure import Module, Structure
+from topwork.models.structure import Structure
+from topwork.models.structures.build import structure_from
 from topwork.plan.advice.facts import Facts
 
 GIB = 1 << 30
 
 
+@cache
 def llama(hidden: int = 576, layers: int = 30, inner: int = 1536, family: str = "llama", **more: Any) -> Structure:
-    """A llama without biases; of these sizes and 49,152 tokens SmolLM2-135M, but that its head is not tied."""
-    vocabulary = more.pop("vocabulary", 49152)
-    linear = [("q_proj", hidden, hidden), ("k_proj", hidden // 3, hidden), ("v_proj", hidden // 3, hidden),
-              ("o_proj", hidden, hidden), ("gate_proj", inner, hidden), ("up_proj", inner, hidden),
-              ("down_proj", hidden, inner)]  # fmt: skip
-    modules = [Module("model.embed_tokens", "embedding", vocabulary, hidden, vocabulary * hidden)]
-    for number in range(layers):
-        for name, rows, columns in linear:
-            part = "self_attn" if name[0] in "qkvo" else "mlp"
-            path = f"model.layers.{number}.{part}.{name}"
-            modules.append(Module(path, "linear", rows, columns, rows * columns))
-    modules.append(Module("lm_head", "linear", vocabulary, hidden, vocabulary * hidden))
-    return Structure(
-        family, tuple(modules), "model.embed_tokens", "lm_head", layers, hidden, 9, 3, hidden // 9, inner, vocabulary,
-        more.pop("context_length", 8192), "bfloat16", True, layers, {},
-    )  # fmt: skip
+    """Of these sizes SmolLM2-135M."""
+    found = structure_from({
+        "model_type": family, "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": 3 if hidden == 576 else 1,
+        "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True, "head_dim": 64, **more,
+    })  # fmt: skip
+    assert found is not None
+    return found
 
 
 SMALL = llama()
-LARGE = llama(4096, 4, 14336, vocabulary=32000)
+LARGE = llama(4096, 4, 14336, vocab_size=32000)
 """As wide as an 8B, and not as deep."""
 
 FACTS: dict[str, Facts] = {
@@ -51,7 +46,7 @@ FACTS: dict[str, Facts] = {
     "calls": Facts("tool-calls", rows=400, writes_calls=False, structure=SMALL),
     "lines": Facts("extraction", rows=1_000, kind="text", structure=SMALL),
     "a large base": Facts("instruction", rows=50_000, tokens_per_row=400, longest=1_500, structure=LARGE,
-                          memory_bytes=3 * GIB, device="cuda"),
+                          memory_bytes=2 * GIB, device="cuda"),
     "whole": Facts("instruction", rows=5_000, structure=SMALL, decided={"adapter.method": "full"}),
 }  # fmt: skip
 """What somebody could come with."""

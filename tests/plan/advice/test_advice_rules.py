@@ -220,7 +220,7 @@ def test_four_bits_come_where_sixteen_do_not_fit() -> None:
         return value
 
     assert packed(structure=LARGE, memory_bytes=8 * GIB, device="cuda") is False
-    assert packed(structure=LARGE, memory_bytes=3 * GIB, device="cuda") is True
+    assert packed(structure=LARGE, memory_bytes=2 * GIB, device="cuda") is True
     assert packed(parameters=8_000_000_000, memory_bytes=24 * GIB) is False
     assert packed(parameters=8_000_000_000, memory_bytes=12 * GIB) is True
     assert packed(structure=SMALL) is None
@@ -273,7 +273,7 @@ def test_what_is_too_long_is_shortened_by_its_kind(task: str, kind: Any, turns: 
 
 
 def test_text_of_a_domain_is_cut_in_pieces_and_a_text_file_into_paragraphs() -> None:
-    facts = Facts("continued-pretraining", kind="text", longest=50, structure=llama(context_length=512))
+    facts = Facts("continued-pretraining", kind="text", longest=50, structure=llama(max_position_embeddings=512))
     assert advise(facts).value("data.max_length") == 512
     assert advise(facts).value("data.documents") is None
     assert advise(FACTS["books"]).value("data.max_length") == 1024

@@ -6,12 +6,14 @@ from typing import Any
 from topwork.plan.advice.advise import Advice, Choice
 from topwork.recipe.recipe import Recipe
 
-WITHIN = {"training.learning_rate": 1.5, "data.eval_fraction": 2.0}
+WITHIN = {"training.learning_rate": 1.5, "data.eval_fraction": 2.0, "training.warmup_ratio": 2.0}
 """Values whose ratio is no larger are as good as the same: the evidence is no finer."""
 SAFE = {"data.too_long": "refuse", "evaluation.grader": "auto"}
 """Values that do no harm whatever is advised: a run that stops and says so, a grader that looks first."""
 AT_LEAST = ("data.max_length", "evaluation.max_new_tokens")
 """Limits, which may be higher."""
+AT_MOST = ("training.batch_size",)
+"""What is advised not to be higher."""
 
 
 @dataclass(frozen=True)
@@ -55,5 +57,7 @@ def _same(key: str, given: Any, advised: Any) -> bool:
         return False
     if key in AT_LEAST:
         return bool(given >= advised)
+    if key in AT_MOST:
+        return bool(given <= advised)
     ratio = WITHIN.get(key)
     return ratio is not None and given > 0 and max(given / advised, advised / given) <= ratio

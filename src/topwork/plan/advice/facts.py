@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from topwork.common.errors import RequestError, did_you_mean
+from topwork.adapters.config import LoraConfig
+from topwork.adapters.sizes import trained_sizes
+from topwork.common.errors import AdapterError, RequestError, did_you_mean
 from topwork.models.structure import Structure
 
 TASKS: Mapping[str, str] = MappingProxyType({
@@ -112,11 +114,13 @@ class Facts:
 
     @property
     def trained_per_rank(self) -> int | None:
-        """What LoRA on all linear layers but the head trains for each rank: in + out of each."""
+        """What LoRA on all linear layers but the head trains for each rank."""
         if self.structure is None:
             return None
-        linear = [m for m in self.structure.modules if m.kind == "linear" and m.path != self.structure.head]
-        return sum(module.rows + module.columns for module in linear) or None
+        try:
+            return sum(trained_sizes(self.structure, LoraConfig(r=1)).values())
+        except AdapterError:  # a base without linear layers
+            return None
 
 
 def _known(what: str, given: str, known: Mapping[str, str]) -> None:

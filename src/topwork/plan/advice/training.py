@@ -103,7 +103,7 @@ TRAINING: Table = (
         "rate-by-the-width", "training.learning_rate", "LoRA, the base's width is known", _wide,
         "10 · 5e-5 · (2000 / width)^0.781, for Qwen ^0.0775", lambda case: _rate(case, LORA_FACTOR),
         "About ten times full fine-tuning's best rate, whatever the rank, and the lower the wider the base; families "
-        "that nobody fitted go by llamas. What methods seem to differ by is mostly this number: `topwork sweep --preset "
+        "that nobody fitted go by llamas. Methods mostly differ by this number, and `topwork sweep --preset "
         "learning-rate` finds your own.",
         (TINKER_RATE, WITHOUT_REGRET, RATE_MATTERS),
     ),
