@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from topwork.common.errors import ModelError, RequestError
+from topwork.common.errors import ModelError
 from topwork.common.memory import Free, free_memory, taken_memory
 from topwork.models.base import Base
 from topwork.models.checkpointing import decoder_layers
@@ -17,6 +17,8 @@ from topwork.plan.base import structure_named
 from topwork.plan.fits import Job
 from topwork.plan.setup import setup_of
 from topwork.recipe.recipe import Recipe
+from topwork.run.loading import refuse, usable
+from topwork.run.loading import told as free_told
 from topwork.run.planning.first import would_fit
 from topwork.run.planning.place import gigabytes
 from topwork.run.session import Session
@@ -26,15 +28,11 @@ from topwork.training.memory_setup import PassShape
 from topwork.training.passes import Memory, PassPlan, plan_passes
 from topwork.training.passes import trials_that_fit as fitting
 
-CHARGED_BYTES = 64 << 20
-"""What a limit counts beside resident memory: pages of files that are being read and written, the kernel's tables of
-the process's own pages, threads' stacks."""
-
 
 def trials_that_fit(on: Session, recipes: Sequence[Recipe]) -> int:
     """How many of the first recipes' adapters fit into free memory together with a pass; at least 1."""
     training = recipes[0].training
-    memory = _memory(on.base, recipes, 0, _usable(free_memory(on.base.device)))
+    memory = _memory(on.base, recipes, 0, usable(free_memory(on.base.device)))
     return fitting(training.tokens_per_pass, training.activation_checkpointing, memory)
 
 
@@ -49,15 +47,15 @@ def passes_that_fit(
     """
     checkpointing = recipes[0].training.activation_checkpointing
     free = free_memory(base.device)
-    memory = replace(_memory(base, recipes, len(recipes), _usable(free)), longest=longest)
+    memory = replace(_memory(base, recipes, len(recipes), usable(free)), longest=longest)
     kept = asked != recipes[0].training.tokens_per_pass  # memory may have made it smaller than the longest
     plan = plan_passes(asked, checkpointing, 0 if kept else longest, memory)
     if base.device.type == "cpu" and not memory.holds(plan.tokens_per_pass, plan.checkpointed_layers):
         taken = _takes(plan, _still(memory, plan, free))
         if asked is not None and kept:
-            log(f"{taken}, and {_told(free)} are free: the run goes on with fewer, to the same result")
+            log(f"{taken}, and {free_told(free)} are free: the run goes on with fewer, to the same result")
             return passes_that_fit(recipes, longest, None, base, log)
-        _too_little(recipes[0], f"{taken} beside the base, and {_told(free)} are free", log)
+        _too_little(recipes[0], f"{taken} beside the base, and {free_told(free)} are free", log)
     _tell(plan, memory, asked, checkpointing == "auto", free, log)
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
     log(f"memory: {gigabytes(needed)} planned at the peak, of {gigabytes(memory.total_bytes)}")
@@ -67,12 +65,7 @@ def passes_that_fit(
 def _still(memory: Memory, plan: PassPlan, free: Free) -> int:
     """What it will take beside what was taken already."""
     needed = memory.needed_bytes(plan.tokens_per_pass, plan.checkpointed_layers)
-    return needed - (memory.total_bytes - _usable(free)) + free.bytes - _usable(free)
-
-
-def _usable(free: Free) -> int:
-    """Of what is free, for resident memory."""
-    return free.bytes - CHARGED_BYTES * free.limited
+    return needed - (memory.total_bytes - usable(free)) + free.bytes - usable(free)
 
 
 def _takes(plan: PassPlan, needed: int) -> str:
@@ -80,16 +73,17 @@ def _takes(plan: PassPlan, needed: int) -> str:
 
 
 def _too_little(recipe: Recipe, told: str, log: Callable[[str], None]) -> None:
-    """A size that was asked for is tried. Raises RequestError where it was not."""
+    """A size that was asked for is tried. Raises RequestError where it was not, as `refuse` does."""
     if recipe.training.tokens_per_pass is None:
-        raise RequestError(f"{told}. {_less(recipe)}. {_TRIED}")
+        refuse(told, f"{_less(recipe)}. {_TRIED}", log)
+        return
     log(
         f"warning: {told}; the run may be ended for want of memory. A smaller training.tokens_per_pass, or none, "
         "leaves the result as it is"
     )
 
 
-def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
+def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS, log: Callable[[str], None] = print) -> None:
     """Before any weight is read. Raises RequestError where base, adapter and the smallest pass are more than what is
     free in the memory of a CPU, or the base alone where the recipe names the size of a pass, which is then tried; a
     base that cannot be built without its weights is for its loading to speak of."""
@@ -104,14 +98,14 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
     weights, free = sum(base_bytes(setup)), free_memory(cpu)
     needed = weights
     if recipe.training.tokens_per_pass is None:
-        needed = _least_bytes(setup, recipe, longest) + free.bytes - _usable(free)
+        needed = _least_bytes(setup, recipe, longest) + free.bytes - usable(free)
     if needed > free.bytes:
-        raise RequestError(
+        refuse(
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
-            f"{_told(free)} are free. {_less(recipe)}"
-            + (f". {_TRIED}" if weights <= free.bytes else "")
-            + would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest))
-        )
+            f"{free_told(free)} are free",
+            _less(recipe) + (f". {_TRIED}" if weights <= free.bytes else ""), log,
+            would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest)),
+        )  # fmt: skip
 
 
 def _least_bytes(setup: Setup, recipe: Recipe, longest: int) -> int:
@@ -133,11 +127,6 @@ def _less(recipe: Recipe) -> str:
     """What would fit."""
     packed = "" if recipe.quantization.active else "quantization.load_in_4bit: true, "
     return f"Give more memory, or lower what is needed: {packed}a smaller base, adapter.r or data.max_length"
-
-
-def _told(free: Free) -> str:
-    of = f" of {free.source}" if free.limited else ""
-    return f"{free.bytes / 10**6:,.0f} MB{of}"
 
 
 def _tell(

@@ -106,7 +106,7 @@ def _held(
     log = sure(log)
     tell_plan(plan, log)
     if not _is_done(plan, state):
-        refuse_small_memory(plan.trials[0].recipe)
+        refuse_small_memory(plan.trials[0].recipe, log=log)
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
