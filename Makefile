@@ -85,6 +85,8 @@ docs: $(VENV)/.tested
 	$(BIN)/python tools/options_page.py
 	$(BIN)/python tools/index_pages.py
 	$(BIN)/python tools/delivery_table.py
+	$(BIN)/python tools/importing_page.py
+	$(BIN)/python tools/advice_page.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -1,4 +1,5 @@
-"""The ready experiments on real data: rank, targets, scaling and methods on banking77 and GSM8K, seeds with error bars.
+"""The ready experiments on real data: rank, targets, scaling, methods, learning rate on banking77, GSM8K and E2E NLG,
+seeds with error bars.
 
     python benchmarks/sweeps.py --data-dir DATA --work WORK --data banking77 --preset rank [--seeds 3] [--rows 1000]
         [--test-rows 250]
@@ -9,6 +10,7 @@ the versions beside it.
 """
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -19,9 +21,9 @@ from typing import Any
 
 from banking77_data import convert
 
-from common import BENCHMARKS, read_chats, read_rows, surroundings, surroundings_text, write_chats, write_record
+from common import BENCHMARKS, Chat, read_chats, read_rows, surroundings, surroundings_text, write_chats, write_record
 
-ROWS = {"banking77": (1000, 250), "gsm8k": (96, 64)}
+ROWS = {"banking77": (1000, 250), "gsm8k": (96, 64), "e2e_nlg": (96, 32)}
 """Training and test rows."""
 
 
@@ -32,6 +34,8 @@ def prepare(data: str, source: Path, folder: Path, rows: int, test_rows: int) ->
         chats = read_rows("gsm8k", source)
         drawn = random.Random(0).sample(chats, rows + test_rows)
         parts = {"train": drawn[:rows], "test": drawn[rows:]}
+    elif data == "e2e_nlg":
+        parts = described(source / "e2e_nlg" / "devset.csv", rows, test_rows)
     else:
         parts = {}
         for split, count in (("train", rows), ("test", test_rows)):
@@ -39,6 +43,23 @@ def prepare(data: str, source: Path, folder: Path, rows: int, test_rows: int) ->
             parts[split] = random.Random(0).sample(read_chats(folder / "all.jsonl"), count)
     for split, chats in parts.items():
         write_chats(folder / f"{split}.jsonl", chats)
+
+
+def described(source: Path, rows: int, test_rows: int) -> dict[str, list[Chat]]:
+    """Facts about a restaurant and one of the sentences that were written for them. No facts stand on both sides: each
+    test row has facts of its own, and the training rows are drawn from the sentences for all others."""
+    sentences: dict[str, list[str]] = {}
+    with open(source, encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            sentences.setdefault(row["mr"], []).append(row["ref"])
+    dice = random.Random(0)
+    facts = dice.sample(sorted(sentences), len(sentences))
+    test = [(asked, dice.choice(sentences[asked])) for asked in facts[:test_rows]]
+    others = [(asked, answer) for asked in facts[test_rows:] for answer in sentences[asked]]
+    return {
+        split: [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
+        for split, pairs in (("train", dice.sample(others, rows)), ("test", test))
+    }
 
 
 def swept(data: str, preset: str, seeds: int, folder: Path) -> Path:

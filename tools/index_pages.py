@@ -35,6 +35,7 @@ COMMANDS = {
     "--before SRC (BEFORE: 6cefe2f)",
     "elementwise": "elementwise.py",
     "gguf_export": "gguf_export.py",
+    "imported_examples": "imported_examples.py FOLDER",
     "gradients": "gradients.py",
     "generation_products": "generation_products.py",
     "grouped": "grouped.py",
@@ -83,6 +84,8 @@ COMMANDS = {
         f"sweep_gsm8k_{preset}": f"sweeps.py --data gsm8k --preset {preset}"
         for preset in ("methods", "rank", "scaling", "targets")
     },
+    "sweep_gsm8k_learning-rate": "sweeps.py --data gsm8k --preset learning-rate --seeds 2",
+    "sweep_e2e_nlg_learning-rate": "sweeps.py --data e2e_nlg --preset learning-rate --seeds 2",
 }
 """What made a record, without folders, as far as the record (or docs/log.md) tells."""
 

@@ -29,7 +29,7 @@ from topwork.run.train import train
 from topwork.training.config import TrainingConfig
 from topwork.training.passes import step_passes
 from topwork.training.schedule import learning_rate
-from topwork.training.trial import planned_steps
+from topwork.training.schedule import planned_steps
 
 TOKENS_PER_PASS = 4096
 

@@ -1,18 +1,20 @@
 """Whole runs with activation checkpointing write the same bytes as without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
+import topwork.run.fit as fit
 from run.tiny import folder_bytes
 from topwork.common.errors import ModelError
 from topwork.common.memory import Free
+from topwork.recipe.recipe import load_recipe
 from topwork.run.outcome import TrainedRun
+from topwork.run.session import open_session
 from topwork.run.train import train
-from topwork.training.passes import activation_bytes_per_token
 
 Recipes = Callable[..., Path]
 
@@ -56,13 +58,17 @@ def test_little_memory_is_told(make_recipe: Recipes, monkeypatch: pytest.MonkeyP
 
 
 def test_layers_that_stay_plain_are_planned_with_what_they_keep(
-    make_recipe: Recipes, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They keep more, so memory that holds a pass over fast ones is too little. DoRA that drops out runs so too."""
-    config = AutoConfig.from_pretrained(tiny_llama)
-    fast, plain = (2 * 300 * activation_bytes_per_token(config, 0, True, fast) for fast in (True, False))
-    monkeypatch.setattr("topwork.run.fit.PROCESS_BYTES", 0)
-    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free((fast + plain) // 2))
+    taken = 10**9
+    monkeypatch.setattr("topwork.run.fit.taken_memory", lambda _: taken)
+    read = load_recipe(make_recipe("read"))
+    known = fit._memory(open_session(read, lambda _: None).base, [read], 1, 0)
+    plain = replace(known, setup=replace(known.setup, structure=replace(known.setup.structure, fast=False)))
+    between = (known.needed_bytes(300, 0) + plain.needed_bytes(300, 0)) // 2
+    monkeypatch.setattr("topwork.run.train.refuse_small_memory", lambda *_: None)
+    monkeypatch.setattr("topwork.run.fit.free_memory", lambda _: Free(between - taken))
     assert "activation checkpointing" not in told(make_recipe("fast", training={"max_steps": 1}))[1]
     short, checkpointed = {"max_steps": 1}, "activation checkpointing: 1 of 2 layers, from free memory"
     dora: dict[str, Any] = {"use_dora": True, "lora_dropout": 0.1}

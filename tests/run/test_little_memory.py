@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
 import topwork.run.fit as fit
 import topwork.training.loop as loop
@@ -23,13 +22,15 @@ from topwork.common.memory import Free
 from topwork.models.load import load_base
 from topwork.ops.batch import Batch
 from topwork.quantization.config import QuantizationConfig
+from topwork.recipe.recipe import load_recipe
 from topwork.run.outcome import TrainedRun
+from topwork.run.session import open_session
 from topwork.run.train import train
-from topwork.training.passes import activation_bytes_per_token
 from topwork.training.step import Learner, train_step
 
 Recipes = Callable[..., Path]
 MB = 10**6
+TAKEN = 10**9
 CONTAINER = "the 400 MB that this container may use"
 SHORT: dict[str, Any] = {"max_steps": 3, "eval_steps": 3, "tokens_per_pass": None}
 
@@ -127,16 +128,24 @@ def test_an_optimizer_that_does_not_fit_is_no_step_to_run_again(
         told(make_recipe(training=SHORT))
 
 
-def test_what_else_training_takes_is_planned_with(
-    make_recipe: Recipes, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def short_of(monkeypatch: pytest.MonkeyPatch, recipe: Path, tokens: int, spare: int = 0, layers: int = 1) -> None:
+    """From now on there is as much as passes of so many tokens need, with so many checkpointed layers, and `spare`; a
+    process of another size changes nothing."""
+    monkeypatch.setattr(fit, "taken_memory", lambda _: TAKEN)
+    read = load_recipe(recipe)
+    on = open_session(read, lambda _: None)
+    memory = fit._memory(on.base, [read], 1, 0)
+    more = memory.needed_bytes(tokens, layers) - TAKEN + spare
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(more, CONTAINER))
+
+
+def test_what_else_training_takes_is_planned_with(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, the optimizer's state, kernels: not the pass alone."""
     recipe = make_recipe(training=SHORT)
-    monkeypatch.setattr(fit, "PROCESS_BYTES", 10 * MB)
-    passes = 2048 * activation_bytes_per_token(AutoConfig.from_pretrained(tiny_llama), 0, True)
-    assert passes > 2 * MB  # so that half of free memory would hold it in both cases
-    monkeypatch.setattr(fit, "free_memory", lambda _: Free(11 * MB + 2 * passes, CONTAINER))
+    monkeypatch.setattr("topwork.run.train.refuse_small_memory", lambda *_: None)
+    short_of(monkeypatch, recipe, 2048, layers=0)
     assert f"tokens per pass: 2,048, from {CONTAINER}" in told(recipe)[1]
-    monkeypatch.setattr(fit, "free_memory", lambda _: Free(11 * MB + passes, CONTAINER))
+    short_of(monkeypatch, recipe, 2048, spare=-1, layers=0)
     assert f"tokens per pass: 1,024, from {CONTAINER}" in told(recipe, overwrite=True)[1]
 
 
@@ -146,9 +155,9 @@ def test_what_cannot_fit_is_refused_before_any_weight_is_read(
     import topwork.run.train as module
 
     monkeypatch.setattr(module, "open_session", lambda *_: pytest.fail("weights were read"))
-    monkeypatch.setattr(fit, "free_memory", lambda _: Free(99 * MB, CONTAINER))
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(9 * MB, CONTAINER))
     recipe = make_recipe(training=SHORT)
-    with pytest.raises(RequestError, match=rf"takes at least \d+ MB, .* 99 MB of {CONTAINER} are free. .*4bit"):
+    with pytest.raises(RequestError, match=rf"takes at least \d+ MB, .* 9 MB of {CONTAINER} are free. .*4bit"):
         told(recipe)
     assert not recipe.with_suffix("").exists()
 
@@ -167,7 +176,8 @@ def test_a_run_that_goes_on_with_less_memory(make_recipe: Recipes, monkeypatch: 
     recipe = make_recipe(training=SHORT | {"max_steps": 2})
     told(recipe)
     assert "tokens per pass" not in told(recipe, resume=True)[1]
-    monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
+    monkeypatch.setattr("topwork.run.train.refuse_small_memory", lambda *_: None)
+    short_of(monkeypatch, recipe, 512, layers=0)
     said = told(recipe, resume=True)[1]
     assert f"MB of {CONTAINER} are free: the run goes on with fewer" in said
     assert re.search(r"^tokens per pass: (256|512|1,024), from", said, re.MULTILINE)
@@ -176,8 +186,9 @@ def test_a_run_that_goes_on_with_less_memory(make_recipe: Recipes, monkeypatch: 
 def test_a_size_that_was_asked_for_and_does_not_fit_is_told(
     make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "free_memory", lambda _: Free(fit.PROCESS_BYTES + 2 * MB, CONTAINER))
-    said = told(make_recipe(training=SHORT | {"tokens_per_pass": 2048, "activation_checkpointing": "off"}))[1]
+    recipe = make_recipe(training=SHORT | {"tokens_per_pass": 2048, "activation_checkpointing": "off"})
+    short_of(monkeypatch, recipe, 1024, layers=0)
+    said = told(recipe)[1]
     assert "warning: training with 2,048 tokens per pass takes about" in said
 
 
@@ -240,8 +251,6 @@ def test_wherever_a_verb_allocates(
 
 LIMITED = """
 import os, resource
-import topwork.run.fit as fit
-fit.PROCESS_BYTES = {process}
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("{field}")) * 1024
 resource.setrlimit(resource.{limit}, (size + {more},) * 2)
 """
@@ -253,10 +262,10 @@ def test_under_a_limit_of_the_process(
 ) -> None:
     """Too little by far is refused; where the plan is wrong, the allocation that really fails ends in a sentence."""
     recipe, tried = make_recipe(training=SHORT), make_recipe("tried", training=SHORT | {"tokens_per_pass": 300})
-    how = {"limit": limit, "field": field, "more": 50 * MB}
-    code, said = commands.run(["train", str(recipe)], before=LIMITED.format(process=fit.PROCESS_BYTES, **how))
+    how = {"limit": limit, "field": field}
+    code, said = commands.run(["train", str(recipe)], before=LIMITED.format(more=5 * MB, **how))
     assert (code, f"(ulimit {option}) are free" in said) == (2, True), said
-    code, said = commands.run(["train", str(tried)], before=LIMITED.format(process=0, **how))
+    code, said = commands.run(["train", str(tried)], before=LIMITED.format(more=50 * MB, **how))
     assert code == 1, said
     assert said.splitlines()[-1].startswith("error: out of memory"), said
     assert "DefaultCPUAllocator" not in said

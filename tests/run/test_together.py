@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import topwork.run.fit
 from reference.measure import relative
 from run import tiny
 from run.processes import Commands, signal_at
@@ -20,17 +21,15 @@ from run.tiny import folder_bytes
 from topwork.common.errors import NonFiniteLossError, RequestError
 from topwork.common.memory import Free
 from topwork.data.examples import load_data
-from topwork.models.recognise import is_fast
 from topwork.ops.workspace import Workspace
-from topwork.plan.built import count_built
 from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.fit import trials_that_fit
 from topwork.run.folder import read_json
 from topwork.run.opened import open_run
 from topwork.run.outcome import TrainedRun
-from topwork.run.session import open_session
+from topwork.run.session import Session, open_session
 from topwork.run.train import train_together
-from topwork.training.passes import activation_bytes_per_token, step_passes
+from topwork.training.passes import step_passes
 from topwork.training.progress import Silent
 from topwork.training.step import Means, mean_losses
 
@@ -363,20 +362,21 @@ def test_a_run_that_was_not_begun_with_the_others_is_not_resumed_with_them(recip
     assert folder_bytes(Path(recipes("wide").output_dir)) == before
 
 
+def limited(monkeypatch: pytest.MonkeyPatch, on: Session, recipes: Sequence[Recipe]) -> None:
+    """From now on there is just what these need together, with a pass as they ask for."""
+    taken = 10**9
+    monkeypatch.setattr(topwork.run.fit, "taken_memory", lambda _: taken)
+    needed = topwork.run.fit._memory(on.base, recipes, 0, 0).needed_bytes(300, 1)
+    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(needed - taken))
+
+
 def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     recipes: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import topwork.run.train
-
     on = open_session(recipes("wide"), lambda _: None)
     three = [recipes(name) for name in ("wide", "plus", "other.rows")]
     assert trials_that_fit(on, three) == 3
-    model = on.base.module
-    pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
-    two = sum(count_built(model, recipe.adapter).trainable for recipe in three[:2])
-    each = 4 + 4 + 8  # weight, gradient, both of AdamW's moments
-    monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
-    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + each * two + 100))
+    limited(monkeypatch, on, three[:2])
     assert trials_that_fit(on, three) == 2
     with pytest.raises(RequestError, match=r"3 adapters do not fit .* the first 2 do"):
         quietly(*three, on=on)
@@ -386,14 +386,8 @@ def test_more_than_memory_holds_are_refused_with_how_many_it_does(
 
 
 def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    import topwork.run.train
-
     on = open_session(recipes("wide"), lambda _: None)
-    model = on.base.module
-    pass_bytes = 2 * 300 * activation_bytes_per_token(model.config, 1, False, is_fast(model))
-    trained = 2 * count_built(model, recipes("wide").adapter).trainable
-    monkeypatch.setattr(topwork.run.fit, "PROCESS_BYTES", 0)
-    monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(pass_bytes + 16 * trained + 100))
+    limited(monkeypatch, on, [recipes("wide"), recipes("wide")])
     assert trials_that_fit(on, [recipes("wide"), recipes("wide")]) == 2
     pissa = recipes("wide", adapter={"init_lora_weights": "pissa"})
     assert trials_that_fit(on, [recipes("wide"), pissa]) == 1

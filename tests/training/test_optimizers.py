@@ -12,7 +12,8 @@ from topwork.common.errors import CheckpointError, RunError
 from topwork.training import optimizers
 from topwork.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from topwork.training.config import TrainingConfig
-from topwork.training.optimizers import AdamW8bit, PagedAdamW8bit, make_optimizer, state_bytes
+from topwork.training.memory_held import state_bytes
+from topwork.training.optimizers import AdamW8bit, PagedAdamW8bit, make_optimizer
 from topwork.training.pages import FileStore
 
 SHAPES = [(64, 64), (3, 5), (4095,), (4096,), (16, 576), (4097,), (70, 71), (1,), (300, 100), (16, 16)]

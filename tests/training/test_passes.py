@@ -1,41 +1,43 @@
 """Pass sizes and checkpointed layers follow from free memory; training depends on neither."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
 
-from reference.compiler import NATIVE
 from reference.families import learning_batch, randomise, sequences, tiny_base
-from reference.kept import kept_bytes_per_token as measured_bytes
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.common.errors import RecipeError
 from topwork.data.batches import AdapterRows
 from topwork.data.examples import Example
 from topwork.models.checkpointing import checkpoint_layers
+from topwork.models.config import ModelConfig
 from topwork.objectives.sft import Sft
+from topwork.plan.base import structure_named
+from topwork.plan.setup import setup_of
+from topwork.recipe.recipe import make_recipe
 from topwork.training.config import Checkpointing, TrainingConfig
-from topwork.training.passes import (
-    Memory,
-    PassPlan,
-    activation_bytes_per_token,
-    kept_bytes_per_token,
-    layer_bytes_per_token,
-    plan_passes,
-    step_passes,
-)
+from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, largest_pass, moments
+from topwork.training.passes import Memory, PassPlan, plan_passes, step_passes, trials_that_fit
 from topwork.training.step import Learner, StepResult, train_step
 
-SMOLLM2 = LlamaConfig(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
-)
+SMOLLM2 = structure_named(ModelConfig(model_name_or_path="smollm2-135m"))
 LAYERS = 30
+
+
+def memory(there: int = LAYERS, device: Literal["cpu", "cuda"] = "cpu", total_bytes: int = 0, **adapter: Any) -> Memory:
+    """LoRA on SmolLM2's shape, of which so many layers can be checkpointed."""
+    recipe = make_recipe({
+        "model": {"model_name_or_path": "smollm2-135m", "dtype": "bfloat16"}, "data": {"train": "rows"},
+        "adapter": adapter,
+    })  # fmt: skip
+    setup = setup_of([recipe], replace(SMOLLM2, checkpointable=there), device)
+    return Memory(setup, total_bytes)
 
 
 def plan(
@@ -44,13 +46,12 @@ def plan(
     layers: Checkpointing = "auto",
     longest: int = 300,
     there: int = LAYERS,
-    spare: int = 1,
-    device: str = "cpu",
+    spare: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> PassPlan:
-    """With just the memory (twice, since half is planned with) that so many tokens with so many layers need."""
-    budget, checkpointed = needed
-    free = 2 * budget * activation_bytes_per_token(SMOLLM2, checkpointed) + spare
-    return plan_passes(tokens, layers, longest, Memory(SMOLLM2, torch.device(device), free, there))
+    """With just the memory that so many tokens with so many layers need."""
+    total = memory(there, device).needed_bytes(*needed) + spare
+    return plan_passes(tokens, layers, longest, memory(there, device, total))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_what_was_asked_for_is_done() -> None:
     assert plan((10**6, 0), tokens=700, layers=5) == PassPlan(700, 5)
     assert plan((2048, 0), layers=31) == PassPlan(2048, 31)  # refused by name where it is switched on
     assert plan((1024, 20), layers=20) == PassPlan(1024, 20)
-    assert plan((512, 0), layers="full") == PassPlan(2048, 30)
+    assert plan((512, 0), layers="full") == PassPlan(1024, 30)
     assert plan((256, 0), layers="off", longest=100) == PassPlan(256, 0)
     with pytest.raises(RecipeError, match="Give at least 300"):
         plan((10**6, 0), tokens=299)
@@ -153,29 +154,25 @@ def test_a_gpu_wants_larger_passes() -> None:
     assert plan((4096, 3), device="cuda") == PassPlan(4096, 3)
 
 
-def test_the_estimate_against_figures_made_by_hand() -> None:
-    """SmolLM2-135M in 16 bits: 2 (2 d + 2 d_a + 2 d_kv + 2 f) + 4 h + 8 bytes a layer, 4 d where checkpointed."""
-    layer = 2 * (2 * 576 + 2 * 576 + 2 * 192 + 2 * 1536) + 4 * 9 + 8
-    assert layer_bytes_per_token(SMOLLM2) == layer == 11564
-    assert layer_bytes_per_token(SMOLLM2, fast=False) == 2 * (2688 + 4 * 1536) + 8 * 576 + 8
-    last = 4 * 576 + 4
-    assert kept_bytes_per_token(SMOLLM2) == activation_bytes_per_token(SMOLLM2) == 30 * layer + last
-    assert kept_bytes_per_token(SMOLLM2, 30) == 30 * 2304 + last  # 0.069 MB, the boundaries alone, in fp32
-    assert kept_bytes_per_token(SMOLLM2, 30, fast=False) == 30 * 1152 + last
-    assert activation_bytes_per_token(SMOLLM2, 30) == 30 * 2304 + last + layer
-    assert activation_bytes_per_token(SMOLLM2, 12) == 18 * layer + 12 * 2304 + last + layer
-    estimates = [activation_bytes_per_token(SMOLLM2, count) for count in range(1, 31)]
-    assert estimates == sorted(estimates, reverse=True)
-    assert layer_bytes_per_token(SMOLLM2, dropout=True) == layer
-    plain = [layer_bytes_per_token(SMOLLM2, dropout, fast=False) for dropout in (True, False)]
-    assert plain[0] - plain[1] == 2 * (3 * 576 + 576)  # q, k, v, gate and up have inputs of their own
+def test_training_and_the_plan_ask_the_same_function() -> None:
+    """What `topwork plan` prints is what passes are chosen by, with the margin."""
+    known = memory()
+    peak = max(usage.bytes for usage in moments(known.setup, PassShape(1024, 1024, 1024), 3))
+    assert known.needed_bytes(1024, 3) == round(MARGIN * peak)
+    assert largest_pass(known.setup, known.needed_bytes(1024, 0), 1.0, 300) == (1024, 0)
+    assert largest_pass(known.setup, known.needed_bytes(1024, 0) - 1, 1.0, 300) == (512, 0)
+    assert largest_pass(known.setup, known.needed_bytes(256, 29) - 1, 1.0, 256) is None
 
 
-def test_experts_that_a_token_visits_count_each() -> None:
-    from transformers import MixtralConfig
-
-    one, two = (layer_bytes_per_token(MixtralConfig(num_experts_per_tok=count)) for count in (1, 2))
-    assert two - one == 2 * 2 * MixtralConfig().intermediate_size
+def test_members_that_do_not_fit_beside_a_pass_wait() -> None:
+    one = memory()
+    three = replace(one.setup, members=one.setup.members * 3)
+    two = replace(three, members=three.members[:2])
+    total = Memory(two, 0).needed_bytes(SMALLEST_PASS, 29)
+    assert trials_that_fit(None, "auto", Memory(three, total)) == 2
+    assert trials_that_fit(None, "auto", Memory(three, 10 * total)) == 3
+    assert trials_that_fit(None, "auto", Memory(three, 0)) == 1
+    assert trials_that_fit(4096, "off", Memory(three, total)) == 1
 
 
 @pytest.mark.parametrize("value", ["auto", "off", "full", 0, 12])
@@ -214,46 +211,3 @@ def test_the_loss_list_is_the_same_to_the_bit(family: str) -> None:
         lists.append([(result.loss, result.grad_norm) for result in results])
     assert lists[0] == lists[1] == lists[2]
     assert len(set(lists[0])) == 6
-
-
-def measured(family: str, dropout: float = 0.0, **values: Any) -> Callable[[int], float]:
-    """Bytes that autograd keeps per token by the number of checkpointed layers; wide enough for LoRA's to be few."""
-    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    same = {"n_embd": 128, "n_inner": 256, "ffn_dim": 256, "word_embed_proj_dim": 128}
-    base = tiny_base(family, **(wide | same | values))
-    adapters = Adapters(base.module)
-    adapters.add("a", AdapterConfig(r=1, lora_dropout=dropout))
-    adapters.train("a")
-    batches = [learning_batch(sequences([length] * 2), "a") for length in (8, 24)]
-
-    def kept(count: int) -> float:
-        checkpoint_layers(base, count)
-        return measured_bytes(base, batches[0], batches[1])
-
-    kept.config = base.module.config  # type: ignore[attr-defined]
-    return kept
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_is_kept_is_what_the_formula_says(dtype: torch.dtype, dropout: float) -> None:
-    kept = measured("llama", dropout, dtype=dtype)
-    config = kept.config  # type: ignore[attr-defined]
-    config.dtype = dtype
-    size = dtype.itemsize
-    low_rank = 7 * size  # what the formula leaves out: r = 1 for each
-    for count in range(3):
-        expected = kept_bytes_per_token(config, count, dropout > 0) + (2 - count) * low_rank
-        expected -= (4 - size) * 128 if count else 0  # what the embedding gives the first layer is in the model's type
-        expected -= 0 if NATIVE else (2 - count) * 4 * config.num_attention_heads  # the kernel's sums of exponentials
-        assert kept(count) == expected, count
-    assert kept_bytes_per_token(config, 2) < kept_bytes_per_token(config, 0) / 3
-
-
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "opt", "mixtral", "qwen3_moe", "gpt_oss", "phi", "olmo2"])
-def test_for_other_families_it_is_near_enough(family: str) -> None:
-    kept = measured(family, dtype=torch.bfloat16)
-    config = kept.config  # type: ignore[attr-defined]
-    for count in (0, 1, 2):
-        estimate = kept_bytes_per_token(config, count, fast=family in ("gemma3_text", "olmo2"))
-        assert 0.25 * estimate <= kept(count) <= 1.4 * estimate, (count, kept(count) / estimate)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig
@@ -23,7 +23,7 @@ from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
-from topwork.common.files import write_bytes, write_json
+from topwork.common.files import whole_file, write_json
 from topwork.common.memory import out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.paths import missed
@@ -62,7 +62,8 @@ def write_grafted(
     folder.mkdir(parents=True, exist_ok=True)
     files = methods[adapter.config.method].files
     tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
-    write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    with whole_file(folder / "adapter_model.safetensors") as file:  # `save` would hold all of it once more
+        save_file(tensors, file, metadata={"format": "pt"})
     config = {**files.keys(adapter), "base_model_name_or_path": base.name}
     write_json(folder / "adapter_config.json", config)
     write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})

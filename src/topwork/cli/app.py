@@ -6,6 +6,8 @@ import warnings
 
 import typer
 
+from topwork.cli.advise import EPILOG as ADVISE_EPILOG
+from topwork.cli.advise import advise
 from topwork.cli.chat import EPILOG as CHAT_EPILOG
 from topwork.cli.chat import chat
 from topwork.cli.combine import EPILOG as COMBINE_EPILOG
@@ -21,14 +23,24 @@ from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.home import AtHome
+from topwork.cli.import_ import EPILOG as IMPORT_EPILOG
+from topwork.cli.import_ import import_
+from topwork.cli.init import EPILOG as INIT_EPILOG
+from topwork.cli.init import init
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
+from topwork.cli.models import EPILOG as MODELS_EPILOG
+from topwork.cli.models import models
+from topwork.cli.plan import EPILOG as PLAN_EPILOG
+from topwork.cli.plan import plan
 from topwork.cli.push import EPILOG as PUSH_EPILOG
 from topwork.cli.push import push
 from topwork.cli.quantize import EPILOG as QUANTIZE_EPILOG
 from topwork.cli.quantize import quantize
+from topwork.cli.recipes import EPILOG as RECIPES_EPILOG
+from topwork.cli.recipes import recipes
 from topwork.cli.report import EPILOG as REPORT_EPILOG
 from topwork.cli.report import report
 from topwork.cli.serve import EPILOG as SERVE_EPILOG
@@ -57,7 +69,7 @@ app = typer.Typer(
 )
 
 
-ONLY_PRINT = ("lint", "chat", "count", "compare")
+ONLY_PRINT = ("lint", "chat", "count", "compare", "models", "plan")
 """Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
 
 
@@ -102,6 +114,12 @@ def _told(error: TopworkError) -> int:
 
 app.callback()(version)
 
+app.command(epilog=INIT_EPILOG)(init)
+
+app.command(epilog=RECIPES_EPILOG)(recipes)
+
+app.command(epilog=MODELS_EPILOG)(models)
+
 app.command(epilog=TRAIN_EPILOG)(train)
 
 app.command(epilog=SWEEP_EPILOG)(sweep)
@@ -124,11 +142,17 @@ app.command(epilog=EXPORT_EPILOG)(export)
 
 app.command(epilog=CONVERT_EPILOG)(convert)
 
+app.command(name="import", epilog=IMPORT_EPILOG)(import_)
+
 app.command(epilog=PUSH_EPILOG)(push)
 
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
 
 app.command(epilog=COUNT_EPILOG)(count)
+
+app.command(epilog=PLAN_EPILOG)(plan)
+
+app.command(epilog=ADVISE_EPILOG)(advise)
 
 app.command(epilog=SERVE_EPILOG)(serve)
 

@@ -22,11 +22,11 @@ def peak_memory_bytes(device: "torch.device") -> int:
         with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        return _largest_resident_bytes()
+        return largest_resident_bytes()
 
 
-def _largest_resident_bytes() -> int:
-    """0 where the platform has no getrusage (Windows)."""
+def largest_resident_bytes() -> int:
+    """The process's, by getrusage; 0 where the platform has none (Windows)."""
     try:
         import resource
     except ImportError:
@@ -41,13 +41,16 @@ def hardware(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def cpu_name() -> str:
+    """The processor, as it calls itself."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
+        return platform.processor() or platform.machine()
 
 
 def limit_kernel_caches() -> None:

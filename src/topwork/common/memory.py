@@ -50,6 +50,23 @@ def free_memory(device: "torch.device") -> Free:
     return free_host_memory()
 
 
+def taken_memory(device: "torch.device") -> int:
+    """What the process has taken of it: tensors of a GPU's, of a CPU's what is resident."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    told = _kilobytes(Path("/proc/self/status")).get("VmRSS")
+    return _largest_so_far() if told is None else told
+
+
+def _largest_so_far() -> int:
+    """Where the system has no /proc."""
+    from topwork.common.devices import largest_resident_bytes
+
+    return largest_resident_bytes()
+
+
 def free_host_memory(root: Path = Path("/")) -> Free:
     """The least of what the machine, the process's control groups and its resource limits leave; never an error. `root`
     is where proc and sys are."""

@@ -149,7 +149,7 @@ def _head_alone(head: nn.Module) -> Head | None:
     if type(head) is nn.Linear:
         return dense_head(head.weight, head.bias)
     if type(head) is QuantizedLinear and (head.bias is None or not head.bias.requires_grad):
-        return Head(head.out_features, lambda rows, _: head(rows), head.input_gradient)
+        return Head(head.out_features, lambda rows, _: head(rows), head.input_gradient, head.products_into)
     return None
 
 

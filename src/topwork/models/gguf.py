@@ -65,7 +65,7 @@ def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
     from converting the same file. Raises ModelError for what is no readable model, RunError where the disk is too full.
     """
     _check_magic(path)
-    folder = cache / "gguf" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}-{cache_key(path)}"
+    folder = _folder(path, cache)
     if _is_whole(folder):
         return folder
     make_cache(folder.parent)
@@ -84,6 +84,19 @@ def convert_gguf(path: Path, cache: Path, log: Log) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return folder
+
+
+def converted_folder(path: Path, cache: Path) -> Path | None:
+    """What an earlier `convert_gguf` made of a file; None where it has not been converted, or cannot be read."""
+    try:
+        folder = _folder(path, cache)
+    except OSError:
+        return None
+    return folder if _is_whole(folder) else None
+
+
+def _folder(path: Path, cache: Path) -> Path:
+    return cache / "gguf" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}-{cache_key(path)}"
 
 
 def convert_into(path: Path, folder: Path, log: Log) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from topwork.common.mapped import let_go
 from topwork.ops.project import Projection
 
 
@@ -45,7 +46,15 @@ def join(layers: Sequence[nn.Linear]) -> JoinedWeights | None:
 
 
 def _as_one(parameters: Sequence[Tensor]) -> Tensor:
-    whole = torch.cat(list(parameters))
+    whole, before = torch.cat(list(parameters)), [parameter.data for parameter in parameters]
     for parameter, rows in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
         parameter.data = rows
+    let_go_of_file(before)
     return whole
+
+
+def let_go_of_file(tensors: Sequence[Tensor]) -> None:
+    """Weights lie in a mapped file as they were read, whose pages count as memory until the whole of it is let go of:
+    those of tensors that were copied elsewhere are given back at once, or a base would be held twice while its layers
+    are joined."""
+    let_go((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if x.device.type == "cpu")

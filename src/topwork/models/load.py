@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
+from topwork.common.heap import trim_heap
 from topwork.common.memory import memory_for, out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.telling import doing
@@ -17,7 +18,8 @@ from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.head_norms import tell_head_norms
-from topwork.models.probe import PROVEN, probe
+from topwork.models.probe import probe
+from topwork.models.proven import PROVEN
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
@@ -57,7 +59,9 @@ def load_base(
     if wanted.active and (told := left_dense(module)):
         log(f"{source.name}: {told}")
     tokenizer = tokenizer or load_tokenizer(source, config.trust_remote_code)
-    return as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
+    base = as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
+    trim_heap()
+    return base
 
 
 def as_base(

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from topwork.common.heap import trim_heap
 from topwork.models.fast import ACTIVATIONS, AttentionPart, FastLayer, MlpPart, Norm, Wiring
+from topwork.models.joined import let_go_of_file
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.batch import Batch, batch_of
@@ -63,6 +65,7 @@ def make_fast(model: PreTrainedModel, log: Callable[[str], None] = print) -> Non
         if parts is not None and wiring is not None:
             layers[at] = fast = FastLayer(plain, wiring, *parts)
             fast.join_weights()
+            trim_heap()  # of what was joined: else all layers' weights would be held twice
     _let_go_of_the_file(model)
     _tell_neighbours(places)
     told = Counter(part for layers, at in places for part in _plain_parts(layers[at]))
@@ -97,7 +100,8 @@ def _let_go_of_the_file(model: nn.Module) -> None:
     packed = {id(module.weight) for module in packed_modules(model).values()}  # made anew when they were packed
     for parameter in model.parameters() if joined else ():
         if id(parameter) not in joined | packed and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+            before, parameter.data = parameter.data, parameter.data.clone()
+            let_go_of_file([before])
 
 
 def _places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from topwork.common.errors import ModelError
+from topwork.common.mapped import let_go
 from topwork.common.memory import out_of_memory
 from topwork.common.os_errors import why
 from topwork.ops.packed import Packed
@@ -46,8 +47,12 @@ class _OpenFiles:
         self.opened: Any = None
 
     def fetch(self, path: str, key: str) -> Tensor:
-        """A tensor in memory of its own. Raises ModelError for a file that is cut short or not safetensors."""
-        return self.view(path, key).clone()
+        """A tensor in memory of its own; the file's pages are let go of. Raises ModelError for a file that is cut short
+        or not safetensors."""
+        there = self.view(path, key)
+        copied = there.clone()
+        let_go([(there.data_ptr(), there.data_ptr() + there.nbytes)])
+        return copied
 
     def view(self, path: str, key: str) -> Tensor:
         """A tensor in the file's pages, of which those are read that are looked at. Raises ModelError as `fetch`."""

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.ops.packed import Packed
 from topwork.ops.project import Projection
-from topwork.ops.quantized_linear import input_gradient, quantized_linear
+from topwork.ops.quantized_linear import input_gradient, quantized_linear, write_output
 
 
 class PackedModule(nn.Module):
@@ -75,6 +75,11 @@ class QuantizedLinear(PackedModule):
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dy [..., out] -> dy W [..., in]."""
         return input_gradient(dy, self.packed)
+
+    def products_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same as `forward`, written to `out` [n, out], without a gradient."""
+        write_output(x, self.packed, self.bias, out)
+        return out
 
     def dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         if self.turned:

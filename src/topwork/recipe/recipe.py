@@ -104,7 +104,11 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         near = missed(path) if isinstance(error, FileNotFoundError) else ""
         raise RecipeError(f"recipe {path} cannot be read ({why(error)}); give a YAML file{near}") from error
-    values = unfolded(parse_yaml(text, str(path)), {*Recipe.model_fields, *SEVERAL}, str(path))
+    return overridden(unfolded(parse_yaml(text, str(path)), {*Recipe.model_fields, *SEVERAL}, str(path)), overrides)
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values with `a.b=c` overrides put in. Raises RecipeError."""
     for override in overrides:
         _apply(values, override)
     return values

@@ -28,7 +28,8 @@ from topwork.training.checkpoint import (
     list_checkpoints,
     read_state,
 )
-from topwork.training.trial import CHECKPOINTS, planned_steps
+from topwork.training.schedule import planned_steps
+from topwork.training.trial import CHECKPOINTS
 
 BEST, LAST = "best", "last"
 _STEP = re.compile(r"(?:step-)?(\d+)")

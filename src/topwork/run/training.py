@@ -9,6 +9,7 @@ from pathlib import Path
 from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
+from topwork.common.heap import trim_heap
 from topwork.common.os_errors import explained
 from topwork.common.telling import doing
 from topwork.data.examples import Data
@@ -82,6 +83,7 @@ def trained(
     """Train an adapter for each recipe, by these names in the base. Raises RunInterrupted once a signal has stopped it
     and what each run leaves is written."""
     runs = _grafted(on, recipes, loaded, names, asked.log)
+    trim_heap()
     plan = _passes(on.base, runs, asked)
     checkpoint_layers(on.base, plan.checkpointed_layers)
     start = _start(runs, asked.log) if asked.resume else Start()
@@ -110,7 +112,7 @@ def _passes(base: Base, runs: Sequence[_Run], asked: Asked) -> PassPlan:
     if tokens is None and asked.resume:
         tokens = read_json(runs[0].folder / PROVENANCE).get("tokens_per_pass")
     longest = max(run.data.longest(run.recipe.adapter.virtual_tokens) for run in runs)
-    return passes_that_fit(recipes, [run.counted for run in runs], longest, tokens, base, asked.log)
+    return passes_that_fit(recipes, longest, tokens, base, asked.log)
 
 
 def _looped(

@@ -271,23 +271,6 @@ def make_optimizer(
             return PagedAdamW8bit(given, rate, betas, eps, decay, folder)
 
 
-def state_bytes(optim: str, sizes: Iterable[int], parameter_bytes: int = 4) -> int:
-    """What the optimizer keeps for trained tensors of `sizes` values, each of `parameter_bytes`.
-
-    `adamw`: both moments in the parameters' dtype, 8 bytes a parameter in fp32. `adamw_8bit`: 2.03 bytes, on the
-    device. `paged_adamw_8bit`: the same bytes, on the host, and on a GPU two windows of at most 2.03 * WINDOW bytes.
-
-    SmolLM2-135M, r 16 on all linear layers (4,884,480 parameters; the 60 tensors of 3,072 stay in fp32): 39.1 MB or
-    11.0 MB, little beside the base. All of it (134,515,008): 1,076 MB or 274 MB.
-    """
-    if optim == "adamw":
-        return sum(size * 2 * parameter_bytes + 4 for size in sizes)
-    return sum(
-        sum(_aligned(size) // share * dtype.itemsize for dtype, share in _fields(size >= MIN_8BIT_SIZE).values()) + 4
-        for size in sizes
-    )
-
-
 def _fields(eight_bit: bool) -> dict[str, tuple[torch.dtype, int]]:
     return _FIELDS_8BIT if eight_bit else _FIELDS_32BIT
 

@@ -1,9 +1,19 @@
-"""The learning rate at each step."""
+"""How many steps a run has, and the learning rate at each."""
 
 import math
 from fractions import Fraction
 
+from topwork.common.errors import RecipeError
 from topwork.training.config import TrainingConfig
+
+
+def planned_steps(config: TrainingConfig, steps_per_epoch: int | None) -> int:
+    """Optimizer steps of a run. Raises RecipeError where its rows have no epochs and the recipe names no steps."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if steps_per_epoch is None:
+        raise RecipeError("these rows have no end that an epoch could be counted by; set training.max_steps")
+    return max(1, round(config.num_train_epochs * steps_per_epoch))
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:

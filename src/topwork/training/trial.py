@@ -8,7 +8,7 @@ from typing import Any
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, read_adapter, write_adapter
-from topwork.common.errors import CheckpointError, NonFiniteLossError, RecipeError, RunError
+from topwork.common.errors import CheckpointError, NonFiniteLossError, RunError
 from topwork.common.seeds import hashed
 from topwork.data.examples import Example
 from topwork.data.source import RowSource
@@ -26,7 +26,7 @@ from topwork.training.config import TrainingConfig
 from topwork.training.metrics import DIVERGED, MetricsLog
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
 from topwork.training.progress import Progress, Sure
-from topwork.training.schedule import learning_rate, warmup_note
+from topwork.training.schedule import learning_rate, planned_steps, warmup_note
 from topwork.training.step import Learner, Means, StepResult
 from topwork.training.watch import FirstWeights, overfitting_since, worse_than_base
 
@@ -284,12 +284,3 @@ def _mean_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     """The objective's own figures over some steps."""
     names = dict.fromkeys(name for result in results for name in result.metrics)
     return {name: sum(result.metrics.get(name, 0.0) for result in results) / len(results) for name in names}
-
-
-def planned_steps(config: TrainingConfig, steps_per_epoch: int | None) -> int:
-    """Optimizer steps of a run. Raises RecipeError where its rows have no epochs and the recipe names no steps."""
-    if config.max_steps is not None:
-        return config.max_steps
-    if steps_per_epoch is None:
-        raise RecipeError("these rows have no end that an epoch could be counted by; set training.max_steps")
-    return max(1, round(config.num_train_epochs * steps_per_epoch))

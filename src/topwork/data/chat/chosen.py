@@ -7,6 +7,7 @@ from typing import Any
 
 from topwork.common.errors import DataError, did_you_mean
 from topwork.common.paths import missed, plain_path
+from topwork.data.chat.compiled import compiled
 
 RAW = "raw"
 _SHIPPED = Path(__file__).parents[1] / "templates"
@@ -68,7 +69,6 @@ def with_variables(tokenizer: Any, jinja: str | None, variables: Mapping[str, An
     Raises DataError for a variable that the template does not read, or that is not to be set.
     """
     from jinja2 import TemplateSyntaxError, meta, nodes
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     if not variables:
         return jinja
@@ -76,7 +76,7 @@ def with_variables(tokenizer: Any, jinja: str | None, variables: Mapping[str, An
         raise DataError("data.chat_template_kwargs sets variables of a chat template, and this model has none")
     check_variables(tokenizer, variables, "data.chat_template_kwargs: ")
     try:
-        parsed = _compile_jinja_template(jinja).environment.parse(jinja)
+        parsed = compiled(tokenizer, jinja).environment.parse(jinja)
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
     read = meta.find_undeclared_variables(parsed) - not_to_be_set(tokenizer)

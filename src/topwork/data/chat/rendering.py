@@ -10,6 +10,7 @@ from typing import Any
 from topwork.common.errors import DataError
 from topwork.data.chat.beginnings import Beginnings, Whole
 from topwork.data.chat.chosen import adds_bos, check_variables
+from topwork.data.chat.compiled import compiled
 from topwork.data.chat.markup import Tokens
 from topwork.data.conversations import Message
 
@@ -71,11 +72,11 @@ class Renderer:
         if not given:
             raise TemplateRejects("there is no message")
         check_variables(self.tokenizer, variables or {})
-        compiled = self._compiled
+        template = self._compiled
         try:
             if goes_on:
                 return self._left_open(given, tools, variables or {})
-            return str(compiled.render(
+            return str(template.render(
                 messages=given, tools=tools, documents=None, add_generation_prompt=prompt,
                 **{**self._named, **(variables or {})},
             ))  # fmt: skip
@@ -86,12 +87,11 @@ class Renderer:
 
     @cached_property
     def _compiled(self) -> Any:
-        """Compiled as transformers does, with its filters and functions, and kept."""
+        """Compiled once, and kept."""
         from jinja2.exceptions import TemplateSyntaxError
-        from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
-            return _compile_jinja_template(_on_one_day(self.jinja or ""))
+            return compiled(self.tokenizer, _on_one_day(self.jinja or ""))
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
 

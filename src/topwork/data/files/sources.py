@@ -225,7 +225,7 @@ def memory_notes(config: DataConfig) -> list[str]:
     notes = []
     for source in [*config.sources(config.train), *(config.sources(config.eval) if config.eval is not None else [])]:
         found = locate(source)
-        size = 0 if found is None or source.max_rows or config.max_rows else sum(map(_text_bytes, found.files))
+        size = 0 if found is None or source.max_rows or config.max_rows else sum(map(file_bytes, found.files))
         if size > free_bytes / 2:
             notes.append(
                 f"warning: {Path(source.path).name} holds about {size / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} "
@@ -234,7 +234,7 @@ def memory_notes(config: DataConfig) -> list[str]:
     return notes
 
 
-def _text_bytes(file: DataFile) -> int:
+def file_bytes(file: DataFile) -> int:
     """About how large a file's rows are; folders are memory-mapped, and their rows as large as their files."""
     if file.path.is_dir():
         return sum(inner.stat().st_size for inner in file.path.rglob("*") if inner.is_file())

@@ -21,7 +21,7 @@ from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, exp
 from topwork.run.folder import check_place
 from topwork.run.presets import Experiment, experiment
 from topwork.training.passes import check_longest
-from topwork.training.trial import planned_steps
+from topwork.training.schedule import planned_steps
 
 VALIDATIONS = 10
 """Validations of a run that names no eval_steps."""

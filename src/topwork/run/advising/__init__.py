@@ -1,0 +1,1 @@
+"""What `topwork advise` looks at before it gives advice."""

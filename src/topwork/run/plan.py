@@ -1,0 +1,114 @@
+"""`topwork plan`: what a run takes of memory, time and money, from its config and rows alone. Free of torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from topwork.common.errors import RequestError
+from topwork.common.os_errors import explained
+from topwork.common.paths import plain_path
+from topwork.models.structure import Structure
+from topwork.plan.base import structure_named
+from topwork.plan.devices import Device, read_devices, shipped_devices
+from topwork.plan.fits import Job, changes_that_fit
+from topwork.plan.tokens import Tokens, counted
+from topwork.recipe.recipe import Recipe, make_recipe, overridden
+from topwork.run.planning.compared import compared
+from topwork.run.planning.place import Place, card_place, find_place
+from topwork.run.planning.planned import Planned
+from topwork.run.planning.timing import question_of, timing_of
+from topwork.run.which import which_recipe
+
+Log = Callable[[str], None]
+NO_ROWS = "(none)"
+"""Where a model alone is planned with, in the place of data.train."""
+
+
+@explained()
+def plan(
+    what: Recipe | Path | str,
+    overrides: Sequence[str] = (),
+    device: str | None = None,
+    memory: str | None = None,
+    compare: bool = False,
+    calibrate: bool = False,
+    devices: Path | str | None = None,
+    log: Log = lambda _: None,
+) -> Planned:
+    """Plan the run that a recipe describes, or one of LoRA's defaults on a model that is named alone.
+
+    what       a recipe, its file, a run's folder, or a model as `model.model_name_or_path` has it
+    device     a card by its name ("RTX 4090"), in the place of this machine
+    memory     so much memory ("24GB", "24GiB", "24000MB", "24"), in the place of a device
+    compare    full fine-tuning, LoRA and QLoRA on all devices too
+    calibrate  measure steps on this machine first, in about a minute, and keep what was found for later plans
+    devices    a file of cards of one's own, in the form of topwork/plan/devices.yaml
+
+    Raises RequestError for whatever is wrong with the request, as training would.
+    """
+    known = shipped_devices() if devices is None else read_devices(devices)
+    recipe = recipe_of(what, overrides)
+    place = find_place(device, memory, recipe.model.device, known)
+    structure = structure_named(recipe.model)
+    tokens = None if recipe.data.train == NO_ROWS else counted(recipe, structure.context_length)
+    job = job_of([recipe], structure, place, tokens)
+    here = device is None and memory is None
+    if calibrate and not here:
+        raise RequestError(
+            f"--calibrate measures this machine, and {'--device' if device is not None else '--memory'} plans for "
+            "another place; give one of the two"
+        )
+    if calibrate:
+        _measure(recipe, job, tokens, log)
+    found = Planned(
+        recipe, job, place, tokens, timing_of(job, job.fit, tokens, place, here), notes=_notes(recipe, place)
+    )
+    if not found.fits:
+        found = replace(found, changes=changes_that_fit(job, None if tokens is None else tokens.percentiles))
+    return replace(found, table=compared(job, tokens, _places(known))) if compare else found
+
+
+def recipe_of(what: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that is meant; of a model that is named alone, one of all defaults and without rows."""
+    if isinstance(what, Recipe):
+        return what
+    path = Path(plain_path(str(what)))
+    is_run = path.is_dir() and (path / "recipe.yaml").exists()
+    if path.suffix.lower() in (".yaml", ".yml") or is_run:
+        return which_recipe(path, overrides)
+    values = {"model": {"model_name_or_path": str(what)}, "data": {"train": NO_ROWS}}
+    return make_recipe(overridden(values, overrides), str(what))
+
+
+def job_of(recipes: Sequence[Recipe], structure: Structure, place: Place, tokens: Tokens | None) -> Job:
+    """What has to fit: of rows that are not known, sequences as long as they may be, learned whole."""
+    first = recipes[0]
+    room = min(first.data.max_length, structure.context_length - first.adapter.virtual_tokens)
+    longest = room if tokens is None else tokens.longest
+    share = 1.0 if tokens is None else tokens.learned_share
+    virtual = max(recipe.adapter.virtual_tokens for recipe in recipes)
+    return Job(recipes, structure, place.kind, place.memory_bytes, share, longest + virtual)
+
+
+def _notes(recipe: Recipe, place: Place) -> list[str]:
+    notes = []
+    if recipe.data.train == NO_ROWS:
+        notes.append("a model alone was given, so LoRA's defaults are planned; give a recipe, or change some: --set …")
+    elif place.assumed:
+        notes.append(f"planned for {place.assumed}")
+    return notes
+
+
+def _places(known: Mapping[str, Device]) -> list[Place]:
+    return [find_place(None, None, "cpu"), *map(card_place, known.values())]
+
+
+def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, log: Log) -> None:
+    from topwork.plan.calibration import spread_rows
+    from topwork.run.calibrate import calibrate
+
+    question = question_of(job, job.fit, tokens)
+    rows = question.rows
+    percentiles = {} if tokens is None else tokens.percentiles
+    lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, percentiles)
+    calibrate([recipe], question, lengths, log=log)
