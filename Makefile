@@ -85,6 +85,7 @@ docs: $(VENV)/.tested
 	$(BIN)/python tools/options_page.py
 	$(BIN)/python tools/index_pages.py
 	$(BIN)/python tools/delivery_table.py
+	$(BIN)/python tools/importing_page.py
 	$(BIN)/python tools/advice_page.py
 	$(BIN)/python tools/planning_tables.py
 

@@ -15,13 +15,13 @@ from reference.families import batch_differences, tiny_model  # noqa: E402
 from topwork.common.errors import ModelError  # noqa: E402
 from topwork.models.fast import FastLayer  # noqa: E402
 from topwork.models.load import as_base  # noqa: E402
-from topwork.models.probe import PROVEN  # noqa: E402
+from topwork.models.proven import PROVEN  # noqa: E402
 
 FURTHER = (
     "cohere", "cohere2", "deepseek_v3", "exaone4", "glm4", "gpt_neox", "olmo3", "stablelm",
     "bloom", "falcon", "lfm2", "mamba", "qwen3_next",
 )  # fmt: skip
-"""Families outside the table in models/probe.py, which are probed as they are loaded."""
+"""Families outside the table in models/proven.py, which are probed as they are loaded."""
 
 HEAD = """# Model families
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "--before SRC (BEFORE: 6cefe2f)",
     "elementwise": "elementwise.py",
     "gguf_export": "gguf_export.py",
+    "imported_examples": "imported_examples.py FOLDER",
     "gradients": "gradients.py",
     "generation_products": "generation_products.py",
     "grouped": "grouped.py",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reference.families import LENGTHS, WINDOW, batch_differences, tiny_model
-from topwork.models.probe import PROVEN
+from topwork.models.proven import PROVEN
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 REQUIRED = {

@@ -12,7 +12,7 @@ from reference.measure import relative
 from topwork.common.errors import ModelError
 from topwork.models.attention import FLAT
 from topwork.models.load import as_base
-from topwork.models.probe import PROVEN
+from topwork.models.proven import PROVEN
 from topwork.models.source import Source
 from topwork.models.tokenizer import load_config, usable_length
 from topwork.ops.batch import batch_of

@@ -14,7 +14,7 @@ from reference.families import OWN, SIZES, tiny_base
 from topwork.common.errors import ModelError
 from topwork.models.config_files import shape_names, shape_values
 from topwork.models.fast import ACTIVATIONS
-from topwork.models.probe import PROVEN
+from topwork.models.proven import PROVEN
 from topwork.models.recognise import is_fast
 from topwork.models.skeleton import skeleton
 from topwork.models.structure import Structure

@@ -23,16 +23,24 @@ from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
 from topwork.cli.export import export
 from topwork.cli.home import AtHome
+from topwork.cli.import_ import EPILOG as IMPORT_EPILOG
+from topwork.cli.import_ import import_
+from topwork.cli.init import EPILOG as INIT_EPILOG
+from topwork.cli.init import init
 from topwork.cli.lint import EPILOG as LINT_EPILOG
 from topwork.cli.lint import lint
 from topwork.cli.merge import EPILOG as MERGE_EPILOG
 from topwork.cli.merge import merge
+from topwork.cli.models import EPILOG as MODELS_EPILOG
+from topwork.cli.models import models
 from topwork.cli.plan import EPILOG as PLAN_EPILOG
 from topwork.cli.plan import plan
 from topwork.cli.push import EPILOG as PUSH_EPILOG
 from topwork.cli.push import push
 from topwork.cli.quantize import EPILOG as QUANTIZE_EPILOG
 from topwork.cli.quantize import quantize
+from topwork.cli.recipes import EPILOG as RECIPES_EPILOG
+from topwork.cli.recipes import recipes
 from topwork.cli.report import EPILOG as REPORT_EPILOG
 from topwork.cli.report import report
 from topwork.cli.serve import EPILOG as SERVE_EPILOG
@@ -61,7 +69,7 @@ app = typer.Typer(
 )
 
 
-ONLY_PRINT = ("lint", "chat", "count", "compare", "plan")
+ONLY_PRINT = ("lint", "chat", "count", "compare", "models", "plan")
 """Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
 
 
@@ -106,6 +114,12 @@ def _told(error: TopworkError) -> int:
 
 app.callback()(version)
 
+app.command(epilog=INIT_EPILOG)(init)
+
+app.command(epilog=RECIPES_EPILOG)(recipes)
+
+app.command(epilog=MODELS_EPILOG)(models)
+
 app.command(epilog=TRAIN_EPILOG)(train)
 
 app.command(epilog=SWEEP_EPILOG)(sweep)
@@ -127,6 +141,8 @@ app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=EXPORT_EPILOG)(export)
 
 app.command(epilog=CONVERT_EPILOG)(convert)
+
+app.command(name="import", epilog=IMPORT_EPILOG)(import_)
 
 app.command(epilog=PUSH_EPILOG)(push)
 

@@ -21,6 +21,7 @@ Checkpoint = Annotated[
         "adapter, or the newest where there is none yet.",
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 

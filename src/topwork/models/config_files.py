@@ -65,10 +65,10 @@ def find_config(name: str, revision: str | None = None) -> ConfigFile:
     hub_id = ALIASES.get(name, name)
     if is_hub_id(hub_id) and not is_path(name):
         return _of_hub(hub_id, revision)
-    known = [*shape_names(), *ALIASES]
+    known = sorted({*shape_names(), *ALIASES})
     raise ModelError(
-        f"there is no model {name!r} to count: expected a folder, a config.json, a .gguf file, a Hub id (owner/name) "
-        f"or one of {', '.join(sorted(set(known)))}{did_you_mean(name, known) or missed(name)}"
+        f"there is no model {name!r}: expected a folder, a config.json, a .gguf file, a Hub id (owner/name) "
+        f"or one of {', '.join(known)}{did_you_mean(name, known) or missed(name)}"
     )
 
 

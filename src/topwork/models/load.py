@@ -18,7 +18,8 @@ from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.head_norms import tell_head_norms
-from topwork.models.probe import PROVEN, probe
+from topwork.models.probe import probe
+from topwork.models.proven import PROVEN
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast

@@ -17,12 +17,6 @@ from topwork.ops.batch import batch_of
 if TYPE_CHECKING:
     from topwork.models.base import Base
 
-PROVEN = frozenset({
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3", "gpt2",
-    "mixtral", "qwen3_moe", "gpt_oss", "opt", "starcoder2", "phi",
-})  # fmt: skip
-"""model_type of each family that tests/models/test_families.py compares with transformers' own forward."""
-
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """The largest difference, relative to the logits' norm, that rounding alone explains."""
 

@@ -9,7 +9,6 @@ from topwork.plan.fits import Change
 from topwork.plan.tokens import Tokens
 from topwork.run.planning.compared import METHODS, Compared
 from topwork.run.planning.place import gigabytes
-from topwork.run.planning.timing import Timing
 
 if TYPE_CHECKING:
     from topwork.run.planning.planned import Planned

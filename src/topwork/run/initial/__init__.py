@@ -1,0 +1,1 @@
+"""What `topwork init` is made of: the base, the rows and how they become tokens, and the recipe's lines."""
