@@ -359,14 +359,14 @@ def test_wrong_requests(topwork: Command, bases: Callable[[str], Path], here: Pa
 
 def test_the_command(topwork: Command, bases: Callable[[str], Path], here: Path) -> None:
     rows = prompt_completion(here).name
-    said = topwork("init", bases("smollm2"), rows, "--out", "mine.yaml")
+    said = topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml")
     assert said.code == 0, said.err
-    for word in ("topwork lint mine.yaml", "topwork plan mine.yaml", "topwork train mine.yaml"):
+    for word in ("topwork lint 'my rows.yaml'", "topwork plan 'my rows.yaml'", "topwork train 'my rows.yaml'"):
         assert word in said.out
-    again = topwork("init", bases("smollm2"), rows, "--out", "mine.yaml")
+    again = topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml")
     assert again.code == 2
-    assert "mine.yaml is there already" in again.err
-    found = json.loads(topwork("init", bases("smollm2"), rows, "--out", "mine.yaml", "--overwrite", "--json").out)
+    assert "my rows.yaml is there already" in again.err
+    found = json.loads(topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml", "--overwrite", "--json").out)
     assert set(found) == {"path", "told", "recipe"}
     assert found["recipe"]["data"]["train"].endswith("pairs.jsonl")
 
