@@ -110,7 +110,7 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS) -> None:
             f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
             f"{_told(free)} are free. {_less(recipe)}"
             + (f". {_TRIED}" if weights <= free.bytes else "")
-            + would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest))
+            + would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), longest))
         )
 
 

@@ -81,13 +81,12 @@ def recipe_of(what: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recip
 
 
 def job_of(recipes: Sequence[Recipe], structure: Structure, place: Place, tokens: Tokens | None) -> Job:
-    """What has to fit: of rows that are not known, sequences as long as they may be, learned whole."""
+    """What has to fit: of rows that are not known, sequences as long as they may be."""
     first = recipes[0]
     room = min(first.data.max_length, structure.context_length - first.adapter.virtual_tokens)
     longest = room if tokens is None else tokens.longest
-    share = 1.0 if tokens is None else tokens.learned_share
     virtual = max(recipe.adapter.virtual_tokens for recipe in recipes)
-    return Job(recipes, structure, place.kind, place.memory_bytes, share, longest + virtual)
+    return Job(recipes, structure, place.kind, place.memory_bytes, longest + virtual)
 
 
 def _notes(recipe: Recipe, place: Place) -> list[str]:

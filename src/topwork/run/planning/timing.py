@@ -55,10 +55,11 @@ class Timing:
 
 
 def rows_of(tokens: Tokens | None, job: Job) -> Rows:
-    """What a step meets; where nothing is known of the rows, each is as long as they may be."""
+    """What a step meets; where nothing is known of the rows, each is as long as they may be, and
+    learned whole."""
     virtual = job.recipes[0].adapter.virtual_tokens
     if tokens is None:
-        return Rows(job.longest, job.learned_share * job.longest, job.longest, job.longest)
+        return Rows(job.longest, job.longest, job.longest, job.longest)
     mean = tokens.tokens / tokens.sequences
     attended = tokens.attended + 2 * virtual  # (l + v)^2 summed, over l + v, of v that is small
     return Rows(mean + virtual, tokens.learned_tokens / tokens.sequences, attended, job.longest)
