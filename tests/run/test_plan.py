@@ -306,7 +306,7 @@ def test_names_of_the_json_stay(recipe: Path) -> None:
     assert list(found) == [
         "model", "parameters", "trained_parameters", "method", "load_in_4bit", "load_in_8bit", "device", "device_kind",
         "memory_bytes", "price_per_hour", "fits", "needed_bytes", "peak", "moments", "tokens_per_pass",
-        "checkpointed_layers", "checkpointable_layers", "data", "time", "changes", "compare", "notes",
+        "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare", "notes",
     ]  # fmt: skip
     assert list(found["data"]) == [
         "rows", "sequences", "tokens", "learned_tokens", "longest", "percentiles", "attended", "held_out_rows",
@@ -379,3 +379,69 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(monkeypatch: pyte
 
 def test_nothing_is_advised_where_a_run_fits(recipe: Path) -> None:
     assert would_fit(plan(recipe, device="T4").job) == ""
+
+
+# Several members
+
+
+def swept(recipe: Path, **sections: Any) -> Path:
+    path = recipe.with_name("sweep.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | sections))
+    return path
+
+
+def test_a_sweeps_members_are_planned_in_waves(recipe: Path) -> None:
+    path = swept(recipe, sweep={"grid": {"adapter.r": [8, 16, 32], "training.learning_rate": [1e-4, 1e-3]}})
+    roomy = plan(path, device="H100")
+    assert roomy.several is not None
+    assert roomy.several.waves == (6,)
+    assert len(roomy.job.recipes) == 6
+    first = plan(recipe, ["adapter.r=8"], memory="1MB")
+    tight = plan(path, memory=f"{1.1 * first.fit.needed_bytes / 10**6:.0f}MB")
+    assert tight.fits
+    assert tight.several is not None
+    assert sum(tight.several.waves) == 6
+    assert len(tight.several.waves) > 1
+    assert len(tight.job.recipes) == tight.several.waves[0]
+    assert "6 members in" in tight.as_text()
+    small = plan(path, memory="500MB")
+    assert not small.fits
+    assert "not even alone" in small.as_text()
+
+
+def test_all_waves_take_longer_than_one(recipe: Path) -> None:
+    path = swept(recipe, sweep={"grid": {"training.learning_rate": [1e-4, 1e-3]}}, training={"optim": "adamw"})
+    found = plan(path, device="T4")
+    assert found.several is not None
+    assert found.timing is not None
+    assert found.several.seconds == pytest.approx(found.timing.cost.seconds)
+    assert found.several.money == pytest.approx(found.timing.cost.money)
+    steps = plan(swept(recipe, sweep={"grid": {"training.batch_size": [4, 8]}}), device="T4")
+    assert steps.several is not None
+    assert steps.several.seconds is None
+
+
+def test_jobs_have_rows_of_their_own(recipe: Path) -> None:
+    write_rows(recipe.with_name("other.jsonl"), rows(20))
+    jobs = [{"name": "a", "data": {"train": "train.jsonl"}}, {"name": "b", "data": {"train": "other.jsonl"}}]
+    found = plan(swept(recipe, jobs=jobs), device="T4")
+    assert found.tokens is None
+    assert found.several is not None
+    assert found.several.members == 2
+    assert "rows of their own" in found.as_text()
+
+
+def test_a_sweep_whose_members_do_not_fit_is_refused_with_how_many(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "taken_memory", lambda _: 0)
+    one = topwork.load_recipe(recipe, ["model.device=cpu"])
+    large = topwork.load_recipe(recipe, ["model.device=cpu", "adapter.r=1024", "adapter.lora_alpha=1024"])
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(4 * 10**9))
+    fit.refuse_large_members([one, one])
+    with pytest.raises(RequestError, match=r"1 of 3 members do not fit into memory, not even alone: the largest takes"):
+        fit.refuse_large_members([one, large, one])
+
+
+def test_a_plan_is_made_from_python() -> None:
+    assert topwork.plan_run("qwen2.5-0.5b", device="T4").fits
