@@ -15,7 +15,6 @@ from topwork.plan.time import Speed, step_seconds
 from topwork.plan.work import pass_work
 from topwork.training.memory_setup import PassShape, Setup
 
-
 STEADY = 0.2
 """Half of the steps lie this near, relative to their median, where nobody else works on the machine; they lay within
 0.01 to 0.1 there, and within 0.67 beside five other jobs."""

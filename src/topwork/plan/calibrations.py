@@ -127,8 +127,8 @@ def _unsteady(record: Record) -> list[str]:
     if not record.measured.unsteady:
         return []
     return [
-        f"the machine was busy while this was measured (half of the steps within {record.measured.spread:.0%}): the time "
-        "may be far off; measure again in a quieter hour with --calibrate"
+        f"the machine was busy while this was measured (half of the steps within {record.measured.spread:.0%}): the "
+        "time may be far off; measure again in a quieter hour with --calibrate"
     ]
 
 

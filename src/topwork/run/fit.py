@@ -3,6 +3,7 @@ one model of memory there is (`training/memory.py`), which takes from this proce
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from topwork.models.base import Base
 from topwork.models.checkpointing import decoder_layers
 from topwork.models.load import pick_device
 from topwork.models.recognise import is_fast
+from topwork.models.structure import Structure
 from topwork.plan.base import structure_named
 from topwork.plan.fits import Job
 from topwork.plan.setup import setup_of
@@ -26,14 +28,16 @@ from topwork.training.memory import MARGIN, SMALLEST_PASS, Setup, moments
 from topwork.training.memory_held import adapter_bytes, base_bytes
 from topwork.training.memory_setup import PassShape
 from topwork.training.passes import Memory, PassPlan, plan_passes
-from topwork.training.passes import trials_that_fit as fitting
+from topwork.training.together import members_that_fit
 
 
-def trials_that_fit(on: Session, recipes: Sequence[Recipe]) -> int:
-    """How many of the first recipes' adapters fit into free memory together with a pass; at least 1."""
+def trials_that_fit(on: Session, recipes: Sequence[Recipe], longest: int = 0) -> int:
+    """How many of the first recipes' adapters fit into free memory together with a pass that holds the `longest`
+    sequence; at least 1."""
     training = recipes[0].training
     memory = _memory(on.base, recipes, 0, usable(free_memory(on.base.device)))
-    return fitting(training.tokens_per_pass, training.activation_checkpointing, memory)
+    asked = training.tokens_per_pass, training.activation_checkpointing
+    return members_that_fit(memory.setup, memory.total_bytes, *asked, longest)
 
 
 def passes_that_fit(
@@ -87,25 +91,47 @@ def refuse_small_memory(recipe: Recipe, longest: int = SMALLEST_PASS, log: Calla
     """Before any weight is read. Raises RequestError where base, adapter and the smallest pass are more than what is
     free in the memory of a CPU, or the base alone where the recipe names the size of a pass, which is then tried; a
     base that cannot be built without its weights is for its loading to speak of."""
-    cpu = torch.device("cpu")
-    if pick_device(recipe.model.device).type != "cpu":
+    refuse_large_members([recipe], longest, log)
+
+
+def refuse_large_members(
+    recipes: Sequence[Recipe], longest: int = SMALLEST_PASS, log: Callable[[str], None] = print
+) -> None:
+    """The same of recipes on one base that train in waves, each of which has to fit alone. The largest is told, and how
+    many are too large."""
+    if pick_device(recipes[0].model.device).type != "cpu":
         return
     try:
-        structure = structure_named(recipe.model)
+        structure = structure_named(recipes[0].model)
     except ModelError:
         return
-    setup = replace(setup_of([recipe], structure), process_bytes=0)
-    weights, free = sum(base_bytes(setup)), free_memory(cpu)
-    needed = weights
-    if recipe.training.tokens_per_pass is None:
-        needed = _least_bytes(setup, recipe, longest) + free.bytes - usable(free)
+    free = free_memory(torch.device("cpu"))
+    known: dict[str, int] = {}
+    alike = [f"{recipe.adapter.model_dump_json()} {recipe.training.optim}" for recipe in recipes]
+    for key, recipe in zip(alike, recipes):
+        if key not in known:
+            known[key] = _needed_alone(recipe, structure, longest, free)
+    needed, largest = max(((known[key], recipe) for key, recipe in zip(alike, recipes)), key=itemgetter(0))
     if needed > free.bytes:
+        short = sum(known[key] > free.bytes for key in alike)
+        several = f"{short} of {len(recipes)} members do not fit into memory, not even alone: the largest "
+        weights = sum(base_bytes(setup_of([largest], structure)))
+        there = free.bytes + taken_memory(torch.device("cpu"))
         refuse(
-            f"training takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
+            (several if len(recipes) > 1 else "training ")
+            + f"takes at least {needed / 10**6:,.0f} MB, {weights / 10**6:,.0f} of them the base's weights, and "
             f"{free_told(free)} are free",
-            _less(recipe) + (f". {_TRIED}" if weights <= free.bytes else ""), log,
-            would_fit(Job([recipe], structure, "cpu", free.bytes + taken_memory(cpu), 1.0, longest)),
+            _less(largest) + (f". {_TRIED}" if weights <= free.bytes else ""), log,
+            would_fit(Job([largest], structure, "cpu", there, longest)),
         )  # fmt: skip
+
+
+def _needed_alone(recipe: Recipe, structure: Structure, longest: int, free: Free) -> int:
+    """Of a run beside what the process holds already."""
+    setup = replace(setup_of([recipe], structure), process_bytes=0)
+    if recipe.training.tokens_per_pass is not None:
+        return sum(base_bytes(setup))
+    return _least_bytes(setup, recipe, longest) + free.bytes - usable(free)
 
 
 def _least_bytes(setup: Setup, recipe: Recipe, longest: int) -> int:
@@ -115,8 +141,8 @@ def _least_bytes(setup: Setup, recipe: Recipe, longest: int) -> int:
     asked = recipe.training.activation_checkpointing
     layers = {"off": 0, "full": every, "auto": max(0, every - 1)}.get(str(asked), asked)
     assert isinstance(layers, int)
-    tokens = min(SMALLEST_PASS, longest)
-    steps = moments(setup, PassShape(tokens, tokens, tokens), layers)
+    tokens = max(SMALLEST_PASS, longest)
+    steps = moments(setup, PassShape(tokens, tokens, longest), layers)
     return round(MARGIN * max(usage.bytes for usage in steps))
 
 
