@@ -116,7 +116,7 @@ def loading(setup: Setup, held: Parts) -> Parts:
     if setup.quantization.active:  # the embedding comes first; then one layer at a time is dense
         packed = packed_layers(structure, setup.quantization)
         dense = max((module.weights for module in structure.modules if module.path in packed), default=0)
-        table = structure.by_path[structure.embedding].weights if structure.embedding in structure.by_path else 0
+        table = structure.by_path[structure.embedding].weights if structure.embedding else 0
         beside = 2 * setup.value_bytes * table - parts["weights"] - parts["constants"]
         return {**parts, "scratch": max(setup.value_bytes * dense, beside)}
     largest = setup.value_bytes * max(module.weights for module in structure.modules)
