@@ -1,7 +1,7 @@
 """What a rule is, and what it sees."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,4 +88,3 @@ def given(value: Any) -> Callable[[Case], Any]:
 
 
 Table = tuple[Rule, ...]
-Chosen = Mapping[str, Any]
