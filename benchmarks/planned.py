@@ -18,7 +18,8 @@ from statistics import median
 from typing import Any
 
 import yaml
-from planned_cases import CASES, SET_ON, SHAPES, STORIES, Case, write_rows
+from planned_cases import CASES, SET_ON, SHAPES, STORIES, Case, words_of, write_rows
+from planned_peers import peers_text
 from planned_time import foreseen, time_text
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--bases", type=Path, default=BENCHMARKS / "bases", help="where random bases are written")
     parser.add_argument("--stories", type=Path, default=STORIES, help="stories260K's folder")
     parser.add_argument("--out", type=Path, default=OUT, help="without its ending")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for measuring each case's steps before its run")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for measuring a case's steps before it; 0: do not")
     given = parser.parse_args()
     file = given.out.with_name(given.out.name + ".json")
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {"cases": {}}
@@ -57,7 +58,7 @@ def main() -> None:
             print(made, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             recipes = recipes_of(case, given, Path(folder))
-            timed = there.get("time") if given.again else foreseen(recipes, given.seconds)
+            timed = (there or {}).get("time") if given.again or not given.seconds else foreseen(recipes, given.seconds)
             found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
             if "error" in found:
                 sys.exit(f"{name}: {found['error']}")
@@ -72,7 +73,8 @@ def main() -> None:
 
 def recipes_of(case: Case, given: argparse.Namespace, folder: Path) -> list[Path]:
     """The recipes of a case's members, with their rows."""
-    rows = write_rows(folder / "rows.jsonl", case, case.batch_size * case.steps)
+    words = words_of(given.bases / case.base / "tokenizer.json")
+    rows = write_rows(folder / "rows.jsonl", case, case.batch_size * case.steps, words)
     return [_recipe(case, given, rows, folder / f"member-{number}") for number in range(case.members)]
 
 
@@ -111,7 +113,7 @@ def predicted(recipes: Sequence[Path], found: Mapping[str, Any], case: Case) -> 
 
 def fill(case: Case, virtual: int) -> tuple[int, int]:
     """(tokens, learned tokens) of a pass: as many of a step's rows as fit, with their virtual tokens."""
-    rows = min(case.batch_size * case.members, max(1, case.tokens // (case.length + virtual)))
+    rows = min(case.batch_size // case.passes * case.members, max(1, case.tokens // (case.length + virtual)))
     return rows * (case.length + virtual), round(rows * case.learned * case.length)
 
 
@@ -188,7 +190,7 @@ def page(record: Mapping[str, Any]) -> str:
         "resident size that the system counted (VmHWM), libraries included; predicted follows from config.json and the "
         "recipe "
         "alone (`training/memory.py`). Errors are of the prediction: below zero it promised too little.\n\n"
-    ) + table_of
+    ) + f"{table_of.rstrip()}\n\n{peers_text()}\n"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ hand (SmolLM2, stories260K) and else random ones of a family's shape, written on
 """
 
 import json
-from collections.abc import Mapping
+import random
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +47,7 @@ class Case:
     tokens    of a pass, which rows of a step fill: with several members, a share of it each
     members   how many adapters train together
     steps     optimizer steps
+    passes    of each step
     """
 
     name: str
@@ -52,13 +56,14 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     length: int = 256
     members: int = 1
-    steps: int = 4
+    steps: int = 3
     learned: float = 0.5
+    passes: int = 1
 
     @property
     def batch_size(self) -> int:
         """Rows of a step, of each member."""
-        return max(1, self.tokens // self.length // self.members)
+        return self.passes * max(1, self.tokens // self.length // self.members)
 
 
 OFF = {"training.activation_checkpointing": "off"}
@@ -71,7 +76,7 @@ BF16, FP32 = {"model.dtype": "bfloat16"}, {"model.dtype": "float32"}
 def _smollm2() -> list[Case]:
     base = "smollm2-135m"
     return [
-        Case("smollm2 lora 256", base, 256, BF16 | OFF, steps=3),
+        Case("smollm2 lora 256", base, 256, BF16 | OFF),
         Case("smollm2 lora 1024", base, 1024, BF16 | OFF),
         Case("smollm2 lora 2048", base, 2048, BF16 | OFF),
         Case("smollm2 lora 4096, rows of 1024", base, 4096, BF16 | OFF, length=1024),
@@ -90,13 +95,13 @@ def _smollm2() -> list[Case]:
         Case("smollm2 dora dropout", base, 512, BF16 | OFF | {"adapter.use_dora": True, "adapter.lora_dropout": 0.1}),
         Case("smollm2 pissa", base, 512, BF16 | OFF | {"adapter.init_lora_weights": "pissa"}),
         Case("smollm2 ia3", base, 1024, BF16 | OFF | {"adapter.method": "ia3"}),
-        Case("smollm2 bitfit", base, 512, BF16 | OFF | {"adapter.method": "bitfit"}),
         Case("smollm2 prefix", base, 1024, BF16 | OFF | {"adapter.method": "prefix"}),
         Case("smollm2 prompt", base, 1024, BF16 | OFF | {"adapter.method": "prompt"}),
         Case("smollm2 embedding saved", base, 512, BF16 | OFF | {"adapter.modules_to_save": ["embed_tokens"]}),
         Case("smollm2 full", base, 512, BF16 | OFF | {"adapter.method": "full"}),
         Case("smollm2 full 8bit", base, 512, BF16 | OFF | {"adapter.method": "full", "training.optim": "adamw_8bit"}),
         Case("smollm2 full checkpointed", base, 1024, BF16 | FULL | {"adapter.method": "full"}),
+        Case("smollm2 full, two passes a step", base, 512, BF16 | OFF | {"adapter.method": "full"}, passes=2),
         Case("smollm2 nf4", base, 1024, BF16 | OFF | NF4),
         Case("smollm2 nf4 without DQ", base, 512, BF16 | OFF | NF4 | {"quantization.bnb_4bit_use_double_quant": False}),
         Case("smollm2 nf4 head int8", base, 1024, BF16 | OFF | NF4 | {"quantization.head": "int8"}),
@@ -112,11 +117,11 @@ def _smollm2() -> list[Case]:
 def _small() -> list[Case]:
     base = "stories260k"
     return [
-        Case("stories lora", base, 1024, FP32 | OFF, steps=3),
-        Case("stories lora 8192", base, 8192, FP32 | OFF, steps=3),
-        Case("stories bf16", base, 2048, BF16 | OFF, steps=3),
-        Case("stories full", base, 1024, FP32 | OFF | {"adapter.method": "full"}, steps=3),
-        Case("stories checkpointed", base, 8192, FP32 | FULL, steps=3),
+        Case("stories lora", base, 1024, FP32 | OFF),
+        Case("stories lora 8192", base, 8192, FP32 | OFF),
+        Case("stories bf16", base, 2048, BF16 | OFF),
+        Case("stories full", base, 1024, FP32 | OFF | {"adapter.method": "full"}),
+        Case("stories checkpointed", base, 8192, FP32 | FULL),
     ]
 
 
@@ -143,6 +148,7 @@ def _families() -> list[Case]:
         Case("gpt2 dropout", "gpt2", 512, BF16 | OFF | {"adapter.lora_dropout": 0.1}),
         Case("gpt2 full", "gpt2", 512, BF16 | OFF | {"adapter.method": "full"}),
         Case("gpt2 nf4", "gpt2", 512, BF16 | OFF | NF4),
+        Case("gpt2 bitfit", "gpt2", 512, BF16 | OFF | {"adapter.method": "bitfit"}),
         Case("opt lora", "opt-125m", 1024, BF16 | OFF),
         Case("qwen3-moe lora", "qwen3-moe", 1024, BF16 | OFF),
     ]
@@ -151,11 +157,26 @@ def _families() -> list[Case]:
 CASES = {case.name: case for case in (*_smollm2(), *_small(), *_families())}
 
 
-def write_rows(path: Path, case: Case, count: int) -> Path:
+def words_of(tokenizer: Path) -> list[str]:
+    """Words that a byte-level BPE (a tokenizer.json) has as one token each, mixed: rows of these look at an embedding
+    all over, as rows of texts do, and what of a mapped file nobody looks at takes no memory. Two words where there is
+    none."""
+    if not tokenizer.is_file():
+        return [" the", " and"]
+    pieces = json.loads(tokenizer.read_text("utf-8"))["model"]["vocab"]
+    whole = [piece[1:] for piece in pieces if re.fullmatch("Ġ[a-z]+", piece)]
+    random.Random(0).shuffle(whole)
+    return [f" {word}" for word in whole]
+
+
+def write_rows(path: Path, case: Case, count: int, words: Sequence[str]) -> Path:
     """Rows of `case.length` tokens each: every word is one, and a sequence's end is one more."""
     answer = max(1, round(case.learned * case.length))
-    row = {"prompt": " the" * (case.length - answer), "completion": " and" * (answer - 1)}
-    path.write_text((json.dumps(row) + "\n") * count, "utf-8")
+    endless = cycle(words)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt, completion = ("".join(islice(endless, size)) for size in (case.length - answer, answer - 1))
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     return path
 
 

@@ -1,6 +1,8 @@
 """What a forward pass keeps for its backward pass, counted by autograd's own hooks."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,20 +14,25 @@ from topwork.ops.batch import Batch
 def kept_by(run: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     """Bytes of all storages that autograd holds for what `run` returns, each counted once; neither that nor `own`."""
     without = {tensor.untyped_storage().data_ptr() for tensor in own}
-    sizes: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    held: WeakSet[_Held] = WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in without:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
-        return tensor
+    def pack(tensor: Tensor) -> _Held:
+        found = _Held(tensor)
+        held.add(found)
+        return found
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
         out = run()
-    sizes.pop(out.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
+    storages = [found.tensor.untyped_storage() for found in held]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes[at] for at in sizes.keys() - without - {out.untyped_storage().data_ptr()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """What autograd holds a tensor by: as long as the result needs it."""
+
+    tensor: Tensor
 
 
 def kept_bytes(base: Base, batch: Batch) -> int:

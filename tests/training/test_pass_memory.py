@@ -23,7 +23,7 @@ from topwork.models.load import load_base
 from topwork.objectives.sft import Sft
 from topwork.ops import quantized_linear, workspace
 from topwork.ops.batch import Batch, Segment
-from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope, training_pass
+from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope, training_pass
 from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.residual import residual_branch, residual_sum
@@ -61,7 +61,7 @@ class Poisoned(Workspace):
     """Everything that may be overwritten is not a number at once."""
 
     def begin_pass(self) -> None:
-        for block in (*self._saved, *self._scratch, *self._handoff):
+        for block in (*self._saved, *self._scratch, *self._handoff, *self._handback):
             block.fill_(255)
         super().begin_pass()
 
@@ -77,6 +77,11 @@ class Poisoned(Workspace):
         for block in self._handoff:
             block.fill_(255)
         return super().handoff(shape, dtype)
+
+    def handback(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        for block in self._handback:
+            block.fill_(255)
+        return super().handback(shape, dtype)
 
 
 class Sized(Workspace):
@@ -213,7 +218,7 @@ def test_in_all_kinds_of_families(family: str) -> None:
 def test_it_does_not_grow_once_it_has_seen_the_largest_pass() -> None:
     base, _, _ = stepped(Workspace(), {}, torch.bfloat16)
     own = base.workspace
-    assert [len(blocks) for blocks in (own._saved, own._scratch, own._handoff)] == [1, 1, 1]
+    assert [len(blocks) for blocks in (own._saved, own._scratch, own._handoff, own._handback)] == [1, 1, 1, 1]
     before = base.workspace._saved[0].data_ptr()
     learner_less: list[Learner] = []
     train_step(base, learner_less, [])
@@ -259,6 +264,8 @@ def test_what_is_brief_ends_with_its_function_and_what_passes_with_the_next() ->
         )
         one, other = handoff_empty(like, 3), handoff_empty(like, 5)
         assert one.data_ptr() == other.data_ptr() != outer.data_ptr()
+        back, next_back = handback_empty(like, 3), handback_empty(like, 5)
+        assert back.data_ptr() == next_back.data_ptr() != one.data_ptr()
         with scratch_scope():
             held = scratch_empty(like, 4).fill_(2)
             large = scratch_empty(like, 1 << 16).fill_(3)

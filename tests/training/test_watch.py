@@ -1,9 +1,12 @@
 """When it is called overfitting: validation rises twice in a row while the training loss falls, told once."""
 
 import pytest
+import torch
+from torch import nn
 
+from topwork.training import watch
 from topwork.training.checkpoint import TrainState, Validation
-from topwork.training.watch import overfitting_since, worse_than_base
+from topwork.training.watch import FirstWeights, overfitting_since, worse_than_base
 
 
 def history(evals: list[float], trained: list[float | None]) -> list[Validation]:
@@ -49,3 +52,23 @@ def test_what_was_no_worse_before_training_is_named() -> None:
     assert str(best).startswith("runs/before, from which it began, is better: its validation loss is 3.0000")
     assert str(best).endswith("until then take that")
     assert "is as good" in str(worse_than_base(state(3.0, 3.0), True))
+
+
+def test_that_nothing_moved_is_seen_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding's sum at once would make an int64 copy of it all."""
+    sizes: list[int] = []
+    real = torch.Tensor.sum
+
+    def counted(tensor: torch.Tensor, *given: object, **named: object) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return real(tensor, *given, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(watch, "PIECE", 7)
+    monkeypatch.setattr(torch.Tensor, "sum", counted)
+    parameters = {"lora_B": nn.Parameter(torch.randn(5, 6)), "norm": nn.Parameter(torch.randn(3).bfloat16())}
+    first = FirstWeights(parameters)
+    assert first.unmoved()
+    with torch.no_grad():
+        parameters["lora_B"][4, 5] += 1
+    assert not first.unmoved()
+    assert max(sizes) <= 7

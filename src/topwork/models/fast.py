@@ -237,7 +237,10 @@ class FastLayer(GradientCheckpointingLayer):
             return torch.cat([module(n) for module in group.modules], -1)
         norm = self._norm(before)
         given = self._normed(x, before) if norm is None else x
-        return project(given, group.projections, norm or Identity(), keeps, joined=group.joined)
+        prologue: Identity | RmsNorm = Identity() if norm is None else norm
+        if x.dtype != torch.float32:  # in one type with the stream the branch's gradient becomes the stream's
+            prologue = replace(prologue, hands_back=True)
+        return project(given, group.projections, prologue, keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
         """Linear layers by name, for the current batch."""

@@ -108,7 +108,7 @@ def term_gradients(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of every A and of every B, bundle by bundle; adds the terms' share to dn [T, in] where there is
     one."""
-    g = [torch.empty_like(s) for s in inner]
+    g = [scratch_empty(s, *s.shape) for s in inner]
     first, second, third = [], [], []
     all_da, all_db = [], []
     shares: list[tuple[slice, Dropout, Tensor]] = []

@@ -198,5 +198,11 @@ def handoff_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -
     return workspace.handoff(shape, dtype) if workspace else like.new_empty(shape, dtype=dtype)
 
 
+def handback_empty(like: Tensor, *shape: int) -> Tensor:
+    """The same for a gradient beside what is handed on."""
+    workspace = _workspace_for(like)
+    return workspace.handback(shape, like.dtype) if workspace else like.new_empty(shape)
+
+
 def _workspace_for(like: Tensor) -> Workspace | None:
     return _CURRENT.get().workspace if like.is_cpu else None

@@ -42,11 +42,13 @@ def rms_normalized(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = 
     return rms_normalized_reference(x, weight, rstd, unit_offset)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False) -> Tensor:
-    """The gradient dx of x from that of y, contiguous, in x's type."""
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool = False, into: Tensor | None = None
+) -> Tensor:
+    """The gradient dx of x from that of y, contiguous, in x's type; `into` is memory that it may take."""
     _check(x, weight, rstd, dy)
     if (library := _native(x, weight)) is not None:
-        return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset)
+        return _backward_cpu(library, dy, x, weight, rstd.contiguous(), unit_offset, into)
     if (kernels := triton.kernels("layer", x)) is not None:
         return kernels.rms_norm_backward(dy, x, weight, rstd, unit_offset)
     return rms_norm_backward_reference(dy, x, weight, rstd, unit_offset)
@@ -100,9 +102,9 @@ def _norm_cpu(
 
 
 def _backward_cpu(
-    library: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool
+    library: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, into: Tensor | None
 ) -> Tensor:
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype) if into is None else into
     dy, dy_outer, dy_inner = _rows(dy)
     x, x_outer, x_inner = _rows(x)
     weight = weight.contiguous()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
-from topwork.ops.context import handoff_empty, saved_empty, scratch_empty, scratch_scope
+from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.grouped import Stage
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
@@ -67,7 +67,9 @@ class Prologue(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """n = x."""
+    """n = x. `hands_back` where its gradient is used up before the next such one is made."""
+
+    hands_back: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return x, ()
@@ -81,11 +83,12 @@ class Identity:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """n = norm(x) * weight, as `ops/norm.py` has it; keeps one number a row."""
+    """n = norm(x) * weight, as `ops/norm.py` has it; keeps one number a row. `hands_back` as in Identity."""
 
     weight: Tensor
     eps: float
     unit_offset: bool = False
+    hands_back: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         n, rstd = rms_norm(x, self.weight, self.eps, self.unit_offset)
@@ -95,7 +98,8 @@ class RmsNorm:
         return rms_normalized(x, self.weight, kept[0], self.unit_offset)
 
     def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return rms_norm_backward(dn, x, self.weight, kept[0], self.unit_offset)
+        into = handback_empty(x, *x.shape) if self.hands_back else None
+        return rms_norm_backward(dn, x, self.weight, kept[0], self.unit_offset, into)
 
 
 @dataclass(frozen=True)
@@ -221,8 +225,7 @@ class _Project(torch.autograd.Function):
                 n = vectors.scaled(ctx.prologue.recompute(x, tuple(kept)), x)
                 _write(ctx, n, add_terms(ctx.bundles, inner, out), out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
-            brief = not isinstance(ctx.prologue, Identity)
-            dn = _base_gradient(dout, ctx.group, ctx.joined, brief) if wants_x or vectors.inputs else None
+            dn = _base_gradient(dout, ctx.group, ctx.joined, ctx.prologue) if wants_x or vectors.inputs else None
             if inner or vectors.inputs:
                 n = ctx.prologue.recompute(x, tuple(kept))
                 of_inputs = vectors.input_gradients_(n, dn)
@@ -251,10 +254,15 @@ def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | 
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _base_gradient(dout: Tensor, group: Sequence[Projection], joined: Projection | None, brief: bool) -> Tensor:
-    """dout W of the whole group [T, in]; `brief` where nobody takes it further."""
+def _base_gradient(
+    dout: Tensor, group: Sequence[Projection], joined: Projection | None, prologue: Prologue
+) -> Tensor:  # fmt: skip
+    """dout W of the whole group [T, in]; where there is a prologue, nobody else takes it further."""
     shape = len(dout), group[0].weight.shape[1]
-    dn = scratch_empty(dout, *shape) if brief else dout.new_empty(shape)
+    if not isinstance(prologue, Identity):
+        dn = scratch_empty(dout, *shape)
+    else:
+        dn = handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
     for number, (projection, columns) in enumerate(_columns((joined,) if joined else group)):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):

@@ -22,15 +22,17 @@ LEAST_BLOCK = 1 << 26
 class Workspace:
     """Blocks that grow to what the largest pass needs.
 
-    saved    for the backward pass; overwritten in the next pass
-    scratch  a function's own; overwritten once it has ended
-    handoff  handed to the next function; overwritten by the next that is handed on
+    saved     for the backward pass; overwritten in the next pass
+    scratch   a function's own; overwritten once it has ended
+    handoff   handed to the next function; overwritten by the next that is handed on
+    handback  a gradient of a layer's branch on its way back, beside what is handed on; overwritten by the next such one
     """
 
     def __init__(self) -> None:
         self._saved: list[Tensor] = []
         self._scratch: list[Tensor] = []
         self._handoff: list[Tensor] = []
+        self._handback: list[Tensor] = []
         self._saved_end = self._scratch_end = self._scopes = 0
 
     def begin_pass(self) -> None:
@@ -43,7 +45,7 @@ class Workspace:
 
     def release(self) -> None:
         """Give the memory back."""
-        for blocks in (self._saved, self._scratch, self._handoff):
+        for blocks in (self._saved, self._scratch, self._handoff, self._handback):
             blocks.clear()
         self._saved_end = 0
 
@@ -78,6 +80,10 @@ class Workspace:
     def handoff(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts until the next one is asked for."""
         return _tensor(_grown(self._handoff, _bytes(shape, dtype)), 0, shape, dtype)
+
+    def handback(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor that lasts until the next one is asked for here, whatever is handed on meanwhile."""
+        return _tensor(_grown(self._handback, _bytes(shape, dtype)), 0, shape, dtype)
 
 
 def _grown(blocks: list[Tensor], size: int) -> Tensor:

@@ -41,6 +41,7 @@ class Need:
     heap      kept too, and taken from the C library (or torch's allocator)
     scratch   a function's own, the largest
     handoff   on its way from one function to the next, the largest
+    handback  of gradients on their way back the largest, beside that
     passing   for a moment while it goes backward, from the C library: the largest
     again     what of that a layer that is run again keeps
     """
@@ -51,12 +52,14 @@ class Need:
     handoff: int = 0
     passing: int = 0
     again: int = 0
+    handback: int = 0
 
     def __add__(self, other: "Need") -> "Need":
         """Of one after the other."""
         return Need(
             self.saved + other.saved, self.heap + other.heap, max(self.scratch, other.scratch),
             max(self.handoff, other.handoff), max(self.passing, other.passing), max(self.again, other.again),
+            max(self.handback, other.handback),
         )  # fmt: skip
 
 
@@ -130,8 +133,8 @@ class Layer:
 
     def gains(self, *groups: str) -> bool:
         """Whether somebody learns what a group's products are multiplied by."""
-        paths = [module.path for name in groups for module in self.group(name)]
-        return any(_scales(member, path) for member in self.setup.members for path in paths)
+        modules = [module for name in groups for module in self.group(name)]
+        return any(_scales(member, module) for member in self.setup.members for module in modules)
 
 
 def layers_of(setup: Setup) -> list[Layer]:
@@ -166,15 +169,17 @@ def _end(path: str) -> int:
     return found.end() if found else 0
 
 
-def _scales(member: Member, path: str) -> bool:
-    adapter = member.adapter
-    scales = (isinstance(adapter, LoraConfig) and adapter.use_dora) or isinstance(adapter, Ia3Config)
-    return scales and path in member.sizes
+def _scales(member: Member, module: Module) -> bool:
+    """IA3 multiplies the inputs of a feedforward layer's last."""
+    if isinstance(member.adapter, Ia3Config):
+        return member.sizes.get(module.path) == (module.rows,)
+    return isinstance(member.adapter, LoraConfig) and member.adapter.use_dora and module.path in member.sizes
 
 
 def runs_modules(member: Member) -> bool:
     """Whether a member's parts run as modules, in fast layers too: copies of whole modules, DoRA with dropout."""
-    return member.adapter.runs_plain or isinstance(member.adapter, FullConfig)
+    whole = isinstance(member.adapter, FullConfig) or any(layer_number(path) is not None for path in member.whole)
+    return member.adapter.runs_plain or whole
 
 
 def fast_attention(layer: Layer, tokens: int, rows: int) -> Need:
@@ -187,8 +192,11 @@ def fast_attention(layer: Layer, tokens: int, rows: int) -> Need:
     saved += rows * e * (layer.terms(OUTPUT) + d * keeps_product) + 4 * rows * follows
     again = rows * e * d * (layer.gains(OUTPUT) and not keeps_product)
     scratch = max(tokens * e * d * 2 * drops if layer.norm_precedes else 0, rows * e * q * (drops - 1) * 2 + again)
-    passing = tokens * e * (q + d) + (tokens * e * (q + kv) if layer.heads_normed else 0)
-    return Need(saved, 0 if narrow else 4 * d * tokens, scratch, tokens * e * max(d, q + 2 * kv), passing)
+    scratch += tokens * e * layer.terms(INPUTS)
+    back, passing = tokens * e * max(q, d), tokens * e * (q + kv) if layer.heads_normed else 0
+    passing += (rows * e * d * follows) if narrow else tokens * e * (q + d)
+    heap = 0 if narrow else 4 * d * tokens
+    return Need(saved, heap, scratch, tokens * e * max(d, q + 2 * kv), passing, handback=back * narrow)
 
 
 def fast_mlp(layer: Layer, rows: int) -> Need:
@@ -198,8 +206,9 @@ def fast_mlp(layer: Layer, rows: int) -> Need:
     keeps_product = follows or (layer.gains(DOWN) and f > d)
     saved = rows * (e * (d * narrow + 2 * f + layer.terms(GATES, DOWN) + d * keeps_product))
     saved += rows * 4 * (layer.norm_precedes + follows)
-    scratch = rows * e * f * 2 * drops
-    return Need(saved, 0 if narrow else 4 * d * rows, scratch, rows * e * max(d, 2 * f), rows * e * d)
+    scratch = rows * e * (f * 2 * drops + layer.terms(DOWN))
+    heap, passing = (0, rows * e * d * follows) if narrow else (4 * d * rows, rows * e * d)
+    return Need(saved, heap, scratch, rows * e * max(d, 2 * f), passing, handback=rows * e * d * narrow)
 
 
 def total(needs: Iterable[Need]) -> Need:
@@ -213,3 +222,8 @@ def total(needs: Iterable[Need]) -> Need:
 def boundary_bytes(structure: Structure, value_bytes: int) -> int:
     """Of a token between two layers: fast ones hand on fp32."""
     return structure.hidden * (4 if structure.fast else value_bytes)
+
+
+def given_bytes(structure: Structure, value_bytes: int, count: int) -> int:
+    """Of a token, what the first `count` layers are given: embeddings, and what layers hand on."""
+    return (count > 0) * structure.hidden * value_bytes + max(0, count - 1) * boundary_bytes(structure, value_bytes)

@@ -1,19 +1,29 @@
 """The moments of a run's step, from what is held and what a pass takes."""
 
-from topwork.training.memory_held import adapter_bytes, base_bytes, state_bytes
+from topwork.training.memory_held import adapter_bytes, base_bytes, packed_layers, state_bytes
 from topwork.training.memory_layers import (
     Layer,
     Need,
     boundary_bytes,
     fast_attention,
     fast_mlp,
+    given_bytes,
     kinds_of,
     layers_of,
     runs_modules,
     total,
 )
 from topwork.training.memory_plain import experts, mixed_layer, plain_layer, written_out_attention
-from topwork.training.memory_process import HEAD_COPIES, HEAP_SHARE, HEAP_TOP_BYTES, KERNELS_BYTES, process_bytes
+from topwork.training.memory_process import (
+    CUDA_ALLOCATOR_BYTES,
+    CUDA_CONTEXT_BYTES,
+    GRADIENTS_SHARE,
+    HEAD_COPIES,
+    HEAP_SHARE,
+    HEAP_TOP_BYTES,
+    KERNELS_BYTES,
+    process_bytes,
+)
 from topwork.training.memory_setup import Part, PassShape, Setup, Usage
 
 CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda": 512 << 20}
@@ -29,17 +39,20 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     held, need = held_parts(setup), pass_need(setup, shape, checkpointed_layers)
     logits, at_loss = logits_bytes(setup, shape)
     gradients = 4 * sum(member.values for member in setup.members)
-    blocks = need.scratch + need.handoff
+    blocks = need.scratch + need.handoff + need.handback
     more = max(0, logits - need.scratch)  # a chunk of logits lies in the same block
     kept: Parts = {"activations": need.saved + need.heap, "scratch": blocks}
-    holes = HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) if setup.device == "cpu" else 0
+    holes = _holes(setup, need) if setup.device == "cpu" else CUDA_ALLOCATOR_BYTES
     return [
         Usage("loading", loading(setup, held)),
         Usage("forward", {**held, **kept}),
-        Usage("loss", {**held, **kept, "logits": more + at_loss}),
+        Usage("loss", {
+            **held, **kept, "logits": more + at_loss, "scratch": blocks + need.passing * bool(at_loss),
+            "allocator": holes * bool(at_loss),  # as the step before left the heap, where the head takes more of it
+        }),
         Usage("backward", {
-            **held, **kept, "logits": more, "gradients": gradients, "scratch": blocks + need.passing,
-            "allocator": holes,
+            **held, **kept, "logits": more, "gradients": gradients + copies_gradient_bytes(setup),
+            "scratch": blocks + need.passing, "allocator": holes,
         }),
         Usage("update", {
             **held, "activations": need.saved, "scratch": blocks, "logits": more, "gradients": gradients,
@@ -47,6 +60,27 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
         }),
         Usage("saving", {**held, "activations": need.saved, "scratch": blocks, "logits": more}),
     ]  # fmt: skip
+
+
+def _holes(setup: Setup, need: Need) -> int:
+    """What stays free in a CPU's heap, less what is taken twice: gradients of modules that are trained whole fill what
+    layers leave behind as they go. A layer that is run again takes its own for each."""
+    whole = 4 * sum(sum(member.sizes[path]) for member in setup.members for path in member.whole)
+    filled = min(whole, int((HEAP_SHARE + GRADIENTS_SHARE) * need.heap))
+    return HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) - filled
+
+
+def copies_gradient_bytes(setup: Setup) -> int:
+    """For a moment, of the largest module that is trained whole: its gradient in the base's type before it is one in
+    fp32, and where a head is the embedding's copy that of the one beside that of the other."""
+    structure, largest = setup.structure, 0
+    for member in setup.members:
+        shared = structure.tied and {structure.head, structure.embedding} <= member.sizes.keys()
+        for path in member.whole:
+            narrow = setup.value_bytes * (setup.value_bytes == 2)
+            both = 4 * (shared and path == structure.embedding)
+            largest = max(largest, (narrow + both) * max(member.sizes[path], default=0))
+    return largest
 
 
 def held_parts(setup: Setup) -> Parts:
@@ -60,7 +94,9 @@ def _held_parts(setup: Setup) -> Parts:
     weights, constants = base_bytes(setup)
     structure = setup.structure
     process = setup.process_bytes
-    if process is None:
+    if process is None and setup.device == "cuda":
+        process = CUDA_CONTEXT_BYTES
+    elif process is None:
         process = process_bytes(structure.vocabulary, setup.tokenizer_bytes)
     sizes = [(member.optim, [size for own in member.sizes.values() for size in own]) for member in setup.members]
     return {
@@ -76,11 +112,17 @@ def loading(setup: Setup, held: Parts) -> Parts:
     """The base as it is read: where it comes in another type than its file's, the file's pages stand beside it; and the
     layer that is being joined, or the largest weight, is there twice."""
     structure = setup.structure
+    parts: Parts = {part: held[part] for part in ("weights", "constants", "process")}
+    if setup.quantization.active:  # the embedding comes first; then one layer at a time is dense
+        packed = packed_layers(structure, setup.quantization)
+        dense = max((module.weights for module in structure.modules if module.path in packed), default=0)
+        table = structure.by_path[structure.embedding].weights if structure.embedding else 0
+        beside = 2 * setup.value_bytes * table - parts["weights"] - parts["constants"]
+        return {**parts, "scratch": max(setup.value_bytes * dense, beside)}
     largest = setup.value_bytes * max(module.weights for module in structure.modules)
     told = str(structure.config.get("dtype") or structure.config.get("torch_dtype") or setup.dtype)
     stored = 4 if "float32" in told else 2
-    file = 0 if setup.quantization.active or stored == setup.value_bytes else stored * structure.parameters
-    parts: Parts = {part: held[part] for part in ("weights", "constants", "process")}
+    file = 0 if stored == setup.value_bytes else stored * structure.parameters
     return {**parts, "scratch": max(file, largest)}
 
 
@@ -99,14 +141,15 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     boundary = shape.tokens * boundary_bytes(s, e)
     if checkpointed_layers:
         again = max(needs[:checkpointed_layers], key=_whole)
-        kept = kept + Need(0, checkpointed_layers * boundary, 0, 0, _whole(again) + again.passing, again.heap)
+        given = shape.tokens * given_bytes(s, e, checkpointed_layers)
+        kept = kept + Need(0, given, 0, 0, _whole(again) + again.passing, again.heap)
     panel = PANEL_BYTES[setup.device] if setup.quantization.active else 0
     attention = written_out_attention(setup, shape)
     return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel, 0, kept.passing + attention)
 
 
 def _whole(need: Need) -> int:
-    return need.saved + need.heap + need.scratch + need.handoff
+    return need.saved + need.heap + need.scratch + need.handoff + need.handback
 
 
 def layer_need(layer: Layer, shape: PassShape) -> Need:
@@ -129,15 +172,21 @@ def _around(setup: Setup, shape: PassShape) -> int:
 
 
 def logits_bytes(setup: Setup, shape: PassShape) -> tuple[int, int]:
-    """(a chunk of the head's products, what its way costs beside it): where a head is trained, autograd keeps logits in
-    fp32 and makes them again."""
+    """(a chunk of the head's products, what its way costs beside it). Where a head learns, autograd makes a chunk's
+    logits again: in fp32 with their exponentials and gradient, a cast of its weight, and that weight's gradient. Logits
+    that are capped are in fp32 too, with what the cap makes of them."""
     structure, e = setup.structure, setup.value_bytes
-    learns = any(structure.head in member.whole or structure.embedding in member.whole for member in setup.members)
+    learns = any(structure.head in member.sizes for member in setup.members)
     rows = chunk_rows(setup, 4 if learns else e)
     count = -(-shape.learned_tokens // max(1, -(-shape.learned_tokens // rows)))
     values = count * structure.vocabulary
     if learns:
-        return 0, values * (e + 3 * 4)
+        whole = any(structure.head in member.whole for member in setup.members)
+        weight = whole * structure.vocabulary * structure.hidden
+        cast = e * (e == 2)
+        return 0, cast * weight + max(values * (e + 3 * 4), values * e + (cast + 4) * weight)
+    if structure.config.get("final_logit_softcapping"):
+        return values * e, values * 3 * 4
     packed = setup.quantization.active and setup.quantization.head != "16bit" and setup.device == "cpu"
     return values * e * (1 + HEAD_COPIES * packed), 0
 

@@ -13,8 +13,9 @@ Of a token, in the base's type of e bytes; frozen weights keep nothing of what t
 """
 
 import re
+from collections.abc import Collection
 
-from topwork.adapters.config import FullConfig, LoraConfig
+from topwork.adapters.config import LoraConfig
 from topwork.models.structure import Module
 from topwork.training.memory_held import rank
 from topwork.training.memory_layers import GATES, Layer, Need, runs_modules
@@ -95,18 +96,22 @@ def _inner(layer: Layer) -> int:
 def _parts(layer: Layer, member: Member, tokens: int) -> int:
     """What a member's parts keep: of several members each has its share of the tokens."""
     e, share = layer.setup.value_bytes, tokens // len(layer.setup.members)
-    chosen = [module for module in layer.modules.values() if module.path in member.sizes]
-    if isinstance(member.adapter, FullConfig):
-        return sum(_copy(module, share, e) for module in chosen)
+    whole = [module for module in layer.modules.values() if _lies_in(module.path, member.whole)]
+    copies = sum(_copy(module, share, e) for module in whole)
+    chosen = [module for module in layer.modules.values() if module.path in member.sizes and module not in whole]
     linear = [module for module in chosen if module.kind == "linear"]
     shared = {_input_of(layer, module): module.columns for module in linear if not ATTENTION_LAST.search(module.path)}
     drops = member.adapter.dropout > 0
     widths = sum(module.columns for module in linear) if drops else sum(shared.values())
     if not isinstance(member.adapter, LoraConfig):
-        return share * e * widths
+        return copies + share * e * widths
     doubled = sum(module.rows for module in linear) if runs_modules(member) else 0
     casts = sum(rank(member, module) * (module.rows + module.columns) for module in linear) if e == 2 else 0
-    return share * e * (widths + doubled + sum(rank(member, module) for module in linear)) + e * casts
+    return copies + share * e * (widths + doubled + sum(rank(member, module) for module in linear)) + e * casts
+
+
+def _lies_in(path: str, wholes: Collection[str]) -> bool:
+    return path in wholes or any(path.startswith(f"{whole}.") for whole in wholes)
 
 
 def _copy(module: Module, tokens: int, value_bytes: int) -> int:

@@ -11,6 +11,8 @@ from topwork.training.checkpoint import TrainState, Validation
 _IDLE = re.compile(r"\blora_(embedding_)?A\b")
 CONSECUTIVE = 2
 """So many validations in a row must rise before it is called overfitting and not noise."""
+PIECE = 1 << 20
+"""Values that are summed at a time."""
 
 
 def overfitting_since(history: Sequence[Validation]) -> int | None:
@@ -66,7 +68,10 @@ class FirstWeights:
 def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """The sum of each tensor's values, their bits read as whole numbers: computed where it lies, and read at once."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums: list[Tensor] = [
-        tensor.detach().view(whole[tensor.element_size()]).sum(dtype=torch.int64) for tensor in parameters.values()
-    ]
+    sums = [_sum(tensor.detach().view(whole[tensor.element_size()])) for tensor in parameters.values()]
     return dict(zip(parameters, torch.stack(sums).tolist() if sums else []))
+
+
+def _sum(numbers: Tensor) -> Tensor:
+    """In int64, piece by piece: torch makes an int64 copy of what it sums so, twice an embedding's own bytes."""
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in numbers.flatten().split(PIECE)]).sum()
