@@ -48,7 +48,7 @@ def main() -> None:
     structure = structure_named(recipes[0].model)
     tokens = counted(recipes[0], structure.context_length)
     assert tokens is not None
-    job = job_of(recipes, structure, find_place(None, None, "cpu"), tokens)
+    job = job_of(recipes, structure, find_place(None, None, "cpu"), [tokens])
     question = question_of(job, job.fit, tokens)
     rows = question.rows
     lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, tokens.percentiles)

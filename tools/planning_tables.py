@@ -80,8 +80,7 @@ def job(
     if method == "QLoRA" and head != "16bit":
         own = own.model_copy(update={"quantization": QuantizationConfig(load_in_4bit=True, head=head)})
     longest = LENGTH if tokens is None else tokens.longest
-    share = 0.5 if tokens is None else tokens.learned_share
-    return Job([own], base(name), place.kind, place.memory_bytes, share, longest)
+    return Job([own], base(name), place.kind, place.memory_bytes, longest)
 
 
 def memory_table() -> Iterator[str]:

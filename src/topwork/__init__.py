@@ -21,6 +21,7 @@ _WHERE = {
     "sweep": "topwork.run.sweep.run",
     "RunInterrupted": "topwork.run.interrupted",
     "init": "topwork.run.init",
+    "plan_run": "topwork.run.plan",
     "evaluate": "topwork.run.evaluate",
     "answer": "topwork.run.chat",
     "merge": "topwork.run.merge",

@@ -51,11 +51,11 @@ def test_prompting_comes_first_where_examples_are_few_and_a_recipe_is_told_for_l
 def test_a_recipe_is_written_with_reasons_and_never_over_another(
     topwork: Command, tickets: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "recipe.yaml"
+    out = tmp_path / "my recipe.yaml"
     given = ("--data", tickets, "--model", tiny_llama, "--set", "adapter.r=4", "--set", "output_dir=runs/mine")
     said = topwork("advise", *given, "--out", out)
     assert said.code == 0
-    assert f"go on with: topwork train {out}" in said.out
+    assert f"go on with: topwork train '{out}'" in said.out
     recipe = load_recipe(out)
     assert recipe.adapter.r == 4
     assert recipe.output_dir == "runs/mine"
@@ -160,6 +160,10 @@ def test_a_prompt_and_a_skill(topwork: Command, tmp_path: Path) -> None:
         (("--task", "reasoning", "--device", "T4", "--memory", "9GB"), "give one of them"),
         (("--task", "reasoning", "--model", "lama-3-8b"), "there is no model 'lama-3-8b'"),
         (("--task", "reasoning", "--set", "adapter.rank=3"), "adapter.r"),
+        (
+            ("--task", "reasoning", "--tokens", "500", "--longest", "20"),
+            "--longest is 20, which is less than the mean",
+        ),
         (("--examples", "5"), "nothing to advise on"),
         (("nowhere.yaml",), "nowhere.yaml cannot be read"),
     ],

@@ -72,7 +72,12 @@ def test_other_configs_that_are_none(folder: Path) -> None:
         written(folder, model_type="gptj", vocab_size="abc")
     with pytest.raises(ModelError, match="no causal language model can be built from this 'gptj' config"):
         written(folder, model_type="gptj", vocab_size=-8)
-    for text, told in (("[]", "holds no config"), ("{", "cannot be read as a config.json")):
+    with pytest.raises(ModelError, match="no causal language model can be built from this 'persimmon' config"):
+        written(folder, model_type="persimmon", pad_token_id=1000)
+    with pytest.raises(ModelError, match="has 4 attention heads, which is no multiple of its 3 key/value heads"):
+        written(folder, num_key_value_heads=3)
+    unread = "cannot be read as a config.json"
+    for text, told in (("[]", "holds no config"), ("{", unread), ("[" * 100_000, unread)):
         (folder / "config.json").write_text(text, "utf-8")
         with pytest.raises(ModelError, match=told):
             structure_named(ModelConfig(model_name_or_path=str(folder)))

@@ -183,6 +183,17 @@ CHANGES: dict[str, Any] = {
 }
 
 
+def test_what_was_measured_while_the_machine_was_busy_says_so() -> None:
+    asked = question()
+    keep(asked, FOUND, SPEED, "2026-11-29 12:00 UTC")
+    assert not seconds_here(asked, SPEED, *kept()).notes
+    keep(asked, replace(FOUND, spread=0.67), SPEED, "2026-11-29 12:00 UTC")
+    told = seconds_here(asked, SPEED, *kept()).notes
+    assert len(told) == 1
+    assert "busy" in told[0]
+    assert "67%" in told[0]
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_question_is_reckoned_from_the_nearest_measurement(name: str) -> None:
     other = question(**CHANGES[name])

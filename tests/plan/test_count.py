@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.common.errors import AdapterError, ModelError
+from topwork.common.errors import AdapterError, ModelError, RequestError
 from topwork.models import config_files
 from topwork.models.config import ModelConfig
 from topwork.models.config_files import shape_names
@@ -21,6 +21,7 @@ from topwork.models.structures.build import structure_from
 from topwork.plan.base import structure_named
 from topwork.plan.built import config_of, count_built
 from topwork.plan.count import count_adapter, count_table
+from topwork.run.count import count
 
 PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,
@@ -191,3 +192,9 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         config_of(str(tmp_path))
     with pytest.raises(ModelError, match="no causal language model"):
         skeleton(AutoConfig.for_model("clip"))
+
+
+@pytest.mark.parametrize("rank", [0, -4])
+def test_ranks_that_there_are_not(rank: int) -> None:
+    with pytest.raises(RequestError, match=f"--rank is {rank}; expected a positive whole number"):
+        count("llama-3-8b", ranks=(8, rank))

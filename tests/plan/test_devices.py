@@ -106,7 +106,8 @@ def test_a_users_cards_go_before_the_shipped_ones(tmp_path: Path) -> None:
         ("value: 24564", "value: true", r"devices\.RTX 4090\.memory_mib\.value is True"),
         ("value: 165", "value: 1.0e+300", r"devices\.RTX 4090\.tflops is 1e\+300"),
         ("value: 0.5", "value: 1.5", r"devices\.RTX 4090\.utilization\.value is 1\.5"),
-        ("{value: 24564, from: mine}", "24564", r"devices\.RTX 4090\.memory_mib is 24564"),
+        ("{value: 24564, from: mine}", "24564", r"devices\.RTX 4090\.memory_mib is 24564; expected keys"),
+        ("Cellar 9000:", "9000:", r"devices\.9000 is a number and no name; put it in quotes"),
         ("memory_mib: {value: 24564, from: mine}", "", r"devices\.RTX 4090\.memory_mib is missing"),
         ("memory_mib: {value: 24564", "memory: {value: 24564", r"devices\.RTX 4090\.memory(_mib)? is"),
         ("from: mine, where", "from: yours, where", r"price_per_hour\.from is 'yours'.*did you mean 'mine'|is 'yours'"),
@@ -136,3 +137,11 @@ def test_what_is_no_file_of_devices_is_refused(tmp_path: Path, data: bytes) -> N
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"none\.yaml could not be read"):
         read_devices(tmp_path / "none.yaml")
+
+
+def test_a_folder_is_refused_without_its_own_name_as_a_likely_one(tmp_path: Path) -> None:
+    (tmp_path / "cards.yaml").mkdir()
+    (tmp_path / "card.yaml").touch()
+    with pytest.raises(RequestError, match=r"a file is expected; its form") as told:
+        read_devices(tmp_path / "cards.yaml")
+    assert "did you mean" not in str(told.value)

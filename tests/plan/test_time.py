@@ -131,7 +131,7 @@ def test_going_forward_is_half_of_the_frozen_work_or_a_third_of_attention() -> N
     setup, shape = setup_of("smollm2-135m"), PassShape(1000, 500, 500)
     there, back = pass_work(setup, shape, backward=False), pass_work(setup, shape)
     assert (back.base, back.head) == (2 * there.base, 2 * there.head)
-    assert back.adapter == 2 * there.adapter
+    assert back.adapter == 3 * there.adapter  # forward, the input's gradient and its own: a product each
     assert back.attention == 3 * there.attention
 
 

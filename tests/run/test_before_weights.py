@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 import topwork.models.load as loading
-import topwork.run.evaluate
-import topwork.run.opened
+import topwork.run.loading
 import topwork.run.session
 from topwork.common.errors import AdapterError, DataError, ModelError
 from topwork.models.config import ModelConfig
@@ -35,7 +34,7 @@ def bases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(config.model_name_or_path)
         return loading.load_base(config, *rest)
 
-    for module in (topwork.run.session, topwork.run.opened, topwork.run.evaluate):
+    for module in (topwork.run.session, topwork.run.loading):
         monkeypatch.setattr(module, "load_base", counted)
     return loaded
 

@@ -21,6 +21,7 @@ from topwork.common.errors import DataError, ModelError, RecipeError, RequestErr
 from topwork.data.chat.template import Encoded
 from topwork.data.examples import load_data
 from topwork.recipe.recipe import all_keys, load_recipe
+from topwork.run.advise import advise
 from topwork.run.init import Begun, init
 from topwork.run.initial.lines import INSTEAD
 from topwork.run.train import train
@@ -358,14 +359,14 @@ def test_wrong_requests(topwork: Command, bases: Callable[[str], Path], here: Pa
 
 def test_the_command(topwork: Command, bases: Callable[[str], Path], here: Path) -> None:
     rows = prompt_completion(here).name
-    said = topwork("init", bases("smollm2"), rows, "--out", "mine.yaml")
+    said = topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml")
     assert said.code == 0, said.err
-    for word in ("topwork lint mine.yaml", "topwork plan mine.yaml", "topwork train mine.yaml"):
+    for word in ("topwork lint 'my rows.yaml'", "topwork plan 'my rows.yaml'", "topwork train 'my rows.yaml'"):
         assert word in said.out
-    again = topwork("init", bases("smollm2"), rows, "--out", "mine.yaml")
+    again = topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml")
     assert again.code == 2
-    assert "mine.yaml is there already" in again.err
-    found = json.loads(topwork("init", bases("smollm2"), rows, "--out", "mine.yaml", "--overwrite", "--json").out)
+    assert "my rows.yaml is there already" in again.err
+    found = json.loads(topwork("init", bases("smollm2"), rows, "--out", "my rows.yaml", "--overwrite", "--json").out)
     assert set(found) == {"path", "told", "recipe"}
     assert found["recipe"]["data"]["train"].endswith("pairs.jsonl")
 
@@ -390,3 +391,9 @@ def test_errors_are_of_their_kind(bases: Callable[[str], Path], here: Path) -> N
         init("no/such-model-anywhere", "pairs.jsonl")
     with pytest.raises(RecipeError):
         init(str(bases("smollm2")), "pairs.jsonl", overrides=["training.lr=1"])
+
+
+def test_advice_has_nothing_against_the_room_for_short_answers(bases: Callable[[str], Path], here: Path) -> None:
+    begun = init(str(bases("smollm2")), csv_with_bom(here).name)
+    assert begun.recipe.evaluation.max_new_tokens == 32
+    assert "evaluation.max_new_tokens" not in [found.key for found in advise(begun.path).differences or ()]

@@ -157,11 +157,11 @@ def test_json(topwork: Command, tmp_path: Path) -> None:
 
 
 def test_a_copy_is_ready_to_be_used_and_never_lost(topwork: Command, tmp_path: Path) -> None:
-    said = topwork("recipes", "classification", "--out", tmp_path / "new" / "labels.yaml")
+    said = topwork("recipes", "classification", "--out", tmp_path / "my labels" / "labels.yaml")
     assert said.code == 0
-    path = tmp_path / "new" / "labels.yaml"
-    assert f"next: topwork lint {path}" in said.out
-    assert Path(str(load_recipe(path).data.train)) == tmp_path / "new" / "classification.jsonl"
+    path = tmp_path / "my labels" / "labels.yaml"
+    assert f"next: topwork lint '{path}'" in said.out
+    assert Path(str(load_recipe(path).data.train)) == tmp_path / "my labels" / "classification.jsonl"
     path.write_text("mine")
     again = topwork("recipes", "classification", "--out", path)
     assert again.code == 2

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 import topwork.run.fit as fit
+import topwork.run.loading as loading
 import topwork.training.loop as loop
 from reference.containers import container
 from run import tiny
@@ -21,11 +22,16 @@ from run.tiny import folder_bytes
 from topwork.common.errors import RequestError, RunError
 from topwork.common.memory import Free
 from topwork.data.examples import load_data
+from topwork.models.config import ModelConfig
+from topwork.models.config_files import shape_values
 from topwork.models.load import load_base
 from topwork.ops.batch import Batch
+from topwork.plan.base import structure_named
+from topwork.plan.setup import setup_of
 from topwork.quantization.config import QuantizationConfig
-from topwork.recipe.recipe import load_recipe
+from topwork.recipe.recipe import Recipe, load_recipe
 from topwork.run.outcome import TrainedRun
+from topwork.run.quantize import quantize
 from topwork.run.session import open_session
 from topwork.run.train import train
 from topwork.training.step import Learner, train_step
@@ -138,7 +144,7 @@ def short_of(monkeypatch: pytest.MonkeyPatch, recipe: Path, tokens: int, spare: 
     on = open_session(read, lambda _: None)
     longest = load_data(read.data, on.base.tokenizer, on.base.context_length, 0, lambda _: None, False).longest(0)
     memory = replace(fit._memory(on.base, [read], 1, 0), longest=longest)
-    more = memory.needed_bytes(tokens, layers) - TAKEN + fit.CHARGED_BYTES + spare
+    more = memory.needed_bytes(tokens, layers) - TAKEN + loading.CHARGED_BYTES + spare
     monkeypatch.setattr(fit, "free_memory", lambda _: Free(more, CONTAINER))
 
 
@@ -170,8 +176,96 @@ def test_a_base_that_does_not_fit_is_refused_without_advice_that_would_be_refuse
 ) -> None:
     monkeypatch.setattr(fit, "free_memory", lambda _: Free(9, CONTAINER))
     for size in (None, 256):
-        with pytest.raises(RequestError, match=r"lower what is needed: .*data.max_length$"):
+        with pytest.raises(RequestError, match=r"lower what is needed: .*data.max_length\. TOPWORK_ANYWAY=1 [^.]*$"):
             told(make_recipe(training=SHORT | {"tokens_per_pass": size}))
+
+
+def test_what_cannot_fit_is_tried_where_the_environment_says_so(
+    make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swap may hold it, which is not counted: weights that do not fit, and passes."""
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(9, CONTAINER))
+    monkeypatch.setenv("TOPWORK_ANYWAY", "1")
+    run, said = told(make_recipe(training=SHORT))
+    assert run.result["steps"] == 3
+    assert re.search("^warning: training takes at least .* are free; tried all the same", said, re.MULTILINE)
+    assert re.search("^warning: training with 256 tokens per pass .*; tried all the same", said, re.MULTILINE)
+
+
+# Using a base
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no base fits, and none may be read."""
+    monkeypatch.setattr(loading, "free_memory", lambda _: Free(90 * MB, CONTAINER))
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("weights were read"))
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("arguments", [["eval", "RUN"], ["chat", "RUN", "Hello?"], ["serve", "RUN"]])
+def test_a_base_that_does_not_fit_is_refused_before_it_is_read(
+    trained: Path, topwork: Callable[..., Said], arguments: list[str]
+) -> None:
+    said = topwork(*(str(trained) if argument == "RUN" else argument for argument in arguments))
+    assert said.code == 2, said.err
+    last = said.err.splitlines()[-1]
+    assert re.search(rf"error: holding .* takes about \d+ MB, and 90 MB of {CONTAINER} are free\. Give more", last), (
+        last
+    )
+    assert "load_in_4bit: true" in last
+    assert "TOPWORK_ANYWAY=1" in last
+
+
+@pytest.mark.usefixtures("large")
+def test_a_base_that_was_named_alone_is_refused_too(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"^holding {tiny_llama} takes"):
+        quantize(ModelConfig(model_name_or_path=str(tiny_llama), device="cpu"), tmp_path / "out", log=str)
+
+
+def test_a_base_is_tried_where_the_environment_says_so(
+    trained: Path, topwork: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_memory", lambda _: Free(9 * MB, CONTAINER))
+    monkeypatch.setenv("TOPWORK_ANYWAY", "0")
+    assert topwork("chat", trained, "Hello?").code == 2
+    monkeypatch.setenv("TOPWORK_ANYWAY", "1")
+    said = topwork("chat", trained, "Hello?")
+    assert said.code == 0, said.err
+    assert "warning: holding" in said.err + said.out
+
+
+def test_what_a_base_takes_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An 8B in 16 bits and in 4, from its config alone; with a base of a structure that nobody knows it goes on."""
+    monkeypatch.setattr(loading, "load_base", lambda *_: "read")
+    model, packed = ModelConfig(model_name_or_path="llama-3-8b", device="cpu"), QuantizationConfig(load_in_4bit=True)
+    monkeypatch.setattr(loading, "free_memory", lambda _: Free(6 * 10**9))
+    assert loading.open_base(model, str, packed) == "read"
+    with pytest.raises(RequestError, match=r"^holding llama-3-8b takes about 16,0\d\d MB, and 6,000 MB are free\."):
+        loading.open_base(model, str)
+    with pytest.raises(RequestError, match=r"takes about 32,1\d\d MB"):
+        loading.open_base(model.model_copy(update={"dtype": "float32"}), str)
+    monkeypatch.setattr(loading, "free_memory", lambda _: Free(5 * 10**9))
+    with pytest.raises(RequestError, match=r"a smaller base\. TOPWORK_ANYWAY"):
+        loading.open_base(model, str, packed)
+    assert loading.open_base(ModelConfig(model_name_or_path="./nowhere", device="cpu"), str) == "read"
+
+
+def test_a_base_that_is_stored_packed_is_counted_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its use and for training over it."""
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = dict(shape_values("llama-3-8b")) | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    monkeypatch.setattr(loading, "load_base", lambda *_: "read")
+    monkeypatch.setattr(loading, "free_memory", lambda _: Free(6 * 10**9))
+    model = {"model_name_or_path": str(tmp_path), "device": "cpu"}
+    assert loading.open_base(ModelConfig.model_validate(model), str) == "read"
+    recipe = Recipe.model_validate({"model": model, "data": {"train": "rows.jsonl"}})
+    packed = QuantizationConfig(load_in_4bit=True)
+    assert setup_of([recipe], structure_named(recipe.model)).quantization == packed
+    stored.pop("load_in_4bit")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": stored}), "utf-8")
+    assert not setup_of([recipe], structure_named(recipe.model)).quantization.active
 
 
 def test_a_run_that_goes_on_with_less_memory(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +366,12 @@ def test_under_a_limit_of_the_process(
     assert code == 1, said
     assert said.splitlines()[-1].startswith("error: out of memory"), said
     assert "DefaultCPUAllocator" not in said
+
+
+def test_a_base_under_a_limit_of_the_process(trained: Path, commands: Commands) -> None:
+    limit = LIMITED.format(more=5 * MB, limit="RLIMIT_AS", field="VmSize")
+    code, said = commands.run(["eval", str(trained)], before=limit)
+    assert (code, "error: holding" in said, "(ulimit -v) are free" in said) == (2, True, True), said
 
 
 def test_in_a_container(make_recipe: Recipes, commands: Commands) -> None:

@@ -23,9 +23,9 @@ from run import tiny
 from run.fixtures import Said
 from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import AdapterError, RequestError, RunError
+from topwork.common.memory import Free
 from topwork.merging import stream
 from topwork.run.merge import merge
-from topwork.run.merging import check as merge_check
 from topwork.run.merging import plan as merge_plan
 from topwork.run.train import train
 
@@ -124,8 +124,8 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(
 def test_too_little_memory_is_told_before_the_merge(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "free_memory_bytes", lambda _: 1 << 20)
-    with pytest.raises(RequestError, match=r"the check after the merge runs the model.*--check 0"):
+    monkeypatch.setattr("topwork.run.loading.free_memory", lambda _: Free(1 << 20))
+    with pytest.raises(RequestError, match=r"^running the model in the check .*, and 1 MB are free\..*--check 0"):
         merge(trained, tmp_path / "out", log=silent)
     merge(trained, tmp_path / "out", check=0, log=silent)
 

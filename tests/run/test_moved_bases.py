@@ -172,7 +172,7 @@ def no_touch(patch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_a_run_that_may_only_be_read(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_touch(monkeypatch, copied)
     loaded: list[str] = []
-    monkeypatch.setattr("topwork.run.opened.load_base", lambda *_: loaded.append("base"))
+    monkeypatch.setattr("topwork.run.opened.open_base", lambda *_: loaded.append("base"))
     with pytest.raises(RequestError, match=r"nothing can be written in .*\(Permission denied\); give a FILE .*--out"):
         evaluate(copied, log=silent)
     with pytest.raises(RequestError, match="give a FOLDER for it with --out"):

@@ -21,7 +21,8 @@ from topwork.run.plan import plan
 from topwork.run.planning import place as places
 from topwork.run.planning.first import would_fit
 from topwork.run.planning.place import find_place, memory_bytes
-from topwork.training.memory import MARGIN, largest_pass, peak
+from topwork.training.memory import MARGIN, peak
+from topwork.training.passes import Memory, plan_passes
 
 SIZES = {
     "24GB": 24 * 10**9, "24GiB": 24 << 30, "24000MB": 24 * 10**9, "24": 24 * 10**9, " 5,5 gb ": 5_500_000_000,
@@ -97,12 +98,24 @@ def test_without_a_card_the_machines_free_memory_is_planned_with(monkeypatch: py
 # What it takes
 
 
-def test_the_pass_is_the_one_that_training_plans(recipe: Path) -> None:
+@pytest.mark.parametrize("share", [1.0, 1.05, 1.2, 1.5, 2.0, 6.0])
+def test_the_pass_is_the_one_that_training_plans(recipe: Path, share: float) -> None:
+    """However few of the rows' tokens are learned."""
+    least = plan(recipe, memory="1MB").fit.needed_bytes
+    found = plan(recipe, memory=f"{share * least / 10**6:.0f}MB")
+    job = found.job
+    assert found.tokens is not None
+    assert found.tokens.learned_share < 0.6
+    expected = plan_passes(None, "auto", job.longest, Memory(job.setup, job.memory_bytes, job.longest))
+    assert (found.tokens_per_pass, found.checkpointed_layers) == (
+        expected.tokens_per_pass, expected.checkpointed_layers,
+    )  # fmt: skip
+
+
+def test_the_peak_is_the_largest_moment_of_the_pass(recipe: Path) -> None:
     found = plan(recipe, device="T4")
     job = found.job
     assert found.fits
-    expected = largest_pass(job.setup, job.memory_bytes, job.learned_share, job.longest, "auto")
-    assert (found.tokens_per_pass, found.checkpointed_layers) == expected
     shape = job.shape(found.tokens_per_pass)
     assert found.peak == peak(job.setup, shape, found.checkpointed_layers)
     assert found.peak in found.moments
@@ -210,6 +223,13 @@ def test_where_the_base_itself_is_too_large_a_smaller_one_is_named() -> None:
     assert "nothing makes it fit" in nothing.as_text() or not nothing.changes
 
 
+def test_a_base_without_the_targets_is_no_way_out() -> None:
+    """gpt2 is smaller than Qwen2.5, and has no layers of these names."""
+    found = plan("qwen2.5-0.5b", ["adapter.target_modules=[q_proj, v_proj]"], memory="1MB")
+    assert not found.fits
+    assert all(change.value != "gpt2" for change in found.changes)
+
+
 def test_long_sequences_may_be_what_does_not_fit() -> None:
     given = ["data.max_length=100000", "model.dtype=bfloat16"]
     found = plan("qwen2.5-0.5b", given, memory="6GB")
@@ -286,7 +306,7 @@ def test_names_of_the_json_stay(recipe: Path) -> None:
     assert list(found) == [
         "model", "parameters", "trained_parameters", "method", "load_in_4bit", "load_in_8bit", "device", "device_kind",
         "memory_bytes", "price_per_hour", "fits", "needed_bytes", "peak", "moments", "tokens_per_pass",
-        "checkpointed_layers", "checkpointable_layers", "data", "time", "changes", "compare", "notes",
+        "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare", "notes",
     ]  # fmt: skip
     assert list(found["data"]) == [
         "rows", "sequences", "tokens", "learned_tokens", "longest", "percentiles", "attended", "held_out_rows",
@@ -328,7 +348,7 @@ def test_the_text_begins_with_the_verdict_and_tells_what_to_change(recipe: Path)
 def test_a_job_speaks_of_several_members(recipe: Path) -> None:
     one = topwork.load_recipe(recipe)
     job = plan(recipe, device="T4").job
-    two = Job([one, one], job.structure, job.device, job.memory_bytes, job.learned_share, job.longest)
+    two = Job([one, one], job.structure, job.device, job.memory_bytes, job.longest)
     assert two.fit.peak.bytes > job.fit.peak.bytes or two.fit.tokens_per_pass < job.fit.tokens_per_pass
 
 
@@ -359,3 +379,69 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(monkeypatch: pyte
 
 def test_nothing_is_advised_where_a_run_fits(recipe: Path) -> None:
     assert would_fit(plan(recipe, device="T4").job) == ""
+
+
+# Several members
+
+
+def swept(recipe: Path, **sections: Any) -> Path:
+    path = recipe.with_name("sweep.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | sections))
+    return path
+
+
+def test_a_sweeps_members_are_planned_in_waves(recipe: Path) -> None:
+    path = swept(recipe, sweep={"grid": {"adapter.r": [8, 16, 32], "training.learning_rate": [1e-4, 1e-3]}})
+    roomy = plan(path, device="H100")
+    assert roomy.several is not None
+    assert roomy.several.waves == (6,)
+    assert len(roomy.job.recipes) == 6
+    first = plan(recipe, ["adapter.r=8"], memory="1MB")
+    tight = plan(path, memory=f"{1.1 * first.fit.needed_bytes / 10**6:.0f}MB")
+    assert tight.fits
+    assert tight.several is not None
+    assert sum(tight.several.waves) == 6
+    assert len(tight.several.waves) > 1
+    assert len(tight.job.recipes) == tight.several.waves[0]
+    assert "6 members in" in tight.as_text()
+    small = plan(path, memory="500MB")
+    assert not small.fits
+    assert "not even alone" in small.as_text()
+
+
+def test_all_waves_take_longer_than_one(recipe: Path) -> None:
+    path = swept(recipe, sweep={"grid": {"training.learning_rate": [1e-4, 1e-3]}}, training={"optim": "adamw"})
+    found = plan(path, device="T4")
+    assert found.several is not None
+    assert found.timing is not None
+    assert found.several.seconds == pytest.approx(found.timing.cost.seconds)
+    assert found.several.money == pytest.approx(found.timing.cost.money)
+    steps = plan(swept(recipe, sweep={"grid": {"training.batch_size": [4, 8]}}), device="T4")
+    assert steps.several is not None
+    assert steps.several.seconds is None
+
+
+def test_jobs_have_rows_of_their_own(recipe: Path) -> None:
+    write_rows(recipe.with_name("other.jsonl"), rows(20))
+    jobs = [{"name": "a", "data": {"train": "train.jsonl"}}, {"name": "b", "data": {"train": "other.jsonl"}}]
+    found = plan(swept(recipe, jobs=jobs), device="T4")
+    assert found.tokens is None
+    assert found.several is not None
+    assert found.several.members == 2
+    assert "rows of their own" in found.as_text()
+
+
+def test_a_sweep_whose_members_do_not_fit_is_refused_with_how_many(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "taken_memory", lambda _: 0)
+    one = topwork.load_recipe(recipe, ["model.device=cpu"])
+    large = topwork.load_recipe(recipe, ["model.device=cpu", "adapter.r=1024", "adapter.lora_alpha=1024"])
+    monkeypatch.setattr(fit, "free_memory", lambda _: Free(4 * 10**9))
+    fit.refuse_large_members([one, one])
+    with pytest.raises(RequestError, match=r"1 of 3 members do not fit into memory, not even alone: the largest takes"):
+        fit.refuse_large_members([one, large, one])
+
+
+def test_a_plan_is_made_from_python() -> None:
+    assert topwork.plan_run("qwen2.5-0.5b", device="T4").fits

@@ -16,9 +16,10 @@ from run.processes import Commands, signal_at
 from topwork.common.errors import RequestError
 from topwork.recipe.recipe import Recipe
 from topwork.run.outcome import TrainedRun
-from topwork.run.sweep.plan import SweepOptions, plan_sweep, waves
+from topwork.run.sweep.plan import SweepOptions, plan_sweep
 from topwork.run.sweep.run import Swept, sweep
 from topwork.run.sweep.state import recipe_hash
+from topwork.run.sweep.trials import waves
 from topwork.run.train import train_held
 
 Recipes = Callable[..., Path]
@@ -139,7 +140,7 @@ def test_a_finished_sweep_is_not_begun_again(swept: Swept) -> None:
 
 
 def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(2, len(recipes)))
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes, _longest: min(2, len(recipes)))
     heard: list[str] = []
     done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4", log=heard.append)
     assert any("2 of 3 members fit into free memory" in line and "2 waves of 2, 1" in line for line in heard)
@@ -150,7 +151,7 @@ def test_in_waves_of_as_many_as_fit(make_recipe: Recipes, monkeypatch: pytest.Mo
 
 def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([3, 3, 3, 2])  # two waves of three; the first still fits, the second has room for two
-    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, recipes: min(next(answers, 3), len(recipes)))
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, rest, _longest: min(next(answers, 3), len(rest)))
     heard: list[str] = []
     done = quietly(make_recipe(training=SHORT), "adapter.r=2,3,4,5,6,7", log=heard.append)
     assert [wave["members"] for wave in done.result["waves"]] == [["r-2", "r-3", "r-4"], ["r-5", "r-6"], ["r-7"]]
@@ -162,7 +163,7 @@ def test_a_wave_that_no_longer_fits_is_cut_again(make_recipe: Recipes, monkeypat
 def test_alone_in_its_wave_a_member_that_diverges_is_shown_too(
     make_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, _recipes: 1)
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda *_: 1)
     done = quietly(make_recipe(training=SHORT), "training.learning_rate=1e38,5e-3")
     assert [member["state"] for member in done.result["members"]] == ["diverged", "finished"]
 
@@ -235,7 +236,7 @@ def test_a_sweep_that_was_begun_before_goes_on(
         for wave in before["waves"]:
             del wave["begun"]
         (Path(f"{recipe.with_suffix('')}-sweep") / "sweep.json").write_text(json.dumps(before), "utf-8")
-    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda _on, _recipes: 1)  # a wave that was begun stays whole
+    monkeypatch.setattr(sweep_module, "trials_that_fit", lambda *_: 1)  # a wave that was begun stays whole
     done = quietly(recipe, grid, resume=True)
     written = json.loads((done.folder / "sweep.json").read_text("utf-8"))
     assert written == done.result

@@ -84,7 +84,7 @@ def test_a_moved_sweep_goes_on_where_it_is(
 
     recipe = make_recipe(training=SHORT)
     whole = quietly(make_recipe("whole", training=SHORT), "2,4").folder
-    monkeypatch.setattr(module, "trials_that_fit", lambda _on, _recipes: 1)
+    monkeypatch.setattr(module, "trials_that_fit", lambda *_: 1)
     monkeypatch.setattr(module, "_take_off", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quietly(recipe, "2,4")

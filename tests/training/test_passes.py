@@ -23,8 +23,9 @@ from topwork.plan.setup import setup_of
 from topwork.recipe.recipe import make_recipe
 from topwork.training.config import Checkpointing, TrainingConfig
 from topwork.training.memory import MARGIN, SMALLEST_PASS, PassShape, largest_pass, moments
-from topwork.training.passes import Memory, PassPlan, plan_passes, step_passes, trials_that_fit
+from topwork.training.passes import Memory, PassPlan, plan_passes, step_passes
 from topwork.training.step import Learner, StepResult, train_step
+from topwork.training.together import members_that_fit
 
 SMOLLM2 = structure_named(ModelConfig(model_name_or_path="smollm2-135m"))
 LAYERS = 30
@@ -169,10 +170,11 @@ def test_members_that_do_not_fit_beside_a_pass_wait() -> None:
     three = replace(one.setup, members=one.setup.members * 3)
     two = replace(three, members=three.members[:2])
     total = Memory(two, 0).needed_bytes(SMALLEST_PASS, 29)
-    assert trials_that_fit(None, "auto", Memory(three, total)) == 2
-    assert trials_that_fit(None, "auto", Memory(three, 10 * total)) == 3
-    assert trials_that_fit(None, "auto", Memory(three, 0)) == 1
-    assert trials_that_fit(4096, "off", Memory(three, total)) == 1
+    assert members_that_fit(three, total, None, "auto") == 2
+    assert members_that_fit(three, total, None, "auto", longest=2 * SMALLEST_PASS) == 1  # it has to hold that too
+    assert members_that_fit(three, 10 * total, None, "auto") == 3
+    assert members_that_fit(three, 0, None, "auto") == 1
+    assert members_that_fit(three, total, 4096, "off") == 1
 
 
 @pytest.mark.parametrize("value", ["auto", "off", "full", 0, 12])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +85,7 @@ def _tell(found: "Advised", as_json: bool, out: Path | None) -> None:
         return
     print(found.as_text())
     if out is not None:
-        print(f"\nrecipe: {out}\ngo on with: topwork train {out}")
+        print(f"\nrecipe: {out}\ngo on with: topwork train {shlex.quote(str(out))}")
 
 
 def _knowledge(as_prompt: bool, skill: Path | None) -> None:

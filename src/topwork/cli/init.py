@@ -1,6 +1,7 @@
 """`topwork init`. Imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,7 @@ def init(
         print(json.dumps(begun.as_json()))
         return
     print("\n".join([*begun.told, f"wrote {begun.path}"]))
-    print(f"next: topwork lint {begun.path}     rows as the model will see them")
-    print(f"      topwork plan {begun.path}     memory, time and cost")
-    print(f"      topwork train {begun.path}")
+    path = shlex.quote(str(begun.path))
+    print(f"next: topwork lint {path}     rows as the model will see them")
+    print(f"      topwork plan {path}     memory, time and cost")
+    print(f"      topwork train {path}")

@@ -1,6 +1,7 @@
 """`topwork recipes`. Imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def recipes(
     elif written is not None:
         recipe, data = written
         print(f"{recipe}\n{data}: example rows; put yours in their place")
-        print(f"next: topwork lint {recipe}\n      topwork train {recipe}")
+        path = shlex.quote(str(recipe))
+        print(f"next: topwork lint {path}\n      topwork train {path}")
     else:
         print((shipped.rows if rows else shipped.text).rstrip("\n"))

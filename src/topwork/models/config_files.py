@@ -42,7 +42,7 @@ class ConfigFile:
             return gguf_values(Path(str(self.file))) or {}
         try:
             given = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # brackets without end recurse
             raise ModelError(f"{self.file} cannot be read as a config.json: {why(error)}") from error
         if not isinstance(given, dict):
             raise ModelError(f"{self.file} holds no config, expected a JSON object with the model's sizes")

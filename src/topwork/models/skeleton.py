@@ -5,6 +5,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from topwork.common.errors import ModelError
 
+_UNBUILDABLE = (
+    ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, ImportError, AssertionError, AttributeError
+)  # fmt: skip
+"""What transformers' and torch's classes raise for sizes that they cannot be built of."""
+
 
 def skeleton(
     config: PretrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype | None = None
@@ -15,7 +20,7 @@ def skeleton(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **typed)
-    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, ImportError) as error:
+    except _UNBUILDABLE as error:
         raise ModelError(
             f"no causal language model can be built from this {config.model_type!r} config: {_first_line(error)}"
         ) from error

@@ -1,11 +1,13 @@
 """The structure of the base that a recipe names, from its config alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 from topwork.models.config import ModelConfig
 from topwork.models.config_files import find_config
 from topwork.models.structure import Structure
 from topwork.models.structures.build import structure_from
+from topwork.quantization.config import QuantizationConfig
 
 
 def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: None) -> Structure:
@@ -23,3 +25,27 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
     from topwork.plan.built import base_skeleton
 
     return structure_of(base_skeleton(model), fast=False)
+
+
+def quantization_named(model: ModelConfig, wanted: QuantizationConfig) -> QuantizationConfig:
+    """How a base is held: as it is `wanted`, or as its config says that it is stored, by bitsandbytes. Raises
+    ModelError."""
+    stored = find_config(model.model_name_or_path, model.revision).values().get("quantization_config")
+    if wanted.active or not isinstance(stored, dict):
+        return wanted
+    skipped = stored.get("llm_int8_skip_modules")
+    asked = {"llm_int8_skip_modules": skipped} if isinstance(skipped, list) else {}
+    if stored.get("load_in_8bit"):
+        return _checked({"load_in_8bit": True, **asked}, wanted)
+    if not stored.get("load_in_4bit"):
+        return wanted
+    names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    return _checked({"load_in_4bit": True, **{name: stored[name] for name in names if name in stored}, **asked}, wanted)
+
+
+def _checked(asked: dict[str, Any], otherwise: QuantizationConfig) -> QuantizationConfig:
+    """A config that says what cannot be is for its loading to speak of."""
+    try:
+        return QuantizationConfig.model_validate(asked)
+    except ValueError:
+        return otherwise

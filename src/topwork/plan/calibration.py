@@ -15,6 +15,10 @@ from topwork.plan.time import Speed, step_seconds
 from topwork.plan.work import pass_work
 from topwork.training.memory_setup import PassShape, Setup
 
+STEADY = 0.2
+"""Half of the steps lie this near, relative to their median, where nobody else works on the machine; they lay within
+0.01 to 0.1 there, and within 0.67 beside five other jobs."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -112,6 +116,11 @@ class Measured:
     load: float
     layers: tuple[int, ...]
     rounds: int
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether others worked on the machine meanwhile, so that a quiet hour may give another number."""
+        return self.spread > STEADY
 
 
 def measured(arms: Sequence[Arm], layers: int, checkpointed_layers: int, load: float) -> Measured:

@@ -111,7 +111,7 @@ def seconds_here(question: Question, speed: Speed, records: Sequence[Record], no
     if exact is not None:
         found = exact.measured.step
         speed = replace(speed, scale=speed.scale * found / reckoned)
-        return Found(found, speed, f"measured on this machine, {exact.date}", True, told)
+        return Found(found, speed, f"measured on this machine, {exact.date}", True, (*told, *_unsteady(exact)))
     if not records:
         return Found(reckoned, speed, speed.source, False, told)
     nearest = min(records, key=lambda record: _distance(record, question))
@@ -120,7 +120,16 @@ def seconds_here(question: Question, speed: Speed, records: Sequence[Record], no
         f"reckoned by operations from this machine's measurement of {_called(nearest)}, {nearest.date}; measure this "
         "very recipe with topwork plan RECIPE --calibrate"
     )
-    return Found(reckoned * nearest.ratio, speed, source, False, told)
+    return Found(reckoned * nearest.ratio, speed, source, False, (*told, *_unsteady(nearest)))
+
+
+def _unsteady(record: Record) -> list[str]:
+    if not record.measured.unsteady:
+        return []
+    return [
+        f"the machine was busy while this was measured (half of the steps within {record.measured.spread:.0%}): the "
+        "time may be far off; measure again in a quieter hour with --calibrate"
+    ]
 
 
 def _distance(record: Record, question: Question) -> float:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.common.options import Options
 from topwork.common.os_errors import why
-from topwork.common.paths import missed
+from topwork.common.paths import is_there, missed
 from topwork.recipe.recipe import parse_yaml
 
 MIB = 1 << 20
@@ -119,8 +119,9 @@ def read_devices(path: Path | str) -> Mapping[str, Device]:
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        near = "" if is_there(Path(path)) else missed(path)
         raise RequestError(
-            f"{path} could not be read as a file of devices: {why(error)}{missed(str(path))}. Its form is that of "
+            f"{path} could not be read as a file of devices: {why(error)}{near}; its form is that of "
             f"topwork/plan/{SHIPPED}"
         ) from error
     own = _devices(text, str(path))
@@ -145,7 +146,7 @@ def find_device(name: str, devices: Mapping[str, Device] | None = None) -> Devic
     for device in known.values():
         near = near.replace(repr(_key(device.name)), repr(device.name))
     raise RequestError(
-        f"there is no device {name!r}; there are {', '.join(known)}{near}. Others go into a file of your own: "
+        f"there is no device {name!r}; there are {', '.join(known)}{near or ';'} Others go into a file of your own: "
         "--devices FILE, or say how much memory there is: --memory 24GB"
     )
 
@@ -212,5 +213,9 @@ def _told(error: ValidationError) -> str:
         kind = _Entry if len(problem["loc"]) == 3 else _Value if len(problem["loc"]) == 4 else _File
         known = [field.alias or name for name, field in kind.model_fields.items()]
         return f"{place} is no key that is known here{did_you_mean(str(problem['loc'][-1]), known)}"
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"{place} is {problem['input']!r}; expected keys under it, as topwork/plan/{SHIPPED} has them"
+    if problem["loc"][-1:] == ("[key]",):
+        return f"{place.removesuffix('.[key]')} is a number and no name; put it in quotes"
     message = str(problem["msg"]).replace("Input should be", "expected", 1)
     return f"{place or 'the file'} is {problem['input']!r}; {message[:1].lower()}{message[1:]}"

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from topwork.adapters.config import FullConfig, LoraConfig
+from topwork.common.errors import AdapterError
 from topwork.models.config import ModelConfig
 from topwork.models.config_files import shape_names
 from topwork.models.structure import Structure
@@ -42,15 +43,16 @@ class Fit:
 class Job:
     """What is to fit: recipes that train together on one base, into so much memory.
 
-    longest        tokens of the longest sequence, virtual ones among them
-    learned_share  of the tokens of a pass, those that meet the head
+    longest  tokens of the longest sequence, virtual ones among them
+
+    Every token of a pass may be learned, as training takes it too (`run/fit.py`): a row that is learned whole has to
+    fit, however few others are.
     """
 
     recipes: Sequence[Recipe]
     structure: Structure
     device: Literal["cpu", "cuda"]
     memory_bytes: int
-    learned_share: float
     longest: int
 
     @cached_property
@@ -60,8 +62,7 @@ class Job:
 
     def shape(self, tokens: int) -> PassShape:
         """A pass of so many tokens."""
-        learned = max(1, min(tokens, round(self.learned_share * tokens)))
-        return PassShape(tokens, learned, min(self.longest, tokens))
+        return PassShape(tokens, tokens, min(self.longest, tokens))
 
     @cached_property
     def fit(self) -> Fit:
@@ -78,7 +79,7 @@ class Job:
         tokens, layers = fitting_pass(
             self.setup,
             memory_bytes,
-            self.learned_share,
+            1.0,
             self.longest,
             training.activation_checkpointing,
             training.tokens_per_pass,
@@ -127,14 +128,19 @@ class _Step:
 
     def on(self, job: Job) -> Job | None:
         """The job with it; None where it does not go with the rest."""
-        if self.key == "model.model_name_or_path":
-            model = ModelConfig(model_name_or_path=self.value, dtype=job.recipes[0].model.dtype)
-            other = replace(job, structure=structure_named(model))
-            return other.with_recipes(lambda recipe: recipe.model_copy(update={"model": model}))
         try:
-            return job.with_recipes(lambda recipe: changed(recipe, {self.key: self.value}))
-        except ValueError:  # a packed head goes with packed layers alone
+            found = self._made(job)
+            _ = found.setup
+            return found
+        except (ValueError, AdapterError):  # a packed head without packed layers; targets that another base lacks
             return None
+
+    def _made(self, job: Job) -> Job:
+        if self.key != "model.model_name_or_path":
+            return job.with_recipes(lambda recipe: changed(recipe, {self.key: self.value}))
+        model = ModelConfig(model_name_or_path=self.value, dtype=job.recipes[0].model.dtype)
+        other = replace(job, structure=structure_named(model))
+        return other.with_recipes(lambda recipe: recipe.model_copy(update={"model": model}))
 
 
 def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

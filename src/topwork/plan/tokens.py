@@ -24,10 +24,11 @@ from topwork.recipe.recipe import Recipe
 
 PERCENTILES = (50, 90, 99)
 BYTES_PER_TOKEN = 4.0
-"""Of UTF-8, where no tokenizer is at hand: four letters of English, or a little more than one of Chinese, which is what
-vocabularies of 50,000 to 250,000 entries come to (`tools/planning_tables.py` prints what it is on real rows)."""
+"""Of UTF-8, where no tokenizer is at hand. SmolLM2's takes 4.03 of banking77's texts, 4.04 of hh_rlhf's, 3.83 of
+e2e_nlg's, 3.61 of tool calls and 2.81 of GSM8K's, whose digits are tokens each (2026-11-30): up to 40 % under."""
 TURN_TOKENS = 5
-"""What a chat template writes around a message, about."""
+"""What a chat template writes around a message: ChatML, in SmolLM2's tokens, 5 around a user's and 6 around an
+assistant's."""
 Counted = Literal["all", "sample", "estimated"]
 
 

@@ -72,7 +72,7 @@ def pass_work(
     return Work(
         base=(times + 2.0 * learning) * weights * tokens,
         head=(times + 2.0 * head_learning) * head * shape.learned_tokens,
-        adapter=(1.5 * times) * parameters * tokens,
+        adapter=(6.0 if backward else 2.0) * parameters * tokens,
         attention=(6.0 if backward else 2.0) * attention,
         recomputed=repeated * (2.0 * (repeated_weights + parameters) * tokens + 2.0 * attention),
         walked_bytes=(WALKS if backward else 1.5) * (1.0 + repeated / 3) * base.layers * kept_bytes(setup) * tokens,
@@ -123,7 +123,7 @@ def kept_bytes(setup: Setup) -> float:
     up."""
     base = setup.structure
     attention, key_value = base.heads * base.head_dim, base.key_value_heads * base.head_dim
-    return value_bytes(setup.dtype) * (2 * base.hidden + 2 * attention + 2 * key_value + 2 * base.inner)
+    return setup.value_bytes * (2 * base.hidden + 2 * attention + 2 * key_value + 2 * base.inner)
 
 
 def unpacking_bytes(setup: Setup) -> float:
@@ -131,12 +131,7 @@ def unpacking_bytes(setup: Setup) -> float:
     if not setup.quantization.active:
         return 0.0
     packed = 1.0 if setup.quantization.load_in_8bit else 0.5
-    return (packed + value_bytes(setup.dtype)) * linear_weights(setup.structure)
-
-
-def value_bytes(dtype: str) -> int:
-    """Of one value."""
-    return 4 if dtype == "float32" else 2
+    return (packed + setup.value_bytes) * linear_weights(setup.structure)
 
 
 def _holds_experts(module: Module) -> bool:

@@ -103,7 +103,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepRequest:
     """Read a recipe that may have `sweep:` or `jobs:`. Raises RecipeError."""
     path = Path(plain_path(str(path)))
     request = make_sweep(read_values(path, overrides), str(path), path.parent)
-    return replace(request, described=_describes(read_values(path)))
+    return replace(request, described=describes_several(read_values(path)))
 
 
 def make_sweep(values: dict[str, Any], source: str = "recipe", folder: Path = Path()) -> SweepRequest:
@@ -117,10 +117,10 @@ def make_sweep(values: dict[str, Any], source: str = "recipe", folder: Path = Pa
     taken = [job.name for job in jobs if job.name in TAKEN]
     if taken:
         raise RecipeError(f"{source}: a job is called {taken[0]!r}, as a sweep calls something of its own; rename it")
-    return SweepRequest(own, sweep, jobs, source, folder, _describes(values))
+    return SweepRequest(own, sweep, jobs, source, folder, describes_several(values))
 
 
-def _describes(values: dict[str, Any]) -> bool:
+def describes_several(values: dict[str, Any]) -> bool:
     """Whether there is a section of several runs."""
     return any(values.get(name) is not None for name in SEVERAL)
 

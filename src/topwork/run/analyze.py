@@ -17,7 +17,7 @@ from topwork.common.files import write_bytes, write_json
 from topwork.evaluation.perplexity import read_windows, window_losses
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
-from topwork.models.load import DTYPES, load_base
+from topwork.models.load import DTYPES
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.weights import quantizable, stored_weights, weight_shape
@@ -27,6 +27,7 @@ from topwork.quantization.error import FormatErrors, Packing, Sums, dequantized,
 from topwork.reporting.curves import png_bytes
 from topwork.reporting.quantization import quantization_chart
 from topwork.run.folder import check_place
+from topwork.run.loading import open_base
 
 WINDOWS = 32
 SCORED = (
@@ -206,7 +207,7 @@ def _in_all(form: Packing, by_kind: Mapping[str, Sums], shapes: Sequence[tuple[i
 
 
 def _score(config: ModelConfig, text: Path, windows: int, log: Log) -> TextScores:
-    base = load_base(config, log)
+    base = open_base(config, log)
     read = read_windows(base, text, windows)
     if len(read) < windows:
         log(f"{text} fills {len(read)} windows of {len(read[0])} tokens, fewer than the {windows} asked for")

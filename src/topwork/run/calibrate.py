@@ -80,6 +80,7 @@ def calibrate(
     log(
         f"a step takes {found.step:,.3f} s: {found.rounds} rounds with {models} of {question.setup.structure.layers} "
         f"layers, half of them within {found.spread:.0%}; load before: {found.load:.1f}"
+        + (". The machine was busy: measure again in a quieter hour" if found.unsteady else "")
     )
     return seconds_here(question, speed, *kept(question.setup.device))
 

@@ -16,9 +16,9 @@ from topwork.generation.sampling import Sampling
 from topwork.generation.text import TextStream
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.run.folder import ADAPTER_NAME, RECIPE, TEMPLATE
 from topwork.run.given import ADAPTER_CONFIG, Given, given_adapter, is_adapter
+from topwork.run.loading import open_base
 from topwork.run.opened import OpenRun, open_given, system_of
 
 BASE = "base"
@@ -153,7 +153,7 @@ def _lead(name: str, given: Given | None, force: bool, log: Log) -> tuple[Base, 
     if given.recipe is not None:
         run = open_given(given, force=force, log=log)
         return run.base, run.adapters, Side(name, ADAPTER_NAME, run.template, run.system)
-    base = load_base(ModelConfig(model_name_or_path=given.model.model_name_or_path), log)
+    base = open_base(ModelConfig(model_name_or_path=given.model.model_name_or_path), log)
     adapters = Adapters(base.module, base.tokenizer)
     return base, adapters, _grafted(name, given, base, adapters, ADAPTER_NAME, force, log)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from topwork.common.errors import RequestError
 from topwork.common.os_errors import explained
 from topwork.models.config import ModelConfig
 from topwork.plan.base import structure_named
@@ -49,8 +50,10 @@ def count(
     log: Callable[[str], None] = lambda _: None,
 ) -> Counted:
     """Count a recipe's adapter, or the adapters that a model could have. `what` is a recipe or names a model; `log` is
-    told where its config alone is not enough, which takes longer."""
+    told where its config alone is not enough, which takes longer. Raises RequestError for ranks that there are not."""
     ranks = ranks or RANKS
+    if min(ranks) < 1:
+        raise RequestError(f"--rank is {min(ranks)}; expected a positive whole number")
     if Path(what).suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(Path(what), overrides)
         base = structure_named(recipe.model, log)

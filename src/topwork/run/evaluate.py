@@ -24,7 +24,6 @@ from topwork.evaluation.grade import Grader, pick_grader
 from topwork.evaluation.score import Question, Scores, questions_of, score, score_together
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.models.tokenizer import open_tokenizer
 from topwork.recipe.recipe import Recipe
 from topwork.reporting.readers import scores_file
@@ -32,6 +31,7 @@ from topwork.run.console import Counter
 from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of
 from topwork.run.given import Given, given_run
 from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
+from topwork.run.loading import open_base
 from topwork.run.opened import open_given
 from topwork.run.own_rows import load_own
 
@@ -140,7 +140,7 @@ def evaluate_model(
     tokenizer, length = open_tokenizer(model, log)
     room = length - (0 if saved is None else saved.config.virtual_tokens)
     read = _read(data, config.data, tokenizer, room, seed, log)
-    base = load_base(model, log, None, tokenizer)
+    base = open_base(model, log, None, tokenizer)
     template = ChatTemplate.from_config(base.tokenizer, data)
     arms: dict[str, str | None] = {"before": None}
     if saved is not None:

@@ -100,7 +100,7 @@ def prepared_merge(
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     refuse_small_disk(out, plan.nbytes)
     if check:
-        refuse_small_memory(plan.nbytes)
+        refuse_small_memory(plan.nbytes, log)
         doing(log, f"running base + adapter on {len(inputs.sequences)} inputs")
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 

@@ -17,12 +17,13 @@ from topwork.data.parts import read_parts
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fast import join_weights
-from topwork.models.load import DTYPES, load_base
+from topwork.models.load import DTYPES
 from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe
 from topwork.reporting.readers import read_json
 from topwork.run.folder import ADAPTER_NAME, RESULT, TEMPLATE
 from topwork.run.given import Given, given_run
+from topwork.run.loading import open_base
 
 ROWS = 1000
 """Of a run that has no result yet, among which its system message is looked for."""
@@ -60,7 +61,7 @@ def open_run(
     checkpoint: str | int | None = None,
 ) -> OpenRun:
     """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter; `tokenizer` as in
-    `load_base`, `model` and `checkpoint` as in `given_adapter`.
+    `open_base`, `model` and `checkpoint` as in `given_adapter`.
 
     Raises RequestError where the run has neither an adapter nor a checkpoint yet.
     """
@@ -103,10 +104,10 @@ def open_adapter(
     AdapterError for another base than the adapter's, unless `force`.
     """
     if quantization.active or dtype == "float16":
-        base = load_base(model, log, quantization, tokenizer)
+        base = open_base(model, log, quantization, tokenizer)
         _cast(base, DTYPES[dtype])
     else:
-        base = load_base(model.model_copy(update={"dtype": dtype}), log, quantization, tokenizer)
+        base = open_base(model.model_copy(update={"dtype": dtype}), log, quantization, tokenizer)
     adapters = Adapters(base.module)
     warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
     if warning:

@@ -12,11 +12,14 @@ from topwork.plan.base import structure_named
 from topwork.plan.devices import Device, read_devices, shipped_devices
 from topwork.plan.fits import Job, changes_that_fit
 from topwork.plan.tokens import Tokens, counted
-from topwork.recipe.recipe import Recipe, make_recipe, overridden
+from topwork.recipe.recipe import Recipe, make_recipe, overridden, read_values
+from topwork.recipe.sweep_config import describes_several, load_sweep
 from topwork.run.planning.compared import compared
 from topwork.run.planning.place import Place, card_place, find_place
 from topwork.run.planning.planned import Planned
+from topwork.run.planning.several import distinct_rows, together, waves_of
 from topwork.run.planning.timing import question_of, timing_of
+from topwork.run.sweep.trials import model_of, trials_of
 from topwork.run.which import which_recipe
 
 Log = Callable[[str], None]
@@ -37,7 +40,8 @@ def plan(
 ) -> Planned:
     """Plan the run that a recipe describes, or one of LoRA's defaults on a model that is named alone.
 
-    what       a recipe, its file, a run's folder, or a model as `model.model_name_or_path` has it
+    what       a recipe, its file, a run's folder, or a model as `model.model_name_or_path` has it; of a file with
+               `sweep:` or `jobs:` all members are planned, in waves of as many as fit together
     device     a card by its name ("RTX 4090"), in the place of this machine
     memory     so much memory ("24GB", "24GiB", "24000MB", "24"), in the place of a device
     compare    full fine-tuning, LoRA and QLoRA on all devices too
@@ -47,11 +51,12 @@ def plan(
     Raises RequestError for whatever is wrong with the request, as training would.
     """
     known = shipped_devices() if devices is None else read_devices(devices)
-    recipe = recipe_of(what, overrides)
-    place = find_place(device, memory, recipe.model.device, known)
-    structure = structure_named(recipe.model)
-    tokens = None if recipe.data.train == NO_ROWS else counted(recipe, structure.context_length)
-    job = job_of([recipe], structure, place, tokens)
+    recipes, structure = _asked_for(what, overrides)
+    place = find_place(device, memory, recipes[0].model.device, known)
+    counts = _counted(recipes, structure)
+    waves = waves_of(job_of(recipes, structure, place, counts))
+    job = next((wave for wave in waves if not wave.fit.fits), waves[0])
+    tokens = counts[0] if len(counts) == 1 else None
     here = device is None and memory is None
     if calibrate and not here:
         raise RequestError(
@@ -59,35 +64,53 @@ def plan(
             "another place; give one of the two"
         )
     if calibrate:
-        _measure(recipe, job, tokens, place, log)
-    found = Planned(
-        recipe, job, place, tokens, timing_of(job, job.fit, tokens, place, here), notes=_notes(recipe, place)
-    )
+        _measure(job, tokens, place, log)
+    timing = timing_of(job, job.fit, tokens, place, here)
+    several = together(waves, tokens, place, here) if len(recipes) > 1 else None
+    found = Planned(job.recipes[0], job, place, tokens, timing, several, notes=_notes(recipes[0], place))
     if not found.fits:
         found = replace(found, changes=changes_that_fit(job, None if tokens is None else tokens.percentiles))
     return replace(found, table=compared(job, tokens, _places(known))) if compare else found
 
 
-def recipe_of(what: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that is meant; of a model that is named alone, one of all defaults and without rows."""
+plan_run = plan
+"""As `topwork` has it, whose `plan` is a package."""
+
+
+def _asked_for(what: Recipe | Path | str, overrides: Sequence[str]) -> tuple[list[Recipe], Structure]:
+    """The recipes that are meant, all members of a sweep, and their base; of a model that is named alone, a recipe of
+    all defaults and without rows."""
     if isinstance(what, Recipe):
-        return what
+        return [what], structure_named(what.model)
     path = Path(plain_path(str(what)))
     is_run = path.is_dir() and (path / "recipe.yaml").exists()
-    if path.suffix.lower() in (".yaml", ".yml") or is_run:
-        return which_recipe(path, overrides)
-    values = {"model": {"model_name_or_path": str(what)}, "data": {"train": NO_ROWS}}
-    return make_recipe(overridden(values, overrides), str(what))
+    if path.suffix.lower() not in (".yaml", ".yml") and not is_run:
+        values = {"model": {"model_name_or_path": str(what)}, "data": {"train": NO_ROWS}}
+        recipe = make_recipe(overridden(values, overrides), str(what))
+    elif not is_run and describes_several(read_values(path, overrides)):
+        request = load_sweep(path, overrides)
+        structure = structure_named(model_of(request))
+        return [trial.recipe for trial in trials_of(request, structure).trials], structure
+    else:
+        recipe = which_recipe(path, overrides)
+    return [recipe], structure_named(recipe.model)
 
 
-def job_of(recipes: Sequence[Recipe], structure: Structure, place: Place, tokens: Tokens | None) -> Job:
-    """What has to fit: of rows that are not known, sequences as long as they may be, learned whole."""
+def _counted(recipes: Sequence[Recipe], structure: Structure) -> list[Tokens | None]:
+    """For each way in which the recipes read rows."""
+    return [
+        None if recipe.data.train == NO_ROWS else counted(recipe, structure.context_length)
+        for recipe in distinct_rows(recipes)
+    ]
+
+
+def job_of(recipes: Sequence[Recipe], structure: Structure, place: Place, counts: Sequence[Tokens | None]) -> Job:
+    """What has to fit: of rows that are not known, sequences as long as they may be."""
     first = recipes[0]
-    room = min(first.data.max_length, structure.context_length - first.adapter.virtual_tokens)
-    longest = room if tokens is None else tokens.longest
-    share = 1.0 if tokens is None else tokens.learned_share
     virtual = max(recipe.adapter.virtual_tokens for recipe in recipes)
-    return Job(recipes, structure, place.kind, place.memory_bytes, share, longest + virtual)
+    room = min(first.data.max_length, structure.context_length - virtual)
+    longest = max(room if tokens is None else tokens.longest for tokens in counts)
+    return Job(recipes, structure, place.kind, place.memory_bytes, longest + virtual)
 
 
 def _notes(recipe: Recipe, place: Place) -> list[str]:
@@ -103,7 +126,7 @@ def _places(known: Mapping[str, Device]) -> list[Place]:
     return [find_place(None, None, "cpu"), *map(card_place, known.values())]
 
 
-def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, place: Place, log: Log) -> None:
+def _measure(job: Job, tokens: Tokens | None, place: Place, log: Log) -> None:
     from topwork.plan.calibration import spread_rows
     from topwork.run.calibrate import calibrate
 
@@ -111,4 +134,4 @@ def _measure(recipe: Recipe, job: Job, tokens: Tokens | None, place: Place, log:
     rows = question.rows
     percentiles = {} if tokens is None else tokens.percentiles
     lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, percentiles)
-    calibrate([recipe], question, lengths, log=log, speed=place.speed)
+    calibrate(job.recipes, question, lengths, log=log, speed=place.speed)

@@ -12,7 +12,6 @@ from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.models.quantized import ORIGIN
 from topwork.models.writing import write_model
 from topwork.ops.packed import Packed, Packed4bit
@@ -20,6 +19,7 @@ from topwork.ops.quantize import BLOCK_SIZES
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import packed_modules, weight_bytes
 from topwork.run.folder import check_out
+from topwork.run.loading import open_base
 
 TYPES = ("nf4", "fp4", "int8")
 
@@ -83,7 +83,7 @@ def quantize(
     wanted = quantization_of(kind, block_size, double_quant)
     source = Path(plain_path(model.model_name_or_path))
     check_out(out, source if source.exists() else None, "the model's own folder", overwrite)
-    base = load_base(model.model_copy(update={"device": "cpu"}), log, wanted)  # packed and written by the host
+    base = open_base(model.model_copy(update={"device": "cpu"}), log, wanted)  # packed and written by the host
     _tell_of_split_rows(base, log)
     write_folder(out, lambda folder: _write(base, wanted, folder), overwrite)
     return measured(base, kind, out)

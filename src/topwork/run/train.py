@@ -127,7 +127,7 @@ def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[
     tokenizer, context_length = open_tokenizer(recipes[0].model, log)
     loaded = _load_data(recipes, tokenizer, context_length, log)
     longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
-    refuse_small_memory(recipes[0], longest)
+    refuse_small_memory(recipes[0], longest, log)
     return loaded, open_session(recipes[0], log, tokenizer)
 
 

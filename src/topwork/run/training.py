@@ -146,7 +146,8 @@ def _grafted(
 ) -> list[_Run]:
     """A fresh adapter for each recipe. Raises RequestError where memory is too small."""
     base, several = on.base, len(recipes) > 1
-    fit = trials_that_fit(on, recipes)
+    longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
+    fit = trials_that_fit(on, recipes, longest)
     if fit < len(recipes):
         raise RequestError(
             f"{len(recipes)} adapters do not fit into memory together: the first {fit} do; train them in parts of "

@@ -16,10 +16,10 @@ from topwork.generation.registry import Registry
 from topwork.generation.versions import Capacity
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.models.source import find_source
 from topwork.quantization.config import QuantizationConfig
 from topwork.run.folder import RECIPE, TEMPLATE, read_recipe
+from topwork.run.loading import open_base
 from topwork.serving.asking import Reader
 from topwork.serving.backends.backend import Card
 from topwork.serving.backends.local import LocalBackend
@@ -106,7 +106,7 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     say(f"loading {named.model.model_name_or_path} …")
     base = None
     if config.vllm is None:
-        base = load_base(named.model, say, named.quantization if named.quantization.active else None)
+        base = open_base(named.model, say, named.quantization if named.quantization.active else None)
     own = base.name if base is not None else find_source(named.model, say).name
     served = config.served_model_name or served_name(own)
     asked = named.model.model_name_or_path  # an alias answers too; a path stays ours

@@ -1,8 +1,8 @@
 """An optimizer step's rows as forward passes, and how large a pass may be."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
+from dataclasses import dataclass
+from itertools import groupby
 from types import MappingProxyType
 
 import torch
@@ -12,7 +12,7 @@ from topwork.common.seeds import hashed
 from topwork.data.batches import AdapterRows, collate_segments, pack, together
 from topwork.ops.batch import Batch
 from topwork.training.config import Checkpointing
-from topwork.training.memory import SMALLEST_PASS, Setup, fitting_pass, needed_bytes
+from topwork.training.memory import Setup, fitting_pass, needed_bytes
 
 
 def step_passes(
@@ -78,21 +78,6 @@ def plan_passes(asked_tokens: int | None, asked_layers: Checkpointing, longest: 
     Raises RecipeError where the longest sequence does not fit into what was asked for."""
     check_longest(asked_tokens, longest)
     return PassPlan(*fitting_pass(memory.setup, memory.total_bytes, 1.0, longest, asked_layers, asked_tokens))
-
-
-def trials_that_fit(asked_tokens: int | None, asked_layers: Checkpointing, memory: Memory) -> int:
-    """How many of the first members fit together; at least 1. The pass is as asked for, else the smallest, and
-    checkpoints as many layers as it may."""
-    every = memory.setup.structure.checkpointable
-    layers = {"off": 0, "auto": max(0, every - 1), "full": every}.get(str(asked_layers), asked_layers)
-    assert isinstance(layers, int)
-
-    def first(count: int) -> Memory:
-        return replace(memory, setup=replace(memory.setup, members=memory.setup.members[:count]))
-
-    tokens = asked_tokens or SMALLEST_PASS
-    counts = range(2, len(memory.setup.members) + 1)
-    return 1 + sum(1 for _ in takewhile(lambda count: first(count).holds(tokens, layers), counts))
 
 
 def check_longest(tokens_per_pass: int | None, longest: int) -> None:

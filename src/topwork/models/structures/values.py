@@ -81,7 +81,14 @@ class Values:
     @property
     def key_value_heads(self) -> int:
         """Heads of keys, and of values."""
-        return self.size(*KEY_VALUE_HEADS, default=self.heads)
+        groups = self.size(*KEY_VALUE_HEADS, default=self.heads)
+        latent = self.get("qk_rope_head_dim") is not None  # keys of all heads come from one vector
+        if self.heads % groups and not latent:
+            raise ModelError(
+                f"the config of this {self.family!r} model has {self.heads} attention heads, which is no multiple "
+                f"of its {groups} key/value heads; correct its config.json"
+            )
+        return groups
 
     @property
     def head_dim(self) -> int:

@@ -19,7 +19,7 @@ ADAPTER_BYTES, FULL_BYTES = 16, 4 + 4 + 2.03
 beside its 16 bits: the same with moments in 8 bits."""
 PASS_BYTES = 2 * GIB
 """A small pass, and the process."""
-LONGEST, LEARNED_SHARE = 1024, 0.5
+LONGEST = 1024
 """Where nobody said."""
 
 
@@ -35,9 +35,8 @@ def fits(case: Case, four_bit: bool = False, full: bool = False) -> bool | None:
     dtype = str(case.value("model.dtype", "bfloat16"))
     quantization = QuantizationConfig(load_in_4bit=four_bit)
     setup = Setup(facts.structure, dtype, quantization, (member,), facts.device)
-    share = LEARNED_SHARE if facts.learned_share is None else facts.learned_share
     longest = min(facts.longest or LONGEST, int(case.value("data.max_length", facts.longest or LONGEST)))
-    return largest_pass(setup, facts.memory_bytes, share, longest) is not None
+    return largest_pass(setup, facts.memory_bytes, 1.0, longest) is not None
 
 
 def _estimated_bytes(parameters: int, four_bit: bool, full: bool) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from topwork.common.errors import RequestError
 from topwork.models.config import ModelConfig
 from topwork.models.structure import Structure
 from topwork.plan.advice.facts import Facts
@@ -38,7 +39,13 @@ class Request:
 def facts_of(
     request: Request, seen: Seen | None, model: ModelConfig, structure: Structure, more: Mapping[str, Any]
 ) -> tuple[Facts, tuple[str, ...]]:
-    """What advice is given on, and the lines that tell it. What a request says goes before what rows look like."""
+    """What advice is given on, and the lines that tell it. What a request says goes before what rows look like. Raises
+    RequestError for lengths that contradict each other."""
+    if request.tokens is not None and request.longest is not None and request.longest < request.tokens:
+        raise RequestError(
+            f"--longest is {request.longest:,}, which is less than the mean of {request.tokens:,g} that --tokens says; "
+            "correct one of them"
+        )
     looked, tokens = (seen.looked, seen.tokens) if seen else (None, None)
     place = find_place(request.device, request.memory, model.device)
     task = request.task or (looked.task if looked else "")

@@ -11,10 +11,10 @@ from topwork.data.config import DataConfig, Sources
 from topwork.data.files.places import find_place
 from topwork.data.files.sources import with_held_out
 from topwork.evaluation.config import EvaluationConfig
-from topwork.models.load import load_base
 from topwork.run.evaluate import score_arms
 from topwork.run.folder import data_of
 from topwork.run.given import Given
+from topwork.run.loading import open_base
 
 BASE, COMBINED = "base", "combined"
 
@@ -57,7 +57,7 @@ def scores_of(
     the arms being `base`, sources by their labels, and `combined`. The base is held as the first run's was in training.
     """
     first = next((one for one in given if one.recipe is not None), given[0])
-    base = load_base(first.model, log, first.quantization)
+    base = open_base(first.model, log, first.quantization)
     adapters, own = Adapters(base.module), BaseId(base.name, base.fingerprint)
     names = [f"source_{at}" for at in range(len(given))]
     for name, saved in [*zip(names, (one.saved for one in given)), (COMBINED, combined)]:

@@ -18,7 +18,7 @@ _FOLDER = {f"{section}.{name}" for section, names in PATHS.items() for name in n
 
 def lines_of(known: Known, advice: Advice) -> list[Line]:
     """All but what memory asks for."""
-    lines = [*_of_base(known), *_of_advice(known, advice), *_of_data(known), *_of_evaluation(known)]
+    lines = [*_of_base(known), *_of_advice(known, advice), *_of_data(known), *_of_evaluation(known, advice)]
     lines.append(Line("output_dir", _run_folder(known.sources.name), "The run's folder, from the current folder on."))
     folder = known.out.parent
     given = [
@@ -92,7 +92,7 @@ _NO_TOKENIZER = (
 )
 
 
-def _of_evaluation(known: Known) -> list[Line]:
+def _of_evaluation(known: Known, advice: Advice) -> list[Line]:
     lines = []
     if known.sources.test:
         why = "Rows that training never sees: `topwork eval` answers and scores these."
@@ -100,6 +100,8 @@ def _of_evaluation(known: Known) -> list[Line]:
     if known.taken is not None and known.looked.kind != "text":
         answer = known.taken.lengths.answer
         room = min(LONGEST_ANSWER, -(-(answer + 1) // ANSWER_STEP) * ANSWER_STEP)
+        advised = [one.value for one in advice.choices if one.key == "evaluation.max_new_tokens"]
+        room = max(room, *(value for value in advised if isinstance(value, int)), 0)
         why = f"The longest answer that was looked at has {answer:,} tokens, the end of its turn among them."
         lines.append(Line("evaluation.max_new_tokens", room, why))
     return lines

@@ -60,8 +60,8 @@ class Known:
     def shape(self) -> Rows:
         """What a pass is made of."""
         if self.taken is None:
-            return Rows(self.looked.learned_share, self.longest, {})
-        return Rows(self.taken.lengths.learned_share, self.longest, self.taken.lengths.percentiles)
+            return Rows(self.longest, {})
+        return Rows(self.longest, self.taken.lengths.percentiles)
 
     def facts(self, memory_bytes: int, device: Literal["cpu", "cuda"]) -> Facts:
         """What advice is given on."""

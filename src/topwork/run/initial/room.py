@@ -33,9 +33,8 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a pass is made of: `Job.learned_share`, `Job.longest`, and the lengths that most sequences do not pass."""
+    """What a pass is made of: `Job.longest`, and the lengths that most sequences do not pass."""
 
-    learned_share: float
     longest: int
     percentiles: Mapping[int, int]
 
@@ -44,7 +43,7 @@ def fitted(recipe: Recipe, structure: Structure, place: Place, rows: Rows, decid
     """Raises RequestError where it fits only with another base, or with changes of what is `decided`; AdapterError
     where the adapter does not go with the base."""
     longest = min(rows.longest, recipe.data.max_length) + recipe.adapter.virtual_tokens
-    job = Job([recipe], structure, place.kind, place.memory_bytes, rows.learned_share, longest)
+    job = Job([recipe], structure, place.kind, place.memory_bytes, longest)
     if job.fit.fits:
         return Fitted(place, job.fit, ())
     changes = changes_that_fit(job, rows.percentiles)

@@ -5,15 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from topwork.common.errors import RequestError
-from topwork.common.memory import free_memory_bytes
 from topwork.merging.verify import KEPT_BYTES, Measurement, Verification, compare, measure, verify
 from topwork.models.config import ModelConfig
 from topwork.models.load import load_base
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
+from topwork.run.loading import refuse_large
 from topwork.run.merging.inputs import Inputs, Log
 from topwork.run.merging.plan import MergePlan, opened
 
@@ -32,15 +30,12 @@ def refuse_small_disk(out: Path, model_bytes: int) -> None:
         )
 
 
-def refuse_small_memory(model_bytes: int) -> None:
+def refuse_small_memory(model_bytes: int, log: Log) -> None:
     """Before anything is merged. Raises RequestError where the machine cannot hold the model that the check runs."""
-    needed, free = model_bytes + 2 * KEPT_BYTES + BESIDE_BYTES, free_memory_bytes(torch.device("cpu"))
-    if needed > free:
-        raise RequestError(
-            f"the check after the merge runs the model, which takes about {needed / 2**30:.1f} GiB of memory, and "
-            f"{free / 2**30:.1f} GiB are free. The merge itself needs little: leave the check out with --check 0, or "
-            "free some memory"
-        )
+    refuse_large(
+        model_bytes + 2 * KEPT_BYTES + BESIDE_BYTES, "running the model in the check after the merge",
+        "The merge itself needs little: leave the check out with --check 0, or give more memory", log,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

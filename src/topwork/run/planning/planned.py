@@ -10,6 +10,7 @@ from topwork.plan.tokens import Tokens
 from topwork.recipe.recipe import Recipe
 from topwork.run.planning.compared import Compared
 from topwork.run.planning.place import Place
+from topwork.run.planning.several import Together
 from topwork.run.planning.timing import Timing
 from topwork.training.memory import Usage, moments
 
@@ -18,7 +19,10 @@ from topwork.training.memory import Usage, moments
 class Planned:
     """A run as it would be at a place: whether it fits, with which pass, what it takes of memory, time and money.
 
-    tokens   of the recipe's rows; None where a model alone was given, or its rows are on the Hub
+    job      of the members that train together: of a sweep in waves the first, or the first that does not fit
+    several  the waves of a sweep; memory and time beside it are of one wave
+    tokens   of the recipe's rows; None where a model alone was given, its rows are on the Hub, or
+             members have rows of their own
     changes  what would make it fit, the least harmful first; empty where it does
     table    full fine-tuning, LoRA and QLoRA on all devices, where that was asked for
     notes    what was assumed, for people
@@ -29,6 +33,7 @@ class Planned:
     place: Place
     tokens: Tokens | None
     timing: Timing | None
+    several: Together | None = None
     changes: Sequence[Change] = ()
     table: Sequence[Compared] = ()
     notes: Sequence[str] = field(default=())
@@ -89,6 +94,7 @@ class Planned:
             "tokens_per_pass": self.tokens_per_pass,
             "checkpointed_layers": self.checkpointed_layers,
             "checkpointable_layers": structure.checkpointable,
+            "together": None if self.several is None else self.several.as_json(),
             "data": None if self.tokens is None else self.tokens.as_json(),
             "time": None if self.timing is None else self.timing.as_json(),
             "changes": [change.as_json() for change in self.changes],

@@ -21,6 +21,7 @@ MOMENTS = {
     "update": "at the optimizer's update",
     "saving": "while a checkpoint is saved",
 }
+WAVES_TOLD = 8
 PARTS = {
     "weights": "base weights",
     "constants": "constants of packed weights",
@@ -37,7 +38,17 @@ PARTS = {
 
 def text_of(plan: "Planned") -> str:
     """All of it."""
-    parts = [_head(plan), verdict(plan), "", *_memory(plan), "", *_pass(plan), *_data(plan), *_time(plan)]
+    parts = [
+        _head(plan),
+        verdict(plan),
+        *_several(plan),
+        "",
+        *_memory(plan),
+        "",
+        *_pass(plan),
+        *_data(plan),
+        *_time(plan),
+    ]
     if plan.changes:
         parts += ["", *_changes(plan.changes)]
     if plan.table:
@@ -61,8 +72,11 @@ def _head(plan: "Planned") -> str:
     recipe, structure = plan.recipe, plan.job.structure
     held = "4-bit " if recipe.quantization.load_in_4bit else "8-bit " if recipe.quantization.load_in_8bit else ""
     trained = plan.trained_parameters
+    named = method_named(plan)
+    if len(plan.job.recipes) > 1:
+        named = f"{len(plan.job.recipes):,} members together (the first: {named})"
     return (
-        f"{method_named(plan)} on {held}{recipe.model.model_name_or_path}: {_millions(trained)} of "
+        f"{named} on {held}{recipe.model.model_name_or_path}: {_millions(trained)} of "
         f"{_millions(structure.parameters)} parameters are trained ({trained / structure.parameters:.2%})"
     )
 
@@ -75,6 +89,27 @@ def method_named(plan: "Planned") -> str:
         adapter.method, adapter.method
     )  # fmt: skip
     return "full fine-tuning" if adapter.method == "full" else f"{name} r {r}" if r else name
+
+
+def _several(plan: "Planned") -> list[str]:
+    """Which members of a sweep train together, and how long all take."""
+    found = plan.several
+    if found is None:
+        return []
+    if not plan.fits:
+        lines = [f"sweep  {found.members:,} members, and this one does not fit, not even alone"]
+    elif len(found.waves) == 1:
+        lines = [f"sweep  {found.members:,} members, all in one wave"]
+    else:
+        sizes = ", ".join(f"{size:,}" for size in found.waves[:WAVES_TOLD]) + (" …" if found.waves[WAVES_TOLD:] else "")
+        lines = [
+            f"sweep  {found.members:,} members in {len(found.waves):,} waves of {sizes}: so many fit together; what "
+            "follows is of one wave"
+        ]
+    if found.seconds is not None:
+        money = "" if found.money is None else f", {dollars(found.money)}"
+        lines.append(f"       about {duration(found.seconds)}{money} for all of them")
+    return lines
 
 
 def _millions(count: int) -> str:
@@ -104,6 +139,8 @@ def _pass(plan: "Planned") -> list[str]:
 
 def _data(plan: "Planned") -> list[str]:
     tokens = plan.tokens
+    if tokens is None and plan.several is not None:
+        return [f"data   members have rows of their own; the longest sequence has at most {plan.job.longest:,} tokens"]
     if tokens is None:
         return [f"data   none was counted: sequences of {plan.job.longest:,} tokens are assumed, all of them learned"]
     held = f", {tokens.held_out_rows:,} more are held out" if tokens.held_out_rows else ""

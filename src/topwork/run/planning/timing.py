@@ -43,7 +43,7 @@ class Timing:
             "steps": self.steps,
             "epochs": self.epochs,
             "tokens": self.run_tokens,
-            "step_seconds": self.cost.step_seconds,
+            "step_seconds": None if self.steps is None else self.cost.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "start_seconds": self.cost.start_seconds,
             "validation_seconds": self.cost.validation_seconds,
@@ -55,12 +55,13 @@ class Timing:
 
 
 def rows_of(tokens: Tokens | None, job: Job) -> Rows:
-    """What a step meets; where nothing is known of the rows, each is as long as they may be."""
+    """What a step meets; where nothing is known of the rows, each is as long as they may be, and
+    learned whole."""
     virtual = job.recipes[0].adapter.virtual_tokens
     if tokens is None:
-        return Rows(job.longest, job.learned_share * job.longest, job.longest, job.longest)
+        return Rows(job.longest, job.longest, job.longest, job.longest)
     mean = tokens.tokens / tokens.sequences
-    attended = tokens.attended + 2 * virtual  # (l + v)^2 summed, over l + v, of v that is small
+    attended = (tokens.attended * mean + 2 * virtual * mean + virtual**2) / (mean + virtual)  # of l + v, by those of l
     return Rows(mean + virtual, tokens.learned_tokens / tokens.sequences, attended, job.longest)
 
 

@@ -1,6 +1,6 @@
 """What `topwork sweep` will do, before it begins: its trials, what each needs, rungs, and the waves that fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +14,11 @@ from topwork.models.source import find_source
 from topwork.models.structure import Structure
 from topwork.models.tokenizer import open_tokenizer
 from topwork.plan.base import structure_named
-from topwork.recipe.grid import grid_axes, parse_grid, seed_axis
-from topwork.recipe.places import run_folder
-from topwork.recipe.recipe import Recipe
-from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, expand, load_sweep
+from topwork.recipe.grid import parse_grid
+from topwork.recipe.sweep_config import Halving, PlannedTrial, SweepRequest, load_sweep
 from topwork.run.folder import check_place
-from topwork.run.presets import Experiment, experiment
+from topwork.run.presets import Experiment
+from topwork.run.sweep.trials import model_of, trials_of
 from topwork.training.passes import check_longest
 from topwork.training.schedule import planned_steps
 
@@ -40,7 +39,8 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep before it begins. `stops` are the steps at which halving compares; the last rung runs to the end."""
+    """A sweep before it begins. `stops` are the steps at which halving compares; the last rung runs to the end.
+    `longest` is the longest sequence of all trials, virtual tokens among them, where their rows were read."""
 
     trials: tuple[PlannedTrial, ...]
     axes: dict[str, list[JsonValue]]
@@ -49,6 +49,7 @@ class SweepPlan:
     jobs: bool = False
     halving: Halving | None = None
     stops: tuple[int, ...] = ()
+    longest: int = 0
 
 
 def plan_sweep(
@@ -61,33 +62,22 @@ def plan_sweep(
     """
     request = _with_options(load_sweep(recipe, overrides), options)
     structure = _structure(request)
-    ready = experiment(request.sweep.preset, request, structure) if request.sweep.preset else None
-    axes = [] if ready is None else [ready.axis]
-    axes += grid_axes(request.sweep.grid, parse_grid(options.grid))
-    axes += [seed_axis(request.sweep.seeds)] if request.sweep.seeds > 1 else []
-    out = _out(request)
+    found = trials_of(request, structure, options.grid)
+    trials, out = found.trials, found.out
     check_place(out, "output_dir")
-    trials = tuple(expand(request, axes, out))
-    _one_base(trials)
     for trial in trials:
         trained_sizes(structure, trial.recipe.adapter)  # says what the base cannot take
-    shown: dict[str, list[JsonValue]] = {axis.label: [variant.shown for variant in axis.variants] for axis in axes}
-    plan = SweepPlan(trials, shown, out, ready, bool(request.jobs), request.sweep.halving)
+    shown: dict[str, list[JsonValue]] = {
+        axis.label: [variant.shown for variant in axis.variants] for axis in found.axes
+    }
+    plan = SweepPlan(trials, shown, out, found.ready, bool(request.jobs), request.sweep.halving)
     if not plan.jobs:
         _refuse_unmeasured(trials)
-    steps = _checked_data(trials, plan.jobs) if check_data else {}
-    return replace(plan, stops=_stops(plan.halving, trials, steps)) if plan.halving and check_data else plan
-
-
-def waves(names: Sequence[str], fits: Callable[[Sequence[str]], int]) -> list[list[str]]:
-    """Trials in waves of as many as fit together, in their order."""
-    found: list[list[str]] = []
-    rest = list(names)
-    while rest:
-        count = max(1, min(len(rest), fits(rest)))
-        found.append(rest[:count])
-        rest = rest[count:]
-    return found
+    if not check_data:
+        return plan
+    steps, longest = _checked_data(trials, plan.jobs)
+    stops = _stops(plan.halving, trials, steps) if plan.halving else ()
+    return replace(plan, stops=stops, longest=longest)
 
 
 def _with_options(request: SweepRequest, options: SweepOptions) -> SweepRequest:
@@ -105,43 +95,11 @@ def _with_options(request: SweepRequest, options: SweepOptions) -> SweepRequest:
     return replace(request, sweep=sweep.model_copy(update=changes))
 
 
-def _out(request: SweepRequest) -> Path:
-    """Where a sweep goes: the recipe's output_dir where that has a `sweep:` or `jobs:`; beside a single run's else."""
-    named = request.values.get("output_dir") or Recipe.model_fields["output_dir"].default
-    own = str(Path(run_folder(str(named))))
-    return Path(own if request.described else f"{own}-{request.sweep.preset or 'sweep'}")
-
-
 def _structure(request: SweepRequest) -> Structure:
     """The base's, by its config alone."""
-    if request.jobs:
-        model = expand(request, [], Path("jobs"))[0].recipe.model  # the recipe itself may have no data
-    else:
-        model = request.base().model
+    model = model_of(request)
     find_source(model, lambda _: None)  # says what is wrong with the name, or where its weights are missing
     return structure_named(model)
-
-
-def _one_base(trials: Sequence[PlannedTrial]) -> None:
-    """Trials share a pass, so what decides the pass is the same in all of them."""
-    first = trials[0]
-    for trial in trials[1:]:
-        one, other = first.recipe, trial.recipe
-        for name, left, right in (
-            ("model", one.model, other.model),
-            ("quantization", one.quantization, other.quantization),
-            ("training.tokens_per_pass", one.training.tokens_per_pass, other.training.tokens_per_pass),
-            (
-                "training.activation_checkpointing",
-                one.training.activation_checkpointing,
-                other.training.activation_checkpointing,
-            ),
-        ):
-            if left != right:
-                raise RequestError(
-                    f"{first.name!r} and {trial.name!r} share a pass over one base, but differ in {name} ({left!r} and "
-                    f"{right!r}); give all the same, or run a sweep for each"
-                )
 
 
 def _refuse_unmeasured(trials: Sequence[PlannedTrial]) -> None:
@@ -154,8 +112,8 @@ def _refuse_unmeasured(trials: Sequence[PlannedTrial]) -> None:
             )
 
 
-def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> dict[str, int]:
-    """Read every data set once; the planned steps of each trial by name. Raises DataError."""
+def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> tuple[dict[str, int], int]:
+    """Read every data set once; the planned steps of each trial by name, and the longest sequence. Raises DataError."""
     model = trials[0].recipe.model
     tokenizer, length = open_tokenizer(model)
     known: dict[str, tuple[int, int, int]] = {}
@@ -180,7 +138,7 @@ def _checked_data(trials: Sequence[PlannedTrial], jobs: bool) -> dict[str, int]:
             load_data(recipe.data.reading(named), tokenizer, length - virtual, 0, lambda _: None)
             scored.add((read, named))
         steps[trial.name] = planned_steps(recipe.training, steps_per_epoch(rows, recipe.training.batch_size))
-    return steps
+    return steps, max(longest for _, _, longest in known.values())
 
 
 def _stops(halving: Halving, trials: Sequence[PlannedTrial], steps: dict[str, int]) -> tuple[int, ...]:

@@ -17,15 +17,16 @@ from topwork.reporting.sweep_points import diminishing_returns, points
 from topwork.reporting.sweep_state import SweepState, TrialState, Wave
 from topwork.run.begin import check_request
 from topwork.run.evaluate import Finished, evaluate_members
-from topwork.run.fit import refuse_small_memory, trials_that_fit
+from topwork.run.fit import refuse_large_members, trials_that_fit
 from topwork.run.folder import ADAPTER
 from topwork.run.interrupted import RunInterrupted
 from topwork.run.outcome import TrainedRun
 from topwork.run.ownership import is_run
 from topwork.run.session import Session, open_session
 from topwork.run.sweep.cost import cost, measure_alone, take_pass_cost
-from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep, waves
+from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep
 from topwork.run.sweep.state import clear, discard, earlier_runs, open_state, result_of, take_scores
+from topwork.run.sweep.trials import waves
 from topwork.run.train import train_held
 from topwork.training.progress import Progress
 
@@ -106,7 +107,7 @@ def _held(
     log = sure(log)
     tell_plan(plan, log)
     if not _is_done(plan, state):
-        refuse_small_memory(plan.trials[0].recipe)
+        refuse_large_members([trial.recipe for trial in plan.trials], plan.longest, log)
         on = open_session(plan.trials[0].recipe, log)
         if overwrite:
             clear(plan.out)
@@ -166,7 +167,7 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
     told: dict[int, int] = {}
 
     def fits(rest: Sequence[str]) -> int:
-        told[len(told)] = trials_that_fit(going.on, [going.recipe(name) for name in rest])
+        told[len(told)] = trials_that_fit(going.on, [going.recipe(name) for name in rest], going.plan.longest)
         return told[len(told) - 1]
 
     parts = waves(names, fits) if names else []
@@ -192,7 +193,7 @@ def _new_waves(going: _Sweep, rung: int, stop_at: int | None) -> list[Wave]:
 def _cut_again(going: _Sweep, wave: Wave) -> list[Wave]:
     """Waves for the trials that a wave has no memory for any more, to be trained after all others."""
     names = wave.names
-    fit = trials_that_fit(going.on, [going.recipe(name) for name in names])
+    fit = trials_that_fit(going.on, [going.recipe(name) for name in names], going.plan.longest)
     if fit >= len(names):
         return []
     rest = wave.model_copy(update={"names": names[fit:]})

@@ -16,12 +16,12 @@ from topwork.common.errors import CheckpointError, ModelError
 from topwork.common.files import verify_folder, write_folder, write_json
 from topwork.merging.merge import dequantize
 from topwork.models.config import ModelConfig
-from topwork.models.load import load_base
 from topwork.models.quantized import is_packed
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.writing import write_model
 from topwork.quantization.config import QuantizationConfig
+from topwork.run.loading import open_base
 
 ORIGIN = "topwork-origin.json"
 Say = Callable[[str], None]
@@ -78,7 +78,7 @@ def _dense(
     if found is not None and found["of"] == wanted:
         return folder, found["fingerprint"]
     say(f"{source.name} is held in fewer bits, which vLLM does not read: writing it dequantized to {folder}")
-    base = load_base(model.model_copy(update={"device": "cpu"}), say, quantization if quantization.active else None)
+    base = open_base(model.model_copy(update={"device": "cpu"}), say, quantization if quantization.active else None)
     dequantize(base.module)
 
     def fill(place: Path) -> None:
