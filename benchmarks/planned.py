@@ -106,7 +106,7 @@ def predicted(recipes: Sequence[Path], found: Mapping[str, Any], case: Case) -> 
 
     read = [load_recipe(path) for path in recipes]
     structure = structure_named(read[0].model)
-    shape = PassShape(*fill(case, read[0].adapter.virtual_tokens), case.length)
+    shape = PassShape(*fill(case, read[0].adapter.virtual_tokens), case.length, case.passes == 1)
     usages = moments(setup_of(read, structure), shape, found["checkpointed_layers"])
     return {"moments": {usage.moment: dict(usage.parts) for usage in usages}}
 

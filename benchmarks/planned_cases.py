@@ -101,7 +101,7 @@ def _smollm2() -> list[Case]:
         Case("smollm2 full", base, 512, BF16 | OFF | {"adapter.method": "full"}),
         Case("smollm2 full 8bit", base, 512, BF16 | OFF | {"adapter.method": "full", "training.optim": "adamw_8bit"}),
         Case("smollm2 full checkpointed", base, 1024, BF16 | FULL | {"adapter.method": "full"}),
-        Case("smollm2 full, two passes a step", base, 512, BF16 | OFF | {"adapter.method": "full"}, passes=2),
+        Case("smollm2 full two passes", base, 512, BF16 | OFF | {"adapter.method": "full"}, passes=2),
         Case("smollm2 nf4", base, 1024, BF16 | OFF | NF4),
         Case("smollm2 nf4 without DQ", base, 512, BF16 | OFF | NF4 | {"quantization.bnb_4bit_use_double_quant": False}),
         Case("smollm2 nf4 head int8", base, 1024, BF16 | OFF | NF4 | {"quantization.head": "int8"}),
@@ -184,8 +184,10 @@ SET_ON = frozenset({
     "smollm2 lora 256", "smollm2 lora 1024", "smollm2 lora 2048", "smollm2 lora r256", "smollm2 lora q,v",
     "smollm2 dropout", "smollm2 prefix", "smollm2 nf4 head int8", "smollm2 nf4 head nf4", "stories lora",
     "stories lora 8192", "stories bf16", "stories checkpointed", "gpt2 lora", "gpt2 lora fp32",
-    "gpt2 lora checkpointed",
-    "gpt2 dropout", "gemma3-270m lora", "gemma3-270m nf4", "gemma3-270m ia3",
+    "gpt2 lora checkpointed", "gpt2 dropout", "gpt2 full", "smollm2 full", "smollm2 full 8bit",
+    "smollm2 full checkpointed", "smollm2 full two passes", "smollm2 embedding saved", "smollm2 ia3",
+    "smollm2 lora 8192, rows of 2048", "gemma2 lora", "phi3 lora", "phi3 dora", "llama-3.2-1b int8 checkpointed",
+    "gemma3-270m lora", "gemma3-270m nf4", "gemma3-270m ia3",
 })  # fmt: skip
 """The runs that were looked at while constants of `training/memory_process.py` and `memory_plain.py` were set: that the
 prediction is near in these says less than in the others."""

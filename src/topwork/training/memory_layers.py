@@ -93,6 +93,12 @@ class Layer:
         return self.setup.structure.fast or (self.experts and there and not self.modules["self_attn.o_proj"].bias)
 
     @cached_property
+    def joins(self) -> bool:
+        """Whether weights of layers with one input are made one tensor (`models/joined.py`)."""
+        gates = self.setup.structure.fast and len(self.group(GATES)) > 1
+        return gates or (self.fast_attention and len(self.group(INPUTS)) > 1)
+
+    @cached_property
     def experts(self) -> bool:
         """Whether its MLP is many of them, held in one tensor."""
         return any(name.endswith(".experts") for name in self.modules)

@@ -42,7 +42,7 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     blocks = need.scratch + need.handoff + need.handback
     more = max(0, logits - need.scratch)  # a chunk of logits lies in the same block
     kept: Parts = {"activations": need.saved + need.heap, "scratch": blocks}
-    holes = _holes(setup, need) if setup.device == "cpu" else CUDA_ALLOCATOR_BYTES
+    holes = _holes(setup, need, shape.alone) if setup.device == "cpu" else CUDA_ALLOCATOR_BYTES
     return [
         Usage("loading", loading(setup, held)),
         Usage("forward", {**held, **kept}),
@@ -62,10 +62,10 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     ]  # fmt: skip
 
 
-def _holes(setup: Setup, need: Need) -> int:
-    """What stays free in a CPU's heap, less what is taken twice: gradients of modules that are trained whole fill what
-    layers leave behind as they go. A layer that is run again takes its own for each."""
-    whole = 4 * sum(sum(member.sizes[path]) for member in setup.members for path in member.whole)
+def _holes(setup: Setup, need: Need, alone: bool) -> int:
+    """What stays free in a CPU's heap, less what is taken twice: a step's first gradients of modules that are trained
+    whole fill what layers leave behind as they go. A layer that is run again takes its own for each."""
+    whole = 4 * sum(sum(member.sizes[path]) for member in setup.members for path in member.whole) * alone
     filled = min(whole, int((HEAP_SHARE + GRADIENTS_SHARE) * need.heap))
     return HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) - filled
 
@@ -110,7 +110,8 @@ def _held_parts(setup: Setup) -> Parts:
 
 def loading(setup: Setup, held: Parts) -> Parts:
     """The base as it is read: where it comes in another type than its file's, the file's pages stand beside it; and the
-    layer that is being joined, or the largest weight, is there twice."""
+    layer that is being joined, or the largest weight, is there twice. Where nothing is joined, weights stay in the
+    mapped file, of which an embedding takes only what rows look at: it is counted whole."""
     structure = setup.structure
     parts: Parts = {part: held[part] for part in ("weights", "constants", "process")}
     if setup.quantization.active:  # the embedding comes first; then one layer at a time is dense
@@ -119,7 +120,8 @@ def loading(setup: Setup, held: Parts) -> Parts:
         table = structure.by_path[structure.embedding].weights if structure.embedding else 0
         beside = 2 * setup.value_bytes * table - parts["weights"] - parts["constants"]
         return {**parts, "scratch": max(setup.value_bytes * dense, beside)}
-    largest = setup.value_bytes * max(module.weights for module in structure.modules)
+    joined = any(layer.joins for layer in layers_of(setup))
+    largest = setup.value_bytes * max(module.weights for module in structure.modules) * joined
     told = str(structure.config.get("dtype") or structure.config.get("torch_dtype") or setup.dtype)
     stored = 4 if "float32" in told else 2
     file = 0 if stored == setup.value_bytes else stored * structure.parameters

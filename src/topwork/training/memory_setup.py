@@ -66,11 +66,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class PassShape:
-    """A pass: its tokens, how many of them are learned (these alone meet the head), and its longest sequence."""
+    """A pass: its tokens, how many of them are learned (these alone meet the head), and its longest sequence; `alone`
+    where a step is known to have no other, so that no gradients stand there yet."""
 
     tokens: int
     learned_tokens: int
     longest: int
+    alone: bool = False
 
 
 @dataclass(frozen=True)
