@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data.family_tokenizers import FAMILIES, OTHERS, build_tokenizer
@@ -13,7 +14,7 @@ from topwork.data.chat.template import ChatTemplate
 from topwork.data.examples import load_data
 from topwork.models.light_tokenizer import LightTokenizer, tokenizer_folder
 from topwork.plan import sampled_rows
-from topwork.plan.tokens import counted
+from topwork.plan.tokens import Tokens, counted
 from topwork.recipe.recipe import Recipe, make_recipe
 
 TOPICS = ("card", "transfer", "top up", "exchange rate", "cash withdrawal", "refund")
@@ -240,3 +241,17 @@ def test_a_damaged_tokenizer_is_as_none(base: Path, tmp_path: Path) -> None:
     found = counted(recipe_of(tmp_path, path, {}), 8192)
     assert found is not None
     assert found.counted == "estimated"
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1, 50), (8, 144), (32, 1000)])
+def test_the_fullest_step_is_near_the_largest_of_many_drawn(rows: int, steps: int) -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.gamma(4.0, 25.0, 20_000).astype(int) + 1
+    counts = Tokens(
+        len(lengths), len(lengths), int(lengths.sum()), 0, int(lengths.max()), {},
+        float((lengths**2).sum() / lengths.sum()), 0, 0, "all", len(lengths),
+    )  # fmt: skip
+    largest = [generator.choice(lengths, (steps, rows)).sum(1).max() for _ in range(40)]
+    found = counts.fullest_step(rows, steps)
+    assert found == pytest.approx(np.mean(largest), rel=0.12) or found == counts.longest
+    assert counts.longest <= found <= rows * counts.longest

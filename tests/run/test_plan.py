@@ -112,14 +112,28 @@ def test_the_pass_is_the_one_that_training_plans(recipe: Path, share: float) -> 
     )  # fmt: skip
 
 
-def test_the_peak_is_the_largest_moment_of_the_pass(recipe: Path) -> None:
+def test_the_peak_is_the_largest_moment_of_the_rows_largest_pass(recipe: Path) -> None:
     found = plan(recipe, device="T4")
-    job = found.job
+    job, tokens = found.job, found.tokens
     assert found.fits
-    shape = job.shape(found.tokens_per_pass)
-    assert found.peak == peak(job.setup, shape, found.checkpointed_layers)
+    assert tokens is not None
+    assert found.peak == peak(job.setup, found.shape, found.checkpointed_layers)
     assert found.peak in found.moments
-    assert found.fit.needed_bytes == round(MARGIN * found.peak.bytes) <= found.place.memory_bytes
+    step = tokens.fullest_step(found.recipe.training.batch_size, found.timing.steps or 0)  # type: ignore[union-attr]
+    assert found.shape.tokens == step < found.tokens_per_pass
+    assert found.shape.learned_tokens == pytest.approx(tokens.learned_share * step, abs=1)
+    assert found.peak.bytes < found.fit.peak.bytes
+    assert found.fit.needed_bytes == round(MARGIN * found.fit.peak.bytes) <= found.place.memory_bytes
+    assert f"a step of these rows has {step:,} at most" in found.as_text()
+
+
+def test_rows_that_fill_a_pass_take_a_full_one(recipe: Path) -> None:
+    found = plan(recipe, ["training.batch_size=4096", "training.tokens_per_pass=512"], device="T4")
+    assert found.shape.tokens == 512
+    assert not found.shape.alone
+    assert "at most" not in found.as_text()
+    small = plan(recipe, memory="1MB")
+    assert small.shape == small.job.shape(small.tokens_per_pass)
 
 
 def test_a_pass_that_the_recipe_names_stays(recipe: Path) -> None:
@@ -306,7 +320,8 @@ def test_names_of_the_json_stay(recipe: Path) -> None:
     assert list(found) == [
         "model", "parameters", "trained_parameters", "method", "load_in_4bit", "load_in_8bit", "device", "device_kind",
         "memory_bytes", "price_per_hour", "fits", "needed_bytes", "peak", "moments", "tokens_per_pass",
-        "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare", "notes",
+        "largest_pass", "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare",
+        "notes",
     ]  # fmt: skip
     assert list(found["data"]) == [
         "rows", "sequences", "tokens", "learned_tokens", "longest", "percentiles", "attended", "held_out_rows",

@@ -62,6 +62,14 @@ class Tokens:
         """Of the tokens, those that are learned."""
         return self.learned_tokens / self.tokens if self.tokens else 1.0
 
+    def fullest_step(self, rows: int, steps: int) -> int:
+        """Tokens of the largest of `steps` steps of so many rows, drawn at random: mean + sqrt(2 ln steps) deviations,
+        where the largest of that many normal numbers lies; never more than the longest in each place."""
+        mean = self.tokens / self.sequences
+        deviation = math.sqrt(max(0.0, self.attended * mean - mean**2))
+        largest = rows * mean + math.sqrt(2 * math.log(max(2, steps))) * deviation * math.sqrt(rows)
+        return max(self.longest, min(math.ceil(largest), rows * self.longest))
+
     def as_json(self) -> dict[str, Any]:
         """Plain values under names that stay."""
         return asdict(self) | {"percentiles": {str(key): value for key, value in self.percentiles.items()}}

@@ -1,5 +1,6 @@
 """What `topwork plan` found of a run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,8 @@ from topwork.run.planning.compared import Compared
 from topwork.run.planning.place import Place
 from topwork.run.planning.several import Together
 from topwork.run.planning.timing import Timing
-from topwork.training.memory import Usage, moments
+from topwork.training.memory import PassShape, Usage, moments
+from topwork.training.schedule import planned_steps
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,28 @@ class Planned:
     @property
     def peak(self) -> Usage:
         """The moment that takes most."""
-        return self.fit.peak
+        return max(self.moments, key=lambda usage: usage.bytes)
 
     @cached_property
     def moments(self) -> list[Usage]:
-        """Every part at every moment."""
-        return moments(self.job.setup, self.job.shape(self.tokens_per_pass), self.checkpointed_layers)
+        """Every part at every moment of the largest pass that the rows make."""
+        return moments(self.job.setup, self.shape, self.checkpointed_layers)
+
+    @cached_property
+    def shape(self) -> PassShape:
+        """The largest pass of the run: of rows that are known what the fullest step has of them, where that is less
+        than the pass may hold; else, and of what does not fit, a pass that is full and learned whole."""
+        whole, tokens = self.job.shape(self.tokens_per_pass), self.tokens
+        if tokens is None or not self.fits:
+            return whole
+        training, recipes = self.recipe.training, self.job.recipes
+        rows = sum(min(recipe.training.batch_size, tokens.sequences) for recipe in recipes)
+        steps = planned_steps(training, math.ceil(tokens.sequences / training.batch_size))
+        virtual = max(recipe.adapter.virtual_tokens for recipe in recipes)
+        step = tokens.fullest_step(rows, steps) + rows * virtual
+        size = min(step, whole.tokens)
+        learned = min(size, math.ceil(size * tokens.learned_share))
+        return PassShape(size, learned, min(whole.longest, size), alone=step <= whole.tokens)
 
     @property
     def trained_parameters(self) -> int:
@@ -92,6 +110,7 @@ class Planned:
             "peak": _usage(self.peak),
             "moments": [_usage(usage) for usage in self.moments],
             "tokens_per_pass": self.tokens_per_pass,
+            "largest_pass": self.shape.tokens,
             "checkpointed_layers": self.checkpointed_layers,
             "checkpointable_layers": structure.checkpointable,
             "together": None if self.several is None else self.several.as_json(),

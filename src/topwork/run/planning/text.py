@@ -60,10 +60,10 @@ def text_of(plan: "Planned") -> str:
 
 def verdict(plan: "Planned") -> str:
     """Whether it fits, in a line."""
-    fit = plan.fit
-    when, of = MOMENTS[fit.peak.moment], plan.place.of
+    fit, of = plan.fit, plan.place.of
     if fit.fits:
-        return f"fits: peak {gigabytes(fit.peak.bytes)} of the {of}, {when}"
+        return f"fits: peak {gigabytes(plan.peak.bytes)} of the {of}, {MOMENTS[plan.peak.moment]}"
+    when = MOMENTS[fit.peak.moment]
     short = gigabytes(fit.needed_bytes - plan.place.memory_bytes)
     return f"does not fit: it takes {gigabytes(fit.needed_bytes)} {when}, {short} more than the {of}"
 
@@ -134,7 +134,11 @@ def _pass(plan: "Planned") -> list[str]:
     again = f"{layers} of {every} layers run again going backward" if layers else "no layer is checkpointed"
     chosen = "as the recipe says" if plan.recipe.training.tokens_per_pass else "the largest that fits"
     chosen = chosen if plan.fits or plan.recipe.training.tokens_per_pass else "the smallest that holds every sequence"
-    return [f"pass   {plan.tokens_per_pass:,} tokens ({chosen}); {again}"]
+    lines = [f"pass   {plan.tokens_per_pass:,} tokens ({chosen}); {again}"]
+    if plan.shape.tokens < plan.tokens_per_pass:
+        full = gigabytes(plan.fit.peak.bytes)
+        lines.append(f"       a step of these rows has {plan.shape.tokens:,} at most; a full pass would take {full}")
+    return lines
 
 
 def _data(plan: "Planned") -> list[str]:
