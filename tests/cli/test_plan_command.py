@@ -55,3 +55,11 @@ def test_a_recipe_whose_data_are_not_there_ends_with_two(tmp_path: Path) -> None
     ended = said(str(recipe))
     assert ended.returncode == 2
     assert "rows.jsonl" in ended.stderr
+
+
+def test_rows_in_the_place_of_a_recipe_are_told_apart(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
+    ended = said(str(rows))
+    assert ended.returncode == 2
+    assert "topwork init MODEL" in ended.stderr

@@ -319,9 +319,8 @@ def test_names_of_the_json_stay(recipe: Path) -> None:
     found = plan(recipe, device="T4", compare=True).as_json()
     assert list(found) == [
         "model", "parameters", "trained_parameters", "method", "load_in_4bit", "load_in_8bit", "device", "device_kind",
-        "memory_bytes", "price_per_hour", "fits", "needed_bytes", "peak", "moments", "tokens_per_pass",
-        "largest_pass", "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare",
-        "notes",
+        "memory_bytes", "price_per_hour", "fits", "needed_bytes", "peak", "moments", "tokens_per_pass", "largest_pass",
+        "checkpointed_layers", "checkpointable_layers", "together", "data", "time", "changes", "compare", "notes",
     ]  # fmt: skip
     assert list(found["data"]) == [
         "rows", "sequences", "tokens", "learned_tokens", "longest", "percentiles", "attended", "held_out_rows",

@@ -7,6 +7,7 @@ from pathlib import Path
 from topwork.common.errors import RequestError
 from topwork.common.os_errors import explained
 from topwork.common.paths import plain_path
+from topwork.data.files.places import SUFFIXES, kind_of
 from topwork.models.structure import Structure
 from topwork.plan.base import structure_named
 from topwork.plan.devices import Device, read_devices, shipped_devices
@@ -83,6 +84,11 @@ def _asked_for(what: Recipe | Path | str, overrides: Sequence[str]) -> tuple[lis
     if isinstance(what, Recipe):
         return [what], structure_named(what.model)
     path = Path(plain_path(str(what)))
+    if path.is_file() and path.suffix != ".json" and kind_of(path) in SUFFIXES:
+        raise RequestError(
+            f"{path} holds rows, and a plan is of a recipe, a run's folder or a model; topwork init MODEL {path} writes "
+            "a recipe for them"
+        )
     is_run = path.is_dir() and (path / "recipe.yaml").exists()
     if path.suffix.lower() not in (".yaml", ".yml") and not is_run:
         values = {"model": {"model_name_or_path": str(what)}, "data": {"train": NO_ROWS}}
