@@ -86,8 +86,8 @@ def _asked_for(what: Recipe | Path | str, overrides: Sequence[str]) -> tuple[lis
     path = Path(plain_path(str(what)))
     if path.is_file() and path.suffix != ".json" and kind_of(path) in SUFFIXES:
         raise RequestError(
-            f"{path} holds rows, and a plan is of a recipe, a run's folder or a model; topwork init MODEL {path} writes "
-            "a recipe for them"
+            f"{path} holds rows, and a plan is of a recipe, a run's folder or a model; topwork init MODEL {path} "
+            "writes a recipe for them"
         )
     is_run = path.is_dir() and (path / "recipe.yaml").exists()
     if path.suffix.lower() not in (".yaml", ".yml") and not is_run:
