@@ -15,7 +15,7 @@ from topwork.run.console import Counter, Teller, TrainingBar, training_progress
 from topwork.run.console_together import TogetherTable, together_progress
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-LIGHT = {"report", "serve-key", "count", "import", "plan"}
+LIGHT = {"report", "serve-key", "count", "import", "plan", "init", "advise", "models", "recipes"}
 """They need no torch."""
 ARGUMENTS = {
     "train": ["recipe.yaml"], "sweep": ["recipe.yaml", "--grid", "adapter.r=2,4"], "lint": ["recipe.yaml"],

@@ -18,13 +18,13 @@ from topwork.plan.base import structure_named
 from topwork.plan.built import config_of
 
 
-def header(path: Path, architecture: str, head: bool = True, **left_out: None) -> Path:
+def header(path: Path, architecture: str, head: bool = True, heads: int = 4, **left_out: None) -> Path:
     """A header of one family, with a token list and two tensors, and no weights that anybody reads."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     sizes = {
         "context_length": 512, "block_count": 2, "feed_forward_length": 96, "embedding_length": 64,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 24,
+        "attention.head_count": heads, "attention.head_count_kv": 2, "attention.key_length": 24,
         "rope.dimension_count": 16, "attention.sliding_window": 32,
     }  # fmt: skip
     for name, value in sizes.items():
@@ -58,7 +58,8 @@ def test_a_header_tells_what_transformers_reads_of_it(architecture: str, head: b
 @pytest.mark.parametrize("left_out", ["attention_head_count_kv", "attention_key_length", "rope_dimension_count"])
 def test_what_a_header_leaves_out_is_the_classs(left_out: str, tmp_path: Path) -> None:
     for architecture in HEAD_DIM:
-        path = header(tmp_path / f"{architecture}.gguf", architecture, **{left_out: None})
+        heads = 32 if left_out == "attention_head_count_kv" else 4  # each class's default divides it
+        path = header(tmp_path / f"{architecture}.gguf", architecture, heads=heads, **{left_out: None})
         found, config = structure_from(gguf_values(path) or {}), config_of(str(path))
         assert found is not None
         assert (found.key_value_heads, found.head_dim) == (

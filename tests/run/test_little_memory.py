@@ -377,14 +377,14 @@ def test_a_base_under_a_limit_of_the_process(trained: Path, commands: Commands) 
 def test_in_a_container(make_recipe: Recipes, commands: Commands) -> None:
     """A real control group: what it may use is what is planned with, and too little of it is refused."""
     recipe, said = make_recipe(training=SHORT), {}
-    for megabytes in (400, 100):
+    for megabytes in (400, 140):
         try:
             with container(megabytes * MB) as group:
                 join = f"open({str(group.folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
                 said[megabytes] = commands.run(["train", str(recipe), "--overwrite"], before=join)
         except OSError as error:
             pytest.skip(f"no control group with a limit on memory can be made here: {error}")
-    assert said[100][0] == 2
-    assert "of the 100 MB that this container may use are free" in said[100][1]
+    assert said[140][0] == 2
+    assert "of the 140 MB that this container may use are free" in said[140][1]
     assert said[400][0] == 0, said[400][1]
     assert f"from {CONTAINER}" in said[400][1]

@@ -410,8 +410,8 @@ def test_a_sweeps_members_are_planned_in_waves(recipe: Path) -> None:
     assert roomy.several is not None
     assert roomy.several.waves == (6,)
     assert len(roomy.job.recipes) == 6
-    first = plan(recipe, ["adapter.r=8"], memory="1MB")
-    tight = plan(path, memory=f"{1.1 * first.fit.needed_bytes / 10**6:.0f}MB")
+    largest = plan(recipe, ["adapter.r=32"], memory="1MB")
+    tight = plan(path, memory=f"{1.02 * largest.fit.needed_bytes / 10**6:.0f}MB")
     assert tight.fits
     assert tight.several is not None
     assert sum(tight.several.waves) == 6

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import topwork.run.fit
+import topwork.run.training
 from reference.measure import relative
 from run import tiny
 from run.processes import Commands, signal_at
@@ -378,11 +379,16 @@ def test_more_than_memory_holds_are_refused_with_how_many_it_does(
     assert trials_that_fit(on, three) == 3
     limited(monkeypatch, on, three[:2])
     assert trials_that_fit(on, three) == 2
+    asked: list[int] = []
+    monkeypatch.setattr(
+        topwork.run.training, "trials_that_fit", lambda *given: asked.append(given[2]) or trials_that_fit(*given[:2])
+    )
     with pytest.raises(RequestError, match=r"3 adapters do not fit .* the first 2 do"):
         quietly(*three, on=on)
     monkeypatch.setattr(topwork.run.fit, "free_memory", lambda _: Free(0))
     assert trials_that_fit(on, three) == 1
     assert not on.adapters.configs
+    assert 0 < asked[0] < 300  # the longest sequence has to fit too; these are shorter than the pass of `limited`
 
 
 def test_what_a_member_began_with_takes_memory_too(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import typer
 from topwork.cli.options import AsJson, Overrides
 
 EPILOG = (
-    'Examples: topwork plan examples/support/recipe.yaml --device "RTX 4090"\n\n'
+    'Example: topwork plan examples/support/recipe.yaml --device "RTX 4090"\n\n'
     "topwork plan --calibrate\n\n"
     "topwork plan llama-3-8b --memory 24GB --set quantization.load_in_4bit=true --compare"
 )

@@ -92,7 +92,7 @@ def import_recipe(place: Path | str, tool: str | None = None, devices: int | Non
     draft = Draft(found.tool, found.given, path.parent, count, remarks=list(found.remarks))
     translate(draft)
     if draft.values.get("model.model_name_or_path") is None and not draft.refused:
-        draft.missing.append("model.model_name_or_path: no model is given that can be read; name a Hub id or a folder")
+        draft.missing.append("model.model_name_or_path has no value: no model is given that can be read; name one")
     if any(A_DEVICE in told.note for told in draft.told) and not devices and not found.devices:
         draft.remarks.append("one device is taken; for several say --devices, which multiplies training.batch_size")
     if not draft.missing and not draft.refused:
