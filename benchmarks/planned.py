@@ -140,9 +140,9 @@ def text(record: Mapping[str, Any]) -> str:
     for name, case in cases.items():
         said, seen = totals(case), case["measured"]["peaks"]
         rows.append([
-            name, f"{case['measured']['pass_tokens'][-1]:,}", f"{max(said.values()) / MIB:,.0f}",
-            f"{max(seen.values()) / MIB:,.0f}", f"{error(case):+.1%}", max(said, key=lambda key: said[key]),
-            max(seen, key=lambda key: seen[key]), "yes" if name in SET_ON else "",
+            name + " *" * ("earlier" in case), f"{case['measured']['pass_tokens'][-1]:,}",
+            f"{max(said.values()) / MIB:,.0f}", f"{max(seen.values()) / MIB:,.0f}", f"{error(case):+.1%}",
+            max(said, key=lambda key: said[key]), max(seen, key=lambda key: seen[key]), "yes" if name in SET_ON else "",
         ])  # fmt: skip
     missing = [name for name in CASES if name not in cases]
     told = [
@@ -152,12 +152,24 @@ def text(record: Mapping[str, Any]) -> str:
         ),
         summed("Not looked at", [case for name, case in cases.items() if name not in SET_ON]),
         f"Not run yet, of {len(CASES)} cases: {', '.join(missing) or 'none'}.",
+        *_earlier(cases),
     ]
     head = [
         "run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment", "set on",
     ]  # fmt: skip
     around = surroundings_text(record["surroundings"])
     return "\n\n".join(["# Planned and measured", *told, table(head, rows), around]) + "\n"
+
+
+def _earlier(cases: Mapping[str, Any]) -> list[str]:
+    """Runs that were not repeated when the others were."""
+    commits = sorted({case["earlier"] for case in cases.values() if "earlier" in case})
+    if not commits:
+        return []
+    count = sum("earlier" in case for case in cases.values())
+    return [
+        f"{count} runs, marked *, are of an earlier state ({', '.join(commits)} and what came after it); not repeated."
+    ]
 
 
 def summed(name: str, cases: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from topwork.training.memory_plain import experts, mixed_layer, plain_layer, wri
 from topwork.training.memory_process import (
     CUDA_ALLOCATOR_BYTES,
     CUDA_CONTEXT_BYTES,
+    EXPERTS_HEAP_SHARE,
     GRADIENTS_SHARE,
     HEAD_COPIES,
     HEAP_SHARE,
@@ -41,7 +42,7 @@ def all_moments(setup: Setup, shape: PassShape, checkpointed_layers: int) -> lis
     gradients = 4 * sum(member.values for member in setup.members)
     blocks = need.scratch + need.handoff + need.handback
     more = max(0, logits - need.scratch)  # a chunk of logits lies in the same block
-    kept: Parts = {"activations": need.saved + need.heap, "scratch": blocks}
+    kept: Parts = {"activations": need.saved + need.heap + differences_bytes(setup), "scratch": blocks}
     holes = _holes(setup, need, shape.alone) if setup.device == "cpu" else CUDA_ALLOCATOR_BYTES
     return [
         Usage("loading", loading(setup, held)),
@@ -67,7 +68,14 @@ def _holes(setup: Setup, need: Need, alone: bool) -> int:
     whole fill what layers leave behind as they go. A layer that is run again takes its own for each."""
     whole = 4 * sum(sum(member.sizes[path]) for member in setup.members for path in member.whole) * alone
     filled = min(whole, int((HEAP_SHARE + GRADIENTS_SHARE) * need.heap))
-    return HEAP_TOP_BYTES + int(HEAP_SHARE * (need.heap + need.again)) - filled
+    share = EXPERTS_HEAP_SHARE if any(layer.experts for layer in layers_of(setup)) else HEAP_SHARE
+    return HEAP_TOP_BYTES + int(share * (need.heap + need.again)) - filled
+
+
+def differences_bytes(setup: Setup) -> int:
+    """Of PiSSA and OLoRA, whose pass goes through what A and B are beside what they began as: [A; A - A0] and
+    [B - B0, B0], fp32, of twice their size, made anew in each pass and kept until it has gone backward."""
+    return sum(2 * 4 * member.values for member in setup.members if member.adapter.keeps_beginnings)
 
 
 def copies_gradient_bytes(setup: Setup) -> int:

@@ -23,6 +23,10 @@ HEAP_SHARE = 0.4
 """Holes beside what is kept in the C library's heap, where it is taken among what is needed for a moment (decision 12
 has what a heap does then). Set from two runs, GPT-2 in bf16 and fp32, which had 0.35 and 0.40: the larger,
 since a plan may rather ask for too much. What is kept in a pass's own blocks has none."""
+EXPERTS_HEAP_SHARE = 1.0
+"""The same where layers have experts: how many rows each is given changes with every pass, so that what one leaves free
+seldom fits the next. Set from one run (Qwen3-MoE's shape over words of its whole vocabulary), which had about as much
+in holes as is kept."""
 GRADIENTS_SHARE = 0.2
 """Of what layers keep in that heap, how much the gradients of modules that are trained whole take again as layers go
 backward. SmolLM2's and GPT-2's runs had 0.2 to 0.5; in a step's second pass the gradients stand there already."""
