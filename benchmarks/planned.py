@@ -62,7 +62,10 @@ def main() -> None:
             found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
             if "error" in found:
                 sys.exit(f"{name}: {found['error']}")
-            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found, "time": timed}
+            kept = {"earlier": there["earlier"]} if given.again and "earlier" in there else {}
+            record["cases"][name] = {
+                "predicted": predicted(recipes, found, case), "measured": found, "time": timed, **kept,
+            }  # fmt: skip
         tell(name, record["cases"][name])
         if not given.again:
             record["surroundings"] = surroundings()
