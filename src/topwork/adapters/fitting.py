@@ -45,13 +45,13 @@ settle among what that leaves free: SmolLM2's heap grew by 550 MiB."""
 def fresh_parts(bare: Bare, plan: Plan, seed: int = 0) -> Parts:
     """Parts with their first weights, where their modules are; dropout off."""
     parts: Parts = {}
-    passed, last = 0, next(reversed(plan), None)
+    passed = 0
     for path, planned in plan.items():
         part, base_layer = planned.make(), bare.modules[path]
         part.reset_parameters(base_layer, seed, path)
         parts[path] = part.to(_device_of(base_layer)).train(False)
         passed += sum(parameter.numel() for parameter in base_layer.parameters(recurse=False))
-        if passed > TRIMMED_AFTER or path == last:
+        if passed > TRIMMED_AFTER:
             trim_heap()
             passed = 0
     return parts
