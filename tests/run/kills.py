@@ -11,7 +11,7 @@ from typing import Any
 
 from run import tiny
 from run.processes import Commands
-from run.strike import struck, usual_seconds
+from run.strike import OVER, struck, usual_seconds
 from topwork.common.errors import CheckpointError
 from topwork.common.files import verify_folder
 from topwork.run.ownership import is_run
@@ -123,6 +123,8 @@ def _codes(number: signal.Signals, hit: str) -> set[int]:
     """How a command may end by a signal in a phase: saved and told to go on (1), done all the same (0), or stopped."""
     if number == signal.SIGKILL:
         return {-number}
+    if hit == OVER:
+        return {0, 1, 128 + number, -number}
     if hit in ("training", "validation", "saving"):
         return {0, 1} if hit == "saving" else {1}
     return {0, 1, 128 + number} if hit in ("between", "ending") else {0, 128 + number}

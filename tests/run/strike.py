@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,8 @@ PHASES = {
     "writing scores": "topwork.run.evaluate:keep_scores",
 }
 """Name -> the function that is the phase."""
+OVER = "over"
+"""What follows the command's work, when signals do again what the system has them do."""
 
 
 def arm(events: str, phase: str | None = None, number: int = 0, nth: int = 1, delay_seconds: float = 0.0) -> None:
@@ -43,6 +46,22 @@ def arm(events: str, phase: str | None = None, number: int = 0, nth: int = 1, de
         module, _, function = place.partition(":")
         found = importlib.import_module(module)
         setattr(found, function, _told(getattr(found, function), name, say, strike, nth if name == phase else 0))
+    _tell_the_end(lambda: say("begin", OVER))
+
+
+def _tell_the_end(say_over: Callable[[], None]) -> None:
+    app = importlib.import_module("topwork.cli.app")
+    inner = app.ending_on_signals
+
+    @contextmanager
+    def ending() -> Iterator[None]:
+        with inner():
+            try:
+                yield
+            finally:
+                say_over()
+
+    vars(app)[inner.__name__] = ending
 
 
 def _told(inner: Callable[..., Any], name: str, say: Callable[[str, str], None], strike: Callable[[], None], nth: int
@@ -65,7 +84,7 @@ def _told(inner: Callable[..., Any], name: str, say: Callable[[str, str], None],
 
 
 def struck(events: Path) -> str | None:
-    """The phase in which the signal came, "between" for none of them; None where it never came."""
+    """The phase in which the signal came, OVER for after all, "between" for none of them; None where it never came."""
     inside = "between"
     for what, name, _ in _lines(events):
         if what == "strike":
