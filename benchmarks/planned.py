@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from planned_cases import CASES, SET_ON, SHAPES, STORIES, Case, words_of, write_rows
 from planned_peers import peers_text
-from planned_time import foreseen, time_text
+from planned_time import error_before, foreseen, measured_step, time_error, time_text
 
 from common import BENCHMARKS, run_process, surroundings, surroundings_text, table, write_record
 
@@ -58,20 +58,26 @@ def main() -> None:
             print(made, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             recipes = recipes_of(case, given, Path(folder))
-            timed = (there or {}).get("time") if given.again or not given.seconds else foreseen(recipes, given.seconds)
-            found = there["measured"] if given.again else run_process("planned_worker", *map(str, recipes))
-            if "error" in found:
-                sys.exit(f"{name}: {found['error']}")
-            kept = {"earlier": there["earlier"]} if given.again and "earlier" in there else {}
-            record["cases"][name] = {
-                "predicted": predicted(recipes, found, case), "measured": found, "time": timed, **kept,
-            }  # fmt: skip
+            if given.again:
+                found, timed = there["measured"], there["time"]
+            else:
+                found, timed = measured(recipes, given.seconds)
+            record["cases"][name] = {"predicted": predicted(recipes, found, case), "measured": found, "time": timed}
         tell(name, record["cases"][name])
         if not given.again:
             record["surroundings"] = surroundings()
         write_record(given.out, record, text(record) + time_text(record["cases"]))
     if given.out == OUT:
         PAGE.write_text(page(record), "utf-8")
+
+
+def measured(recipes: Sequence[Path], seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """What a run took, and its steps as they were foreseen before it and behind it."""
+    before = foreseen(recipes, seconds) if seconds else None
+    found = run_process("planned_worker", *map(str, recipes))
+    if "error" in found:
+        sys.exit(f"{recipes[0].stem}: {found['error']}")
+    return found, None if before is None else [before, foreseen(recipes, seconds)]
 
 
 def recipes_of(case: Case, given: argparse.Namespace, folder: Path) -> list[Path]:
@@ -123,7 +129,8 @@ def fill(case: Case, virtual: int) -> tuple[int, int]:
 def tell(name: str, case: Mapping[str, Any]) -> None:
     said, seen = totals(case), case["measured"]["peaks"]
     each = " ".join(f"{moment[:4]} {said[moment] / MIB:.0f}/{seen.get(moment, 0) / MIB:.0f}" for moment in MOMENTS)
-    print(f"{name:36} {error(case):+7.2%}  {each}  {case['measured']['seconds'][-1]:.1f} s", flush=True)
+    timed = f"{time_error(case):+.1%}, before {error_before(case):+.1%}" if case["time"] else ""
+    print(f"{name:36} {error(case):+7.2%}  {each}  {measured_step(case['measured']):.2f} s {timed}", flush=True)
 
 
 def totals(case: Mapping[str, Any]) -> dict[str, int]:
@@ -143,7 +150,7 @@ def text(record: Mapping[str, Any]) -> str:
     for name, case in cases.items():
         said, seen = totals(case), case["measured"]["peaks"]
         rows.append([
-            name + " *" * ("earlier" in case), f"{case['measured']['pass_tokens'][-1]:,}",
+            name, f"{case['measured']['pass_tokens'][-1]:,}",
             f"{max(said.values()) / MIB:,.0f}", f"{max(seen.values()) / MIB:,.0f}", f"{error(case):+.1%}",
             max(said, key=lambda key: said[key]), max(seen, key=lambda key: seen[key]), "yes" if name in SET_ON else "",
         ])  # fmt: skip
@@ -155,24 +162,12 @@ def text(record: Mapping[str, Any]) -> str:
         ),
         summed("Not looked at", [case for name, case in cases.items() if name not in SET_ON]),
         f"Not run yet, of {len(CASES)} cases: {', '.join(missing) or 'none'}.",
-        *_earlier(cases),
     ]
     head = [
         "run", "tokens", "predicted MiB", "measured MiB", "error", "predicted moment", "measured moment", "set on",
     ]  # fmt: skip
     around = surroundings_text(record["surroundings"])
     return "\n\n".join(["# Planned and measured", *told, table(head, rows), around]) + "\n"
-
-
-def _earlier(cases: Mapping[str, Any]) -> list[str]:
-    """Runs that were not repeated when the others were."""
-    commits = sorted({case["earlier"] for case in cases.values() if "earlier" in case})
-    if not commits:
-        return []
-    count = sum("earlier" in case for case in cases.values())
-    return [
-        f"{count} runs, marked *, are of an earlier state ({', '.join(commits)} and what came after it); not repeated."
-    ]
 
 
 def summed(name: str, cases: Sequence[Mapping[str, Any]]) -> str:

@@ -56,7 +56,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     length: int = 256
     members: int = 1
-    steps: int = 3
+    steps: int = 5
     learned: float = 0.5
     passes: int = 1
 
@@ -79,15 +79,15 @@ def _smollm2() -> list[Case]:
         Case("smollm2 lora 256", base, 256, BF16 | OFF),
         Case("smollm2 lora 1024", base, 1024, BF16 | OFF),
         Case("smollm2 lora 2048", base, 2048, BF16 | OFF),
-        Case("smollm2 lora 4096, rows of 1024", base, 4096, BF16 | OFF, length=1024),
-        Case("smollm2 lora 8192, rows of 2048", base, 8192, BF16 | OFF, length=2048),
+        Case("smollm2 lora 4096, rows of 1024", base, 4096, BF16 | OFF, length=1024, steps=3),
+        Case("smollm2 lora 8192, rows of 2048", base, 8192, BF16 | OFF, length=2048, steps=3),
         Case("smollm2 lora r4", base, 1024, BF16 | OFF | {"adapter.r": 4}),
         Case("smollm2 lora r256", base, 1024, BF16 | OFF | {"adapter.r": 256}),
         Case("smollm2 lora q,v", base, 1024, BF16 | OFF | {"adapter.target_modules": ["q_proj", "v_proj"]}),
         Case("smollm2 lora fp32", base, 512, FP32 | OFF),
         Case("smollm2 lora checkpointed 15", base, 2048, BF16 | {"training.activation_checkpointing": 15}),
         Case("smollm2 lora checkpointed full", base, 2048, BF16 | FULL),
-        Case("smollm2 lora checkpointed full 8192", base, 8192, BF16 | FULL, length=1024),
+        Case("smollm2 lora checkpointed full 8192", base, 8192, BF16 | FULL, length=1024, steps=3),
         Case("smollm2 dropout", base, 1024, BF16 | OFF | {"adapter.lora_dropout": 0.1}),
         Case("smollm2 adamw_8bit r64", base, 512, BF16 | OFF | {"adapter.r": 64, "training.optim": "adamw_8bit"}),
         Case("smollm2 paged r64", base, 512, BF16 | OFF | {"adapter.r": 64, "training.optim": "paged_adamw_8bit"}),
@@ -117,11 +117,11 @@ def _smollm2() -> list[Case]:
 def _small() -> list[Case]:
     base = "stories260k"
     return [
-        Case("stories lora", base, 1024, FP32 | OFF),
-        Case("stories lora 8192", base, 8192, FP32 | OFF),
-        Case("stories bf16", base, 2048, BF16 | OFF),
-        Case("stories full", base, 1024, FP32 | OFF | {"adapter.method": "full"}),
-        Case("stories checkpointed", base, 8192, FP32 | FULL),
+        Case("stories lora", base, 1024, FP32 | OFF, steps=12),
+        Case("stories lora 8192", base, 8192, FP32 | OFF, steps=12),
+        Case("stories bf16", base, 2048, BF16 | OFF, steps=12),
+        Case("stories full", base, 1024, FP32 | OFF | {"adapter.method": "full"}, steps=12),
+        Case("stories checkpointed", base, 8192, FP32 | FULL, steps=12),
     ]
 
 

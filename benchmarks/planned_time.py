@@ -1,5 +1,6 @@
 """A step's seconds as a plan foresees them for one run of `planned.py`, after measuring this machine as `topwork plan
---calibrate` does: random weights, few layers, the recipe's rows.
+--calibrate` does: random weights, few layers, the recipe's rows. It is measured before the run and once more behind it:
+how far the two lie apart is the machine's own drift, which no prediction knows.
 
     python -m planned_time SECONDS RECIPE [RECIPE …]
 
@@ -23,7 +24,7 @@ from common import run_process, table
 CLOCK = "TOPWORK_PLANNED_CLOCK"
 NEAR = 0.1
 """How far a foreseen step may be off."""
-HEAD = ["run", "predicted s a step", "measured s", "error", "layers run", "spread", "load"]
+HEAD = ["run", "before s a step", "behind", "measured s", "error", "of the one before", "layers run", "load"]
 
 
 def use_clock() -> None:
@@ -35,14 +36,13 @@ def use_clock() -> None:
 def main() -> None:
     use_clock()
     from topwork.plan.base import structure_named
-    from topwork.plan.calibration import spread_rows
     from topwork.plan.speeds import here
     from topwork.plan.tokens import counted
     from topwork.recipe.recipe import load_recipe
     from topwork.run.calibrate import measure
     from topwork.run.plan import job_of
     from topwork.run.planning.place import find_place
-    from topwork.run.planning.timing import question_of
+    from topwork.run.planning.timing import question_of, step_rows
 
     budget, recipes = float(sys.argv[1]), [load_recipe(Path(path)) for path in sys.argv[2:]]
     structure = structure_named(recipes[0].model)
@@ -51,7 +51,7 @@ def main() -> None:
     job = job_of(recipes, structure, find_place(None, None, "cpu"), [tokens])
     question = question_of(job, job.fit, tokens)
     rows = question.rows
-    lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, tokens.percentiles)
+    lengths = step_rows(job, question, tokens)
     begun = time.perf_counter()
     found = measure(recipes, question, lengths, budget, lambda _: None, time.perf_counter)
     print(json.dumps({
@@ -75,8 +75,20 @@ def measured_step(measured: Mapping[str, Any]) -> float:
 
 
 def time_error(case: Mapping[str, Any]) -> float:
-    """Of a step, relative to what was measured."""
-    return float(case["time"]["step"]) / measured_step(case["measured"]) - 1
+    """Of a step, relative to what was measured: of the mean of what was foreseen before and behind the run."""
+    before, behind = (found["step"] for found in case["time"])
+    return (before + behind) / 2 / measured_step(case["measured"]) - 1
+
+
+def error_before(case: Mapping[str, Any]) -> float:
+    """The same of what was foreseen before."""
+    return float(case["time"][0]["step"]) / measured_step(case["measured"]) - 1
+
+
+def drift(case: Mapping[str, Any]) -> float:
+    """How far what was foreseen behind the run lies from what was foreseen before."""
+    before, behind = (found["step"] for found in case["time"])
+    return float(behind / before) - 1
 
 
 def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
@@ -84,21 +96,32 @@ def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
     told = {name: case for name, case in cases.items() if case.get("time")}
     if not told:
         return ""
-    errors = [time_error(case) for case in told.values()]
-    near = sum(abs(error) <= NEAR for error in errors)
     rows = []
     for name, case in told.items():
-        found = case["time"]
+        before, behind = case["time"]
         rows.append([
-            name, f"{found['step']:,.3f}", f"{measured_step(case['measured']):,.3f}", f"{time_error(case):+.1%}",
-            " and ".join(map(str, found["layers"])), f"{found['spread']:.0%}", f"{found['load']:.1f}",
+            name, f"{before['step']:,.3f}", f"{behind['step']:,.3f}", f"{measured_step(case['measured']):,.3f}",
+            f"{time_error(case):+.1%}", f"{error_before(case):+.1%}", " and ".join(map(str, before["layers"])),
+            f"{before['load']:.1f}",
         ])  # fmt: skip
-    sentence = (
-        f"A step's time was foreseen after steps of random models with as many layers as told were measured: {near} of "
-        f"{len(errors)} within {NEAR:.0%}, median of the errors' sizes {median(map(abs, errors)):.1%}, worst "
-        f"{max(errors, key=abs):+.1%}. Measured is the median of a run's steps after its first."
+    drifts = [abs(drift(case)) for case in told.values()]
+    sentences = (
+        "A step's time was foreseen after steps of random models with as many layers as told were measured, for a few "
+        "seconds before each run and once more behind it. Measured is the median of a run's steps after its first.",
+        _summed("Of the mean of both", [time_error(case) for case in told.values()]),
+        _summed("Of what was foreseen before", [error_before(case) for case in told.values()]),
+        f"The same measurement behind the run gave another number by {median(drifts):.1%} (median; at most "
+        f"{max(drifts):.1%}): so far the machine itself drifts within a minute.",
     )
-    return f"\n## Time\n\n{sentence}\n\n{table(HEAD, rows)}\n"
+    return "\n## Time\n\n" + "\n\n".join([*sentences, table(HEAD, rows)]) + "\n"
+
+
+def _summed(name: str, errors: Sequence[float]) -> str:
+    near = sum(abs(error) <= NEAR for error in errors)
+    return (
+        f"{name}: {near} of {len(errors)} within {NEAR:.0%}, median of the errors' sizes "
+        f"{median(map(abs, errors)):.1%}, worst {max(errors, key=abs):+.1%}."
+    )
 
 
 if __name__ == "__main__":

@@ -17,23 +17,26 @@ def planned_time(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("planned_time")
 
 
-def case(foreseen: float, *seconds: float) -> dict[str, Any]:
-    found = {"step": foreseen, "layers": [2, 8], "spread": 0.02, "load": 0.1}
-    return {"time": found, "measured": {"seconds": list(seconds)}}
+def case(before: float, behind: float, *seconds: float) -> dict[str, Any]:
+    found = {"step": before, "layers": [2, 8], "load": 0.1}
+    return {"time": [found, found | {"step": behind}], "measured": {"seconds": list(seconds)}}
 
 
 def test_a_runs_first_step_does_not_count(planned_time: ModuleType) -> None:
     assert planned_time.measured_step({"seconds": [9.0, 2.0, 4.0, 3.0]}) == 3.0
     assert planned_time.measured_step({"seconds": [9.0]}) == 9.0
-    assert planned_time.time_error(case(3.3, 9.0, 3.0)) == pytest.approx(0.1)
+    assert planned_time.error_before(case(3.3, 3.0, 9.0, 3.0)) == pytest.approx(0.1)
+    assert planned_time.time_error(case(3.3, 3.0, 9.0, 3.0)) == pytest.approx(0.05)
+    assert planned_time.drift(case(3.0, 3.3, 9.0, 3.0)) == pytest.approx(0.1)
 
 
 def test_the_table_tells_how_many_are_near_and_how_far_the_worst_is(planned_time: ModuleType) -> None:
-    cases = {"one": case(3.03, 9.0, 3.0), "two": case(2.4, 9.0, 3.0), "old": {"measured": {}}}
+    cases = {"one": case(3.03, 3.09, 9.0, 3.0), "two": case(2.4, 3.0, 9.0, 3.0), "old": {"measured": {}}}
     told = planned_time.time_text(cases)
-    assert "1 of 2 within 10%" in told
-    assert "worst -20.0%" in told
-    assert "| one | 3.030 | 3.000 | +1.0% | 2 and 8 | 2% | 0.1 |" in told
+    assert "Of the mean of both: 2 of 2 within 10%, median of the errors' sizes 6.0%, worst -10.0%" in told
+    assert "Of what was foreseen before: 1 of 2 within 10%, median of the errors' sizes 10.5%, worst -20.0%" in told
+    assert "by 13.5% (median; at most 25.0%)" in told
+    assert "| one | 3.030 | 3.090 | 3.000 | +2.0% | +1.0% | 2 and 8 | 0.1 |" in told
     assert "| old" not in told
     assert planned_time.time_text({"old": {"measured": {}, "time": None}}) == ""
 

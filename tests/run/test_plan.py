@@ -13,6 +13,7 @@ import topwork
 from run.tiny import rows, write_rows
 from topwork.common.errors import DataError, ModelError, RecipeError, RequestError
 from topwork.common.memory import Free
+from topwork.plan.calibration import Question
 from topwork.plan.devices import find_device, shipped_devices
 from topwork.plan.fits import Job
 from topwork.recipe.recipe import make_recipe
@@ -96,6 +97,23 @@ def test_without_a_card_the_machines_free_memory_is_planned_with(monkeypatch: py
 
 
 # What it takes
+
+
+def test_measured_rows_are_as_long_as_those_that_are_known(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their virtual tokens, so that a step's rows fill as many passes as in training."""
+    measured = []
+
+    def told(_recipes: Any, question: Question, lengths: Any, **_: Any) -> None:
+        measured.append((question.rows, [length for length, _ in lengths]))
+
+    monkeypatch.setattr("topwork.run.calibrate.calibrate", told)
+    virtual = 20
+    for options in ([], ["adapter.method=prefix", f"adapter.num_virtual_tokens={virtual}"]):
+        plan(recipe, options, calibrate=True)
+    (rows, lengths), (longer_rows, longer) = measured
+    assert sum(lengths) / len(lengths) == pytest.approx(rows.tokens, rel=0.05)
+    assert longer_rows.tokens == rows.tokens + virtual
+    assert sum(longer) / len(longer) == pytest.approx(longer_rows.tokens, rel=0.05)
 
 
 @pytest.mark.parametrize("share", [1.0, 1.05, 1.2, 1.5, 2.0, 6.0])

@@ -19,7 +19,7 @@ from topwork.run.planning.compared import compared
 from topwork.run.planning.place import Place, card_place, find_place
 from topwork.run.planning.planned import Planned
 from topwork.run.planning.several import distinct_rows, together, waves_of
-from topwork.run.planning.timing import question_of, timing_of
+from topwork.run.planning.timing import question_of, step_rows, timing_of
 from topwork.run.sweep.trials import model_of, trials_of
 from topwork.run.which import which_recipe
 
@@ -133,11 +133,7 @@ def _places(known: Mapping[str, Device]) -> list[Place]:
 
 
 def _measure(job: Job, tokens: Tokens | None, place: Place, log: Log) -> None:
-    from topwork.plan.calibration import spread_rows
     from topwork.run.calibrate import calibrate
 
     question = question_of(job, job.fit, tokens)
-    rows = question.rows
-    percentiles = {} if tokens is None else tokens.percentiles
-    lengths = spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, percentiles)
-    calibrate(job.recipes, question, lengths, log=log, speed=place.speed)
+    calibrate(job.recipes, question, step_rows(job, question, tokens), log=log, speed=place.speed)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from topwork.plan.calibration import Question, Rows
+from topwork.plan.calibration import Question, Rows, spread_rows
 from topwork.plan.calibrations import kept, seconds_here
 from topwork.plan.fits import Fit, Job
 from topwork.plan.time import RunCost, forward_seconds, run_cost, start_seconds
@@ -70,6 +70,15 @@ def question_of(job: Job, fit: Fit, tokens: Tokens | None) -> Question:
     batch = job.recipes[0].training.batch_size
     batch = batch if tokens is None else min(batch, tokens.sequences)
     return Question(job.setup, rows_of(tokens, job), batch, fit.tokens_per_pass, fit.checkpointed_layers)
+
+
+def step_rows(job: Job, question: Question, tokens: Tokens | None) -> list[tuple[int, int]]:
+    """Rows as a step has them, (tokens, learned tokens) of each: as long as those that are known, with the virtual
+    tokens in front of each."""
+    virtual, rows = job.recipes[0].adapter.virtual_tokens, question.rows
+    known = {} if tokens is None else tokens.percentiles
+    percentiles = {share: length + virtual for share, length in known.items()}
+    return spread_rows(rows.tokens, rows.learned / rows.tokens, rows.longest, percentiles)
 
 
 def timing_of(job: Job, fit: Fit, tokens: Tokens | None, place: Place, here: bool) -> Timing | None:
