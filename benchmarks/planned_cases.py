@@ -56,7 +56,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     length: int = 256
     members: int = 1
-    steps: int = 5
+    steps: int = 8
     learned: float = 0.5
     passes: int = 1
 
@@ -127,21 +127,21 @@ def _small() -> list[Case]:
 
 def _families() -> list[Case]:
     return [
-        Case("qwen3-0.6b lora 512", "qwen3-0.6b", 512, BF16 | OFF),
-        Case("qwen3-0.6b lora checkpointed", "qwen3-0.6b", 1024, BF16 | FULL),
-        Case("qwen3-0.6b nf4", "qwen3-0.6b", 512, BF16 | OFF | NF4),
-        Case("qwen3-0.6b nf4 head nf4", "qwen3-0.6b", 512, BF16 | OFF | NF4 | {"quantization.head": "nf4"}),
-        Case("qwen3-0.6b dora", "qwen3-0.6b", 256, BF16 | OFF | {"adapter.use_dora": True}),
-        Case("llama-3.2-1b lora 256", "llama-3.2-1b", 256, BF16 | OFF),
-        Case("llama-3.2-1b lora 1024", "llama-3.2-1b", 1024, BF16 | OFF),
-        Case("llama-3.2-1b nf4", "llama-3.2-1b", 512, BF16 | OFF | NF4),
-        Case("llama-3.2-1b int8 checkpointed", "llama-3.2-1b", 512, BF16 | FULL | INT8),
-        Case("gemma3-270m lora", "gemma3-270m", 1024, BF16 | OFF),
-        Case("gemma3-270m nf4", "gemma3-270m", 512, BF16 | OFF | NF4),
-        Case("gemma3-270m ia3", "gemma3-270m", 512, BF16 | OFF | {"adapter.method": "ia3"}),
-        Case("gemma2 lora", "gemma2-4layers", 512, BF16 | OFF),
-        Case("phi3 lora", "phi3-4layers", 1024, BF16 | OFF),
-        Case("phi3 dora", "phi3-4layers", 512, BF16 | OFF | {"adapter.use_dora": True}),
+        Case("qwen3-0.6b lora 512", "qwen3-0.6b", 512, BF16 | OFF, steps=5),
+        Case("qwen3-0.6b lora checkpointed", "qwen3-0.6b", 1024, BF16 | FULL, steps=5),
+        Case("qwen3-0.6b nf4", "qwen3-0.6b", 512, BF16 | OFF | NF4, steps=5),
+        Case("qwen3-0.6b nf4 head nf4", "qwen3-0.6b", 512, BF16 | OFF | NF4 | {"quantization.head": "nf4"}, steps=5),
+        Case("qwen3-0.6b dora", "qwen3-0.6b", 256, BF16 | OFF | {"adapter.use_dora": True}, steps=5),
+        Case("llama-3.2-1b lora 256", "llama-3.2-1b", 256, BF16 | OFF, steps=5),
+        Case("llama-3.2-1b lora 1024", "llama-3.2-1b", 1024, BF16 | OFF, steps=5),
+        Case("llama-3.2-1b nf4", "llama-3.2-1b", 512, BF16 | OFF | NF4, steps=5),
+        Case("llama-3.2-1b int8 checkpointed", "llama-3.2-1b", 512, BF16 | FULL | INT8, steps=5),
+        Case("gemma3-270m lora", "gemma3-270m", 1024, BF16 | OFF, steps=5),
+        Case("gemma3-270m nf4", "gemma3-270m", 512, BF16 | OFF | NF4, steps=5),
+        Case("gemma3-270m ia3", "gemma3-270m", 512, BF16 | OFF | {"adapter.method": "ia3"}, steps=5),
+        Case("gemma2 lora", "gemma2-4layers", 512, BF16 | OFF, steps=5),
+        Case("phi3 lora", "phi3-4layers", 1024, BF16 | OFF, steps=5),
+        Case("phi3 dora", "phi3-4layers", 512, BF16 | OFF | {"adapter.use_dora": True}, steps=5),
         Case("gpt2 lora", "gpt2", 1024, BF16 | OFF),
         Case("gpt2 lora fp32", "gpt2", 512, FP32 | OFF),
         Case("gpt2 lora checkpointed", "gpt2", 2048, BF16 | FULL),

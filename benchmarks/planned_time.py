@@ -69,9 +69,9 @@ def foreseen(recipes: Sequence[Path], seconds: float) -> dict[str, Any]:
 
 
 def measured_step(measured: Mapping[str, Any]) -> float:
-    """Of a run: the median of its steps after the first, which meets its shapes for the first time."""
+    """Of a run: the median of its steps after the first third, in which memory is met for the first time."""
     seconds = measured["seconds"]
-    return float(median(seconds[1:] or seconds))
+    return float(median(seconds[len(seconds) // 3 :]))
 
 
 def time_error(case: Mapping[str, Any]) -> float:
@@ -107,7 +107,7 @@ def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
     drifts = [abs(drift(case)) for case in told.values()]
     sentences = (
         "A step's time was foreseen after steps of random models with as many layers as told were measured, for a few "
-        "seconds before each run and once more behind it. Measured is the median of a run's steps after its first.",
+        "seconds before each run and once more behind it. Measured is the median of a run's steps after the first third of them.",
         _summed("Of the mean of both", [time_error(case) for case in told.values()]),
         _summed("Of what was foreseen before", [error_before(case) for case in told.values()]),
         f"The same measurement behind the run gave another number by {median(drifts):.1%} (median; at most "
