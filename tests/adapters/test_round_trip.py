@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
@@ -128,7 +128,10 @@ def as_peft_reads(folder: Path) -> None:
     assert relative(ours(folder), expected) < 1e-5
 
 
-DRAWN = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+DRAWN = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much],
+    phases=[Phase.reuse, Phase.generate],
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -158,7 +161,7 @@ def test_we_write_a_lora_and_peft_reads(
         assume(False)
     own = logits(base, batch_of(sequences()[:1], "a"))
     assert relative(by_peft(folder), own) < 1e-5
-    assert relative(ours(folder), own) < 1e-6
+    assert torch.equal(ours(folder), own) or (init in ("pissa", "olora") and relative(ours(folder), own) < 1e-5)
     said = json.loads((folder / "adapter_config.json").read_text())
     paths = [path for path, part in adapters.parts("a").items() if part.setting is not None]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -238,7 +241,7 @@ def test_what_is_written_means_the_same_in_any_order(pattern: dict[str, int]) ->
 def test_names_that_a_longer_path_ends_in_are_written_anchored() -> None:
     """A dot in a key is any letter, and a whole path may be another's ending."""
     paths = ["model.layers.0.q", "draft.model.layers.0.q", "model.layersx0.q"]
-    told = without_overlaps({"layers.0.q": 4, ".*": 5}, paths, 5)
-    assert told == {"^model\\.layers\\.0\\.q": 4, "^draft\\.model\\.layers\\.0\\.q": 4, "^model\\.layersx0\\.q": 4}
-    told = without_overlaps({"^model.layers.0.q": 4, ".*": 5}, paths[:2], 5)
-    assert keys_of(told, paths[:2]) == {paths[0]: ["^model\\.layers\\.0\\.q"], paths[1]: []}
+    assert without_overlaps({"layers.0.q": 4, ".*": 4}, paths, 5) == {"q": 4}
+    told = without_overlaps({"^model.layers.0.q": 4, ".*": 5}, paths, 5)
+    assert told == {"^model\\.layers\\.0\\.q": 4, "^model\\.layersx0\\.q": 4}
+    assert [len(keys) for keys in keys_of(told, paths).values()] == [1, 0, 1]

@@ -21,7 +21,15 @@ from topwork.adapters.config import (
 from topwork.adapters.methods.lora.places import keys_of
 from topwork.adapters.peft_targets import BY_METHOD
 from topwork.adapters.places import Places
-from topwork.adapters.targets import choose_modules, free_modules, idle_names, is_layer, layer_of, layers_of
+from topwork.adapters.targets import (
+    choose_modules,
+    free_modules,
+    idle_names,
+    is_layer,
+    is_whole_path,
+    layer_of,
+    layers_of,
+)
 
 Change = tuple[dict[str, Any], list[str]]
 """Options as they are settled, and what is to be said of that."""
@@ -93,9 +101,14 @@ def _layers(base: Places, config: AdapterConfig, held: Collection[str]) -> Chang
     if config.layers_to_transform is None:
         told = f"layers_pattern {config.layers_pattern!r} says nothing without layers_to_transform"
         return ({"layers_pattern": None}, [told]) if config.layers_pattern else ({}, [])
-    there = {layer_of(path, config) for path in free_modules(base, config)}
-    wanted = layers_of(config)
-    return _without("layers_to_transform", wanted, [layer for layer in wanted if layer not in there], wanted)
+    free = free_modules(base, config)
+    there, wanted = {layer_of(path, config) for path in free}, layers_of(config)
+    idle = [layer for layer in wanted if layer not in there]
+    whole = [path for path in free if is_whole_path(path, config)]
+    if wanted and idle == wanted and whole:  # these are asked for no layer, and the others lie in none
+        change = {"target_modules": whole, "layers_to_transform": None, "layers_pattern": None}
+        return change, [_idle("layers_to_transform", idle)]
+    return _without("layers_to_transform", wanted, idle, wanted)
 
 
 def _saved(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:
