@@ -107,7 +107,7 @@ def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
     drifts = [abs(drift(case)) for case in told.values()]
     sentences = (
         "A step's time was foreseen after steps of random models with as many layers as told were measured, for a few "
-        "seconds before each run and once more behind it. Measured is the median of a run's steps after the first third of them.",
+        "seconds before each run and once more behind it. Measured is the median of a run's steps after its first third.",
         _summed("Of the mean of both", [time_error(case) for case in told.values()]),
         _summed("Of what was foreseen before", [error_before(case) for case in told.values()]),
         f"The same measurement behind the run gave another number by {median(drifts):.1%} (median; at most "
