@@ -22,6 +22,7 @@ from topwork.run.sweep.trials import model_of, trials_of
 from topwork.training.passes import check_longest
 from topwork.training.schedule import planned_steps, validated_every
 
+
 @dataclass(frozen=True)
 class SweepOptions:
     """What the command line adds to a recipe's `sweep:`; None leaves it as the recipe has it."""
