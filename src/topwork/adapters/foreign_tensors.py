@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from topwork.adapters.foreign_json import json_object
+from topwork.adapters.other_makes import told_pointer
 from topwork.common.errors import AdapterError, quoted
 
 DTYPES = {
@@ -77,7 +78,10 @@ def read_tensors(file: io.FileIO, limits: ReadLimits = ReadLimits()) -> dict[str
     size = os.fstat(file.fileno()).st_size
     if size > limits.tensor_bytes:
         raise AdapterError(f"the file has {size:,} bytes, and at most {limits.tensor_bytes:,} are read")
-    length = int.from_bytes(_exactly(file, 8), "little")
+    first = bytes(_exactly(file, 8))
+    if (told := told_pointer("it", first)) is not None:
+        raise AdapterError(told)
+    length = int.from_bytes(first, "little")
     if length > min(limits.header_bytes, size - 8):
         raise AdapterError(
             f"the header claims {length:,} bytes, in a file of {size:,}; at most {limits.header_bytes:,} are read"
@@ -135,6 +139,8 @@ def _entry(name: str, value: Any, data_bytes: int) -> _Entry:
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise AdapterError(f"{called} claims the bytes {begin} to {end} of {data_bytes:,}")
+    if 0 in shape and begin == end:  # what it comes from is told where all are known (`on_base.py`)
+        return _Entry(name, dtype, tuple(shape), begin, end)
     needed = dtype.itemsize
     for side in shape:
         needed *= side
@@ -153,6 +159,8 @@ def _whole(values: Any) -> bool:
 
 
 def _tensor(data: bytearray, entry: _Entry) -> Tensor:
+    if entry.begin == entry.end:
+        return torch.empty(0, dtype=entry.dtype)
     size = entry.dtype.itemsize
     if entry.begin % size:  # no number of this type may begin there
         data, begin = data[entry.begin : entry.end], 0

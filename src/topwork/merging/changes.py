@@ -8,7 +8,7 @@ whose base lacks what they began as.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -125,27 +125,20 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
     Raises AdapterError, with `label`, for what does not fit the base, holds values that are not finite, or is no change
     of weights that an adapter can hold: virtual tokens, biases, full fine-tuning.
     """
-    config = saved.config
-    if config.method in NO_DELTA:
-        raise AdapterError(f"{label}: {NO_DELTA[config.method]}")
-    broken = sorted(key for key, tensor in saved.tensors.items() if not bool(torch.isfinite(tensor).all()))
-    if broken:
-        raise AdapterError(
-            f"{label} holds NaN or infinite values ({len(broken)} tensors, first {broken[0]}); its training broke, "
-            "take an earlier checkpoint"
-        )
+    if saved.config.method in NO_DELTA:
+        raise AdapterError(f"{label}: {NO_DELTA[saved.config.method]}")
 
     def stored(path: str, kind: str) -> Tensor | None:
         known = getattr(bare.modules.get(path), kind, None)
         return base(f"{path}.{kind}") if isinstance(known, Tensor) else None
 
     try:
-        parts = LazyParts(bare, saved, stored)
+        parts = LazyParts(bare, replace(saved, path=label), stored)
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
     except AdapterError as error:
-        raise AdapterError(f"{label}: {error}") from error
-    shapes = parts.shapes
+        raise AdapterError(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
+    config, shapes = parts.config, parts.shapes
     adapted = {path for path, part in shapes.items() if isinstance(part, Lora | EmbeddingLora | Ia3)}
     copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
     rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
