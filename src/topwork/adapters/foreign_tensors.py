@@ -8,6 +8,7 @@ It is read once, from one open file, so that what was checked is what is used.
 """
 
 import io
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -139,7 +140,8 @@ def _entry(name: str, value: Any, data_bytes: int) -> _Entry:
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise AdapterError(f"{called} claims the bytes {begin} to {end} of {data_bytes:,}")
-    if 0 in shape and begin == end:  # what it comes from is told where all are known (`on_base.py`)
+    if 0 in shape and begin == end and math.prod(side or 1 for side in shape) < 1 << 62:
+        # what empty ones come from is told where all are known (`on_base.py`)
         return _Entry(name, dtype, tuple(shape), begin, end)
     needed = dtype.itemsize
     for side in shape:
@@ -160,7 +162,7 @@ def _whole(values: Any) -> bool:
 
 def _tensor(data: bytearray, entry: _Entry) -> Tensor:
     if entry.begin == entry.end:
-        return torch.empty(0, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype)
     size = entry.dtype.itemsize
     if entry.begin % size:  # no number of this type may begin there
         data, begin = data[entry.begin : entry.end], 0

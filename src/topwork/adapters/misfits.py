@@ -21,7 +21,7 @@ def misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | No
     told = [*_of_lengths(missing, unknown), *_of_ranks(wrong, own, tensors)]
     told += _of_layers(unknown, own)
     told += _of_whole_modules(unknown)
-    told += _of_prefix(unknown, own)
+    told += _of_prefix(unknown, missing, own)
     told += [f"{len(missing)} missing (first {missing[0]})"] if missing else []
     told += [f"{len(unknown)} unknown (first {shortened(unknown[0], 120)})"] if unknown else []
     others = [key for key in wrong if not _is_rank(key, own, tensors)]
@@ -96,13 +96,13 @@ def _of_whole_modules(unknown: list[str]) -> list[str]:
     ]
 
 
-def _of_prefix(unknown: list[str], own: Mapping[str, Tensor]) -> list[str]:
+def _of_prefix(unknown: list[str], missing: Sequence[str], own: Mapping[str, Tensor]) -> list[str]:
     """Names of which none begins as one of this base's."""
     firsts = {key.partition(".")[0] for key in own}
     strange = [key for key in unknown if "." in key and key.partition(".")[0] not in firsts]
     if not strange or not _taken(unknown, strange):
         return []
-    theirs, ours = _common(strange), _common(list(own))
+    theirs, ours = _common(strange), _common(missing or list(own))
     return [
         f"{len(strange)} names begin with {theirs!r}, which no module here does ({ours!r} does): they are of another "
         "kind of model, or something was put around it while it was saved"

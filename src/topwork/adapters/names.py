@@ -84,11 +84,10 @@ def on_modules(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[d
     found: dict[str, Tensor] = {}
     moved: dict[str, str] = {}
     for key, tensor in tensors.items():
-        path, part = split_name(key, known)
-        place = path if not path or path in known else places.get(_inner(path), path)
+        path, place = _place(key, known, places)
         if place != path:
             moved[path] = place
-        name = f"{place}.{part}" if place else key
+        name = place + key[len(path) :]
         if name in found:
             raise AdapterError(f"two tensors would be {quoted(name)} in this base; one of them is {quoted(key)}")
         found[name] = tensor
@@ -167,6 +166,14 @@ def _without_before(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _place(key: str, known: Container[str], places: Mapping[str, str]) -> tuple[str, str]:
+    """What of a name is a module's path in this base, or would be one with other outer modules; and that path."""
+    path = key.rpartition(".")[0]
+    while path and path not in known and _inner(path) not in places:
+        path = path.rpartition(".")[0]
+    return path, path if not path or path in known else places[_inner(path)]
 
 
 def _inner(path: str) -> str:

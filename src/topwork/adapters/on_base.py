@@ -83,7 +83,7 @@ def refuse_unusable(tensors: Mapping[str, Tensor], called: str) -> None:
             "DeepSpeed ZeRO-3 or FSDP saved them on one process without gathering the others'; save it again from "
             "there (deepspeed.zero.GatheredParameters, or a full state dict), or make it whole with their own script"
         )
-    broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all()))
+    broken = sorted(key for key, tensor in tensors.items() if not _is_finite(tensor))
     if broken:
         raise AdapterError(
             f"{called} holds NaN or infinite values ({len(broken)} tensors, first {broken[0]}); its training broke, "
@@ -98,7 +98,9 @@ def grown(tensors: Mapping[str, Tensor], bare: Bare) -> Grown | None:
             continue
         rows, width = embedding_shape(bare.modules[path])
         b, a = tensors.get(f"{path}.lora_embedding_B"), tensors.get(f"{path}.lora_A.weight")
-        sides = {"weight": (0, None), f"{_BELOW}weight": (0, None), "lora_embedding_A": (1, b), "lora_B.weight": (0, a)}
+        sides: dict[str, tuple[int, Tensor | None]] = {
+            "weight": (0, None), f"{_BELOW}weight": (0, None), "lora_embedding_A": (1, b), "lora_B.weight": (0, a)
+        }  # fmt: skip
         for part, (axis, other) in sides.items():
             tensor = tensors.get(f"{path}.{part}")
             if tensor is None or tensor.dim() != 2:
@@ -122,6 +124,11 @@ def _told_grown(found: Grown, called: str) -> str:
         f"{told}: tokens were added before it was trained. Grow the base to {found.rows:,} rows as was done there "
         "(resize_token_embeddings, with its tokenizer), or name the base that it was trained on"
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    known = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # numbers of 8 bits are not asked
+    return bool(torch.isfinite(known).all())
 
 
 def _is_flat_factor(key: str, tensor: Tensor) -> bool:

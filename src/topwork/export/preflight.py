@@ -16,6 +16,8 @@ from topwork.adapters.config import AdapterConfig, LoraConfig, Targeted
 from topwork.adapters.fitting import Parts
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
+from topwork.adapters.methods.bitfit import Bias
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import PAIRS
@@ -203,6 +205,8 @@ def _of_parts(parts: Parts, bare: Bare, reader: Reader, factor: int) -> dict[str
     if not lora:
         return {}
     found, ranks = {}, sorted({factor * _rank(part) for part in lora.values()})
+    if biased := [path for path, part in parts.items() if isinstance(part, BiasedLora | Bias)]:
+        found["biases"] = f"at {len(biased)} modules, {biased[0]} the first"
     if len(ranks) > 1:
         found["unequal_ranks"] = f"{ranks[0]} to {ranks[-1]}"
     if reader.most is not None and ranks[-1] > reader.most:

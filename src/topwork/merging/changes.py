@@ -18,7 +18,9 @@ from topwork.adapters.config import LoraConfig
 from topwork.adapters.foreign import content_of
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
+from topwork.adapters.methods.bitfit import Bias
 from topwork.adapters.methods.ia3 import Ia3
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
 from topwork.adapters.methods.lora.inits import FromWeight
@@ -172,5 +174,9 @@ def _rank(part: AdapterModule) -> int | None:
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
     """IA3 in a layer with a bias scales that as well."""
+    if isinstance(part, BiasedLora | Bias):
+        raise AdapterError(
+            f"it trained the bias of {path} (bias, lora_bias), which a LoRA folder without them does not hold; {_INSTEAD}"
+        )
     if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:
         raise AdapterError(f"IA3 scales the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
