@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from reference.families import alone, logits, sequences, tiny_base, tiny_model
 from reference.measure import relative
 from topwork.adapters.foreign import read_foreign
 from topwork.adapters.graft import Adapters
-from topwork.adapters.names import on_modules, own_names, split_name
+from topwork.adapters.names import WRAPPERS, on_modules, own_names, split_name
 from topwork.adapters.peft_format import BaseId, SavedAdapter, fill_from, fitted, load_adapter, read_adapter
 from topwork.common.errors import AdapterError
 from topwork.models.base import Base
@@ -230,3 +232,47 @@ def test_a_tensor_too_many_is_never_passed_over(reader: str, theirs: tuple[Path,
     folder = renamed(theirs[0], tmp_path / "theirs", lambda key: key, more)
     with pytest.raises(AdapterError, match=r"1 unknown \(first model\.layers\.0\.self_attn\.q_proj\.lora_C\.weight\)"):
         READERS[reader](tiny_base(), read_adapter(folder), folder)
+
+
+PARTS = (
+    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+    "ia3_l", "token_adapter.trainable_tokens_delta", "base_layer.weight", "base_layer.bias",
+)  # fmt: skip
+WORDS = st.sampled_from(["layers", "mlp", "self_attn", "h", "0", "1", "17", "q_proj", "c_attn", "block", "experts"])
+
+
+@st.composite
+def wrapped_names(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """Our names of some tensors, and what a trainer that saves a model's state by itself calls them."""
+    path = st.lists(WORDS, min_size=1, max_size=4).map(lambda words: ".".join(["model", *words]))
+    ours = draw(st.lists(st.tuples(path, st.sampled_from(PARTS)), min_size=1, max_size=4, unique=True))
+    name = draw(st.none() | st.sampled_from(["default", "mine", "v2", "weights"]))
+    front = draw(st.sampled_from(["", "module.", "_orig_mod.", "module._orig_mod.", "pretrained_model.", "model."]))
+    prefixes = draw(st.integers(1, 2)) if front in ("pretrained_model.", "model.") else draw(st.integers(0, 2))
+    wrapper = draw(st.sampled_from(sorted(WRAPPERS)))
+    theirs = []
+    for place, part in ours:
+        words = place.split(".")
+        if draw(st.booleans()):
+            words.insert(draw(st.integers(0, len(words))), wrapper)
+        theirs.append(front + PREFIX * prefixes + ".".join([*words, named_part(part, name)]))
+    return [f"{place}.{part}" for place, part in ours], theirs
+
+
+def named_part(part: str, name: str | None) -> str:
+    if name is None or part.startswith("base_layer"):
+        return part
+    if part == "lora_magnitude_vector":
+        return f"{part}.{name}.weight"
+    first, _, rest = part.partition(".")
+    return f"{first}.{name}.{rest}" if first in ("lora_A", "lora_B") else f"{part}.{name}"
+
+
+@given(wrapped_names())
+def test_whatever_is_around_them(names: tuple[list[str], list[str]]) -> None:
+    ours, theirs = names
+    tensors = {key: torch.full((1,), float(at)) for at, key in enumerate(theirs)}
+    found = own_names(tensors, "x").tensors
+    assert [(key, float(found[key])) for key in ours] == [(key, float(at)) for at, key in enumerate(ours)]
+    assert found.keys() == set(ours)
+    assert own_names(found, "x").tensors.keys() == found.keys()

@@ -17,13 +17,15 @@ from adapters.test_file_names import shaken, truth
 from merging.streams import loaded, streamed
 from reference.families import logits, sequences, tiny_model
 from reference.measure import relative
+from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
+from topwork.adapters.peft_format import BaseId, fill_from, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import merge
 from topwork.models.base import Base
 from topwork.models.load import as_base
 from topwork.ops.batch import batch_of
+from topwork.recipe.beginning import with_beginning
 
 TENSORS = "adapter_model.safetensors"
 HEAD, EMBEDDING = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
@@ -151,6 +153,8 @@ GROWN: dict[str, dict[str, Any]] = {
     "saved both": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "saved embedding": {"modules_to_save": ["embed_tokens"]},
     "tokens": {"trainable_token_indices": [99, 100, 101, 102, 103]},
+    "embedding lora": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora of both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True},
     "neither trained": {},
 }
 
@@ -163,7 +167,7 @@ def test_a_grown_vocabulary(case: str, tied: bool, tmp_path: Path) -> None:
     small, grown = tiny_model("llama", tie_word_embeddings=tied), tiny_model("llama", tie_word_embeddings=tied)
     small.save_pretrained(tmp_path / "base")
     grown.resize_token_embeddings(104, mean_resizing=False)
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], **GROWN[case])
+    config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], **GROWN[case]})
     theirs = get_peft_model(copy.deepcopy(grown), config)
     theirs.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     shaken(theirs)
@@ -172,8 +176,9 @@ def test_a_grown_vocabulary(case: str, tied: bool, tmp_path: Path) -> None:
     assert relative(read(as_tiny(grown), tmp_path / "theirs"), expected) < 1e-5
     names = load_file(tmp_path / "theirs" / TENSORS)
     assert any("embed_tokens" in key for key in names)
-    for end in {id(m): m for m in (grown.get_input_embeddings(), grown.get_output_embeddings())}.values():
-        end.weight.data[99:] = 7.0
+    grown.get_input_embeddings().weight.data[99:] = 7.0
+    if case != "embedding lora":  # beside which PEFT writes no head
+        grown.get_output_embeddings().weight.data[99:] = 7.0
     assert relative(read(as_tiny(grown), tmp_path / "theirs"), expected) < 1e-5
     with pytest.raises(AdapterError, match=r"of a vocabulary of 104 \(.*\), and this base's has 99: tokens were added"):
         read(as_tiny(small), tmp_path / "theirs")
@@ -198,3 +203,19 @@ def test_what_kept_together_is_written_as_two_for_peft(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert "lm_head" in config["modules_to_save"]
     assert relative(read(as_tiny(model), tmp_path / "ours"), truth(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("case", [case for case in TIED if "together" in case and "expression" not in case])
+def test_what_was_kept_together_can_be_trained_on(case: str, tmp_path: Path) -> None:
+    """The recipe's options name the head too, without torch and without the base; then both are trained."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    theirs = shaken(get_peft_model(copy.deepcopy(model), LoraConfig(**options(case, "llama"))))
+    theirs.save_pretrained(tmp_path / "theirs")
+    values = {"adapter": {"init_from": str(tmp_path / "theirs")}, "output_dir": str(tmp_path / "run")}
+    config = AdapterConfig(**with_beginning(values, tmp_path)["adapter"])
+    base = as_tiny(model)
+    adapters = Adapters(base.module)
+    paths = adapters.add("a", config)
+    assert {"lm_head", "model.embed_tokens"} <= set(paths)
+    fill_from(read_adapter(tmp_path / "theirs"), adapters.parts("a"), adapters.bare())
+    assert relative(logits(base, batch_of(sequences(), "a")), truth(theirs)) < 1e-5

@@ -7,14 +7,13 @@ own name; a trainer that saves a model's state by itself leaves them in.
     module.base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.default.weight  the same, saved by hand
 
 `own_names` needs the file alone, `on_modules` the paths of a base's modules. Every reader of adapters goes through both.
+Free of torch: what stands under a name is not looked at but where two would stand under one.
 """
 
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from topwork.common.errors import AdapterError, quoted
 
@@ -45,11 +44,11 @@ _SAVED, _BEFORE = ".modules_to_save.", ".original_module."
 class Named:
     """Tensors by our names, and what was otherwise in the file, for people."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     changed: tuple[str, ...] = ()
 
 
-def own_names(tensors: Mapping[str, Tensor], called: str) -> Named:
+def own_names(tensors: Mapping[str, Any], called: str) -> Named:
     """A file's tensors by our names, with its own base's paths. Nothing is left out but what is said twice.
 
     Raises AdapterError, for a file that is `called` so, where it holds several adapters, or two tensors that differ
@@ -61,7 +60,7 @@ def own_names(tensors: Mapping[str, Tensor], called: str) -> Named:
     if len(names) > 1:
         raise AdapterError(f"{called} holds several adapters ({', '.join(sorted(names))}); save the one you want alone")
     names |= _names_of_saved(plain.values()) if not names else set()
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = _at_its_module(plain[key], names)
         if name in found and not _same(found[name], tensor):
@@ -73,7 +72,7 @@ def own_names(tensors: Mapping[str, Tensor], called: str) -> Named:
     return Named(_without_before(found), tuple(sorted(changed)))
 
 
-def on_modules(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def on_modules(tensors: Mapping[str, Any], modules: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The same by the paths that a base's modules have, and {theirs: ours} of those that were others in the file.
 
     A path that the base has not is changed where one module alone is the same behind what stands before the layers
@@ -81,7 +80,7 @@ def on_modules(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[d
     """
     known = set(modules)
     places = _by_inner(known)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     moved: dict[str, str] = {}
     for key, tensor in tensors.items():
         path, place = _place(key, known, places)
@@ -154,7 +153,7 @@ def _at_its_module(key: str, names: Container[str]) -> str:
     return f"{path}.{behind if behind and first in names else rest}"
 
 
-def _without_before(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_before(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Beside a module that was saved whole PEFT may write it as it was before, `head.original_module.weight`: what was
     saved says all. Without that it is a copy of the base's own."""
     return {
@@ -164,8 +163,8 @@ def _without_before(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+def _same(one: Any, other: Any) -> bool:
+    return one is other or bool(one.shape == other.shape and one.dtype == other.dtype and one.equal(other))
 
 
 def _place(key: str, known: Container[str], places: Mapping[str, str]) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from topwork.adapters.config import AdapterConfig, LoraConfig, Saving
 from topwork.adapters.method import Bare
 from topwork.adapters.names import on_modules, split_name
+from topwork.adapters.other_weights import as_whole, can_be_whole
 from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
 from topwork.quantization.kinds import embedding_shape
@@ -68,7 +69,7 @@ def placed_on(
                 "(PEFT: save_pretrained(…, save_embedding_layers=False))"
             )
     else:
-        named = _without_equal(config, named, bare, stored, called)
+        config, named = _compared(config, named, bare, stored, called)
     return _with_tied_lora(*_with_whole_modules(config, named, bare, called), bare, called)
 
 
@@ -180,12 +181,12 @@ def _base_copies(
     return found
 
 
-def _without_equal(
+def _compared(
     config: Saving, tensors: Mapping[str, Tensor], bare: Bare, stored: Stored, called: str
-) -> dict[str, Tensor]:  # fmt: skip
+) -> tuple[Saving, dict[str, Tensor]]:  # fmt: skip
     """Without copies that are equal to the base's own, which say nothing new. Rows of tokens that are trained may
-    differ: they take the place of the base's."""
-    left, rows = dict(tensors), _trained_rows(config, bare)
+    differ: they take the place of the base's. LoRA over another weight than the base's is a module trained whole."""
+    left, rows, others = dict(tensors), _trained_rows(config, bare), []
     ends = (bare.embedding, bare.head) if bare.seen.tied else (bare.embedding,)
     for key, (path, part) in _base_copies(tensors, config, bare).items():
         weight, tensor = stored(path, part.removeprefix(_BELOW)), tensors[key]
@@ -196,12 +197,14 @@ def _without_equal(
             if bool(same.all()):
                 del left[key]
                 continue
-        if part.startswith(_BELOW):
+        if can_be_whole(config, tensors, path, bare):
+            others.append(path)
+        elif part.startswith(_BELOW):
             raise AdapterError(
                 f"{called}: its file holds {key}, the base's own, with other values than this base has; it was trained "
                 "on another base, or on this one with tokens added to it. Load it onto that base"
             )
-    return left
+    return as_whole(config, left, others, bare) if others and isinstance(config, LoraConfig) else (config, left)
 
 
 def _trained_rows(config: Saving, bare: Bare) -> list[int]:
