@@ -192,7 +192,9 @@ class LoraConfig(Saving, Targeted):
     def _begins_in_one_way(self) -> Self:
         biased = self.bias != "none" or self.lora_bias
         if biased and self.init_lora_weights in ("pissa", "olora", "loftq"):
-            raise ValueError(f"bias and lora_bias go with init_lora_weights: true, not {self.init_lora_weights}; take one")
+            raise ValueError(
+                f"bias and lora_bias go with init_lora_weights: true, not {self.init_lora_weights}; take one"
+            )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias goes with plain LoRA: DoRA's lengths are of weights alone; take one")
         if self.use_dora and self.init_lora_weights in ("pissa", "olora", "loftq"):

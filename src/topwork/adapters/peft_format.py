@@ -92,7 +92,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        told = other_make(folder) if not file.exists() else pointer(file) or "the file is damaged: bring back a copy of it"
+        told = (
+            other_make(folder) if not file.exists() else pointer(file) or "the file is damaged: bring back a copy of it"
+        )
         raise AdapterError(f"{folder} has no readable {TENSORS} ({why(error)}); {told}") from error
 
 
@@ -140,7 +142,9 @@ def stored_in(bare: Bare) -> Stored:
     return stored
 
 
-def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> tuple[AdapterConfig, Parts]:
+def fitted(
+    bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS
+) -> tuple[AdapterConfig, Parts]:
     """The parts of an adapter read from disk, as they go into this base, and its options there; the base's model is not
     changed by it.
 
