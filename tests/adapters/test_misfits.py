@@ -102,7 +102,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a classifier": (with_score, r"a classifier's head \(score\.weight, \[2, 64\]\), and this base writes text"),
     "a value head": (with_value_head, r"a value head \(v_head\.summary\.weight, \[1, 64\]\)"),
     "lengths": (with_lengths, r"DoRA's lengths at 1 modules .*use_dora: false; say true"),
-    "other layers": (with_later_layers, r"layers up to 23, and by the options the last one here is 1"),
+    "other layers": (with_later_layers, r"layers up to 23 \(2 tensors, first .*by the options the last one here is 1"),
     "mlx's names": (with_mlx_names, r"1 unknown \(first model\.layers\.0\.self_attn\.q_proj\.lora_a\)"),
 }
 

@@ -79,8 +79,8 @@ def _of_layers(unknown: list[str], own: Mapping[str, Tensor]) -> list[str]:
         return []
     last = max(number for key in beyond if (number := _layer(key)) is not None)
     return [
-        f"the file has layers up to {last}, and by the options the last one here is {max(here)}: it is another base's, "
-        "or layers_to_transform leaves them out"
+        f"the file has layers up to {last} ({len(beyond)} tensors, first {beyond[0]}), and by the options the last one "
+        f"here is {max(here)}: it is another base's, or layers_to_transform leaves them out"
     ]
 
 
