@@ -5,7 +5,7 @@ with PiSSA or OLoRA is written as the LoRA of rank 2 r that it is, with the rank
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -15,10 +15,11 @@ from topwork.adapters.config import LoraConfig
 from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, HeadTokens, TiedTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
+from topwork.adapters.methods.lora.places import Target, lora_places
+from topwork.adapters.methods.lora.token_places import Tokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
 from topwork.adapters.targets import matching
@@ -34,7 +35,9 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
         return Planned(lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)))
 
     plan = {target.path: at(target) for target in targets}
-    return plan if tokens is None else plan | _token_plan(tokens, config.trainable_token_indices or [])
+    for rows in tokens:
+        plan |= _token_plan(rows)
+    return plan
 
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
@@ -66,11 +69,14 @@ def _original(bare: Bare) -> Original:
     return bare.original
 
 
-def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
-    """Trained rows of the embedding, which a head tied to it shares."""
-    rows = cache(lambda: TrainedTokens(indices, tokens.width))  # one part, which the head's looks at
-    plan = {tokens.path: Planned(rows, len(indices) * tokens.width)}
-    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0)}
+def _token_plan(tokens: Tokens) -> Plan:
+    """Trained rows of the embedding, which a head tied to it shares, or of a head of its own."""
+    trained = len(tokens.ids) * tokens.width
+    if tokens.is_head:
+        return {tokens.path: Planned(lambda: HeadTokens(tokens.ids, tokens.width), trained)}
+    rows = cache(lambda: TrainedTokens(tokens.ids, tokens.width))  # one part, which the head's looks at
+    plan = {tokens.path: Planned(rows, trained)}
+    return plan if tokens.shared is None else plan | {tokens.shared: Planned(lambda: TiedTokens(rows()), 0)}
 
 
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
