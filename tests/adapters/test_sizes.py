@@ -64,6 +64,8 @@ def loras(base: Structure) -> dict[str, dict[str, Any]]:
     return {
         **{f"targets {name}": {"target_modules": targets} for name, targets in sets.items()},
         "dora": {"use_dora": True, "target_modules": attention},
+        "biases": {"bias": "all", "lora_bias": True, "target_modules": attention},
+        "biases of targets": {"bias": "lora_only", "use_dora": True, "target_modules": attention},
         "rslora": {"use_rslora": True, "target_modules": attention, "rank_pattern": {attention[0]: 2}},
         "one layer": {"target_modules": attention, "layers_to_transform": [1]},
         "saved": {"target_modules": attention, "modules_to_save": ["lm_head", embedding]},

@@ -20,7 +20,7 @@ FROM_WEIGHT = ("pissa", "olora")
 _CHANGE_THE_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Beginnings that PEFT takes out of the base, other than those."""
 _UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 _PEFT_LEAVES_OUT = {"r": 8, "lora_alpha": 8}
@@ -31,8 +31,6 @@ _IA3_FIELDS = ("target_modules", "feedforward_modules", "exclude_modules", "modu
 def lora_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
     """Of PEFT's LORA. Raises AdapterError."""
     present = [key for key in _UNSUPPORTED if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        present.append(f"bias={raw['bias']}")
     if present:
         raise AdapterError(f"{called} uses {', '.join(present)}, which cannot be read; LoRA, rsLoRA and DoRA can")
     fields = {**_PEFT_LEAVES_OUT, **{key: raw[key] for key in LORA_FIELDS if raw.get(key) is not None}}

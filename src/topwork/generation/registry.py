@@ -194,7 +194,7 @@ class Registry:
             shown = self.reserved[0] if self.reserved else None
             warning = check_base(found.saved, self._base, force, shown)
             check_patterns(found.saved.config, list(self._bare.modules))
-            parts = fitted(self._bare, found.saved, self.adapters.methods)
+            config, parts = fitted(self._bare, found.saved, self.adapters.methods)
             freeze(parts, self._bare, self._dtype)
         except (UnknownAdapterError, ChangedAdapterError):
             raise
@@ -203,8 +203,7 @@ class Registry:
             raise AdapterError(shortened(told, MESSAGE_CHARACTERS)) from None
         except Exception as error:  # options or tensors that make no sense, in a way that nobody has thought of
             raise AdapterError(f"{called} cannot be read ({type(error).__name__})") from error
-        config, memory_bytes = found.saved.config, held_bytes(parts)
-        return Prepared(name, found.content, source, place, config, parts, memory_bytes, warning)
+        return Prepared(name, found.content, source, place, config, parts, held_bytes(parts), warning)
 
     def _known(self, content: str) -> Version | None:
         return next((version for version in self._versions.values() if version.content == content), None)
