@@ -269,7 +269,6 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         # vLLM #10849 and the rest of peft_helper.py's list: refused where they are read
-        ({"bias": "all"}, "bias=all"), ({"bias": "lora_only"}, "bias=lora_only"), ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),

@@ -100,9 +100,9 @@ def _of_prefix(unknown: list[str], missing: Sequence[str], own: Mapping[str, Ten
     """Names of which none begins as one of this base's."""
     firsts = {key.partition(".")[0] for key in own}
     strange = [key for key in unknown if "." in key and key.partition(".")[0] not in firsts]
-    if not strange or not _taken(unknown, strange):
+    if not missing or not _taken(unknown, strange):
         return []
-    theirs, ours = _common(strange), _common(missing or list(own))
+    theirs, ours = _common(strange), _common(missing)
     return [
         f"{len(strange)} names begin with {theirs!r}, which no module here does ({ours!r} does): they are of another "
         "kind of model, or something was put around it while it was saved"

@@ -6,7 +6,7 @@ own name; a trainer that saves a model's state by itself leaves them in.
     base_model.model.model.layers.0.mlp.up_proj.lora_A.weight                           PEFT
     module.base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.default.weight  the same, saved by hand
 
-`own_names` needs the file alone, `on_modules` the paths of a base's modules. Every reader of adapters goes through both.
+`own_names` needs the file alone, `on_modules` a base's module paths; every reader of adapters goes through both.
 Free of torch: what stands under a name is not looked at but where two would stand under one.
 """
 
@@ -64,7 +64,9 @@ def own_names(tensors: Mapping[str, Any], called: str) -> Named:
     for key, tensor in tensors.items():
         name = _at_its_module(plain[key], names)
         if name in found and not _same(found[name], tensor):
-            raise AdapterError(f"{called}: two tensors that differ would be {quoted(name)}; one of them is {quoted(key)}")
+            raise AdapterError(
+                f"{called}: two tensors that differ would be {quoted(name)}; one of them is {quoted(key)}"
+            )
         found[name] = tensor
     changed |= {f"the adapter's name in tensors' names ({name})" for name in names}
     if any(_BEFORE in key and key.replace(_BEFORE, ".") in found for key in found):

@@ -28,7 +28,7 @@ OTHER_HEADS = {
     "v_head": "a value head", "value_head": "a value head", "regression_head": "a head for regression",
 }  # fmt: skip
 """Modules of models that write no text, by the names that transformers and TRL give them."""
-_BELOW = "base_layer."
+_BELOW, _ROWS = "base_layer.", "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def placed_on(
         return config, named
     if (found := grown(named, bare)) is not None:
         raise AdapterError(_told_grown(found, called))
-    config = _renamed(config, moved)
+    config, named = _with_tied_lora(_renamed(config, moved), named, bare, called)
+    named = _without_tied_rows(named, bare)
     below = base_copies(named, config, bare)
     if without_copies:
         named = {key: tensor for key, tensor in named.items() if key not in below}
@@ -73,7 +74,7 @@ def placed_on(
         if isinstance(config, LoraConfig):
             config, named = with_grown_rows(config, named, bare, stored, called)
         config, named = _compared(config, named, bare, stored, called)
-    return _with_tied_lora(*_with_whole_modules(config, named, bare, called), bare, called)
+    return _with_whole_modules(config, named, bare, called)
 
 
 def refuse_unusable(tensors: Mapping[str, Tensor], called: str) -> None:
@@ -96,7 +97,7 @@ def refuse_unusable(tensors: Mapping[str, Tensor], called: str) -> None:
 
 
 def grown(tensors: Mapping[str, Tensor], bare: Bare) -> Grown | None:
-    """An embedding's or a head's tensor with other rows than this base's, though as wide: the vocabulary has changed."""
+    """An embedding's or a head's tensor with other rows than this base's, though as wide: a changed vocabulary."""
     for path in (bare.embedding, bare.head):
         if path is None:
             continue
@@ -184,6 +185,14 @@ def _base_copies(
     return found
 
 
+def _without_tied_rows(tensors: dict[str, Tensor], bare: Bare) -> dict[str, Tensor]:
+    """Without the trained rows of a tied head, where they are the embedding's once more."""
+    first, again = (tensors.get(f"{path}.{_ROWS}") for path in (bare.embedding, bare.head))
+    if not bare.seen.tied or first is None or again is None or not torch.equal(first, again):
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if key != f"{bare.head}.{_ROWS}"}
+
+
 def _compared(
     config: Saving, tensors: Mapping[str, Tensor], bare: Bare, stored: Stored, called: str
 ) -> tuple[Saving, dict[str, Tensor]]:  # fmt: skip
@@ -254,7 +263,7 @@ def _with_both_ends(
     if not found or len(there) == 2:
         return tensors
     whole |= {str(path): {"weight"} for path in (bare.embedding, bare.head)}
-    return {**tensors, **{key: tensors[there[0]] for key in keys}}
+    return {**tensors, **dict.fromkeys(keys, tensors[there[0]])}
 
 
 def _with_tied_lora(

@@ -1,4 +1,4 @@
-"""What a folder is that is no PEFT folder, or not whole: told by what stands in it, with the way to one that is read."""
+"""What a folder is that is no PEFT folder, or not whole: told by what is in it, with the way to one that is read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,4 +60,6 @@ def told_pointer(name: str, beginning: bytes) -> str | None:
     """The same of a file's first bytes, eight of which will do."""
     if len(beginning) < 8 or not POINTER.startswith(beginning[: len(POINTER)]):
         return None
-    return f"{name} is a Git LFS pointer, a note in the place of the file: fetch that (git lfs pull, or download it anew)"
+    return (
+        f"{name} is a Git LFS pointer, a note in the place of the file: fetch that (git lfs pull, or download it anew)"
+    )

@@ -21,7 +21,7 @@ _FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embeddin
 def can_be_whole(config: Any, tensors: Mapping[str, Tensor], path: str, bare: Bare) -> bool:
     """Whether what the file has at a module is a weight of this base's shape, and plain LoRA of it."""
     module, weight = bare.seen.by_path.get(path), tensors.get(f"{path}.{BELOW}")
-    if module is None or weight is None or tuple(weight.shape) != (module.rows, module.columns):
+    if module is None or module.bias or weight is None or tuple(weight.shape) != (module.rows, module.columns):
         return False
     found = {key[len(path) + 1 :] for key in tensors if key.startswith(f"{path}.")} - {BELOW}
     plain = any(found == {a, b} for a, b in _FACTORS.items())
@@ -33,16 +33,17 @@ def as_whole(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Options and tensors in which these modules, each with a weight and LoRA (`can_be_whole`), are saved whole. The
     other end of a tied pair, of which the file has nothing, is that weight without LoRA."""
-    scales = {
-        target.path: target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
-        for target in lora_places(bare.seen, config)[0]
-    }
-    found = dict(tensors)
-    whole = list(paths)
+    targets = {target.path: target for target in lora_places(bare.seen, config)[0]}
+    found, whole = dict(tensors), []
     for path in paths:
-        weight = found.pop(f"{path}.{BELOW}")
         a, b = next((a, b) for a, b in _FACTORS.items() if f"{path}.{a}" in found)
-        delta = scales[path] * (found.pop(f"{path}.{b}").float() @ found.pop(f"{path}.{a}").float())
+        target = targets.get(path)
+        if target is None or len(found[f"{path}.{a}"]) != target.r:
+            continue  # it is refused as what it is
+        whole.append(path)
+        weight = found.pop(f"{path}.{BELOW}")
+        scale = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+        delta = scale * (found.pop(f"{path}.{b}").float() @ found.pop(f"{path}.{a}").float())
         found[f"{path}.weight"] = weight.float() + (delta if a == "lora_A.weight" else delta.t())
         other = bare.embedding if path == bare.head else bare.head
         alone = bare.seen.tied and path in (bare.head, bare.embedding)

@@ -107,9 +107,9 @@ def refuse(findings: list[Finding], saved: SavedAdapter, reader: Reader) -> None
 def exported_parts(
     saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]
 ) -> tuple[AdapterConfig, Parts]:  # fmt: skip
-    """An adapter's options and parts as they are exported. `stored` gives the base's own tensors; it is asked for only where the
-    file says less than all without them: what PiSSA and OLoRA began as, and copies of the base's own embedding that
-    PEFT has written beside an adapter of it, which may have been trained.
+    """An adapter's options and parts as they are exported. `stored` gives the base's own tensors; it is asked for only
+    where the file says less than all without them: what PiSSA and OLoRA began as, and copies of the base's own
+    embedding that PEFT has written beside an adapter of it, which may have been trained.
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """

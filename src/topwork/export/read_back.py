@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from topwork.adapters.fitting import Parts, state_of
-from topwork.adapters.on_base import Stored
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
 from topwork.adapters.method import Bare
+from topwork.adapters.on_base import Stored
 from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import RunError
 from topwork.export.lowered import Lowered

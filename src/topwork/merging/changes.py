@@ -186,7 +186,7 @@ def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
     """IA3 in a layer with a bias scales that as well."""
     if isinstance(part, BiasedLora | Bias):
         raise AdapterError(
-            f"it trained the bias of {path} (bias, lora_bias), which a LoRA folder without them does not hold; {_INSTEAD}"
+            f"it trained the bias of {path} (bias, lora_bias), which no low-rank delta holds; {_INSTEAD}"
         )
     if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:
         raise AdapterError(f"IA3 scales the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from topwork.adapters.other_makes import CONFIG
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
+from topwork.adapters.other_makes import CONFIG
 from topwork.adapters.peft_format import BaseId, check_base
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
