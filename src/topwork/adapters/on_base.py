@@ -126,8 +126,8 @@ def _told_grown(found: Grown, called: str) -> str:
     if found.rows < found.base_rows:
         return f"{told}: the base was grown or padded since; load it onto the base as it was"
     return (
-        f"{told}: tokens were added before it was trained. Grow the base to {found.rows:,} rows as was done there "
-        "(resize_token_embeddings, with its tokenizer), or name the base that it was trained on"
+        f"{told}: tokens were added before it was trained. Open the base with as many rows (model.vocabulary_size: "
+        f"{found.rows}; its tokenizer is model.tokenizer_name_or_path), or name the base that it was trained on"
     )
 
 
