@@ -17,14 +17,17 @@ from adapters.test_file_names import shaken, truth
 from merging.streams import loaded, streamed
 from reference.families import logits, sequences, tiny_model
 from reference.measure import relative
+from reference.quantized_by_others import write_base
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.peft_format import BaseId, fill_from, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
 from topwork.merging.merge import merge
 from topwork.models.base import Base
-from topwork.models.load import as_base
+from topwork.models.config import ModelConfig
+from topwork.models.load import as_base, load_base
 from topwork.ops.batch import batch_of
+from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.beginning import with_beginning
 
 TENSORS = "adapter_model.safetensors"
@@ -222,3 +225,16 @@ def test_what_was_kept_together_can_be_trained_on(case: str, tmp_path: Path) -> 
     assert {"lm_head", "model.embed_tokens"} <= set(paths)
     fill_from(read_adapter(tmp_path / "theirs"), adapters.parts("a"), adapters.bare())
     assert relative(logits(base, batch_of(sequences(), "a")), truth(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_tied_config_with_another_head_in_its_file(bits: str, tmp_path: Path) -> None:
+    """As transformers reads it: the head is the file's, in few bits too."""
+    folder = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.randn(tensors["model.embed_tokens.weight"].shape)
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    config = ModelConfig.model_validate({"model_name_or_path": str(folder), "dtype": "float32", "device": "cpu"})
+    base = load_base(config, lambda _: None, QuantizationConfig.model_validate({bits: True}))
+    assert torch.equal(base.module.get_output_embeddings().weight, head)
+    assert torch.equal(base.module.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])

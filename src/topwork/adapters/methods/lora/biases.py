@@ -22,7 +22,7 @@ from topwork.ops.vectors import Shift
 class BiasedLora(Lora):
     """LoRA that is made first, and then given the biases [out] that it learns."""
 
-    merges = ("weight", "bias")
+    merges = ("weight", "bias")  # type: ignore[assignment]  # more than LoRA alone
     of_base: nn.Parameter | None
     after_b: nn.Parameter | None
     base_has_one = True
