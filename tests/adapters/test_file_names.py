@@ -106,7 +106,8 @@ def by_folder(base: Base, saved: SavedAdapter, folder: Path) -> Tensor:
 
 def by_server(base: Base, saved: SavedAdapter, folder: Path) -> Tensor:
     adapters = Adapters(base.module)
-    adapters.put("a", *fitted(adapters.bare(), read_foreign(folder, "x").saved))
+    fit = fitted(adapters.bare(), read_foreign(folder, "x").saved)
+    adapters.put("a", fit.config, fit.parts)
     return logits(base, batch_of(sequences(), "a"))
 
 

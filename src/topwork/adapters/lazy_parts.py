@@ -36,7 +36,7 @@ class LazyParts:
         with torch.device("meta"):
             self.shapes: Parts = {path: planned.make() for path, planned in plan.items()}
         own = state_of(self.shapes)
-        whole = with_beginnings({key: tensor.to("meta") for key, tensor in tensors.items()}, own)
+        whole = with_beginnings(self.config, {key: tensor.to("meta") for key, tensor in tensors.items()}, own)
         checked(own, whole)
         self._tensors = tensors
         self._begun = {key for key, tensor in tensors.items() if whole[key].shape != tensor.shape}
@@ -56,7 +56,7 @@ class LazyParts:
         file = {key_of(path, key): self.stored(path, key) for key in part.state()}
         if file.keys() & self._begun:
             part.reset_parameters(_linear(weight()), 0, path)
-            file = with_beginnings(file, state_of({path: part}))
+            file = with_beginnings(self.config, file, state_of({path: part}))
         part.load_state({key: file[key_of(path, key)] for key in part.state()})
         return part.train(False)
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topwork.adapters.config import AdapterConfig, LoraConfig, Saving
+from topwork.adapters.config import PEFT_TARGETS, AdapterConfig, LoraConfig, Saving
 from topwork.adapters.grown_rows import rows_by_path, with_grown_rows
 from topwork.adapters.method import Bare
 from topwork.adapters.names import on_modules, split_name
 from topwork.adapters.other_weights import as_whole, can_be_whole
-from topwork.adapters.targets import matching
+from topwork.adapters.ranks import refuse_other_ranks
+from topwork.adapters.settling import modules_of, settled
+from topwork.adapters.targets import ALL_LINEAR, matching
 from topwork.common.errors import AdapterError
 from topwork.quantization.kinds import embedding_shape
 
@@ -43,8 +45,9 @@ class Grown:
 def placed_on(
     bare: Bare, config: AdapterConfig, tensors: Mapping[str, Tensor], called: str, stored: Stored | None,
     without_copies: bool = False,
-) -> tuple[AdapterConfig, dict[str, Tensor]]:  # fmt: skip
-    """Options and tensors (by our names, `names.own_names`) of an adapter that is `called` so, as this base takes them.
+) -> tuple[AdapterConfig, dict[str, Tensor], tuple[str, ...]]:  # fmt: skip
+    """Options and tensors (by our names, `names.own_names`) of an adapter that is `called` so, as this base takes them,
+    and notes of what was read otherwise than it stands there.
 
     stored          gives the base's own tensors, beside which PEFT may have written equal ones; None where the base is
                     a skeleton: a copy, which then may have been trained, is refused
@@ -55,11 +58,11 @@ def placed_on(
     refuse_unusable(tensors, called)
     named, moved = on_modules(tensors, bare.modules)
     _refuse_other_heads(named, bare, called)
-    if not isinstance(config, Saving):
-        return config, named
-    if (found := grown(named, bare)) is not None:
+    if isinstance(config, Saving) and (found := grown(named, bare)) is not None:
         raise AdapterError(_told_grown(found, called))
-    config, named = _with_tied_lora(_renamed(config, moved), named, bare, called)
+    config, notes = settled_on(bare, config, named, moved, called)
+    if not isinstance(config, Saving):
+        return config, named, notes
     named = _without_tied_rows(named, bare)
     below = base_copies(named, config, bare)
     if without_copies:
@@ -74,7 +77,20 @@ def placed_on(
         if isinstance(config, LoraConfig):
             config, named = with_grown_rows(config, named, bare, stored, called)
         config, named = _compared(config, named, bare, stored, called)
-    return _with_whole_modules(config, named, bare, called)
+    return *_with_whole_modules(config, named, bare, called), notes
+
+
+def settled_on(
+    bare: Bare, config: AdapterConfig, tensors: Mapping[str, Tensor], moved: Mapping[str, str], called: str
+) -> tuple[AdapterConfig, tuple[str, ...]]:
+    """Options as they are meant in this base (`settling.py`), with notes. `tensors` are by its names already, `moved`
+    is what `on_modules` tells of that. Raises AdapterError where no module is left, or tensors have other ranks."""
+    if isinstance(config, Saving):
+        config = _with_tied_lora(_renamed(config, moved), tensors, bare, called)
+    config, notes = settled(bare.seen, config, modules_of(tensors))
+    refuse_other_ranks(bare.seen, config, tensors, called)
+    told = [f"{theirs} in its file is {ours} in this base" for theirs, ours in sorted(moved.items())[:1]]
+    return config, (*told, *notes)
 
 
 def refuse_unusable(tensors: Mapping[str, Tensor], called: str) -> None:
@@ -266,23 +282,21 @@ def _with_both_ends(
     return {**tensors, **dict.fromkeys(keys, tensors[there[0]])}
 
 
-def _with_tied_lora(
-    config: Saving, tensors: dict[str, Tensor], bare: Bare, called: str
-) -> tuple[Saving, dict[str, Tensor]]:
+def _with_tied_lora(config: Saving, tensors: Mapping[str, Tensor], bare: Bare, called: str) -> Saving:
     """With the head among the targets, where the file has the embedding's LoRA for it as well, turned: so PEFT keeps
     the two together (`ensure_weight_tying`), and names the embedding alone."""
     head, embedding = bare.head, bare.embedding
     a, b = (tensors.get(f"{head}.lora_{letter}.weight") for letter in "AB")
     rows, columns = (tensors.get(f"{embedding}.lora_embedding_{letter}") for letter in "AB")
     if not isinstance(config, LoraConfig) or a is None or b is None or rows is None or columns is None or head is None:
-        return config, tensors
+        return config
     targets = config.target_modules
-    if targets == "all-linear" or matching([head], targets):
-        return config, tensors
+    if targets in (ALL_LINEAR, PEFT_TARGETS) or matching([head], targets):
+        return config
     if bare.seen.tied and not (torch.equal(a, columns.t()) and torch.equal(b, rows.t())):
         raise AdapterError(
             f"{called} holds LoRA of {head} that is not the one of {embedding} turned, and names {embedding} alone: in "
             "this base they are one weight. It was trained on a base that keeps them apart; load it onto that"
         )
     chosen = [*targets, head] if isinstance(targets, list) else f"(?:{targets})|{re.escape(head)}"
-    return config.model_copy(update={"target_modules": chosen}), tensors
+    return config.model_copy(update={"target_modules": chosen})

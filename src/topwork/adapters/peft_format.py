@@ -8,23 +8,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, plan_on, state_of
 from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
-from topwork.adapters.names import own_names
-from topwork.adapters.on_base import Stored, placed_on
+from topwork.adapters.names import on_modules, own_names
+from topwork.adapters.on_base import Stored, placed_on, settled_on
 from topwork.adapters.other_makes import CONFIG, OWN, TENSORS, other_config, other_make, pointer, told_pointer
+from topwork.adapters.peft_options import FROM_WEIGHT, described, reading_notes
+from topwork.adapters.ranks import RANK_AXIS
+from topwork.adapters.read_again import check_written
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import whole_file, write_json
 from topwork.common.memory import out_of_memory
@@ -55,30 +57,36 @@ class BaseId:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from disk, not yet in a model. `path` is what errors call it."""
+    """An adapter read from disk, not yet in a model. `path` is what errors call it, `notes` what is to be said of how
+    it was read."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     base: BaseId
     path: Path | str
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
     """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `files.own_files`.)"""
-    write_grafted(folder, adapters.grafted(name), base, adapters.methods)
+    write_grafted(folder, adapters.grafted(name), adapters.bare(), base, adapters.methods)
 
 
 def write_grafted(
-    folder: Path, adapter: Grafted[Any], base: BaseId, methods: Mapping[str, Method[Any]] = METHODS
+    folder: Path, adapter: Grafted[Any], bare: Bare, base: BaseId, methods: Mapping[str, Method[Any]] = METHODS
 ) -> None:
-    """The same of an adapter that need not stand in a model."""
+    """The same of an adapter that need not stand in the model, with `bare`, its base. Raises RunError where what lies
+    on the disk then is not what was to be written."""
     folder.mkdir(parents=True, exist_ok=True)
     files = methods[adapter.config.method].files
     tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
+    written = folder / CONFIG
+    write_json(written, {**files.keys(adapter), "base_model_name_or_path": base.name})
+    raw = _json(written)
+    config = _config(_method(raw, str(folder), methods), raw, str(folder))
     with whole_file(folder / TENSORS) as file:  # `save` would hold all of it once more
         save_file(tensors, file, metadata={"format": "pt"})
-    config = {**files.keys(adapter), "base_model_name_or_path": base.name}
-    write_json(folder / CONFIG, config)
+        check_written(file, tensors, config, adapter, bare, methods)
     write_json(folder / OWN, base.as_json())
 
 
@@ -117,18 +125,31 @@ def saved_adapter(
     base = _base_id(raw, own)
     method = _method(raw, called, methods)
     named = own_names(tensors, called).tensors
-    return SavedAdapter(_config(method, raw, called), method.files.from_file(named), base, called)
+    return SavedAdapter(_config(method, raw, called), method.files.from_file(named), base, called, reading_notes(raw))
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
-    """Graft an adapter read from disk under `name`. Returns a warning, or None.
+    """Graft an adapter read from disk under `name`. Returns what is to be told of it, or None.
 
     Another base than the one it was trained on is refused with both names, unless `force`.
     """
     warning = check_base(saved, base, force)
     adapters.check_name(name)
-    adapters.put(name, *fitted(adapters.bare(), saved, adapters.methods))
-    return warning
+    fit = fitted(adapters.bare(), saved, adapters.methods)
+    adapters.put(name, fit.config, fit.parts)
+    return "; ".join([*([warning] if warning else []), *fit.notes]) or None
+
+
+def settle(saved: SavedAdapter, bare: Bare) -> SavedAdapter:
+    """An adapter read from disk as it is meant in this base (`settling.py`), with notes of what its config names that
+    is not there. Raises AdapterError where no module is left for it, or where its tensors have other ranks."""
+    named, moved = on_modules(saved.tensors, bare.modules)
+    config, notes = settled_on(bare, saved.config, named, moved, str(saved.path))
+    return replace(saved, config=config, tensors=named, notes=_once(saved.notes, notes))
+
+
+def _once(*notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for some in notes for note in some))
 
 
 def placed(
@@ -138,8 +159,8 @@ def placed(
     gives the base's own tensors; `without_copies` leaves out copies of them unseen, where they do not matter. Raises
     AdapterError for what the base cannot take."""
     how = (str(saved.path), stored, without_copies)
-    config, tensors = placed_on(bare, saved.config, saved.tensors, *how)
-    return replace(saved, config=config, tensors=tensors)
+    config, tensors, notes = placed_on(bare, saved.config, saved.tensors, *how)
+    return replace(saved, config=config, tensors=tensors, notes=_once(saved.notes, notes))
 
 
 def stored_in(bare: Bare) -> Stored:
@@ -152,11 +173,16 @@ def stored_in(bare: Bare) -> Stored:
     return stored
 
 
-def fitted(
-    bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS
-) -> tuple[AdapterConfig, Parts]:
-    """The parts of an adapter read from disk, as they go into this base, and its options there; the base's model is not
-    changed by it.
+class Fitted(NamedTuple):
+    """An adapter as it goes into a base: its options there, its parts, and what is to be said of how it was read."""
+
+    config: AdapterConfig
+    parts: Parts
+    notes: tuple[str, ...]
+
+
+def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Fitted:
+    """An adapter read from disk, as it goes into this base; the base's model is not changed by it.
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
@@ -164,15 +190,15 @@ def fitted(
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
-    fill(parts, with_beginnings(saved.tensors, state_of(parts)))
-    return saved.config, parts
+    fill(parts, with_beginnings(saved.config, saved.tensors, state_of(parts)))
+    return Fitted(saved.config, parts, saved.notes)
 
 
 def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
     """Set parts that were made for this base from what was read from disk. Raises AdapterError where they do not fit;
     nothing is set then."""
-    tensors = placed(saved, bare, stored_in(bare)).tensors
-    fill(parts, with_beginnings(tensors, state_of(parts)))
+    here = placed(saved, bare, stored_in(bare))
+    fill(parts, with_beginnings(here.config, here.tensors, state_of(parts)))
 
 
 def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
@@ -197,14 +223,20 @@ def refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
         )
 
 
-def with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_beginnings(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:  # fmt: skip
     """PEFT's PiSSA and OLoRA folders hold A and B alone, for a base that lacks what they began as; a fresh adapter here
-    has found that again from the base (`methods/lora/inits.py`): the second half of its A and B."""
+    has found that again from the base (`methods/lora/inits.py`): the second half of its A and B. `config` is what was
+    read with the tensors: no other beginning is added to."""
     found = dict(tensors)
+    if not isinstance(config, LoraConfig) or config.init_lora_weights not in FROM_WEIGHT:
+        return found
     for key, tensor in tensors.items():
-        axis = 1 if key.endswith("lora_B.weight") else 0
-        fits = "lora_" in key and key in own and tensor.dim() == own[key].dim() > axis
-        if fits and 2 * tensor.shape[axis] == own[key].shape[axis]:
+        axis = next((axis for name, axis in RANK_AXIS.items() if key.endswith(f".{name}")), None)
+        if axis is None or key not in own or tensor.dim() != 2:
+            continue
+        if 2 * tensor.shape[axis] == own[key].shape[axis]:
             found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
     return found
 
@@ -283,11 +315,7 @@ def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[An
 
 def _config(method: Method[Any], raw: Mapping[str, Any], called: str) -> AdapterConfig:
     options = method.files.options(raw, called)
-    try:
-        return method.config(**options)
-    except ValidationError as error:
-        kind = method.files.peft_type or method.name
-        raise AdapterError(f"{called}/adapter_config.json does not describe a {kind} adapter: {error}") from error
+    return described(method.config, method.files.peft_type or method.name, options, f"{called}/adapter_config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:

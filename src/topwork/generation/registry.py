@@ -194,8 +194,9 @@ class Registry:
             shown = self.reserved[0] if self.reserved else None
             warning = check_base(found.saved, self._base, force, shown)
             check_patterns(found.saved.config, list(self._bare.modules))
-            config, parts = fitted(self._bare, found.saved, self.adapters.methods)
-            freeze(parts, self._bare, self._dtype)
+            fit = fitted(self._bare, found.saved, self.adapters.methods)
+            warning = "; ".join([*([warning] if warning else []), *fit.notes]) or None
+            freeze(fit.parts, self._bare, self._dtype)
         except (UnknownAdapterError, ChangedAdapterError):
             raise
         except TopworkError as error:
@@ -203,7 +204,7 @@ class Registry:
             raise AdapterError(shortened(told, MESSAGE_CHARACTERS)) from None
         except Exception as error:  # options or tensors that make no sense, in a way that nobody has thought of
             raise AdapterError(f"{called} cannot be read ({type(error).__name__})") from error
-        return Prepared(name, found.content, source, place, config, parts, held_bytes(parts), warning)
+        return Prepared(name, found.content, source, place, fit.config, fit.parts, held_bytes(fit.parts), warning)
 
     def _known(self, content: str) -> Version | None:
         return next((version for version in self._versions.values() if version.content == content), None)

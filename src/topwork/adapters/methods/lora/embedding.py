@@ -32,6 +32,10 @@ class EmbeddingLora(AdapterModule):
         self.lora_embedding_A.zero_()
         self.lora_embedding_B.copy_(torch.randn(self.lora_embedding_B.shape, generator=generator))
 
+    @property
+    def setting(self) -> float:
+        return self.scaling
+
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n] token ids, y [n, d]. As in the base, the padding token's column learns nothing."""
         a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
@@ -62,6 +66,10 @@ class TokenRows(AdapterModule):
     @torch.no_grad()
     def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         self.delta.copy_(self.base_rows(base_layer))
+
+    @property
+    def setting(self) -> tuple[int, ...]:
+        return tuple(self.tokens.tolist())
 
     def base_rows(self, base_layer: nn.Module) -> Tensor:
         """The base's own rows [n, d] for these tokens, in fp32."""
@@ -105,6 +113,10 @@ class HeadRows(AdapterModule):
     def rows(self) -> TokenRows:
         """The rows, wherever they are held."""
         raise NotImplementedError
+
+    @property
+    def setting(self) -> tuple[int, ...]:
+        return self.rows.setting
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n, d], y [n, V]."""
