@@ -53,7 +53,7 @@ with the nearest known one. `–` is nothing: what that means, the option says.
 """
 COLUMNS = "| option | values | default | what it is |\n| --- | --- | --- | --- |"
 WORDS: dict[Any, str] = {str: "text", bool: "`true` or `false`", int: "whole number", float: "number", Any: "any value"}
-PLURALS = {str: "texts", int: "whole numbers"}
+PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers", list[int]: "lists of whole numbers"}
 TAGS = ("method", "name")
 """The keys by which options of several kinds are told apart."""
 BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "more than"), (Le, "le", "at most"), (Lt, "lt", "less than"))

@@ -87,6 +87,7 @@ ROWS: dict[str, Row] = {
     "head lora": Row(lora(target_modules=["lm_head"], lora_dropout=0.2)),
     "head lora, tied": Row(lora(target_modules=["lm_head", "q_proj"]), values={"tie_word_embeddings": True}),
     "trained tokens": Row(lora(trainable_token_indices=[7, 5, 98])),
+    "trained tokens of both ends": Row(lora(trainable_token_indices={"embed_tokens": [7, 5], "lm_head": [98, 7, 40]})),
     "trained tokens, tied": Row(
         lora(target_modules=["q_proj"], trainable_token_indices=[3, 50]), "gemma3_text", {"tie_word_embeddings": True}
     ),

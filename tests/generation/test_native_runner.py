@@ -44,6 +44,7 @@ METHODS = {
     "full": AdapterConfig(method="full"),
     "head": AdapterConfig(r=4, target_modules=["lm_head", "v_proj"]),
     "tokens": AdapterConfig(r=2, trainable_token_indices=[5, 7, 98]),
+    "tokens of both": AdapterConfig(r=2, trainable_token_indices={"embed_tokens": [5, 7], "lm_head": [98, 7, 5]}),
 }
 
 

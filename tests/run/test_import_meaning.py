@@ -178,6 +178,9 @@ def test_a_llamafactory_data_set_is_what_its_list_says(tickets: Path) -> None:
     assert value(found, "adapter.target_modules") == ["q_proj", "v_proj"]
     assert value(found, "adapter.lora_alpha") == 8  # twice the rank, where it is left out
     assert value(found, "training.batch_size") == 6
+    more = imported(tickets, LLAMAFACTORY + "add_tokens: <a>,<b>\nresize_vocab: true\n")
+    assert value(more, "model.new_tokens") == ["<a>", "<b>"]
+    assert more.whole
 
     talks = imported(tickets, LLAMAFACTORY.replace("dataset: tickets", "dataset: talks"))
     assert value(talks, "data.columns") == {"conversations": "turns"}
@@ -220,6 +223,8 @@ def test_packing_is_needless_but_changes_what_a_batch_counts(tmp_path: Path) -> 
         ("fp16: true\nbf16: false", {"model.dtype": "float16"}),
         ("bf16: false", {"model.dtype": "float32"}),
         ("max_steps: 7", {"training.max_steps": 7}),
+        ("tokens: [<a>, <b>, <a>]", {"model.new_tokens": ["<a>", "<b>"]}),
+        ("resize_token_embeddings_to_32x: true", {"model.pad_to_multiple_of": 32}),
         ("chat_template: chatml", {"data.chat_template": "chatml"}),
         ("peft: {loftq_config: {loftq_bits: 4}}", {"adapter.init_lora_weights": "loftq"}),
     ],

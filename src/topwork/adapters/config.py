@@ -178,8 +178,10 @@ class LoraConfig(Saving, Targeted):
     every linear layer and norm (`all`)."""
     lora_bias: bool = False
     """B has a bias of its own. Such an adapter is merged only where its modules have a bias that can hold it."""
-    trainable_token_indices: list[int] | None = None
-    """Tokens whose embedding rows are trained (new special tokens, for one), and their rows in a tied head."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose embedding rows are trained, and their rows in a tied head: a list of ids; or lists by module
+    (`{embed_tokens: [5], lm_head: [5]}`), which have to be alike where the head is tied. Those of `model.new_tokens`
+    are trained without being named here."""
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora", "loftq"] = True
     """How A and B begin. True: A Kaiming-uniform as in PEFT, B zero. `gaussian`: A normal with deviation 1/r. `pissa`
     and `olora`: the weight's largest singular directions or its first orthogonal ones, which the base then lacks.
@@ -206,6 +208,12 @@ class LoraConfig(Saving, Targeted):
                 f"use_dora begins from the base's own weights, not from {self.init_lora_weights}; take one"
             )
         return self
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens' rows are trained."""
+        named = self.trainable_token_indices or []
+        return max(map(len, named.values()), default=0) if isinstance(named, dict) else len(named)
 
     @property
     def dropout(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topwork.adapters.config import PEFT_TARGETS, AdapterConfig, LoraConfig, Saving
+from topwork.adapters.grown_rows import rows_by_path, with_grown_rows
 from topwork.adapters.method import Bare
 from topwork.adapters.names import on_modules, split_name
 from topwork.adapters.other_weights import as_whole, can_be_whole
@@ -73,6 +74,8 @@ def placed_on(
                 "(PEFT: save_pretrained(…, save_embedding_layers=False))"
             )
     else:
+        if isinstance(config, LoraConfig):
+            config, named = with_grown_rows(config, named, bare, stored, called)
         config, named = _compared(config, named, bare, stored, called)
     return *_with_whole_modules(config, named, bare, called), notes
 
@@ -139,8 +142,8 @@ def _told_grown(found: Grown, called: str) -> str:
     if found.rows < found.base_rows:
         return f"{told}: the base was grown or padded since; load it onto the base as it was"
     return (
-        f"{told}: tokens were added before it was trained. Grow the base to {found.rows:,} rows as was done there "
-        "(resize_token_embeddings, with its tokenizer), or name the base that it was trained on"
+        f"{told}: tokens were added before it was trained. Open the base with as many rows (model.vocabulary_size: "
+        f"{found.rows}; its tokenizer is model.tokenizer_name_or_path), or name the base that it was trained on"
     )
 
 
@@ -211,14 +214,13 @@ def _compared(
 ) -> tuple[Saving, dict[str, Tensor]]:  # fmt: skip
     """Without copies that are equal to the base's own, which say nothing new. Rows of tokens that are trained may
     differ: they take the place of the base's. LoRA over another weight than the base's is a module trained whole."""
-    left, rows, others = dict(tensors), _trained_rows(config, bare), []
-    ends = (bare.embedding, bare.head) if bare.seen.tied else (bare.embedding,)
+    left, trained, others = dict(tensors), _trained_rows(config, bare), []
     for key, (path, part) in _base_copies(tensors, config, bare).items():
         weight, tensor = stored(path, part.removeprefix(_BELOW)), tensors[key]
         if weight is not None and weight.shape == tensor.shape:
             same = weight == tensor.to(weight.dtype)
-            if rows and path in ends and tensor.dim() == 2:
-                same[rows] = True
+            if path in trained and tensor.dim() == 2:
+                same[trained[path]] = True
             if bool(same.all()):
                 del left[key]
                 continue
@@ -232,12 +234,13 @@ def _compared(
     return as_whole(config, left, others, bare) if others and isinstance(config, LoraConfig) else (config, left)
 
 
-def _trained_rows(config: Saving, bare: Bare) -> list[int]:
-    """The ids of the tokens whose rows are trained."""
-    found = getattr(config, "trainable_token_indices", None) or []
-    ids = {token for some in found.values() for token in some} if isinstance(found, Mapping) else set(found)
-    rows = embedding_shape(bare.modules[bare.embedding])[0] if bare.embedding is not None else 0
-    return sorted(token for token in ids if 0 <= token < rows)
+def _trained_rows(config: Saving, bare: Bare) -> dict[str, list[int]]:
+    """The ids of the tokens whose rows are trained, by the path of the embedding and of the head."""
+    named = rows_by_path(config, bare) if isinstance(config, LoraConfig) else {}
+    if bare.seen.tied and bare.head is not None and bare.embedding in named:
+        named[bare.head] = named[bare.embedding]
+    sizes = {path: embedding_shape(bare.modules[path])[0] for path in named}
+    return {path: sorted(token for token in set(ids) if 0 <= token < sizes[path]) for path, ids in named.items()}
 
 
 def _with_whole_modules(

@@ -39,10 +39,20 @@ SLACK_VALUES = 1 << 20
 
 @dataclass(frozen=True)
 class BaseId:
-    """Which base an adapter was trained on; the fingerprint is None for adapters that others wrote."""
+    """Which base an adapter was trained on; the fingerprint is None for adapters that others wrote. `new_tokens` are
+    those that the base's tokenizer got, and `vocabulary_size` the rows that its embedding and head have since, where
+    they grew."""
 
     name: str | None
     fingerprint: str | None = None
+    new_tokens: tuple[str, ...] = ()
+    vocabulary_size: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What topwork.json says of it."""
+        grown = {"new_tokens": list(self.new_tokens), "vocabulary_size": self.vocabulary_size}
+        told = {"base_model": self.name, "base_fingerprint": self.fingerprint}
+        return told | ({name: value for name, value in grown.items() if value})
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def write_grafted(
     with whole_file(folder / TENSORS) as file:  # `save` would hold all of it once more
         save_file(tensors, file, metadata={"format": "pt"})
         check_written(file, tensors, config, adapter, bare, methods)
-    write_json(folder / OWN, {"base_model": base.name, "base_fingerprint": base.fingerprint})
+    write_json(folder / OWN, base.as_json())
 
 
 def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> SavedAdapter:
@@ -112,7 +122,7 @@ def saved_adapter(
 ) -> SavedAdapter:  # fmt: skip
     """What the files of a folder say: adapter_config.json, adapter_model.safetensors, and `own`, topwork.json. It is
     `called` so in errors."""
-    base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
+    base = _base_id(raw, own)
     method = _method(raw, called, methods)
     named = own_names(tensors, called).tensors
     return SavedAdapter(_config(method, raw, called), method.files.from_file(named), base, called, reading_notes(raw))
@@ -235,6 +245,7 @@ def check_base(saved: SavedAdapter, base: BaseId, force: bool = False, shown: st
     """AdapterError where the adapter is known to be another base's; a warning where nobody can tell. `shown` is what
     messages call the base, whose name may be a path."""
     theirs, ours = saved.base, base
+    _refuse_other_tokens(saved, base)
     named, own = shortened(repr(theirs.name), 200), repr(shown if shown is not None else ours.name)
     if theirs.fingerprint and ours.fingerprint:
         if theirs.fingerprint == ours.fingerprint:
@@ -252,8 +263,33 @@ def check_base(saved: SavedAdapter, base: BaseId, force: bool = False, shown: st
     raise AdapterError(f"{told}. Load it onto its own base, or pass force=True (--force) if you know them to be alike.")
 
 
+def _refuse_other_tokens(saved: SavedAdapter, base: BaseId) -> None:
+    """New tokens get their ids in order: those of an adapter have to be the first that the base got, or it would be
+    given another's rows."""
+    theirs, ours = saved.base.new_tokens, base.new_tokens
+    if theirs and ours and ours[: len(theirs)] != theirs:
+        raise AdapterError(
+            f"{saved.path} was trained with the new tokens {_listed(theirs)}, and this base has {_listed(ours)}; open "
+            "them apart, each over a base of its own"
+        )
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    return ", ".join(map(quoted, tokens[:5])) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+
+
 def _is_hub_id(name: str | None) -> bool:
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))  # type: ignore[union-attr]
+
+
+def _base_id(raw: Mapping[str, Any], own: Mapping[str, Any]) -> BaseId:
+    tokens, rows = own.get("new_tokens"), own.get("vocabulary_size")
+    return BaseId(
+        _text(raw.get("base_model_name_or_path")),
+        _text(own.get("base_fingerprint")),
+        tuple(token for token in tokens if isinstance(token, str)) if isinstance(tokens, list) else (),
+        rows if isinstance(rows, int) and rows > 0 else None,
+    )
 
 
 def _text(value: Any) -> str | None:

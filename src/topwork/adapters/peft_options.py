@@ -48,9 +48,7 @@ def lora_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
     if init not in (True, "gaussian", *FROM_WEIGHT):
         fields["init_lora_weights"] = True  # the weights are in the file; how they began does not matter
     tokens = fields.get("trainable_token_indices")
-    if isinstance(tokens, dict):  # by module
-        if len(tokens) != 1 or next(iter(tokens)).rpartition(".")[2] not in EMBEDDING_NAMES:
-            raise AdapterError(f"{called} trains tokens of {sorted(tokens)}; those of the input embedding can be read")
+    if isinstance(tokens, dict) and len(tokens) == 1 and next(iter(tokens)).rpartition(".")[2] in EMBEDDING_NAMES:
         fields["trainable_token_indices"] = next(iter(tokens.values()))
     return fields
 

@@ -191,7 +191,7 @@ def _at_first_sight(saved: SavedAdapter) -> dict[str, str]:
     if config.lora_alpha != int(config.lora_alpha):
         found["fractional_alpha"] = f"{config.lora_alpha:g}"
     if config.trainable_token_indices is not None:
-        found["trained_tokens"] = f"{len(config.trainable_token_indices)} of them"
+        found["trained_tokens"] = f"{config.trained_tokens} of them"
     return found
 
 

@@ -89,15 +89,19 @@ class Asked:
     bare: Sequence[Tensor]
 
 
-def by_peft(folder: Path, source: Source, trust_remote_code: bool, asked: Asked) -> ReadBack:
-    """By PEFT, on the base in fp32 as transformers loads it. Raises RunError where the logits are apart. Only where
-    PEFT is installed (`has_peft`)."""
+def by_peft(
+    folder: Path, source: Source, trust_remote_code: bool, asked: Asked, rows: int | None = None
+) -> ReadBack:  # fmt: skip
+    """By PEFT, on the base in fp32 as transformers loads it, with so many `rows` where its vocabulary grew. Raises
+    RunError where the logits are apart. Only where PEFT is installed (`has_peft`)."""
     with without_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PEFT calls; what matters are the logits
         peft: Any = import_module("peft")
         base = AutoModelForCausalLM.from_pretrained(
             source.folder, revision=source.revision, trust_remote_code=trust_remote_code, dtype=torch.float32
         ).eval()
+        if rows is not None:
+            base.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(base, folder).eval()
         theirs = [_logits(model, prompt) for prompt in asked.prompts]
     moved = _furthest(asked.bare, asked.ours)

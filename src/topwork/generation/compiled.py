@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.adapters.methods.full import TiedHead
-from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, HeadRows, TrainedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.module import AdaptedLayer, AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
@@ -67,8 +67,8 @@ def _place(plan: Plan, layer: AdaptedLayer, part: AdapterModule, found: Compiled
         return
     into, kept = found.parts[place], found.kept
     is_norm = not isinstance(getattr(module, "in_features", None), int)
-    if isinstance(part, TiedTokens):
-        found.after_head = _tied_tokens(part, module, plan.dtype)
+    if isinstance(part, HeadRows):
+        found.after_head = _head_rows(part, module, plan.dtype)
     elif isinstance(part, ModuleCopy | TiedHead):
         weight = part.module.get_parameter("weight") if isinstance(part, ModuleCopy) else None
         if isinstance(part, TiedHead):
@@ -117,9 +117,8 @@ def _stands_alone(plan: Plan, module: nn.Module) -> bool:
     return any(group.place == place and len(group.weights) == 1 for group in groups)
 
 
-def _tied_tokens(part: TiedTokens, head: nn.Module, dtype: torch.dtype) -> AfterHead:
-    rows = (part.embedding.delta - part.embedding.base_rows(head)).to(dtype).float()
-    tokens = part.embedding.tokens
+def _head_rows(part: HeadRows, head: nn.Module, dtype: torch.dtype) -> AfterHead:
+    rows, tokens = part.rows.distance(head).to(dtype).float(), part.rows.tokens
 
     def add(hidden: Tensor, logits: Tensor) -> None:
         for row, to in zip(hidden.float(), logits):

@@ -56,7 +56,7 @@ class Registry:
         Adapters that stand in the base already are left alone."""
         self.adapters, self.capacity, self.limits = adapters, capacity, limits
         self.reserved = tuple(reserved)
-        self._base = BaseId(base.name, base.fingerprint)
+        self._base = BaseId(base.name, base.fingerprint, base.new_tokens)
         self._dtype = base.module.dtype
         self._bare = adapters.bare()
         self._entries: dict[str, Entry] = {}

@@ -22,9 +22,10 @@ from topwork.adapters.methods.bitfit import Bias
 from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, HeadTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.methods.lora.token_places import token_places
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
@@ -138,13 +139,15 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
         parts = LazyParts(bare, replace(saved, path=label), stored)
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
+            _refuse_head_rows(path, part)
     except AdapterError as error:
         raise AdapterError(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
     config, shapes = parts.config, parts.shapes
     adapted = {path for path, part in shapes.items() if isinstance(part, Lora | EmbeddingLora | Ia3)}
     copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
     rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
-    ids = tuple(config.trainable_token_indices or ()) if isinstance(config, LoraConfig) else ()
+    named = config.trainable_token_indices if isinstance(config, LoraConfig) else None
+    ids = next((each.ids for each in token_places(bare.seen, named) if not each.is_head), ())
     ranks = [rank for part in shapes.values() if (rank := _rank(part)) is not None]
     return Changes(
         label,
@@ -170,6 +173,13 @@ def _rank(part: AdapterModule) -> int | None:
     if isinstance(part, Lora):
         return part.lora_A.shape[0]
     return part.lora_embedding_A.shape[0] if isinstance(part, EmbeddingLora) else None
+
+
+def _refuse_head_rows(path: str, part: AdapterModule) -> None:
+    if isinstance(part, HeadTokens):
+        raise AdapterError(
+            f"it trained some tokens' rows of {path}, a head of its own, which are not combined; {_INSTEAD}"
+        )
 
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:

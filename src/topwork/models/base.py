@@ -32,6 +32,10 @@ class Base:
     logit_rule: LogitRule
     workspace: Workspace | None = field(default_factory=Workspace, kw_only=True, repr=False, compare=False)
     """What training passes share, one after the other."""
+    new_tokens: tuple[str, ...] = field(default=(), kw_only=True)
+    """What the tokenizer got beside its own."""
+    vocabulary_size: int | None = field(default=None, kw_only=True)
+    """The rows of embedding and head where they grew; None where they are as the weights have them."""
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +46,11 @@ class Base:
     def head(self) -> nn.Module:
         """The output head, adapted or not."""
         return self.module.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """For how many tokens there are rows."""
+        return int(self.module.config.get_text_config().vocab_size)
 
     def virtual_tokens(self, adapter: str | None) -> int:
         """How many of the context's positions an adapter takes for itself in every sequence."""
@@ -95,11 +104,10 @@ class Base:
         rows = self.hidden_rows(batch, batch.labels.positions, by_segment)
         if (head := _head_alone(self.head)) is not None:
             return log_probabilities(rows, head, batch.labels.targets, self.logit_rule, gradient)
-        vocabulary = self.module.config.get_text_config().vocab_size
         parts = [
             log_probabilities(
                 rows[at],
-                Head(vocabulary, self._head_of(batch, adapter, batch.labels.positions[at])),
+                Head(self.vocabulary, self._head_of(batch, adapter, batch.labels.positions[at])),
                 batch.labels.targets[at],
                 self.logit_rule,
             )

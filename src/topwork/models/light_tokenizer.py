@@ -2,7 +2,7 @@
 that `topwork plan` counts them in a blink. Training opens the real one (`models/tokenizer.py`)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 def tokenizer_folder(model: ModelConfig) -> Path | None:
     """Where the files of a base's tokenizer are on this machine; None where that is nowhere, or where the repository's
     own code would have to be run. Nothing is asked for, converted or waited for."""
-    given = plain_path(model.model_name_or_path)
+    given = plain_path(model.tokenizer_name_or_path or model.model_name_or_path)
     if model.trust_remote_code:
         return None
     if given in ALIASES:
@@ -54,11 +54,14 @@ class LightTokenizer:
 
     is_fast = True
 
-    def __init__(self, folder: Path) -> None:
-        """Raises OSError, ValueError or what `tokenizers` raises for files that are no tokenizer's."""
-        from tokenizers import Tokenizer
+    def __init__(self, folder: Path, new_tokens: Sequence[str] = ()) -> None:
+        """With `new_tokens` beside its own. Raises OSError, ValueError or what `tokenizers` raises for files that are
+        no tokenizer's."""
+        from tokenizers import AddedToken, Tokenizer
 
         self.backend_tokenizer = Tokenizer.from_file(str(folder / _FILE))
+        if new_tokens:
+            self.backend_tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         config = _json(folder / _CONFIG)

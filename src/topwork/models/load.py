@@ -1,6 +1,7 @@
 """Loading a base: found, read (packed on the way where asked for), frozen, made flat and fast."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from topwork.models.attention import use_flat_attention
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
+from topwork.models.growing import grow, told_growth
 from topwork.models.head_norms import tell_head_norms
 from topwork.models.probe import probe
 from topwork.models.proven import PROVEN
@@ -25,8 +27,10 @@ from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
 from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_config, load_tokenizer, usable_length
+from topwork.models.vocabulary import growth_of
 from topwork.ops.logprobs import LogitRule
 from topwork.quantization.config import QuantizationConfig
+from topwork.quantization.kinds import embedding_shape
 
 DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto",
@@ -54,14 +58,15 @@ def load_base(
     device = pick_device(config.device)
     wanted = quantization or QuantizationConfig()
     module, identity = _read(source, config, wanted)
+    tokenizer = tokenizer or load_tokenizer(source, config.trust_remote_code, config)
+    rows = _grow(module, config, tokenizer, source.name, log)
     if wanted.head != "16bit":
         quantize_head(module, wanted.head)
     if wanted.active and (told := left_dense(module)):
         log(f"{source.name}: {told}")
-    tokenizer = tokenizer or load_tokenizer(source, config.trust_remote_code)
     base = as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
     trim_heap()
-    return base
+    return replace(base, new_tokens=tuple(config.new_tokens), vocabulary_size=rows)
 
 
 def as_base(
@@ -130,6 +135,21 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
             "download finished, and is it a causal language model?"
         )
     return module, written_here(source.folder) or fingerprint(module, samples)
+
+
+def _grow(
+    module: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str,
+    log: Callable[[str], None],
+) -> int | None:  # fmt: skip
+    """Rows for new tokens, once the base is known by the weights that it has; how many there are then, if more."""
+    if not config.grows:
+        return None
+    growth = growth_of(config, embedding_shape(module.get_input_embeddings())[0], tokenizer.get_vocab())
+    if growth is None:
+        return None
+    grow(module, growth)
+    log(told_growth(name, growth))
+    return growth.rows if growth.rows > growth.before else None
 
 
 def _logit_rule(config: object) -> LogitRule:

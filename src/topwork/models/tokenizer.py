@@ -1,12 +1,14 @@
 """The tokenizer of a base model, with the context length that the model really has: what is known without weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
+from topwork.common.paths import plain_path
 from topwork.common.telling import doing
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
@@ -26,7 +28,7 @@ def open_tokenizer(
     source = find_source(config, log)
     doing(log, f"opening the tokenizer of {source.name}")
     length = usable_length(load_config(source, config.trust_remote_code))
-    return load_tokenizer(source, config.trust_remote_code), length
+    return load_tokenizer(source, config.trust_remote_code, config), length
 
 
 def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
@@ -38,15 +40,28 @@ def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         raise ModelError(f"{source.name} could not be read as a causal language model: {why(error)}") from error
 
 
-def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; where it states no usable `model_max_length`, the model's context length stands there.
+def load_tokenizer(
+    source: Source, trust_remote_code: bool, asked: ModelConfig | None = None
+) -> PreTrainedTokenizerBase:  # fmt: skip
+    """The base's tokenizer, or the one that is `asked` for, with its new tokens; where it states no usable
+    `model_max_length`, the model's context length stands there.
 
-    Raises ModelError for a base without a readable tokenizer.
+    Raises ModelError for a base without a readable tokenizer, for one that is asked for and gives the base's tokens
+    other ids, and for new tokens that the base has rows for.
     """
+    tokenizer = _own_tokenizer(source, trust_remote_code)
+    if asked is not None and asked.tokenizer_name_or_path is not None:
+        tokenizer = _other_tokenizer(asked, tokenizer)
+    if asked is not None and asked.new_tokens:
+        _add_tokens(tokenizer, asked.new_tokens, load_config(source, trust_remote_code))
+    return tokenizer
+
+
+def _own_tokenizer(source: Source, trust_remote_code: bool, has_config: bool = True) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
-        if tokenizer.model_max_length > ABSURD_LENGTH:
+        if has_config and tokenizer.model_max_length > ABSURD_LENGTH:
             tokenizer.model_max_length = context_length(AutoConfig.from_pretrained(source.folder, **options))
     except ModelError:
         raise
@@ -57,6 +72,40 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
             "files there"
         ) from error
     return tokenizer
+
+
+def _other_tokenizer(asked: ModelConfig, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Raises ModelError where it is not the base's with further tokens."""
+    named = str(asked.tokenizer_name_or_path)
+    tokenizer = _own_tokenizer(Source(named, plain_path(named), None), asked.trust_remote_code, has_config=False)
+    theirs = tokenizer.get_vocab()
+    moved = next((token for token, at in own.get_vocab().items() if theirs.get(token, at) != at), None)
+    if moved is not None:
+        raise ModelError(
+            f"model.tokenizer_name_or_path {named} calls {moved!r} token {theirs[moved]}, which is "
+            f"{own.get_vocab()[moved]} in the base's own tokenizer; give the base's with further tokens behind its own"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, own.model_max_length)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], config: PreTrainedConfig) -> None:
+    """Raises ModelError for a token that there is a row for already."""
+    known, rows = tokenizer.get_vocab(), int(config.get_text_config().vocab_size)
+    there = {token: known[token] for token in tokens if known.get(token, rows) < rows}
+    if there:
+        token, at = next(iter(there.items()))
+        raise ModelError(
+            f"model.new_tokens has {token!r}, which the tokenizer has already: it is token {at}, and the base has rows "
+            f"for {rows}. Leave it out; adapter.trainable_token_indices: [{at}] trains its row"
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    broken = next((t for t in tokens if "\ufffd" in str(tokenizer.decode(tokenizer.convert_tokens_to_ids([t])))), None)
+    if broken is not None:  # what reads bytes as letters takes some letters for bytes when it writes
+        raise ModelError(
+            f"model.new_tokens has {broken!r}, which this tokenizer would write as "
+            f"{tokenizer.decode(tokenizer.convert_tokens_to_ids([broken]))!r}; spell it in ASCII"
+        )
 
 
 def context_length(hf_config: Any) -> int:

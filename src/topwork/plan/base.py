@@ -7,12 +7,25 @@ from topwork.models.config import ModelConfig
 from topwork.models.config_files import find_config
 from topwork.models.structure import Structure
 from topwork.models.structures.build import structure_from
+from topwork.models.vocabulary import grown, planned_growth, rows_of
 from topwork.quantization.config import QuantizationConfig
 
 
 def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: None) -> Structure:
     """Without torch where the family stands in `models/structures/`; else from its skeleton, which takes some seconds
-    and is told. Raises ModelError."""
+    and is told; with rows for the tokens that are new. Raises ModelError."""
+    structure = _stored(model, log)
+    growth = planned_growth(model, rows_of(structure))
+    return structure if growth is None else grown(structure, growth.rows)
+
+
+def stored_rows(model: ModelConfig) -> int:
+    """How many rows its embedding has, without new tokens. Raises ModelError."""
+    return rows_of(_stored(model, lambda _: None))
+
+
+def _stored(model: ModelConfig, log: Callable[[str], None]) -> Structure:
+    """As its weights are."""
     found = find_config(model.model_name_or_path, model.revision)
     values = found.values()
     structure = None if model.trust_remote_code and "auto_map" in values else structure_from(values)
@@ -24,7 +37,7 @@ def structure_named(model: ModelConfig, log: Callable[[str], None] = lambda _: N
     from topwork.models.structure_of import structure_of
     from topwork.plan.built import base_skeleton
 
-    return structure_of(base_skeleton(model), fast=False)
+    return structure_of(base_skeleton(model, grown=False), fast=False)
 
 
 def quantization_named(model: ModelConfig, wanted: QuantizationConfig) -> QuantizationConfig:

@@ -14,12 +14,16 @@ from topwork.common.os_errors import why
 from topwork.models.config import ModelConfig
 from topwork.models.config_files import ConfigFile, find_config
 from topwork.models.skeleton import skeleton
+from topwork.models.vocabulary import planned_growth
 from topwork.plan.count import ParameterCount, counted
 
 
-def base_skeleton(model: ModelConfig) -> PreTrainedModel:
-    """`skeleton` of the base that a recipe names. Raises ModelError."""
+def base_skeleton(model: ModelConfig, grown: bool = True) -> PreTrainedModel:
+    """`skeleton` of the base that a recipe names; `grown`, with rows for the tokens that are new. Raises ModelError."""
     known = config_of(model.model_name_or_path, model.revision, model.trust_remote_code)
+    text = known.get_text_config()
+    if grown and (growth := planned_growth(model, text.vocab_size)) is not None:
+        text.vocab_size = growth.rows
     return skeleton(known, model.trust_remote_code)
 
 

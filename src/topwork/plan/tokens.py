@@ -111,7 +111,7 @@ def counted(recipe: Recipe, context_length: int) -> Tokens | None:
 def _tokenizer(recipe: Recipe) -> LightTokenizer | None:
     folder = tokenizer_folder(recipe.model)
     try:
-        return None if folder is None else LightTokenizer(folder)
+        return None if folder is None else LightTokenizer(folder, recipe.model.new_tokens)
     except Exception:  # `tokenizers` raises Exception itself; training will tell what is wrong with the files
         return None
 

@@ -28,6 +28,10 @@ FREE = {INIT, "lora_dropout"}
 CHOOSING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Options that say in other words which modules: whether they mean the same is told by the tensors, on the base."""
 CONFIG, RECIPE, ORIGIN, TEMPLATE = "adapter_config.json", "recipe.yaml", "provenance.json", "chat_template.jinja"
+BASE = "topwork.json"
+"""Beside an adapter: which base it was trained on."""
+GROWN = ("new_tokens", "tokenizer_name_or_path", "vocabulary_size", "pad_to_multiple_of")
+"""Options of `model` that say how large the vocabulary is."""
 _CHECKPOINT = re.compile(r"step-\d+")
 
 
@@ -45,6 +49,7 @@ def with_beginning(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     run = run_of(place)
     own, called = _options(place, run), f"{named} (adapter.{INIT})"
     laid = {**values, "adapter": {**_agreed(section, own, called), INIT: str(place.resolve())}}
+    laid |= {"model": _as_grown(place, run, values["model"])} if "model" in values else {}
     return laid if run is None else {**laid, "data": _as_read_by(run, values.get("data"))}
 
 
@@ -155,6 +160,22 @@ def _options(place: Path, run: Path | None) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise AdapterError(f"{found / CONFIG} holds no JSON object")
     return with_tied_head(config_in(raw, str(found)), raw, found / TENSORS)
+
+
+def _as_grown(place: Path, run: Path | None, given: Any) -> Any:
+    """The recipe's `model` with the new tokens that the adapter was trained with, where it names none itself."""
+    if not isinstance(given, dict) or any(given.get(name) for name in GROWN):
+        return given
+    if run is not None:
+        theirs = _recipe_of(run).get("model") or {}
+        return {**given, **{name: theirs[name] for name in GROWN if theirs.get(name)}}
+    inner = place / "adapter"
+    own = (inner if (inner / CONFIG).is_file() and not (place / CONFIG).is_file() else place) / BASE
+    try:
+        told = json.loads(own.read_text("utf-8")) if own.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{own} cannot be read ({error})") from error
+    return {**given, **{name: told[name] for name in GROWN if isinstance(told, dict) and told.get(name)}}
 
 
 def _config(section: dict[str, Any], called: str) -> AdapterConfig:

@@ -12,8 +12,8 @@ from topwork.common.errors import RecipeError, did_you_mean
 from topwork.common.paths import missed, plain_path, variable_in
 
 PATHS = {
-    "data": ("train", "eval", "chat_template"), "evaluation": ("data",), "model": ("model_name_or_path",),
-    "adapter": ("init_from",),
+    "data": ("train", "eval", "chat_template"), "evaluation": ("data",),
+    "model": ("model_name_or_path", "tokenizer_name_or_path"), "adapter": ("init_from",),
 }  # fmt: skip
 """The options that are paths, beside output_dir; what jobs lay over the sections has the same."""
 OUTPUT, JOBS = "output_dir", "jobs"

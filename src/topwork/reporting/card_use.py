@@ -83,11 +83,19 @@ def _peft(source: CardSource) -> Use:
         "",
         *bits,
         f"base = AutoModelForCausalLM.from_pretrained({quoted(source.base or BASE)}{_options(source, bool(bits))})",
+        *_grown(source),
         f"model = PeftModel.from_pretrained(base, {quoted(place)}).eval()",
         *_tokenizer(source),
         *_asking(source),
     ]
     return Use("transformers and PEFT", _base_note(source), fenced("\n".join(lines), "python"))
+
+
+def _grown(source: CardSource) -> list[str]:
+    """Rows for new tokens, as many as the adapter's own tokenizer has, before PEFT looks for them."""
+    if not source.tokenizer or not section(source.recipe, "model").get("new_tokens"):
+        return []
+    return [f"base.resize_token_embeddings(len(AutoTokenizer.from_pretrained({quoted(_place(source))})))"]
 
 
 def _tokenizer(source: CardSource) -> list[str]:

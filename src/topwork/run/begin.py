@@ -31,7 +31,7 @@ from topwork.training.trial import CHECKPOINTS
 FREE_TO_CHANGE = {
     "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.report_to",
     "training.logging_steps", "training.save_total_limit", "training.save_steps", "model.device",
-    "model.model_name_or_path", "data.train", "data.eval", "data.chat_template",
+    "model.model_name_or_path", "model.tokenizer_name_or_path", "data.train", "data.eval", "data.chat_template",
 }  # fmt: skip
 """What may differ when a run is resumed; anything else would make it another run. Files may have moved: whether they
 are the same is told by their hashes (`run/provenance.py`)."""

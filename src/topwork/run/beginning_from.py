@@ -13,6 +13,7 @@ from topwork.common.errors import AdapterError
 from topwork.common.files import sha256_file
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
+from topwork.models.config import ModelConfig
 from topwork.quantization.linear import packed_kinds
 from topwork.recipe.beginning import chosen_otherwise, with_beginning
 from topwork.recipe.recipe import Recipe
@@ -31,9 +32,13 @@ def resolved(recipe: Recipe) -> Recipe:
     Python. Raises RecipeError and AdapterError."""
     if recipe.adapter.init_from is None:
         return recipe
-    given = {name: getattr(recipe, name).model_dump(exclude_unset=True) for name in ("adapter", "data")}
+    given = {name: getattr(recipe, name).model_dump(exclude_unset=True) for name in ("adapter", "data", "model")}
     found = with_beginning({**given, "output_dir": recipe.output_dir}, Path())
-    update = {"adapter": AdapterConfig(**found["adapter"]), "data": DataConfig(**found["data"])}
+    update = {
+        "adapter": AdapterConfig(**found["adapter"]),
+        "data": DataConfig(**found["data"]),
+        "model": ModelConfig(**found["model"]),
+    }
     return recipe.model_copy(update=update)
 
 

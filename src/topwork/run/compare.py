@@ -1,11 +1,11 @@
 """`topwork chat --compare A B`: the same words to two models over one base, which answer in one batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, load_adapter
+from topwork.adapters.peft_format import load_adapter
 from topwork.common.errors import RequestError
 from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate, stop_ids
@@ -20,6 +20,7 @@ from topwork.run.folder import ADAPTER_NAME, RECIPE, TEMPLATE
 from topwork.run.given import ADAPTER_CONFIG, Given, given_adapter, is_adapter
 from topwork.run.loading import open_base
 from topwork.run.opened import OpenRun, open_given, system_of
+from topwork.run.vocabulary import base_id, shared_base
 
 BASE = "base"
 OTHER_NAME = "other"
@@ -129,10 +130,16 @@ def open_pair(
         raise RequestError(f"--compare {names[0]} {names[1]}: these are the same; give two")
     given = [_given(name, model, log) for name in names]
     lead = next(iter(sorted((one.recipe is None, at) for at, one in enumerate(given) if one is not None)))[1]
-    base, adapters, first = _lead(names[lead], given[lead], force, log)
     other = 1 - lead
+    base, adapters, first = _lead(names[lead], _grown(given[lead], given[other]), force, log)
     sides = {lead: first, other: _side(names[other], given[other], base, adapters, first, force, log)}
     return Pair(base, _labelled(sides[0], sides[1]), sampling, system)
+
+
+def _grown(given: Given | None, other: Given | None) -> Given | None:
+    """With a base that has rows for the tokens of both."""
+    models = [one.model for one in (given, other) if one is not None]
+    return given if given is None else replace(given, model=shared_base(models))
 
 
 def _given(name: str, model: str | None, log: Log) -> Given | None:
@@ -153,7 +160,7 @@ def _lead(name: str, given: Given | None, force: bool, log: Log) -> tuple[Base, 
     if given.recipe is not None:
         run = open_given(given, force=force, log=log)
         return run.base, run.adapters, Side(name, ADAPTER_NAME, run.template, run.system)
-    base = open_base(ModelConfig(model_name_or_path=given.model.model_name_or_path), log)
+    base = open_base(given.model.model_copy(update={"dtype": ModelConfig.model_fields["dtype"].default}), log)
     adapters = Adapters(base.module, base.tokenizer)
     return base, adapters, _grafted(name, given, base, adapters, ADAPTER_NAME, force, log)
 
@@ -171,7 +178,7 @@ def _grafted(
     name: str, given: Given, base: Base, adapters: Adapters, grafted: str, force: bool, log: Log
 ) -> Side:  # fmt: skip
     """An adapter from elsewhere is prompted as the tokenizer's own template has it."""
-    warning = load_adapter(adapters, grafted, given.saved, BaseId(base.name, base.fingerprint), force)
+    warning = load_adapter(adapters, grafted, given.saved, base_id(base), force)
     if warning:
         log(f"warning: {warning}")
     if given.recipe is None:

@@ -10,6 +10,7 @@ from topwork.common.os_errors import explained
 from topwork.models.config import ModelConfig
 from topwork.plan.base import structure_named
 from topwork.plan.count import RANKS, CountRow, ParameterCount, count_adapter, count_table
+from topwork.plan.new_tokens import with_planned_tokens
 from topwork.recipe.recipe import load_recipe
 
 
@@ -57,7 +58,7 @@ def count(
     if Path(what).suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(Path(what), overrides)
         base = structure_named(recipe.model, log)
-        own = count_adapter(base, recipe.adapter)
+        own = count_adapter(base, with_planned_tokens(recipe, base).adapter)
         return Counted(recipe.model.model_name_or_path, own.frozen, count_table(base, ranks), own)
     base = structure_named(ModelConfig(model_name_or_path=what), log)
     return Counted(what, base.parameters, count_table(base, ranks))

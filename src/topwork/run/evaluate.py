@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.adapters.peft_format import load_adapter, read_adapter
 from topwork.common.errors import DataError, RequestError
 from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
@@ -34,6 +34,7 @@ from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
 from topwork.run.loading import open_base
 from topwork.run.opened import open_given
 from topwork.run.own_rows import load_own
+from topwork.run.vocabulary import base_id, with_vocabulary
 
 LESS = (
     "a smaller evaluation.batch_size or evaluation.max_new_tokens in the run's recipe.yaml (without a run: "
@@ -137,6 +138,7 @@ def evaluate_model(
     """Score any base on any rows, and any PEFT folder on top of it; writes nothing but `out`, a file for the scores."""
     target = _named_target(Path(out)) if out is not None else None
     saved = None if adapter is None else read_adapter(adapter)
+    model = model if saved is None else with_vocabulary(model, saved, adapter)
     tokenizer, length = open_tokenizer(model, log)
     room = length - (0 if saved is None else saved.config.virtual_tokens)
     read = _read(data, config.data, tokenizer, room, seed, log)
@@ -144,7 +146,7 @@ def evaluate_model(
     template = ChatTemplate.from_config(base.tokenizer, data)
     arms: dict[str, str | None] = {"before": None}
     if saved is not None:
-        warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
+        warning = load_adapter(Adapters(base.module), ADAPTER_NAME, saved, base_id(base), force)
         if warning:
             log(f"warning: {warning}")
         arms["after"] = ADAPTER_NAME

@@ -16,6 +16,7 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe
 from topwork.run.chosen import choose
 from topwork.run.folder import RECIPE, RESULT, TEMPLATE, read_recipe
+from topwork.run.vocabulary import with_vocabulary
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
 from topwork.training.trial import CHECKPOINTS
 
@@ -158,5 +159,5 @@ def _alone(place: Path, model: str | None) -> Given:
     named = model or saved.base.name
     if not named:
         raise RequestError(f"{place} does not name its base; give it with --model")
-    base = ModelConfig(model_name_or_path=named, dtype="auto")
+    base = with_vocabulary(ModelConfig(model_name_or_path=named, dtype="auto"), saved, folder)
     return Given(place, folder, saved, base, QuantizationConfig(), None, None)

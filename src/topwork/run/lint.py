@@ -17,12 +17,15 @@ from topwork.models.config import ModelConfig
 from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, Source, find_source
 from topwork.models.tokenizer import load_config, load_tokenizer, usable_length
+from topwork.plan.base import structure_named
 from topwork.plan.built import config_of, count_built
+from topwork.plan.count import count_adapter
 from topwork.plan.lint.examine import examine, examine_loaded
 from topwork.plan.lint.examined import Examined, Side
 from topwork.plan.lint.finding import Finding, Severity, totals
 from topwork.plan.lint.rules import check
 from topwork.plan.lint.shown import ShownRow, shown_rows
+from topwork.plan.new_tokens import with_planned_tokens
 from topwork.recipe.recipe import Recipe, load_recipe
 
 Log = Callable[[str], None]
@@ -88,7 +91,7 @@ def lint(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
     source = _source(recipe.model, log)
-    tokenizer = load_tokenizer(source, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe.model.trust_remote_code, recipe.model)
     length = usable_length(load_config(source, recipe.model.trust_remote_code))
     examined = examine(recipe, tokenizer, length, _trainable(recipe, source, log))
     return LintResult(recipe, examined, check(examined), shown_rows(examined, rows))
@@ -106,6 +109,9 @@ def _trainable(recipe: Recipe, source: Source, log: Log) -> int | None:
     """Parameters that the recipe's adapter trains; None where they cannot be counted, and `log` is told why."""
     model = recipe.model
     try:
+        if model.grows:
+            structure = structure_named(model)
+            return count_adapter(structure, with_planned_tokens(recipe, structure).adapter).trainable
         config = config_of(source.folder, source.revision, model.trust_remote_code)
         return count_built(skeleton(config, model.trust_remote_code), recipe.adapter).trainable
     except (ModelError, AdapterError) as error:

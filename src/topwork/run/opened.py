@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, SavedAdapter, load_adapter
+from topwork.adapters.peft_format import SavedAdapter, load_adapter
 from topwork.common.errors import TopworkError
 from topwork.common.os_errors import explained
 from topwork.data.chat.template import ChatTemplate
@@ -24,6 +24,7 @@ from topwork.reporting.readers import read_json
 from topwork.run.folder import ADAPTER_NAME, RESULT, TEMPLATE
 from topwork.run.given import Given, given_run
 from topwork.run.loading import open_base
+from topwork.run.vocabulary import base_id
 
 ROWS = 1000
 """Of a run that has no result yet, among which its system message is looked for."""
@@ -109,7 +110,7 @@ def open_adapter(
     else:
         base = open_base(model.model_copy(update={"dtype": dtype}), log, quantization, tokenizer)
     adapters = Adapters(base.module)
-    warning = load_adapter(adapters, ADAPTER_NAME, saved, BaseId(base.name, base.fingerprint), force)
+    warning = load_adapter(adapters, ADAPTER_NAME, saved, base_id(base), force)
     if warning:
         log(f"warning: {warning}")
     return base, adapters

@@ -1,7 +1,7 @@
 """What a run leaves when it stops: its adapter, and its figures in result.json."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ class TrainedRun:
     name: str = "default"
 
 
-def keep_adapter(place: Place, config: TrainingConfig, outcome: Outcome) -> None:
-    """The run's adapter: the best validation's where asked for, else the last step's. One that was interrupted has none
-    yet, and one that diverged has none."""
+def keep_adapter(
+    place: Place, config: TrainingConfig, outcome: Outcome, beside: Callable[[Path], None] = lambda _: None
+) -> None:  # fmt: skip
+    """The run's adapter: the best validation's where asked for, else the last step's; and what is written `beside` it.
+    One that was interrupted has none yet, and one that diverged has none."""
     target = place.run_dir / ADAPTER
     if outcome.stopped == "interrupted":
         return
@@ -45,7 +47,12 @@ def keep_adapter(place: Place, config: TrainingConfig, outcome: Outcome) -> None
         saved = checkpoint_path(place.run_dir / CHECKPOINTS, best)
         verify_folder(saved)
         place.adapters.load(place.name, read_adapter(saved / CHECKPOINT_ADAPTER, place.adapters.methods).tensors)
-    write_folder(target, lambda path: write_adapter(path, place.adapters, place.name, place.base_id), replace=True)
+
+    def fill(folder: Path) -> None:
+        write_adapter(folder, place.adapters, place.name, place.base_id)
+        beside(folder)
+
+    write_folder(target, fill, replace=True)
 
 
 def figures(

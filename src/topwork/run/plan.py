@@ -12,6 +12,7 @@ from topwork.models.structure import Structure
 from topwork.plan.base import structure_named
 from topwork.plan.devices import Device, read_devices, shipped_devices
 from topwork.plan.fits import Job, changes_that_fit
+from topwork.plan.new_tokens import with_planned_tokens
 from topwork.plan.tokens import Tokens, counted
 from topwork.recipe.recipe import Recipe, make_recipe, overridden, read_values
 from topwork.recipe.sweep_config import describes_several, load_sweep
@@ -53,6 +54,7 @@ def plan(
     """
     known = shipped_devices() if devices is None else read_devices(devices)
     recipes, structure = _asked_for(what, overrides)
+    recipes = [with_planned_tokens(recipe, structure) for recipe in recipes]
     place = find_place(device, memory, recipes[0].model.device, known)
     counts = _counted(recipes, structure)
     waves = waves_of(job_of(recipes, structure, place, counts))

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters, is_free
-from topwork.common.errors import RequestError
+from topwork.common.errors import ModelError, RequestError
 from topwork.common.locks import locked
 from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
@@ -16,6 +16,8 @@ from topwork.data.config import told
 from topwork.data.examples import Data, load_data
 from topwork.data.parts import look_for
 from topwork.models.tokenizer import open_tokenizer
+from topwork.models.vocabulary import rows_of
+from topwork.plan.base import structure_named
 from topwork.recipe.recipe import Recipe
 from topwork.run.begin import check_folder, check_request, check_shared, check_targets
 from topwork.run.beginning_from import resolved
@@ -26,6 +28,7 @@ from topwork.run.lint import quick_line
 from topwork.run.outcome import TrainedRun
 from topwork.run.session import Session, open_session
 from topwork.run.training import Asked, trained
+from topwork.run.vocabulary import check_ids, with_new_tokens
 from topwork.run.which import which_recipe
 from topwork.training.progress import Progress, Silent
 
@@ -101,6 +104,7 @@ def train_held(
     stop_at: int | None, on: Session | None,
 ) -> list[TrainedRun]:  # fmt: skip
     """`train_together` in folders that this process holds already."""
+    recipes = with_new_tokens(recipes, log)
     for recipe in recipes:
         check_folder(recipe, resume, overwrite)
     loaded, held = _prepared(recipes, on, log)
@@ -122,13 +126,25 @@ def _prepared(recipes: Sequence[Recipe], on: Session | None, log: Log) -> tuple[
     weight is read."""
     if on is not None:
         on.check(recipes[0])
-        return _load_data(recipes, on.base.tokenizer, on.base.context_length, log), on
+        loaded = _load_data(recipes, on.base.tokenizer, on.base.context_length, log)
+        check_ids(loaded, on.base.vocabulary, on.base.tokenizer, on.base.name)
+        return loaded, on
     check_targets(recipes)
     tokenizer, context_length = open_tokenizer(recipes[0].model, log)
     loaded = _load_data(recipes, tokenizer, context_length, log)
+    _check_ids(recipes[0], loaded, tokenizer)
     longest = max(data.longest(recipe.adapter.virtual_tokens) for recipe, data in zip(recipes, loaded))
     refuse_small_memory(recipes[0], longest, log)
     return loaded, open_session(recipes[0], log, tokenizer)
+
+
+def _check_ids(recipe: Recipe, loaded: Sequence[Data], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Before the weights are read, by the config alone; where that tells nothing, its loading will."""
+    try:
+        rows = rows_of(structure_named(recipe.model))
+    except ModelError:
+        return
+    check_ids(loaded, rows, tokenizer, recipe.model.model_name_or_path)
 
 
 @memory_for("reading the rows", "data.streaming: true reads them as they are needed, and data.max_rows fewer of them")

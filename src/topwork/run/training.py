@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from topwork.adapters.peft_format import BaseId
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.heap import trim_heap
@@ -30,6 +29,7 @@ from topwork.run.outcome import TrainedRun, figures, keep_adapter
 from topwork.run.ownership import is_run, own
 from topwork.run.provenance import PROVENANCE, provenance, record, refuse_other_inputs
 from topwork.run.session import Session
+from topwork.run.vocabulary import base_id, keep_tokenizer
 from topwork.training.checkpoint import checkpoint_step, list_checkpoints
 from topwork.training.interrupts import Interrupts
 from topwork.training.loop import Loop, Outcome
@@ -160,7 +160,7 @@ def _grafted(
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
         folder = Path(recipe.output_dir)
-        place = Place(on.adapters, name, BaseId(base.name, base.fingerprint), folder, partial(own, folder))
+        place = Place(on.adapters, name, base_id(base), folder, partial(own, folder))
         begin_from(place, recipe, base, log)
         runs.append(_Run(recipe, place, data, counted))
     return runs
@@ -229,7 +229,7 @@ def _trial(run: _Run, metrics: MetricsLog, progress: Progress, several: bool) ->
 def _finished(
     run: _Run, on: Session, plan: PassPlan, planned: Beforehand, outcome: Outcome, members: int
 ) -> TrainedRun:  # fmt: skip
-    keep_adapter(run.place, run.recipe.training, outcome)
+    keep_adapter(run.place, run.recipe.training, outcome, keep_tokenizer(on.base, run.data.template.jinja))
     result = figures(run.folder, run.recipe.training, on.base, run.data, run.counted, outcome)
     result |= {
         "plan": planned.as_json(),

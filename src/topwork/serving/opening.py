@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import environ
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.graft import Adapters
-from topwork.common.errors import RequestError
+from topwork.adapters.peft_format import read_adapter
+from topwork.common.errors import AdapterError, RequestError
 from topwork.common.paths import plain_path
 from topwork.data.chat.template import ChatTemplate, Reading
 from topwork.generation.engine import Engine, EngineSettings
@@ -20,6 +22,7 @@ from topwork.models.source import find_source
 from topwork.quantization.config import QuantizationConfig
 from topwork.run.folder import RECIPE, TEMPLATE, read_recipe
 from topwork.run.loading import open_base
+from topwork.run.vocabulary import shared_base, with_vocabulary
 from topwork.serving.asking import Reader
 from topwork.serving.backends.backend import Card
 from topwork.serving.backends.local import LocalBackend
@@ -106,6 +109,7 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     say(f"loading {named.model.model_name_or_path} …")
     base = None
     if config.vllm is None:
+        named = replace(named, model=_with_vocabularies(named))
         base = open_base(named.model, say, named.quantization if named.quantization.active else None)
     own = base.name if base is not None else find_source(named.model, say).name
     served = config.served_model_name or served_name(own)
@@ -129,6 +133,17 @@ def _opened(config: ServeConfig, state: StateFolder | None, say: Say) -> Opened:
     first = {each.name: each.folder for each in found if each.configured}
     service = Service(config, _vllm(config, named, names, first, closing, say), parts, names[1:], kept)
     return Opened(service, [each for each in found if not each.configured], list(named.adapters), closing.close)
+
+
+def _with_vocabularies(named: Named) -> ModelConfig:
+    """The base with rows for the tokens that its adapters got. One that can't be read is for its loading to tell of."""
+    models = [named.model]
+    for folder in map(adapter_folder, named.adapters.values()):
+        try:
+            models.append(with_vocabulary(named.model, read_adapter(folder), folder))
+        except AdapterError:
+            continue
+    return shared_base(models)
 
 
 def _local(config: ServeConfig, named: Named, base: Base, names: Sequence[str], parts: Parts) -> LocalBackend:

@@ -5,7 +5,7 @@ sequence that is too long, a row that the template refuses) is found when the ro
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -48,6 +48,7 @@ class StreamedExamples(Sequence[Example]):
 
     longest  what no sequence is longer than, in tokens
     digest   what tells them from others: of the files, of how they are read, of the template and the tokenizer
+    check    looks at examples as they are read; raises DataError for those that nobody can learn from
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StreamedExamples(Sequence[Example]):
         self.read, self.numbers, self.longest = read, numbers, longest
         self._config, self._template = config, template
         self.digest = _digest(read, config, template, longest)
+        self.check: Callable[[Sequence[Example]], None] = lambda _: None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -82,7 +84,9 @@ class StreamedExamples(Sequence[Example]):
 
     def take(self, places: Sequence[int]) -> Taken:
         """The sequences of rows by their places, in this order. Raises DataError for what the recipe refuses."""
-        return take(self.read, self.numbers[list(places)].tolist(), self._config, self._template, self.longest)
+        found = take(self.read, self.numbers[list(places)].tolist(), self._config, self._template, self.longest)
+        self.check(found.examples)
+        return found
 
     def check_unchanged(self) -> None:
         """Raises RunError where a file is no more what was indexed."""

@@ -53,6 +53,12 @@ def read_sources(places: Sequence[Path], model: str | None = None, force: bool =
     given = [one if one.recipe is not None else replace(one, model=home) for one in given]
     for other, label in zip(given[1:], labels[1:]):
         _check_bases(given[0], labels[0], other, label, force, log)
+    grown = next((label for one, label in zip(given, labels) if one.model.grows), None)
+    if grown is not None:
+        raise RequestError(
+            f"{grown} has a base whose vocabulary grew (model.new_tokens), and rows of new tokens are not combined; "
+            "merge it into its base (`topwork merge`)"
+        )
     bare = bare_base(base_skeleton(home))
     changes = (changes_of(label, one.saved, bare, base_weights(one, log)) for one, label in zip(given, labels))
     return Sources(tuple(given), tuple(labels), tuple(changes), bare)

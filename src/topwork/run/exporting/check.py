@@ -11,22 +11,26 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from topwork.adapters.graft import Adapters
 from topwork.adapters.on_base import Stored
-from topwork.adapters.peft_format import BaseId, load_adapter
+from topwork.adapters.peft_format import load_adapter
 from topwork.common.errors import ModelError
 from topwork.common.memory import free_memory_bytes
 from topwork.export.read_back import Asked
 from topwork.merging.stream import Stored as StoredTensors
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
+from topwork.models.growing import grown_lazily
 from topwork.models.lazy import LazyModel, open_lazily
 from topwork.models.load import load_base
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_tokenizer
+from topwork.models.vocabulary import planned_growth
 from topwork.ops.batch import batch_of
+from topwork.plan.base import stored_rows
 from topwork.plan.built import base_skeleton
 from topwork.run.folder import ADAPTER_NAME
 from topwork.run.given import Given
 from topwork.run.merging.inputs import TEXTS, own_tokenizer
+from topwork.run.vocabulary import base_id
 
 Log = Callable[[str], None]
 MOST = 8
@@ -36,6 +40,8 @@ MOST = 8
 def stored_by(model: ModelConfig, bare: PreTrainedModel, log: Log) -> Stored:
     """A base's own tensors by module and name, read when they are asked for. Raises ModelError."""
     dense: LazyModel = open_lazily(find_source(model, log), trust_remote_code=model.trust_remote_code)
+    growth = planned_growth(model, stored_rows(model)) if model.grows else None
+    dense = dense if growth is None else grown_lazily(dense, bare, growth)
     return StoredTensors(dense, bare).tensor
 
 
@@ -51,7 +57,7 @@ def asked(given: Given, tokenizer: PreTrainedTokenizerBase | None, count: int, f
         return None
     base = load_base(given.model.model_copy(update={"dtype": "float32", "device": "cpu"}), log, None, tokenizer)
     adapters = Adapters(base.module, base.tokenizer)
-    load_adapter(adapters, ADAPTER_NAME, given.saved, BaseId(base.name, base.fingerprint), force)
+    load_adapter(adapters, ADAPTER_NAME, given.saved, base_id(base), force)
     room = base.context_length - base.virtual_tokens(ADAPTER_NAME)
     prompts = [torch.tensor(base.tokenizer(text).input_ids[:room]) for text in TEXTS[: min(count, MOST)]]
     with_it, without = (_logits(base, prompts, name) for name in (ADAPTER_NAME, None))
@@ -82,7 +88,7 @@ def tokenizer_of(
     """The base's tokenizer, or the one that lies `beside` an adapter, with the `template` of a run; None, and said why,
     where there is none."""
     try:
-        tokenizer = load_tokenizer(find_source(model, log), model.trust_remote_code)
+        tokenizer = load_tokenizer(find_source(model, log), model.trust_remote_code, model)
         tokenizer = tokenizer if beside is None else own_tokenizer(beside, tokenizer, log)
     except ModelError as error:
         log(f"without a tokenizer: {_first_line(error)}")

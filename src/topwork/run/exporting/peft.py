@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from topwork.export.vllm import check_as_vllm, served_rank
 from topwork.models.quantized import stored_quantization
 from topwork.models.source import find_source
 from topwork.models.writing import write_tokenizer
+from topwork.quantization.kinds import embedding_shape
 from topwork.run.exporting.written import OUT, Written
 from topwork.run.folder import TEMPLATE
 from topwork.run.given import Given
@@ -48,7 +49,8 @@ class AdapterJob:
     def base(self) -> BaseId:
         """What the written files call the base."""
         known = self.given.saved.base
-        return BaseId(known.name or self.given.model.model_name_or_path, known.fingerprint)
+        named = known.name or self.given.model.model_name_or_path
+        return replace(known, name=named)
 
     @property
     def served(self) -> str:
@@ -98,7 +100,7 @@ def write_lorax(job: AdapterJob, folder: Path) -> Written:
 def _write_plain(job: AdapterJob, folder: Path, adapter: Lowered) -> None:
     """For the servers that read PEFT's plain form."""
     write_plain(folder, adapter, job.bare, job.base.name)
-    write_json(folder / "topwork.json", {"base_model": job.base.name, "base_fingerprint": job.base.fingerprint})
+    write_json(folder / "topwork.json", job.base.as_json())
     _write_tokenizer(job, folder)
 
 
@@ -122,5 +124,6 @@ def _read_back(job: AdapterJob, folder: Path, adapter: Lowered | Parts) -> list[
         job.log("the base is packed, which PEFT reads with bitsandbytes: read back by our own reader alone")
     else:
         model = job.given.model
-        found.append(by_peft(folder, find_source(model, job.log), model.trust_remote_code, job.asked))
+        rows = embedding_shape(job.bare.modules[job.bare.embedding])[0] if model.grows and job.bare.embedding else None
+        found.append(by_peft(folder, find_source(model, job.log), model.trust_remote_code, job.asked, rows))
     return found

@@ -16,6 +16,7 @@ from topwork.merging.merge import merge
 from topwork.merging.rounding import Rounding
 from topwork.merging.stream import merged_lazily
 from topwork.models.base import Base
+from topwork.models.growing import grow, grown_lazily, told_growth
 from topwork.models.lazy import LazyModel, in_type, open_lazily
 from topwork.models.lazy_fingerprint import lazy_fingerprint
 from topwork.models.lazy_packed import as_trained
@@ -26,6 +27,7 @@ from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
 from topwork.models.stored_names import NotStoredError
 from topwork.models.tokenizer import load_config
+from topwork.models.vocabulary import growth_of
 from topwork.models.writing import all_ends, clean_config, write_model, write_tokenizer
 from topwork.run.counted import telling
 from topwork.run.folder import ADAPTER_NAME
@@ -85,7 +87,7 @@ def plan_merge(adapter: Given, inputs: Inputs, dtype: str | None, base: str, for
     fingerprint = lazy_fingerprint(in_type(held, trained, trained_type), trained)  # as training took it
     read_type = trained_type if taken == DEQUANTIZED else kind
     bare = skeleton(config, remote, read_type)
-    held = in_type(held, bare, read_type)
+    held = _grown(in_type(held, bare, read_type), bare, config, adapter, inputs, log)
     warning = check_base(adapter.saved, BaseId(source.name, fingerprint), force)
     if warning:
         log(f"warning: {warning}")
@@ -107,6 +109,23 @@ def plan_merge(adapter: Given, inputs: Inputs, dtype: str | None, base: str, for
         telling("merged tensors", finished, log, lambda model: _write(model, inputs, folder))
 
     return replace(ready, write=write, nbytes=merged.nbytes, model=finished)
+
+
+def _grown(
+    held: LazyModel, bare: PreTrainedModel, config: Any, adapter: Given, inputs: Inputs, log: Log
+) -> LazyModel:  # fmt: skip
+    """With rows for new tokens, as training had them; its skeleton too, and others that will be made of its config."""
+    if not adapter.model.grows:
+        return held
+    text = config.get_text_config()
+    growth = growth_of(adapter.model, text.vocab_size, inputs.tokenizer.get_vocab())
+    if growth is None:
+        return held
+    log(told_growth(held.name, growth))
+    found = grown_lazily(held, bare, growth)
+    grow(bare, growth)
+    text.vocab_size = growth.rows
+    return found
 
 
 _TAKEN = {

@@ -6,7 +6,7 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter
+from topwork.adapters.peft_format import load_adapter, read_adapter
 from topwork.common.errors import NonFiniteLossError, RequestError
 from topwork.common.locks import locked
 from topwork.common.os_errors import explained
@@ -28,6 +28,7 @@ from topwork.run.sweep.plan import SweepOptions, SweepPlan, plan_sweep
 from topwork.run.sweep.state import clear, discard, earlier_runs, open_state, result_of, take_scores
 from topwork.run.sweep.trials import waves
 from topwork.run.train import train_held
+from topwork.run.vocabulary import base_id
 from topwork.training.progress import Progress
 
 ENDED = (TrialState.FINISHED, TrialState.EARLY_STOPPING, TrialState.DIVERGED)
@@ -303,7 +304,7 @@ def _on_base(going: _Sweep, name: str) -> str:
         base = going.on.base
         saved = read_adapter(Path(going.recipe(name).output_dir) / ADAPTER)
         going.trained[name] = f"member{len(going.trained)}"
-        load_adapter(going.on.adapters, going.trained[name], saved, BaseId(base.name, base.fingerprint), False)
+        load_adapter(going.on.adapters, going.trained[name], saved, base_id(base), False)
     return going.trained[name]
 
 

@@ -1,4 +1,4 @@
-"""Parts at embeddings: LoRA on one, and rows of one (and of a head tied to it) that are trained.
+"""Parts at embeddings: LoRA on one, and rows of one and of a head that are trained.
 
 PEFT's names, shapes and rules: a LoRA's A is [r, V] and begins at zero, its B is [d, r]; where the family scales its
 embeddings, what an adapter adds is scaled with them.
@@ -52,8 +52,8 @@ class EmbeddingLora(AdapterModule):
         return weight + delta.to(weight.device), bias
 
 
-class TrainedTokens(AdapterModule):
-    """Rows of the embedding that take the place of the base's for some tokens: they begin as the base's are."""
+class TokenRows(AdapterModule):
+    """Rows that take the place of the base's for some tokens: they begin as the base's are."""
 
     merges = ("weight",)
     tokens: Tensor
@@ -77,11 +77,9 @@ class TrainedTokens(AdapterModule):
         rows = base_layer.packed.rows(tokens) if isinstance(base_layer, PackedModule) else base_layer.weight[tokens]  # type: ignore[index]
         return rows.float()
 
-    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
-        ordered, order = self.tokens.sort()
-        at = torch.searchsorted(ordered, x).clamp_max(len(ordered) - 1)
-        rows = F.embedding(order[at], self.delta.to(y.dtype))
-        return torch.where((ordered[at] == x)[:, None], _scaled(rows, base_layer), y)
+    def distance(self, base_layer: nn.Module) -> Tensor:
+        """How far the rows lie from the base's [n, d], in fp32."""
+        return self.delta - self.base_rows(base_layer)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"token_adapter.trainable_tokens_delta": self.delta}
@@ -91,47 +89,82 @@ class TrainedTokens(AdapterModule):
         return weight.index_copy(0, tokens, self.delta.detach().to(weight)), bias
 
 
-class TiedTokens(AdapterModule):
-    """The same rows in the head that is tied to the embedding; it has no tensors of its own.
+class TrainedTokens(TokenRows):
+    """Rows of the embedding."""
 
-    It adds x (rows - the base's rows)' to those tokens' logits, which is nothing at all while they are the same.
-    """
+    def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
+        ordered, order = self.tokens.sort()
+        at = torch.searchsorted(ordered, x).clamp_max(len(ordered) - 1)
+        rows = F.embedding(order[at], self.delta.to(y.dtype))
+        return torch.where((ordered[at] == x)[:, None], _scaled(rows, base_layer), y)
 
-    def __init__(self, embedding: TrainedTokens) -> None:
+
+class HeadRows(AdapterModule):
+    """Rows of a head: x (rows - the base's rows)' beside those tokens' logits, which is nothing at all while they are
+    the same."""
+
+    merges = ("weight",)
+
+    def __init__(self) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, or the parameter would be this module's as well
         self._distance: Tensor | None = None
 
     @property
-    def setting(self) -> tuple[int, ...]:
-        return self.embedding.setting
+    def rows(self) -> TokenRows:
+        """The rows, wherever they are held."""
+        raise NotImplementedError
 
     @property
-    def embedding(self) -> TrainedTokens:
-        """The part at the embedding."""
-        return self._embedding[0]
+    def setting(self) -> tuple[int, ...]:
+        return self.rows.setting
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n, d], y [n, V]."""
-        distance = self._distance if self._distance is not None else self._computed(base_layer)
-        return y.index_add(1, self.embedding.tokens, (x @ distance.to(x.dtype).t()).to(y.dtype))
+        distance = self._distance if self._distance is not None else self.rows.distance(base_layer)
+        return y.index_add(1, self.rows.tokens, (x @ distance.to(x.dtype).t()).to(y.dtype))
 
     @torch.no_grad()
     def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
         super().freeze(base_layer, dtype)
-        self._distance = self._computed(base_layer).to(dtype)
+        self._distance = self.rows.distance(base_layer).to(dtype)
 
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
         if self._distance is not None:
             yield self._distance
 
-    def _computed(self, base_layer: nn.Module) -> Tensor:
-        """The rows' distance from the base's [n, d] in fp32."""
-        return self.embedding.delta - self.embedding.base_rows(base_layer)
-
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.embedding.merged(weight, bias)
+        return self.rows.merged(weight, bias)
+
+
+class TiedTokens(HeadRows):
+    """The embedding's in the head that is tied to it; it has no tensors of its own."""
+
+    def __init__(self, embedding: TrainedTokens) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, or the parameter would be this module's as well
+
+    @property
+    def rows(self) -> TokenRows:
+        return self._embedding[0]
+
+
+class HeadTokens(HeadRows):
+    """Those of a head of its own."""
+
+    def __init__(self, tokens: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.own = TokenRows(tokens, width)
+
+    @property
+    def rows(self) -> TokenRows:
+        return self.own
+
+    def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:
+        self.own.reset_parameters(base_layer, seed, path)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return self.own.tensors()
 
 
 def _scaled(values: Tensor, base_layer: nn.Module) -> Tensor:

@@ -19,11 +19,12 @@ from topwork.adapters.methods.bitfit import Bias
 from topwork.adapters.methods.lora.bias_places import other_biases
 from topwork.adapters.methods.lora.biases import BiasedDora, BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
-from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
+from topwork.adapters.methods.lora.embedding import EmbeddingLora, HeadTokens, TiedTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.methods.lora.patterns import without_overlaps
-from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
+from topwork.adapters.methods.lora.places import Target, lora_places
+from topwork.adapters.methods.lora.token_places import Tokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
 from topwork.adapters.targets import ALL_LINEAR, listed, matching
@@ -41,8 +42,8 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
         )
 
     plan = {target.path: at(target) for target in targets}
-    if tokens is not None:
-        plan |= _token_plan(tokens, config.trainable_token_indices or [])
+    for rows in tokens:
+        plan |= _token_plan(rows)
     return plan | _bias_plan(bare, config, plan)
 
 
@@ -83,12 +84,14 @@ def _original(bare: Bare) -> Original:
     return bare.original
 
 
-def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
-    """Trained rows of the embedding, which a head tied to it shares."""
-    rows = cache(lambda: TrainedTokens(indices, tokens.width))  # one part, which the head's looks at
-    own = tuple(indices)
-    plan = {tokens.path: Planned(rows, len(own) * tokens.width, own)}
-    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0, own)}
+def _token_plan(tokens: Tokens) -> Plan:
+    """Trained rows of the embedding, which a head tied to it shares, or of a head of its own."""
+    trained = len(tokens.ids) * tokens.width
+    if tokens.is_head:
+        return {tokens.path: Planned(lambda: HeadTokens(tokens.ids, tokens.width), trained, tokens.ids)}
+    rows = cache(lambda: TrainedTokens(tokens.ids, tokens.width))  # one part, which the head's looks at
+    plan = {tokens.path: Planned(rows, trained, tokens.ids)}
+    return plan if tokens.shared is None else plan | {tokens.shared: Planned(lambda: TiedTokens(rows()), 0, tokens.ids)}
 
 
 def _bias_plan(bare: Bare, config: LoraConfig, plan: Plan) -> Plan:

@@ -1,13 +1,13 @@
 """Where LoRA and its kin put their parts, and how large they are. Free of torch: a base's config is enough."""
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from topwork.adapters.config import LoraConfig
 from topwork.adapters.methods.lora.bias_places import biases_at, other_biases
+from topwork.adapters.methods.lora.token_places import Tokens, token_places
 from topwork.adapters.places import Places, Sizes, inputs_outputs
 from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
@@ -32,36 +32,25 @@ class Target:
         return (self.r * self.inputs, self.r * self.outputs, *[self.outputs] * vectors)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Where rows of the embedding are trained: its path and width, and the head that is tied to it."""
-
-    path: str
-    width: int
-    head: str | None
-
-
 def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
     """LoRA in every target, with DoRA's lengths and biases; and trained tokens."""
     targets, tokens = lora_places(base, config)
     sizes = {target.path: target.sizes(config.use_dora) for target in targets}
-    if tokens is not None:
-        sizes[tokens.path] = (len(config.trainable_token_indices or ()) * tokens.width,)
-        sizes |= {tokens.head: ()} if tokens.head is not None else {}
+    for rows in tokens:
+        sizes[rows.path] = (len(rows.ids) * rows.width,)
+        sizes |= {rows.shared: ()} if rows.shared is not None else {}
     return sizes | {path: base.by_path[path].tensors[-1:] for path in other_biases(base, config, sizes)}
 
 
-def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], Tokens | None]:
+def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], list[Tokens]]:
     """Every module that gets a part. Raises AdapterError where the config does not fit the base."""
     paths = find_targets(base, config, ("linear", "embedding"))
     targets = [replace(at, biases=biases_at(base.by_path[at.path], config)) for at in _ranked(base, paths, config)]
     _refuse_more_than_lora([target.path for target in targets if target.is_embedding], config)
     _refuse_large_ranks(targets, config)
-    if config.trainable_token_indices is None:
-        return targets, None
-    path = _check_tokens(base, config.trainable_token_indices)
-    tokens = Tokens(path, base.by_path[path].columns, base.head if base.tied else None)
-    _refuse_both(set(paths) & {tokens.path, tokens.head})
+    tokens = token_places(base, config.trainable_token_indices)
+    for rows in tokens:
+        _refuse_both(set(paths) & {rows.path, rows.shared})
     return targets, tokens
 
 
@@ -113,23 +102,6 @@ def _refuse_large_ranks(targets: Sequence[Target], config: LoraConfig) -> None:
                 f"init_lora_weights: {config.init_lora_weights} takes r directions of a weight, and that of "
                 f"{target.path} has {most}, fewer than r = {target.r}; lower r, there by rank_pattern"
             )
-
-
-def _check_tokens(base: Places, tokens: Sequence[int]) -> str:
-    """The embedding's path. Raises AdapterError for tokens that it does not have, or that are named twice."""
-    if base.embedding is None or base.by_path[base.embedding].kind != "embedding":
-        raise AdapterError("trainable_token_indices needs a base with an input embedding; this one has none")
-    vocabulary = base.by_path[base.embedding].rows
-    outside = sorted(token for token in set(tokens) if not 0 <= token < vocabulary)
-    if outside or not tokens:
-        raise AdapterError(
-            f"trainable_token_indices has {outside or 'no ids'}; the base has 0 to {vocabulary - 1}: give ids "
-            "that are in it (the tokenizer tells a token's id)"
-        )
-    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
-    if twice:
-        raise AdapterError(f"trainable_token_indices names {twice} more than once; give each id once")
-    return base.embedding
 
 
 def _refuse_both(paths: Collection[str | None]) -> None:

@@ -102,6 +102,16 @@ def _plugins(value: Any, _: Draft) -> Result:
     return Lacking(f"{', '.join(name.rpartition('.')[2] for name in rest)}: plugins have no place here")
 
 
+def _tokens(value: Any, _: Draft) -> Result:
+    if not isinstance(value, list) or not all(isinstance(token, str) for token in value):
+        return Lacking("expected a list of texts")
+    return Put({"model.new_tokens": list(dict.fromkeys(value))})
+
+
+def _by_32(value: Any, _: Draft) -> Result:
+    return Put({"model.pad_to_multiple_of": 32}) if value is True else Needless("off, as here")
+
+
 def _loftq(value: Any, _: Draft) -> Result:
     if whole(value) != 4:
         return Lacking("loftq is of the base's own 4-bit type here")
@@ -138,9 +148,12 @@ _MODEL: Sequence[Key] = (
         "the tokenizer's own special tokens are kept here; change them in a copy of the model's folder",
     ),
     *needless("pad_token", "nothing is padded here"),
+    to("tokens", "model.new_tokens", _tokens),
+    to("resize_token_embeddings_to_32x", "model.pad_to_multiple_of", _by_32),
+    *needless("mean_resizing_embeddings", "new rows begin as the mean of the others"),
     *lacking(
-        "tokens resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens",
-        "no tokens are added here; do it in a copy of the model's folder, and name that",
+        "shrink_embeddings fix_untrained_tokens",
+        "rows are added here and none taken away or set anew; do it in a copy of the model's folder, and name that",
     ),
     *lacking(
         "overrides_of_model_config* overrides_of_model_kwargs* model_config* cls_model_config rope_scaling* "

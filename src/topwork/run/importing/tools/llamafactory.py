@@ -105,6 +105,13 @@ def _template(value: Any, _: Draft) -> Result:
     return Lacking(f"the model's own chat template is used here, which {value} mostly is; else give a Jinja file")
 
 
+def _tokens(value: Any, _: Draft) -> Result:
+    """A text with commas between the tokens."""
+    if not isinstance(value, str):
+        return Lacking("expected tokens in one text, with commas between them")
+    return Put({"model.new_tokens": list(dict.fromkeys(token.strip() for token in value.split(",") if token.strip()))})
+
+
 def _pissa(value: Any, _: Draft) -> Result:
     return Put({"adapter.init_lora_weights": "pissa"}) if value is True else Needless("off, as here")
 
@@ -161,9 +168,11 @@ _MODEL = (
         "init_config*",
         LOADING,
     ),
+    to("add_tokens", "model.new_tokens", _tokens),
+    *needless("resize_vocab", "embedding and head grow where tokens are new"),
     *lacking(
-        "resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens",
-        "no tokens are added here; do it in a copy of the model's folder",
+        "add_special_tokens new_special_tokens_config init_special_tokens",
+        "tokens are added as ordinary ones (model.new_tokens); special ones in a copy of the model's folder",
     ),
     *lacking(
         "rope_scaling shift_attn mixture_of_depths train_from_scratch moe_aux_loss_coef fp8*",
