@@ -129,7 +129,7 @@ def as_peft_reads(folder: Path) -> None:
 
 
 DRAWN = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much],
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much],
     phases=[Phase.reuse, Phase.generate],
 )  # fmt: skip
 
@@ -186,7 +186,7 @@ IA3S: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 ).map(lambda drawn: {**drawn, "feedforward_modules": drawn["target_modules"][: drawn.pop("last")]})
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(values=IA3S)
 def test_ia3_both_ways(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     values = {key: value for key, value in values.items() if key != "last"}

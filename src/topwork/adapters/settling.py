@@ -161,5 +161,5 @@ def _without(field: str, values: Sequence[Any], idle: Sequence[Any], nothing: An
 
 
 def _idle(field: str, idle: Sequence[Any]) -> str:
-    named = ", ".join(map(repr, idle[:5])) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+    named = ", ".join(map(repr, sorted(idle)[:5])) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
     return f"{field} names {named}, which match{'es' if len(idle) == 1 else ''} nothing in this base; left out"
