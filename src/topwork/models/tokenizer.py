@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
 from topwork.common.telling import doing
+from topwork.models.auto import auto_class
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 from topwork.models.structures.values import CONTEXT
@@ -25,7 +26,9 @@ def open_tokenizer(
     """
     source = find_source(config, log)
     doing(log, f"opening the tokenizer of {source.name}")
-    length = usable_length(load_config(source, config.trust_remote_code))
+    known = load_config(source, config.trust_remote_code)
+    auto_class(known)  # what cannot be run is told before rows are read
+    length = usable_length(known)
     return load_tokenizer(source, config.trust_remote_code), length
 
 
