@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference.families import batch_differences, tiny_model  # noqa: E402
+from reference.families import PICTURES, batch_differences, tiny_model  # noqa: E402
 from topwork.common.errors import ModelError  # noqa: E402
 from topwork.models.fast import FastLayer  # noqa: E402
 from topwork.models.load import as_base  # noqa: E402
@@ -44,6 +44,9 @@ def main() -> None:
         HEAD,
         "## Proven\n\nTested with every change.\n",
         "\n".join([COLUMNS, *measured]),
+        "\n## Text parts of models that read pictures\n",
+        "The whole model is loaded; what reads pictures is never run.\n",
+        "\n".join([COLUMNS, *map(_measured, sorted(PICTURES))]),
         "\n## Probed and accepted\n\nNot in the table of proven families: probed as they are loaded, then trained.\n",
         "\n".join([COLUMNS, *(row for row in others.values() if row.startswith("|"))]),
         "\n## Refused\n\nWhat Topwork says to a user who asks for them.\n",

@@ -172,7 +172,7 @@ def test_an_output_dir_that_is_a_file(refused: Callable[..., str], make_recipe: 
 
 def test_a_folder_that_is_no_run(refused: Callable[..., str], topwork: Command, tmp_path: Path) -> None:
     for arguments in (("eval", tmp_path), ("chat", tmp_path, "Hi")):
-        assert "is not a run's folder" in refused(*arguments)
+        assert "run's folder (no recipe.yaml)" in refused(*arguments)
     assert "is neither a run's folder" in refused("merge", tmp_path, tmp_path / "out")
     assert "metrics.jsonl is missing" in refused("report", tmp_path)
     assert "no run folder" in refused("report", tmp_path / "none")
@@ -188,9 +188,9 @@ def test_a_run_without_an_adapter_yet(refused: Callable[..., str], trained: Path
 
 def test_eval_needs_a_run_or_a_model(refused: Callable[..., str], trained: Path, tiny_llama: Path) -> None:
     assert "give a run's folder, or --model" in refused("eval")
-    assert "has its own" in refused("eval", trained, "--model", tiny_llama, "--adapter", trained / "adapter")
+    assert "both name an adapter" in refused("eval", trained, "--model", tiny_llama, "--adapter", trained / "adapter")
     assert "only a run has them" in refused("eval", "--model", tiny_llama, "--checkpoint", "best")
-    assert "--model needs --data" in refused("eval", "--model", tiny_llama)
+    assert "no rows of its own" in refused("eval", "--model", tiny_llama)
     assert "does not exist" in refused("eval", trained, "--data", "nothing.jsonl")
 
 

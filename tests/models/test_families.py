@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.families import LENGTHS, WINDOW, batch_differences, tiny_model
+from reference.families import LENGTHS, PICTURES, WINDOW, batch_differences, tiny_model
 from topwork.models.proven import PROVEN
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -19,7 +19,7 @@ WINDOWED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", sorted(PROVEN))
+@pytest.mark.parametrize("family", [*sorted(PROVEN), *PICTURES])
 def test_flat_stream_is_each_sequence_alone(family: str) -> None:
     for measure, difference in batch_differences(family).items():
         assert difference <= 1e-5, (family, measure)
@@ -82,5 +82,9 @@ def test_the_table_in_the_docs_lists_exactly_these() -> None:
         "smollm3",
     }
     assert rows.keys() == PROVEN
+    assert (
+        set(re.findall(r"^\| (\w+) \| \d", sections["Text parts of models that read pictures"], re.M))
+        == PICTURES.keys()
+    )
     assert max(value for values in rows.values() for value in values) <= 1e-5
     assert not {name for name in PROVEN if f"**{name}**" in sections["Refused"]}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "n_positions": CONTEXT, "n_inner": 96, "ffn_dim": 96, "word_embed_proj_dim": 64, "query_pre_attn_scalar": 16,
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention"]
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 OWN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "layer_types": MIXED},
     "qwen3": {"use_sliding_window": True, "layer_types": MIXED},
@@ -56,24 +57,58 @@ OWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "mamba": {"state_size": 8, "time_step_rank": 4, "max_position_embeddings": CONTEXT},
+    "qwen2_vl_text": {"use_sliding_window": True, "layer_types": MIXED, "rope_parameters": MROPE},
+    "qwen2_5_vl_text": {"rope_parameters": MROPE},
 }  # fmt: skip
 """What makes a family differ from llama, switched on and small enough to be seen."""
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+PICTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text", {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        {"mm_tokens_per_image": 4, "image_token_index": 98, "boi_token_index": 97, "eoi_token_index": 96},
+    ),
+    "llava": ("llama", {**_TOWER, "model_type": "clip_vision_model"}, {"image_token_index": 98}),
+    "mistral3": ("mistral", {**_TOWER, "model_type": "pixtral"}, {"image_token_index": 98}),
+    "qwen2_vl": (
+        "qwen2_vl_text", {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14},
+        {"image_token_id": 98, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl_text",
+        {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_heads": 2,
+         "patch_size": 14, "fullatt_block_indexes": [0]},
+        {"image_token_id": 98, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95},
+    ),
+}  # fmt: skip
+"""Models that read pictures too: their text part, their vision part, and their own values."""
 
 
 def tiny_model(family: str, **values: Any) -> PreTrainedModel:
     """A random model of two layers, fp32, seeded, without attention dropout; `values` go before the sizes above."""
-    known = AutoConfig.for_model(family).to_dict()
-    fitting = {key: value for key, value in SIZES.items() if key in known}
-    config = AutoConfig.for_model(family, **{**fitting, **OWN.get(family, {}), **values})
-    config.attention_dropout = 0.0
+    config = AutoConfig.for_model(family, **tiny_values(family, **values))
+    config.get_text_config().attention_dropout = 0.0
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForImageTextToText if family in PICTURES else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "sinks" in name:  # norms of one and biases of zero would hide mistakes
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def tiny_values(family: str, **values: Any) -> dict[str, Any]:
+    """A config's values for it; of a model that reads pictures too `values` are its text part's."""
+    if family in PICTURES:
+        text, vision, own = PICTURES[family]
+        return {"text_config": {"model_type": text, **tiny_values(text, **values)}, "vision_config": vision, **own}
+    known = AutoConfig.for_model(family).to_dict()
+    fitting = {key: value for key, value in SIZES.items() if key in known}
+    return {**fitting, **OWN.get(family, {}), **values}
 
 
 def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, name: str = "tiny", **values: Any) -> Base:

@@ -33,8 +33,9 @@ class AdapterConfig(Options):
     method: str
     """The adapter method."""
     init_from: str | None = None
-    """Train on: a run's folder or any PEFT folder, with whose weights the adapter begins. Options that are left out are
-    taken from there, and those that are given have to agree, but for dropout; optimizer, steps and rows are new."""
+    """Train on: a run's folder, any PEFT folder or an id on the Hub, with whose weights the adapter begins. Options
+    left out are taken from there, and those given have to agree, but for dropout; steps and rows are new, and the
+    optimizer is, unless `training.init_optimizer` takes that of the run along."""
 
     def __new__(cls, **options: Any) -> Self:
         return super().__new__(_kind(options) if cls is AdapterConfig else cls)  # type: ignore[return-value]

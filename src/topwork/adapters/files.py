@@ -33,13 +33,15 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Grafted(Generic[Config]):
     """An adapter as it stands in a base: its parts by path, what its file holds of them (`Adapters.state`), the base's
-    own modules by path and its Hugging Face config."""
+    own modules by path and its Hugging Face config; of a base that reads pictures too the path of the part that reads
+    text."""
 
     config: Config
     parts: Mapping[str, AdapterModule]
     state: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
     base_config: Any
+    text: str = ""
 
 
 @dataclass(frozen=True)

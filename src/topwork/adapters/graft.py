@@ -98,8 +98,10 @@ class Adapters:
 
     def grafted(self, name: str) -> Grafted[Any]:
         """An adapter as its method's files look at it."""
-        modules, config = bare_modules(self.model), self.model.config
-        return Grafted(self.configs[name], self.parts(name), self.state(name), modules, config)
+        bare = self.bare()
+        return Grafted(
+            self.configs[name], self.parts(name), self.state(name), bare.modules, bare.config, bare.seen.text
+        )
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set an adapter's tensors from what `state` gave. Raises AdapterError naming what is missing, unknown or of

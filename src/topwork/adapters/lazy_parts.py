@@ -31,6 +31,7 @@ class LazyParts:
         """Nothing is made yet but shapes. Raises AdapterError where config, tensors and base do not fit one another."""
         saved = placed(saved, bare, stored)
         self.config, tensors = saved.config, saved.tensors
+        bare = bare.for_file(tensors)
         plan = plan_on(bare, saved.config, methods)
         refuse_more_than_file(plan, saved)
         with torch.device("meta"):

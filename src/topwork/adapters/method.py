@@ -5,8 +5,8 @@ the records. `Adapters`, `plan_adapter` and `read_adapter` take the table as an 
 `METHODS | {"mine": Method(…)}`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic
 
@@ -38,7 +38,7 @@ Plan = dict[str, Planned]
 class Bare:
     """A base as if nothing were grafted: its modules by path, which of them are its embedding and its head, its Hugging
     Face config, and its tokenizer where one was given. `original` gives a quantized layer's weight as it was before,
-    where somebody has it at hand."""
+    where somebody has it at hand; `everywhere` as in `seen_base`."""
 
     modules: Mapping[str, nn.Module]
     embedding: str | None
@@ -46,11 +46,26 @@ class Bare:
     config: Any = None
     tokenizer: Any = None
     original: Original | None = None
+    everywhere: bool = False
 
     @cached_property
     def seen(self) -> SeenBase:
         """Its kinds and sizes, by which targets are chosen."""
-        return seen_base(self.modules, self.embedding, self.head, self.config)
+        return seen_base(self.modules, self.embedding, self.head, self.config, self.everywhere)
+
+    def for_file(self, keys: Iterable[str]) -> "Bare":
+        """The same for an adapter with tensors of these names, which may be one that was trained on pictures too."""
+        text, beside = self.seen.text, self.seen.beside
+        own = {_module_of(key, self.modules) for key in keys} if beside else set()
+        outside = any(path in beside and not text.startswith(f"{path}.") for path in own)
+        return replace(self, everywhere=True) if outside else self
+
+
+def _module_of(key: str, modules: Collection[str]) -> str:
+    """The path of the innermost module that a tensor's name leads to; empty where there is none."""
+    while key and key not in modules:
+        key = key.rpartition(".")[0]
+    return key
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,10 @@ def settled_on(
     """Options as they are meant in this base (`settling.py`), with notes. `tensors` are by its names already, `moved`
     is what `on_modules` tells of that. Raises AdapterError where no module is left, or tensors have other ranks."""
     if isinstance(config, Saving):
-        config = _with_tied_lora(_renamed(config, moved), tensors, bare, called)
-    config, notes = settled(bare.seen, config, modules_of(tensors))
-    refuse_other_ranks(bare.seen, config, tensors, called)
+        config = _with_tied_lora(_renamed(config, moved, tensors), tensors, bare, called)
+    seen = bare.for_file(tensors).seen
+    config, notes = settled(seen, config, modules_of(tensors))
+    refuse_other_ranks(seen, config, tensors, called)
     told = [f"{theirs} in its file is {ours} in this base" for theirs, ours in sorted(moved.items())[:1]]
     return config, (*told, *notes)
 
@@ -167,18 +168,29 @@ def _refuse_other_heads(tensors: Mapping[str, Tensor], bare: Bare, called: str) 
             )
 
 
-def _renamed(config: Saving, moved: Mapping[str, str]) -> Saving:
+def _renamed(config: Saving, moved: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Saving:
     """Options with modules by this base's paths, where they name them by the paths of their own."""
     changes: dict[str, object] = {}
+    pattern = getattr(config, "target_modules", None)
+    if moved and isinstance(pattern, str) and pattern != "all-linear":
+        changes |= _as_names(pattern, moved, tensors)
     for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
         names = getattr(config, field, None)
         if isinstance(names, list) and any(name in moved for name in names):
             changes[field] = [moved.get(name, name) for name in names]
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field, None) or {}
-        if any(name in moved for name in pattern):
-            changes[field] = {moved.get(name, name): value for name, value in pattern.items()}
+        sizes = getattr(config, field, None) or {}
+        if any(name in moved for name in sizes):
+            changes[field] = {moved.get(name, name): value for name, value in sizes.items()}
     return config.model_copy(update=changes) if changes else config
+
+
+def _as_names(pattern: str, moved: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """A regular expression for another model's whole paths, as the modules of the file that it meant there."""
+    theirs = {ours: path for path, ours in moved.items()}
+    found = sorted({split_name(key)[0] for key in tensors})
+    meant = [path for path in found if matching([theirs.get(path, path)], pattern)]
+    return {} if all(matching([path], pattern) for path in meant) else {"target_modules": meant}
 
 
 def _base_copies(

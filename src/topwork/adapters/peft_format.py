@@ -187,7 +187,7 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
     Raises AdapterError where config, tensors and base do not fit one another.
     """
     saved = placed(saved, bare, stored_in(bare))
-    plan = plan_on(bare, saved.config, methods)
+    plan = plan_on(bare.for_file(saved.tensors), saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
     fill(parts, with_beginnings(saved.config, saved.tensors, state_of(parts)))
@@ -206,7 +206,7 @@ def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[
     base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
     """
     saved = placed(saved, bare)
-    plan = plan_on(bare, saved.config, methods)
+    plan = plan_on(bare.for_file(saved.tensors), saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = {path: planned.make() for path, planned in plan.items()}
     fill(parts, saved.tensors)

@@ -38,7 +38,8 @@ class Module(Protocol):
 
 class Places(Protocol):
     """A base's modules by path, in its order, which of them are its embedding and its head, and whether this is tied to
-    that; and what its attention keeps of a token."""
+    that; and what its attention keeps of a token. Of a base that reads pictures too they are those that text goes
+    through, in the part at the path `text`; those that it never meets stand `beside`."""
 
     @property
     def by_path(self) -> Mapping[str, Module]: ...
@@ -58,6 +59,10 @@ class Places(Protocol):
     def head_dim(self) -> int: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def beside(self) -> Mapping[str, Module]: ...
 
 
 def inputs_outputs(module: Module) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def check_written(
             raise _other(f"its options are read as {config!r}")
         return
     try:
-        plan = plan_on(bare, config, methods)
+        plan = plan_on(bare.for_file(adapter.parts), config, methods)
     except AdapterError as error:
         raise _other(f"its config is refused ({error})") from error
     read = {path: (planned.trained, planned.setting) for path, planned in plan.items()}

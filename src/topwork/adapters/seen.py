@@ -1,12 +1,13 @@
 """A base in memory as the choice of an adapter's places sees it (`places.py`): kinds and sizes, asked one by one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from topwork.common.kinds import Kind
+from topwork.common.text_part import part_around, reads_text
 from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
 from topwork.quantization.linear import PackedModule
 
@@ -60,6 +61,8 @@ class SeenBase:
     embedding: str | None
     head: str | None
     hf: Any
+    text: str = ""
+    beside: Mapping[str, Seen] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -100,10 +103,18 @@ class SeenBase:
         return values
 
 
-def seen_base(modules: Mapping[str, nn.Module], embedding: str | None, head: str | None, hf: Any) -> SeenBase:
-    """A base's modules by path, and what its config says, seen so."""
+def seen_base(
+    modules: Mapping[str, nn.Module], embedding: str | None, head: str | None, hf: Any, everywhere: bool = False
+) -> SeenBase:
+    """A base's modules by path, and what its config says, seen so. `everywhere` is for an adapter from a file that has
+    parts where pictures are read too: nothing stands beside then."""
     attending = {outer for path, module in modules.items() if hasattr(module, "layer_idx") for outer in _up(path)}
-    return SeenBase({path: Seen(module, path in attending) for path, module in modules.items()}, embedding, head, hf)
+    seen = {path: Seen(module, path in attending) for path, module in modules.items()}
+    if everywhere or hf is None or hf.get_text_config() is hf:
+        return SeenBase(seen, embedding, head, hf)
+    text = part_around(embedding, (path for path, one in seen.items() if one.kind == "linear"))
+    read = {path: one for path, one in seen.items() if reads_text(path, text, head)}
+    return SeenBase(read, embedding, head, hf, text, {path: seen[path] for path in seen if path not in read})
 
 
 def _up(path: str) -> list[str]:

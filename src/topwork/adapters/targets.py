@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
-from topwork.adapters.config import PEFT_TARGETS, Targeted
+from topwork.adapters.config import PEFT_TARGETS, AdapterConfig, Excluding, Targeted
 from topwork.adapters.peft_targets import peft_names
 from topwork.adapters.places import CALLED, Module, Places
 from topwork.common.errors import AdapterError
@@ -48,7 +48,7 @@ def choose_modules(base: Places, config: Targeted) -> list[str]:
 def free_modules(base: Places, config: Targeted) -> list[str]:
     """The same in all layers."""
     chosen = named_modules(base, config)
-    excluded = excluded_modules(base.by_path, config.exclude_modules, chosen)
+    excluded = excluded_modules({**base.by_path, **base.beside}, config.exclude_modules, chosen)
     saved = config.saved_modules
     return [
         path for path in chosen
@@ -62,6 +62,7 @@ def find_saved(base: Places, names: Sequence[str]) -> list[str]:
     As in PEFT, which saves by the same rule, a name is any ending: `norm` is `input_layernorm` too.
     """
     modules = base.by_path
+    refuse_beside_text(base, "modules_to_save", names)
     for name in names:
         if not any(path.endswith(name) for path in modules):
             raise AdapterError(f"modules_to_save names {name!r}, which matches no module{near_names(name, modules)}")
@@ -93,10 +94,36 @@ def linear_names(modules: Mapping[str, Module]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path, module in modules.items() if module.kind == "linear"})
 
 
+def refuse_beside_text(base: Places, option: str, names: str | Sequence[str]) -> None:
+    """AdapterError for a name that only modules have which text never meets, where a base reads pictures too."""
+    for name in () if isinstance(names, str) else names:
+        found = matching(base.beside, [name])
+        if found and not any(path.endswith(name) for path in base.by_path):
+            raise AdapterError(
+                f"{option} names {name!r}, which is {found[0]}: it reads pictures, and text, which is trained on here, "
+                f"goes through {base.text} alone; leave it out"
+            )
+
+
+def left_beside_text(base: Places, config: AdapterConfig) -> list[str]:
+    """Of a base that reads pictures too: the parts that an adapter would go into as well, did text ever meet them."""
+    if not isinstance(config, Excluding):
+        return []  # its learned tokens are the embedding's
+    chosen = config.target_modules if isinstance(config, Targeted) else ALL_LINEAR
+    if chosen == ALL_LINEAR:
+        left = [path for path, module in base.beside.items() if module.kind == "linear"]
+    else:
+        named = peft_names(config.method, base.family) if chosen == PEFT_TARGETS else chosen
+        left = matching(base.beside, listed(base.by_path, named))
+    above = base.text.rpartition(".")[0]
+    return list(dict.fromkeys(path.removeprefix(f"{above}.").partition(".")[0] for path in left))
+
+
 def named_modules(base: Places, config: Targeted) -> list[str]:
     """Paths of the modules that `target_modules` names, whatever leaves some of them out again. Raises AdapterError for
     a name that matches nothing."""
     modules, asked = base.by_path, config.target_modules
+    refuse_beside_text(base, "target_modules", asked)
     if asked == ALL_LINEAR:
         return [path for path, module in modules.items() if module.kind == "linear" and path != base.head]
     names = listed(modules, peft_names(config.method, base.family) if asked == PEFT_TARGETS else asked)

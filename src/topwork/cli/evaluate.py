@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from topwork.cli.naming import Adapter, named_first
 from topwork.cli.options import AsJson, Checkpoint, Force, starting
 
 if TYPE_CHECKING:
@@ -14,19 +15,19 @@ if TYPE_CHECKING:
 EPILOG = (
     "Example: topwork eval runs/support --data examples/support/test.jsonl\n\n"
     "topwork eval runs/support --checkpoint best --model /data/models/base --out scores.json\n\n"
-    "topwork eval --model models/base --adapter downloads/adapter --data rows.jsonl"
+    "topwork eval --model models/base --adapter someone/adapter --data rows.jsonl"
 )
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder, or any PEFT folder.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to score: a file, folder or Hub id.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score only so many rows.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="With RUN its base, where it is no longer where the run names it. Without: any base …"),
+        typer.Option(help="The base, where the run or the adapter's file does not name it rightly; alone: any base."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="… and any PEFT folder on top of it.")] = None,
+    adapter: Adapter = None,
     checkpoint: Checkpoint = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, without RUN.")] = 256,
     only_after: Annotated[bool, typer.Option("--only-after", help="Leave the bare base out.")] = False,
@@ -36,22 +37,29 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run: loss, exact answers, JSON fields, before and after."""
+    """Score a run, or any adapter: loss, exact answers, JSON fields, before and after."""
     from topwork.common.errors import RequestError
 
-    if run is None and model is None:
-        raise RequestError("give a run's folder, or --model with --data and perhaps --adapter")
-    if run is not None and adapter is not None:
-        raise RequestError(f"--adapter {adapter}: {run} has its own; leave one of them out")
-    if run is None and checkpoint is not None:
+    if run is None and adapter is None and model is None:
+        raise RequestError(
+            "give a run's folder, or --model for a base alone, or --adapter with a PEFT folder or an id on the Hub"
+        )
+    bare = run is None and adapter is None
+    place = None if bare else named_first((run,), adapter, ("RUN",))[0]
+    if bare and checkpoint is not None:
         raise RequestError(f"--checkpoint {checkpoint}: only a run has them; give its folder")
     log = starting(as_json)
-    if run is not None:
-        from topwork.run.evaluate import evaluate as score_run
+    from topwork.run.evaluate import evaluate as score_run
+    from topwork.run.given import is_alone
 
-        result = score_run(run, data, max_rows, not only_after, force, log, model=model, checkpoint=checkpoint, out=out)
+    if place is not None and not is_alone(place, model):
+        result = score_run(
+            place, data, max_rows, not only_after, force, log, model=model, checkpoint=checkpoint, out=out
+        )  # fmt: skip
     else:
-        result = _evaluate_model(str(model), data, adapter, max_rows, max_new_tokens, force, log, out)
+        if checkpoint is not None:
+            raise RequestError(f"--checkpoint {checkpoint}: {place} is no run, and only runs have them")
+        result = _evaluate_model(model, data, place, max_rows, max_new_tokens, force, log, out)
     log.quiet()
     if as_json:
         print(json.dumps(result))
@@ -62,8 +70,8 @@ def evaluate(
 
 
 def _evaluate_model(
-    model: str, data: str | None, adapter: Path | None, max_rows: int | None, max_new_tokens: int, force: bool,
-    log: "Teller", out: Path | None,
+    model: str | None, data: str | None, adapter: Path | str | None, max_rows: int | None, max_new_tokens: int,
+    force: bool, log: "Teller", out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     from topwork.common.errors import RequestError
     from topwork.data.config import DataConfig
@@ -72,10 +80,11 @@ def _evaluate_model(
     from topwork.run.evaluate import evaluate_model
 
     if data is None:
-        raise RequestError("--model needs --data: rows with known answers")
+        raise RequestError("without a run there are no rows of its own: give --data, rows with known answers")
     config = EvaluationConfig(data=data, max_rows=max_rows, max_new_tokens=max_new_tokens)
+    named = ModelConfig(model_name_or_path=model) if model is not None else None
     return evaluate_model(
-        ModelConfig(model_name_or_path=model), DataConfig(train=data), config, adapter, force, log=log,
+        named, DataConfig(train=data), config, adapter, force, log=log,
         out=out,
     )  # fmt: skip
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+from topwork.cli.naming import Adapter, Model, named_first, needed
 from topwork.cli.options import AsJson, Checkpoint, starting
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
-    "topwork merge downloads/adapter merged/model --model models/base --data rows.jsonl"
+    "topwork merge --model models/base --adapter someone/adapter merged/model --data rows.jsonl"
 )
 WORTH_ADVICE = 0.1
 """From which share on rounding takes enough of an adapter to say what to do."""
@@ -33,9 +34,12 @@ FIGURES = {
 
 
 def merge(
-    given: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder, or any PEFT folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    model: Annotated[str | None, typer.Option(help="The base, where RUN or ADAPTER does not name it rightly.")] = None,
+    given: Annotated[
+        str | None, typer.Argument(metavar="[RUN|ADAPTER]", help="A run's folder, or any PEFT folder.")
+    ] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)] = None,
+    model: Model = None,
+    adapter: Adapter = None,
     checkpoint: Checkpoint = None,
     base: Annotated[
         str,
@@ -55,11 +59,13 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""
+    place, (named,) = named_first((given, out), adapter, ("RUN or ADAPTER", "OUT"))
+    folder = Path(needed(named, "OUT", "name a new folder for the merged model"))
     log = starting(as_json)
     from topwork.run.merge import merge as fold
 
     result = fold(
-        given, out, dtype, base, overwrite, force, log, model=model, check=check, data=data,
+        place, folder, dtype, base, overwrite, force, log, model=model, check=check, data=data,
         checkpoint=checkpoint,
     )  # fmt: skip
     log.quiet()
@@ -68,7 +74,7 @@ def merge(
         return
     for line in _lines(result):
         print(line)
-    print(f"written to {out}")
+    print(f"written to {folder}")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -78,9 +84,23 @@ def _lines(result: dict[str, Any]) -> list[str]:
     told_already = judged["grade"] in WARNED
     if "sequences" in result:
         lines[0] = f"merged in {result['dtype']} and compared on {result['sequences']} inputs: {result['inputs']}"
-        told = {key: name for key, name in FIGURES.items() if result.get(key) is not None}
-        lines += [f"  {name:48} {_figure(key, result[key])}" for key, name in told.items()]
+        lines += _figures(result)
     return [*([] if told_already else [judged["text"]]), *lines, *_rounding(result)]
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    """What was measured; after a merge onto other weights than were trained on that of the fold apart."""
+
+    def rows(found: dict[str, Any]) -> list[str]:
+        told = {key: name for key, name in FIGURES.items() if found.get(key) is not None}
+        return [f"  {name:48} {_figure(key, found[key])}" for key, name in told.items()]
+
+    if result.get("fold") is None:
+        return rows(result)
+    return [
+        "how exact the fold is, against the 16-bit base + adapter:", *rows(result["fold"]),
+        "how far the answers have moved from the run, whose base was quantized:", *rows(result),
+    ]  # fmt: skip
 
 
 def _rounding(result: dict[str, Any]) -> list[str]:

@@ -5,18 +5,26 @@ from typing import Annotated, Any
 
 import typer
 
+from topwork.cli.naming import base_named_by
 from topwork.cli.options import starting
 
-EPILOG = "Example: topwork serve smollm2-135m --adapter support=runs/support\n\ntopwork serve --config serve.yaml"
+EPILOG = (
+    "Example: topwork serve smollm2-135m --adapter support=runs/support\n\ntopwork serve --config serve.yaml\n\n"
+    "topwork serve --model models/base --adapter someone/adapter"
+)
 
 
 def serve(
-    model: Annotated[
+    base: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="The base (alias, folder, .gguf, Hub id), or a run's folder."),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The base, in MODEL's place.")] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="An adapter, PEFT's folder or a run's; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER|ID", help="An adapter: PEFT's folder, a run's, or an id on the Hub; repeatable."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="serve.yaml: all options.")] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen at (127.0.0.1).")] = None,
@@ -50,11 +58,13 @@ def serve(
     from topwork.serving.settings import load_config
 
     check_extra()
+    adapters = _adapters(adapter or [])
+    named = _base(base, model, adapters, config is not None)
     given: dict[str, Any] = {
         "host": host, "port": port, "served_model_name": served_model_name, "adapters_folder": adapters_folder,
-        "chat_template": chat_template, "state_folder": state_folder, "adapters": _adapters(adapter or []),
+        "chat_template": chat_template, "state_folder": state_folder, "adapters": adapters,
         "force": force or None,
-        "model": {"model_name_or_path": model, "dtype": dtype}, "quantization": {"load_in_4bit": load_in_4bit or None},
+        "model": {"model_name_or_path": named, "dtype": dtype}, "quantization": {"load_in_4bit": load_in_4bit or None},
     }  # fmt: skip
     if engine not in (None, "topwork", "vllm"):
         raise RequestError(f"--engine {engine}: expected topwork or vllm")
@@ -76,14 +86,32 @@ def _said(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if value is not None and value != {}}
 
 
+def _base(given: str | None, model: str | None, adapters: dict[str, str], from_file: bool) -> str | None:
+    """The base that the command line names, or else its first adapter. Raises RequestError where it names two."""
+    from topwork.common.errors import RequestError
+
+    if given is not None and model is not None:
+        raise RequestError(f"--model {model}: {given} is given as the base already; give one of them")
+    named = given or model
+    if named is None and adapters and not from_file:
+        return base_named_by(next(iter(adapters.values())))
+    return named
+
+
 def _adapters(given: list[str]) -> dict[str, str]:
+    """By name; one that is given without is called as its folder is, or the run that it lies in."""
     from topwork.common.errors import RequestError
 
     found: dict[str, str] = {}
     for entry in given:
-        name, equals, path = entry.partition("=")
+        name, equals, path = entry.partition("=") if "=" in entry else (_called(entry), "=", entry)
         if not (name and equals and path) or name in found:
-            told = "given twice" if name in found else "expected NAME=FOLDER"
+            told = f"{name!r} is given twice; give NAME=FOLDER" if name in found else "expected NAME=FOLDER, or FOLDER"
             raise RequestError(f"--adapter {entry}: {told}")
         found[name] = path
     return found
+
+
+def _called(entry: str) -> str:
+    place = Path(entry).absolute()
+    return place.parent.name if place.name == "adapter" else place.name

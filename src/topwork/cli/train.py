@@ -10,12 +10,23 @@ import typer
 
 from topwork.cli.options import AsJson, Overrides, starting
 
-EPILOG = "Example: topwork train examples/support/recipe.yaml --set adapter.r=8"
+EPILOG = (
+    "Example: topwork train examples/support/recipe.yaml --set adapter.r=8\n\n"
+    "topwork train recipe.yaml --model models/base --adapter someone/adapter"
+)
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the folder of a run.")],
     overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="The base, in place of the recipe's.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ID",
+            help="Train on from it: a run, any PEFT folder or an id on the Hub (adapter.init_from).",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run, from its newest whole checkpoint.")
     ] = False,
@@ -25,7 +36,8 @@ def train(
     """Train an adapter."""
     from topwork.run.which import which_recipe
 
-    read = which_recipe(recipe, overrides or [], resume)
+    changes = [*(overrides or []), *_named(model, adapter, overrides or [])]
+    read = which_recipe(recipe, changes, resume)
     log = starting(as_json)
     from topwork.run.console import training_progress
     from topwork.run.interrupted import RunInterrupted
@@ -40,14 +52,28 @@ def train(
         print(json.dumps(done.result))
     if done.result["stopped"] == "interrupted":
         told = f"interrupted after step {done.result['steps']}; the checkpoint is kept. Go on with:"
-        print(f"{told}\n  {_resuming(recipe, overrides)}", file=sys.stderr)
+        print(f"{told}\n  {_resuming(recipe, changes)}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
         _print_trained(done.folder, done.result)
 
 
-def _resuming(recipe: Path, overrides: list[str] | None) -> str:
-    changes = [part for override in overrides or [] for part in ("--set", override)]
+def _named(model: str | None, adapter: str | None, overrides: list[str]) -> list[str]:
+    """--model and --adapter as the options that they are. Raises RequestError where --set gives one of them too."""
+    from topwork.common.errors import RequestError
+    from topwork.recipe.pasted import setting
+
+    said = {"model.model_name_or_path": ("--model", model), "adapter.init_from": ("--adapter", adapter)}
+    for override in overrides:
+        key, _ = setting(override) or ("", "")
+        flag, given = said.get(key, ("", None))
+        if given is not None:
+            raise RequestError(f"{flag} {given}: --set {override} says the same option; give one of them")
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, (_, value) in said.items() if value is not None]
+
+
+def _resuming(recipe: Path, overrides: list[str]) -> str:
+    changes = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["topwork", "train", str(recipe), *changes, "--resume"])
 
 

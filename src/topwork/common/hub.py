@@ -10,17 +10,22 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Literal
 
-from topwork.common.errors import DataError, ModelError, RequestError, shortened
+from topwork.common.errors import AdapterError, DataError, ModelError, RequestError, shortened
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LONGEST_ID = 96
 SECONDS = 4.0
 """How long the answer may take, with looking up the host; HF_HUB_ETAG_TIMEOUT sets another."""
-Kind = Literal["model", "dataset"]
-_ERRORS: dict[Kind, type[RequestError]] = {"model": ModelError, "dataset": DataError}
-_CALLED: dict[Kind, str] = {"model": "model", "dataset": "data set"}
-_ASKED: dict[Kind, str] = {"model": "config.json", "dataset": "README.md"}
+Kind = Literal["model", "dataset", "adapter"]
+_ERRORS: dict[Kind, type[RequestError]] = {"model": ModelError, "dataset": DataError, "adapter": AdapterError}
+_CALLED: dict[Kind, str] = {"model": "model", "dataset": "data set", "adapter": "adapter"}
+_ASKED: dict[Kind, str] = {"model": "config.json", "dataset": "README.md", "adapter": "adapter_config.json"}
 """The file that is asked for; one that a repository lacks tells that there is a repository."""
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "topwork.json", "chat_template.jinja", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""What is fetched of an adapter: no weights of a whole model beside it, no optimizer."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -37,8 +42,8 @@ def ask_hub(hub_id: str, revision: str | None, kind: Kind, near: str = "") -> Pa
     """The copy in the Hub's cache that is to be taken because the Hub cannot be reached; None where it answers, or
     where HF_HUB_OFFLINE keeps its client to the cache by itself.
 
-    Raises ModelError or DataError, with `near` names of what is here, where the Hub has nothing of this name, and where
-    it cannot be asked and the cache has none.
+    Raises ModelError, DataError or AdapterError, with `near` names of what is here, where the Hub has nothing of this
+    name, and where it cannot be asked and the cache has none.
     """
     from huggingface_hub import constants
 
@@ -51,6 +56,25 @@ def ask_hub(hub_id: str, revision: str | None, kind: Kind, near: str = "") -> Pa
     if ended is None or copy is not None:
         return copy if ended is not None else None
     raise _refusal(hub_id, kind, ended, near)
+
+
+def fetched_adapter(hub_id: str, near: str = "") -> Path:
+    """The folder with an adapter of the Hub, fetched where its cache has none. Raises AdapterError."""
+    copy = ask_hub(hub_id, None, "adapter", near)
+    if copy is not None:
+        return copy
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(_ADAPTER_FILES)))
+    except Exception as error:  # the client raises whatever its network and cache do
+        raise AdapterError(f"the adapter {hub_id!r} cannot be fetched from the Hub ({error}); try again") from error
+    if not (folder / _ASKED["adapter"]).is_file():
+        raise AdapterError(
+            f"the Hub has {hub_id!r}, and it holds no adapter (no {_ASKED['adapter']}); give one that PEFT wrote, or "
+            "give a whole model as the model"
+        )
+    return folder
 
 
 def _refusal(hub_id: str, kind: Kind, ended: str, near: str) -> RequestError:
@@ -75,7 +99,8 @@ def _asked(hub_id: str, revision: str | None, kind: Kind, endpoint: str) -> str 
     """One request. Raises TimeoutError and ConnectionError, which are not remembered as answers are."""
     from huggingface_hub import errors, get_hf_file_metadata, get_token, hf_hub_url
 
-    url = hf_hub_url(hub_id, _ASKED[kind], repo_type=kind, revision=revision, endpoint=endpoint)
+    repo_type = "dataset" if kind == "dataset" else "model"
+    url = hf_hub_url(hub_id, _ASKED[kind], repo_type=repo_type, revision=revision, endpoint=endpoint)
     try:
         _in_time(lambda: get_hf_file_metadata(url, token=get_token(), timeout=_seconds(), endpoint=endpoint))
     except errors.GatedRepoError:
@@ -88,7 +113,7 @@ def _asked(hub_id: str, revision: str | None, kind: Kind, endpoint: str) -> str 
         if error.response.status_code >= 500:  # its client would try again for half a minute
             raise ConnectionError(f"it answers {error.response.status_code}; try again later") from error
         plain = (
-            kind == "model" and error.response.status_code == 404 and not isinstance(error, errors.EntryNotFoundError)
+            kind != "dataset" and error.response.status_code == 404 and not isinstance(error, errors.EntryNotFoundError)
         )
         return f"{endpoint} has no such page" if plain else None
     except errors.EntryNotFoundError:
@@ -136,7 +161,7 @@ def _cached(hub_id: str, revision: str | None, kind: Kind) -> Path | None:
     """The folder that the Hub's cache has of it; of a data set its repository's, or what `datasets` made of it."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if kind == "model":
+    if kind != "dataset":
         found = try_to_load_from_cache(hub_id, _ASKED[kind], revision=revision)
         return Path(found).parent if isinstance(found, str) else None
     made = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")

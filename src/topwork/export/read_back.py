@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from topwork.adapters.fitting import Parts, state_of
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
@@ -20,8 +20,10 @@ from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import RunError
 from topwork.export.lowered import Lowered
 from topwork.export.preflight import exported_parts
+from topwork.models.auto import auto_class
 from topwork.models.quiet import without_bars
 from topwork.models.source import Source
+from topwork.models.tokenizer import load_config
 
 LARGEST, LEAST = 1e-4, 1e-5
 """How far logits in fp32 may lie apart, relative to the largest: a twentieth of what the adapter moves them by, no more
@@ -97,7 +99,8 @@ def by_peft(
     with without_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PEFT calls; what matters are the logits
         peft: Any = import_module("peft")
-        base = AutoModelForCausalLM.from_pretrained(
+        kind = auto_class(load_config(source, trust_remote_code))
+        base = kind.from_pretrained(
             source.folder, revision=source.revision, trust_remote_code=trust_remote_code, dtype=torch.float32
         ).eval()
         if rows is not None:

@@ -11,7 +11,7 @@ its base, or further. Where that is over the floor it is refused. An adapter tha
 rounding does cannot be told from none by any model's answers in 16 bits: such a merge is kept, and `doubt` says so.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -73,7 +73,7 @@ class Verdict:
 
     same           but for rounding it is
     unsure         rounding is as large as the adapter, so that the check cannot tell
-    other weights  it was merged onto others than the adapter was trained on, so that it differs by construction
+    other weights  it was merged onto others than the adapter was trained on, so that its answers are others too
     another        rounding does not explain what differs: such a merge is refused, unless it is forced
     unchecked      no inputs went through it
     """
@@ -92,17 +92,40 @@ UNCHECKED = Verdict(
 
 
 def verdict(found: Verification, dtype: torch.dtype, changes_base: bool = False) -> Verdict:
-    """What the check found, by the rules above. `changes_base`: the base is another than the adapter was trained on."""
-    measured = f"the same likeliest token in {found.top1_agreement:.1%} of places, KL {found.mean_kl:.2g} nats a token"
+    """What the check found, by the rules above. `changes_base`: the base is another than the adapter was trained on,
+    and what the rules ask of is the fold alone."""
     if changes_base:
-        return Verdict(
-            "other weights",
-            "the merged model differs from what was trained, since it stands on other weights than the adapter was "
-            f"trained on, as was asked: {measured}; measure it with topwork eval --model",
-        )
+        return _onto_other_weights(found, dtype)
+    measured = _measured(found)
     if (refused := refusal(found, dtype)) is not None:
         return Verdict("another", f"the merged model is not the one that was trained: {refused}")
     if (unsure := doubt(found, dtype)) is not None:
         return Verdict("unsure", f"whether the merged model has its adapter is not certain: {unsure}")
     why = f"rounding to {str(dtype).removeprefix('torch.')}" if dtype.itemsize <= 2 else "the order of summation"
     return Verdict("same", f"the merged model answers as base + adapter does: {measured}, which {why} explains")
+
+
+def _onto_other_weights(found: Verification, dtype: torch.dtype) -> Verdict:
+    """Both numbers: how exact the fold is, and how far the answers have moved from what was trained."""
+    fold = found.fold
+    if fold is not None and (refused := refusal(replace(found, **vars(fold), fold=None), dtype)) is not None:
+        return Verdict("another", f"the merged model is not adapter and 16-bit weights together: {refused}")
+    exact = (
+        "the fold onto the 16-bit weights is exact but for rounding (logits within "
+        f"{fold.largest_relative_difference:.1e} of the largest one, KL {fold.mean_kl:.2g} nats a token)"
+        if fold is not None
+        else "the adapter was folded into the 16-bit weights"
+    )
+    losses = (found.unmerged_perplexity, found.merged_perplexity)
+    moved = f", perplexity {losses[0]:.4g} -> {losses[1]:.4g}" if None not in losses else ""
+    return Verdict(
+        "other weights",
+        f"{exact}; but these are other weights than the adapter was trained on, as was asked, and the answers have "
+        f"moved from those of the run: logits by up to {found.largest_relative_difference:.1e} of the largest one, "
+        f"{_measured(found)}{moved}. --base dequantized keeps the run's; measure what this one is worth with topwork "
+        "eval --model",
+    )
+
+
+def _measured(found: Verification) -> str:
+    return f"the same likeliest token in {found.top1_agreement:.1%} of places, KL {found.mean_kl:.2g} nats a token"

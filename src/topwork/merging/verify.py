@@ -45,8 +45,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification(Comparison):
-    """A merged model against the unmerged one, over `sequences` inputs. `adapter_kl` is of the bare base from base with
-    adapter: how far the adapter takes it."""
+    """A merged model against what was trained, over `sequences` inputs. `adapter_kl` is of the bare base from base with
+    adapter: how far the adapter takes it. `fold`, where the model was merged onto other weights than the adapter was
+    trained on, is against those weights with the adapter beside them: how exact the merge itself is."""
 
     adapter_kl: float
     unmerged_perplexity: float | None
@@ -54,10 +55,14 @@ class Verification(Comparison):
     unmerged_tokens_per_second: float
     merged_tokens_per_second: float
     sequences: int
+    fold: Comparison | None = None
 
 
-def verify(before: Measurement, after: Measurement, adapter_kl: float) -> Verification:
-    """What two measurements of the same inputs say, of base with adapter and of the merged model."""
+def verify(
+    before: Measurement, after: Measurement, adapter_kl: float, beside: Measurement | None = None
+) -> Verification:
+    """What measurements of the same inputs say, of base with adapter as it was trained and of the merged model;
+    `beside` of the adapter on the weights that it was merged onto, where these are others."""
     return Verification(
         **vars(compare(before.logits, after.logits)),
         adapter_kl=adapter_kl,
@@ -66,6 +71,7 @@ def verify(before: Measurement, after: Measurement, adapter_kl: float) -> Verifi
         unmerged_tokens_per_second=before.tokens_per_second,
         merged_tokens_per_second=after.tokens_per_second,
         sequences=len(before.logits),
+        fold=compare(beside.logits, after.logits) if beside is not None else None,
     )
 
 

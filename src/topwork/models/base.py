@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.common.errors import ModelError
+from topwork.models.source import Source
 from topwork.models.virtual import virtual_tokens, with_virtual_tokens
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.context import PassContext, running
@@ -30,6 +31,8 @@ class Base:
     fingerprint: str
     context_length: int
     logit_rule: LogitRule
+    source: Source | None = field(default=None, kw_only=True, repr=False, compare=False)
+    """Where it was read from; None for one that was made in memory."""
     workspace: Workspace | None = field(default_factory=Workspace, kw_only=True, repr=False, compare=False)
     """What training passes share, one after the other."""
     new_tokens: tuple[str, ...] = field(default=(), kw_only=True)

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.common.errors import ModelError
 from topwork.models.base import Base
 from topwork.models.fast import goes_backward
+from topwork.models.text_part import text_model
 from topwork.ops.context import current, without_workspace
 
 Run = Callable[[Tensor], Any]
@@ -28,7 +29,7 @@ Run = Callable[[Tensor], Any]
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The layers that can be checkpointed, in order; none where the family's are not made for it."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in text_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(base: Base, count: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
@@ -15,13 +15,14 @@ from topwork.common.memory import memory_for, out_of_memory
 from topwork.common.os_errors import why
 from topwork.common.telling import doing
 from topwork.models.attention import use_flat_attention
+from topwork.models.auto import auto_class
 from topwork.models.base import Base
 from topwork.models.config import ModelConfig
 from topwork.models.fingerprint import Sampled, fingerprint
 from topwork.models.growing import grow, told_growth
 from topwork.models.head_norms import tell_head_norms
 from topwork.models.probe import probe
-from topwork.models.proven import PROVEN
+from topwork.models.proven import PROVEN, TEXT_PARTS
 from topwork.models.quantized import is_packed, left_dense, misfit, quantize_head, read_packed, written_here
 from topwork.models.quiet import without_bars
 from topwork.models.recognise import make_fast
@@ -66,7 +67,7 @@ def load_base(
         log(f"{source.name}: {told}")
     base = as_base(module.to(device), tokenizer, source.name, log, identity)  # type: ignore[arg-type]
     trim_heap()
-    return replace(base, new_tokens=tuple(config.new_tokens), vocabulary_size=rows)
+    return replace(base, new_tokens=tuple(config.new_tokens), vocabulary_size=rows, source=source)
 
 
 def as_base(
@@ -88,12 +89,13 @@ def as_base(
             f"sequences are kept to {length} tokens, below which they do not, instead of {whole}"
         )
     base = Base(module, tokenizer, name, identity or fingerprint(module), length, _logit_rule(config))
-    if config.model_type in PROVEN:
+    proven = config.model_type in PROVEN | TEXT_PARTS
+    if proven:
         use_flat_attention(module)
     else:
         probe(base, use_flat_attention)
         log(f"{config.model_type}: not in the table of proven families; probed, and its sequences stay apart")
-    tell_head_norms(module, linear=config.model_type not in PROVEN)
+    tell_head_norms(module, linear=not proven)
     if fast:
         make_fast(module, log)
     return base
@@ -113,7 +115,7 @@ def _read(source: Source, config: ModelConfig, wanted: QuantizationConfig) -> tu
             module, info, samples = read_packed(source, known, wanted, dtype, config.trust_remote_code)
         else:
             with without_bars():
-                loaded = AutoModelForCausalLM.from_pretrained(
+                loaded = auto_class(known).from_pretrained(
                     source.folder, revision=source.revision, dtype=dtype, use_safetensors=True,
                     output_loading_info=True, ignore_mismatched_sizes=True, **remote,
                 )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from topwork.models.base import Base
 from topwork.models.fast import FastLayer, Norm, own
 from topwork.models.recognise import norm_of
+from topwork.models.text_part import text_model
 from topwork.ops import decode as c
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.batch import batch_of
@@ -172,7 +173,7 @@ class _Planner:
 
     @torch.no_grad()
     def _plan(self) -> Plan:
-        base, model = self.base, self.base.module.base_model
+        base, model = self.base, text_model(self.base.module)
         layers = [module for module in model.modules() if isinstance(module, FastLayer)]
         stack = getattr(model, "layers", None)
         if not layers or not isinstance(stack, nn.ModuleList) or list(stack) != layers:

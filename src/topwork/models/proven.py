@@ -5,3 +5,6 @@ PROVEN = frozenset({
     "mixtral", "qwen3_moe", "gpt_oss", "opt", "starcoder2", "phi",
 })  # fmt: skip
 """model_type of each family that tests/models/test_families.py compares with transformers' own forward."""
+
+TEXT_PARTS = frozenset({"qwen2_vl_text", "qwen2_5_vl_text"})
+"""The same of those that are but the text part of models that read pictures too."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
@@ -24,10 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from topwork.common.errors import CheckpointError, ModelError, did_you_mean
 from topwork.common.files import MANIFEST, verify_folder
+from topwork.models.auto import auto_class
 from topwork.models.fingerprint import Sampled, sampled
 from topwork.models.quiet import without_bars
 from topwork.models.shards import PackedPromise, Ready, promised, weight_files
 from topwork.models.source import Source
+from topwork.models.stored_names import stored_names
 from topwork.models.weights import quantizable, weight_shape
 from topwork.ops.packed import Packed, PackedInt8, pack_4bit, pack_int8
 from topwork.quantization.config import QuantizationConfig
@@ -88,7 +90,7 @@ def read_packed(
     if source.revision is not None and "--" not in str(getattr(config, "auto_map", "")):
         known["code_revision"] = source.revision  # type: ignore[assignment]
     with torch.device("meta"):  # the class to read with, and its own config, which only the auto class knows
-        skeleton = AutoModelForCausalLM.from_config(config, **known)
+        skeleton = auto_class(config).from_config(config, **known)
     try:
         with without_bars():
             model, info = type(skeleton).from_pretrained(
@@ -194,10 +196,11 @@ def chosen_layers(model: PreTrainedModel, wanted: QuantizationConfig) -> list[st
 
 
 def _layers_of(packed: Sequence[str], model: PreTrainedModel) -> list[str]:
-    """The layers whose weights come packed, by their paths in the model; a bare model's checkpoint lacks the prefix."""
+    """The layers whose weights come packed, by their paths in the model, whose files may call them otherwise."""
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     named = [key.removesuffix(".weight") for key in packed]
-    layers = [path if path in linear else f"{model.base_model_prefix}.{path}" for path in named]
+    names = {key: name for name, key in stored_names(model, packed).keys.items()}
+    layers = [names.get(key, key).removesuffix(".weight") for key in packed]
     unknown = [name for name, path in zip(named, layers) if path not in linear]
     if unknown:
         raise ModelError(f"the checkpoint holds {unknown[0]!r} in few bits, and this model has no such linear layer")

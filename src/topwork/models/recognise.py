@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.common.heap import trim_heap
 from topwork.models.fast import ACTIVATIONS, AttentionPart, FastLayer, MlpPart, Norm, Wiring
 from topwork.models.joined import let_go_of_file
+from topwork.models.text_part import text_model
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.batch import Batch, batch_of
@@ -74,9 +75,9 @@ def make_fast(model: PreTrainedModel, log: Callable[[str], None] = print) -> Non
         log(f"{family}: runs on plain modules, slower: {parts_told}")
 
 
-def is_fast(model: nn.Module) -> bool:
+def is_fast(model: PreTrainedModel) -> bool:
     """Whether all of its decoder layers are fast in every part."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in text_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
     return bool(layers) and not any(map(_plain_parts, layers))
 
 
@@ -104,9 +105,9 @@ def _let_go_of_the_file(model: nn.Module) -> None:
             let_go_of_file([before])
 
 
-def _places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
+def _places(model: PreTrainedModel) -> list[tuple[nn.ModuleList, int]]:
     """Where layers of a known wiring stand."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in text_model(model).modules() if isinstance(module, nn.ModuleList)]
     return [(layers, at) for layers in lists for at, layer in enumerate(layers) if _wiring(layer) is not None]
 
 

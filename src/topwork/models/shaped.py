@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from topwork.common.devices import let_gpu_memory_grow, limit_kernel_caches
 from topwork.common.errors import ModelError
+from topwork.models.auto import auto_class
 from topwork.models.base import Base
 from topwork.models.load import as_base
 from topwork.models.quantized import chosen_layers, pack, quantize_head
@@ -63,7 +64,9 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 def _filled(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"no causal language model can be built from this {config.model_type!r} config: {error}"

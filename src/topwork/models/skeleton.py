@@ -1,9 +1,10 @@
 """A model's modules and shapes without its weights."""
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from topwork.common.errors import ModelError
+from topwork.models.auto import auto_class
 
 _UNBUILDABLE = (
     ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, ImportError, AssertionError, AttributeError
@@ -19,7 +20,9 @@ def skeleton(
     typed = {} if dtype is None else {"dtype": dtype}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **typed)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **typed)
+    except ModelError:
+        raise
     except _UNBUILDABLE as error:
         raise ModelError(
             f"no causal language model can be built from this {config.model_type!r} config: {_first_line(error)}"

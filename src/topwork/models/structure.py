@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from topwork.common.kinds import Kind
+from topwork.common.text_part import reads_text
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Structure:
     fast             whether all decoder layers run through `models/fast.py`, which keeps less and is quicker
     checkpointable   how many decoder layers can be checkpointed
     config           the config's own values, those of the text part where it has several
+    text             the path of the part that reads text, where others beside it read pictures; else empty
     """
 
     family: str
@@ -66,11 +68,17 @@ class Structure:
     fast: bool
     checkpointable: int
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    text: str = ""
 
     @cached_property
     def by_path(self) -> Mapping[str, Module]:
-        """The modules by their paths."""
-        return {module.path: module for module in self.modules}
+        """The modules that text goes through, by their paths: all but what reads pictures."""
+        return {m.path: m for m in self.modules if reads_text(m.path, self.text, self.head)}
+
+    @cached_property
+    def beside(self) -> Mapping[str, Module]:
+        """Those that it never meets."""
+        return {module.path: module for module in self.modules if module.path not in self.by_path}
 
     @cached_property
     def parameters(self) -> int:

@@ -6,6 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.models.structure import Module, Structure
 from topwork.models.structures.values import Values, widths
+from topwork.models.text_part import text_model, text_path
 from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
 
 
@@ -13,10 +14,10 @@ def structure_of(model: PreTrainedModel, fast: bool) -> Structure:
     """Of a model or its skeleton (`models/skeleton.py`), bare and unquantized. Whether its layers are made fast is not
     seen in a skeleton, so it is told."""
     text = model.config.get_text_config()
-    values = {**text.to_dict(), "dtype": text.dtype}
+    values = {**text.to_dict(), "dtype": text.dtype or model.config.dtype}
     paths = {id(module): path for path, module in model.named_modules()}
     head = model.get_output_embeddings()
-    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in text_model(model).modules())
     return Structure(
         **widths(Values(str(text.model_type), values, {})),
         modules=_modules(model),
@@ -25,6 +26,7 @@ def structure_of(model: PreTrainedModel, fast: bool) -> Structure:
         fast=fast,
         checkpointable=layers,
         config=values,
+        text=text_path(model),
     )
 
 

@@ -10,6 +10,7 @@ from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
 from topwork.common.paths import plain_path
 from topwork.common.telling import doing
+from topwork.models.auto import auto_class
 from topwork.models.config import ModelConfig
 from topwork.models.source import Source, find_source
 from topwork.models.structures.values import CONTEXT
@@ -27,8 +28,9 @@ def open_tokenizer(
     """
     source = find_source(config, log)
     doing(log, f"opening the tokenizer of {source.name}")
-    length = usable_length(load_config(source, config.trust_remote_code))
-    return load_tokenizer(source, config.trust_remote_code, config), length
+    known = load_config(source, config.trust_remote_code)
+    auto_class(known)  # what cannot be run is told before rows are read
+    return load_tokenizer(source, config.trust_remote_code, config), usable_length(known)
 
 
 def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:

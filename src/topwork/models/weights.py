@@ -1,6 +1,7 @@
 """A model's linear weights one by one, from its files, without the model."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +10,24 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.common.errors import ModelError
 from topwork.common.os_errors import why
+from topwork.common.text_part import reads_text
 from topwork.models.shards import promised, weight_files
+from topwork.models.skeleton import skeleton
 from topwork.models.source import Source
+from topwork.models.stored_names import stored_names
+from topwork.models.text_part import text_path
 
 
 def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What quantization packs, by path: every linear layer but the output head. The model may be a skeleton."""
-    head = model.get_output_embeddings()
+    """What quantization packs, by path: every linear layer but the output head, and but what reads pictures, which text
+    never meets and a merged model shall have as it was. The model may be a skeleton."""
+    head, text = model.get_output_embeddings(), text_path(model)
     return {
         path: module
         for path, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and module is not head
+        and reads_text(path, text, None)
     }
 
 
@@ -40,7 +48,7 @@ def stored_weights(source: Source, model: PreTrainedModel, dtype: torch.dtype | 
         weights = promised(weight_files(source.folder, source.revision))
     except OSError as error:
         raise ModelError(f"{source.name} has no weights in safetensors that can be read: {why(error)}") from error
-    paths = _paths_by_key(layers, weights.keys(), model.base_model_prefix)
+    paths = _paths_by_key(layers, weights, model)
     missing = sorted(layers.keys() - paths.values())
     if missing:
         raise ModelError(
@@ -67,7 +75,7 @@ def original_weight(source: Source, model: PreTrainedModel) -> Callable[[str], T
             weights = promised(weight_files(source.folder, source.revision))
         except OSError as error:
             raise ModelError(f"{source.name} has no weights in safetensors that can be read: {why(error)}") from error
-        key = next((name for name in names if name in weights), None)
+        key = next((name for name in names if name in weights), None) or _renamed(model, weights).get(f"{path}.weight")
         weight = None if key is None else weights[key][...]
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise ModelError(
@@ -84,12 +92,13 @@ def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:
     return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
 
 
-def _paths_by_key(layers: dict[str, nn.Module], held: Container[str], prefix: str) -> dict[str, str]:
-    """The layers' paths by the names of their weights in the files; a checkpoint of the bare model lacks `prefix`."""
-    found = {}
-    for path in layers:
-        names = (f"{path}.weight", f"{path.removeprefix(prefix + '.')}.weight")
-        key = next((name for name in names if name in held), None)
-        if key is not None:
-            found[key] = path
-    return found
+def _paths_by_key(layers: dict[str, nn.Module], held: Mapping[str, Any], model: PreTrainedModel) -> dict[str, str]:
+    """The layers' paths by the names of their weights in the files."""
+    names = stored_names(model, held).keys
+    return {names[f"{path}.weight"]: path for path in layers if f"{path}.weight" in names}
+
+
+def _renamed(model: PreTrainedModel, held: Mapping[str, Any]) -> dict[str, str]:
+    """The files' keys by the names in a model that adapters may stand in, where transformers reads them by other
+    names."""
+    return stored_names(skeleton(model.config), held).keys

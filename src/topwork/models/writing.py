@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from topwork.common.errors import ModelError
 from topwork.common.files import write_text
 from topwork.models.base import Base
+from topwork.models.processor import keep_processor
 from topwork.models.quiet import without_bars
 from topwork.ops.packed import Packed4bit, PackedInt8
 from topwork.quantization.bnb_format import to_tensors
@@ -34,6 +35,8 @@ def write_model(base: Base, folder: Path, template: str | None = None, end_ids: 
         base.module.save_pretrained(folder, state_dict=_state(base.module), max_shard_size=SHARD_SIZE)
     write_tokenizer(base.tokenizer, folder, template)
     _clean_file(folder / "config.json", stored_config(base.module))
+    if base.source is not None:
+        keep_processor(base.source, base.module.config.to_dict(), folder)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:

@@ -182,7 +182,7 @@ def planned_arms(
 def fewer_layers(setup: Setup, layers: int) -> Setup:
     """The same with the first layers alone."""
     base = setup.structure
-    kept = tuple(module for module in base.modules if _number(module.path) < layers)
+    kept = tuple(module for module in base.modules if module.path in base.beside or _number(module.path) < layers)
     paths = {module.path for module in kept}
     members = tuple(
         replace(member, sizes={path: sizes for path, sizes in member.sizes.items() if path in paths})

@@ -88,7 +88,7 @@ def targets_of(base: Structure, target_set: str) -> str | list[str]:
     """`target_modules` of a set in this base, as `self_attn.q_proj`; empty where the family has no such set."""
     if target_set == "all-linear":
         return target_set
-    linear = [module.path.split(".") for module in base.modules if module.kind == "linear"]
+    linear = [module.path.split(".") for module in base.by_path.values() if module.kind == "linear"]
     roles = {".".join(parts[-2:]): _role(parts) for parts in linear if len(parts) > 1}
     attention = sorted(name for name, role in roles.items() if role == "attention")
     query_value = [name for name in attention if name.rpartition(".")[2] in QUERY_VALUE]

@@ -91,7 +91,9 @@ def update_bytes(setup: Setup) -> float:
 
 def linear_weights(base: Structure) -> float:
     """Weights that a token meets beside the head's; of experts held in one tensor those that it visits."""
-    linear = sum(module.weights for module in base.modules if module.kind == "linear" and module.path != base.head)
+    linear = sum(
+        module.weights for module in base.by_path.values() if module.kind == "linear" and module.path != base.head
+    )
     experts = sum(module.parameters for module in base.modules if _holds_experts(module))
     there = (
         base.config.get("num_experts") or base.config.get("num_local_experts") or base.config.get("n_routed_experts")
@@ -107,7 +109,7 @@ def head_weights(base: Structure) -> int:
 
 def last_products(base: Structure) -> int:
     """Weights of the layers' last products, which no recomputation needs (`models/fast.py`)."""
-    return sum(module.weights for module in base.modules if module.path.endswith(".mlp.down_proj"))
+    return sum(module.weights for module in base.by_path.values() if module.path.endswith(".mlp.down_proj"))
 
 
 def lowrank_parameters(member: Member) -> float:

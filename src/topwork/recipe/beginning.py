@@ -19,7 +19,8 @@ from topwork.adapters.kept_together import with_tied_head
 from topwork.adapters.other_makes import TENSORS
 from topwork.adapters.peft_options import FROM_WEIGHT, config_in
 from topwork.common.errors import AdapterError, RecipeError
-from topwork.common.paths import missed
+from topwork.common.hub import fetched_adapter, is_hub_id
+from topwork.common.paths import is_path, missed
 from topwork.reporting.sweep_state import SWEEP
 
 INIT = "init_from"
@@ -44,7 +45,10 @@ def with_beginning(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         return values
     place = Path(named)
     if not place.exists():
-        return _of_own_run(values, section, named, folder)
+        begun = _of_own_run(values, section, named, folder)
+        if begun is not None:
+            return begun
+        place = _of_hub(named)
     _refuse_inside(place, values)
     run = run_of(place)
     own, called = _options(place, run), f"{named} (adapter.{INIT})"
@@ -89,19 +93,31 @@ def _output(values: Mapping[str, Any]) -> Path:
     return Path(named if isinstance(named, str) else "runs/run")
 
 
-def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, folder: Path) -> dict[str, Any]:
-    """What the run in output_dir wrote down when it began from the same place, which is gone."""
+def _of_own_run(values: dict[str, Any], section: dict[str, Any], named: str, folder: Path) -> dict[str, Any] | None:
+    """What the run in output_dir wrote down when it began from the same place, which is gone; None where none did."""
     places = {str((place / named).resolve()) for place in (folder, Path())}
     out, before = _begun_alike(_output(values), folder, places)
     if out is None:
-        raise RecipeError(
-            f"adapter.{INIT}: {named} is not there{missed(named) or '; give a run of `topwork train` or a PEFT folder'}"
-        )
+        return None
     stored = before["adapter"]
     own = _config({key: value for key, value in stored.items() if key != INIT}, str(out / RECIPE))
     laid = {**values, "adapter": {**_agreed(section, own, str(out / RECIPE)), INIT: stored[INIT]}}
     laid["data"] = _as_before(values.get("data"), before.get("data") or {}, stored[INIT], out)
     return laid
+
+
+def _of_hub(named: str) -> Path:
+    """The adapter that the Hub has of this id.
+
+    Raises RecipeError where it can be no id, AdapterError where the Hub has none.
+    """
+    if is_path(named) or not is_hub_id(named):
+        hint = missed(named) or "; give a run of `topwork train`, a PEFT folder or an id on the Hub"
+        raise RecipeError(f"adapter.{INIT}: {named} is not there{hint}")
+    try:
+        return fetched_adapter(named, missed(named))
+    except AdapterError as error:
+        raise AdapterError(f"adapter.{INIT}: {error}") from error
 
 
 def _as_before(given: Any, before: Mapping[str, Any], place: str, run: Path) -> Any:

@@ -75,6 +75,11 @@ class Recipe(Options):
                 f"training.loraplus_lr_ratio is {ratio}, and an adapter of method {adapter.method} has no B matrices "
                 "for it; leave it out, or take method lora"
             )
+        if self.training.init_optimizer != "fresh" and adapter.init_from is None:
+            raise ValueError(
+                f"training.init_optimizer is {self.training.init_optimizer}, which takes along that of "
+                "adapter.init_from; name a run there, or leave it out"
+            )
         if adapter.needs_quantized and not self.quantization.active:
             raise ValueError(
                 "adapter.init_lora_weights: loftq begins as what quantizing lost; set quantization.load_in_4bit: true, "

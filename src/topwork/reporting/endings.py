@@ -50,6 +50,8 @@ def ending(run: RunFiles) -> list[str]:
 
 
 def _end(run: RunFiles) -> str | None:
+    if run.alone:
+        return None
     stopped = run.result.get("stopped")
     reached = number(run.result, "steps")
     reached = max((record["step"] for record in run.records), default=0) if reached is None else reached

@@ -28,8 +28,10 @@ SMALL_CHARTS = (
 
 @dataclass(frozen=True)
 class ReportPaths:
+    """The page, and a picture of its curves where there are some."""
+
     html: Path
-    curves_png: Path
+    curves_png: Path | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda 
     first. Raises RequestError where matplotlib is missing.
     """
     records = _with_start(run)
-    pngs = {"curves.png": png_bytes(curves(records, title=run.name))}
+    pngs = {"curves.png": png_bytes(curves(records, title=run.name))} if records else {}
     for key, title, smooth in _measured_charts(records):
         figure = small_chart(records, key, smooth=smooth)
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
@@ -61,7 +63,7 @@ def write_page(run: RunFiles, folder: Path, own: "Callable[..., None]" = lambda 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in [*pngs.items(), ("index.html", html.encode())]:
         write_bytes(folder / name, content)
-    return ReportPaths(html=folder / "index.html", curves_png=folder / "curves.png")
+    return ReportPaths(html=folder / "index.html", curves_png=folder / "curves.png" if records else None)
 
 
 def render(run: RunFiles) -> str:
@@ -73,10 +75,11 @@ def render(run: RunFiles) -> str:
         .get_template("report.html.jinja")
         .render(
             name=run.name,
+            kind="Adapter" if run.alone else "Topwork run",
             headline=sections.headline(run),
             cards=sections.cards(run),
             notes=sections.notes(run),
-            loss_picture=_loss_picture(records),
+            loss_picture=_loss_picture(records) if records else None,
             small_pictures=[_small_picture(records, *chart) for chart in _measured_charts(records)],
             scores=sections.scores(run.evaluation),
             evaluation_rows_told=rows_told(number(run.evaluation, "rows")),

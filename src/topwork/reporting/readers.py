@@ -18,7 +18,8 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds; an absent or unreadable file is empty, and `problems` names the unreadable."""
+    """What a run folder holds; an absent or unreadable file is empty, and `problems` names the unreadable. `alone` is
+    an adapter that lies in no run's folder, of which there is no more than its own file tells."""
 
     name: str
     records: tuple[Record, ...]
@@ -28,6 +29,7 @@ class RunFiles:
     provenance: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     problems: tuple[str, ...]
+    alone: bool = False
 
 
 def read_run(run_dir: Path) -> RunFiles:

@@ -9,7 +9,7 @@ from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
 from topwork.adapters.ranks import refuse_other_ranks
 from topwork.adapters.settling import begun, modules_of, settled
-from topwork.common.errors import AdapterError
+from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import sha256_file
 from topwork.data.config import DataConfig
 from topwork.models.base import Base
@@ -21,8 +21,9 @@ from topwork.run.chosen import Chosen, choose
 from topwork.run.folder import RECIPE, TEMPLATE, read_json, read_recipe
 from topwork.run.given import run_of
 from topwork.run.provenance import PROVENANCE
-from topwork.training.checkpoint import list_checkpoints
-from topwork.training.trial import CHECKPOINTS, Place
+from topwork.training.checkpoint import ADAPTER as INNER
+from topwork.training.checkpoint import list_checkpoints, load_optimizer
+from topwork.training.trial import CHECKPOINTS, Place, Trial
 
 TENSORS = "adapter_model.safetensors"
 
@@ -32,6 +33,8 @@ def resolved(recipe: Recipe) -> Recipe:
     Python. Raises RecipeError and AdapterError."""
     if recipe.adapter.init_from is None:
         return recipe
+    if _takes_optimizer(recipe) and Path(recipe.adapter.init_from).exists():
+        optimizer_of(Path(recipe.adapter.init_from))  # told before a base is read
     given = {name: getattr(recipe, name).model_dump(exclude_unset=True) for name in ("adapter", "data", "model")}
     found = with_beginning({**given, "output_dir": recipe.output_dir}, Path())
     update = {
@@ -62,7 +65,8 @@ def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], No
         raise AdapterError(f"adapter.init_from {named}{otherwise}: {error}") from error
     trained = sum(parameter.numel() for parameter in place.adapters.parameters(place.name).values())
     log(
-        f"{place.name} begins from {start.folder}: its {trained:,} parameters, a fresh optimizer; the "
+        f"{place.name} begins from {start.folder}: its {trained:,} parameters, "
+        f"{'the optimizer taken along' if _takes_optimizer(recipe) else 'a fresh optimizer'}; the "
         "validation before the first step is of the base with it"
     )
     _tell_differences(recipe, Path(named), base, log)
@@ -78,6 +82,42 @@ def start_of(place: Path, log: Callable[[str], None]) -> Chosen:
     return Chosen(folder, read_adapter(folder))
 
 
+def take_optimizer(trial: Trial, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Give a trial that has not begun the moments and step counts of the run that it begins from, where its recipe says
+    so. Raises RequestError where that has none of them, CheckpointError where they are of another optimizer."""
+    if _takes_optimizer(recipe):
+        checkpoint = optimizer_of(Path(str(recipe.adapter.init_from)))
+        step = load_optimizer(checkpoint, trial.optimizer, trial.names)
+        log(f"{trial.name}: its optimizer goes on from step {step} of {checkpoint}, its learning rate begins anew")
+
+
+def optimizer_of(place: Path) -> Path:
+    """The checkpoint that holds the optimizer of the adapter at a place: that checkpoint, or of a finished adapter the
+    one with the same weights. Raises RequestError where there is none."""
+    run, _ = run_of(place)
+    if not (run / RECIPE).is_file():
+        raise RequestError(
+            f"training.init_optimizer: {place} lies in no run, and an adapter's own folder holds no optimizer (what "
+            "other tools pickle beside it is not read); leave training.init_optimizer at fresh"
+        )
+    start = start_of(place, lambda _: None)
+    if start.checkpoint is not None:
+        return start.folder.parent
+    wanted = sha256_file(start.folder / TENSORS)
+    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
+        tensors = checkpoint / INNER / TENSORS
+        if tensors.is_file() and sha256_file(tensors) == wanted:
+            return checkpoint
+    raise RequestError(
+        f"training.init_optimizer: no checkpoint of {run} holds the optimizer of its finished adapter (it may have "
+        "been deleted); begin from one that is there, RUN/checkpoints/step-…, or leave training.init_optimizer at fresh"
+    )
+
+
+def _takes_optimizer(recipe: Recipe) -> bool:
+    return recipe.training.init_optimizer == "taken" and recipe.adapter.init_from is not None
+
+
 def origin_of(recipe: Recipe) -> dict[str, Any]:
     """What provenance.json says of it: its place, and the SHA-256 of the file with its tensors."""
     named = recipe.adapter.init_from
@@ -85,7 +125,8 @@ def origin_of(recipe: Recipe) -> dict[str, Any]:
         return {}
     start = start_of(Path(named), lambda _: None)
     step = {} if start.checkpoint is None else {"checkpoint": start.checkpoint}
-    return {"begun_from": {"path": named, "sha256": sha256_file(start.folder / TENSORS), **step}}
+    taken = {"optimizer_of": optimizer_of(Path(named)).name} if _takes_optimizer(recipe) else {}
+    return {"begun_from": {"path": named, "sha256": sha256_file(start.folder / TENSORS), **step, **taken}}
 
 
 def _is_gone(named: Path, run_dir: Path) -> bool:

@@ -12,7 +12,7 @@ from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling
 from topwork.generation.text import TextStream
 from topwork.run.folder import ADAPTER_NAME
-from topwork.run.given import given_run
+from topwork.run.given import given_adapter
 from topwork.run.opened import OpenRun, open_given
 
 
@@ -21,16 +21,16 @@ def answer(
     run: Path | str | OpenRun, text: str, adapter: bool = True, sampling: Sampling = Sampling(),
     system: str | None = None, *, model: str | None = None, checkpoint: str | int | None = None, force: bool = False,
 ) -> str:  # fmt: skip
-    """One answer to one message, with the run's adapter or without it. `model` is its base, where that is no longer
-    where the run names it; `checkpoint` a step, `best` or `last` (left out, the finished adapter, or where there is
-    none yet the newest checkpoint's, which a line says)."""
-    opened = run if isinstance(run, OpenRun) else _opened(Path(run), model, checkpoint, force)
+    """One answer to one message, with the adapter of a run, a PEFT folder or a Hub id, or without it. `model` is its
+    base, where that is not where the run or the folder names it; `checkpoint` a step, `best` or `last` (left out, the
+    finished adapter, or where there is none yet the newest checkpoint's, which a line says)."""
+    opened = run if isinstance(run, OpenRun) else _opened(run, model, checkpoint, force)
     return Chat(opened, adapter, sampling, system).say(text)
 
 
-def _opened(run: Path, model: str | None, checkpoint: str | int | None, force: bool) -> OpenRun:
+def _opened(run: Path | str, model: str | None, checkpoint: str | int | None, force: bool) -> OpenRun:
     """Which adapter it is is worth a line; how its base is loaded is not."""
-    given = given_run(run, model, checkpoint, lambda text: print(text, file=sys.stderr))
+    given = given_adapter(run, model, checkpoint, lambda text: print(text, file=sys.stderr))
     return open_given(given, force=force, log=lambda _: None)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import load_adapter, read_adapter
+from topwork.adapters.peft_format import load_adapter
 from topwork.common.errors import DataError, RequestError
 from topwork.common.memory import memory_for
 from topwork.common.os_errors import explained
@@ -29,7 +29,7 @@ from topwork.recipe.recipe import Recipe
 from topwork.reporting.readers import scores_file
 from topwork.run.console import Counter
 from topwork.run.folder import ADAPTER_NAME, EVALUATION, TRIAL, data_of
-from topwork.run.given import Given, given_run
+from topwork.run.given import Given, given_adapter, given_run
 from topwork.run.keeping import check_writable, keep_scores, refuse_other_file
 from topwork.run.loading import open_base
 from topwork.run.opened import open_given
@@ -125,20 +125,25 @@ def _named_target(out: Path) -> Path:
 
 @explained()
 def evaluate_model(
-    model: ModelConfig,
+    model: ModelConfig | None,
     data: DataConfig,
     config: EvaluationConfig,
-    adapter: Path | None = None,
+    adapter: Path | str | None = None,
     force: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = print,
     *,
     out: Path | str | None = None,
 ) -> dict[str, Any]:
-    """Score any base on any rows, and any PEFT folder on top of it; writes nothing but `out`, a file for the scores."""
+    """Score any base on any rows, and any PEFT folder or Hub id on top of it; writes nothing but `out`, a file for the
+    scores. Where no `model` is named it is the one that the adapter's file names."""
     target = _named_target(Path(out)) if out is not None else None
-    saved = None if adapter is None else read_adapter(adapter)
-    model = model if saved is None else with_vocabulary(model, saved, adapter)
+    named = model.model_name_or_path if model is not None else None
+    given = None if adapter is None else given_adapter(adapter, named, log=log)
+    saved = None if given is None else given.saved
+    model = model or ModelConfig(model_name_or_path=_base_named(given))
+    if given is not None:
+        model = with_vocabulary(model, given.saved, given.folder)
     tokenizer, length = open_tokenizer(model, log)
     room = length - (0 if saved is None else saved.config.virtual_tokens)
     read = _read(data, config.data, tokenizer, room, seed, log)
@@ -153,6 +158,12 @@ def evaluate_model(
     rows = _rows(read, template, seed, config)
     result = _score_arms(base, arms, rows, template, config, log)
     return result if target is None else keep_scores(result, target, None, log)
+
+
+def _base_named(given: Given | None) -> str:
+    if given is None:
+        raise RequestError("there is nothing to score: give a model, an adapter, or both")
+    return given.model.model_name_or_path
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def export(
     log: Log = print,
     *,
     checkpoint: str | int | None = None,
+    adapter: bool = False,
 ) -> Exported:
     """Write a run's adapter, a PEFT folder or a model to the folder `out` as another program reads it.
 
@@ -117,6 +118,7 @@ def export(
              which spares loading the base
     checkpoint  a step of the run, `best` or `last`; left out, the finished adapter, or where there is none yet the
              newest checkpoint's
+    adapter  whether `place` is known to be an adapter, which then may be an id on the Hub
 
     Raises RequestError for what cannot be asked for, AdapterError with all that the format cannot carry, RunError for
     a full disk or a reader that reads something else; `out` is whole or not there.
@@ -127,7 +129,7 @@ def export(
     check_out(out, place if place.exists() else None, "what is exported", overwrite)
     if reader.format in (*GGUF_FORMATS, "gguf-adapter") and not dry_run:
         gguf_package()  # before an adapter is merged for it
-    if is_adapter(place):
+    if adapter or is_adapter(place):
         given = given_adapter(place, model, checkpoint, log)
         check_beside_base(out, given.model, overwrite)
         base = _called(given.saved.base.name or given.model.model_name_or_path)
@@ -251,7 +253,7 @@ def _merged_into_gguf(given: Given, out: Path, how: _How, findings: Sequence[Fin
     tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
     inputs = merge_inputs(given, 0, None, how.log)
     plan = plan_merge(given, inputs, _merged_type(how), "auto", how.force, how.log)
-    name = given.place.resolve().name
+    name = given.name.rpartition("/")[2]
 
     def opening() -> tuple[Base, str]:
         base, adapters = opened(given, inputs, torch.float32, how.force)

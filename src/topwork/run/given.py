@@ -1,14 +1,17 @@
-"""An adapter as a command is given it: a run's folder, or any PEFT folder together with its base."""
+"""An adapter as a command is given it: a run's folder, or any PEFT folder or Hub id together with its base."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import SavedAdapter, read_adapter
 from topwork.common.errors import ModelError, RequestError
 from topwork.common.files import read_text
+from topwork.common.hub import fetched_adapter, is_hub_id
 from topwork.common.os_errors import check_link
+from topwork.common.paths import is_path, missed, plain_path
 from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.models.tokenizer import load_config
@@ -36,6 +39,7 @@ class Given:
     recipe        the run's; None for an adapter alone
     template      the chat template that the run was trained with (the file's text); None for the base's own
     checkpoint    the step of the run's checkpoint that it is of; None for a finished adapter, and for one alone
+    hub_id        what the Hub calls it, where it is from there
     """
 
     place: Path
@@ -46,6 +50,12 @@ class Given:
     recipe: Recipe | None
     template: str | None
     checkpoint: int | None = None
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: no place on this machine."""
+        return self.hub_id or self.place.resolve().name
 
     @property
     def run(self) -> Path | None:
@@ -77,10 +87,38 @@ def _is_inner(place: Path) -> bool:
     return inner != place.parent and place.is_dir() and inner.resolve() == place.resolve()
 
 
+def names_run(place: Path | str, model: str | None = None) -> bool:
+    """Whether a run is meant, with all that it tells of its adapter. An adapter's own folder beside which a model is
+    named is that adapter alone, even in a run."""
+    return (_run_named(Path(plain_path(str(place))), model)[0] / RECIPE).is_file()
+
+
+def is_alone(place: Path | str, model: str | None = None) -> bool:
+    """Whether an adapter is meant of which no run tells: a PEFT folder, or what may be an id on the Hub."""
+    if names_run(place, model):
+        return False
+    path = Path(plain_path(str(place)))
+    return is_adapter(path) or (isinstance(place, str) and not path.exists())
+
+
+def _run_named(place: Path, model: str | None) -> tuple[Path, int | None]:
+    alone = (place / ADAPTER_CONFIG).is_file() and model is not None
+    return (place, None) if alone else run_of(place)
+
+
+def place_of(named: Path | str) -> tuple[Path, str | None]:
+    """The folder that is named, and the id of an adapter that the Hub has, which is fetched. A Path is a folder; a text
+    that names nothing here and may be an id is asked for there. Raises AdapterError."""
+    given = plain_path(str(named))
+    if isinstance(named, Path) or os.path.lexists(given) or is_path(given) or not is_hub_id(given):
+        return Path(given), None
+    return fetched_adapter(given, missed(given)), given
+
+
 def given_adapter(
     place: Path | str, model: str | None = None, checkpoint: str | int | None = None, log: Log = print
 ) -> Given:
-    """Read the adapter of a run's folder, or of a PEFT folder.
+    """Read the adapter of a run's folder, of a PEFT folder, or of an id on the Hub.
 
     model       the base, where the one that the run or the PEFT folder names is not to be found here
     checkpoint  a run's: a step, `best` or `last`; left out, the finished adapter, or where there is none yet the newest
@@ -89,17 +127,16 @@ def given_adapter(
     Raises RequestError for what is neither and for a checkpoint that is not there; ModelError where a run's base is
     not; AdapterError and CheckpointError for a folder that cannot be read.
     """
-    place = Path(place)
+    place, hub_id = place_of(place)
     check_link(place)
-    alone = (place / ADAPTER_CONFIG).is_file()
-    run, step = (place, None) if alone and model is not None else run_of(place)
+    run, step = _run_named(place, model)
     if (run / RECIPE).is_file():
         return _of_run(run, model, _one(place, step, checkpoint), log)
     if checkpoint is not None:
         raise RequestError(
             f"--checkpoint {checkpoint}: {place} is no run's folder (no {RECIPE}), and only runs have them"
         )
-    return _alone(place, model)
+    return replace(_alone(place, model), hub_id=hub_id)
 
 
 def given_run(

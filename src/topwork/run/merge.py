@@ -47,7 +47,8 @@ def merge(
     data: str | None = None,
     checkpoint: str | int | None = None,
 ) -> dict[str, Any]:
-    """Fold the adapter of a run, or of a PEFT folder, into its base and write `out`; returns what OUT/merge.json says.
+    """Fold the adapter of a run, of a PEFT folder or of a Hub id into its base and write `out`; returns what
+    OUT/merge.json says.
 
     dtype: the type of the merged weights; a run's own, or the base's, where left out
     base: what the adapter of a quantized run is added to: `dequantized`, the very weights it was trained on, or
@@ -100,7 +101,7 @@ def prepared_merge(
     plan = plan_merge(adapter, inputs, dtype, base, force, log)
     refuse_small_disk(out, plan.nbytes)
     if check:
-        refuse_small_memory(plan.nbytes, log)
+        refuse_small_memory(plan.nbytes, log, 3 if plan.changes_base else 2)
         doing(log, f"running base + adapter on {len(inputs.sequences)} inputs")
     before = before_merge(adapter, plan, inputs, force, log) if check else None
 
@@ -138,7 +139,7 @@ def told(adapter: Given, plan: MergePlan, inputs: str = "") -> dict[str, Any]:
     lost = plan.rounding.loss()
     quantization = adapter.quantization
     return {
-        "adapter": adapter.place.resolve().name,
+        "adapter": adapter.name,
         **({} if adapter.checkpoint is None else {"checkpoint": adapter.checkpoint}),
         "method": adapter.saved.config.method,
         "base_model": _public(plan.source.name),

@@ -22,8 +22,9 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.recipe.recipe import Recipe, make_recipe
 from topwork.reporting.readers import read_json
 from topwork.run.folder import ADAPTER_NAME, RESULT, TEMPLATE
-from topwork.run.given import Given, given_run
+from topwork.run.given import Given, given_adapter
 from topwork.run.loading import open_base
+from topwork.run.merging.inputs import own_tokenizer
 from topwork.run.vocabulary import base_id
 
 ROWS = 1000
@@ -33,14 +34,15 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run, ready to be asked.
+    """A run, or an adapter alone, ready to be asked.
 
+    recipe      the run's; None for an adapter alone
     system      the system message that all training rows shared, if they did
     checkpoint  the step of the checkpoint whose adapter this is; None for the finished one
     """
 
     folder: Path
-    recipe: Recipe
+    recipe: Recipe | None
     base: Base
     adapters: Adapters
     template: ChatTemplate
@@ -51,7 +53,7 @@ class OpenRun:
 
 @explained()
 def open_run(
-    folder: Path,
+    folder: Path | str,
     dtype: str | None = None,
     force: bool = False,
     log: Log = print,
@@ -61,12 +63,12 @@ def open_run(
     model: str | None = None,
     checkpoint: str | int | None = None,
 ) -> OpenRun:
-    """Load a run's base, as it was held in training unless not `quantized`, and graft its adapter; `tokenizer` as in
-    `open_base`, `model` and `checkpoint` as in `given_adapter`.
+    """Load the base of a run, as it was held in training unless not `quantized`, or of any PEFT folder or Hub id, and
+    graft its adapter; `tokenizer` as in `open_base`, `model` and `checkpoint` as in `given_adapter`.
 
-    Raises RequestError where the run has neither an adapter nor a checkpoint yet.
+    Raises RequestError where there is no adapter, and no checkpoint of a run yet.
     """
-    return open_given(given_run(folder, model, checkpoint, log), dtype, force, log, quantized, tokenizer)
+    return open_given(given_adapter(folder, model, checkpoint, log), dtype, force, log, quantized, tokenizer)
 
 
 def open_given(
@@ -77,8 +79,9 @@ def open_given(
     quantized: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> OpenRun:
-    """The same of a run that was read."""
-    assert given.recipe is not None
+    """The same of one that was read."""
+    if given.recipe is None:
+        return _open_alone(given, dtype, force, log, tokenizer)
     recipe = given.recipe.model_copy(update={"model": given.model})
     if not quantized:
         recipe = recipe.model_copy(update={"quantization": QuantizationConfig()})
@@ -92,6 +95,18 @@ def open_given(
     for problem in problems:
         log(f"warning: {problem}")
     return OpenRun(given.place, asked, base, adapters, template, result, system_of(given, log), given.checkpoint)
+
+
+def _open_alone(
+    given: Given, dtype: str | None, force: bool, log: Log, tokenizer: PreTrainedTokenizerBase | None
+) -> OpenRun:
+    """An adapter that no run tells of is prompted by the template beside it, or its base's."""
+    held = dtype or given.model.dtype
+    base, adapters = open_adapter(given.model, given.quantization, given.saved, held, force, log, tokenizer)
+    stored = given.folder / TEMPLATE
+    own = own_tokenizer(given.folder, base.tokenizer, log)
+    template = ChatTemplate(own, str(stored) if stored.is_file() else None)
+    return OpenRun(given.place, None, base, adapters, template, {}, None)
 
 
 def open_adapter(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from topwork.adapters.targets import left_beside_text
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
 from topwork.common.heap import trim_heap
@@ -21,7 +22,7 @@ from topwork.plan.count import ParameterCount
 from topwork.recipe.recipe import Recipe, recipe_yaml
 from topwork.run.beforehand import Beforehand, tell_beforehand
 from topwork.run.begin import begin_folder
-from topwork.run.beginning_from import begin_from, origin_of
+from topwork.run.beginning_from import begin_from, origin_of, take_optimizer
 from topwork.run.fit import passes_that_fit, trials_that_fit
 from topwork.run.folder import ADAPTER, RECIPE, RESULT, TEMPLATE, read_json
 from topwork.run.interrupted import RunInterrupted
@@ -133,6 +134,9 @@ def _looped(
         if start.checkpoints:
             loop.resume(start)
             asked.log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
+        else:
+            for trial, run in zip(trials, runs):
+                take_optimizer(trial, run.recipe, asked.log)
         told = (lambda _: None) if start.checkpoints else asked.log
         planned = tell_beforehand(trials, [run.data for run in runs], told)
         if not start.checkpoints and any(run.data.eval for run in runs):
@@ -156,6 +160,7 @@ def _grafted(
     runs = []
     for recipe, name, data in zip(recipes, names, loaded):
         on.adapters.add(name, recipe.adapter, recipe.training.seed)
+        _tell_left_out(on, recipe, log)
         counted = count_built(base.module, recipe.adapter)
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
@@ -164,6 +169,15 @@ def _grafted(
         begin_from(place, recipe, base, log)
         runs.append(_Run(recipe, place, data, counted))
     return runs
+
+
+def _tell_left_out(on: Session, recipe: Recipe, log: Log) -> None:
+    """Of a base that reads pictures too."""
+    seen = on.adapters.bare().seen
+    if left := left_beside_text(seen, recipe.adapter):
+        log(
+            f"{on.base.name}: the adapter goes into {seen.text}, and not into {', '.join(left)}, which text never meets"
+        )
 
 
 def _start(runs: Sequence[_Run], log: Log) -> Start:

@@ -21,6 +21,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.quantization.config import QuantizationConfig
 from topwork.run.folder import RECIPE, TEMPLATE, read_recipe
+from topwork.run.given import place_of
 from topwork.run.loading import open_base
 from topwork.run.vocabulary import shared_base, with_vocabulary
 from topwork.serving.asking import Reader
@@ -197,7 +198,7 @@ def _kept(state: StateFolder, configured: Mapping[str, Path]) -> Kept:
 
 
 def _there(name: str, path: str) -> Path:
-    folder = Path(plain_path(path))
+    folder, _ = place_of(path)
     if not folder.is_dir():
         raise RequestError(f"adapter {name!r}: {path} is no folder; give one with adapter_config.json, or a run's")
     return folder

@@ -40,6 +40,8 @@ ADAPTER = "adapter"
 _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged checkpoint raises."""
 
 
 @dataclass(frozen=True)
@@ -211,21 +213,36 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, parameter_name
     made for other parameters or another optimizer, or cannot be read; nothing is changed then.
     """
     try:
-        described = json.loads((path / _STATE).read_bytes())
-        tensors, states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
-        found = described.get("format")
-        if found != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {found}, expected {_FORMAT}; resume with the Topwork that wrote it"
-            )
-        _check_fit(path, described, optimizer, parameter_names)
-        state = TrainState.from_json(described["state"])
+        state, tensors = _fitting(path, optimizer, parameter_names)
+        states = load_file(path / _RANDOM)
         python = python_state(states)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}; resume from another checkpoint") from error
     _restore_optimizer(optimizer, parameter_names, tensors)
     restore_random(states, python)
     return state
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]) -> int:
+    """Give `optimizer` alone the state that it had when `path` was saved, for another run that goes on from there;
+    returns the step it was at. Raises CheckpointError as `load_checkpoint` does."""
+    try:
+        state, tensors = _fitting(path, optimizer, parameter_names)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read: {why(error)}; take another checkpoint") from error
+    _restore_optimizer(optimizer, parameter_names, tensors)
+    return state.step
+
+
+def _fitting(
+    path: Path, optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """A checkpoint's state and its optimizer's tensors, which are for these parameters."""
+    described, tensors = json.loads((path / _STATE).read_bytes()), load_file(path / _OPTIMIZER)
+    if (found := described.get("format")) != _FORMAT:
+        raise CheckpointError(f"{path} has format {found}, expected {_FORMAT}; resume with the Topwork that wrote it")
+    _check_fit(path, described, optimizer, names)
+    return TrainState.from_json(described["state"]), tensors
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:

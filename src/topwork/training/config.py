@@ -54,6 +54,9 @@ class TrainingConfig(Options):
     """What updates the weights. `adamw` keeps 8 bytes a trained parameter, `adamw_8bit` 2.03: of an adapter's 4.9 M
     parameters that saves 28 MB, of full fine-tuning's 134.5 M 0.8 GB. `paged_adamw_8bit` keeps them in the host's
     memory (on a GPU) or in a file (on a CPU), and gives the same weights as `adamw_8bit`."""
+    init_optimizer: Literal["fresh", "taken"] = "fresh"
+    """With `adapter.init_from`: `fresh`, or the moments and step counts `taken` along, from the checkpoint that the
+    adapter is of; a folder that is no run's has none. The learning rate, its warm-up too, begins anew."""
     weight_decay: float = Field(0.0, ge=0.0)
     """AdamW's decoupled decay: each step takes learning_rate * weight_decay of every trained weight away."""
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)

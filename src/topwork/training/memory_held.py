@@ -30,14 +30,15 @@ def base_bytes(setup: Setup) -> tuple[int, int]:
 
 
 def packed_layers(structure: Structure, wanted: QuantizationConfig) -> Mapping[str, QuantizationConfig]:
-    """The linear layers that quantizing packs, by path, each with how: all but the head and what is skipped, and the
-    head as `quantization.head` says. An embedding that is tied to a packed head is read from its weight."""
+    """The linear layers that quantizing packs, by path, each with how: all but the head, what reads pictures and what
+    is skipped, and the head as `quantization.head` says. An embedding that is tied to a packed head is read from its
+    weight."""
     if not wanted.active:
         return {}
     skipped = wanted.llm_int8_skip_modules
     chosen = {
         module.path: wanted
-        for module in structure.modules
+        for module in structure.by_path.values()
         if module.kind == "linear" and module.path != structure.head and not _named(module.path, skipped)
     }
     if wanted.head != "16bit" and structure.head is not None:

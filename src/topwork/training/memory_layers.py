@@ -148,7 +148,7 @@ def layers_of(setup: Setup) -> list[Layer]:
     if "layers" in setup.known:
         return list(setup.known["layers"])
     found: dict[int, dict[str, Module]] = {number: {} for number in range(setup.structure.layers)}
-    for module in setup.structure.modules:
+    for module in setup.structure.by_path.values():
         number = layer_number(module.path)
         if number in found:
             found[number][module.path[_end(module.path) :]] = module

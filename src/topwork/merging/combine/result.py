@@ -61,7 +61,7 @@ def folder_of(combined: Combined, bare: Bare, base: BaseId, dtype: torch.dtype) 
     state = {key: _cast(key, state[key], dtype) for key in sorted(state)}
     config = _config(combined, bare)
     parts = {path: _part(bare.modules[path]) for path in combined.deltas}
-    keys = LORA.files.keys(Grafted(config, parts, state, bare.modules, bare.config))
+    keys = LORA.files.keys(Grafted(config, parts, state, bare.modules, bare.config, bare.seen.text))
     return Folder(
         {**keys, "base_model_name_or_path": base.name},
         LORA.files.to_file(state),

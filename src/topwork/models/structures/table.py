@@ -18,7 +18,6 @@ class Family:
     fast       whether all its layers run through `models/fast.py`, with an activation that this knows
     defaults   what its config class gives where a config.json is silent
     embedding  the path of its input embedding; `head` that of its output head
-    text       the `model_type` of the text part, where the config has several parts
     only       values with which alone it is laid out so; any other needs a skeleton
     """
 
@@ -27,7 +26,6 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
-    text: str | None = None
     only: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -55,12 +53,6 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(llama.gemma2, True, {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 8192}),
     "gemma3_text": Family(
         llama.gemma3, True, {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072}
-    ),
-    "gemma3": Family(
-        multimodal.gemma3, False,
-        {**GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072, "num_attention_heads": 8,
-         "vocab_size": 262208, "intermediate_size": 9216},
-        "model.language_model.embed_tokens", text="gemma3_text",
     ),
     "phi3": Family(llama.phi3, True, {**SILU, "max_position_embeddings": 4096}),
     "olmo": Family(llama.olmo, False, {**SILU, "max_position_embeddings": 2048}),
@@ -135,3 +127,57 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 """model_type -> how it is laid out."""
+
+TEXT_PARTS: dict[str, Family] = {
+    name: Family(llama.qwen2, True, {**SILU, "num_key_value_heads": 8, "max_position_embeddings": 32768})
+    for name in ("qwen2_vl_text", "qwen2_5_vl_text")
+}
+"""Those that are text parts alone, and no models of their own."""
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """One `model_type` of models that read pictures too.
+
+    beside    the modules before its text part; None where its vision part is of another kind
+    text      the `model_type` of its text part; with `any_text` where the config names no other
+    defaults  what that one's class gives beside FAMILIES' defaults: sizes that configs leave out
+    ties      whether the head is tied where the config is silent; None where it is tied as its text part says
+    flat      whether older configs hold the text part's values beside its own
+    """
+
+    beside: Callable[[Mapping[str, Any], Values], dict[str, Node] | None]
+    text: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    ties: bool | None = None
+    any_text: bool = False
+    flat: bool = False
+
+
+QWEN_VL = {
+    "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}  # fmt: skip
+
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": Wrapper(
+        multimodal.gemma3, "gemma3_text",
+        {"num_attention_heads": 8, "vocab_size": 262208, "intermediate_size": 9216}, ties=True,
+    ),
+    "llava": Wrapper(
+        multimodal.llava, "llama",
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+         "num_attention_heads": 32},
+        any_text=True,
+    ),
+    "mistral3": Wrapper(
+        multimodal.mistral3, "mistral",
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32},
+        ties=True, any_text=True,
+    ),
+    "qwen2_vl": Wrapper(multimodal.qwen2_vl, "qwen2_vl_text", QWEN_VL, flat=True),
+    "qwen2_5_vl": Wrapper(multimodal.qwen2_5_vl, "qwen2_5_vl_text", QWEN_VL, flat=True),
+}  # fmt: skip
+"""model_type -> what stands around its text part. These are the ones whose text part can be trained
+(`models/auto.py`)."""

@@ -56,10 +56,14 @@ class Values:
             )
         return value
 
+    @property
+    def unstated(self) -> list[str]:
+        """Sizes that no class can know, and neither the config nor the family says."""
+        return [names[0] for names in (HIDDEN, LAYERS, HEADS, VOCABULARY) if self.get(*names) is None]
+
     def check_stated(self) -> None:
         """Raises ModelError where the config lacks what no class can know."""
-        missing = [names[0] for names in (HIDDEN, LAYERS, HEADS, VOCABULARY) if self.get(*names) is None]
-        if missing:
+        if missing := self.unstated:
             raise self._silent(missing)
 
     def _silent(self, missing: Sequence[str]) -> ModelError:

@@ -49,7 +49,7 @@ def write_adapter_file(job: AdapterJob, folder: Path, at_hand: BaseFile | None =
     """One GGUF adapter, read again by ourselves, and by llama.cpp on the base where both are at hand. `at_hand` is a
     file of the base that is there anyway."""
     kind = job.type if job.reader.format == "gguf-adapter" and job.type else "f32"  # Ollama's is the base's
-    name, adapter, config = job.given.place.resolve().name, job.lowered(), job.bare.config.to_dict()
+    name, adapter, config = job.given.name.rpartition("/")[2], job.lowered(), job.bare.config.to_dict()
     file = folder / f"{name}-adapter-{kind}.gguf"
     write_gguf_adapter(adapter, config, file, kind, name)
     apart = reread(file, adapter, config, job.bare.modules)

@@ -20,6 +20,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.lazy import LazyModel, in_type, open_lazily
 from topwork.models.lazy_writing import write_lazily
 from topwork.models.load import load_base
+from topwork.models.processor import keep_processor
 from topwork.models.skeleton import skeleton
 from topwork.models.source import ALIASES, Source
 from topwork.models.tokenizer import load_config
@@ -79,6 +80,7 @@ def write_hf(job: ModelJob, folder: Path) -> Written:
     telling("tensors written", model, job.log, lambda told: write_lazily(told, folder))
     if job.tokenizer is not None:
         write_tokenizer(job.tokenizer, folder)
+    keep_processor(job.source, model.config, folder)
     if model.folder is not None and model.config.get("auto_map"):
         for file in sorted(model.folder.glob("*.py")):  # the model's own code, which its config names
             shutil.copyfile(file, folder / file.name)

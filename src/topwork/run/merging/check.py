@@ -30,20 +30,23 @@ def refuse_small_disk(out: Path, model_bytes: int) -> None:
         )
 
 
-def refuse_small_memory(model_bytes: int, log: Log) -> None:
-    """Before anything is merged. Raises RequestError where the machine cannot hold the model that the check runs."""
+def refuse_small_memory(model_bytes: int, log: Log, kept: int = 2) -> None:
+    """Before anything is merged. Raises RequestError where the machine cannot hold the model that the check runs, and
+    the logits that are `kept` of so many."""
     refuse_large(
-        model_bytes + 2 * KEPT_BYTES + BESIDE_BYTES, "running the model in the check after the merge",
+        model_bytes + kept * KEPT_BYTES + BESIDE_BYTES, "running the model in the check after the merge",
         "The merge itself needs little: leave the check out with --check 0, or give more memory", log,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Before:
-    """Base with adapter, measured, and how far that is from the bare base (KL in nats a token)."""
+    """Base with adapter as it was trained, measured, and how far that is from the bare base (KL in nats a token);
+    `beside` is of the adapter on the weights that it is merged onto, where these are others."""
 
     measured: Measurement
     adapter_kl: float
+    beside: Measurement | None = None
 
 
 def before_merge(adapter: Given, plan: MergePlan, inputs: Inputs, force: bool, log: Log) -> Before:
@@ -54,7 +57,17 @@ def before_merge(adapter: Given, plan: MergePlan, inputs: Inputs, force: bool, l
     distance = compare(found.logits, measure(base, inputs.sequences, None).logits).mean_kl
     del base, adapters
     gc.collect()
-    return Before(found, distance)
+    return Before(found, distance, _beside(adapter, plan, inputs, force) if plan.changes_base else None)
+
+
+def _beside(adapter: Given, plan: MergePlan, inputs: Inputs, force: bool) -> Measurement:
+    """The adapter on the base from before it was quantized, which nobody trained: what the merge should give."""
+    base, adapters = opened(adapter, inputs, plan.dtype, force, quantized=False)
+    adapters.train(ADAPTER_NAME, False)
+    found = measure(base, inputs.sequences, ADAPTER_NAME)
+    del base, adapters
+    gc.collect()
+    return found
 
 
 def after_merge(folder: Path, adapter: Given, plan: MergePlan, before: Before, inputs: Inputs) -> Verification:
@@ -67,4 +80,4 @@ def after_merge(folder: Path, adapter: Given, plan: MergePlan, before: Before, i
     found = measure(base, inputs.sequences, None)
     del base
     gc.collect()
-    return verify(before.measured, found, before.adapter_kl)
+    return verify(before.measured, found, before.adapter_kl, before.beside)

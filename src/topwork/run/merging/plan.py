@@ -22,6 +22,7 @@ from topwork.models.lazy_fingerprint import lazy_fingerprint
 from topwork.models.lazy_packed import as_trained
 from topwork.models.lazy_writing import write_lazily
 from topwork.models.load import DTYPES
+from topwork.models.processor import keep_processor
 from topwork.models.quantized import is_packed
 from topwork.models.skeleton import skeleton
 from topwork.models.source import Source, find_source
@@ -106,7 +107,7 @@ def plan_merge(adapter: Given, inputs: Inputs, dtype: str | None, base: str, for
     finished = _finished(merged, bare, inputs.end_ids)
 
     def write(folder: Path) -> None:
-        telling("merged tensors", finished, log, lambda model: _write(model, inputs, folder))
+        telling("merged tensors", finished, log, lambda model: _write(model, source, inputs, folder))
 
     return replace(ready, write=write, nbytes=merged.nbytes, model=finished)
 
@@ -182,9 +183,10 @@ def _finished(merged: LazyModel, bare: PreTrainedModel, end_ids: list[int]) -> L
     return replace(merged, config=config, generation=generation)
 
 
-def _write(merged: LazyModel, inputs: Inputs, folder: Path) -> None:
+def _write(merged: LazyModel, source: Source, inputs: Inputs, folder: Path) -> None:
     write_lazily(merged, folder)
     write_tokenizer(inputs.tokenizer, folder, inputs.template)
+    keep_processor(source, merged.config, folder)
     if merged.folder is not None and merged.config.get("auto_map"):
         for file in sorted(merged.folder.glob("*.py")):  # the model's own code, which its config names
             shutil.copyfile(file, folder / file.name)

@@ -29,6 +29,7 @@ from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
 from topwork.adapters.targets import ALL_LINEAR, listed, matching
 from topwork.common.errors import AdapterError
+from topwork.common.text_part import reads_text
 from topwork.quantization.linear import QuantizedLinear
 
 
@@ -107,7 +108,7 @@ def _bias_plan(bare: Bare, config: LoraConfig, plan: Plan) -> Plan:
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     config, modules = adapter.config, adapter.modules
     targets = [path for path, part in adapter.parts.items() if isinstance(part, Lora | EmbeddingLora)]
-    written = _written_targets(config, targets, modules)
+    written = _written_targets(config, targets, modules, adapter.text)
     by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
         **peft_keys("LORA"),
@@ -137,11 +138,17 @@ def _ranks(config: LoraConfig, targets: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _written_targets(config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
+def _written_targets(
+    config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module], text: str = ""
+) -> str | list[str]:
     """all-linear is written out, as names where the names alone say it, and so is what PEFT takes by the family. PEFT
-    takes no layers beside a regular expression: whole paths then."""
+    takes no layers beside a regular expression: whole paths then, and where names mean modules too that read pictures,
+    beside those in `text`."""
     if config.target_modules not in (ALL_LINEAR, PEFT_TARGETS):
         asked = listed(modules, config.target_modules)
+        others = set(matching(modules, asked)) - set(paths) if text else ()
+        if any(not reads_text(path, text, None) for path in others):
+            return sorted(paths)
         if isinstance(asked, list):
             return sorted(asked)
         return sorted(paths) if config.layers_to_transform is not None else asked
