@@ -84,6 +84,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
     "tied_lora": ({"target_modules": ["lm_head", "q_proj"]}, TIED, None),
     # vLLM #2847: {1, 8, … 512}; LoRAX's kernels end at 128
     "large_rank": ({"r": 513, "target_modules": ["q_proj"]}, {}, None),
+    # vLLM #41384, #52194, SGLang #25528
+    "parameters": ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, {}, None),
     "ia3": ({"method": "ia3"}, {}, None),
     "bitfit": ({"method": "bitfit"}, {}, None),
     "full": ({"method": "full"}, {}, None),
@@ -95,7 +97,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
 }  # fmt: skip
 """Feature -> an adapter that has it, its base, and what is changed in its folder. One of ours beside quantized_base,
 which is no matter of the folder."""
-FAMILY = {"bitfit": "gpt2"}
+FAMILY = {"bitfit": "gpt2", "parameters": "mixtral"}
 
 
 def made(folder: Path, feature: str) -> tuple[SavedAdapter, Bare]:

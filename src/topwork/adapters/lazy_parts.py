@@ -14,7 +14,13 @@ from topwork.adapters.fitting import Parts, checked, key_of, plan_on, state_of
 from topwork.adapters.method import Bare, Method
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdapterModule
-from topwork.adapters.peft_format import SavedAdapter, refuse_more_than_file, with_beginnings, without_base_copies
+from topwork.adapters.peft_format import (
+    SavedAdapter,
+    placed,
+    refuse_more_than_file,
+    with_beginnings,
+    without_base_copies,
+)
 
 Stored = Callable[[str, str], Tensor | None]
 """A base's own tensor by a module's path and its name there; None where there is none."""
@@ -30,6 +36,7 @@ class LazyParts:
         self, bare: Bare, saved: SavedAdapter, stored: Stored, methods: Mapping[str, Method[Any]] = METHODS
     ) -> None:  # fmt: skip
         """Nothing is made yet but shapes. Raises AdapterError where config, tensors and base do not fit one another."""
+        saved = placed(saved, bare)
         plan = plan_on(bare, saved.config, methods)
         refuse_more_than_file(plan, saved)
         with torch.device("meta"):

@@ -6,7 +6,7 @@ stand in `topwork.json` beside them, which PEFT and vLLM do not read.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
 from topwork.adapters.graft import Adapters
+from topwork.adapters.joined_experts import with_joined_experts
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.common.errors import AdapterError, quoted, shortened
@@ -133,12 +134,24 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
+    saved = placed(saved, bare)
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
 
     fill_from(saved, parts, bare)
     return parts
+
+
+def placed(saved: SavedAdapter, bare: Bare) -> SavedAdapter:
+    """The same by the names that this base has. Raises AdapterError for experts that it holds otherwise."""
+    return replace(saved, tensors=with_joined_experts(bare.seen, saved.tensors))
+
+
+def base_copies(saved: SavedAdapter) -> list[str]:
+    """Names of the base's own tensors that PEFT wrote beside those of an adapter: behind `base_layer`, where of two
+    parameters that LoRA goes into the first one's A and B stand as well."""
+    return sorted(key for key in saved.tensors if ".base_layer." in key and ".lora_" not in key)
 
 
 def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
@@ -149,7 +162,7 @@ def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
         found = getattr(bare.modules.get(path), kind, None)
         return found.cpu() if isinstance(found, Tensor) else None
 
-    tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
+    tensors = without_base_copies(placed(saved, bare).tensors, parameters_of(parts), stored)
     fill(parts, with_beginnings(tensors, state_of(parts)))
 
 
@@ -157,10 +170,11 @@ def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[
     """The same on a skeleton without weights, for what is in the file alone: parts that lack what is computed from the
     base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
     """
+    saved = placed(saved, bare)
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = {path: planned.make() for path, planned in plan.items()}
-    copies = sorted(key for key in saved.tensors if ".base_layer." in key)
+    copies = base_copies(saved)
     if copies:
         raise AdapterError(
             f"{saved.path}: its file holds the base's own {copies[0]}, which may have been trained; save it without "

@@ -20,7 +20,7 @@ FROM_WEIGHT = ("pissa", "olora")
 _CHANGE_THE_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Beginnings that PEFT takes out of the base, other than those."""
 _UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 _PEFT_LEAVES_OUT = {"r": 8, "lora_alpha": 8}

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from topwork.common.kinds import Kind
-from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
+from topwork.common.kinds import Kind, Matrix
+from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of, matrices_of
 from topwork.quantization.linear import PackedModule
 
 
@@ -50,6 +50,11 @@ class Seen:
     def by_row(self) -> bool:
         """Whether it has parameters, no modules inside, and takes every token's row by itself."""
         return any(True for _ in self.module.parameters(recurse=False)) and is_by_row(self.module)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Of experts and routers: those of its parameters that rows are multiplied with."""
+        return matrices_of(self.module)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ unseen, and what is done about it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -18,9 +18,10 @@ from topwork.adapters.lazy_parts import LazyParts, Stored
 from topwork.adapters.method import Bare
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
+from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import PAIRS
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.peft_format import SavedAdapter, fitted_shapes
+from topwork.adapters.peft_format import SavedAdapter, base_copies, fitted_shapes
 from topwork.common.errors import AdapterError
 from topwork.export.lowered import missing_layers
 from topwork.export.readers import FEATURES, Action, Reader, Verdict
@@ -135,7 +136,7 @@ def _own_parts(saved: SavedAdapter, bare: Bare) -> Parts:
 
 
 def _base_copies(saved: SavedAdapter) -> set[str]:
-    return {key for key in saved.tensors if ".base_layer." in key}
+    return set(base_copies(saved))
 
 
 def _finding(name: str, found: str, reader: Reader, model_type: str) -> Finding:
@@ -203,9 +204,14 @@ def _grown(saved: SavedAdapter, bare: Bare) -> str:
 
 def _of_parts(parts: Parts, bare: Bare, reader: Reader, factor: int) -> dict[str, str]:
     """What shows where it goes into the base; folding makes ranks `factor` times what they are."""
-    lora = {path: part for path, part in parts.items() if isinstance(part, Lora | EmbeddingLora)}
-    if not lora:
-        return {}
+    inside = [path for path, part in parts.items() if isinstance(part, ExpertsLora | RouterLora)]
+    told = {"parameters": f"{inside[0]} and {len(inside) - 1} more" if len(inside) > 1 else inside[0]} if inside else {}
+    lora = {path: part for path, part in parts.items() if isinstance(part, Lora | EmbeddingLora) and path not in inside}
+    return told | _of_lora(lora, bare, reader, factor) if lora else told
+
+
+def _of_lora(lora: Mapping[str, Lora | EmbeddingLora], bare: Bare, reader: Reader, factor: int) -> dict[str, str]:
+    """Of A and B at linear layers and embeddings."""
     found, ranks = {}, sorted({factor * _rank(part) for part in lora.values()})
     if len(ranks) > 1:
         found["unequal_ranks"] = f"{ranks[0]} to {ranks[-1]}"

@@ -21,6 +21,7 @@ from topwork.adapters.method import Bare
 from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
+from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import AdapterModule
@@ -143,6 +144,7 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
         parts = LazyParts(bare, saved, stored)
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
+            _refuse_parameters(path, part)
     except AdapterError as error:
         raise AdapterError(f"{label}: {error}") from error
     shapes = parts.shapes
@@ -175,6 +177,14 @@ def _rank(part: AdapterModule) -> int | None:
     if isinstance(part, Lora):
         return part.lora_A.shape[0]
     return part.lora_embedding_A.shape[0] if isinstance(part, EmbeddingLora) else None
+
+
+def _refuse_parameters(path: str, part: AdapterModule) -> None:
+    if isinstance(part, ExpertsLora | RouterLora):
+        raise AdapterError(
+            f"it adapts parameters of {path} (target_parameters), experts or their router, which have no delta of one "
+            f"matrix; {_INSTEAD}"
+        )
 
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:

@@ -16,30 +16,41 @@ from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
+from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.methods.lora.parameters import ParameterTarget, ending_names, with_parameters
 from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
+from topwork.adapters.seen import seen_base
 from topwork.adapters.targets import matching
 from topwork.common.errors import AdapterError
+from topwork.quantization.kinds import holds_experts
 from topwork.quantization.linear import QuantizedLinear
 
 
 def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
-    """LoRA in every target, with DoRA's lengths, or begun from the base's weights; and trained tokens."""
-    targets, tokens = lora_places(bare.seen, config)
+    """LoRA in every target, with DoRA's lengths, or begun from the base's weights; in raw parameters; and trained
+    tokens."""
+    places = lora_places(bare.seen, config)
+    tokens = places.tokens
 
     def at(target: Target) -> Planned:
         return Planned(lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)))
 
-    plan = {target.path: at(target) for target in targets}
+    def inside(path: str, parameters: Sequence[ParameterTarget]) -> Planned:
+        trained = sum(size for parameter in parameters for size in parameter.sizes)
+        return Planned(lambda: _inside(bare.modules[path], config, parameters), trained)
+
+    plan = {target.path: at(target) for target in places.targets}
+    plan |= {path: inside(path, parameters) for path, parameters in places.by_module().items()}
     return plan if tokens is None else plan | _token_plan(tokens, config.trainable_token_indices or [])
 
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
     inputs, outputs = target.inputs, target.outputs
-    scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+    scaling = _scaling(config, target.r, target.alpha)
     if target.is_embedding:
         return EmbeddingLora(inputs, outputs, target.r, scaling)
     init, dropout = config.init_lora_weights, config.lora_dropout
@@ -49,6 +60,21 @@ def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
         return FromWeight(inputs, outputs, target.r, scaling, dropout, init)
     kind = Dora if config.use_dora else Lora
     return kind(inputs, outputs, target.r, scaling, dropout, init == "gaussian")
+
+
+def _inside(module: nn.Module, config: LoraConfig, parameters: Sequence[ParameterTarget]) -> AdapterModule:
+    """The part at a module of experts, or at a router."""
+    gaussian = config.init_lora_weights == "gaussian"
+    scalings = [_scaling(config, one.r, one.alpha) for one in parameters]
+    first = parameters[0]
+    if first.matrix.experts == 1 and not holds_experts(module):
+        return RouterLora(first.matrix.inputs, first.matrix.outputs, first.r, scalings[0], gaussian=gaussian)
+    shapes, ranks = [tuple(one.matrix) for one in parameters], [one.r for one in parameters]
+    return ExpertsLora(shapes, ranks, scalings, bool(module.is_transposed), gaussian)
+
+
+def _scaling(config: LoraConfig, r: int, alpha: float) -> float:
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def _original(bare: Bare) -> Original:
@@ -74,15 +100,20 @@ def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
 
 
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
-    config, modules = adapter.config, adapter.modules
-    targets = [path for path, part in adapter.parts.items() if isinstance(part, Lora | EmbeddingLora)]
-    written = _written_targets(config, targets, modules)
+    modules = adapter.modules
+    seen = seen_base(modules, None, None, adapter.base_config)
+    config = with_parameters(seen, adapter.config)
+    raw = _raw_parameters(adapter)
+    targets = [path for path in adapter.parts if path not in raw and _is_lora(adapter.parts[path])]
+    written = _written_targets(adapter.config, config, targets, modules)
     by_path = written == sorted(targets)  # the list is the choice; PEFT would choose among it once more
     return {
         **peft_keys("LORA"),
         **{field: getattr(config, field) for field in LORA_FIELDS},
         **_ranks(config),
         "target_modules": written,
+        "target_parameters": sorted_or_none(_written_parameters(raw, modules)),
+        "lora_dropout": 0.0 if raw else config.lora_dropout,  # PEFT refuses any beside parameters, which train without
         "layers_to_transform": None if by_path else config.layers_to_transform,
         "layers_pattern": None if by_path else config.layers_pattern,
         "modules_to_save": sorted_or_none(config.modules_to_save),
@@ -91,6 +122,17 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
         "init_lora_weights": config.init_lora_weights if config.init_lora_weights == "gaussian" else True,
         "lora_bias": False,
     }
+
+
+def _is_lora(part: AdapterModule) -> bool:
+    return isinstance(part, Lora | EmbeddingLora)
+
+
+def _raw_parameters(adapter: Grafted[LoraConfig]) -> dict[str, tuple[str, ...]]:
+    """By the paths of modules that are no linear layers: their parameters that have an A and a B."""
+    parts = adapter.parts.items()
+    routers = {path: ("weight",) for path, part in parts if isinstance(part, RouterLora)}
+    return routers | {path: part.names for path, part in parts if isinstance(part, ExpertsLora)}
 
 
 def _ranks(config: LoraConfig) -> dict[str, Any]:
@@ -106,15 +148,25 @@ def _ranks(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _written_targets(config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
-    """all-linear is written out, as names where the names alone say it. PEFT takes no layers beside a regular
-    expression: whole paths then."""
-    if isinstance(config.target_modules, list):
-        return sorted(config.target_modules)
-    if config.target_modules != "all-linear":
-        return sorted(paths) if config.layers_to_transform is not None else config.target_modules
+def _written_targets(
+    asked: LoraConfig, config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module]
+) -> str | list[str]:
+    """all-linear is written out, as names where the names alone say it, and so is an expression that means experts too
+    (`config` then says other than was `asked`). PEFT takes no layers beside a regular expression: whole paths then."""
+    if isinstance(config.target_modules, list) and isinstance(asked.target_modules, list):
+        weights = [path for path in paths if matching([f"{path}.weight"], config.target_parameters or [])]
+        return sorted({*config.target_modules, *weights})
+    if asked.target_modules != "all-linear" and config.target_modules == asked.target_modules:
+        return sorted(paths) if config.layers_to_transform is not None else asked.target_modules
     names = sorted({path.rpartition(".")[2] for path in paths})
     return names if set(matching(modules, names)) == set(paths) else sorted(paths)
+
+
+def _written_parameters(raw: Mapping[str, Sequence[str]], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of raw parameters by which they, and no others, are chosen."""
+    chosen = [f"{path}.{name}" for path, names in raw.items() for name in names]
+    there = [f"{path}.{name}" for path in modules for name, _ in modules[path].named_parameters(recurse=False)]
+    return ending_names(chosen, sorted(set(there) - set(chosen))) if chosen else []
 
 
 LORAPLUS_RATIO = 16

@@ -4,9 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.lora.parameters import ParameterTarget, parameter_targets, with_parameters
 from topwork.adapters.places import Places, Sizes, inputs_outputs
 from topwork.adapters.targets import find_targets, near_names
 from topwork.common.errors import AdapterError
@@ -38,33 +39,64 @@ class Tokens:
     head: str | None
 
 
+class LoraPlaces(NamedTuple):
+    """Modules that get an A and a B, raw parameters that do, and where tokens are trained."""
+
+    targets: list[Target]
+    parameters: list[ParameterTarget]
+    tokens: Tokens | None
+
+    def by_module(self) -> dict[str, list[ParameterTarget]]:
+        """The raw parameters by the paths of their modules, in the modules' own order."""
+        found: dict[str, list[ParameterTarget]] = {}
+        for parameter in self.parameters:
+            found.setdefault(parameter.module, []).append(parameter)
+        return found
+
+
 def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
-    """LoRA in every target, with DoRA's lengths; and trained tokens."""
-    targets, tokens = lora_places(base, config)
-    sizes = {target.path: target.sizes(config.use_dora) for target in targets}
+    """LoRA in every target, with DoRA's lengths; in raw parameters; and trained tokens."""
+    places = lora_places(base, config)
+    sizes: Sizes = {target.path: target.sizes(config.use_dora) for target in places.targets}
+    for path, parameters in places.by_module().items():
+        sizes[path] = tuple(size for parameter in parameters for size in parameter.sizes)
+    tokens = places.tokens
     if tokens is not None:
         sizes[tokens.path] = (len(config.trainable_token_indices or ()) * tokens.width,)
         sizes |= {tokens.head: ()} if tokens.head is not None else {}
     return sizes
 
 
-def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], Tokens | None]:
-    """Every module that gets a part. Raises AdapterError where the config does not fit the base."""
-    paths = find_targets(base, config, ("linear", "embedding"))
-    targets = _ranked(base, paths, config)
+def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
+    """All that gets a part. Raises AdapterError where the config does not fit the base."""
+    config = with_parameters(base, config)
+    raw = parameter_targets(base, config)
+    weights = [path for path, _ in raw if base.by_path[path].kind == "linear"]
+    inside = [(path, matrix) for path, matrix in raw if base.by_path[path].kind == "other"]
+    paths = find_targets(base, config, ("linear", "embedding")) if config.target_modules or not raw else []
+    _refuse_twice(set(paths) & set(weights))
+    paths += weights
+    ranks = _ranks([*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)], config)
+    targets = [_target(base, path, *ranks[path]) for path in paths]
+    parameters = [ParameterTarget(path, matrix, *ranks[f"{path}.{matrix.name}"]) for path, matrix in inside]
     _refuse_more_than_lora([target.path for target in targets if target.is_embedding], config)
     _refuse_large_ranks(targets, config)
     if config.trainable_token_indices is None:
-        return targets, None
+        return LoraPlaces(targets, parameters, None)
     path = _check_tokens(base, config.trainable_token_indices)
     tokens = Tokens(path, base.by_path[path].columns, base.head if base.tied else None)
     _refuse_both(set(paths) & {tokens.path, tokens.head})
-    return targets, tokens
+    return LoraPlaces(targets, parameters, tokens)
 
 
-def _ranked(base: Places, paths: Sequence[str], config: LoraConfig) -> list[Target]:
-    """Each path with its rank and alpha. A pattern that matches nothing would be ignored silently, and the run would
-    not be the one asked for: AdapterError."""
+def _target(base: Places, path: str, r: int, alpha: float) -> Target:
+    module = base.by_path[path]
+    return Target(path, r, alpha, *inputs_outputs(module), module.kind == "embedding")
+
+
+def _ranks(paths: Sequence[str], config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Rank and alpha at each path. A pattern that matches nothing would be ignored silently, and the run would not be
+    the one asked for: AdapterError."""
 
     patterns = {key: _ending(key) for key in (*config.rank_pattern, *config.alpha_pattern)}
 
@@ -78,16 +110,10 @@ def _ranked(base: Places, paths: Sequence[str], config: LoraConfig) -> list[Targ
         for key in pattern:
             if not any(matches(key, path) for path in paths):
                 raise AdapterError(f"{name} has {key!r}, which matches no target module{near_names(key, paths)}")
-    return [
-        Target(
-            path,
-            of(path, config.rank_pattern, config.r),
-            of(path, config.alpha_pattern, config.lora_alpha),
-            *inputs_outputs(base.by_path[path]),
-            base.by_path[path].kind == "embedding",
-        )
+    return {
+        path: (of(path, config.rank_pattern, config.r), of(path, config.alpha_pattern, config.lora_alpha))
         for path in paths
-    ]
+    }
 
 
 def _ending(key: str) -> re.Pattern[str]:
@@ -96,6 +122,13 @@ def _ending(key: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
         raise AdapterError(f"{key!r} in rank_pattern or alpha_pattern is no regular expression ({error})") from error
+
+
+def _refuse_twice(paths: Collection[str]) -> None:
+    if paths:
+        raise AdapterError(
+            f"target_parameters names {min(paths)}.weight, and target_modules chooses {min(paths)}; name it once"
+        )
 
 
 def _refuse_large_ranks(targets: Sequence[Target], config: LoraConfig) -> None:
