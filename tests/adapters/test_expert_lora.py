@@ -125,7 +125,7 @@ def test_a_fresh_one_begins_as_pefts_does() -> None:
             for name in part.names:
                 a = part.lora_A[name]
                 assert a.abs().max() <= a.shape[1] ** -0.5
-                assert abs(float(a.std()) * (3 * a.shape[1]) ** 0.5 - 1) < 0.1
+                assert abs(float(a.detach().std()) * (3 * a.shape[1]) ** 0.5 - 1) < 0.1
                 assert not part.lora_B[name].any()
 
 
@@ -267,9 +267,9 @@ def test_dropout_is_left_to_the_linear_layers(tmp_path: Path) -> None:
     adapters = added(base, a=config({**ALL, "lora_dropout": 0.3}))
     write_adapter(tmp_path, adapters, "a", HERE)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0
+    expected = ours(base)
     adapters.train("a")
-    batch = learning_batch(sequences(), "a")
-    assert not torch.equal(logits(base, batch), ours(base))
+    assert relative(logits(base, learning_batch(sequences(), "a")), expected) > 1e-3
     adapters.train("a", False)
     assert relative(theirs(PeftModel.from_pretrained(tiny_model("mixtral"), tmp_path)), ours(base)) < LOGITS_APART
 

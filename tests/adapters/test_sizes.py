@@ -27,7 +27,7 @@ from topwork.models.structures.table import FAMILIES
 from topwork.plan.count import targets_of
 
 SETS = ("q,v", "q,k,v,o", "mlp", "all-linear")
-NO_PREFIX, NO_IA3 = {"deepseek_v3"}, {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}
+NO_PREFIX, NO_IA3 = {"deepseek_v3"}, {"mixtral", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3"}
 """Families that are refused by name: keys and values that are not of one shape, and no last layer of an MLP."""
 
 

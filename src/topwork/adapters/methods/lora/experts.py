@@ -109,3 +109,7 @@ class RouterLora(Lora):
 
     def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> None:  # noqa: ARG002
         return None
+
+    def freeze(self, base_layer: nn.Module, dtype: torch.dtype) -> None:
+        """A and B stay in fp32, in which the sum is made."""
+        AdapterModule.freeze(self, base_layer, dtype)

@@ -1,9 +1,10 @@
 """Raw parameters that LoRA goes into, `target_parameters`: experts' matrices, a router's weight. Chosen as PEFT chooses
 them. Free of torch.
 
-Where a family's experts were modules of their own before transformers 5, PEFT (0.21, in
-utils/transformers_weight_conversion) takes their old names among `target_modules`, and `all-linear`, for the tensors that hold them now. Gate and up, which
-became one matrix, then have twice the rank and twice the alpha, so that a LoRA of each fits in.
+Where a family's experts were modules of their own before transformers 5, PEFT (0.21,
+utils/transformers_weight_conversion.py) takes their old names among `target_modules`, and `all-linear`, for the tensors
+that hold them now. Gate and up, which became one matrix, then have twice the rank and twice the alpha, so that a LoRA
+of each fits in.
 """
 
 import re
