@@ -124,14 +124,14 @@ class _Experts(torch.autograd.Function):
         y = _biased(sorted_products(h, experts.last, rows.stops), experts.last_bias, rows)
         last = _add(h, [terms.last for terms in adapters], rows, y)
         shared = (y * weights.reshape(-1, 1)[rows.order])[rows.places]
-        ctx.experts, ctx.adapters, ctx.rows = experts, adapters, rows
-        ctx.save_for_backward(x, weights, u, first, last, *learned)
+        ctx.experts, ctx.adapters, ctx.stops, ctx.runs = experts, adapters, rows.stops, rows.runs
+        ctx.save_for_backward(x, weights, u, first, last, *rows[:4], *learned)
         return shared.view(*weights.shape, -1).sum(1).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        x, weights, u, first, last = ctx.saved_tensors[:5]
-        experts, adapters, rows = ctx.experts, ctx.adapters, ctx.rows
+        x, weights, u, first, last, *by_row = ctx.saved_tensors[:9]
+        experts, adapters, rows = ctx.experts, ctx.adapters, _Sorted(*by_row, ctx.stops, ctx.runs)
         share = weights.reshape(-1, 1)[rows.order]
         given = dout.index_select(0, rows.tokens)
         q = sorted_products(given, experts.last.transpose(1, 2), rows.stops)

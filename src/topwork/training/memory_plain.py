@@ -77,7 +77,7 @@ def experts(layer: Layer, tokens: int) -> Need:
     count = int(config.get("num_experts") or config.get("num_local_experts") or 1)
     passing = tokens * e * (STANDING * f + 3 * k * d)
     if ranks := _expert_ranks(layer):
-        held = tokens * (e * (2 * f + 2 * d) + 8 * 5 * k + 4 * k + 4 * count + 4)
+        held = tokens * (e * (2 * f + d) + 8 * 5 * k + 4 * k + 4 * count + 4)
         return Need(tokens * e * (d + k * ranks), held, 0, 0, passing)
     width = EXPERTS.get(layer.setup.structure.family, 3)
     kept = tokens * (e * (width * f + k * d + k) + 8 * 4 * k + 4 * count + 4)
