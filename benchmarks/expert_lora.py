@@ -24,8 +24,8 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
     "vocab_size": 4096, "max_position_embeddings": 512, "norm_topk_prob": True,
 }  # fmt: skip
-RANK = {"r": 8, "lora_alpha": 16}
-TARGETS = {
+RANK: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+TARGETS: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }  # fmt: skip
@@ -61,7 +61,7 @@ class Arm:
         from topwork.adapters.graft import Adapters
         from topwork.models.load import as_base
 
-        self.base = as_base(model_of(dtype), None, "random", lambda _: None)
+        self.base = as_base(model_of(dtype), None, "random", lambda _: None)  # type: ignore[arg-type]
         adapters = Adapters(self.base.module)
         adapters.add("a", AdapterConfig(**RANK, **TARGETS))
         return list(adapters.parameters("a").values())

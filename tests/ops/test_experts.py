@@ -32,8 +32,9 @@ GATES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 def frozen(gate: str, bias: bool) -> Experts:
     function, width = GATES[gate]
     first, last = torch.randn(E, width, D).transpose(1, 2), torch.randn(E, INNER, D)  # one each way round
-    biases = (torch.randn(E, width), torch.randn(E, D)) if bias else (None, None)
-    return Experts(first / 3, last / 3, *biases, function)
+    if not bias:
+        return Experts(first / 3, last / 3, None, None, function)
+    return Experts(first / 3, last / 3, torch.randn(E, width), torch.randn(E, D), function)
 
 
 def term(inputs: int, outputs: int, r: int) -> ExpertTerm:

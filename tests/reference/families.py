@@ -178,7 +178,8 @@ def _adapter_difference(base: Base, theirs: PreTrainedModel, batch: Batch, parts
 
 
 def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> dict[str, Tensor]:
-    merged, modules = {}, bare_modules(base.module)
+    merged: dict[str, Tensor] = {}
+    modules = bare_modules(base.module)
     for path, part in adapters.parts("a").items():
         own = theirs.get_submodule(path)
         if isinstance(part, ExpertsLora):
@@ -186,7 +187,9 @@ def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> 
             continue
         assert isinstance(part, Lora)
         delta = part.scaling * (part.lora_B @ part.lora_A)
-        merged[f"{path}.weight"] = own.weight + (delta.T if isinstance(modules[path], Conv1D) else delta)
+        merged[f"{path}.weight"] = own.get_parameter("weight") + (
+            delta.T if isinstance(modules[path], Conv1D) else delta
+        )
     return merged
 
 

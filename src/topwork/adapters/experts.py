@@ -22,9 +22,7 @@ class AdaptedExperts(AdaptedLayer):
             return found
         self.check_rows(batch.segments, len(x))
         names = sorted({s.adapter for s in batch.segments if s.adapter is not None and s.adapter in self.adapters})
-        numbers = torch.tensor(
-            [names.index(s.adapter) if s.adapter in names else len(names) for s in batch.segments]  # type: ignore[arg-type]
-        )
+        numbers = torch.tensor([names.index(s.adapter) if s.adapter in names else len(names) for s in batch.segments])
         lengths = torch.tensor([s.stop - s.start for s in batch.segments])
         by_token = numbers.repeat_interleave(lengths).to(x.device)
         terms = [self._terms(self.part(name)) for name in names]  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
         if isinstance(layer.base_layer, PackedModule) or isinstance(part, ModuleCopy | TiedHead):
             continue
         for name in raw_parameters(part) or ("weight",):
-            dtype = layer.base_layer.get_parameter(name).dtype  # type: ignore[operator, union-attr]
+            dtype = layer.base_layer.get_parameter(name).dtype  # type: ignore[union-attr]
             if dtype not in MERGEABLE:
                 raise AdapterError(
                     f"{path} holds its {name} as {str(dtype).removeprefix('torch.')}, and an adapter is "

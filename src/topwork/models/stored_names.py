@@ -119,6 +119,8 @@ class _Renaming:
         """Where a key's tensor stands in what is made of it; None where that is not put together of whole pieces: each
         expert's in its place, and gate above up (transformers: MergeModulelist of dim 0, Concatenate of dim 1)."""
         _, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.own)
+        if pattern is None:
+            return None
         converter = self._converter(pattern)
         merge, *rest = converter.operations
         stacks = type(merge) is MergeModulelist and merge.dim == 0

@@ -130,8 +130,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        x, weights, u, first, last, *by_row = ctx.saved_tensors[:9]
-        experts, adapters, rows = ctx.experts, ctx.adapters, _Sorted(*by_row, ctx.stops, ctx.runs)
+        x, weights, u, first, last, order, places, tokens, chosen = ctx.saved_tensors[:9]
+        experts, adapters, rows = ctx.experts, ctx.adapters, _Sorted(order, places, tokens, chosen, ctx.stops, ctx.runs)
         share = weights.reshape(-1, 1)[rows.order]
         given = dout.index_select(0, rows.tokens)
         q = sorted_products(given, experts.last.transpose(1, 2), rows.stops)

@@ -168,16 +168,17 @@ def _lines(product: Product) -> Tensor:
     def one(x: Tensor) -> Tensor:
         return x.data_ptr() + experts * (x.stride(0) * x.element_size())
 
+    columns: list[Tensor | int]
     if isinstance(product, RunOuter):
-        columns = (
+        columns = [
             row(left), 1, left.stride(0), row(right), right.stride(0), 1, one(out), out.stride(1), 1,
             left.shape[1], right.shape[1], counts, *kinds, 0,
-        )  # fmt: skip
+        ]  # fmt: skip
     else:
-        columns = (
+        columns = [
             row(left), left.stride(0), 1, one(right), *_sides(right), row(out), out.stride(0), 1,
             counts, right.shape[2], right.shape[1], *kinds, product.beta,
-        )  # fmt: skip
+        ]  # fmt: skip
     lines = torch.empty(len(starts), len(columns), dtype=torch.int64)
     for at, value in enumerate(columns):
         lines[:, at] = value

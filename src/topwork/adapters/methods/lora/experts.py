@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import AdapterModule, hold_in, path_seed
+from topwork.common.kinds import Matrix
 from topwork.ops.experts import ExpertTerm
 
 
@@ -30,10 +31,10 @@ class ExpertsLora(AdapterModule):
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[str, int, int, int]], ranks: Sequence[int], scalings: Sequence[float],
+        self, shapes: Sequence[Matrix], ranks: Sequence[int], scalings: Sequence[float],
         transposed: bool, gaussian: bool = False,
     ) -> None:  # fmt: skip
-        """shapes: (name, experts, inputs, outputs) of each parameter; `transposed` where it is held as [E, in, out]."""
+        """`transposed` where the parameters are held as [E, in, out]."""
         super().__init__()
         self.names = tuple(shape[0] for shape in shapes)
         self.merges = self.names
@@ -72,7 +73,7 @@ class ExpertsLora(AdapterModule):
             hold_in(parameter, base_layer, dtype)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        found = {}
+        found: dict[str, nn.Parameter] = {}
         for depth, name in enumerate(reversed(self.names)):
             inner = "base_layer." * depth
             found |= {f"{inner}lora_A.weight": self.lora_A[name], f"{inner}lora_B.weight": self.lora_B[name]}

@@ -69,8 +69,8 @@ def _inside(module: nn.Module, config: LoraConfig, parameters: Sequence[Paramete
     first = parameters[0]
     if first.matrix.experts == 1 and not holds_experts(module):
         return RouterLora(first.matrix.inputs, first.matrix.outputs, first.r, scalings[0], gaussian=gaussian)
-    shapes, ranks = [tuple(one.matrix) for one in parameters], [one.r for one in parameters]
-    return ExpertsLora(shapes, ranks, scalings, bool(module.is_transposed), gaussian)
+    matrices, ranks = [one.matrix for one in parameters], [one.r for one in parameters]
+    return ExpertsLora(matrices, ranks, scalings, bool(module.is_transposed), gaussian)
 
 
 def _scaling(config: LoraConfig, r: int, alpha: float) -> float:
