@@ -17,6 +17,7 @@ from topwork.adapters.methods.lora.experts import ExpertsLora
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdaptedLayer, AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
+from topwork.adapters.settling import begun
 from topwork.common.errors import AdapterError
 from topwork.quantization.kinds import holds_experts
 
@@ -48,6 +49,7 @@ class Adapters:
         """
         self.check_name(name)
         bare = self.bare()
+        config = begun(bare.seen, config)
         plan = plan_on(bare, config, self.methods)
         _refuse_nested(plan, adapted_layers(self.model))
         self.put(name, config, fresh_parts(bare, plan, seed))

@@ -48,6 +48,11 @@ class ExpertsLora(AdapterModule):
             name: nn.Parameter(torch.zeros(outputs, r * held)) for r, (name, held, _, outputs) in zip(ranks, shapes)
         })  # fmt: skip
 
+    @property
+    def setting(self) -> tuple[float, ...]:
+        """The scales."""
+        return self.scalings
+
     @torch.no_grad()
     def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         """Draw A, zero B."""

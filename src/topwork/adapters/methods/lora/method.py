@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from topwork.adapters.config import LoraConfig
+from topwork.adapters.config import PEFT_TARGETS, LoraConfig
 from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
@@ -20,11 +20,12 @@ from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.methods.lora.parameters import ParameterTarget, ending_names, with_parameters
+from topwork.adapters.methods.lora.patterns import without_overlaps
 from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
 from topwork.adapters.seen import seen_base
-from topwork.adapters.targets import matching
+from topwork.adapters.targets import ALL_LINEAR, listed, matching
 from topwork.common.errors import AdapterError
 from topwork.quantization.kinds import holds_experts
 from topwork.quantization.linear import QuantizedLinear
@@ -37,11 +38,15 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
     tokens = places.tokens
 
     def at(target: Target) -> Planned:
-        return Planned(lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)))
+        return Planned(
+            lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)), _scaling(config, target)
+        )
 
     def inside(path: str, parameters: Sequence[ParameterTarget]) -> Planned:
         trained = sum(size for parameter in parameters for size in parameter.sizes)
-        return Planned(lambda: _inside(bare.modules[path], config, parameters), trained)
+        scalings = tuple(_scaling(config, one) for one in parameters)
+        setting = scalings if holds_experts(bare.modules[path]) else scalings[0]
+        return Planned(lambda: _inside(bare.modules[path], config, parameters), trained, setting)
 
     plan = {target.path: at(target) for target in places.targets}
     plan |= {path: inside(path, parameters) for path, parameters in places.by_module().items()}
@@ -50,7 +55,7 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
     inputs, outputs = target.inputs, target.outputs
-    scaling = _scaling(config, target.r, target.alpha)
+    scaling = _scaling(config, target)
     if target.is_embedding:
         return EmbeddingLora(inputs, outputs, target.r, scaling)
     init, dropout = config.init_lora_weights, config.lora_dropout
@@ -65,16 +70,16 @@ def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
 def _inside(module: nn.Module, config: LoraConfig, parameters: Sequence[ParameterTarget]) -> AdapterModule:
     """The part at a module of experts, or at a router."""
     gaussian = config.init_lora_weights == "gaussian"
-    scalings = [_scaling(config, one.r, one.alpha) for one in parameters]
+    scalings = [_scaling(config, one) for one in parameters]
     first = parameters[0]
-    if first.matrix.experts == 1 and not holds_experts(module):
+    if not holds_experts(module):
         return RouterLora(first.matrix.inputs, first.matrix.outputs, first.r, scalings[0], gaussian=gaussian)
     matrices, ranks = [one.matrix for one in parameters], [one.r for one in parameters]
     return ExpertsLora(matrices, ranks, scalings, bool(module.is_transposed), gaussian)
 
 
-def _scaling(config: LoraConfig, r: int, alpha: float) -> float:
-    return alpha / (math.sqrt(r) if config.use_rslora else r)
+def _scaling(config: LoraConfig, target: Target | ParameterTarget) -> float:
+    return target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
 
 
 def _original(bare: Bare) -> Original:
@@ -95,8 +100,9 @@ def _original(bare: Bare) -> Original:
 def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
     """Trained rows of the embedding, which a head tied to it shares."""
     rows = cache(lambda: TrainedTokens(indices, tokens.width))  # one part, which the head's looks at
-    plan = {tokens.path: Planned(rows, len(indices) * tokens.width)}
-    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0)}
+    own = tuple(indices)
+    plan = {tokens.path: Planned(rows, len(own) * tokens.width, own)}
+    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0, own)}
 
 
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     return {
         **peft_keys("LORA"),
         **{field: getattr(config, field) for field in LORA_FIELDS},
-        **_ranks(config),
+        **_ranks(config, [*targets, *(f"{path}.{name}" for path, names in raw.items() for name in names)]),
         "target_modules": written,
         "target_parameters": sorted_or_none(_written_parameters(raw, modules)),
         "lora_dropout": 0.0 if raw else config.lora_dropout,  # PEFT refuses any beside parameters, which train without
@@ -135,29 +141,34 @@ def _raw_parameters(adapter: Grafted[LoraConfig]) -> dict[str, tuple[str, ...]]:
     return routers | {path: part.names for path, part in parts if isinstance(part, ExpertsLora)}
 
 
-def _ranks(config: LoraConfig) -> dict[str, Any]:
+def _ranks(config: LoraConfig, targets: Sequence[str]) -> dict[str, Any]:
     """Ranks and alphas of what is in the file: twice the rank with the same scale, where the base lacks a part."""
     twice = config.init_lora_weights in PAIRS
     alphas = (math.sqrt(2) if config.use_rslora else 2) if twice else 1
     ranks = 2 if twice else 1
+    rank_pattern = without_overlaps(config.rank_pattern, targets, config.r)
+    alpha_pattern = without_overlaps(config.alpha_pattern, targets, config.lora_alpha)
     return {
         "r": ranks * config.r,
-        "rank_pattern": {key: ranks * r for key, r in config.rank_pattern.items()},
+        "rank_pattern": {key: ranks * r for key, r in rank_pattern.items()},
         "lora_alpha": alphas * config.lora_alpha,
-        "alpha_pattern": {key: alphas * alpha for key, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {key: alphas * alpha for key, alpha in alpha_pattern.items()},
     }
 
 
 def _written_targets(
     asked: LoraConfig, config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module]
 ) -> str | list[str]:
-    """all-linear is written out, as names where the names alone say it, and so is an expression that means experts too
-    (`config` then says other than was `asked`). PEFT takes no layers beside a regular expression: whole paths then."""
-    if isinstance(config.target_modules, list) and isinstance(asked.target_modules, list):
-        weights = [path for path in paths if matching([f"{path}.weight"], config.target_parameters or [])]
-        return sorted({*config.target_modules, *weights})
-    if asked.target_modules != "all-linear" and config.target_modules == asked.target_modules:
-        return sorted(paths) if config.layers_to_transform is not None else asked.target_modules
+    """all-linear is written out, as names where the names alone say it, and so are what PEFT takes by the family and an
+    expression that means experts too (`config` then says other than was `asked`). PEFT takes no layers beside a regular
+    expression: whole paths then."""
+    if asked.target_modules not in (ALL_LINEAR, PEFT_TARGETS):
+        named = listed(modules, config.target_modules)
+        if isinstance(named, str):
+            return sorted(paths) if config.layers_to_transform is not None else named
+        if isinstance(listed(modules, asked.target_modules), list):
+            weights = [path for path in paths if matching([f"{path}.weight"], config.target_parameters or [])]
+            return sorted({*named, *weights})
     names = sorted({path.rpartition(".")[2] for path in paths})
     return names if set(matching(modules, names)) == set(paths) else sorted(paths)
 

@@ -58,8 +58,7 @@ def parameter_targets(base: Places, config: LoraConfig) -> list[tuple[str, Matri
 
     Raises AdapterError for a name that matches none, and for what LoRA is no plain product at.
     """
-    names = config.target_parameters or ()
-    there = {f"{path}.{matrix.name}": (path, matrix) for path, matrix in _matrices(base)}
+    names, there = config.target_parameters or (), parameter_paths(base)
     for name in names:
         if not matching(there, [name]):
             near = near_names(name, [key for key in there if base.by_path[there[key][0]].kind == "other"] or there)
@@ -72,6 +71,12 @@ def parameter_targets(base: Places, config: LoraConfig) -> list[tuple[str, Matri
     if other:
         _refuse_more_than_lora(other[0], base, config)
     return found
+
+
+def parameter_paths(base: Places) -> dict[str, tuple[str, Matrix]]:
+    """The path of each parameter that LoRA can go into -> its module's, and what it is."""
+    held = [(path, matrix) for path, module in base.by_path.items() for matrix in matrices_at(module)]
+    return {f"{path}.{matrix.name}": (path, matrix) for path, matrix in held}
 
 
 def matrices_at(module: Module) -> tuple[Matrix, ...]:
@@ -155,10 +160,6 @@ def _refuse_more_than_lora(path: str, base: Places, config: LoraConfig) -> None:
         f"parameter of experts or their router, which takes plain LoRA (in PEFT too; all-linear means it in some "
         f"families); name layers instead: target_modules: [{', '.join(names)}]"
     )
-
-
-def _matrices(base: Places) -> list[tuple[str, Matrix]]:
-    return [(path, matrix) for path, module in base.by_path.items() for matrix in matrices_at(module)]
 
 
 def _told(base: Places) -> str:

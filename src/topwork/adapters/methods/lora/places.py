@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from topwork.adapters.config import LoraConfig
 from topwork.adapters.methods.lora.parameters import ParameterTarget, parameter_targets, with_parameters
 from topwork.adapters.places import Places, Sizes, inputs_outputs
-from topwork.adapters.targets import find_targets, near_names
+from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
+from topwork.common.kinds import Matrix
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,7 @@ def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
 def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
     """All that gets a part. Raises AdapterError where the config does not fit the base."""
     config = with_parameters(base, config)
-    raw = parameter_targets(base, config)
-    weights = [path for path, _ in raw if base.by_path[path].kind == "linear"]
-    inside = [(path, matrix) for path, matrix in raw if base.by_path[path].kind == "other"]
-    paths = find_targets(base, config, ("linear", "embedding")) if config.target_modules or not raw else []
-    _refuse_twice(set(paths) & set(weights))
-    paths += weights
+    paths, inside = _chosen(base, config)
     ranks = _ranks([*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)], config)
     targets = [_target(base, path, *ranks[path]) for path in paths]
     parameters = [ParameterTarget(path, matrix, *ranks[f"{path}.{matrix.name}"]) for path, matrix in inside]
@@ -89,6 +85,22 @@ def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
     return LoraPlaces(targets, parameters, tokens)
 
 
+def ranked_paths(base: Places, config: LoraConfig) -> list[str]:
+    """Paths of all modules and raw parameters that have a rank. Raises AdapterError as `lora_places` does."""
+    paths, inside = _chosen(base, with_parameters(base, config))
+    return [*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)]
+
+
+def _chosen(base: Places, config: LoraConfig) -> tuple[list[str], list[tuple[str, Matrix]]]:
+    """Paths of linear layers and embeddings, and of other modules with the parameters that are adapted in them."""
+    raw = parameter_targets(base, config)
+    weights = [path for path, _ in raw if base.by_path[path].kind == "linear"]
+    inside = [(path, matrix) for path, matrix in raw if base.by_path[path].kind == "other"]
+    paths = find_targets(base, config, ("linear", "embedding")) if config.target_modules or not raw else []
+    _refuse_twice(set(paths) & set(weights))
+    return [*paths, *weights], inside
+
+
 def _target(base: Places, path: str, r: int, alpha: float) -> Target:
     module = base.by_path[path]
     return Target(path, r, alpha, *inputs_outputs(module), module.kind == "embedding")
@@ -97,23 +109,29 @@ def _target(base: Places, path: str, r: int, alpha: float) -> Target:
 def _ranks(paths: Sequence[str], config: LoraConfig) -> dict[str, tuple[int, float]]:
     """Rank and alpha at each path. A pattern that matches nothing would be ignored silently, and the run would not be
     the one asked for: AdapterError."""
-
-    patterns = {key: _ending(key) for key in (*config.rank_pattern, *config.alpha_pattern)}
-
-    def matches(key: str, path: str) -> bool:
-        return patterns[key].match(path) is not None
-
-    def of(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-        return next((value for key, value in pattern.items() if matches(key, path)), default)
-
-    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    ranks, alphas = keys_of(config.rank_pattern, paths), keys_of(config.alpha_pattern, paths)
+    for name, pattern, keys in (
+        ("rank_pattern", config.rank_pattern, ranks), ("alpha_pattern", config.alpha_pattern, alphas)
+    ):  # fmt: skip
+        matched = {key for found in keys.values() for key in found}
         for key in pattern:
-            if not any(matches(key, path) for path in paths):
+            if key not in matched:
                 raise AdapterError(f"{name} has {key!r}, which matches no target module{near_names(key, paths)}")
     return {
-        path: (of(path, config.rank_pattern, config.r), of(path, config.alpha_pattern, config.lora_alpha))
+        path: (
+            config.rank_pattern[ranks[path][0]] if ranks[path] else config.r,
+            config.alpha_pattern[alphas[path][0]] if alphas[path] else config.lora_alpha,
+        )
         for path in paths
     }
+
+
+def keys_of(pattern: Mapping[str, Any], paths: Sequence[str]) -> dict[str, list[str]]:
+    """For each path the keys of `rank_pattern` or `alpha_pattern` that match it, in their order: the first one counts.
+    Raises AdapterError for a key that is no regular expression."""
+    # most keys are names or paths, of which the last part tells at once that they don't match
+    tries = [(key, key.rpartition(".")[2] if PLAIN.fullmatch(key) else "", _ending(key)) for key in pattern]
+    return {path: [key for key, tail, regex in tries if path.endswith(tail) and regex.match(path)] for path in paths}
 
 
 def _ending(key: str) -> re.Pattern[str]:
