@@ -248,6 +248,8 @@ def test_what_cannot_be_is_named() -> None:
     told = refused("mixtral", use_dora=True)
     assert "use_dora goes into linear layers" in told
     assert "[k_proj, o_proj, q_proj, v_proj]" in told
+    told = refused("gpt_oss", target_modules=["q_proj", "gate_up_proj"])
+    assert "a parameter here (model.layers.0.mlp.experts.gate_up_proj)" in told
     assert "pissa" in refused("qwen3_moe", init_lora_weights="pissa")
     assert "w1, which mixtral holds in one parameter with w3" in refused("mixtral", target_modules=["w1", "q_proj"])
     told = refused("llama", target_modules=["q_proj"], target_parameters=["q_proj.weight"])

@@ -73,6 +73,19 @@ def parameter_targets(base: Places, config: LoraConfig) -> list[tuple[str, Matri
     return found
 
 
+def refuse_parameters_as_modules(base: Places, config: LoraConfig) -> None:
+    """Raises AdapterError where `target_modules` names what is a parameter of experts."""
+    names = config.target_modules if isinstance(config.target_modules, list) else []
+    there = [key for key, (path, _) in parameter_paths(base).items() if base.by_path[path].kind == "other"]
+    for name in names:
+        found = matching(there, [name])
+        if found and not matching(base.by_path, [name]):
+            raise AdapterError(
+                f"target_modules names {name!r}, which is a parameter here ({found[0]}) and no module; name it in "
+                "target_parameters"
+            )
+
+
 def parameter_paths(base: Places) -> dict[str, tuple[str, Matrix]]:
     """The path of each parameter that LoRA can go into -> its module's, and what it is."""
     held = [(path, matrix) for path, module in base.by_path.items() for matrix in matrices_at(module)]

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from topwork.adapters.config import LoraConfig
-from topwork.adapters.methods.lora.parameters import ParameterTarget, parameter_targets, with_parameters
+from topwork.adapters.methods.lora.parameters import (
+    ParameterTarget,
+    parameter_targets,
+    refuse_parameters_as_modules,
+    with_parameters,
+)
 from topwork.adapters.places import Places, Sizes, inputs_outputs
 from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
@@ -94,6 +99,7 @@ def ranked_paths(base: Places, config: LoraConfig) -> list[str]:
 def _chosen(base: Places, config: LoraConfig) -> tuple[list[str], list[tuple[str, Matrix]]]:
     """Paths of linear layers and embeddings, and of other modules with the parameters that are adapted in them."""
     raw = parameter_targets(base, config)
+    refuse_parameters_as_modules(base, config)
     weights = [path for path, _ in raw if base.by_path[path].kind == "linear"]
     inside = [(path, matrix) for path, matrix in raw if base.by_path[path].kind == "other"]
     paths = find_targets(base, config, ("linear", "embedding")) if config.target_modules or not raw else []
