@@ -81,9 +81,6 @@ ROWS: dict[str, Row] = {
     "head lora": Row(lora(target_modules=["lm_head"], lora_dropout=0.2)),
     "head lora, tied": Row(lora(target_modules=["lm_head", "q_proj"]), values={"tie_word_embeddings": True}),
     "experts of mixtral and their router": Row(lora(), "mixtral"),
-    "experts of qwen3_moe, the last matrices": Row(
-        lora(target_modules=[], target_parameters=["experts.down_proj"], use_rslora=True), "qwen3_moe"
-    ),
     "experts of gpt_oss": Row(
         lora(
             target_modules=["q_proj"],
