@@ -3,10 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.lora.bias_places import biases_at, other_biases
 from topwork.adapters.methods.lora.parameters import (
     ParameterTarget,
     parameter_targets,
@@ -22,7 +23,7 @@ from topwork.common.kinds import Matrix
 @dataclass(frozen=True)
 class Target:
     """One module that gets an A and a B: its path, its rank and its alpha, its inputs and outputs (an embedding's
-    entries and width)."""
+    entries and width), and the names of the biases that are trained with it."""
 
     path: str
     r: int
@@ -30,10 +31,12 @@ class Target:
     inputs: int
     outputs: int
     is_embedding: bool
+    biases: tuple[str, ...] = ()
 
     def sizes(self, lengths: bool) -> tuple[int, ...]:
-        """Of A and B, and of DoRA's `lengths`."""
-        return (self.r * self.inputs, self.r * self.outputs, *((self.outputs,) if lengths else ()))
+        """Of A and B, of DoRA's `lengths`, and of biases."""
+        vectors = (1 if lengths else 0) + len(self.biases)
+        return (self.r * self.inputs, self.r * self.outputs, *[self.outputs] * vectors)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class LoraPlaces(NamedTuple):
 
 
 def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
-    """LoRA in every target, with DoRA's lengths; in raw parameters; and trained tokens."""
+    """LoRA in every target, with DoRA's lengths and biases; in raw parameters; and trained tokens."""
     places = lora_places(base, config)
     sizes: Sizes = {target.path: target.sizes(config.use_dora) for target in places.targets}
     for path, parameters in places.by_module().items():
@@ -70,7 +73,7 @@ def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
     if tokens is not None:
         sizes[tokens.path] = (len(config.trainable_token_indices or ()) * tokens.width,)
         sizes |= {tokens.head: ()} if tokens.head is not None else {}
-    return sizes
+    return sizes | {path: base.by_path[path].tensors[-1:] for path in other_biases(base, config, sizes)}
 
 
 def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
@@ -79,6 +82,7 @@ def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
     paths, inside = _chosen(base, config)
     ranks = _ranks([*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)], config)
     targets = [_target(base, path, *ranks[path]) for path in paths]
+    targets = [replace(at, biases=biases_at(base.by_path[at.path], config)) for at in targets]
     parameters = [ParameterTarget(path, matrix, *ranks[f"{path}.{matrix.name}"]) for path, matrix in inside]
     _refuse_more_than_lora([target.path for target in targets if target.is_embedding], config)
     _refuse_large_ranks(targets, config)
