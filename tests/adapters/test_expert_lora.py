@@ -30,6 +30,7 @@ from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.parameters import OLD_NAMES, told_of_experts
 from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, write_adapter
 from topwork.common.errors import AdapterError
+from topwork.merging.changes import changes_of
 from topwork.models.base import Base
 from topwork.ops.batch import Segment, batch_of
 
@@ -304,3 +305,12 @@ def test_experts_cannot_be_saved_whole_and_a_router_can() -> None:
     assert relative(ours(base), before) < LOGITS_APART
     randomise(adapters, "a")
     assert relative(ours(base), before) > 1e-3
+
+
+def test_what_has_no_delta_of_one_matrix_is_not_combined(tmp_path: Path) -> None:
+    base = tiny_base("mixtral")
+    adapters = added(base, a=config(BOTH))
+    write_adapter(tmp_path, adapters, "a", HERE)
+    bare = adapters.bare()
+    with pytest.raises(AdapterError, match=r"one: it adapts parameters of .*experts \(target_parameters\)"):
+        changes_of("one", read_adapter(tmp_path), bare, lambda name: base.module.get_parameter(name))
