@@ -29,6 +29,7 @@ COMMANDS = {
     "beside_lora": "beside_lora.py",
     "checkpointing": "checkpointing.py",
     "combine_error": "combine_error.py",
+    "expert_lora": "expert_lora.py",
     "combine_tasks": "combine_tasks.py",
     "combine_tasks_unmixed": "combine_tasks.py --so-far (as of 4d5468f: no general rows among the tasks')",
     "container_memory": "container_memory.py --limits 1350,1200,1000,900 --addresses 2200 --data 900 --steps 1 "

@@ -86,6 +86,15 @@ ROWS: dict[str, Row] = {
     "embedding lora, tied": Row(lora(target_modules=["embed_tokens"]), "gemma3_text", {"tie_word_embeddings": True}),
     "head lora": Row(lora(target_modules=["lm_head"], lora_dropout=0.2)),
     "head lora, tied": Row(lora(target_modules=["lm_head", "q_proj"]), values={"tie_word_embeddings": True}),
+    "experts of mixtral and their router": Row(lora(), "mixtral"),
+    "experts of gpt_oss": Row(
+        lora(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 3},
+        ),
+        "gpt_oss",
+    ),
     "trained tokens": Row(lora(trainable_token_indices=[7, 5, 98])),
     "trained tokens of both ends": Row(lora(trainable_token_indices={"embed_tokens": [7, 5], "lm_head": [98, 7, 40]})),
     "trained tokens, tied": Row(

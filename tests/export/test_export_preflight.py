@@ -86,6 +86,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
     "tied_lora": ({"target_modules": ["lm_head", "q_proj"]}, TIED, None),
     # vLLM #2847: {1, 8, … 512}; LoRAX's kernels end at 128
     "large_rank": ({"r": 513, "target_modules": ["q_proj"]}, {}, None),
+    # vLLM #41384, #52194, SGLang #25528
+    "parameters": ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, {}, None),
     "ia3": ({"method": "ia3"}, {}, None),
     "bitfit": ({"method": "bitfit"}, {}, None),
     "full": ({"method": "full"}, {}, None),
@@ -97,7 +99,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
 }  # fmt: skip
 """Feature -> an adapter that has it, its base, and what is changed in its folder. One of ours beside quantized_base,
 which is no matter of the folder."""
-FAMILY = {"bitfit": "gpt2", "biases": "gpt2"}
+FAMILY = {"bitfit": "gpt2", "biases": "gpt2", "parameters": "mixtral"}
 
 
 def made(folder: Path, feature: str) -> tuple[SavedAdapter, Bare]:
@@ -272,7 +274,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
-        ({"target_parameters": ["experts"]}, "target_parameters"), ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "LOHA"}, "LOHA"),
     ],
 )  # fmt: skip
 def test_what_nobody_here_reads_is_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters, bare_modules
+from topwork.adapters.methods.lora.experts import ExpertsLora
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.common.seeds import hashed
 from topwork.models.base import Base
@@ -211,13 +213,28 @@ def _adapter_difference(base: Base, theirs: PreTrainedModel, batch: Batch, parts
 
 
 def _merged_weights(base: Base, theirs: PreTrainedModel, adapters: Adapters) -> dict[str, Tensor]:
-    merged, modules = {}, bare_modules(base.module)
+    merged: dict[str, Tensor] = {}
+    modules = bare_modules(base.module)
     for path, part in adapters.parts("a").items():
+        own = theirs.get_submodule(path)
+        if isinstance(part, ExpertsLora):
+            merged |= {f"{path}.{name}": own.get_parameter(name) + expert_delta(part, name) for name in part.names}
+            continue
         assert isinstance(part, Lora)
         delta = part.scaling * (part.lora_B @ part.lora_A)
-        weight = theirs.get_submodule(path).weight
-        merged[f"{path}.weight"] = weight + (delta if isinstance(modules[path], torch.nn.Linear) else delta.T)
+        merged[f"{path}.weight"] = own.get_parameter("weight") + (
+            delta.T if isinstance(modules[path], Conv1D) else delta
+        )
     return merged
+
+
+def expert_delta(part: ExpertsLora, name: str) -> Tensor:
+    """What a LoRA adds to an experts' parameter, as it is held; by PEFT's formula (ParamWrapper.get_delta_weight)."""
+    a, b = part.lora_A[name], part.lora_B[name]
+    a, b = a.reshape(part.experts, -1, a.shape[-1]), b.reshape(len(b), -1, part.experts)
+    return part.scalings[part.names.index(name)] * torch.einsum(
+        "o r e, e r i -> e i o" if part.transposed else "o r e, e r i -> e o i", b, a
+    )
 
 
 def _their_logprobs(

@@ -165,6 +165,10 @@ class LoraConfig(Saving, Targeted):
     """The update is scaled by lora_alpha / r (with rsLoRA by lora_alpha / sqrt(r))."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
+    target_parameters: list[str] | None = None
+    """Raw parameters that get a LoRA beside `target_modules`, by whole paths or endings: `experts.gate_up_proj`,
+    `experts.down_proj`, a router's `gate.weight`. Where PEFT's `all-linear` means experts too (Mixtral, Qwen3-MoE,
+    OLMoE, DeepSeek …), so does ours. They train without dropout. `target_modules: []` leaves all modules out."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Other ranks for some modules: {name ending or regular expression: r}. Of several that match one module the first
     counts."""

@@ -61,7 +61,9 @@ def _named(config: AdapterConfig) -> tuple[list[str], list[str]]:
     """The names and the regular expressions of modules in an adapter's options."""
     names: list[str] = []
     patterns: list[str] = []
-    for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
+    for field in (
+        "target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save",
+    ):  # fmt: skip
         value = getattr(config, field, None)
         (patterns if isinstance(value, str) else names).extend([value] if isinstance(value, str) else value or ())
     layers = getattr(config, "layers_pattern", None)

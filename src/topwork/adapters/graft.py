@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.experts import AdaptedExperts
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
 from topwork.adapters.method import Bare, Method, Original, Plan
+from topwork.adapters.methods.lora.experts import ExpertsLora
 from topwork.adapters.methods.table import METHODS
-from topwork.adapters.module import AdaptedLayer
+from topwork.adapters.module import AdaptedLayer, AdapterModule
+from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.settling import begun
 from topwork.common.errors import AdapterError
+from topwork.quantization.kinds import holds_experts
 
 
 class Adapters:
@@ -56,9 +60,10 @@ class Adapters:
         grafted then."""
         self.check_name(name)
         _refuse_nested(parts, adapted_layers(self.model))
+        self._refuse_whole_experts(parts)
         self.configs[name] = config
         for path, part in parts.items():
-            self._wrapped(path).adapters[name] = part
+            self._wrapped(path, part).adapters[name] = part
 
     def bare(self) -> Bare:
         """The base as if nothing were grafted; what is planned and made on it stays right whatever is."""
@@ -126,14 +131,24 @@ class Adapters:
             for part, mode in before:
                 part.train(mode)
 
-    def _wrapped(self, path: str) -> AdaptedLayer:
+    def _wrapped(self, path: str, part: AdapterModule) -> AdaptedLayer:
         module = self.model.get_submodule(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = AdaptedLayer(module, path)
+        kind = AdaptedExperts if isinstance(part, ExpertsLora) else AdaptedLayer
+        layer = kind(module, path)
         layer.train(False)
         _replace(self.model, path, layer)
         return layer
+
+    def _refuse_whole_experts(self, parts: Parts) -> None:
+        for path, part in parts.items():
+            module = self.model.get_submodule(path) if isinstance(part, ModuleCopy) else None
+            if module is not None and holds_experts(getattr(module, "base_layer", module)):
+                raise AdapterError(
+                    f"modules_to_save chooses {path}, all experts of a layer, which no copy can stand for: rows reach "
+                    "it with what routes them; adapt them with target_parameters"
+                )
 
     def _known(self, name: str) -> None:
         if name not in self.configs:

@@ -99,6 +99,16 @@ class AdapterModule(nn.Module):
         """
         raise AdapterError(f"{type(self).__name__} cannot be merged into a weight")
 
+    def merged_parameter(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """A parameter of a module that is no linear layer and no embedding, of those that `merges` names, in fp32 with
+        this part in it, laid out as it is held; it is written into `value`."""
+        raise AdapterError(f"{type(self).__name__} cannot be merged into {name}")
+
+    def merged_piece(self, name: str, value: Tensor, expert: int, part: int) -> Tensor:  # noqa: ARG002
+        """The same of the matrix of one expert [out, in], or of the `part` of its rows that value holds: so many above
+        it as it has itself for each part before."""
+        raise AdapterError(f"{type(self).__name__} cannot be merged into {name}")
+
 
 class AdaptedLayer(nn.Module):
     """A module of the base, held once, and by name the part that each adapter has there."""
@@ -158,6 +168,8 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
+        if isinstance(y, tuple):
+            return self._routed(y, x.flatten(0, -2))  # type: ignore[return-value]
         if x.dim() == 4:
             return self._by_head(y, x)
         lead = x.shape if x.dtype in (torch.int64, torch.int32) else x.shape[:-1]
@@ -189,18 +201,36 @@ class AdaptedLayer(nn.Module):
         found = self._by_segment(by_row, y.flatten(0, 2), x.flatten(0, 2)).view(y.shape)
         return found.transpose(1, 2) if heads_first else found
 
+    def _routed(self, y: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """A router, which gives several tensors of each row; its parts do as well."""
+        segments = current_batch().of_rows(len(x)).segments
+        if not self._touched(segments):
+            return y
+        self.check_rows(segments, len(x))
+        found: list[tuple[Tensor, ...]] = []
+        for segment in segments:
+            rows, part = slice(segment.start, segment.stop), self.part(segment.adapter)
+            own = tuple(tensor[rows] for tensor in y)
+            found.append(own if part is None else part.forward(own[0], x[rows], self.base_layer))  # type: ignore[arg-type]
+        return tuple(torch.cat(parts) for parts in zip(*found)) if len(found) > 1 else found[0]
+
     def _touched(self, segments: Sequence[Segment]) -> bool:
         return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)
+
+    @staticmethod
+    def check_rows(segments: Sequence[Segment], count: int) -> None:
+        """AdapterError where a layer is not given all of the batch's tokens."""
+        if segments[-1].stop != count:
+            raise AdapterError(
+                f"an adapted layer was given {count} of the batch's {segments[-1].stop} tokens: this model "
+                "routes tokens past it (experts), and no adapter can go there; leave such layers out with "
+                "exclude_modules"
+            )
 
     def _by_segment(self, batch: Batch, y: Tensor, x: Tensor) -> Tensor:
         """y [T, ...] with each segment's rows passed through its adapter's part."""
         segments = batch.segments
-        if segments[-1].stop != y.shape[0]:
-            raise AdapterError(
-                f"an adapted layer was given {y.shape[0]} of the batch's {segments[-1].stop} tokens: this model "
-                "routes tokens past it (experts), and no adapter can go there; leave such layers out with "
-                "exclude_modules"
-            )
+        self.check_rows(segments, y.shape[0])
         rows = [y[segment.start : segment.stop] for segment in segments] if len(segments) > 1 else [y]
         for at, segment in enumerate(segments):
             if (part := self.part(segment.adapter)) is not None:

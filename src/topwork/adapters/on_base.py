@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topwork.adapters.config import PEFT_TARGETS, AdapterConfig, LoraConfig, Saving
 from topwork.adapters.grown_rows import rows_by_path, with_grown_rows
+from topwork.adapters.joined_experts import with_joined_experts
 from topwork.adapters.method import Bare
 from topwork.adapters.names import on_modules, split_name
 from topwork.adapters.other_weights import as_whole, can_be_whole
@@ -57,6 +58,7 @@ def placed_on(
     """
     refuse_unusable(tensors, called)
     named, moved = on_modules(tensors, bare.modules)
+    named = with_joined_experts(bare.seen, named)
     _refuse_other_heads(named, bare, called)
     if isinstance(config, Saving) and (found := grown(named, bare)) is not None:
         raise AdapterError(_told_grown(found, called))

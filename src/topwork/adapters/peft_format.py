@@ -19,6 +19,7 @@ from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, plan_on, state_of
 from topwork.adapters.graft import Adapters
+from topwork.adapters.joined_experts import with_joined_experts
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.names import on_modules, own_names
@@ -144,6 +145,7 @@ def settle(saved: SavedAdapter, bare: Bare) -> SavedAdapter:
     """An adapter read from disk as it is meant in this base (`settling.py`), with notes of what its config names that
     is not there. Raises AdapterError where no module is left for it, or where its tensors have other ranks."""
     named, moved = on_modules(saved.tensors, bare.modules)
+    named = with_joined_experts(bare.seen, named)
     config, notes = settled_on(bare, saved.config, named, moved, str(saved.path))
     return replace(saved, config=config, tensors=named, notes=_once(saved.notes, notes))
 

@@ -7,7 +7,7 @@ memory. What is chosen and counted in either is chosen and counted by the same f
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from topwork.common.kinds import Kind
+from topwork.common.kinds import Kind, Matrix
 
 Sizes = dict[str, tuple[int, ...]]
 """By the path of the module where a part goes: how many values each of its trained tensors has."""
@@ -34,6 +34,8 @@ class Module(Protocol):
     def attends(self) -> bool: ...
     @property
     def by_row(self) -> bool: ...
+    @property
+    def matrices(self) -> tuple[Matrix, ...]: ...
 
 
 class Places(Protocol):

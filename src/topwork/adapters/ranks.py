@@ -25,7 +25,14 @@ def refuse_other_ranks(base: Places, config: AdapterConfig, tensors: Mapping[str
     if not isinstance(config, LoraConfig):
         return
     wrong: list[tuple[str, int, int]] = []
-    for target in lora_places(base, config)[0]:
+    places = lora_places(base, config)
+    for module, parameters in places.by_module().items():
+        for depth, own in enumerate(reversed(parameters)):
+            tensor = tensors.get(f"{module}.{'base_layer.' * depth}lora_A.weight")
+            rows = own.r if tensor is None or len(tensor.shape) != 2 else tensor.shape[0] // own.matrix.experts
+            if rows not in (0, own.r):
+                wrong.append((f"{module}.{own.matrix.name}", own.r, rows))
+    for target in places.targets:
         keys = {f"{target.path}.{name}": axis for name, axis in RANK_AXIS.items()}
         found = [(tuple(tensors[key].shape), axis) for key, axis in keys.items() if key in tensors]
         ranks = {shape[axis] for shape, axis in found if len(shape) == 2 and 0 not in shape}

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from topwork.common.kinds import Kind
+from topwork.common.kinds import Kind, Matrix
 from topwork.common.text_part import part_around, reads_text
-from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
+from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of, matrices_of
 from topwork.quantization.linear import PackedModule
 
 
@@ -51,6 +51,11 @@ class Seen:
     def by_row(self) -> bool:
         """Whether it has parameters, no modules inside, and takes every token's row by itself."""
         return any(True for _ in self.module.parameters(recurse=False)) and is_by_row(self.module)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Of experts and routers: those of its parameters that rows are multiplied with."""
+        return matrices_of(self.module)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from topwork.adapters.config import (
     LoraConfig,
     Targeted,
 )
-from topwork.adapters.methods.lora.places import keys_of
+from topwork.adapters.methods.lora.parameters import parameter_paths, with_parameters
+from topwork.adapters.methods.lora.places import keys_of, ranked_paths
 from topwork.adapters.peft_targets import BY_METHOD
 from topwork.adapters.places import Places
 from topwork.adapters.targets import (
-    choose_modules,
     free_modules,
     idle_names,
     is_layer,
@@ -52,7 +52,9 @@ def settled(
     Raises AdapterError where no module is left that an adapter could go into.
     """
     notes: list[str] = []
-    for step in (_targets, _excluded, _layers, _saved, _feedforward, _patterns):
+    if isinstance(config, LoraConfig):
+        config = with_parameters(base, config)
+    for step in (_parameters, _targets, _excluded, _layers, _saved, _feedforward, _patterns):
         change, told = step(base, config, held)
         if change:
             config = config.model_copy(update=change)
@@ -70,6 +72,13 @@ _BEHIND = re.compile(r"\.(lora_|ia3_l|base_layer\.).*$")
 """What PEFT writes behind a module's path, where it is more than a parameter's name."""
 
 
+def _parameters(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:  # noqa: ARG001
+    if not isinstance(config, LoraConfig) or not config.target_parameters:
+        return {}, []
+    names = config.target_parameters
+    return _without("target_parameters", names, idle_names(list(parameter_paths(base)), names), None)
+
+
 def _targets(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:
     if not isinstance(config, Targeted):
         return {}, []
@@ -82,7 +91,8 @@ def _targets(base: Places, config: AdapterConfig, held: Collection[str]) -> Chan
         return {"target_modules": there}, [told]
     if not isinstance(names, list):
         return {}, []
-    return _without("target_modules", names, idle_names([*base.by_path, *held], names), names)
+    inside = isinstance(config, LoraConfig) and config.target_parameters
+    return _without("target_modules", names, idle_names([*base.by_path, *held], names), [] if inside else names)
 
 
 def _excluded(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:  # noqa: ARG001
@@ -96,7 +106,7 @@ def _excluded(base: Places, config: AdapterConfig, held: Collection[str]) -> Cha
 
 
 def _layers(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:  # noqa: ARG001
-    if not isinstance(config, Targeted) or config.targets == OWN_TARGETS:
+    if not isinstance(config, Targeted) or config.targets in (OWN_TARGETS, []):
         return {}, []
     if config.layers_to_transform is None:
         told = f"layers_pattern {config.layers_pattern!r} says nothing without layers_to_transform"
@@ -131,7 +141,7 @@ def _feedforward(base: Places, config: AdapterConfig, held: Collection[str]) -> 
 def _patterns(base: Places, config: AdapterConfig, held: Collection[str]) -> Change:  # noqa: ARG001
     if not isinstance(config, LoraConfig) or not (config.rank_pattern or config.alpha_pattern):
         return {}, []
-    paths = choose_modules(base, config)
+    paths = ranked_paths(base, config)
     change: dict[str, Any] = {}
     notes: list[str] = []
     for field in ("rank_pattern", "alpha_pattern"):

@@ -3,7 +3,7 @@ unseen, and what is done about it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -20,6 +20,7 @@ from topwork.adapters.methods.bitfit import Bias
 from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
+from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import PAIRS
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.names import on_modules
@@ -201,12 +202,17 @@ def _begins_from_base(saved: SavedAdapter) -> bool:
 
 def _of_parts(parts: Parts, bare: Bare, reader: Reader, factor: int) -> dict[str, str]:
     """What shows where it goes into the base; folding makes ranks `factor` times what they are."""
-    lora = {path: part for path, part in parts.items() if isinstance(part, Lora | EmbeddingLora)}
-    if not lora:
-        return {}
+    inside = [path for path, part in parts.items() if isinstance(part, ExpertsLora | RouterLora)]
+    told = {"parameters": f"{inside[0]} and {len(inside) - 1} more" if len(inside) > 1 else inside[0]} if inside else {}
+    lora = {path: part for path, part in parts.items() if isinstance(part, Lora | EmbeddingLora) and path not in inside}
+    if biased := [path for path, part in parts.items() if isinstance(part, BiasedLora | Bias)] if lora else []:
+        told["biases"] = f"at {len(biased)} modules, {biased[0]} the first"
+    return told | _of_lora(lora, bare, reader, factor) if lora else told
+
+
+def _of_lora(lora: Mapping[str, Lora | EmbeddingLora], bare: Bare, reader: Reader, factor: int) -> dict[str, str]:
+    """Of A and B at linear layers and embeddings."""
     found, ranks = {}, sorted({factor * _rank(part) for part in lora.values()})
-    if biased := [path for path, part in parts.items() if isinstance(part, BiasedLora | Bias)]:
-        found["biases"] = f"at {len(biased)} modules, {biased[0]} the first"
     if len(ranks) > 1:
         found["unequal_ranks"] = f"{ranks[0]} to {ranks[-1]}"
     if reader.most is not None and ranks[-1] > reader.most:

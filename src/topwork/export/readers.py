@@ -36,6 +36,7 @@ FEATURES: dict[str, str] = {
     "head_lora": "LoRA at the head",
     "tied_lora": "LoRA at a head or embedding that are tied",
     "large_rank": "a large rank",
+    "parameters": "LoRA of experts or their router (target_parameters)",
     "ia3": "IA3",
     "bitfit": "BitFit",
     "full": "full fine-tuning",
@@ -99,6 +100,7 @@ def _by_action(actions: Mapping[Action, str], unseen: Mapping[str, str]) -> dict
 
 _SCALES = "scales every module by lora_alpha / r of the config"
 _UNKNOWN = "knows LoRA alone"
+_EXPERTS = "is given A and B of linear layers alone"
 _ALWAYS = {
     "prefix": "has no place for learned keys and values before the text",
     "prompt": "has no place for learned embeddings before the text",
@@ -122,8 +124,8 @@ PEFT = Reader(
     _by_action(
         {
             "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora biases "
-                    "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 prefix prompt "
-                    "quantized_base",
+                    "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank parameters ia3 "
+                    "prefix prompt quantized_base",
             "folded": "beginning",
             "merge instead": "bitfit full",
             "refused": "grown_vocabulary not_finite",
@@ -145,7 +147,8 @@ VLLM = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base",
-            "merge instead": "dora biases modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full",
+            "merge instead": "dora biases modules_to_save trained_tokens tied_lora large_rank parameters ia3 bitfit "
+                             "full",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -158,6 +161,7 @@ VLLM = Reader(
             "trained_tokens": "refuses tensors that it does not expect",
             "tied_lora": "has one module for both, so that an update of one would reach the other",
             "large_rank": "takes no rank over 512",
+            "parameters": "overlooks or refuses what PEFT writes of them (#41384, #52194)",
             "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
         },
     ),
@@ -168,7 +172,7 @@ _PLAIN_LORA: dict[Action, str] = {
     "padded": "unequal_ranks",
     "expanded": "regex_targets",
     "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-    "merge instead": "dora biases modules_to_save trained_tokens tied_lora ia3 bitfit full",
+    "merge instead": "dora biases modules_to_save trained_tokens tied_lora parameters ia3 bitfit full",
     "refused": "prefix prompt grown_vocabulary not_finite",
 }
 """What is done for a reader of A and B at linear layers, embedding and head, at any rank and one scale."""
@@ -180,7 +184,8 @@ SGLANG = Reader(
             "rslora": _SCALES, "alpha_pattern": _SCALES, "unequal_ranks": _SCALES, "beginning": _BEGINNING,
             "regex_targets": "reads names alone", "dora": "refuses it",
             "modules_to_save": "overlooks whole modules", "trained_tokens": "overlooks them",
-            "tied_lora": "has one weight for both", "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "tied_lora": "has one weight for both", "parameters": "does not know what PEFT calls them (#25528)",
+            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
         },
     ),
 )  # fmt: skip
@@ -192,8 +197,8 @@ LORAX = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets some_layers",
             "kept": "quantized_base head_lora",
-            "merge instead": "dora biases modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 "
-                             "bitfit full",
+            "merge instead": "dora biases modules_to_save trained_tokens embedding_lora tied_lora large_rank "
+                             "parameters ia3 bitfit full",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -203,7 +208,7 @@ LORAX = Reader(
             "dora": "drops the magnitudes", "modules_to_save": "overlooks whole modules",
             "trained_tokens": "overlooks them", "embedding_lora": "overlooks it",
             "tied_lora": "overlooks it at the embedding", "large_rank": "has no kernel for ranks over 128",
-            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "parameters": _EXPERTS, "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
         },
     ),
     ranks=(8, 16, 32, 64, 128), most=128, whole_layers=True,
@@ -217,8 +222,8 @@ _LLAMA_CPP = _by_action(
         "dora": "has no place for magnitudes", "biases": "has no place for them",
         "modules_to_save": "has no place for whole modules",
         "trained_tokens": "has no place for rows",
-        "tied_lora": "has no output.weight, and one tensor for both", "ia3": _UNKNOWN, "bitfit": _UNKNOWN,
-        "full": _UNKNOWN,
+        "tied_lora": "has no output.weight, and one tensor for both", "parameters": _EXPERTS, "ia3": _UNKNOWN,
+        "bitfit": _UNKNOWN, "full": _UNKNOWN,
     },
 )  # fmt: skip
 ADAPTER_TYPES = ("f32", "f16", "bf16")
@@ -234,7 +239,7 @@ _MERGED = _by_action(
     {
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
                   "quantized_base dora biases modules_to_save trained_tokens embedding_lora head_lora tied_lora "
-                  "large_rank ia3 bitfit full",
+                  "large_rank parameters ia3 bitfit full",
         "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS,

@@ -23,6 +23,7 @@ from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, HeadTokens, TrainedTokens
+from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.methods.lora.token_places import token_places
@@ -140,6 +141,7 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
             _refuse_head_rows(path, part)
+            _refuse_parameters(path, part)
     except AdapterError as error:
         raise AdapterError(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
     config, shapes = parts.config, parts.shapes
@@ -179,6 +181,14 @@ def _refuse_head_rows(path: str, part: AdapterModule) -> None:
     if isinstance(part, HeadTokens):
         raise AdapterError(
             f"it trained some tokens' rows of {path}, a head of its own, which are not combined; {_INSTEAD}"
+        )
+
+
+def _refuse_parameters(path: str, part: AdapterModule) -> None:
+    if isinstance(part, ExpertsLora | RouterLora):
+        raise AdapterError(
+            f"it adapts parameters of {path} (target_parameters), experts or their router, which have no delta of one "
+            f"matrix; {_INSTEAD}"
         )
 
 

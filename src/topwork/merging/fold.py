@@ -16,6 +16,7 @@ from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import RunError
+from topwork.models.stored_names import Piece
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,6 +25,20 @@ def folded(part: AdapterModule, weight: Tensor, bias: Tensor | None) -> tuple[Te
     """A module's weight [out, in] (an embedding's [V, d]) in fp32, or more, and its bias with a part in them. Raises
     AdapterError for a part that cannot be merged."""
     return part.merged(weight.to(torch.promote_types(weight.dtype, torch.float32)), bias)
+
+
+def folded_parameter(part: AdapterModule, name: str, value: Tensor, piece: Piece | None = None) -> Tensor:
+    """A parameter of experts or of another module that is no linear layer, in fp32 with a part in it, a tensor of its
+    own; laid out as it is held. Of a `piece` of it, as files may have it, the same."""
+    exact = value.to(torch.float32, copy=True)
+    if piece is None:
+        return part.merged_parameter(name, exact)
+    return part.merged_piece(name, exact, piece.expert, piece.part)
+
+
+def raw_parameters(part: AdapterModule) -> list[str]:
+    """What `folded_parameter` is for, of a part."""
+    return [name for name in part.merges if name not in ("weight", "bias")]
 
 
 def keeps_tie(

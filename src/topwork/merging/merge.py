@@ -21,7 +21,7 @@ from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_folder
-from topwork.merging.fold import MERGEABLE, as_stored, folded, keeps_tie
+from topwork.merging.fold import MERGEABLE, as_stored, folded, folded_parameter, keeps_tie, raw_parameters
 from topwork.models.base import Base
 from topwork.models.writing import write_model
 from topwork.quantization.linear import PackedModule, packed_modules
@@ -46,6 +46,8 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
         own = base.module.get_submodule(path).base_layer
         if isinstance(part, ModuleCopy | TiedHead):
             replaced[path] = part.replacement(own)  # type: ignore[arg-type]
+        elif names := raw_parameters(part):
+            _fold_parameters(path, own, part, names)  # type: ignore[arg-type]
         else:
             _fold(base.module, path, own, part)  # type: ignore[arg-type]
     adapters.remove(name)
@@ -87,11 +89,13 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
             part.merged(layer.weight, None)  # type: ignore[arg-type]  # AdapterError
         if isinstance(layer.base_layer, PackedModule) or isinstance(part, ModuleCopy | TiedHead):
             continue
-        if layer.weight.dtype not in MERGEABLE:
-            raise AdapterError(
-                f"{path} holds its weight as {str(layer.weight.dtype).removeprefix('torch.')}, and an adapter is "
-                "merged into a 16- or 32-bit base; load it with model.dtype: bfloat16 or float32"
-            )
+        for name in raw_parameters(part) or ("weight",):
+            dtype = layer.base_layer.get_parameter(name).dtype  # type: ignore[union-attr]
+            if dtype not in MERGEABLE:
+                raise AdapterError(
+                    f"{path} holds its {name} as {str(dtype).removeprefix('torch.')}, and an adapter is "
+                    "merged into a 16- or 32-bit base; load it with model.dtype: bfloat16 or float32"
+                )
 
 
 @torch.no_grad()
@@ -118,6 +122,14 @@ def _fold(model: PreTrainedModel, path: str, own: nn.Module, part: AdapterModule
         weight.copy_(merged)
     if bias is not None:
         bias.copy_(whole_bias)
+
+
+@torch.no_grad()
+def _fold_parameters(path: str, own: nn.Module, part: AdapterModule, names: Sequence[str]) -> None:
+    for name in names:
+        parameter = own.get_parameter(name)
+        exact = folded_parameter(part, name, parameter.detach())
+        parameter.copy_(as_stored(f"{path}.{name}", exact, parameter.dtype))
 
 
 def _own_type(model: PreTrainedModel) -> torch.dtype:

@@ -22,7 +22,7 @@ from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
 from topwork.common.errors import AdapterError
-from topwork.merging.fold import MERGEABLE, as_stored, folded, keeps_tie
+from topwork.merging.fold import MERGEABLE, as_stored, folded, folded_parameter, keeps_tie, raw_parameters
 from topwork.merging.rounding import Rounding
 from topwork.models.lazy import LazyModel, LazyTensor, tie_as_stored
 from topwork.models.stored_names import key_for, stored_names
@@ -110,6 +110,11 @@ def _changed(
     """What a part changes, by key."""
     if isinstance(part, TiedTokens):
         return {}  # the embedding's part changes both
+    if names := raw_parameters(part):
+        made: dict[str, LazyTensor] = {}
+        for name in names:
+            made |= _changed_parameter(stored, parts, path, name, rounding)
+        return made
     module = stored.skeleton.get_submodule(path)
     if isinstance(part, ModuleCopy | TiedHead):
         fetch, kinds = _copied, list(part.state())
@@ -120,14 +125,44 @@ def _changed(
     made = {}
     for kind in kinds:
         own = stored.lazy(f"{path}.{kind}")
-        if own.dtype not in MERGEABLE:
-            raise AdapterError(
-                f"{path} is stored as {str(own.dtype).removeprefix('torch.')}, and an adapter is merged into a 16- or "
-                "32-bit base; give the 16-bit model"
-            )
+        _refuse_type(path, own)
         merged = fetch(stored, parts, path, kind, rounding)
         made[stored.key(f"{path}.{kind}")] = LazyTensor(own.shape, own.dtype, merged)
     return made
+
+
+def _changed_parameter(
+    stored: Stored, parts: LazyParts, path: str, name: str, rounding: Rounding | None
+) -> dict[str, LazyTensor]:  # fmt: skip
+    """A parameter of experts: one tensor, or in the files one for each expert, gate and up apart."""
+    full = f"{path}.{name}"
+    pieces = stored.names.pieces.get(full, ()) if full not in stored.names.keys else ()
+    own = {piece.key: stored.model.tensors[piece.key] for piece in pieces} or {stored.key(full): stored.lazy(full)}
+    for tensor in own.values():
+        _refuse_type(path, tensor)
+    places = {piece.key: piece for piece in pieces}
+
+    def fetched(key: str, tensor: LazyTensor) -> Callable[[], Tensor]:
+        @torch.no_grad()
+        def fetch() -> Tensor:
+            part, given = parts.part(path, lambda: given), tensor.fetch()
+            exact = folded_parameter(part, name, given, places.get(key))
+            found = as_stored(full, exact, tensor.dtype)
+            if rounding is not None:
+                rounding.add(key, exact, found, given)
+            return found
+
+        return fetch
+
+    return {key: LazyTensor(tensor.shape, tensor.dtype, fetched(key, tensor)) for key, tensor in own.items()}
+
+
+def _refuse_type(path: str, tensor: LazyTensor) -> None:
+    if tensor.dtype not in MERGEABLE:
+        raise AdapterError(
+            f"{path} is stored as {str(tensor.dtype).removeprefix('torch.')}, and an adapter is merged into a 16- or "
+            "32-bit base; give the 16-bit model"
+        )
 
 
 def _copied(
@@ -178,7 +213,7 @@ def _refuse_unmergeable(path: str, part: AdapterModule) -> None:
     if isinstance(part, BiasedLora):
         part.refuse_lost(path)
     without = isinstance(part, VirtualTokens) or type(part).merged is AdapterModule.merged
-    if without and not isinstance(part, ModuleCopy | TiedHead):
+    if without and not isinstance(part, ModuleCopy | TiedHead) and not raw_parameters(part):
         part.merged(torch.empty(0), None)
 
 

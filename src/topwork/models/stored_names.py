@@ -2,13 +2,20 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from topwork.common.errors import ModelError
 
@@ -17,16 +24,28 @@ class NotStoredError(ModelError):
     """A weight has no tensor of its own in a model's files: reading computes it out of others."""
 
 
+class Piece(NamedTuple):
+    """A tensor of the files that stands in a larger one: as its matrix number `expert`, among the `parts` that lie
+    under one another in each as number `part`."""
+
+    key: str
+    expert: int
+    part: int
+    parts: int
+
+
 @dataclass(frozen=True)
 class StoredNames:
     """Where a model's parameters stand in its files.
 
-    keys  a parameter's name in the model -> its key in the files, of those that are stored as they are
-    made  names of the parameters that reading computes out of the files' tensors: experts joined, weights split
+    keys    a parameter's name in the model -> its key in the files, of those that are stored as they are
+    made    names of the parameters that reading computes out of the files' tensors: experts joined, weights split
+    pieces  of those, what is made by putting pieces side by side, as experts are
     """
 
     keys: dict[str, str]
     made: frozenset[str]
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     def key(self, name: str, model: str) -> str:
         """A parameter's key. Raises NotStoredError, which calls the model by name."""
@@ -42,13 +61,17 @@ def stored_names(skeleton: PreTrainedModel, keys: Iterable[str]) -> StoredNames:
     rename = _Renaming(skeleton)
     found: dict[str, str] = {}
     made: set[str] = set()
+    pieces: dict[str, list[Piece]] = {}
     for key in keys:
         name, targets = rename(key)
         if targets:
             made |= targets
+            piece = rename.piece(key)
+            if piece is not None:
+                pieces.setdefault(name, []).append(piece)
         elif name in rename.own:
             found[name] = key
-    return StoredNames(found, frozenset(made))
+    return StoredNames(found, frozenset(made), {name: tuple(sorted(own)) for name, own in pieces.items()})
 
 
 def key_for(skeleton: PreTrainedModel, name: str, keys: Iterable[str]) -> str:
@@ -88,6 +111,27 @@ class _Renaming:
             name, pattern = rename_source_key(key, [], [], self.prefix, self.own)
         if pattern is None:
             return name, set()
-        converter = next(entry for entry in self.converters if pattern in entry.source_patterns)
+        converter = self._converter(pattern)
         first = converter.target_patterns[0]
         return name, {name.replace(first, target) for target in converter.target_patterns}
+
+    def piece(self, key: str) -> Piece | None:
+        """Where a key's tensor stands in what is made of it; None where that is not put together of whole pieces: each
+        expert's in its place, and gate above up (transformers: MergeModulelist of dim 0, Concatenate of dim 1)."""
+        _, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.own)
+        if pattern is None:
+            return None
+        converter = self._converter(pattern)
+        merge, *rest = converter.operations
+        stacks = type(merge) is MergeModulelist and merge.dim == 0
+        joins = all(type(one) is Concatenate and one.dim == 1 for one in rest) and len(rest) <= 1
+        number = re.search(r"\.experts\.(\d+)\.", key)
+        if not stacks or not joins or number is None or len(converter.target_patterns) != 1:
+            return None
+        parts = len(converter.source_patterns)
+        if parts > 1 and not rest:
+            return None
+        return Piece(key, int(number[1]), converter.source_patterns.index(pattern), parts)
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(entry for entry in self.converters if pattern in entry.source_patterns)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from topwork.common.kinds import Kind
+from topwork.common.kinds import Kind, Matrix
 from topwork.common.text_part import reads_text
 
 
@@ -23,6 +23,7 @@ class Module:
     tensors         how many values each of its own parameters has, tied ones too; a bias stands last
     attends         whether it is an attention, or holds one: it mixes tokens of a sequence
     by_row          whether it has parameters, no modules inside, and takes every token's row by itself
+    matrices        of experts and routers: those of its parameters that rows are multiplied with
     """
 
     path: str
@@ -34,6 +35,7 @@ class Module:
     tensors: tuple[int, ...] = ()
     attends: bool = False
     by_row: bool = False
+    matrices: tuple[Matrix, ...] = ()
 
     @property
     def weights(self) -> int:

@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.structure import Module, Structure
 from topwork.models.structures.values import Values, widths
 from topwork.models.text_part import text_model, text_path
-from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of
+from topwork.quantization.kinds import embedding_shape, features, is_by_row, kind_of, matrices_of
 
 
 def structure_of(model: PreTrainedModel, fast: bool) -> Structure:
@@ -55,4 +55,5 @@ def _module(path: str, module: nn.Module, attends: bool, seen: set[int]) -> Modu
         path, kind, rows, columns, sum(parameter.numel() for parameter in own),
         kind in ("linear", "norm") and isinstance(getattr(module, "bias", None), nn.Parameter),
         tuple(parameter.numel() for parameter in held), attends, bool(held) and is_by_row(module),
+        matrices_of(module),
     )  # fmt: skip

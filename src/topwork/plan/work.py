@@ -63,7 +63,7 @@ def pass_work(
     weights, head = linear_weights(base), head_weights(base)
     learning = _mean([_trains_layers(member.adapter) for member in setup.members]) if backward else 0.0
     head_learning = _mean([_trains_head(base, member.adapter) for member in setup.members]) if backward else 0.0
-    parameters = _mean([lowrank_parameters(member) for member in setup.members])
+    parameters = _mean([lowrank_parameters(member, base) for member in setup.members])
     span = shape.longest if attended is None else attended
     attention = base.layers * base.heads * base.head_dim * tokens * span
     repeated = checkpointed_layers / max(1, base.layers) if backward else 0.0
@@ -95,11 +95,15 @@ def linear_weights(base: Structure) -> float:
         module.weights for module in base.by_path.values() if module.kind == "linear" and module.path != base.head
     )
     experts = sum(module.parameters for module in base.modules if _holds_experts(module))
+    return linear + (experts * visited_share(base) if experts else 0.0)
+
+
+def visited_share(base: Structure) -> float:
+    """Of a layer's experts, how large a share a token goes through."""
     there = (
         base.config.get("num_experts") or base.config.get("num_local_experts") or base.config.get("n_routed_experts")
     )
-    visited = base.config.get("num_experts_per_tok") or 1
-    return linear + (experts * visited / there if there else 0.0)
+    return float((base.config.get("num_experts_per_tok") or 1) / there) if there else 0.0
 
 
 def head_weights(base: Structure) -> int:
@@ -112,12 +116,15 @@ def last_products(base: Structure) -> int:
     return sum(module.weights for module in base.by_path.values() if module.path.endswith(".mlp.down_proj"))
 
 
-def lowrank_parameters(member: Member) -> float:
-    """A LoRA's values, which are multiplied for every token; other methods' vectors cost no product."""
+def lowrank_parameters(member: Member, base: Structure) -> float:
+    """A LoRA's values that are multiplied for a token, of experts' those that it visits; other methods' vectors cost no
+    product."""
     if not isinstance(member.adapter, LoraConfig):
         return 0.0
     saved = member.adapter.saved_modules
-    return float(sum(sum(sizes) for path, sizes in member.sizes.items() if path.rpartition(".")[2] not in saved))
+    own = {path: sum(sizes) for path, sizes in member.sizes.items() if path.rpartition(".")[2] not in saved}
+    experts = sum(count for path, count in own.items() if path in base.by_path and _holds_experts(base.by_path[path]))
+    return sum(own.values()) - experts * (1.0 - visited_share(base)) if experts else float(sum(own.values()))
 
 
 def kept_bytes(setup: Setup) -> float:

@@ -26,7 +26,7 @@ from topwork.reporting.sweep_state import SWEEP
 INIT = "init_from"
 FREE = {INIT, "lora_dropout"}
 """Options that may be others than before: they are about training alone."""
-CHOOSING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+CHOOSING = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Options that say in other words which modules: whether they mean the same is told by the tensors, on the base."""
 CONFIG, RECIPE, ORIGIN, TEMPLATE = "adapter_config.json", "recipe.yaml", "provenance.json", "chat_template.jinja"
 BASE = "topwork.json"

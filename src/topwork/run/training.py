@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.lora.parameters import told_of_experts
 from topwork.adapters.targets import left_beside_text
 from topwork.common.errors import RequestError
 from topwork.common.files import recover_folder, write_json, write_text
@@ -164,6 +166,9 @@ def _grafted(
         counted = count_built(base.module, recipe.adapter)
         called = f"{base.name}, {name}" if several else base.name
         log(f"{called}: {counted.trainable:,} of {counted.total:,} parameters are trained ({counted.share:.2%})")
+        if isinstance(recipe.adapter, LoraConfig):
+            for line in told_of_experts(on.adapters.bare().seen, recipe.adapter):
+                log(f"{called}: {line}")
         folder = Path(recipe.output_dir)
         place = Place(on.adapters, name, base_id(base), folder, partial(own, folder))
         begin_from(place, recipe, base, log)

@@ -7,6 +7,7 @@ Of a token, in the base's type of e bytes; frozen weights keep nothing of what t
     activation       e f, or more where it is written out in Python (gelu_new: 4 e f)
     gate * up        e 2 f, and the activation's
     experts          e (3 f + k d), and numbers that say who goes where
+    adapted experts  e (2 f + d + k r), and such numbers (`ops/experts.py`)
     a part of LoRA   e in (its input, once for layers that share one; with dropout a copy each), e r, and casts of A, B
     DoRA, dropout    e out besides
     a copy           e in, and its weight in the base's type
@@ -74,9 +75,32 @@ def experts(layer: Layer, tokens: int) -> Need:
     (d, _, _, f), e, config = layer.widths, layer.setup.value_bytes, layer.setup.structure.config
     k = int(config.get("num_experts_per_tok") or 1)
     count = int(config.get("num_experts") or config.get("num_local_experts") or 1)
+    passing = tokens * e * (STANDING * f + 3 * k * d)
+    if ranks := _expert_ranks(layer):
+        held = tokens * (e * (2 * f + d) + 8 * 5 * k + 4 * k + 4 * count + 4)
+        return Need(tokens * e * (d + k * ranks), held, 0, 0, passing)
     width = EXPERTS.get(layer.setup.structure.family, 3)
     kept = tokens * (e * (width * f + k * d + k) + 8 * 4 * k + 4 * count + 4)
-    return Need(tokens * e * d, kept, 0, 0, tokens * e * (STANDING * f + 3 * k * d))
+    return Need(tokens * e * d, kept, 0, 0, passing)
+
+
+def _expert_ranks(layer: Layer) -> int:
+    """Values that A of the experts' terms make of a row at both matrices: of several members the most."""
+    held = [module for module in layer.modules.values() if any(one.experts > 1 for one in module.matrices)]
+    found = [sum(_rank_inside(module, member.sizes.get(module.path, ())) for module in held)
+             for member in layer.setup.members]  # fmt: skip
+    return max(found, default=0)
+
+
+def _rank_inside(module: Module, sizes: tuple[int, ...]) -> int:
+    """Of A and B at one matrix after the other, which stand in `sizes`."""
+    waiting, ranks = list(zip(sizes[::2], sizes[1::2])), 0
+    for matrix in module.matrices:
+        r = waiting[0][0] // (matrix.experts * matrix.inputs) if waiting else 0
+        if r and waiting[0] == (r * matrix.experts * matrix.inputs, r * matrix.experts * matrix.outputs):
+            ranks += r
+            waiting = waiting[1:]
+    return ranks
 
 
 def _norms(layer: Layer, tokens: int) -> int:

@@ -6,6 +6,7 @@ from topwork.models.structures.parts import (
     attention,
     block,
     embedding,
+    expert_matrices,
     experts,
     fused_gated,
     gated,
@@ -189,6 +190,18 @@ def qwen3_moe(c: Values) -> Node:
     return decoder(c, *_sparse(c, own, moe))
 
 
+def olmoe(c: Values) -> Node:
+    """Experts in the MLP's place, and norms over all heads of queries or keys at once."""
+    number, bias = c.size("num_experts", "num_local_experts"), c.flag("attention_bias")
+    own = attention(
+        **projections(c, bias, bias),
+        q_norm=norm(c.hidden),
+        k_norm=norm(c.hidden // c.heads * c.key_value_heads),
+    )
+    moe = block(gate=router(number, c.hidden), experts=experts(c, number, c.inner))
+    return decoder(c, block(self_attn=own, mlp=moe, **norms(c.hidden, *BEFORE)))
+
+
 def qwen2_moe(c: Values) -> Node:
     """The same with an expert that every token visits."""
     number, shared = c.size("num_experts", "num_local_experts"), c.size("shared_expert_intermediate_size")
@@ -213,7 +226,8 @@ def gpt_oss(c: Values) -> Node:
     """Sinks in the attention, and experts with biases."""
     number, inner, bias = c.size("num_local_experts", "num_experts"), c.inner, c.flag("attention_bias")
     held = (number * c.hidden * 2 * inner, number * 2 * inner, number * inner * c.hidden, number * c.hidden)
-    moe = block(router=router(number, c.hidden, True), experts=Node(tensors=held, whole=True))
+    held_experts = Node(tensors=held, whole=True, matrices=expert_matrices(c, number, inner))
+    moe = block(router=router(number, c.hidden, True), experts=held_experts)
     own = attention((c.heads,), **projections(c, bias, bias))
     return decoder(c, block(self_attn=own, mlp=moe, **norms(c.hidden, *BEFORE)))
 

@@ -1,9 +1,9 @@
 """The words that layouts are written in: a tree of named modules, in the order in which transformers registers them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from topwork.common.kinds import Kind
+from topwork.common.kinds import Kind, Matrix
 from topwork.models.structure import Module
 from topwork.models.structures.values import Values
 
@@ -21,6 +21,7 @@ class Node:
     attends: bool = False
     whole: bool = False
     layers: int = 0
+    matrices: tuple[Matrix, ...] = ()
     inside: Mapping[str, "Node"] = field(default_factory=dict)
 
 
@@ -92,12 +93,21 @@ def fused_gated(c: Values) -> Node:
 
 def experts(c: Values, number: int, inner: int) -> Node:
     """All experts' layers in two tensors."""
-    return block((number * 2 * inner * c.hidden, number * c.hidden * inner), act_fn=NOTHING)
+    return replace(
+        block((number * 2 * inner * c.hidden, number * c.hidden * inner), act_fn=NOTHING),
+        matrices=expert_matrices(c, number, inner),
+    )
+
+
+def expert_matrices(c: Values, number: int, inner: int) -> tuple[Matrix, ...]:
+    """What of all experts rows are multiplied with: gate and up together, and down."""
+    return Matrix("gate_up_proj", number, c.hidden, 2 * inner), Matrix("down_proj", number, inner, c.hidden)
 
 
 def router(number: int, width: int, bias: bool = False) -> Node:
     """What chooses a token's experts."""
-    return Node(tensors=(number * width, number) if bias else (number * width,))
+    tensors = (number * width, number) if bias else (number * width,)
+    return Node(tensors=tensors, matrices=(Matrix("weight", 1, width, number),))
 
 
 def modules_of(root: Node, tied: str | None) -> tuple[Module, ...]:
@@ -108,7 +118,7 @@ def modules_of(root: Node, tied: str | None) -> tuple[Module, ...]:
         if path:
             yield Module(
                 path, node.kind, node.rows, node.columns, sum(weights), node.bias, node.tensors, _attends(node),
-                bool(node.tensors) and not node.inside and not node.whole,
+                bool(node.tensors) and not node.inside and not node.whole, node.matrices,
             )  # fmt: skip
         for name, inner in node.inside.items():
             yield from visit(f"{path}.{name}" if path else name, inner)

@@ -83,6 +83,11 @@ FAMILIES: dict[str, Family] = {
         {**SILU, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
          "max_position_embeddings": 131072},
     ),
+    "olmoe": Family(
+        llama.olmoe, False,
+        {**SILU, "num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 2048,
+         "max_position_embeddings": 4096},
+    ),
     "qwen2_moe": Family(
         llama.qwen2_moe, False,
         {**SILU, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,

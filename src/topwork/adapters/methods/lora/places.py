@@ -3,14 +3,21 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from topwork.adapters.config import LoraConfig
 from topwork.adapters.methods.lora.bias_places import biases_at, other_biases
+from topwork.adapters.methods.lora.parameters import (
+    ParameterTarget,
+    parameter_targets,
+    refuse_parameters_as_modules,
+    with_parameters,
+)
 from topwork.adapters.methods.lora.token_places import Tokens, token_places
 from topwork.adapters.places import Places, Sizes, inputs_outputs
 from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
+from topwork.common.kinds import Matrix
 
 
 @dataclass(frozen=True)
@@ -32,31 +39,74 @@ class Target:
         return (self.r * self.inputs, self.r * self.outputs, *[self.outputs] * vectors)
 
 
+class LoraPlaces(NamedTuple):
+    """Modules that get an A and a B, raw parameters that do, and where tokens are trained."""
+
+    targets: list[Target]
+    parameters: list[ParameterTarget]
+    tokens: list[Tokens]
+
+    def by_module(self) -> dict[str, list[ParameterTarget]]:
+        """The raw parameters by the paths of their modules, in the modules' own order."""
+        found: dict[str, list[ParameterTarget]] = {}
+        for parameter in self.parameters:
+            found.setdefault(parameter.module, []).append(parameter)
+        return found
+
+
 def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
-    """LoRA in every target, with DoRA's lengths and biases; and trained tokens."""
-    targets, tokens = lora_places(base, config)
-    sizes = {target.path: target.sizes(config.use_dora) for target in targets}
-    for rows in tokens:
+    """LoRA in every target, with DoRA's lengths and biases; in raw parameters; and trained tokens."""
+    places = lora_places(base, config)
+    sizes: Sizes = {target.path: target.sizes(config.use_dora) for target in places.targets}
+    for path, parameters in places.by_module().items():
+        sizes[path] = tuple(size for parameter in parameters for size in parameter.sizes)
+    for rows in places.tokens:
         sizes[rows.path] = (len(rows.ids) * rows.width,)
         sizes |= {rows.shared: ()} if rows.shared is not None else {}
     return sizes | {path: base.by_path[path].tensors[-1:] for path in other_biases(base, config, sizes)}
 
 
-def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], list[Tokens]]:
-    """Every module that gets a part. Raises AdapterError where the config does not fit the base."""
-    paths = find_targets(base, config, ("linear", "embedding"))
-    targets = [replace(at, biases=biases_at(base.by_path[at.path], config)) for at in _ranked(base, paths, config)]
+def lora_places(base: Places, config: LoraConfig) -> LoraPlaces:
+    """All that gets a part. Raises AdapterError where the config does not fit the base."""
+    config = with_parameters(base, config)
+    paths, inside = _chosen(base, config)
+    ranks = _ranks([*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)], config)
+    targets = [_target(base, path, *ranks[path]) for path in paths]
+    targets = [replace(at, biases=biases_at(base.by_path[at.path], config)) for at in targets]
+    parameters = [ParameterTarget(path, matrix, *ranks[f"{path}.{matrix.name}"]) for path, matrix in inside]
     _refuse_more_than_lora([target.path for target in targets if target.is_embedding], config)
     _refuse_large_ranks(targets, config)
     tokens = token_places(base, config.trainable_token_indices)
     for rows in tokens:
         _refuse_both(set(paths) & {rows.path, rows.shared})
-    return targets, tokens
+    return LoraPlaces(targets, parameters, tokens)
 
 
-def _ranked(base: Places, paths: Sequence[str], config: LoraConfig) -> list[Target]:
-    """Each path with its rank and alpha. A pattern that matches nothing would be ignored silently, and the run would
-    not be the one asked for: AdapterError."""
+def ranked_paths(base: Places, config: LoraConfig) -> list[str]:
+    """Paths of all modules and raw parameters that have a rank. Raises AdapterError as `lora_places` does."""
+    paths, inside = _chosen(base, with_parameters(base, config))
+    return [*paths, *(f"{path}.{matrix.name}" for path, matrix in inside)]
+
+
+def _chosen(base: Places, config: LoraConfig) -> tuple[list[str], list[tuple[str, Matrix]]]:
+    """Paths of linear layers and embeddings, and of other modules with the parameters that are adapted in them."""
+    raw = parameter_targets(base, config)
+    refuse_parameters_as_modules(base, config)
+    weights = [path for path, _ in raw if base.by_path[path].kind == "linear"]
+    inside = [(path, matrix) for path, matrix in raw if base.by_path[path].kind == "other"]
+    paths = find_targets(base, config, ("linear", "embedding")) if config.target_modules or not raw else []
+    _refuse_twice(set(paths) & set(weights))
+    return [*paths, *weights], inside
+
+
+def _target(base: Places, path: str, r: int, alpha: float) -> Target:
+    module = base.by_path[path]
+    return Target(path, r, alpha, *inputs_outputs(module), module.kind == "embedding")
+
+
+def _ranks(paths: Sequence[str], config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Rank and alpha at each path. A pattern that matches nothing would be ignored silently, and the run would not be
+    the one asked for: AdapterError."""
     ranks, alphas = keys_of(config.rank_pattern, paths), keys_of(config.alpha_pattern, paths)
     for name, pattern, keys in (
         ("rank_pattern", config.rank_pattern, ranks), ("alpha_pattern", config.alpha_pattern, alphas)
@@ -65,16 +115,13 @@ def _ranked(base: Places, paths: Sequence[str], config: LoraConfig) -> list[Targ
         for key in pattern:
             if key not in matched:
                 raise AdapterError(f"{name} has {key!r}, which matches no target module{near_names(key, paths)}")
-    return [
-        Target(
-            path,
+    return {
+        path: (
             config.rank_pattern[ranks[path][0]] if ranks[path] else config.r,
             config.alpha_pattern[alphas[path][0]] if alphas[path] else config.lora_alpha,
-            *inputs_outputs(base.by_path[path]),
-            base.by_path[path].kind == "embedding",
         )
         for path in paths
-    ]
+    }
 
 
 def keys_of(pattern: Mapping[str, Any], paths: Sequence[str]) -> dict[str, list[str]]:
@@ -91,6 +138,13 @@ def _ending(key: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
         raise AdapterError(f"{key!r} in rank_pattern or alpha_pattern is no regular expression ({error})") from error
+
+
+def _refuse_twice(paths: Collection[str]) -> None:
+    if paths:
+        raise AdapterError(
+            f"target_parameters names {min(paths)}.weight, and target_modules chooses {min(paths)}; name it once"
+        )
 
 
 def _refuse_large_ranks(targets: Sequence[Target], config: LoraConfig) -> None:

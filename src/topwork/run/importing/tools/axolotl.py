@@ -191,7 +191,7 @@ _ADAPTER: Sequence[Key] = (
         "loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups",
         "one learning rate is for all; LoRA+'s ratio is for B",
     ),
-    *lacking("lora_target_parameters", "parameters that are no module (a mixture's experts) take no adapter here"),
+    to("lora_target_parameters", "adapter.target_parameters", names("adapter.target_parameters")),
     *lacking(
         "relora* jagged_restart* lisa_* unfrozen_parameters peft_layer_replication use_mora mora* spectrum_*",
         "it trains or restarts parts of the weights in turn, which has no equal",

@@ -119,9 +119,7 @@ def lora_config(prefix: str, r: int, alpha: float, dropout: float, needed: Any =
             f"{prefix}base_model_name_or_path {prefix}peft_type {prefix}ensure_weight_tying",
             "found by itself",
         ),
-        *lacking(
-            f"{prefix}target_parameters", "parameters that are no module (a mixture's experts) take no adapter here"
-        ),
+        to(f"{prefix}target_parameters", "adapter.target_parameters", names("adapter.target_parameters")),
         *lacking(f"{prefix}loftq_config", "adapter.init_lora_weights: loftq, over quantization.load_in_4bit"),
         *lacking(f"{prefix}*", "it has no equal; see adapter's options"),
     )
@@ -158,7 +156,7 @@ _MODEL = (
     to("lora_modules_to_save", "adapter.modules_to_save", names("adapter.modules_to_save")),
     to("use_rslora", "adapter.use_rslora", optional("adapter.use_rslora")),
     to("use_dora", "adapter.use_dora", optional("adapter.use_dora")),
-    *lacking("lora_target_parameters", "parameters that are no module (a mixture's experts) take no adapter here"),
+    to("lora_target_parameters", "adapter.target_parameters", names("adapter.target_parameters")),
     *needless("lora_task_type", "a language model is trained"),
     *needless("attn_implementation use_kernels model_init_kwargs*", KERNELS),
 )

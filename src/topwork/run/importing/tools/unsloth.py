@@ -141,7 +141,8 @@ _GRAFTED = (
         "get_peft_model.finetune_mlp_modules",
         "target_modules says which",
     ),
-    *lacking("get_peft_model.target_parameters get_peft_model.qat_scheme", "it has no equal; see adapter's options"),
+    to("get_peft_model.target_parameters", "adapter.target_parameters", names("adapter.target_parameters")),
+    *lacking("get_peft_model.qat_scheme", "it has no equal; see adapter's options"),
     *needless("get_peft_model.*", KERNELS),
 )
 
