@@ -150,7 +150,8 @@ def _at_first_sight(saved: SavedAdapter, bare: Bare) -> dict[str, str]:
     """What config and tensors tell without a base's modules."""
     config, found = saved.config, {}
     if config.method != "lora":
-        found[config.method] = ""
+        named = config.method in FEATURES
+        found[config.method if named else "other_method"] = "" if named else getattr(config, "peft_type", config.method)
     broken = sorted(key for key, tensor in saved.tensors.items() if not torch.isfinite(tensor).all())
     if broken:
         found["not_finite"] = f"in {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")

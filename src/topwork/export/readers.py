@@ -40,6 +40,7 @@ FEATURES: dict[str, str] = {
     "full": "full fine-tuning",
     "prefix": "prefix tuning",
     "prompt": "prompt tuning",
+    "other_method": "another of PEFT's methods",
     "grown_vocabulary": "a vocabulary that grew",
     "not_finite": "NaN or infinity",
 }
@@ -122,6 +123,7 @@ PEFT = Reader(
         {
             "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora "
                     "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 prefix prompt "
+                    "other_method "
                     "quantized_base",
             "folded": "beginning",
             "merge instead": "bitfit full",
@@ -144,7 +146,8 @@ VLLM = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base",
-            "merge instead": "dora modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full",
+            "merge instead": "dora modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full "
+                             "other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -157,7 +160,7 @@ VLLM = Reader(
             "trained_tokens": "refuses tensors that it does not expect",
             "tied_lora": "has one module for both, so that an update of one would reach the other",
             "large_rank": "takes no rank over 512",
-            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
         },
     ),
     most=VLLM_RANKS[-1], ends=VLLM_ENDS,
@@ -167,7 +170,7 @@ _PLAIN_LORA: dict[Action, str] = {
     "padded": "unequal_ranks",
     "expanded": "regex_targets",
     "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-    "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full",
+    "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full other_method",
     "refused": "prefix prompt grown_vocabulary not_finite",
 }
 """What is done for a reader of A and B at linear layers, embedding and head, at any rank and one scale."""
@@ -180,6 +183,7 @@ SGLANG = Reader(
             "regex_targets": "reads names alone", "dora": "refuses it",
             "modules_to_save": "overlooks whole modules", "trained_tokens": "overlooks them",
             "tied_lora": "has one weight for both", "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "other_method": _UNKNOWN,
         },
     ),
 )  # fmt: skip
@@ -191,7 +195,8 @@ LORAX = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets some_layers",
             "kept": "quantized_base head_lora",
-            "merge instead": "dora modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 bitfit full",
+            "merge instead": "dora modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 bitfit full "
+                             "other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -201,7 +206,7 @@ LORAX = Reader(
             "dora": "drops the magnitudes", "modules_to_save": "overlooks whole modules",
             "trained_tokens": "overlooks them", "embedding_lora": "overlooks it",
             "tied_lora": "overlooks it at the embedding", "large_rank": "has no kernel for ranks over 128",
-            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
         },
     ),
     ranks=(8, 16, 32, 64, 128), most=128, whole_layers=True,
@@ -215,7 +220,7 @@ _LLAMA_CPP = _by_action(
         "dora": "has no place for magnitudes", "modules_to_save": "has no place for whole modules",
         "trained_tokens": "has no place for rows",
         "tied_lora": "has no output.weight, and one tensor for both", "ia3": _UNKNOWN, "bitfit": _UNKNOWN,
-        "full": _UNKNOWN,
+        "full": _UNKNOWN, "other_method": _UNKNOWN,
     },
 )  # fmt: skip
 ADAPTER_TYPES = ("f32", "f16", "bf16")
@@ -231,7 +236,7 @@ _MERGED = _by_action(
     {
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
                   "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank "
-                  "ia3 bitfit full",
+                  "ia3 bitfit full other_method",
         "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS,

@@ -18,11 +18,14 @@ from topwork.adapters.config import LoraConfig
 from topwork.adapters.foreign import content_of
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
+from topwork.adapters.methods.factored import Factored
 from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.methods.oft import Oft
+from topwork.adapters.methods.readonly.method import ReadOnlyPart
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
@@ -85,6 +88,9 @@ class Changes:
         if isinstance(part, FromWeight):
             first, second = part.difference()
             return LowRankDelta(part.scaling * second.double(), first.double())
+        if isinstance(part, Factored):
+            a, b = part.factors()
+            return LowRankDelta(part.scaling * b.double(), a.double())
         if isinstance(part, Lora) and not isinstance(part, Dora):
             return LowRankDelta(part.scaling * part.lora_B.double(), part.lora_A.double())
         before = weight()
@@ -115,6 +121,8 @@ class Changes:
         return dict(zip(ids, rows))
 
 
+ADAPTING = (Lora, EmbeddingLora, Ia3, Factored, Oft, ReadOnlyPart)
+"""Parts that change the weight of a module which is the base's own."""
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 """PEFT's name of the trained rows, behind the embedding's path."""
 
@@ -146,7 +154,7 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
     except AdapterError as error:
         raise AdapterError(f"{label}: {error}") from error
     shapes = parts.shapes
-    adapted = {path for path, part in shapes.items() if isinstance(part, Lora | EmbeddingLora | Ia3)}
+    adapted = {path for path, part in shapes.items() if isinstance(part, ADAPTING)}
     copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
     rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
     ids = tuple(config.trainable_token_indices or ()) if isinstance(config, LoraConfig) else ()
@@ -178,6 +186,8 @@ def _rank(part: AdapterModule) -> int | None:
 
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
-    """IA3 in a layer with a bias scales that as well."""
+    """IA3 and RoAd in a layer with a bias change that as well."""
+    if isinstance(part, ReadOnlyPart) and "bias" in part.merges and getattr(module, "bias", None) is not None:
+        raise AdapterError(f"RoAd turns the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
     if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:
         raise AdapterError(f"IA3 scales the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
