@@ -24,6 +24,8 @@ from common import run_process, table
 CLOCK = "TOPWORK_PLANNED_CLOCK"
 NEAR = 0.1
 """How far a foreseen step may be off."""
+STEADY = 0.03
+"""Where both measurements lie so near, the machine was the same all the while."""
 HEAD = ["run", "before s a step", "behind", "measured s", "error", "of the one before", "layers run", "load"]
 
 
@@ -105,15 +107,18 @@ def time_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
             f"{before['load']:.1f}",
         ])  # fmt: skip
     drifts = [abs(drift(case)) for case in told.values()]
+    steady = [time_error(case) for case in told.values() if abs(drift(case)) <= STEADY]
     sentences = (
         "A step's time was foreseen after steps of random models with as many layers as told were measured, for a few "
-        "seconds before each run and once more behind it. Measured is the median of a run's steps after the first third of them.",
+        "seconds before each run and once more behind it. Measured is the median of a run's steps behind the first "
+        "third.",
         _summed("Of the mean of both", [time_error(case) for case in told.values()]),
         _summed("Of what was foreseen before", [error_before(case) for case in told.values()]),
         f"The same measurement behind the run gave another number by {median(drifts):.1%} (median; at most "
         f"{max(drifts):.1%}): so far the machine itself drifts within a minute.",
+        _summed(f"Of the mean, where the two lie within {STEADY:.0%}", steady) if steady else "",
     )
-    return "\n## Time\n\n" + "\n\n".join([*sentences, table(HEAD, rows)]) + "\n"
+    return "\n## Time\n\n" + "\n\n".join([*filter(None, sentences), table(HEAD, rows)]) + "\n"
 
 
 def _summed(name: str, errors: Sequence[float]) -> str:

@@ -159,7 +159,7 @@ def test_training_and_the_plan_ask_the_same_function() -> None:
     """What `topwork plan` prints is what passes are chosen by, with the margin."""
     known = memory()
     peak = max(usage.bytes for usage in moments(known.setup, PassShape(1024, 1024, 1024), 3))
-    assert known.needed_bytes(1024, 3) == round(MARGIN * peak)
+    assert known.needed_bytes(1024, 3) == round(MARGIN["cpu"] * peak)
     assert largest_pass(known.setup, known.needed_bytes(1024, 0), 1.0, 300) == (1024, 0)
     assert largest_pass(known.setup, known.needed_bytes(1024, 0) - 1, 1.0, 300) == (512, 0)
     assert largest_pass(known.setup, known.needed_bytes(256, 29) - 1, 1.0, 256) is None

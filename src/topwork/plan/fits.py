@@ -25,18 +25,14 @@ RANKS = (8, 4)
 
 @dataclass(frozen=True)
 class Fit:
-    """A pass: of how many tokens, with how many layers checkpointed, what it takes at its peak, and whether that is
-    there. Where nothing fits, it is the pass that takes least."""
+    """A pass: of how many tokens, with how many layers checkpointed, what it takes at its peak, that with a margin for
+    what planning is under, and whether it is there. Where nothing fits, it is the pass that takes least."""
 
     tokens_per_pass: int
     checkpointed_layers: int
     peak: Usage
+    needed_bytes: int
     fits: bool
-
-    @property
-    def needed_bytes(self) -> int:
-        """The peak, and the share of it by which planning has been under what runs took."""
-        return round(MARGIN * self.peak.bytes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,8 @@ class Job:
 
     def _fit(self, tokens: int, layers: int) -> Fit:
         usage = peak(self.setup, self.shape(tokens), layers)
-        return Fit(tokens, layers, usage, round(MARGIN * usage.bytes) <= self.memory_bytes)
+        needed = round(MARGIN[self.device] * usage.bytes)
+        return Fit(tokens, layers, usage, needed, needed <= self.memory_bytes)
 
     def with_recipes(self, change: Callable[[Recipe], Recipe]) -> "Job":
         """The same with each recipe changed."""

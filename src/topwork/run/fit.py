@@ -143,7 +143,7 @@ def _least_bytes(setup: Setup, recipe: Recipe, longest: int) -> int:
     assert isinstance(layers, int)
     tokens = max(SMALLEST_PASS, longest)
     steps = moments(setup, PassShape(tokens, tokens, longest), layers)
-    return round(MARGIN * max(usage.bytes for usage in steps))
+    return round(MARGIN[setup.device] * max(usage.bytes for usage in steps))
 
 
 _TRIED = "A training.tokens_per_pass that the recipe names is tried"

@@ -19,6 +19,7 @@ from topwork.models.structure import Structure
 from topwork.models.structures.build import structure_from
 from topwork.plan.base import structure_named
 from topwork.quantization.config import QuantizationConfig
+from topwork.run.planning.place import gigabytes
 from topwork.training.memory_held import base_bytes
 from topwork.training.memory_setup import Setup
 
@@ -97,7 +98,7 @@ class ModelDetails:
             "layers": f"{self.layers}, width {self.hidden:,}, {self.heads} heads ({self.key_value_heads} of keys and "
             f"values), MLP {self.inner:,}",
             "vocabulary": f"{self.vocabulary:,}{', head tied to the embedding' if self.tied_head else ''}",
-            "weights": f"{_gigabytes(row.bf16_bytes)} in bf16, {_gigabytes(row.nf4_bytes)} in NF4",
+            "weights": f"{gigabytes(row.bf16_bytes)} in bf16, {gigabytes(row.nf4_bytes)} in NF4",
             "LoRA r = 16": f"{self.lora_parameters:,} trained",
             "chat template": template[self.chat_template],
             "weights are": _TOLD[row.here],
@@ -140,8 +141,8 @@ _WAYS = "<<>>>><<<"
 
 def _cells(row: ModelRow) -> tuple[str, ...]:
     return (
-        row.name, row.family, f"{row.parameters:,}", f"{row.context_length:,}", _gigabytes(row.bf16_bytes),
-        _gigabytes(row.nf4_bytes), "fast" if row.fast else "plain", "proven" if row.proven else "probed",
+        row.name, row.family, f"{row.parameters:,}", f"{row.context_length:,}", gigabytes(row.bf16_bytes),
+        gigabytes(row.nf4_bytes), "fast" if row.fast else "plain", "proven" if row.proven else "probed",
         _TOLD[row.here],
     )  # fmt: skip
 
@@ -223,7 +224,3 @@ def _has_template(folder: Path | None) -> bool | None:
         return LightTokenizer(folder).chat_template is not None
     except Exception:  # `tokenizers` raises Exception itself
         return None
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"

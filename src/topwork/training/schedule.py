@@ -16,6 +16,15 @@ def planned_steps(config: TrainingConfig, steps_per_epoch: int | None) -> int:
     return max(1, round(config.num_train_epochs * steps_per_epoch))
 
 
+VALIDATIONS = 10
+"""Of a run that names no eval_steps, after the one before its first step."""
+
+
+def validated_every(eval_steps: int | None, steps: int) -> int:
+    """After how many steps a run of `steps` steps is validated each time."""
+    return eval_steps or max(1, math.ceil(steps / VALIDATIONS))
+
+
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (0-based) of `steps`: a line up to the peak, then the schedule down to zero.
 

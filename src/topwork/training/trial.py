@@ -26,7 +26,7 @@ from topwork.training.config import TrainingConfig
 from topwork.training.metrics import DIVERGED, MetricsLog
 from topwork.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
 from topwork.training.progress import Progress, Sure
-from topwork.training.schedule import learning_rate, planned_steps, warmup_note
+from topwork.training.schedule import learning_rate, planned_steps, validated_every, warmup_note
 from topwork.training.step import Learner, Means, StepResult
 from topwork.training.watch import FirstWeights, overfitting_since, worse_than_base
 
@@ -80,7 +80,7 @@ class Trial:
         self.optimizer = make_optimizer(config, groups, place.run_dir)
         self.learner = Learner(place.name, objective, list(parameters.values()), self.optimizer, config.max_grad_norm)
         self.steps = planned_steps(config, rows.steps_per_epoch)
-        self.eval_every = config.eval_steps or max(1, math.ceil(self.steps / 10))
+        self.eval_every = validated_every(config.eval_steps, self.steps)
         self.save_every = config.save_steps or self.eval_every
         self.checkpoints = place.run_dir / CHECKPOINTS
         self.state = TrainState(step=0)

@@ -11,12 +11,10 @@ from topwork.plan.time import RunCost, forward_seconds, run_cost, start_seconds
 from topwork.plan.tokens import Tokens
 from topwork.run.planning.place import Place
 from topwork.training.memory import PassShape
-from topwork.training.schedule import planned_steps
+from topwork.training.schedule import planned_steps, validated_every
 
 STORED_BYTES = 2
 """Of a weight in a base's files."""
-DEFAULT_VALIDATIONS = 10
-"""Where a recipe says nothing (`training.eval_steps`)."""
 
 
 @dataclass(frozen=True)
@@ -123,4 +121,4 @@ def _validation(question: Question, tokens: Tokens, place: Place) -> float:
 
 def _validations(every: int | None, steps: int) -> int:
     """Before the first step, and every so many."""
-    return 1 + math.ceil(steps / (every or max(1, math.ceil(steps / DEFAULT_VALIDATIONS))))
+    return 1 + math.ceil(steps / validated_every(every, steps))

@@ -20,10 +20,7 @@ from topwork.run.folder import check_place
 from topwork.run.presets import Experiment
 from topwork.run.sweep.trials import model_of, trials_of
 from topwork.training.passes import check_longest
-from topwork.training.schedule import planned_steps
-
-VALIDATIONS = 10
-"""Validations of a run that names no eval_steps."""
+from topwork.training.schedule import planned_steps, validated_every
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def _stops(halving: Halving, trials: Sequence[PlannedTrial], steps: dict[str, in
         data = trial.recipe.data
         if data.eval is None and data.eval_fraction == 0:
             raise RequestError("halving compares validation losses; name data.eval or set data.eval_fraction above 0")
-    every = eval_steps or max(1, -(-total // VALIDATIONS))
+    every = validated_every(eval_steps, total)
     wanted = [total / halving.factor ** (halving.rungs - 1 - rung) for rung in range(halving.rungs - 1)]
     stops = [max(1, round(stop / every)) * every for stop in wanted]
     if sorted(set(stops)) != stops or (stops and stops[-1] >= total):
