@@ -166,13 +166,25 @@ def test_as_factors_it_is_the_same(name: str) -> None:
         assert relative(update.b @ update.a, part.merged(weight, None)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("change", [{"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": None}])
+@pytest.mark.parametrize("change", [{"init_scale": 2}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q": 2}}])
 def test_what_cannot_be_read_is_named(change: dict[str, Any], tmp_path: Path) -> None:
     get_peft_model(tiny_model("llama"), peft_config({"method": "loha", "r": 2})).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(AdapterError, match=next(iter(change))):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loha", "oft"])
+def test_targets_that_are_left_out_are_those_of_the_tensors(name: str, tmp_path: Path) -> None:
+    get_peft_model(tiny_model("llama"), peft_config(ADAPTERS[name][1])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": None}))
+    base = tiny_base("llama")
+    adapters = Adapters(base.module)
+    told = load_adapter(adapters, "a", read_adapter(tmp_path), BaseId(None))
+    assert "the file's tensors tell" in str(told)
+    assert len(adapters.parts("a")) == 2 * 7
 
 
 def test_two_ways_to_say_a_block() -> None:

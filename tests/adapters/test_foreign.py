@@ -322,7 +322,6 @@ def test_allowed_paths(tmp_path: Path) -> None:
         {"lora_alpha": "inf"}, {"lora_alpha": 10**400}, {"lora_alpha": -1}, {"lora_alpha": [1]},
         {"target_modules": "("}, {"target_modules": {"a": 1}}, {"target_modules": ["nowhere"]}, {"target_modules": []},
         {"alpha_pattern": {"(": 1}}, {"layers_pattern": "(a)", "layers_to_transform": [0]},
-        {"modules_to_save": ["nowhere"]},
         {"trainable_token_indices": list(range(10**5))}, {"trainable_token_indices": {"a": {"b": [1]}}},
         {"trainable_token_indices": [-1]}, {"peft_type": ["LORA"]}, {"peft_type": "x" * 9000}, {"topwork_method": {}},
         {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**9}, {"peft_type": "PROMPT_TUNING"},

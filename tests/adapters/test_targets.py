@@ -99,7 +99,7 @@ def test_one_name_of_many_that_matches_nothing_is_not_overlooked() -> None:
 
 
 def test_a_regular_expression_must_match_the_whole_path() -> None:
-    assert "'q_proj' matches no module; did you mean 'q_proj'" in refused(target_modules="q_proj")
+    assert ".*q_prj' matches no module" in refused(target_modules=r".*q_prj")
     assert "is no regular expression" in refused(target_modules="*.q_proj")
 
 

@@ -11,6 +11,8 @@ from topwork.common.options import Options
 
 OWN_TARGETS = "own"
 """The modules that a method is meant for, where a recipe names none."""
+PEFT_TARGETS = "peft"
+"""The modules that PEFT takes where a config names none."""
 
 
 def _with_method(schema: dict[str, Any], model: type["AdapterConfig"]) -> None:
@@ -122,7 +124,8 @@ class Targeted(Excluding):
 
     target_modules: str | list[str] = "all-linear"
     """`all-linear` (every linear layer but the output head), a list of module names or name endings, or a regular
-    expression that must match a module's whole path. `own` are those that IA3 or BitFit is meant for."""
+    expression that must match a module's whole path; one plain name is a list of one. `own` are those that IA3 or
+    BitFit is meant for, `peft` those that PEFT takes by the family where a config names none."""
     layers_to_transform: int | list[int] | None = None
     """Only these layers (counted from 0)."""
     layers_pattern: str | list[str] | None = None
@@ -161,14 +164,15 @@ class LoraConfig(Saving, Targeted):
     """Low-rank updates of linear layers. (`dora` is short for `lora` with `use_dora`.)"""
     r: int = Field(16, ge=1)
     """The rank: A is [r, in], B is [out, r]."""
-    lora_alpha: float = Field(32, gt=0)
+    lora_alpha: float = Field(32, gt=0, allow_inf_nan=False)
     """The update is scaled by lora_alpha / r (with rsLoRA by lora_alpha / sqrt(r))."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """Other ranks for some modules: {name ending or regular expression: r}."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    """Other alphas for some modules: {name ending or regular expression: lora_alpha}."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks for some modules: {name ending or regular expression: r}. Of several that match one module the first
+    counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Other alphas for some modules: {name ending or regular expression: lora_alpha}; the first that matches counts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), which keeps the update's size the same for every rank."""
     use_dora: bool = False

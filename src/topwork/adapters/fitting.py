@@ -13,6 +13,7 @@ from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import planned_copy
 from topwork.adapters.places import inside
+from topwork.adapters.settling import begun
 from topwork.adapters.targets import find_saved, refuse_overlap
 from topwork.common.errors import AdapterError
 from topwork.common.heap import trim_heap
@@ -31,6 +32,7 @@ def plan_on(bare: Bare, config: AdapterConfig, methods: Mapping[str, Method[Any]
             f"method {config.method} is not known here; {', '.join(methods)} are. One of your own is given with its "
             f"record: methods=METHODS | {{{config.method!r}: …}}"
         )
+    config = begun(bare.seen, config)
     plan = methods[config.method].plan(bare, config)
     saved = find_saved(bare.seen, config.saved_modules)
     refuse_overlap(list(plan), saved)

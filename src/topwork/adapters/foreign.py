@@ -139,9 +139,10 @@ def _told(called: str, error: Exception) -> str:
 
 def content_of(saved: SavedAdapter) -> str:
     """`sha256:…` over an adapter's options and its tensors. Lists of names count as sets, in whose order PEFT writes
-    them, another one each time; lists of numbers (tokens' ids) have their order. Raises AdapterError for an option that
+    them, another one each time; lists of numbers (tokens' ids) have their order, and so have patterns, of which the
+    first that matches counts. Raises AdapterError for an option that
     is not finite."""
-    options = {name: _as_set(value) for name, value in saved.config.model_dump(exclude={"init_from"}).items()}
+    options = {name: _meaning(value) for name, value in saved.config.model_dump(exclude={"init_from"}).items()}
     try:
         meaning = json.dumps(options, sort_keys=True, allow_nan=False)
     except ValueError:
@@ -153,7 +154,9 @@ def content_of(saved: SavedAdapter) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _as_set(value: Any) -> Any:
+def _meaning(value: Any) -> Any:
+    if isinstance(value, dict) and list(value) != sorted(value):
+        return list(value.items())
     names = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     return sorted(value) if names else value
 

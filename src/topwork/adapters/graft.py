@@ -14,6 +14,7 @@ from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, pl
 from topwork.adapters.method import Bare, Method, Original, Plan
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdaptedLayer
+from topwork.adapters.settling import begun
 from topwork.common.errors import AdapterError
 
 
@@ -44,6 +45,7 @@ class Adapters:
         """
         self.check_name(name)
         bare = self.bare()
+        config = begun(bare.seen, config)
         plan = plan_on(bare, config, self.methods)
         _refuse_nested(plan, adapted_layers(self.model))
         self.put(name, config, fresh_parts(bare, plan, seed))

@@ -22,10 +22,12 @@ Original = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Planned:
-    """A part that is yet to be made, and how many parameters it trains."""
+    """A part that is yet to be made, how many parameters it trains, and what it does by besides (`setting`, as the part
+    tells it)."""
 
     make: Callable[[], AdapterModule]
     trained: int
+    setting: Any = None
 
 
 Plan = dict[str, Planned]

@@ -7,6 +7,7 @@ which rows go through which adapter's part.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,11 @@ class AdapterModule(nn.Module):
         """Set the tensors from what `state` gave; shapes have been checked."""
         for key, parameter in self.tensors().items():
             parameter.copy_(state[key])
+
+    @property
+    def setting(self) -> Any:
+        """What it does by, besides its tensors: a scale, which tokens. Its config has to say the same (`Planned`)."""
+        return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         """The module's weight [out, in] (an embedding's [V, d]) and bias in fp32 with this part in them.

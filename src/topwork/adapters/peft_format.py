@@ -6,22 +6,25 @@ stand in `topwork.json` beside them, which PEFT and vLLM do not read.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from topwork.adapters.config import AdapterConfig
+from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
 from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
+from topwork.adapters.peft_options import FROM_WEIGHT, described, reading_notes
+from topwork.adapters.ranks import RANK_AXIS, refuse_other_ranks
+from topwork.adapters.read_again import check_written
+from topwork.adapters.settling import modules_of, settled
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import whole_file, write_json
 from topwork.common.memory import out_of_memory
@@ -42,30 +45,36 @@ class BaseId:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from disk, not yet in a model. `path` is what errors call it."""
+    """An adapter read from disk, not yet in a model. `path` is what errors call it, `notes` what is to be said of how
+    it was read."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     base: BaseId
     path: Path | str
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(folder: Path, adapters: Adapters, name: str, base: BaseId) -> None:
     """Write adapter `name` as a PEFT folder; tensors in fp32. (What PEFT has no form for: `files.own_files`.)"""
-    write_grafted(folder, adapters.grafted(name), base, adapters.methods)
+    write_grafted(folder, adapters.grafted(name), adapters.bare(), base, adapters.methods)
 
 
 def write_grafted(
-    folder: Path, adapter: Grafted[Any], base: BaseId, methods: Mapping[str, Method[Any]] = METHODS
+    folder: Path, adapter: Grafted[Any], bare: Bare, base: BaseId, methods: Mapping[str, Method[Any]] = METHODS
 ) -> None:
-    """The same of an adapter that need not stand in a model."""
+    """The same of an adapter that need not stand in the model, with `bare`, its base. Raises RunError where what lies
+    on the disk then is not what was to be written."""
     folder.mkdir(parents=True, exist_ok=True)
     files = methods[adapter.config.method].files
     tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
+    written = folder / "adapter_config.json"
+    write_json(written, {**files.keys(adapter), "base_model_name_or_path": base.name})
+    raw = _json(written)
+    config = _config(_method(raw, str(folder), methods), raw, str(folder))
     with whole_file(folder / "adapter_model.safetensors") as file:  # `save` would hold all of it once more
         save_file(tensors, file, metadata={"format": "pt"})
-    config = {**files.keys(adapter), "base_model_name_or_path": base.name}
-    write_json(folder / "adapter_config.json", config)
+        check_written(file, tensors, config, adapter, bare, methods)
     write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
@@ -102,7 +111,8 @@ def saved_adapter(
     `called` so in errors."""
     base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
     method = _method(raw, called, methods)
-    return SavedAdapter(_config(method, raw, called), method.files.from_file(without_doubles(tensors)), base, called)
+    config, found = _config(method, raw, called), method.files.from_file(without_doubles(tensors))
+    return SavedAdapter(config, found, base, called, reading_notes(raw))
 
 
 def without_doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,14 +128,24 @@ def without_doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
-    """Graft an adapter read from disk under `name`. Returns a warning, or None.
+    """Graft an adapter read from disk under `name`. Returns what is to be told of it, or None.
 
     Another base than the one it was trained on is refused with both names, unless `force`.
     """
     warning = check_base(saved, base, force)
     adapters.check_name(name)
-    adapters.put(name, saved.config, fitted(adapters.bare(), saved, adapters.methods))
-    return warning
+    bare = adapters.bare()
+    here = settle(saved, bare)
+    adapters.put(name, here.config, fitted(bare, here, adapters.methods))
+    return "; ".join([*([warning] if warning else []), *here.notes]) or None
+
+
+def settle(saved: SavedAdapter, bare: Bare) -> SavedAdapter:
+    """An adapter read from disk as it is meant in this base (`settling.py`), with notes of what its config names that
+    is not there. Raises AdapterError where no module is left for it, or where its tensors have other ranks."""
+    config, notes = settled(bare.seen, saved.config, modules_of(saved.tensors))
+    refuse_other_ranks(bare.seen, config, saved.tensors, str(saved.path))
+    return replace(saved, config=config, notes=tuple(dict.fromkeys((*saved.notes, *notes))))
 
 
 def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
@@ -133,6 +153,7 @@ def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] =
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
+    saved = settle(saved, bare)
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
@@ -150,13 +171,14 @@ def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
         return found.cpu() if isinstance(found, Tensor) else None
 
     tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
-    fill(parts, with_beginnings(tensors, state_of(parts)))
+    fill(parts, with_beginnings(saved.config, tensors, state_of(parts)))
 
 
 def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
     """The same on a skeleton without weights, for what is in the file alone: parts that lack what is computed from the
     base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
     """
+    saved = settle(saved, bare)
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = {path: planned.make() for path, planned in plan.items()}
@@ -180,14 +202,20 @@ def refuse_more_than_file(plan: Plan, saved: SavedAdapter) -> None:
         )
 
 
-def with_beginnings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_beginnings(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:  # fmt: skip
     """PEFT's PiSSA and OLoRA folders hold A and B alone, for a base that lacks what they began as; a fresh adapter here
-    has found that again from the base (`methods/lora/inits.py`): the second half of its A and B."""
+    has found that again from the base (`methods/lora/inits.py`): the second half of its A and B. `config` is what was
+    read with the tensors: no other beginning is added to."""
     found = dict(tensors)
+    if not isinstance(config, LoraConfig) or config.init_lora_weights not in FROM_WEIGHT:
+        return found
     for key, tensor in tensors.items():
-        axis = 1 if key.endswith("lora_B.weight") else 0
-        fits = "lora_" in key and key in own and tensor.dim() == own[key].dim() > axis
-        if fits and 2 * tensor.shape[axis] == own[key].shape[axis]:
+        axis = next((axis for name, axis in RANK_AXIS.items() if key.endswith(f".{name}")), None)
+        if axis is None or key not in own or tensor.dim() != 2:
+            continue
+        if 2 * tensor.shape[axis] == own[key].shape[axis]:
             found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
     return found
 
@@ -254,11 +282,7 @@ def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[An
 
 def _config(method: Method[Any], raw: Mapping[str, Any], called: str) -> AdapterConfig:
     options = method.files.options(raw, called)
-    try:
-        return method.config(**options)
-    except ValidationError as error:
-        kind = method.files.peft_type or method.name
-        raise AdapterError(f"{called}/adapter_config.json does not describe a {kind} adapter: {error}") from error
+    return described(method.config, method.files.peft_type or method.name, options, f"{called}/adapter_config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:

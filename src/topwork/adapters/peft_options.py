@@ -1,23 +1,19 @@
-"""What an `adapter_config.json` says, as a recipe's options. Free of torch, so that a recipe may begin from one."""
+"""What an `adapter_config.json` says, as a recipe's options. Free of torch, so that a recipe may begin from one.
 
-from collections.abc import Callable, Iterable, Mapping
+Where it says nothing, or null, PEFT's defaults count and not those of recipes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from topwork.adapters.config import (
-    CONFIGS,
-    BitFitConfig,
-    FullConfig,
-    LohaConfig,
-    LokrConfig,
-    LoraConfig,
-    OftConfig,
-    ReadOnlyConfig,
-    VeraConfig,
-)
+from topwork.adapters.config import CONFIGS, PEFT_TARGETS, BitFitConfig, FullConfig, LoraConfig
 from topwork.adapters.config import AdapterConfig as Config
 from topwork.adapters.methods.readonly.forms import FORMS
+from topwork.adapters.peft_keys import COMMON, IA3, KEYS, LORA, Key, check_keys
+from topwork.adapters.peft_options_other import OTHER_KEYS, loha_options, lokr_options, oft_options, vera_options
 from topwork.common.errors import AdapterError, quoted, shortened
 
 NOT_METHODS_OWN = {"method", "init_from"}
@@ -30,23 +26,20 @@ FROM_WEIGHT = ("pissa", "olora")
 """Beginnings that are found again from the base's weights."""
 _CHANGE_THE_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Beginnings that PEFT takes out of the base, other than those."""
-_UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
-_PEFT_LEAVES_OUT = {"r": 8, "lora_alpha": 8}
-"""What PEFT takes where adapter_config.json says nothing; a recipe's own defaults are others."""
 _IA3_FIELDS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+_TOLD_DEFAULTS = ("r", "lora_alpha")
+"""What decides the arithmetic and is told where it is left out."""
+_CAUSAL = (None, "CAUSAL_LM")
 
 
 def lora_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
     """Of PEFT's LORA. Raises AdapterError."""
-    present = [key for key in _UNSUPPORTED if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        present.append(f"bias={raw['bias']}")
-    if present:
-        raise AdapterError(f"{called} uses {', '.join(present)}, which cannot be read; LoRA, rsLoRA and DoRA can")
-    fields = {**_PEFT_LEAVES_OUT, **{key: raw[key] for key in LORA_FIELDS if raw.get(key) is not None}}
+    check_keys(raw, LORA, called)
+    left_out = {"target_modules": PEFT_TARGETS, **{name: LORA[name].default for name in _TOLD_DEFAULTS}}
+    fields = {**left_out, **_given(raw, LORA_FIELDS)}
+    _check_scale(fields, called)
+    if fields.get("lora_dropout") == 1:  # nothing would be learned by it; nothing of what was learned hangs on it
+        fields["lora_dropout"] = 0.0
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE):
         raise AdapterError(
@@ -64,19 +57,31 @@ def lora_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
     return fields
 
 
-def ia3_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:  # noqa: ARG001
-    """Of PEFT's IA3."""
-    return {key: raw[key] for key in _IA3_FIELDS if raw.get(key) is not None}
+def ia3_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """Of PEFT's IA3. Raises AdapterError."""
+    check_keys(raw, IA3, called)
+    return {"target_modules": PEFT_TARGETS, **_given(raw, _IA3_FIELDS)}
 
 
-def virtual_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """Of PEFT's PREFIX_TUNING and PROMPT_TUNING. Raises AdapterError."""
-    if raw.get("modules_to_save") or (raw.get("num_transformer_submodules") or 1) != 1:
+def prefix_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """Of PEFT's PREFIX_TUNING and CARTRIDGE. Raises AdapterError."""
+    return _virtual_options(raw, called)
+
+
+def prompt_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """Of PEFT's PROMPT_TUNING, P_TUNING and CPT. Raises AdapterError."""
+    return _virtual_options(raw, called)
+
+
+def _virtual_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+    kind = str(raw.get("peft_type"))
+    check_keys(raw, KEYS[kind] if kind in KEYS else OTHER_KEYS[kind], called)
+    if raw.get("num_virtual_tokens") is None:
         raise AdapterError(
-            f"{called} has modules_to_save or num_transformer_submodules beside its virtual tokens, which cannot be "
-            "read; a decoder's virtual tokens alone can"
+            f"{called} does not say num_virtual_tokens, for which PEFT has no default; write it into "
+            "adapter_config.json: prompt_embeddings has a row for each"
         )
-    return {"num_virtual_tokens": raw.get("num_virtual_tokens")}
+    return _given(raw, ("num_virtual_tokens",))
 
 
 def own_names(kind: type[Config]) -> list[str]:
@@ -87,61 +92,20 @@ def own_names(kind: type[Config]) -> list[str]:
 def own_options(kind: type[Config]) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
     """What such files say."""
     names = own_names(kind)
-    return lambda raw, _: {name: raw[name] for name in names if raw.get(name) is not None}
+    known = {**COMMON, **{name: Key(None, "read") for name in (*names, "topwork_method")}}
 
+    def options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+        check_keys(raw, known, called)
+        return _given(raw, names)
 
-def targeted_options(kind: type[Config], *unsupported: str) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
-    """Of a method whose options have PEFT's names and defaults: what the file says of them. Raises AdapterError for a
-    folder that uses what is `unsupported`, trains biases or names no target."""
-    names = own_names(kind)
-
-    def read(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
-        refuse_unread(raw, called, unsupported)
-        return {name: raw[name] for name in names if raw.get(name) is not None}
-
-    return read
-
-
-def refuse_unread(raw: Mapping[str, Any], called: str, unsupported: Iterable[str] = ()) -> None:
-    """AdapterError for a folder of a method other than LoRA that uses what cannot be read of it."""
-    present = [key for key in unsupported if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        present.append(f"bias={raw['bias']}")
-    if present:
-        raise AdapterError(f"{called} uses {', '.join(present)}, which cannot be read of {raw.get('peft_type')}")
-    if raw.get("target_modules") is None:
-        raise AdapterError(f"{called} names no target_modules, which PEFT writes out; bring back its own config")
-
-
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-vera_options = targeted_options(VeraConfig)
-loha_options = targeted_options(LohaConfig, *_PATTERNS)
-lokr_options = targeted_options(LokrConfig, *_PATTERNS)
-oft_options = targeted_options(OftConfig)
-"""Of PEFT's VERA, LOHA, LOKR and OFT."""
-
-
-def readonly_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """Of a method in `FORMS`. Raises AdapterError."""
-    kind = str(raw.get("peft_type"))
-    form = FORMS[kind]
-    given = {key: raw[key] for key in (*form.defaults, *form.only) if raw.get(key) is not None}
-    unread = [key for key, value in form.only.items() if (given.pop(key, value) or None) != (value or None)]
-    unread += [f"{key}={given[key]}" for key, values in form.never.items() if given.get(key) in values]
-    if unread:
-        raise AdapterError(f"{called} uses {', '.join(unread)}, which cannot be read of {kind}")
-    refuse_unread(raw, called)
-    names = ReadOnlyConfig.model_fields.keys() - NOT_METHODS_OWN - {"peft_type", "options"}
-    chosen = {name: raw[name] for name in names if raw.get(name) is not None}
-    return {**chosen, "peft_type": kind, "options": {**form.defaults, **given}}
+    return options
 
 
 _BY_TYPE: dict[str, tuple[str, Callable[[Mapping[str, Any], str], dict[str, Any]]]] = {
-    "LORA": ("lora", lora_options), "IA3": ("ia3", ia3_options), "PREFIX_TUNING": ("prefix", virtual_options),
-    "PROMPT_TUNING": ("prompt", virtual_options), "VERA": ("vera", vera_options), "LOHA": ("loha", loha_options),
-    "LOKR": ("lokr", lokr_options), "OFT": ("oft", oft_options),
-    "P_TUNING": ("prompt", virtual_options), "CPT": ("prompt", virtual_options),
-    "CARTRIDGE": ("prefix", virtual_options),
+    "LORA": ("lora", lora_options), "IA3": ("ia3", ia3_options), "PREFIX_TUNING": ("prefix", prefix_options),
+    "PROMPT_TUNING": ("prompt", prompt_options), "VERA": ("vera", vera_options), "LOHA": ("loha", loha_options),
+    "LOKR": ("lokr", lokr_options), "OFT": ("oft", oft_options), "P_TUNING": ("prompt", prompt_options),
+    "CPT": ("prompt", prompt_options), "CARTRIDGE": ("prefix", prefix_options),
 }  # fmt: skip
 _BY_NAME = {"bitfit": own_options(BitFitConfig), "full": own_options(FullConfig)}
 
@@ -159,7 +123,51 @@ def config_in(raw: Mapping[str, Any], called: str) -> Config:
         what = f"of method {quoted(own)}" if own is not None else f"of peft_type {shortened(kind, 80)}"
         known = ", ".join([*sorted(_BY_TYPE), *sorted(_BY_NAME)])
         raise AdapterError(f"{called} holds an adapter {what}; {known} can be read")
+    return described(CONFIGS[method], kind if own is None else method, read(raw, called), called)
+
+
+def described(kind: type[Config], named: str, options: Mapping[str, Any], called: str) -> Config:
+    """Options that were read. Raises AdapterError for values that a method `named` so cannot have."""
     try:
-        return CONFIGS[method](method=method, **read(raw, called))
+        return kind(**options)
     except ValidationError as error:
-        raise AdapterError(f"{called} does not describe a {method} adapter: {error}") from error
+        told = "; ".join(
+            f"{'.'.join(map(str, wrong['loc'])) or 'it'} is {quoted(wrong['input'])} ({wrong['msg']})"
+            for wrong in error.errors()[:5]
+        )
+        raise AdapterError(f"{called} does not describe {_a(named)} adapter: {told}") from error
+
+
+def reading_notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is to be said of a config that can be read."""
+    notes = []
+    known = KEYS.get(str(raw.get("peft_type")), {})
+    absent = [name for name in _TOLD_DEFAULTS if name in known and raw.get(name) is None]
+    if absent:
+        values = ", ".join(f"{name}: {known[name].default}" for name in absent)
+        notes.append(f"adapter_config.json does not say {' or '.join(absent)}; PEFT's own defaults count, {values}")
+    if raw.get("lora_dropout") == 1:
+        notes.append("lora_dropout is 1, by which nothing would be learned; it is read as 0")
+    if raw.get("task_type") not in _CAUSAL:
+        notes.append(f"task_type is {quoted(raw['task_type'])}; it is read as a causal language model's adapter")
+    return tuple(notes)
+
+
+def _given(raw: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    return {name: raw[name] for name in sorted(names) if raw.get(name) is not None}
+
+
+def _check_scale(fields: Mapping[str, Any], called: str) -> None:
+    """In words of our own, and before patterns and ranks are looked at: a scale of nothing is no adapter, and one that
+    is no number is none either."""
+    alpha = fields["lora_alpha"]
+    finite = not isinstance(alpha, float) or math.isfinite(alpha)
+    if isinstance(alpha, int | float) and not (finite and alpha > 0 and alpha is not True):
+        raise AdapterError(
+            f"{called}: lora_alpha is {quoted(alpha)}, and the update is scaled by lora_alpha / r; expected a number "
+            "above 0, the one that it was trained with"
+        )
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOaeio' else 'a'} {noun}"

@@ -12,6 +12,7 @@ from topwork.adapters.methods.lora.places import lora_sizes
 from topwork.adapters.methods.places import bitfit_sizes, full_sizes, ia3_sizes, prefix_sizes, prompt_sizes
 from topwork.adapters.methods.readonly.places import readonly_sizes
 from topwork.adapters.places import Places, Sizes, inside
+from topwork.adapters.settling import begun
 from topwork.adapters.targets import find_saved, refuse_overlap
 from topwork.common.errors import AdapterError
 
@@ -35,6 +36,7 @@ def tensor_sizes(base: Places, config: AdapterConfig) -> Sizes:
     """The same tensor by tensor, as an optimizer holds them."""
     if config.method not in SIZES:
         raise AdapterError(f"how much method {config.method} trains is not known here; {', '.join(SIZES)} are")
+    config = begun(base, config)
     sizes = SIZES[config.method](base, config)
     saved = find_saved(base, config.saved_modules)
     refuse_overlap(list(sizes), saved)

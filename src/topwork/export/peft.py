@@ -19,7 +19,7 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def write_kept(folder: Path, config: AdapterConfig, parts: Parts, bare: Bare, base: BaseId) -> None:
     """An adapter with all that it is, for PEFT itself: of PiSSA and OLoRA the difference from what they began as."""
-    write_grafted(folder, Grafted(config, parts, state_of(parts), bare.modules, bare.config), base)
+    write_grafted(folder, Grafted(config, parts, state_of(parts), bare.modules, bare.config), bare, base)
 
 
 def write_plain(folder: Path, adapter: Lowered, bare: Bare, base: str | None) -> None:

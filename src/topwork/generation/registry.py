@@ -21,7 +21,7 @@ from topwork.adapters.foreign import read_foreign
 from topwork.adapters.foreign_patterns import check_patterns
 from topwork.adapters.foreign_tensors import ReadLimits
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, check_base, fitted
+from topwork.adapters.peft_format import BaseId, check_base, fitted, settle
 from topwork.common.errors import AdapterError, TopworkError, UnknownAdapterError, did_you_mean, quoted, shortened
 from topwork.generation.versions import (
     LONGEST_NAME,
@@ -194,7 +194,9 @@ class Registry:
             shown = self.reserved[0] if self.reserved else None
             warning = check_base(found.saved, self._base, force, shown)
             check_patterns(found.saved.config, list(self._bare.modules))
-            parts = fitted(self._bare, found.saved, self.adapters.methods)
+            saved = settle(found.saved, self._bare)
+            warning = "; ".join([*([warning] if warning else []), *saved.notes]) or None
+            parts = fitted(self._bare, saved, self.adapters.methods)
             freeze(parts, self._bare, self._dtype)
         except (UnknownAdapterError, ChangedAdapterError):
             raise
@@ -203,7 +205,7 @@ class Registry:
             raise AdapterError(shortened(told, MESSAGE_CHARACTERS)) from None
         except Exception as error:  # options or tensors that make no sense, in a way that nobody has thought of
             raise AdapterError(f"{called} cannot be read ({type(error).__name__})") from error
-        config, memory_bytes = found.saved.config, held_bytes(parts)
+        config, memory_bytes = saved.config, held_bytes(parts)
         return Prepared(name, found.content, source, place, config, parts, memory_bytes, warning)
 
     def _known(self, content: str) -> Version | None:

@@ -191,8 +191,13 @@ def _same(key: str, merged: Mapping[str, Any], theirs: Mapping[str, Any]) -> boo
         values = [getattr(CONFIGS[merged["method"]](**{**theirs, key: each[key]}), key) for each in (merged, theirs)]
     except ValidationError:
         return True  # the recipe's own check tells what is wrong with it
-    one, other = (sorted(value) if isinstance(value, list) else value for value in values)
+    one, other = (sorted(value) if isinstance(value, list) else _in_order(value) for value in values)
     return bool(one == other)
+
+
+def _in_order(value: Any) -> Any:
+    """Of patterns the first that matches counts."""
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _as_read_by(run: Path, given: Any) -> Any:

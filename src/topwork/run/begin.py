@@ -42,6 +42,9 @@ FOUND_ON_THE_WAY = ("data.too_long", "data.on_bad_row")
 A_RUNS = (RECIPE, PROVENANCE, METRICS, RESULT, ADAPTER, TEMPLATE, EVALUATION, TRIAL, "merge.json", WANDB_ID)
 """What a run or a verb finds in a run's folder and takes for the run's own; checkpoints beside."""
 
+PATTERNS = ("adapter.rank_pattern", "adapter.alpha_pattern")
+"""Options whose keys have an order: of several that match a module the first counts."""
+
 SHARED = ("training.tokens_per_pass", "training.activation_checkpointing")
 """Options that are the pass's, beside the sections `model` and `quantization`."""
 
@@ -169,12 +172,19 @@ def _refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
     before, now = (flat(r.model_dump(mode="json")) for r in (read_recipe(folder), recipe))
     changed = [
         key for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE and not key.startswith("evaluation.")
+        if _meant(key, before) != _meant(key, now)
+        and key not in FREE_TO_CHANGE and not key.startswith("evaluation.")
         and not (key in FOUND_ON_THE_WAY and now.get("data.streaming") and before.get(key) == "refuse")
     ]  # fmt: skip
     if changed:
         told = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed[:5])
         raise RequestError(f"{folder} was begun with another recipe ({told}). Resume with the same, or start anew")
+
+
+def _meant(key: str, values: dict[str, Any]) -> Any:
+    """An option, with its order where it has one."""
+    value = values.get(key)
+    return list(value.items()) if key in PATTERNS and isinstance(value, dict) else value
 
 
 def _refuse_foreign_checkpoints(folder: Path) -> None:

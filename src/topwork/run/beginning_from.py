@@ -7,6 +7,8 @@ from typing import Any
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.foreign import adapter_folder
 from topwork.adapters.peft_format import BaseId, SavedAdapter, check_base, fill_from, read_adapter
+from topwork.adapters.ranks import refuse_other_ranks
+from topwork.adapters.settling import begun, modules_of, settled
 from topwork.common.errors import AdapterError
 from topwork.common.files import sha256_file
 from topwork.data.config import DataConfig
@@ -43,8 +45,13 @@ def begin_from(place: Place, recipe: Recipe, base: Base, log: Callable[[str], No
         return
     start = start_of(Path(named), log)
     _check_base(start.saved, place.base_id, log)
+    bare = place.adapters.bare()
+    for note in (*start.saved.notes, *settled(bare.seen, recipe.adapter, modules_of(start.saved.tensors))[1]):
+        log(f"note: {named}: {note}")
     try:
-        fill_from(start.saved, place.adapters.parts(place.name), place.adapters.bare())
+        if not recipe.adapter.keeps_beginnings:  # whose file has twice the rank
+            refuse_other_ranks(bare.seen, begun(bare.seen, recipe.adapter), start.saved.tensors, str(start.folder))
+        fill_from(start.saved, place.adapters.parts(place.name), bare)
     except AdapterError as error:
         otherwise = chosen_otherwise(recipe.adapter, Path(named))
         raise AdapterError(f"adapter.init_from {named}{otherwise}: {error}") from error

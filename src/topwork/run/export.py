@@ -12,7 +12,7 @@ import torch
 from topwork.adapters.foreign import CONFIG
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
-from topwork.adapters.peft_format import BaseId, check_base
+from topwork.adapters.peft_format import BaseId, check_base, settle
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
 from topwork.common.os_errors import check_link, explained
@@ -189,6 +189,8 @@ def _looked_at(given: Given, bare: Bare, how: _How) -> list[Finding]:
         how.log(f"warning: {warning}")
     quantized = given.quantization.active or stored_quantization(bare.config) is not None
     findings = preflight(given.saved, bare, how.reader, quantized)
+    for note in settle(given.saved, bare).notes:
+        how.log(f"note: {note}")
     for finding in findings:
         if not finding.refused and (finding.unseen or finding.action != "kept"):
             how.log(finding.line(how.reader))

@@ -22,6 +22,10 @@ class Factored(AdapterModule):
         """A [n, in] and B [out, n] in fp32, with the gradients of what they are made of."""
         raise NotImplementedError
 
+    @property
+    def setting(self) -> float:
+        return self.scaling
+
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         """y + s B A x for x [n, in] and y [n, out]; A and B are multiplied in x's type."""
         a, b = self.factors()

@@ -29,6 +29,10 @@ class Ia3(AdapterModule):
         self.scales_inputs = scales_inputs
         self.ia3_l = nn.Parameter(torch.ones((1, in_features) if scales_inputs else (out_features, 1)))
 
+    @property
+    def setting(self) -> bool:
+        return self.scales_inputs
+
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """The vector is multiplied in fp32 and the product rounded once, as in PEFT."""
         if not self.scales_inputs:
@@ -52,7 +56,7 @@ def ia3_plan(bare: Bare, config: Ia3Config) -> Plan:
 
     def at(path: str, scales_inputs: bool) -> Planned:
         inputs, outputs = features(bare.modules[path])
-        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), sum(sizes[path]))
+        return Planned(lambda: Ia3(inputs, outputs, scales_inputs), sum(sizes[path]), scales_inputs)
 
     return {path: at(path, last) for path, last in targets.items()}
 

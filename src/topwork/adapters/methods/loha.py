@@ -18,7 +18,7 @@ from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.methods.factored import Factored, as_factors
 from topwork.adapters.methods.factored_places import loha_sizes
 from topwork.adapters.module import path_seed
-from topwork.adapters.peft_options import loha_options
+from topwork.adapters.peft_options_other import loha_options
 
 
 class Loha(Factored):
@@ -52,8 +52,8 @@ def loha_plan(bare: Bare, config: LohaConfig) -> Plan:
 
     def at(path: str, values: int) -> Planned:
         module = bare.seen.by_path[path]
-        inputs, outputs = module.columns, module.rows
-        return Planned(lambda: Loha(inputs, outputs, config.r, config.alpha / config.r), values)
+        inputs, outputs, scaling = module.columns, module.rows, config.alpha / config.r
+        return Planned(lambda: Loha(inputs, outputs, config.r, scaling), values, scaling)
 
     return {path: at(path, sum(sizes)) for path, sizes in loha_sizes(bare.seen, config).items()}
 

@@ -19,7 +19,7 @@ from topwork.adapters.methods.factored import Factored, as_factors
 from topwork.adapters.methods.factored_places import lokr_shapes, lokr_sizes
 from topwork.adapters.methods.loha import lycoris_keys
 from topwork.adapters.module import path_seed
-from topwork.adapters.peft_options import lokr_options
+from topwork.adapters.peft_options_other import lokr_options
 
 
 class Lokr(Factored):
@@ -61,7 +61,7 @@ def lokr_plan(bare: Bare, config: LokrConfig) -> Plan:
     def at(path: str, values: int) -> Planned:
         module = bare.seen.by_path[path]
         inputs, outputs = module.columns, module.rows
-        return Planned(lambda: Lokr(inputs, outputs, config), values)
+        return Planned(lambda: Lokr(inputs, outputs, config), values, config.alpha / config.r)
 
     return {path: at(path, sum(sizes)) for path, sizes in lokr_sizes(bare.seen, config).items()}
 

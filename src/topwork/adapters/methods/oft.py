@@ -17,7 +17,7 @@ from topwork.adapters.files import Files, Grafted, names_of, peft_keys, sorted_o
 from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.methods.factored_places import oft_blocks, oft_sizes
 from topwork.adapters.module import AdapterModule
-from topwork.adapters.peft_options import oft_options
+from topwork.adapters.peft_options_other import oft_options
 
 
 class Oft(AdapterModule):
@@ -29,8 +29,11 @@ class Oft(AdapterModule):
         super().__init__()
         self.oft_R = nn.Parameter(torch.zeros(1 if config.block_share else blocks, size * (size - 1) // 2))
         self.blocks, self.size = blocks, size
-        self.eps = config.eps if config.coft else None
-        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.eps, self.terms = _setting(config)
+
+    @property
+    def setting(self) -> tuple[float | None, int | None]:
+        return self.eps, self.terms
 
     def rotation(self) -> Tensor:
         """R, [blocks or 1, size, size], in fp32."""
@@ -58,6 +61,12 @@ class Oft(AdapterModule):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rotation = self.rotation().detach().to(weight.device)
         return self.turned(weight, rotation.transpose(1, 2)), bias
+
+
+def _setting(config: OftConfig) -> tuple[float | None, int | None]:
+    """How far a rotation may go, and of how many terms it is; None where that is not asked for."""
+    terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+    return (config.eps if config.coft else None), terms
 
 
 def _skew(triangles: Tensor, size: int) -> Tensor:
@@ -92,7 +101,7 @@ def oft_plan(bare: Bare, config: OftConfig) -> Plan:
 
     def at(path: str, values: int) -> Planned:
         blocks, size = oft_blocks(bare.seen.by_path[path].columns, config)
-        return Planned(lambda: Oft(blocks, size, config), values)
+        return Planned(lambda: Oft(blocks, size, config), values, _setting(config))
 
     return {path: at(path, sum(sizes)) for path, sizes in oft_sizes(bare.seen, config).items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from topwork.adapters.config import OWN_TARGETS, BitFitConfig, FullConfig, Ia3Config, PrefixConfig, PromptConfig
 from topwork.adapters.places import Module, Places, Sizes
-from topwork.adapters.targets import choose_modules, find_targets, linear_names, matching
+from topwork.adapters.targets import choose_modules, excluded_modules, find_targets, linear_names, matching
 from topwork.common.errors import AdapterError
 
 KEYS_VALUES = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv")
@@ -120,8 +120,9 @@ def whole_targets(base: Places, config: FullConfig) -> list[str]:
     Raises AdapterError where one cannot be held as a copy: it is given more than the tokens' rows, or mixes them.
     """
     modules = base.by_path
-    out = set(matching(modules, config.exclude_modules)) if config.exclude_modules else set()
-    chosen = [path for path, module in modules.items() if path not in out and module.tensors]
+    own = [path for path, module in modules.items() if module.tensors]
+    out = excluded_modules(modules, config.exclude_modules, own)
+    chosen = [path for path in own if path not in out]
     wrong = [path for path in chosen if not modules[path].by_row]
     if wrong:
         raise AdapterError(

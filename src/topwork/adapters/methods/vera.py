@@ -21,7 +21,7 @@ from topwork.adapters.method import Bare, Method, Plan, Planned
 from topwork.adapters.methods.factored import Factored
 from topwork.adapters.methods.factored_places import vera_sizes, widest
 from topwork.adapters.methods.shared_tensors import gathered, spread
-from topwork.adapters.peft_options import vera_options
+from topwork.adapters.peft_options_other import vera_options
 
 
 class Projections:
@@ -93,7 +93,7 @@ def vera_plan(bare: Bare, config: VeraConfig) -> Plan:
         module = bare.seen.by_path[path]
         own = module.columns, module.rows
         d_initial, dropout, stores = config.d_initial, config.vera_dropout, config.save_projection
-        return Planned(lambda: Vera(*own, shared(), d_initial, dropout, stores), sum(sizes[path]))
+        return Planned(lambda: Vera(*own, shared(), d_initial, dropout, stores), sum(sizes[path]), 1.0)
 
     return {path: at(path) for path in sizes}
 

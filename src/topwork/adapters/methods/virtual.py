@@ -20,7 +20,7 @@ from topwork.adapters.files import Files, Grafted, peft_keys
 from topwork.adapters.method import Bare, Method, Plan, Planned, Preset
 from topwork.adapters.methods.places import CacheShape, cache_shape, prefix_sizes, prompt_sizes
 from topwork.adapters.module import AdapterModule, hold_in, path_seed
-from topwork.adapters.peft_options import virtual_options
+from topwork.adapters.peft_options import prefix_options, prompt_options
 from topwork.common.errors import AdapterError
 from topwork.ops.context import Virtual
 from topwork.quantization.kinds import embedding_shape
@@ -179,12 +179,12 @@ def _prompt_keys(adapter: Grafted[PromptConfig]) -> dict[str, Any]:
 PREFIX = Method(
     PrefixConfig,
     prefix_plan,
-    Files("PREFIX_TUNING", _prefix_keys, virtual_options, _to_file, dict, also=("CARTRIDGE",)),
+    Files("PREFIX_TUNING", _prefix_keys, prefix_options, _to_file, dict, also=("CARTRIDGE",)),
     {"prefix": Preset(rate=10)},
 )
 PROMPT = Method(
     PromptConfig,
     prompt_plan,
-    Files("PROMPT_TUNING", _prompt_keys, virtual_options, _to_file, dict, also=("P_TUNING", "CPT")),
+    Files("PROMPT_TUNING", _prompt_keys, prompt_options, _to_file, dict, also=("P_TUNING", "CPT")),
     {"prompt": Preset(rate=30)},
 )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, check_base
+from topwork.adapters.graft import Adapters, bare_base
+from topwork.adapters.peft_format import BaseId, check_base, settle
 from topwork.common.errors import RequestError, did_you_mean
 from topwork.merging.merge import merge
 from topwork.merging.rounding import Rounding
@@ -96,6 +96,8 @@ def plan_merge(adapter: Given, inputs: Inputs, dtype: str | None, base: str, for
             held = as_trained(held, bare, adapter.quantization)
         held = in_type(held, skeleton(config, remote, kind), kind)
         merged = merged_lazily(held, bare, adapter.saved, rounding)
+        for note in settle(adapter.saved, bare_base(bare)).notes:
+            log(f"note: {note}")
     except NotStoredError as error:
         log(f"{error}: merged in memory instead, which takes that of the whole model")
         return replace(ready, write=_in_memory(adapter, inputs, kind, taken, force))

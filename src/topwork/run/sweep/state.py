@@ -124,6 +124,9 @@ def recipe_hash(recipe: Recipe) -> str:
     """What makes a trial what it is; files may have moved (their hashes stand in provenance.json)."""
     values = recipe.model_dump(mode="json")
     adapter = {**_every_option(), **values["adapter"]}  # as the first sweeps wrote it down
+    for key in ("rank_pattern", "alpha_pattern"):
+        if list(adapter[key]) != sorted(adapter[key]):  # of which the first that matches counts
+            adapter[key] = list(adapter[key].items())
     if adapter["init_from"] is None:
         del adapter["init_from"]
     told = {

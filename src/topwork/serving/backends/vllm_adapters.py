@@ -15,7 +15,7 @@ from time import time
 
 from topwork.adapters.foreign import read_foreign
 from topwork.adapters.foreign_patterns import check_patterns
-from topwork.adapters.peft_format import check_base
+from topwork.adapters.peft_format import check_base, settle
 from topwork.common.errors import AdapterError, RequestError, UnknownAdapterError
 from topwork.export.readers import VLLM_RANKS
 from topwork.generation.versions import ChangedAdapterError, check_public_name
@@ -103,7 +103,10 @@ class VllmAdapters:
             check_patterns(found.saved.config, list(self.base.skeleton.modules))
         except AdapterError as error:
             raise AdapterError(f"adapter {name!r}: {error}") from None
-        return for_vllm(name, found, self.base.skeleton, self.most)
+        adapter = for_vllm(name, found, self.base.skeleton, self.most)
+        for note in settle(found.saved, self.base.skeleton).notes:
+            log.warning("adapter %r: %s", name, note)
+        return adapter
 
     def written(self, taken: Sequence[Taken]) -> dict[str, Path]:
         """Their folders by vLLM's names, and no others: what an earlier life has left there goes."""

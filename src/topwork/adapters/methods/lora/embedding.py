@@ -32,6 +32,10 @@ class EmbeddingLora(AdapterModule):
         self.lora_embedding_A.zero_()
         self.lora_embedding_B.copy_(torch.randn(self.lora_embedding_B.shape, generator=generator))
 
+    @property
+    def setting(self) -> float:
+        return self.scaling
+
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
         """x [n] token ids, y [n, d]. As in the base, the padding token's column learns nothing."""
         a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
@@ -63,6 +67,10 @@ class TrainedTokens(AdapterModule):
     def reset_parameters(self, base_layer: nn.Module, seed: int, path: str) -> None:  # noqa: ARG002
         self.delta.copy_(self.base_rows(base_layer))
 
+    @property
+    def setting(self) -> tuple[int, ...]:
+        return tuple(self.tokens.tolist())
+
     def base_rows(self, base_layer: nn.Module) -> Tensor:
         """The base's own rows [n, d] for these tokens, in fp32."""
         tokens = self.tokens.to(base_layer.weight.device)  # type: ignore[arg-type]
@@ -93,6 +101,10 @@ class TiedTokens(AdapterModule):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, or the parameter would be this module's as well
         self._distance: Tensor | None = None
+
+    @property
+    def setting(self) -> tuple[int, ...]:
+        return self.embedding.setting
 
     @property
     def embedding(self) -> TrainedTokens:

@@ -41,6 +41,10 @@ class Lora(AdapterModule):
         self.lora_A.copy_(a)
         self.lora_B.zero_()
 
+    @property
+    def setting(self) -> float:
+        return self.scaling
+
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:  # noqa: ARG002
         """y + s B A x for x [n, in] and y [n, out]; A and B are multiplied in x's type."""
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)

@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from topwork.adapters.config import LoraConfig
+from topwork.adapters.config import PEFT_TARGETS, LoraConfig
 from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
+from topwork.adapters.methods.lora.patterns import without_overlaps
 from topwork.adapters.methods.lora.places import Target, Tokens, lora_places
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.peft_options import LORA_FIELDS, lora_options
-from topwork.adapters.targets import matching
+from topwork.adapters.targets import ALL_LINEAR, listed, matching
 from topwork.common.errors import AdapterError
 from topwork.quantization.linear import QuantizedLinear
 
@@ -31,7 +32,9 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
     targets, tokens = lora_places(bare.seen, config)
 
     def at(target: Target) -> Planned:
-        return Planned(lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)))
+        return Planned(
+            lambda: _part(bare, config, target), sum(target.sizes(config.use_dora)), _scaling(config, target)
+        )
 
     plan = {target.path: at(target) for target in targets}
     return plan if tokens is None else plan | _token_plan(tokens, config.trainable_token_indices or [])
@@ -39,7 +42,7 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
     inputs, outputs = target.inputs, target.outputs
-    scaling = target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+    scaling = _scaling(config, target)
     if target.is_embedding:
         return EmbeddingLora(inputs, outputs, target.r, scaling)
     init, dropout = config.init_lora_weights, config.lora_dropout
@@ -49,6 +52,10 @@ def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
         return FromWeight(inputs, outputs, target.r, scaling, dropout, init)
     kind = Dora if config.use_dora else Lora
     return kind(inputs, outputs, target.r, scaling, dropout, init == "gaussian")
+
+
+def _scaling(config: LoraConfig, target: Target) -> float:
+    return target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
 
 
 def _original(bare: Bare) -> Original:
@@ -69,8 +76,9 @@ def _original(bare: Bare) -> Original:
 def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
     """Trained rows of the embedding, which a head tied to it shares."""
     rows = cache(lambda: TrainedTokens(indices, tokens.width))  # one part, which the head's looks at
-    plan = {tokens.path: Planned(rows, len(indices) * tokens.width)}
-    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0)}
+    own = tuple(indices)
+    plan = {tokens.path: Planned(rows, len(own) * tokens.width, own)}
+    return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0, own)}
 
 
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     return {
         **peft_keys("LORA"),
         **{field: getattr(config, field) for field in LORA_FIELDS},
-        **_ranks(config),
+        **_ranks(config, targets),
         "target_modules": written,
         "layers_to_transform": None if by_path else config.layers_to_transform,
         "layers_pattern": None if by_path else config.layers_pattern,
@@ -93,26 +101,29 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     }
 
 
-def _ranks(config: LoraConfig) -> dict[str, Any]:
+def _ranks(config: LoraConfig, targets: Sequence[str]) -> dict[str, Any]:
     """Ranks and alphas of what is in the file: twice the rank with the same scale, where the base lacks a part."""
     twice = config.init_lora_weights in PAIRS
     alphas = (math.sqrt(2) if config.use_rslora else 2) if twice else 1
     ranks = 2 if twice else 1
+    rank_pattern = without_overlaps(config.rank_pattern, targets, config.r)
+    alpha_pattern = without_overlaps(config.alpha_pattern, targets, config.lora_alpha)
     return {
         "r": ranks * config.r,
-        "rank_pattern": {key: ranks * r for key, r in config.rank_pattern.items()},
+        "rank_pattern": {key: ranks * r for key, r in rank_pattern.items()},
         "lora_alpha": alphas * config.lora_alpha,
-        "alpha_pattern": {key: alphas * alpha for key, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {key: alphas * alpha for key, alpha in alpha_pattern.items()},
     }
 
 
 def _written_targets(config: LoraConfig, paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
-    """all-linear is written out, as names where the names alone say it. PEFT takes no layers beside a regular
-    expression: whole paths then."""
-    if isinstance(config.target_modules, list):
-        return sorted(config.target_modules)
-    if config.target_modules != "all-linear":
-        return sorted(paths) if config.layers_to_transform is not None else config.target_modules
+    """all-linear is written out, as names where the names alone say it, and so is what PEFT takes by the family. PEFT
+    takes no layers beside a regular expression: whole paths then."""
+    if config.target_modules not in (ALL_LINEAR, PEFT_TARGETS):
+        asked = listed(modules, config.target_modules)
+        if isinstance(asked, list):
+            return sorted(asked)
+        return sorted(paths) if config.layers_to_transform is not None else asked
     names = sorted({path.rpartition(".")[2] for path in paths})
     return names if set(matching(modules, names)) == set(paths) else sorted(paths)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from topwork.adapters.config import LoraConfig
 from topwork.adapters.places import Places, Sizes, inputs_outputs
-from topwork.adapters.targets import find_targets, near_names
+from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
 
 
@@ -65,29 +65,32 @@ def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], Tokens 
 def _ranked(base: Places, paths: Sequence[str], config: LoraConfig) -> list[Target]:
     """Each path with its rank and alpha. A pattern that matches nothing would be ignored silently, and the run would
     not be the one asked for: AdapterError."""
-
-    patterns = {key: _ending(key) for key in (*config.rank_pattern, *config.alpha_pattern)}
-
-    def matches(key: str, path: str) -> bool:
-        return patterns[key].match(path) is not None
-
-    def of(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-        return next((value for key, value in pattern.items() if matches(key, path)), default)
-
-    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    ranks, alphas = keys_of(config.rank_pattern, paths), keys_of(config.alpha_pattern, paths)
+    for name, pattern, keys in (
+        ("rank_pattern", config.rank_pattern, ranks), ("alpha_pattern", config.alpha_pattern, alphas)
+    ):  # fmt: skip
+        matched = {key for found in keys.values() for key in found}
         for key in pattern:
-            if not any(matches(key, path) for path in paths):
+            if key not in matched:
                 raise AdapterError(f"{name} has {key!r}, which matches no target module{near_names(key, paths)}")
     return [
         Target(
             path,
-            of(path, config.rank_pattern, config.r),
-            of(path, config.alpha_pattern, config.lora_alpha),
+            config.rank_pattern[ranks[path][0]] if ranks[path] else config.r,
+            config.alpha_pattern[alphas[path][0]] if alphas[path] else config.lora_alpha,
             *inputs_outputs(base.by_path[path]),
             base.by_path[path].kind == "embedding",
         )
         for path in paths
     ]
+
+
+def keys_of(pattern: Mapping[str, Any], paths: Sequence[str]) -> dict[str, list[str]]:
+    """For each path the keys of `rank_pattern` or `alpha_pattern` that match it, in their order: the first one counts.
+    Raises AdapterError for a key that is no regular expression."""
+    # most keys are names or paths, of which the last part tells at once that they don't match
+    tries = [(key, key.rpartition(".")[2] if PLAIN.fullmatch(key) else "", _ending(key)) for key in pattern]
+    return {path: [key for key, tail, regex in tries if path.endswith(tail) and regex.match(path)] for path in paths}
 
 
 def _ending(key: str) -> re.Pattern[str]:

@@ -22,7 +22,7 @@ from topwork.adapters.methods.readonly.turns import TURNS
 from topwork.adapters.methods.readonly.updates import UPDATES, At, Pair
 from topwork.adapters.methods.shared_tensors import gathered, spread
 from topwork.adapters.module import AdapterModule, FusedTerms
-from topwork.adapters.peft_options import readonly_options
+from topwork.adapters.peft_options_other import readonly_options
 from topwork.ops.bundles import LowRank
 
 BESIDE = {name: beside for form in FORMS.values() for name, beside in form.beside.items()}
