@@ -63,7 +63,6 @@ ROWS: dict[str, Row] = {
         fresh=LOGITS_APART,
     ),
     "loha": Row(AdapterConfig(method="loha", r=3, alpha=6)),
-    "loha of a high rank on gpt2": Row(AdapterConfig(method="loha", r=8), "gpt2"),
     "lokr": Row(AdapterConfig(method="lokr", r=2, alpha=4)),
     "lokr of whole matrices": Row(AdapterConfig(method="lokr", r=8, decompose_factor=4)),
     "lokr of two products on gpt2": Row(AdapterConfig(method="lokr", r=1, alpha=3, decompose_both=True), "gpt2"),

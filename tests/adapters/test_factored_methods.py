@@ -46,7 +46,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft of three terms": ("opt", {"method": "oft", "oft_block_size": 8, "num_cayley_neumann_terms": 3}),
     "oft, near and shared": ("llama", {"method": "oft", "r": 8, "block_share": True, "coft": True, "eps": 0.2}),
 }  # fmt: skip
-TWENTY = ("vera", "loha", "lokr", "lokr of two products", "oft", "oft by number, with an inverse")
+TWENTY = ("vera", "loha", "lokr", "oft")
 
 
 def peft_config(values: dict[str, Any], family: str = "llama") -> PeftConfig:
