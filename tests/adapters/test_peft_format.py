@@ -238,7 +238,7 @@ def edited(folder: Path, **values: Any) -> Path:
         ({"peft_type": "PSOFT"}, "holds an adapter of peft_type PSOFT; ADALORA, .*IA3, .*LORA"),
         ({"topwork_method": "other"}, "holds an adapter of method 'other'"),
         ({"lora_bias": True}, "uses lora_bias, which cannot be read"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "all"}, "bias=all"),
         ({"r": "many"}, "does not describe a LORA adapter"),
     ],
 )

@@ -85,7 +85,8 @@ def check_keys(raw: Mapping[str, Any], known: Mapping[str, Key], called: str) ->
     to something that may change what is computed."""
     refused = sorted(name for name, key in known.items() if key.what == "refused" and _is_set(raw.get(name), key))
     if refused:
-        told = ", ".join(name if raw[name] is True else f"{name}={quoted(raw[name])}" for name in refused)
+        values = {name: quoted(raw[name]).strip("'") for name in refused}
+        told = ", ".join(name if raw[name] is True else f"{name}={value}" for name, value in values.items())
         raise AdapterError(f"{called} uses {told}, which cannot be read; {_READABLE}")
     strange = sorted(name for name in raw.keys() - known.keys() - OTHERS if _is_set(raw[name], Key(None, "refused")))
     if strange:
@@ -99,7 +100,7 @@ def check_keys(raw: Mapping[str, Any], known: Mapping[str, Key], called: str) ->
         )
 
 
-_READABLE = "LoRA, rsLoRA and DoRA can, IA3, and a decoder's virtual tokens alone"
+_READABLE = "LoRA, rsLoRA, DoRA, IA3, and a decoder's virtual tokens alone can"
 
 
 def _is_set(value: Any, key: Key) -> bool:
