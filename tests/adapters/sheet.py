@@ -49,6 +49,12 @@ ROWS: dict[str, Row] = {
         lora(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}), "qwen3"
     ),
     "dora on gpt2": Row(lora(use_dora=True), "gpt2"),
+    "all biases beside lora": Row(lora(bias="all"), "gpt2"),
+    "biases of targets and of b": Row(lora(bias="lora_only", lora_bias=True, lora_dropout=0.2), "gpt2"),
+    "biases beside dora": Row(lora(use_dora=True, bias="all"), "qwen2"),
+    "b's bias where none can hold it": Row(
+        lora(target_modules=["q_proj", "o_proj"], lora_bias=True), "qwen2", merges=False
+    ),
     "pissa": Row(lora(init_lora_weights="pissa")),
     "olora": Row(lora(init_lora_weights="olora", use_rslora=True), "gpt2"),
     "loftq": Row(lora(init_lora_weights="loftq"), fresh=None, dense=False),

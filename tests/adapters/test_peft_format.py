@@ -237,8 +237,7 @@ def edited(folder: Path, **values: Any) -> Path:
     [
         ({"peft_type": "PSOFT"}, "holds an adapter of peft_type PSOFT; ADALORA, .*IA3, .*LORA"),
         ({"topwork_method": "other"}, "holds an adapter of method 'other'"),
-        ({"lora_bias": True}, "uses lora_bias, which cannot be read"),
-        ({"bias": "all"}, "bias=all"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
         ({"r": "many"}, "does not describe a LORA adapter"),
     ],
 )
@@ -285,19 +284,30 @@ def test_pefts_folders_of_a_base_that_lacks_a_part(init: str, tmp_path: Path) ->
 
 
 def test_a_base_copy_that_differs_is_not_dropped(tmp_path: Path) -> None:
-    """A resized or trained embedding beside an adapter means another base; that is not overlooked."""
-    written(tmp_path, tiny_base(), target_modules=["q_proj", "lm_head"])
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    head = tiny_model("llama").lm_head.weight.detach().clone()
-    for copied, fits in ((head, True), (head + 1, False)):
+    """PEFT sets the base's own to it. DoRA's lengths are of another weight then, which is refused."""
+    base = tiny_base()
+    written(tmp_path, base, target_modules=["q_proj", "lm_head"])
+    expected, path = ours(base, "a"), tmp_path / "adapter_model.safetensors"
+    tensors, head = load_file(path), tiny_model("llama").lm_head.weight.detach().clone()
+    for copied, fits in ((head, True), (head + 0.1, False)):
         save_file({**tensors, "base_model.model.lm_head.base_layer.weight": copied}, path, {"format": "pt"})
-        adapters = Adapters(tiny_base().module)
-        if fits:
-            assert load_adapter(adapters, "a", read_adapter(tmp_path), HERE) is None
-        else:
-            with pytest.raises(AdapterError, match=r"1 unknown .first lm_head.base_layer.weight"):
-                load_adapter(adapters, "a", read_adapter(tmp_path), HERE)
+        other = tiny_base()
+        load_adapter(Adapters(other.module), "a", read_adapter(tmp_path), HERE)
+        assert (relative(ours(other, "a"), expected) < 1e-5) == fits
+        truth = theirs(PeftModel.from_pretrained(tiny_model("llama"), tmp_path))
+        assert relative(ours(other, "a"), truth) < 1e-5
+    lengths = {f"base_model.model.{key}.lora_magnitude_vector": torch.ones(n) for key, n in lengths_of(tensors).items()}
+    more = {"base_model.model.lm_head.base_layer.weight": head + 1, **lengths}
+    save_file({**tensors, **more}, path, {"format": "pt"})
+    edited(tmp_path, use_dora=True)
+    with pytest.raises(AdapterError, match=r"holds lm_head\.base_layer\.weight, the base's own, with other"):
+        load_adapter(Adapters(tiny_base().module), "a", read_adapter(tmp_path), HERE)
+
+
+def lengths_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    ending = ".lora_B.weight"
+    found = {key.removesuffix(ending): len(b) for key, b in tensors.items() if key.endswith(ending)}
+    return {key.removeprefix("base_model.model."): rows for key, rows in found.items()}
 
 
 def test_folders_that_are_not_there_or_broken(tmp_path: Path) -> None:
@@ -310,7 +320,7 @@ def test_folders_that_are_not_there_or_broken(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"no readable adapter_model\.safetensors .*: bring back a copy of it"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"no readable adapter_model\.safetensors .*\.bin files are not read"):
+    with pytest.raises(AdapterError, match=r"no readable adapter_model\.safetensors .*it has no adapter_model"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="is not JSON"):

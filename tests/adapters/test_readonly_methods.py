@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "wavelet_family": ("WAVEFT", {"wavelet_family": "db2"}),
     "apply_GS": ("HRA", {"apply_GS": True}),
     "init_weights=bat": ("MISS", {"init_weights": "bat"}),
-    "bias='all'": ("C3A", {"bias": "all"}),
+    "bias=.?all": ("C3A", {"bias": "all"}),
     "sample_at_inference": ("PVERA", {"sample_at_inference": True}),
     "n_frequency_pattern": ("FOURIERFT", {"n_frequency_pattern": {"q_proj": 3}}),
 }

@@ -31,6 +31,8 @@ NOT_LINEAR = (".experts.", ".mlp.gate.")
 """Where PEFT goes into the tensors of experts and their router, which here are no linear layers (test_targets.py)."""
 ELSEWHERE = {("deepseek_v3", "targets mlp"), ("deepseek_v3", "targets all-linear")}
 """PEFT moves what these name into the experts, and leaves out the layers that have none."""
+OTHER_BIASES = {"gemma3": 32, "gpt_oss": 8}
+"""Of the convolution that takes a picture apart, and of routers, which are no linear layers."""
 NO_PREFIX, NO_IA3 = {"deepseek_v3"}, {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}
 """Families that are refused by name: keys and values that are not of one shape, and no last layer of an MLP."""
 
@@ -81,6 +83,18 @@ def test_lora_and_its_kin_train_what_peft_trains(family: str) -> None:
         trained = sum(trained_sizes(base, AdapterConfig(r=3, **options)).values())
         theirs = by_peft(bare, LoraConfig(task_type="CAUSAL_LM", r=3, **options))
         assert (trained, trained + base.parameters) == theirs, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_beside_lora_are_those_that_peft_trains(family: str) -> None:
+    """They are the base's own there, and no more of them; ours are others."""
+    base, bare = tiny_structure(family), tiny_skeleton(family)
+    names = targets_of(base, "q,k,v,o")
+    for options in ({"bias": "all", "lora_bias": True}, {"bias": "lora_only", "use_dora": True}):
+        trained = sum(trained_sizes(base, AdapterConfig(r=3, target_modules=names, **options)).values())
+        theirs = by_peft(bare, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=names, **options))
+        more = OTHER_BIASES.get(family, 0) if options["bias"] == "all" else 0
+        assert trained == theirs[0] - more, options
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -73,6 +73,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
     "beginning": ({}, {}, configured(init_lora_weights="pissa")),
     # vLLM #10849, llama.cpp #11554: refused; LoRAX drops the magnitudes
     "dora": ({"use_dora": True}, {}, None),
+    # vLLM refuses folders with them; llama.cpp has no tensors for them
+    "biases": ({"bias": "lora_only", "target_modules": ["c_attn"]}, {}, None),
     # vLLM #2816, #4186, llama.cpp #9065
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, {}, None),
     # vLLM #9280: new tokens
@@ -96,7 +98,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
 }  # fmt: skip
 """Feature -> an adapter that has it, its base, and what is changed in its folder. One of ours beside quantized_base,
 which is no matter of the folder."""
-FAMILY = {"bitfit": "gpt2"}
+FAMILY = {"bitfit": "gpt2", "biases": "gpt2"}
 
 
 def made(folder: Path, feature: str) -> tuple[SavedAdapter, Bare]:
@@ -194,7 +196,7 @@ def test_pissa_as_peft_writes_it_is_folded_out_of_the_bases_weights(tmp_path: Pa
     """s (B A - B0 A0) with B0 A0 the weight's best approximation: no folder without the base says that."""
     saved, bare = made(tmp_path, "beginning")
     model = tiny_model("llama")
-    parts = exported_parts(saved, bare, lambda: lambda path, kind: model.get_parameter(f"{path}.{kind}").detach())
+    _, parts = exported_parts(saved, bare, lambda: lambda path, kind: model.get_parameter(f"{path}.{kind}").detach())
     found = lowered(parts, bare)
     assert found.rank == 8
     path = "model.layers.1.mlp.down_proj"
@@ -217,11 +219,11 @@ def test_a_copy_of_the_bases_embedding_is_compared_and_left_out(tmp_path: Path) 
         saved = read_adapter(tmp_path)
         assert not [f for f in preflight(saved, bare, READERS["vllm"]) if f.refused]
         how = (saved, bare, lambda: lambda path, kind: model.get_parameter(f"{path}.{kind}").detach())
-        if moved:
-            with pytest.raises(AdapterError, match=r"embed_tokens\.base_layer"):
-                exported_parts(*how)
+        if moved:  # LoRA over another weight is that weight with it in it
+            with pytest.raises(AdapterError, match=r"embed_tokens holds a whole module, .*merge it into the base"):
+                lowered(exported_parts(*how)[1], bare)
         else:
-            assert exported_parts(*how).keys() == fitted_shapes(bare, read_adapter_without(tmp_path, key)).keys()
+            assert exported_parts(*how)[1].keys() == fitted_shapes(bare, read_adapter_without(tmp_path, key)).keys()
 
 
 def read_adapter_without(folder: Path, key: str) -> SavedAdapter:
@@ -268,7 +270,6 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         # vLLM #10849 and the rest of peft_helper.py's list: refused where they are read
-        ({"bias": "all"}, "bias=all"), ({"bias": "lora_only"}, "bias=lora_only"), ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),

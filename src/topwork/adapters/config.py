@@ -177,6 +177,11 @@ class LoraConfig(Saving, Targeted):
     """Scale by lora_alpha / sqrt(r), which keeps the update's size the same for every rank."""
     use_dora: bool = False
     """DoRA: the length of each row of the weight is learned apart from its direction."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases trained beside A and B, where the base has some: those of the target modules (`lora_only`), or those of
+    every linear layer and norm (`all`)."""
+    lora_bias: bool = False
+    """B has a bias of its own. Such an adapter is merged only where its modules have a bias that can hold it."""
     trainable_token_indices: list[int] | None = None
     """Tokens whose embedding rows are trained (new special tokens, for one), and their rows in a tied head."""
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora", "loftq"] = True
@@ -193,6 +198,13 @@ class LoraConfig(Saving, Targeted):
 
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> Self:
+        biased = self.bias != "none" or self.lora_bias
+        if biased and self.init_lora_weights in ("pissa", "olora", "loftq"):
+            raise ValueError(
+                f"bias and lora_bias go with init_lora_weights: true, not {self.init_lora_weights}; take one"
+            )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias goes with plain LoRA: DoRA's lengths are of weights alone; take one")
         if self.use_dora and self.init_lora_weights in ("pissa", "olora", "loftq"):
             raise ValueError(
                 f"use_dora begins from the base's own weights, not from {self.init_lora_weights}; take one"
@@ -205,7 +217,7 @@ class LoraConfig(Saving, Targeted):
 
     @property
     def runs_plain(self) -> bool:
-        return self.use_dora and self.lora_dropout > 0
+        return self.use_dora and (self.lora_dropout > 0 or self.bias != "none")
 
     @property
     def has_b(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
+from topwork.adapters.misfits import misfit
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import planned_copy
 from topwork.adapters.places import inside
@@ -72,8 +73,8 @@ def state_of(parts: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
 
 
 def fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> None:
-    """Set the parts' tensors from what `state_of` gave. Raises AdapterError naming what is missing, unknown or of
-    another shape; nothing is set then."""
+    """Set the parts' tensors from what `state_of` gave. Raises AdapterError naming what does not fit, by its kind;
+    nothing is set then."""
     tensors = checked(state_of(parts), tensors)
     with torch.no_grad():
         for path, part in parts.items():
@@ -83,16 +84,9 @@ def fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> N
 def checked(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors by our names, as `own`, what `state_of` gives, has them. Raises AdapterError as `fill` does."""
     tensors = _placed(tensors, own)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
-    if missing or unknown or wrong:
-        told = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
-        told += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
-        told += [
-            f"{len(wrong)} of another shape (first {wrong[0]}: {tuple(tensors[wrong[0]].shape)} in the file, "
-            f"{tuple(own[wrong[0]].shape)} here)"
-        ] if wrong else []  # fmt: skip
-        raise AdapterError(f"the adapter's tensors do not fit this base: {'; '.join(told)}. Is it another base's?")
+    told = misfit(own, tensors)
+    if told is not None:
+        raise AdapterError(f"the adapter's tensors do not fit this base: {told}")
     return tensors
 
 

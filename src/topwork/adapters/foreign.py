@@ -20,11 +20,10 @@ from topwork.adapters.foreign_json import json_object
 from topwork.adapters.foreign_tensors import ReadLimits, open_within, read_tensors
 from topwork.adapters.method import Method
 from topwork.adapters.methods.table import METHODS
+from topwork.adapters.other_makes import CONFIG, OWN, TENSORS, other_make, told_pointer
 from topwork.adapters.peft_format import SavedAdapter, saved_adapter
 from topwork.common.errors import AdapterError, UnknownAdapterError, quoted, shortened
 
-CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "topwork.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MESSAGE_CHARACTERS = 600
 LONGEST_PATH = 4096
 
@@ -104,7 +103,7 @@ def _read(
         with open_within(folder / TENSORS, within) as file:
             tensors = read_tensors(file, limits)
     except FileNotFoundError:
-        raise AdapterError(_no_tensors(folder)) from None
+        raise AdapterError(other_make(folder)) from None
     except AdapterError as error:
         raise AdapterError(f"{TENSORS}: {error}") from None
     saved = saved_adapter(raw, tensors, own, called, methods)
@@ -116,20 +115,12 @@ def _json(folder: Path, name: str, within: Sequence[Path] | None, most: int) -> 
         with open_within(folder / name, within) as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise AdapterError(f"it has no {name}, which a PEFT folder has") from None
+        raise AdapterError(other_make(folder)) from None
     if len(data) > most:
         raise AdapterError(f"{name} has more than {most:,} bytes")
+    if (told := told_pointer(name, data)) is not None:
+        raise AdapterError(told)
     return json_object(data, name)
-
-
-def _no_tensors(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        return (
-            f"it holds its tensors in {quoted(pickled[0])}, and reading a pickle runs code: save it again with PEFT's "
-            "safe_serialization"
-        )
-    return f"it has no {TENSORS}"
 
 
 def _told(called: str, error: Exception) -> str:

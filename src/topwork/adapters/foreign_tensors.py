@@ -8,6 +8,7 @@ It is read once, from one open file, so that what was checked is what is used.
 """
 
 import io
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from topwork.adapters.foreign_json import json_object
+from topwork.adapters.other_makes import told_pointer
 from topwork.common.errors import AdapterError, quoted
 
 DTYPES = {
@@ -77,7 +79,10 @@ def read_tensors(file: io.FileIO, limits: ReadLimits = ReadLimits()) -> dict[str
     size = os.fstat(file.fileno()).st_size
     if size > limits.tensor_bytes:
         raise AdapterError(f"the file has {size:,} bytes, and at most {limits.tensor_bytes:,} are read")
-    length = int.from_bytes(_exactly(file, 8), "little")
+    first = bytes(_exactly(file, 8))
+    if (told := told_pointer("it", first)) is not None:
+        raise AdapterError(told)
+    length = int.from_bytes(first, "little")
     if length > min(limits.header_bytes, size - 8):
         raise AdapterError(
             f"the header claims {length:,} bytes, in a file of {size:,}; at most {limits.header_bytes:,} are read"
@@ -135,6 +140,9 @@ def _entry(name: str, value: Any, data_bytes: int) -> _Entry:
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise AdapterError(f"{called} claims the bytes {begin} to {end} of {data_bytes:,}")
+    if 0 in shape and begin == end and math.prod(side or 1 for side in shape) < 1 << 62:
+        # what empty ones come from is told where all are known (`on_base.py`)
+        return _Entry(name, dtype, tuple(shape), begin, end)
     needed = dtype.itemsize
     for side in shape:
         needed *= side
@@ -153,6 +161,8 @@ def _whole(values: Any) -> bool:
 
 
 def _tensor(data: bytearray, entry: _Entry) -> Tensor:
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=entry.dtype)
     size = entry.dtype.itemsize
     if entry.begin % size:  # no number of this type may begin there
         data, begin = data[entry.begin : entry.end], 0

@@ -14,21 +14,14 @@ from topwork.adapters.fitting import Parts, checked, key_of, plan_on, state_of
 from topwork.adapters.method import Bare, Method
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.module import AdapterModule
-from topwork.adapters.peft_format import (
-    SavedAdapter,
-    refuse_more_than_file,
-    settle,
-    with_beginnings,
-    without_base_copies,
-)
-
-Stored = Callable[[str, str], Tensor | None]
-"""A base's own tensor by a module's path and its name there; None where there is none."""
+from topwork.adapters.on_base import Stored
+from topwork.adapters.peft_format import SavedAdapter, placed, refuse_more_than_file, with_beginnings
 
 
 class LazyParts:
     """The parts of an adapter read from disk, as they go into a base of which only the skeleton is there.
 
+    config  the adapter's options as this base takes them
     shapes  the parts by path, on the meta device: their classes and shapes, no values
     """
 
@@ -36,15 +29,14 @@ class LazyParts:
         self, bare: Bare, saved: SavedAdapter, stored: Stored, methods: Mapping[str, Method[Any]] = METHODS
     ) -> None:  # fmt: skip
         """Nothing is made yet but shapes. Raises AdapterError where config, tensors and base do not fit one another."""
-        saved = settle(saved, bare)
-        self._config = saved.config
+        saved = placed(saved, bare, stored)
+        self.config, tensors = saved.config, saved.tensors
         plan = plan_on(bare, saved.config, methods)
         refuse_more_than_file(plan, saved)
         with torch.device("meta"):
             self.shapes: Parts = {path: planned.make() for path, planned in plan.items()}
         own = state_of(self.shapes)
-        tensors = without_base_copies(saved.tensors, own, stored)
-        whole = with_beginnings(saved.config, {key: tensor.to("meta") for key, tensor in tensors.items()}, own)
+        whole = with_beginnings(self.config, {key: tensor.to("meta") for key, tensor in tensors.items()}, own)
         checked(own, whole)
         self._tensors = tensors
         self._begun = {key for key, tensor in tensors.items() if whole[key].shape != tensor.shape}
@@ -64,7 +56,7 @@ class LazyParts:
         file = {key_of(path, key): self.stored(path, key) for key in part.state()}
         if file.keys() & self._begun:
             part.reset_parameters(_linear(weight()), 0, path)
-            file = with_beginnings(self._config, file, state_of({path: part}))
+            file = with_beginnings(self.config, file, state_of({path: part}))
         part.load_state({key: file[key_of(path, key)] for key in part.state()})
         return part.train(False)
 

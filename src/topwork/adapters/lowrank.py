@@ -11,6 +11,7 @@ from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.module import AdapterModule
+from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import AdapterError
 
 
@@ -61,7 +62,8 @@ def _update(path: str, part: AdapterModule) -> LowRankUpdate:
         return _folded(*part.factors(), part.scaling)
     if isinstance(part, Lora) and type(part) in (Lora, LoftQ):
         return _folded(part.lora_A, part.lora_B, part.scaling)
-    raise AdapterError(f"{path} holds a {type(part).__name__}, which is no product of two low-rank factors")
+    told = "a whole module" if isinstance(part, ModuleCopy) else f"a {type(part).__name__}"
+    raise AdapterError(f"{path} holds {told}, which is no product of two low-rank factors; merge it into the base")
 
 
 def _folded(a: Tensor, b: Tensor, scaling: float, embedding: bool = False) -> LowRankUpdate:

@@ -5,10 +5,10 @@ stand in `topwork.json` beside them, which PEFT and vLLM do not read.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -17,14 +17,16 @@ from torch import Tensor
 
 from topwork.adapters.config import AdapterConfig, LoraConfig
 from topwork.adapters.files import Grafted
-from topwork.adapters.fitting import Parts, fill, fresh_parts, parameters_of, plan_on, state_of
+from topwork.adapters.fitting import Parts, fill, fresh_parts, plan_on, state_of
 from topwork.adapters.graft import Adapters
 from topwork.adapters.method import Bare, Method, Plan
 from topwork.adapters.methods.table import METHODS
+from topwork.adapters.names import on_modules, own_names
+from topwork.adapters.on_base import Stored, placed_on, settled_on
+from topwork.adapters.other_makes import CONFIG, OWN, TENSORS, other_config, other_make, pointer, told_pointer
 from topwork.adapters.peft_options import FROM_WEIGHT, described, reading_notes
-from topwork.adapters.ranks import RANK_AXIS, refuse_other_ranks
+from topwork.adapters.ranks import RANK_AXIS
 from topwork.adapters.read_again import check_written
-from topwork.adapters.settling import modules_of, settled
 from topwork.common.errors import AdapterError, quoted, shortened
 from topwork.common.files import whole_file, write_json
 from topwork.common.memory import out_of_memory
@@ -68,14 +70,14 @@ def write_grafted(
     folder.mkdir(parents=True, exist_ok=True)
     files = methods[adapter.config.method].files
     tensors = {key: tensor.cpu().contiguous() for key, tensor in files.to_file(adapter.state).items()}
-    written = folder / "adapter_config.json"
+    written = folder / CONFIG
     write_json(written, {**files.keys(adapter), "base_model_name_or_path": base.name})
     raw = _json(written)
     config = _config(_method(raw, str(folder), methods), raw, str(folder))
-    with whole_file(folder / "adapter_model.safetensors") as file:  # `save` would hold all of it once more
+    with whole_file(folder / TENSORS) as file:  # `save` would hold all of it once more
         save_file(tensors, file, metadata={"format": "pt"})
         check_written(file, tensors, config, adapter, bare, methods)
-    write_json(folder / "topwork.json", {"base_model": base.name, "base_fingerprint": base.fingerprint})
+    write_json(folder / OWN, {"base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
 def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> SavedAdapter:
@@ -86,21 +88,22 @@ def read_adapter(folder: Path, methods: Mapping[str, Method[Any]] = METHODS) -> 
         raise AdapterError(
             f"no adapter folder at {folder}; give a folder with adapter_config.json, or a run's folder{near}"
         )
-    raw = _json(folder / "adapter_config.json")
+    raw = _json(folder / CONFIG)
+    own = _json(folder / OWN) if (folder / OWN).exists() else {}
+    return saved_adapter(raw, _tensors(folder), own, str(folder), methods)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        file = folder / "adapter_model.safetensors"
         told = (
-            "the file is damaged: bring back a copy of it"
-            if file.exists()
-            else ".bin files are not read, because reading one runs code: save it again with PEFT's safe_serialization"
+            other_make(folder) if not file.exists() else pointer(file) or "the file is damaged: bring back a copy of it"
         )
-        raise AdapterError(f"{folder} has no readable adapter_model.safetensors ({why(error)}); {told}") from error
-    own = _json(folder / "topwork.json") if (folder / "topwork.json").exists() else {}
-    return saved_adapter(raw, tensors, own, str(folder), methods)
+        raise AdapterError(f"{folder} has no readable {TENSORS} ({why(error)}); {told}") from error
 
 
 def saved_adapter(
@@ -111,20 +114,8 @@ def saved_adapter(
     `called` so in errors."""
     base = BaseId(_text(raw.get("base_model_name_or_path")), _text(own.get("base_fingerprint")))
     method = _method(raw, called, methods)
-    config, found = _config(method, raw, called), method.files.from_file(without_doubles(tensors))
-    return SavedAdapter(config, found, base, called, reading_notes(raw))
-
-
-def without_doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Where the vocabulary has grown, PEFT writes a module that was trained whole three times: as `head.weight`, again
-    as `head.modules_to_save.weight`, and as it was before, `head.original_module.weight`. The first says all."""
-
-    def said(key: str, tensor: Tensor) -> bool:
-        saved, before = key.replace(".modules_to_save.", "."), key.replace(".original_module.", ".")
-        again = saved != key and saved in tensors and torch.equal(tensors[saved], tensor)
-        return again or (before != key and before in tensors)
-
-    return {key: tensor for key, tensor in tensors.items() if not said(key, tensor)}
+    named = own_names(tensors, called).tensors
+    return SavedAdapter(_config(method, raw, called), method.files.from_file(named), base, called, reading_notes(raw))
 
 
 def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseId, force: bool = False) -> str | None:
@@ -134,60 +125,80 @@ def load_adapter(adapters: Adapters, name: str, saved: SavedAdapter, base: BaseI
     """
     warning = check_base(saved, base, force)
     adapters.check_name(name)
-    bare = adapters.bare()
-    here = settle(saved, bare)
-    adapters.put(name, here.config, fitted(bare, here, adapters.methods))
-    return "; ".join([*([warning] if warning else []), *here.notes]) or None
+    fit = fitted(adapters.bare(), saved, adapters.methods)
+    adapters.put(name, fit.config, fit.parts)
+    return "; ".join([*([warning] if warning else []), *fit.notes]) or None
 
 
 def settle(saved: SavedAdapter, bare: Bare) -> SavedAdapter:
     """An adapter read from disk as it is meant in this base (`settling.py`), with notes of what its config names that
     is not there. Raises AdapterError where no module is left for it, or where its tensors have other ranks."""
-    config, notes = settled(bare.seen, saved.config, modules_of(saved.tensors))
-    refuse_other_ranks(bare.seen, config, saved.tensors, str(saved.path))
-    return replace(saved, config=config, notes=tuple(dict.fromkeys((*saved.notes, *notes))))
+    named, moved = on_modules(saved.tensors, bare.modules)
+    config, notes = settled_on(bare, saved.config, named, moved, str(saved.path))
+    return replace(saved, config=config, tensors=named, notes=_once(saved.notes, notes))
 
 
-def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
-    """The parts of an adapter read from disk, as they go into this base; the base's model is not changed by it.
+def _once(*notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for some in notes for note in some))
+
+
+def placed(
+    saved: SavedAdapter, bare: Bare, stored: Stored | None = None, without_copies: bool = False
+) -> SavedAdapter:  # fmt: skip
+    """The same adapter by this base's names, with options that name all that its file holds (`on_base.py`). `stored`
+    gives the base's own tensors; `without_copies` leaves out copies of them unseen, where they do not matter. Raises
+    AdapterError for what the base cannot take."""
+    how = (str(saved.path), stored, without_copies)
+    config, tensors, notes = placed_on(bare, saved.config, saved.tensors, *how)
+    return replace(saved, config=config, tensors=tensors, notes=_once(saved.notes, notes))
+
+
+def stored_in(bare: Bare) -> Stored:
+    """A base's own tensors, where they are in memory."""
+
+    def stored(path: str, kind: str) -> Tensor | None:
+        found = getattr(bare.modules.get(path), kind, None)
+        return found.detach().cpu() if isinstance(found, Tensor) else None
+
+    return stored
+
+
+class Fitted(NamedTuple):
+    """An adapter as it goes into a base: its options there, its parts, and what is to be said of how it was read."""
+
+    config: AdapterConfig
+    parts: Parts
+    notes: tuple[str, ...]
+
+
+def fitted(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Fitted:
+    """An adapter read from disk, as it goes into this base; the base's model is not changed by it.
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
-    saved = settle(saved, bare)
+    saved = placed(saved, bare, stored_in(bare))
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = fresh_parts(bare, plan)
-
-    fill_from(saved, parts, bare)
-    return parts
+    fill(parts, with_beginnings(saved.config, saved.tensors, state_of(parts)))
+    return Fitted(saved.config, parts, saved.notes)
 
 
 def fill_from(saved: SavedAdapter, parts: Parts, bare: Bare) -> None:
     """Set parts that were made for this base from what was read from disk. Raises AdapterError where they do not fit;
     nothing is set then."""
-
-    def stored(path: str, kind: str) -> Tensor | None:
-        found = getattr(bare.modules.get(path), kind, None)
-        return found.cpu() if isinstance(found, Tensor) else None
-
-    tensors = without_base_copies(saved.tensors, parameters_of(parts), stored)
-    fill(parts, with_beginnings(saved.config, tensors, state_of(parts)))
+    here = placed(saved, bare, stored_in(bare))
+    fill(parts, with_beginnings(here.config, here.tensors, state_of(parts)))
 
 
 def fitted_shapes(bare: Bare, saved: SavedAdapter, methods: Mapping[str, Method[Any]] = METHODS) -> Parts:
     """The same on a skeleton without weights, for what is in the file alone: parts that lack what is computed from the
     base. Raises AdapterError also for a file with a copy of the base's own head or embedding, which nobody can compare.
     """
-    saved = settle(saved, bare)
+    saved = placed(saved, bare)
     plan = plan_on(bare, saved.config, methods)
     refuse_more_than_file(plan, saved)
     parts = {path: planned.make() for path, planned in plan.items()}
-    copies = sorted(key for key in saved.tensors if ".base_layer." in key)
-    if copies:
-        raise AdapterError(
-            f"{saved.path}: its file holds the base's own {copies[0]}, which may have been trained; save it without "
-            "(PEFT: save_pretrained(…, save_embedding_layers=False))"
-        )
     fill(parts, saved.tensors)
     return parts
 
@@ -218,22 +229,6 @@ def with_beginnings(
         if 2 * tensor.shape[axis] == own[key].shape[axis]:
             found[key] = torch.cat([tensor, own[key].chunk(2, axis)[1].to(tensor)], axis)
     return found
-
-
-def without_base_copies(
-    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], stored: Callable[[str, str], Tensor | None]
-) -> dict[str, Tensor]:
-    """PEFT writes the base's own head or embedding beside an adapter of them; an equal copy says nothing new. `stored`
-    gives the base's own tensor by a module's path and its name there."""
-
-    def repeats_base(key: str, tensor: Tensor) -> bool:
-        path, _, kind = key.replace(".base_layer.", ".").rpartition(".")
-        weight = None if key in own else stored(path, kind)
-        if weight is None or weight.shape != tensor.shape:
-            return False
-        return bool((weight == tensor.to(weight.dtype)).all())
-
-    return {key: tensor for key, tensor in tensors.items() if not repeats_base(key, tensor)}
 
 
 def check_base(saved: SavedAdapter, base: BaseId, force: bool = False, shown: str | None = None) -> str | None:
@@ -268,6 +263,8 @@ def _text(value: Any) -> str | None:
 def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[Any]]) -> Method[Any]:
     """By `topwork_method`, or by PEFT's type in folders that others wrote."""
     by_type = {kind: method for method in methods.values() for kind in method.files.types}
+    if (other := other_config(raw)) is not None:
+        raise AdapterError(f"{called} {other}")
     name, kind = raw.get("topwork_method"), raw.get("peft_type")
     found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
@@ -287,10 +284,14 @@ def _config(method: Method[Any], raw: Mapping[str, Any], called: str) -> Adapter
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({why(error)}); a PEFT folder has one") from error
+        raise AdapterError(f"{path} cannot be read ({why(error)}); {other_make(path.parent)}") from error
+    try:
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
+        if (told := told_pointer(path.name, data)) is not None:
+            raise AdapterError(f"{path.parent}: {told}") from error
         raise AdapterError(f"{path} is not JSON ({error}); bring back a copy of it, or of the whole folder") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} holds no JSON object")

@@ -33,7 +33,7 @@ LORA = {
     **_keys(
         "read", r=8, target_modules=None, exclude_modules=None, lora_alpha=8, lora_dropout=0.0, use_rslora=False,
         modules_to_save=None, init_lora_weights=True, layers_to_transform=None, layers_pattern=None, rank_pattern={},
-        alpha_pattern={}, trainable_token_indices=None, use_dora=False,
+        alpha_pattern={}, trainable_token_indices=None, use_dora=False, bias="none", lora_bias=False,
     ),
     # how training began, or went backward; which Megatron; what the base's own layers tell (fan_in_fan_out) and the
     # file's tensors do (ensure_weight_tying)
@@ -43,7 +43,7 @@ LORA = {
         ensure_weight_tying=False,
     ),
     **_keys(
-        "refused", bias="none", lora_bias=False, layer_replication=None, target_parameters=None, velora_config=None,
+        "refused", layer_replication=None, target_parameters=None, velora_config=None,
         alora_invocation_tokens=None, use_qalora=False, use_bdlora=None, arrow_config=None, kasa_config=None,
         monteclora_config=None,
     ),

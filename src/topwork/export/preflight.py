@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from topwork.adapters.config import LoraConfig, Targeted
+from topwork.adapters.config import AdapterConfig, LoraConfig, Targeted
 from topwork.adapters.fitting import Parts
-from topwork.adapters.lazy_parts import LazyParts, Stored
+from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
+from topwork.adapters.methods.bitfit import Bias
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import PAIRS
 from topwork.adapters.methods.lora.lora import Lora
-from topwork.adapters.peft_format import SavedAdapter, fitted_shapes
+from topwork.adapters.names import on_modules
+from topwork.adapters.on_base import Stored, base_copies, grown
+from topwork.adapters.peft_format import SavedAdapter, fitted_shapes, placed
 from topwork.common.errors import AdapterError
 from topwork.export.lowered import missing_layers
 from topwork.export.readers import FEATURES, Action, Reader, Verdict
-from topwork.quantization.kinds import EMBEDDINGS, embedding_shape
+from topwork.quantization.kinds import EMBEDDINGS
 
 INSTEAD = {
     "prefix": "use it where it was trained, or with PEFT (--format peft)",
@@ -79,7 +83,10 @@ def preflight(saved: SavedAdapter, bare: Bare, reader: Reader, quantized: bool =
 
     Raises AdapterError where config, tensors and base do not fit one another at all.
     """
-    found = _at_first_sight(saved, bare)
+    found = _broken(saved, bare)
+    if not found:
+        saved = placed(saved, bare, without_copies=True)
+    found |= _at_first_sight(saved)
     if quantized:
         found["quantized_base"] = ""
     if not found.keys() & {"grown_vocabulary", "not_finite"}:
@@ -97,22 +104,25 @@ def refuse(findings: list[Finding], saved: SavedAdapter, reader: Reader) -> None
         )
 
 
-def exported_parts(saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]) -> Parts:
-    """An adapter's parts as they are exported. `stored` gives the base's own tensors; it is asked for only where the
-    file says less than all without them: what PiSSA and OLoRA began as, and copies of the base's own embedding that
-    PEFT has written beside an adapter of it, which may have been trained.
+def exported_parts(
+    saved: SavedAdapter, bare: Bare, stored: Callable[[], Stored]
+) -> tuple[AdapterConfig, Parts]:  # fmt: skip
+    """An adapter's options and parts as they are exported. `stored` gives the base's own tensors; it is asked for only
+    where the file says less than all without them: what PiSSA and OLoRA began as, and copies of the base's own
+    embedding that PEFT has written beside an adapter of it, which may have been trained.
 
     Raises AdapterError where config, tensors and base do not fit one another.
     """
-    if not (_begins_from_base(saved) or _base_copies(saved) or saved.config.saved_modules):
-        return fitted_shapes(bare, saved)
+    config = placed(saved, bare, without_copies=True).config
+    if not (_begins_from_base(saved) or _base_copies(saved, bare) or config.saved_modules):
+        return config, fitted_shapes(bare, saved)
     opened = cache(stored)
 
     def tensor(path: str, kind: str) -> Tensor | None:
         return opened()(path, kind)
 
     parts = LazyParts(bare, saved, tensor)
-    return {path: parts.part(path, partial(_weight, bare, tensor, path)) for path in parts.shapes}
+    return parts.config, {path: parts.part(path, partial(_weight, bare, tensor, path)) for path in parts.shapes}
 
 
 def needs_weights(findings: Sequence[Finding]) -> bool:
@@ -128,14 +138,12 @@ def _weight(bare: Bare, stored: Stored, path: str) -> Tensor:
 
 def _own_parts(saved: SavedAdapter, bare: Bare) -> Parts:
     """The parts of what is in the file alone."""
-    copies = _base_copies(saved)
-    tensors = {key: tensor for key, tensor in saved.tensors.items() if key not in copies}
     config = saved.config.model_copy(update={"init_lora_weights": True}) if _begins_from_base(saved) else saved.config
-    return fitted_shapes(bare, replace(saved, config=config, tensors=tensors))
+    return fitted_shapes(bare, replace(saved, config=config))
 
 
-def _base_copies(saved: SavedAdapter) -> set[str]:
-    return {key for key in saved.tensors if ".base_layer." in key}
+def _base_copies(saved: SavedAdapter, bare: Bare) -> list[str]:
+    return base_copies(on_modules(saved.tensors, bare.modules)[0], saved.config, bare)
 
 
 def _finding(name: str, found: str, reader: Reader, model_type: str) -> Finding:
@@ -146,17 +154,23 @@ def _finding(name: str, found: str, reader: Reader, model_type: str) -> Finding:
     return Finding(name, found, verdict.unseen, verdict.action, instead)
 
 
-def _at_first_sight(saved: SavedAdapter, bare: Bare) -> dict[str, str]:
+def _broken(saved: SavedAdapter, bare: Bare) -> dict[str, str]:
+    """What no reader takes."""
+    found = {}
+    broken = sorted(key for key, tensor in saved.tensors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        found["not_finite"] = f"in {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+    if other := grown(on_modules(saved.tensors, bare.modules)[0], bare):
+        found["grown_vocabulary"] = f"{other.key} is of {other.rows:,} tokens, the base has {other.base_rows:,}"
+    return found
+
+
+def _at_first_sight(saved: SavedAdapter) -> dict[str, str]:
     """What config and tensors tell without a base's modules."""
     config, found = saved.config, {}
     if config.method != "lora":
         named = config.method in FEATURES
         found[config.method if named else "other_method"] = "" if named else getattr(config, "peft_type", config.method)
-    broken = sorted(key for key, tensor in saved.tensors.items() if not torch.isfinite(tensor).all())
-    if broken:
-        found["not_finite"] = f"in {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
-    if grown := _grown(saved, bare):
-        found["grown_vocabulary"] = grown
     if (
         isinstance(config, Targeted)
         and isinstance(config.target_modules, str)
@@ -186,28 +200,14 @@ def _begins_from_base(saved: SavedAdapter) -> bool:
     return isinstance(saved.config, LoraConfig) and saved.config.init_lora_weights in PAIRS
 
 
-def _grown(saved: SavedAdapter, bare: Bare) -> str:
-    """An embedding or a head in the file with other rows than the base's."""
-    for path in (bare.embedding, bare.head):
-        if path is None:
-            continue
-        rows = embedding_shape(bare.modules[path])[0]
-        for key in (f"{path}.weight", f"{path}.base_layer.weight"):
-            tensor = saved.tensors.get(key)
-            if tensor is not None and tensor.dim() == 2 and len(tensor) != rows:
-                return f"{key} has {len(tensor):,} rows, the base {rows:,}"
-        a = saved.tensors.get(f"{path}.lora_embedding_A")
-        if a is not None and a.dim() == 2 and a.shape[1] != rows:
-            return f"{path}.lora_embedding_A is of {a.shape[1]:,} tokens, the base has {rows:,}"
-    return ""
-
-
 def _of_parts(parts: Parts, bare: Bare, reader: Reader, factor: int) -> dict[str, str]:
     """What shows where it goes into the base; folding makes ranks `factor` times what they are."""
     lora = {path: part for path, part in parts.items() if isinstance(part, Lora | EmbeddingLora)}
     if not lora:
         return {}
     found, ranks = {}, sorted({factor * _rank(part) for part in lora.values()})
+    if biased := [path for path, part in parts.items() if isinstance(part, BiasedLora | Bias)]:
+        found["biases"] = f"at {len(biased)} modules, {biased[0]} the first"
     if len(ranks) > 1:
         found["unequal_ranks"] = f"{ranks[0]} to {ranks[-1]}"
     if reader.most is not None and ranks[-1] > reader.most:

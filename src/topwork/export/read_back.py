@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from topwork.adapters.fitting import Parts, state_of
-from topwork.adapters.lazy_parts import Stored
 from topwork.adapters.lowrank import LowRankUpdate, low_rank_updates
 from topwork.adapters.method import Bare
+from topwork.adapters.on_base import Stored
 from topwork.adapters.peft_format import read_adapter
 from topwork.common.errors import RunError
 from topwork.export.lowered import Lowered
@@ -68,7 +68,7 @@ class ReadBack:
 def reread(folder: Path, bare: Bare, adapter: Lowered | Parts) -> ReadBack:
     """By our own reader, on the base's skeleton: each module's update against what was to be written. Raises RunError
     where they are apart."""
-    parts = exported_parts(read_adapter(folder), bare, _nothing)
+    _, parts = exported_parts(read_adapter(folder), bare, _nothing)
     if isinstance(adapter, Lowered):
         found = low_rank_updates(parts)
         pairs = [(found[path], update) for path, update in adapter.updates.items()]

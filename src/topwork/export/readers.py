@@ -29,6 +29,7 @@ FEATURES: dict[str, str] = {
     "beginning": "a beginning taken out of the base (PiSSA, OLoRA)",
     "quantized_base": "a base in 4 or 8 bits in training",
     "dora": "DoRA",
+    "biases": "trained biases (bias, lora_bias)",
     "modules_to_save": "whole modules (modules_to_save)",
     "trained_tokens": "trained tokens (trainable_token_indices)",
     "embedding_lora": "LoRA at the embedding",
@@ -121,7 +122,7 @@ PEFT = Reader(
     "peft", "PEFT", "adapter",
     _by_action(
         {
-            "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora "
+            "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora biases "
                     "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank ia3 prefix prompt "
                     "other_method "
                     "quantized_base",
@@ -146,7 +147,7 @@ VLLM = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base",
-            "merge instead": "dora modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full "
+            "merge instead": "dora biases modules_to_save trained_tokens tied_lora large_rank ia3 bitfit full "
                              "other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
@@ -156,7 +157,7 @@ VLLM = Reader(
             "unequal_ranks": "scales by the config's r in older versions",
             "fractional_alpha": "declares lora_alpha a whole number",
             "beginning": "refuses the folder",
-            "dora": "refuses it", "modules_to_save": "refuses them",
+            "dora": "refuses it", "biases": "refuses them", "modules_to_save": "refuses them",
             "trained_tokens": "refuses tensors that it does not expect",
             "tied_lora": "has one module for both, so that an update of one would reach the other",
             "large_rank": "takes no rank over 512",
@@ -170,7 +171,7 @@ _PLAIN_LORA: dict[Action, str] = {
     "padded": "unequal_ranks",
     "expanded": "regex_targets",
     "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-    "merge instead": "dora modules_to_save trained_tokens tied_lora ia3 bitfit full other_method",
+    "merge instead": "dora biases modules_to_save trained_tokens tied_lora ia3 bitfit full other_method",
     "refused": "prefix prompt grown_vocabulary not_finite",
 }
 """What is done for a reader of A and B at linear layers, embedding and head, at any rank and one scale."""
@@ -195,8 +196,8 @@ LORAX = Reader(
             "padded": "unequal_ranks",
             "expanded": "regex_targets some_layers",
             "kept": "quantized_base head_lora",
-            "merge instead": "dora modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 bitfit full "
-                             "other_method",
+            "merge instead": "dora biases modules_to_save trained_tokens embedding_lora tied_lora large_rank ia3 "
+                             "bitfit full other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -217,7 +218,8 @@ _LLAMA_CPP = _by_action(
         "rslora": "scales by alpha / r: use_rslora is not looked at", "beginning": _BEGINNING,
         "alpha_pattern": "has one alpha for all modules: alpha_pattern is not looked at",
         "unequal_ranks": "would scale each module by its own rank",
-        "dora": "has no place for magnitudes", "modules_to_save": "has no place for whole modules",
+        "dora": "has no place for magnitudes", "biases": "has no place for them",
+        "modules_to_save": "has no place for whole modules",
         "trained_tokens": "has no place for rows",
         "tied_lora": "has no output.weight, and one tensor for both", "ia3": _UNKNOWN, "bitfit": _UNKNOWN,
         "full": _UNKNOWN, "other_method": _UNKNOWN,
@@ -235,8 +237,8 @@ OLLAMA = Reader(
 _MERGED = _by_action(
     {
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
-                  "quantized_base dora modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank "
-                  "ia3 bitfit full other_method",
+                  "quantized_base dora biases modules_to_save trained_tokens embedding_lora head_lora tied_lora "
+                  "large_rank ia3 bitfit full other_method",
         "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS,

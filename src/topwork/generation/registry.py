@@ -21,7 +21,7 @@ from topwork.adapters.foreign import read_foreign
 from topwork.adapters.foreign_patterns import check_patterns
 from topwork.adapters.foreign_tensors import ReadLimits
 from topwork.adapters.graft import Adapters
-from topwork.adapters.peft_format import BaseId, check_base, fitted, settle
+from topwork.adapters.peft_format import BaseId, check_base, fitted
 from topwork.common.errors import AdapterError, TopworkError, UnknownAdapterError, did_you_mean, quoted, shortened
 from topwork.generation.versions import (
     LONGEST_NAME,
@@ -194,10 +194,9 @@ class Registry:
             shown = self.reserved[0] if self.reserved else None
             warning = check_base(found.saved, self._base, force, shown)
             check_patterns(found.saved.config, list(self._bare.modules))
-            saved = settle(found.saved, self._bare)
-            warning = "; ".join([*([warning] if warning else []), *saved.notes]) or None
-            parts = fitted(self._bare, saved, self.adapters.methods)
-            freeze(parts, self._bare, self._dtype)
+            fit = fitted(self._bare, found.saved, self.adapters.methods)
+            warning = "; ".join([*([warning] if warning else []), *fit.notes]) or None
+            freeze(fit.parts, self._bare, self._dtype)
         except (UnknownAdapterError, ChangedAdapterError):
             raise
         except TopworkError as error:
@@ -205,8 +204,7 @@ class Registry:
             raise AdapterError(shortened(told, MESSAGE_CHARACTERS)) from None
         except Exception as error:  # options or tensors that make no sense, in a way that nobody has thought of
             raise AdapterError(f"{called} cannot be read ({type(error).__name__})") from error
-        config, memory_bytes = saved.config, held_bytes(parts)
-        return Prepared(name, found.content, source, place, config, parts, memory_bytes, warning)
+        return Prepared(name, found.content, source, place, fit.config, fit.parts, held_bytes(fit.parts), warning)
 
     def _known(self, content: str) -> Version | None:
         return next((version for version in self._versions.values() if version.content == content), None)

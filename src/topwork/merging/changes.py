@@ -8,7 +8,7 @@ whose base lacks what they began as.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from topwork.adapters.config import LoraConfig
 from topwork.adapters.foreign import content_of
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
+from topwork.adapters.methods.bitfit import Bias
 from topwork.adapters.methods.factored import Factored
 from topwork.adapters.methods.ia3 import Ia3
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TrainedTokens
 from topwork.adapters.methods.lora.inits import FromWeight
@@ -133,27 +135,20 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
     Raises AdapterError, with `label`, for what does not fit the base, holds values that are not finite, or is no change
     of weights that an adapter can hold: virtual tokens, biases, full fine-tuning.
     """
-    config = saved.config
-    if config.method in NO_DELTA:
-        raise AdapterError(f"{label}: {NO_DELTA[config.method]}")
-    broken = sorted(key for key, tensor in saved.tensors.items() if not bool(torch.isfinite(tensor).all()))
-    if broken:
-        raise AdapterError(
-            f"{label} holds NaN or infinite values ({len(broken)} tensors, first {broken[0]}); its training broke, "
-            "take an earlier checkpoint"
-        )
+    if saved.config.method in NO_DELTA:
+        raise AdapterError(f"{label}: {NO_DELTA[saved.config.method]}")
 
     def stored(path: str, kind: str) -> Tensor | None:
         known = getattr(bare.modules.get(path), kind, None)
         return base(f"{path}.{kind}") if isinstance(known, Tensor) else None
 
     try:
-        parts = LazyParts(bare, saved, stored)
+        parts = LazyParts(bare, replace(saved, path=label), stored)
         for path, part in parts.shapes.items():
             _refuse_biases(path, part, bare.modules[path])
     except AdapterError as error:
-        raise AdapterError(f"{label}: {error}") from error
-    shapes = parts.shapes
+        raise AdapterError(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
+    config, shapes = parts.config, parts.shapes
     adapted = {path for path, part in shapes.items() if isinstance(part, ADAPTING)}
     copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
     rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
@@ -187,6 +182,10 @@ def _rank(part: AdapterModule) -> int | None:
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
     """IA3 and RoAd in a layer with a bias change that as well."""
+    if isinstance(part, BiasedLora | Bias):
+        raise AdapterError(
+            f"it trained the bias of {path} (bias, lora_bias), which no low-rank delta holds; {_INSTEAD}"
+        )
     if isinstance(part, ReadOnlyPart) and "bias" in part.merges and getattr(module, "bias", None) is not None:
         raise AdapterError(f"RoAd turns the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
     if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:

@@ -14,13 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from topwork.adapters.graft import Adapters, adapted_layers, bare_modules
 from topwork.adapters.methods.full import TiedHead
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.virtual import VirtualTokens
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.common.errors import AdapterError
 from topwork.common.files import write_folder
-from topwork.merging.fold import MERGEABLE, as_stored, folded
+from topwork.merging.fold import MERGEABLE, as_stored, folded, keeps_tie
 from topwork.models.base import Base
 from topwork.models.writing import write_model
 from topwork.quantization.linear import PackedModule, packed_modules
@@ -37,8 +38,11 @@ def merge(base: Base, adapters: Adapters, name: str) -> None:
     _check(base, adapters, name)
     dequantize(base.module)
     replaced: dict[str, nn.Module] = {}
-    tied = any(isinstance(part, TiedHead | TiedTokens) for part in adapters.parts(name).values())
-    for path, part in adapters.parts(name).items():
+    parts, bare = adapters.parts(name), adapters.bare()
+    tied = any(isinstance(part, TiedHead | TiedTokens) for part in parts.values())
+    if bare.seen.tied:
+        tied |= keeps_tie(parts, lambda path, key: parts[path].state()[key], str(bare.embedding), str(bare.head))
+    for path, part in parts.items():
         own = base.module.get_submodule(path).base_layer
         if isinstance(part, ModuleCopy | TiedHead):
             replaced[path] = part.replacement(own)  # type: ignore[arg-type]
@@ -77,6 +81,8 @@ def _check(base: Base, adapters: Adapters, name: str) -> None:
         )
     for path, part in adapters.parts(name).items():
         layer = base.module.get_submodule(path)
+        if isinstance(part, BiasedLora):
+            part.refuse_lost(path)
         if isinstance(part, VirtualTokens):
             part.merged(layer.weight, None)  # type: ignore[arg-type]  # AdapterError
         if isinstance(layer.base_layer, PackedModule) or isinstance(part, ModuleCopy | TiedHead):

@@ -14,6 +14,7 @@ from topwork.adapters.graft import bare_base
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Method
 from topwork.adapters.methods.full import TiedHead
+from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.embedding import TiedTokens
 from topwork.adapters.methods.table import METHODS
 from topwork.adapters.methods.virtual import VirtualTokens
@@ -21,7 +22,7 @@ from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
 from topwork.common.errors import AdapterError
-from topwork.merging.fold import MERGEABLE, as_stored, folded
+from topwork.merging.fold import MERGEABLE, as_stored, folded, keeps_tie
 from topwork.merging.rounding import Rounding
 from topwork.models.lazy import LazyModel, LazyTensor, tie_as_stored
 from topwork.models.stored_names import key_for, stored_names
@@ -43,9 +44,9 @@ def merged_lazily(
     """
     stored = Stored(model, skeleton)
     parts = LazyParts(bare_base(skeleton), saved, stored.tensor, methods)
-    for part in parts.shapes.values():
-        _refuse_unmergeable(part)
-    apart = stored.tied and stored.splits(parts.shapes)
+    for path, part in parts.shapes.items():
+        _refuse_unmergeable(path, part)
+    apart = stored.tied and stored.splits(parts)
     changed = stored.take_apart() if apart else {}
     for path, part in parts.shapes.items():
         changed |= _changed(stored, parts, path, part, rounding)
@@ -85,11 +86,13 @@ class Stored:
         found = next((self.names.keys[known] for known in own if known in self.names.keys), None)
         return found or key_for(self.skeleton, name, self.model.tensors)
 
-    def splits(self, parts: Mapping[str, AdapterModule]) -> bool:
+    def splits(self, parts: LazyParts) -> bool:
         """Whether these parts leave a tied embedding and head unlike."""
-        paths = [name.removesuffix(".weight") for name in self.ends]
-        shared = any(isinstance(part, TiedHead | TiedTokens) for part in parts.values())
-        return not shared and any(path in parts for path in paths)
+        embedding, head = [name.removesuffix(".weight") for name in self.ends]
+        if any(isinstance(part, TiedHead | TiedTokens) for part in parts.shapes.values()):
+            return False
+        touched = embedding in parts.shapes or head in parts.shapes
+        return touched and not keeps_tie(parts.shapes, parts.stored, embedding, head)
 
     def take_apart(self) -> dict[str, LazyTensor]:
         """A tied embedding and head as two tensors of their own, from here on."""
@@ -170,8 +173,10 @@ def _folded(
     return fetch
 
 
-def _refuse_unmergeable(part: AdapterModule) -> None:
+def _refuse_unmergeable(path: str, part: AdapterModule) -> None:
     """Before anything is read. Raises AdapterError."""
+    if isinstance(part, BiasedLora):
+        part.refuse_lost(path)
     without = isinstance(part, VirtualTokens) or type(part).merged is AdapterModule.merged
     if without and not isinstance(part, ModuleCopy | TiedHead):
         part.merged(torch.empty(0), None)

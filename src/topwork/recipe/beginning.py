@@ -15,6 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from topwork.adapters.config import CONFIGS, AdapterConfig
+from topwork.adapters.kept_together import with_tied_head
+from topwork.adapters.other_makes import TENSORS
 from topwork.adapters.peft_options import FROM_WEIGHT, config_in
 from topwork.common.errors import AdapterError, RecipeError
 from topwork.common.paths import missed
@@ -152,7 +154,7 @@ def _options(place: Path, run: Path | None) -> AdapterConfig:
         raise AdapterError(f"{found / CONFIG} cannot be read ({error})") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{found / CONFIG} holds no JSON object")
-    return config_in(raw, str(found))
+    return with_tied_head(config_in(raw, str(found)), raw, found / TENSORS)
 
 
 def _config(section: dict[str, Any], called: str) -> AdapterConfig:

@@ -13,6 +13,7 @@ from torch import Tensor
 from topwork.adapters.files import PREFIX
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
+from topwork.adapters.names import on_modules, own_names
 from topwork.adapters.peft_format import SavedAdapter, fitted_shapes, read_adapter, saved_adapter
 from topwork.common.errors import AdapterError, RequestError
 from topwork.common.files import write_bytes, write_folder, write_json
@@ -23,7 +24,6 @@ from topwork.models.gguf import convert_into
 from topwork.plan.built import base_skeleton
 from topwork.run.converting.kinds import Found, recognised
 from topwork.run.converting.mlx import mlx_adapter
-from topwork.run.converting.peft_names import on_modules, plain_names
 from topwork.run.folder import check_out
 
 RECORD = "convert.json"
@@ -148,12 +148,14 @@ def _peft(found: Found, bare: Bare | None, model: str | None) -> _Read:
         raise AdapterError(
             f"{found.file} has no readable {CONFIG} beside it, which says its rank and scale; they are not guessed"
         )
-    tensors, changed = plain_names(str(found.file), _tensors(found))
+    named = own_names(_tensors(found), str(found.file))
+    tensors, changed = named.tensors, named.changed
     if bare is not None:
         tensors, moved = on_modules(tensors, bare.modules)
-        changed += moved
+        changed += tuple(f"{theirs} is {ours} in this base" for theirs, ours in sorted(moved.items())[:1])
+    tensors = {PREFIX + key if "." in key else key: tensor.contiguous() for key, tensor in tensors.items()}
     config = found.config if model is None else {**found.config, "base_model_name_or_path": model}
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}, config, tuple(changed)
+    return tensors, config, changed
 
 
 _READERS: dict[str, Callable[[Found, Bare | None, str | None], _Read]] = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from topwork.adapters.foreign import CONFIG
 from topwork.adapters.graft import bare_base
 from topwork.adapters.method import Bare
+from topwork.adapters.other_makes import CONFIG
 from topwork.adapters.peft_format import BaseId, check_base, settle
 from topwork.common.errors import RequestError
 from topwork.common.files import write_folder, write_json
@@ -173,8 +173,9 @@ def _adapter(given: Given, out: Path, how: _How) -> Exported:
     if how.dry_run:
         return how.exported(out, findings)
     tokenizer = tokenizer_of(given.model, given.template, given.folder, how.log)
-    parts = exported_parts(given.saved, bare, lambda: stored_by(given.model, skeleton, how.log))
+    config, parts = exported_parts(given.saved, bare, lambda: stored_by(given.model, skeleton, how.log))
     compared = asked(given, tokenizer, how.check, how.force, how.log)
+    given = replace(given, saved=replace(given.saved, config=config))
     job = AdapterJob(given, how.reader, how.type, bare, parts, tokenizer, compared, how.log)
     return _written(out, findings, how, lambda folder: ADAPTER_WRITERS[how.reader.format](job, folder))
 

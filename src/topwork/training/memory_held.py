@@ -82,8 +82,7 @@ def rank(member: Member, module: Module) -> int:
         return inner_rank(member.adapter, module.columns, module.rows)
     if len(sizes) < 2:
         return 0
-    lengths = module.rows if getattr(member.adapter, "use_dora", False) else 0
-    r = (sum(sizes) - lengths) // (module.rows + module.columns)
+    r = (sizes[0] + sizes[1]) // (module.rows + module.columns)  # of A and B; vectors follow
     return 2 * r if member.adapter.keeps_beginnings else r
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from topwork.adapters.foreign import CONFIG
+from topwork.adapters.other_makes import CONFIG
 from topwork.common.errors import RequestError
 
 Kind = Literal["gguf model", "gguf adapter", "mlx adapter", "peft adapter"]

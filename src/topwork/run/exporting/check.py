@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from topwork.adapters.graft import Adapters
-from topwork.adapters.lazy_parts import Stored
+from topwork.adapters.on_base import Stored
 from topwork.adapters.peft_format import BaseId, load_adapter
 from topwork.common.errors import ModelError
 from topwork.common.memory import free_memory_bytes

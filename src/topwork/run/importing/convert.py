@@ -183,10 +183,14 @@ def starting(value: Any, _: "Draft") -> Result:
     return Lacking("there are gaussian, pissa, olora and loftq here, and PEFT's usual beginning, which is taken")
 
 
-def no_bias(value: Any, _: "Draft") -> Result:
-    if str(value).lower() in ("none", "false"):
+def biases(value: Any, _: "Draft") -> Result:
+    """Which biases are trained beside A and B, by PEFT's names."""
+    name = str(value).lower()
+    if name in ("none", "false"):
         return Needless("no biases are trained, as here")
-    return Lacking("biases are trained by a method of their own here (adapter.method: bitfit)")
+    if name in ("all", "lora_only"):
+        return Put({"adapter.bias": name})
+    return Lacking("bias is none, lora_only or all; none is taken")
 
 
 def dtype(value: Any, _: "Draft") -> Result:

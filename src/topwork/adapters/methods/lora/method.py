@@ -1,6 +1,7 @@
 """LoRA and its kin as a method: which parts go where, and PEFT's LORA folders.
 
-rsLoRA is another scale, DoRA `dora.py`, other beginnings `inits.py`, parts at embeddings `embedding.py`. What began
+rsLoRA is another scale, DoRA `dora.py`, biases `biases.py`, other beginnings `inits.py`, parts at embeddings
+`embedding.py`. What began
 with PiSSA or OLoRA is written as the LoRA of rank 2 r that it is, with the ranks and alphas that keep its scale.
 """
 
@@ -14,6 +15,9 @@ from torch import nn
 from topwork.adapters.config import PEFT_TARGETS, LoraConfig
 from topwork.adapters.files import Files, Grafted, has_conv1d, peft_keys, sorted_or_none
 from topwork.adapters.method import Bare, Method, Original, Plan, Planned, Preset
+from topwork.adapters.methods.bitfit import Bias
+from topwork.adapters.methods.lora.bias_places import other_biases
+from topwork.adapters.methods.lora.biases import BiasedDora, BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
 from topwork.adapters.methods.lora.embedding import EmbeddingLora, TiedTokens, TrainedTokens
 from topwork.adapters.methods.lora.inits import PAIRS, FromWeight, LoftQ
@@ -28,7 +32,7 @@ from topwork.quantization.linear import QuantizedLinear
 
 
 def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
-    """LoRA in every target, with DoRA's lengths, or begun from the base's weights; and trained tokens."""
+    """LoRA in every target, with DoRA's lengths and biases, or begun from the base's weights; and trained tokens."""
     targets, tokens = lora_places(bare.seen, config)
 
     def at(target: Target) -> Planned:
@@ -37,7 +41,9 @@ def lora_plan(bare: Bare, config: LoraConfig) -> Plan:
         )
 
     plan = {target.path: at(target) for target in targets}
-    return plan if tokens is None else plan | _token_plan(tokens, config.trainable_token_indices or [])
+    if tokens is not None:
+        plan |= _token_plan(tokens, config.trainable_token_indices or [])
+    return plan | _bias_plan(bare, config, plan)
 
 
 def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
@@ -50,6 +56,10 @@ def _part(bare: Bare, config: LoraConfig, target: Target) -> AdapterModule:
         return LoftQ(inputs, outputs, target.r, scaling, dropout, _original(bare))
     if isinstance(init, str) and init in PAIRS:
         return FromWeight(inputs, outputs, target.r, scaling, dropout, init)
+    if target.biases:
+        biased = BiasedDora if config.use_dora else BiasedLora
+        part = biased(inputs, outputs, target.r, scaling, dropout, init == "gaussian")
+        return part.with_biases(bare.modules[target.path], target.biases)
     kind = Dora if config.use_dora else Lora
     return kind(inputs, outputs, target.r, scaling, dropout, init == "gaussian")
 
@@ -81,6 +91,16 @@ def _token_plan(tokens: Tokens, indices: Sequence[int]) -> Plan:
     return plan if tokens.head is None else plan | {tokens.head: Planned(lambda: TiedTokens(rows()), 0, own)}
 
 
+def _bias_plan(bare: Bare, config: LoraConfig, plan: Plan) -> Plan:
+    """The biases of modules that have no other part."""
+
+    def at(path: str) -> Planned:
+        module = bare.modules[path]
+        return Planned(lambda: Bias(module), bare.seen.by_path[path].tensors[-1])
+
+    return {path: at(path) for path in other_biases(bare.seen, config, plan)}
+
+
 def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
     config, modules = adapter.config, adapter.modules
     targets = [path for path, part in adapter.parts.items() if isinstance(part, Lora | EmbeddingLora)]
@@ -94,10 +114,8 @@ def _keys(adapter: Grafted[LoraConfig]) -> dict[str, Any]:
         "layers_to_transform": None if by_path else config.layers_to_transform,
         "layers_pattern": None if by_path else config.layers_pattern,
         "modules_to_save": sorted_or_none(config.modules_to_save),
-        "bias": "none",
         "fan_in_fan_out": has_conv1d(modules, targets),
         "init_lora_weights": config.init_lora_weights if config.init_lora_weights == "gaussian" else True,
-        "lora_bias": False,
     }
 
 

@@ -3,10 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.lora.bias_places import biases_at, other_biases
 from topwork.adapters.places import Places, Sizes, inputs_outputs
 from topwork.adapters.targets import PLAIN, find_targets, near_names
 from topwork.common.errors import AdapterError
@@ -15,7 +16,7 @@ from topwork.common.errors import AdapterError
 @dataclass(frozen=True)
 class Target:
     """One module that gets an A and a B: its path, its rank and its alpha, its inputs and outputs (an embedding's
-    entries and width)."""
+    entries and width), and the names of the biases that are trained with it."""
 
     path: str
     r: int
@@ -23,10 +24,12 @@ class Target:
     inputs: int
     outputs: int
     is_embedding: bool
+    biases: tuple[str, ...] = ()
 
     def sizes(self, lengths: bool) -> tuple[int, ...]:
-        """Of A and B, and of DoRA's `lengths`."""
-        return (self.r * self.inputs, self.r * self.outputs, *((self.outputs,) if lengths else ()))
+        """Of A and B, of DoRA's `lengths`, and of biases."""
+        vectors = (1 if lengths else 0) + len(self.biases)
+        return (self.r * self.inputs, self.r * self.outputs, *[self.outputs] * vectors)
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,19 @@ class Tokens:
 
 
 def lora_sizes(base: Places, config: LoraConfig) -> Sizes:
-    """LoRA in every target, with DoRA's lengths; and trained tokens."""
+    """LoRA in every target, with DoRA's lengths and biases; and trained tokens."""
     targets, tokens = lora_places(base, config)
     sizes = {target.path: target.sizes(config.use_dora) for target in targets}
     if tokens is not None:
         sizes[tokens.path] = (len(config.trainable_token_indices or ()) * tokens.width,)
         sizes |= {tokens.head: ()} if tokens.head is not None else {}
-    return sizes
+    return sizes | {path: base.by_path[path].tensors[-1:] for path in other_biases(base, config, sizes)}
 
 
 def lora_places(base: Places, config: LoraConfig) -> tuple[list[Target], Tokens | None]:
     """Every module that gets a part. Raises AdapterError where the config does not fit the base."""
     paths = find_targets(base, config, ("linear", "embedding"))
-    targets = _ranked(base, paths, config)
+    targets = [replace(at, biases=biases_at(base.by_path[at.path], config)) for at in _ranked(base, paths, config)]
     _refuse_more_than_lora([target.path for target in targets if target.is_embedding], config)
     _refuse_large_ranks(targets, config)
     if config.trainable_token_indices is None:

@@ -10,8 +10,8 @@ from topwork.run.importing.convert import (
     LOADING,
     PEFT_OF,
     PRECISION,
+    biases,
     names,
-    no_bias,
     optional,
     packed,
     revision,
@@ -113,7 +113,7 @@ def lora_config(prefix: str, r: int, alpha: float, dropout: float, needed: Any =
         to(f"{prefix}layers_pattern", "adapter.layers_pattern"),
         to(f"{prefix}init_lora_weights", "adapter.init_lora_weights", starting),
         to(f"{prefix}trainable_token_indices", "adapter.trainable_token_indices"),
-        to(f"{prefix}bias", "", no_bias),
+        to(f"{prefix}bias", "adapter.bias", biases),
         *needless(
             f"{prefix}task_type {prefix}inference_mode {prefix}fan_in_fan_out {prefix}revision "
             f"{prefix}base_model_name_or_path {prefix}peft_type {prefix}ensure_weight_tying",
