@@ -88,6 +88,7 @@ docs: $(VENV)/.tested
 	$(BIN)/python tools/planning_tables.py
 	$(BIN)/python tools/importing_page.py
 	$(BIN)/python tools/advice_page.py
+	$(BIN)/python tools/peft_tables.py
 
 bench: $(VENV)/.tested
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -35,6 +35,12 @@ PROVEN = {
     "tests/training/test_pass_memory.py": (*_STEPS, "src/topwork/models", "src/topwork/quantization"),
     "tests/training/test_on_a_card.py": (*_STEPS, "tests/training/card_steps.py"),
     "tests/tools/test_gpu_check.py": (*_STEPS, *_TOOLS, "tools/gpu", "tools/gpu_check.py", "tools/gpu_check.sh"),
+    "tests/adapters/test_peft_tables.py": (
+        *_KERNELS,
+        "src/topwork/adapters",
+        "src/topwork/models",
+        "tools/peft_tables.py",
+    ),
 }
 """The file of such tests (those in it that are marked slow), and what they read."""
 

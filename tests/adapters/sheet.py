@@ -63,6 +63,22 @@ ROWS: dict[str, Row] = {
     "ia3 on inputs alone": Row(
         AdapterConfig(method="ia3", target_modules=["q_proj", "up_proj"], feedforward_modules=["q_proj", "up_proj"])
     ),
+    "vera": Row(AdapterConfig(method="vera", r=12)),
+    "vera with dropout, drawn again": Row(
+        AdapterConfig(method="vera", r=12, vera_dropout=0.3, save_projection=False, modules_to_save=["norm"]),
+        fresh=LOGITS_APART,
+    ),
+    "loha": Row(AdapterConfig(method="loha", r=3, alpha=6)),
+    "lokr": Row(AdapterConfig(method="lokr", r=2, alpha=4)),
+    "lokr of whole matrices": Row(AdapterConfig(method="lokr", r=8, decompose_factor=4)),
+    "lokr of two products on gpt2": Row(AdapterConfig(method="lokr", r=1, alpha=3, decompose_both=True), "gpt2"),
+    "oft": Row(AdapterConfig(method="oft", oft_block_size=16), fresh=LOGITS_APART, fresh_bf16=2e-2),
+    "oft, near and shared": Row(
+        AdapterConfig(method="oft", r=4, block_share=True, coft=True, eps=0.3, use_cayley_neumann=False),
+        "qwen2",
+        fresh=LOGITS_APART,
+        fresh_bf16=2e-2,
+    ),
     "bitfit": Row(AdapterConfig(method="bitfit"), "gpt2"),
     "bitfit on qwen2": Row(AdapterConfig(method="bitfit"), "qwen2"),
     "full": Row(AdapterConfig(method="full"), fresh=LOGITS_APART),

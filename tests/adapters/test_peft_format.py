@@ -235,7 +235,7 @@ def edited(folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"peft_type": "VERA"}, "holds an adapter of peft_type VERA; IA3, LORA"),
+        ({"peft_type": "PSOFT"}, "holds an adapter of peft_type PSOFT; ADALORA, .*IA3, .*LORA"),
         ({"topwork_method": "other"}, "holds an adapter of method 'other'"),
         ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
         ({"r": "many"}, "does not describe a LORA adapter"),

@@ -47,7 +47,8 @@ def test_every_key_of_a_recipe_stands_in_its_section(options_page: ModuleType) -
 
 
 def test_types_are_told_in_words(options_page: ModuleType) -> None:
-    told = {line.split(" | ")[0]: line for line in options_page.page().splitlines() if line.startswith("| `")}
+    lines = options_page.page().splitlines()  # of options that several methods have by one name the first, LoRA's
+    told = {line.split(" | ")[0]: line for line in reversed(lines) if line.startswith("| `")}
     assert "| whole number, at least 1 | `16` |" in told["| `r`"]
     assert "| text, or a list of texts | `all-linear` |" in told["| `target_modules`"]
     assert "| `auto` · `off` · `full`, or whole number | `auto` |" in told["| `activation_checkpointing`"]

@@ -93,6 +93,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
     "full": ({"method": "full"}, {}, None),
     "prefix": ({"method": "prefix"}, {}, None),
     "prompt": ({"method": "prompt"}, {}, None),
+    "other_method": ({"method": "loha", "r": 3}, {}, None),
     # vLLM #9280, #36501: a grown embedding
     "grown_vocabulary": ({"modules_to_save": ["embed_tokens"]}, {}, grown),
     "not_finite": ({}, {}, with_nan),
@@ -274,7 +275,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "PSOFT"}, "PSOFT"),
     ],
 )  # fmt: skip
 def test_what_nobody_here_reads_is_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

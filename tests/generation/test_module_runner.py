@@ -28,6 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 16},
     "dora": {"r": 3, "lora_alpha": 16, "use_dora": True},
     "ia3": {"method": "ia3"},
+    "lokr": {"method": "lokr", "r": 2},
+    "oft": {"method": "oft", "oft_block_size": 8},
     "prefix": {"method": "prefix", "num_virtual_tokens": 5},
     "prompt": {"method": "prompt", "num_virtual_tokens": 35},
     "tokens": {"r": 2, "trainable_token_indices": [3, 5, 7]},
@@ -36,9 +38,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "saved": {"r": 2, "modules_to_save": ["input_layernorm"]},
     "embedding": {"r": 2, "target_modules": ["embed_tokens"]},
 }
-ALONE = {"ia3 of inputs", "saved", "embedding"}
+ALONE = {"ia3 of inputs", "oft", "saved", "embedding"}
 """What may not share a pass, in a base of fast layers."""
-PLAIN = ["lora", "dora", "ia3", "prefix", "prompt"]
+PLAIN = ["lora", "dora", "ia3", "oft", "prefix", "prompt"]
 
 Text = tuple[list[int], str | None]
 

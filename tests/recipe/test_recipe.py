@@ -257,7 +257,7 @@ def test_a_recipe_with_all_methods_options_is_the_same(own: dict[str, Any]) -> N
         ("{method: ia3, lora_alhpa: 4}", "unknown key 'adapter.lora_alhpa'; did you mean 'lora_alpha'?"),
         ("{method: dora, r: 0}", "'adapter.r': input should be greater than or equal to 1, given 0"),
         ("{method: prompt, prompt_tuning_init: text}", "adapter: prompt_tuning_init: text and prompt_tuning_init_text"),
-        ("{method: lroa}", "adapter: there is no method 'lroa'; there are lora, dora, ia3, prefix, prompt, bitfit, "),
+        ("{method: lroa}", "adapter: there is no method 'lroa'; there are lora, dora, ia3, vera, "),
         ("{method: lroa}", "did you mean 'lora'"),
         ("{method: [lora]}", "there is no method ['lora']"),
     ],

@@ -95,7 +95,8 @@ def compare_from(tmp: Path, base: Base, adapters: Adapters, folder: str, rows: l
 
     assert losses == pytest.approx(expected, rel=1e-5, abs=0)
     assert expected[-1] != expected[0]
-    final = {key: t for key, t in get_peft_model_state_dict(theirs).items() if ".base_layer." not in key}
+    stored = get_peft_model_state_dict(theirs)
+    final = {key: t for key, t in stored.items() if key.startswith(PREFIX) and ".base_layer." not in key}
     assert final.keys() == {PREFIX + key for key in parameters}
     for key, parameter in parameters.items():
         assert furthest(final[PREFIX + key], parameter) <= 1e-4, key

@@ -58,9 +58,13 @@ class AdapterConfig(Options):
         if not isinstance(values, dict):
             return values
         known = cls.model_fields.keys()
-        others = {name: field for kind in CONFIGS.values() for name, field in kind.model_fields.items()}
-        idle = [name for name in sorted(values) if name in others and name not in known]
-        changed = [name for name in idle if values[name] != others[name].get_default(call_default_factory=True)]
+        others = [kind.model_fields for kind in CONFIGS.values()]
+        idle = {
+            name: [fields[name].get_default(call_default_factory=True) for fields in others if name in fields]
+            for name in sorted(values)
+            if name not in known and any(name in fields for fields in others)
+        }
+        changed = [name for name, defaults in idle.items() if values[name] not in defaults]
         if changed:
             own = sorted(known - {"method", "init_from"})
             raise ValueError(
@@ -250,6 +254,80 @@ class Ia3Config(Saving, Targeted):
     """Those of `target_modules` whose inputs are scaled, not their outputs. Left out: the MLP's last layers."""
 
 
+class VeraConfig(Saving, Targeted):
+    method: Literal["vera"] = "vera"
+    """LoRA whose matrices are random and shared by all layers; only two vectors at each are learned."""
+    r: int = Field(256, ge=1)
+    """The rank of the shared matrices. Higher than LoRA's, as a rank costs one learned number a layer."""
+    vera_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input while training."""
+    d_initial: float = 0.1
+    """What the ranks' vector begins as."""
+    projection_prng_key: int = 0
+    """The seed of the shared matrices."""
+    save_projection: bool = True
+    """Whether the shared matrices are in the file, too; without them they are drawn again by their seed."""
+
+    @property
+    def dropout(self) -> float:
+        return self.vera_dropout
+
+
+class LohaConfig(Saving, Targeted):
+    method: Literal["loha"] = "loha"
+    """The elementwise product of two low-rank updates, of rank r * r."""
+    r: int = Field(8, ge=1)
+    """The rank of each of the two."""
+    alpha: float = Field(8, gt=0)
+    """The update is scaled by alpha / r."""
+
+
+class LokrConfig(Saving, Targeted):
+    method: Literal["lokr"] = "lokr"
+    """The Kronecker product of two small matrices."""
+    r: int = Field(8, ge=1)
+    """The rank of the larger matrix, where its sides are longer than twice that."""
+    alpha: float = Field(8, gt=0)
+    """The update is scaled by alpha / r."""
+    decompose_both: bool = False
+    """Whether the smaller matrix may be of rank r too."""
+    decompose_factor: int = Field(-1, ge=-1)
+    """The smaller matrix's sides, where these divide the layer's; -1: nearly as long as the larger one's."""
+
+
+class OftConfig(Saving, Targeted):
+    method: Literal["oft"] = "oft"
+    """What a layer is given is turned, block by block, by learned rotations."""
+    r: int = Field(0, ge=0)
+    """How many blocks a layer's inputs are cut into; 0: by `oft_block_size`."""
+    oft_block_size: int = Field(32, ge=0)
+    """Inputs in a block; 0: by `r`. What does not divide the inputs gives way to the nearest that does."""
+    block_share: bool = False
+    """One rotation for all blocks of a layer."""
+    coft: bool = False
+    """Rotations stay near the identity, by `eps`."""
+    eps: float = Field(6e-5, gt=0)
+    """How far with `coft`."""
+    use_cayley_neumann: bool = True
+    """A rotation by the first terms of its series, faster and nearly orthogonal, in the place of an inverse."""
+    num_cayley_neumann_terms: int = Field(5, ge=1)
+    """How many terms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        by_number = bool(values.get("r"))
+        if by_number and values.get("oft_block_size"):
+            raise ValueError("r and oft_block_size say the same in two ways; give one of them, and leave the other out")
+        return {**values, "oft_block_size": 0} if by_number else values
+
+    @property
+    def runs_plain(self) -> bool:
+        return True
+
+
 class PrefixConfig(VirtualConfig):
     method: Literal["prefix"] = "prefix"
     """Learned keys and values of all layers before the text."""
@@ -282,7 +360,21 @@ class FullConfig(Excluding):
     """Full fine-tuning: a copy of every module."""
 
 
-Choice = LoraConfig | Ia3Config | PrefixConfig | PromptConfig | BitFitConfig | FullConfig
+class ReadOnlyConfig(Saving, Targeted):
+    """For PEFT's methods that are read, run, merged and served, but not begun: no recipe names it."""
+
+    method: Literal["readonly"] = "readonly"
+    """Another of PEFT's methods."""
+    peft_type: str
+    """Which, as PEFT calls it."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What its adapter_config.json says of it."""
+
+
+Choice = (
+    LoraConfig | Ia3Config | VeraConfig | LohaConfig | LokrConfig | OftConfig
+    | PrefixConfig | PromptConfig | BitFitConfig | FullConfig
+)  # fmt: skip
 """A new method's options stand here too."""
 CONFIGS: dict[str, type[AdapterConfig]] = {
     method: kind for kind in get_args(Choice) for method in get_args(kind.model_fields["method"].annotation)

@@ -53,6 +53,7 @@ class Files(Generic[Config]):
     options    those keys -> the method's options; raises AdapterError, for a folder told by name, where they ask for
                what is not known here
     to_file    what `Adapters.state` gives -> the file's tensors, and `from_file` the other way
+    also       other types of PEFT's whose folders are read so
     """
 
     peft_type: str | None
@@ -60,6 +61,12 @@ class Files(Generic[Config]):
     options: Callable[[Mapping[str, Any], str], dict[str, Any]]
     to_file: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = with_prefix
     from_file: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = without_prefix
+    also: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Every type that is read."""
+        return self.also if self.peft_type is None else (self.peft_type, *self.also)
 
 
 def own_files(kind: type[Config]) -> Files[Config]:

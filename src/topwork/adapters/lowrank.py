@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topwork.adapters.fitting import Parts
+from topwork.adapters.methods.factored import Factored
 from topwork.adapters.methods.lora.embedding import EmbeddingLora
 from topwork.adapters.methods.lora.inits import FromWeight, LoftQ
 from topwork.adapters.methods.lora.lora import Lora
@@ -57,6 +58,8 @@ def _update(path: str, part: AdapterModule) -> LowRankUpdate:
         return _folded(part.lora_embedding_A, part.lora_embedding_B, part.scaling, embedding=True)
     if isinstance(part, FromWeight):
         return _folded(*part.difference(), part.scaling)
+    if isinstance(part, Factored):
+        return _folded(*part.factors(), part.scaling)
     if isinstance(part, Lora) and type(part) in (Lora, LoftQ):
         return _folded(part.lora_A, part.lora_B, part.scaling)
     told = "a whole module" if isinstance(part, ModuleCopy) else f"a {type(part).__name__}"

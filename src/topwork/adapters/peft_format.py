@@ -300,14 +300,14 @@ def _text(value: Any) -> str | None:
 
 def _method(raw: Mapping[str, Any], called: str, methods: Mapping[str, Method[Any]]) -> Method[Any]:
     """By `topwork_method`, or by PEFT's type in folders that others wrote."""
-    by_type = {method.files.peft_type: method for method in methods.values() if method.files.peft_type}
+    by_type = {kind: method for method in methods.values() for kind in method.files.types}
     if (other := other_config(raw)) is not None:
         raise AdapterError(f"{called} {other}")
     name, kind = raw.get("topwork_method"), raw.get("peft_type")
     found = methods.get(str(name)) if name is not None else by_type.get(str(kind))
     if found is None:
         told = f"of method {quoted(name)}" if name is not None else f"of peft_type {shortened(str(kind), 80)}"
-        own = [name for name, method in methods.items() if not method.files.peft_type]
+        own = [name for name, method in methods.items() if not method.files.types]
         raise AdapterError(
             f"{called} holds an adapter {told}; {', '.join(sorted(by_type))} can be read, and what Topwork writes of "
             f"{', '.join(sorted(own))}. For a method of one's own give its record: methods=METHODS | {{…}}"

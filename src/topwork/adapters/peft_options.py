@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from topwork.adapters.config import CONFIGS, PEFT_TARGETS, BitFitConfig, FullConfig, LoraConfig
 from topwork.adapters.config import AdapterConfig as Config
-from topwork.adapters.peft_keys import COMMON, IA3, KEYS, LORA, PREFIX_TUNING, PROMPT_TUNING, Key, check_keys
+from topwork.adapters.methods.readonly.forms import FORMS
+from topwork.adapters.peft_keys import COMMON, IA3, KEYS, LORA, Key, check_keys
+from topwork.adapters.peft_options_other import OTHER_KEYS, loha_options, lokr_options, oft_options, vera_options
 from topwork.common.errors import AdapterError, quoted, shortened
 
 NOT_METHODS_OWN = {"method", "init_from"}
@@ -60,17 +62,18 @@ def ia3_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
 
 
 def prefix_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """Of PEFT's PREFIX_TUNING. Raises AdapterError."""
-    return _virtual_options(raw, PREFIX_TUNING, called)
+    """Of PEFT's PREFIX_TUNING and CARTRIDGE. Raises AdapterError."""
+    return _virtual_options(raw, called)
 
 
 def prompt_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """Of PEFT's PROMPT_TUNING. Raises AdapterError."""
-    return _virtual_options(raw, PROMPT_TUNING, called)
+    """Of PEFT's PROMPT_TUNING, P_TUNING and CPT. Raises AdapterError."""
+    return _virtual_options(raw, called)
 
 
-def _virtual_options(raw: Mapping[str, Any], known: Mapping[str, Key], called: str) -> dict[str, Any]:
-    check_keys(raw, known, called)
+def _virtual_options(raw: Mapping[str, Any], called: str) -> dict[str, Any]:
+    kind = str(raw.get("peft_type"))
+    check_keys(raw, KEYS[kind] if kind in KEYS else OTHER_KEYS[kind], called)
     if raw.get("num_virtual_tokens") is None:
         raise AdapterError(
             f"{called} does not say num_virtual_tokens, for which PEFT has no default; write it into "
@@ -98,7 +101,9 @@ def own_options(kind: type[Config]) -> Callable[[Mapping[str, Any], str], dict[s
 
 _BY_TYPE: dict[str, tuple[str, Callable[[Mapping[str, Any], str], dict[str, Any]]]] = {
     "LORA": ("lora", lora_options), "IA3": ("ia3", ia3_options), "PREFIX_TUNING": ("prefix", prefix_options),
-    "PROMPT_TUNING": ("prompt", prompt_options),
+    "PROMPT_TUNING": ("prompt", prompt_options), "VERA": ("vera", vera_options), "LOHA": ("loha", loha_options),
+    "LOKR": ("lokr", lokr_options), "OFT": ("oft", oft_options), "P_TUNING": ("prompt", prompt_options),
+    "CPT": ("prompt", prompt_options), "CARTRIDGE": ("prefix", prefix_options),
 }  # fmt: skip
 _BY_NAME = {"bitfit": own_options(BitFitConfig), "full": own_options(FullConfig)}
 
@@ -107,6 +112,11 @@ def config_in(raw: Mapping[str, Any], called: str) -> Config:
     """The options of one of the methods that ship. Raises AdapterError, which names what is `called` so."""
     kind, own = str(raw.get("peft_type")), raw.get("topwork_method")
     method, read = (str(own), _BY_NAME.get(str(own))) if own is not None else _BY_TYPE.get(kind, (kind, None))
+    if read is None and kind in FORMS:
+        raise AdapterError(
+            f"{called} holds an adapter of peft_type {kind}, which is run, merged and served, and not trained on; "
+            "begin a LoRA, on the base into which it is merged (topwork merge)"
+        )
     if read is None:
         what = f"of method {quoted(own)}" if own is not None else f"of peft_type {shortened(kind, 80)}"
         known = ", ".join([*sorted(_BY_TYPE), *sorted(_BY_NAME)])

@@ -14,6 +14,7 @@ from topwork.adapters.config import AdapterConfig
 from topwork.adapters.files import Grafted
 from topwork.adapters.fitting import plan_on
 from topwork.adapters.method import Bare, Method
+from topwork.adapters.module import AdapterModule
 from topwork.common.errors import AdapterError, RunError
 
 AT_ONCE = 1 << 22
@@ -34,7 +35,7 @@ def check_written(
         told = told or next((key for key, tensor in tensors.items() if not _is_stored(stored, key, tensor)), None)
     if told is not None:
         raise _other(f"{file.name} has another {told} than what was written there")
-    if methods[adapter.config.method].files.peft_type is None:  # whose options are all in the file
+    if not methods[adapter.config.method].files.types:  # whose options are all in the file
         if config.model_dump(exclude={"init_from"}) != adapter.config.model_dump(exclude={"init_from"}):
             raise _other(f"its options are read as {config!r}")
         return
@@ -43,12 +44,16 @@ def check_written(
     except AdapterError as error:
         raise _other(f"its config is refused ({error})") from error
     read = {path: (planned.trained, planned.setting) for path, planned in plan.items()}
-    meant = {
-        path: (sum(t.numel() for t in part.state().values()), part.setting) for path, part in adapter.parts.items()
-    }
+    meant = {path: (_learned(part), part.setting) for path, part in adapter.parts.items()}
     for path in [*meant, *read]:
         if path not in read or path not in meant or not _same(read[path], meant[path]):
             raise _other(f"its config means {read.get(path)} values and scale at {path}, where {meant.get(path)} are")
+
+
+def _learned(part: AdapterModule) -> int:
+    """Values of what it learns, as files have it; what stands beside that (VeRA's matrices) is no part of a plan."""
+    learned = part.tensors()
+    return sum(tensor.numel() for key, tensor in part.state().items() if key in learned)
 
 
 def _same(read: tuple[int, Any], meant: tuple[int, Any]) -> bool:

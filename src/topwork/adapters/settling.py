@@ -68,7 +68,7 @@ def modules_of(keys: Iterable[str]) -> set[str]:
     return {_BEHIND.sub("", key) if _BEHIND.search(key) else key.rpartition(".")[0] for key in own} - {""}
 
 
-_BEHIND = re.compile(r"\.(lora_|ia3_l|base_layer\.).*$")
+_BEHIND = re.compile(r"\.(lora_|ia3_l|oft_R|gralora_|base_layer\.).*$")
 """What PEFT writes behind a module's path, where it is more than a parameter's name."""
 
 

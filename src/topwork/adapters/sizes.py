@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from topwork.adapters.config import AdapterConfig
+from topwork.adapters.methods.factored_places import loha_sizes, lokr_sizes, oft_sizes, vera_sizes
 from topwork.adapters.methods.lora.places import lora_sizes
 from topwork.adapters.methods.places import bitfit_sizes, full_sizes, ia3_sizes, prefix_sizes, prompt_sizes
+from topwork.adapters.methods.readonly.places import readonly_sizes
 from topwork.adapters.places import Places, Sizes, inside
 from topwork.adapters.settling import begun
 from topwork.adapters.targets import find_saved, refuse_overlap
@@ -16,7 +18,8 @@ from topwork.common.errors import AdapterError
 
 SIZES: Mapping[str, Callable[[Places, Any], Sizes]] = {
     "lora": lora_sizes, "ia3": ia3_sizes, "prefix": prefix_sizes, "prompt": prompt_sizes, "bitfit": bitfit_sizes,
-    "full": full_sizes,
+    "full": full_sizes, "vera": vera_sizes, "loha": loha_sizes, "lokr": lokr_sizes, "oft": oft_sizes,
+    "readonly": readonly_sizes,
 }  # fmt: skip
 """By method."""
 

@@ -170,7 +170,8 @@ def _at_first_sight(saved: SavedAdapter) -> dict[str, str]:
     """What config and tensors tell without a base's modules."""
     config, found = saved.config, {}
     if config.method != "lora":
-        found[config.method] = ""
+        named = config.method in FEATURES
+        found[config.method if named else "other_method"] = "" if named else getattr(config, "peft_type", config.method)
     if (
         isinstance(config, Targeted)
         and isinstance(config.target_modules, str)

@@ -42,6 +42,7 @@ FEATURES: dict[str, str] = {
     "full": "full fine-tuning",
     "prefix": "prefix tuning",
     "prompt": "prompt tuning",
+    "other_method": "another of PEFT's methods",
     "grown_vocabulary": "a vocabulary that grew",
     "not_finite": "NaN or infinity",
 }
@@ -125,7 +126,7 @@ PEFT = Reader(
         {
             "kept": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets dora biases "
                     "modules_to_save trained_tokens embedding_lora head_lora tied_lora large_rank parameters ia3 "
-                    "prefix prompt quantized_base",
+                    "prefix prompt other_method quantized_base",
             "folded": "beginning",
             "merge instead": "bitfit full",
             "refused": "grown_vocabulary not_finite",
@@ -148,7 +149,7 @@ VLLM = Reader(
             "expanded": "regex_targets",
             "kept": "some_layers embedding_lora head_lora quantized_base",
             "merge instead": "dora biases modules_to_save trained_tokens tied_lora large_rank parameters ia3 bitfit "
-                             "full",
+                             "full other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -162,7 +163,7 @@ VLLM = Reader(
             "tied_lora": "has one module for both, so that an update of one would reach the other",
             "large_rank": "takes no rank over 512",
             "parameters": "overlooks or refuses what PEFT writes of them (#41384, #52194)",
-            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
         },
     ),
     most=VLLM_RANKS[-1], ends=VLLM_ENDS,
@@ -172,7 +173,7 @@ _PLAIN_LORA: dict[Action, str] = {
     "padded": "unequal_ranks",
     "expanded": "regex_targets",
     "kept": "some_layers embedding_lora head_lora quantized_base large_rank",
-    "merge instead": "dora biases modules_to_save trained_tokens tied_lora parameters ia3 bitfit full",
+    "merge instead": "dora biases modules_to_save trained_tokens tied_lora parameters ia3 bitfit full other_method",
     "refused": "prefix prompt grown_vocabulary not_finite",
 }
 """What is done for a reader of A and B at linear layers, embedding and head, at any rank and one scale."""
@@ -185,7 +186,7 @@ SGLANG = Reader(
             "regex_targets": "reads names alone", "dora": "refuses it",
             "modules_to_save": "overlooks whole modules", "trained_tokens": "overlooks them",
             "tied_lora": "has one weight for both", "parameters": "does not know what PEFT calls them (#25528)",
-            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
         },
     ),
 )  # fmt: skip
@@ -198,7 +199,7 @@ LORAX = Reader(
             "expanded": "regex_targets some_layers",
             "kept": "quantized_base head_lora",
             "merge instead": "dora biases modules_to_save trained_tokens embedding_lora tied_lora large_rank "
-                             "parameters ia3 bitfit full",
+                             "parameters ia3 bitfit full other_method",
             "refused": "prefix prompt grown_vocabulary not_finite",
         },
         _ALWAYS | {
@@ -208,7 +209,7 @@ LORAX = Reader(
             "dora": "drops the magnitudes", "modules_to_save": "overlooks whole modules",
             "trained_tokens": "overlooks them", "embedding_lora": "overlooks it",
             "tied_lora": "overlooks it at the embedding", "large_rank": "has no kernel for ranks over 128",
-            "parameters": _EXPERTS, "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN,
+            "parameters": _EXPERTS, "ia3": _UNKNOWN, "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
         },
     ),
     ranks=(8, 16, 32, 64, 128), most=128, whole_layers=True,
@@ -223,7 +224,7 @@ _LLAMA_CPP = _by_action(
         "modules_to_save": "has no place for whole modules",
         "trained_tokens": "has no place for rows",
         "tied_lora": "has no output.weight, and one tensor for both", "parameters": _EXPERTS, "ia3": _UNKNOWN,
-        "bitfit": _UNKNOWN, "full": _UNKNOWN,
+        "bitfit": _UNKNOWN, "full": _UNKNOWN, "other_method": _UNKNOWN,
     },
 )  # fmt: skip
 ADAPTER_TYPES = ("f32", "f16", "bf16")
@@ -239,7 +240,7 @@ _MERGED = _by_action(
     {
         "merged": "rslora alpha_pattern unequal_ranks fractional_alpha some_layers regex_targets beginning "
                   "quantized_base dora biases modules_to_save trained_tokens embedding_lora head_lora tied_lora "
-                  "large_rank parameters ia3 bitfit full",
+                  "large_rank parameters ia3 bitfit full other_method",
         "refused": "prefix prompt grown_vocabulary not_finite",
     },
     _ALWAYS,

@@ -19,6 +19,7 @@ from topwork.adapters.foreign import content_of
 from topwork.adapters.lazy_parts import LazyParts
 from topwork.adapters.method import Bare
 from topwork.adapters.methods.bitfit import Bias
+from topwork.adapters.methods.factored import Factored
 from topwork.adapters.methods.ia3 import Ia3
 from topwork.adapters.methods.lora.biases import BiasedLora
 from topwork.adapters.methods.lora.dora import Dora
@@ -27,6 +28,8 @@ from topwork.adapters.methods.lora.experts import ExpertsLora, RouterLora
 from topwork.adapters.methods.lora.inits import FromWeight
 from topwork.adapters.methods.lora.lora import Lora
 from topwork.adapters.methods.lora.token_places import token_places
+from topwork.adapters.methods.oft import Oft
+from topwork.adapters.methods.readonly.method import ReadOnlyPart
 from topwork.adapters.module import AdapterModule
 from topwork.adapters.module_copy import ModuleCopy
 from topwork.adapters.peft_format import SavedAdapter
@@ -89,6 +92,9 @@ class Changes:
         if isinstance(part, FromWeight):
             first, second = part.difference()
             return LowRankDelta(part.scaling * second.double(), first.double())
+        if isinstance(part, Factored):
+            a, b = part.factors()
+            return LowRankDelta(part.scaling * b.double(), a.double())
         if isinstance(part, Lora) and not isinstance(part, Dora):
             return LowRankDelta(part.scaling * part.lora_B.double(), part.lora_A.double())
         before = weight()
@@ -119,6 +125,8 @@ class Changes:
         return dict(zip(ids, rows))
 
 
+ADAPTING = (Lora, EmbeddingLora, Ia3, Factored, Oft, ReadOnlyPart)
+"""Parts that change the weight of a module which is the base's own."""
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 """PEFT's name of the trained rows, behind the embedding's path."""
 
@@ -145,7 +153,7 @@ def changes_of(label: str, saved: SavedAdapter, bare: Bare, base: BaseWeights) -
     except AdapterError as error:
         raise AdapterError(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
     config, shapes = parts.config, parts.shapes
-    adapted = {path for path, part in shapes.items() if isinstance(part, Lora | EmbeddingLora | Ia3)}
+    adapted = {path for path, part in shapes.items() if isinstance(part, ADAPTING)}
     copies = {path: part for path, part in shapes.items() if isinstance(part, ModuleCopy)}
     rows = next((path for path, part in shapes.items() if isinstance(part, TrainedTokens)), None)
     named = config.trainable_token_indices if isinstance(config, LoraConfig) else None
@@ -193,10 +201,12 @@ def _refuse_parameters(path: str, part: AdapterModule) -> None:
 
 
 def _refuse_biases(path: str, part: AdapterModule, module: nn.Module) -> None:
-    """IA3 in a layer with a bias scales that as well."""
+    """IA3 and RoAd in a layer with a bias change that as well."""
     if isinstance(part, BiasedLora | Bias):
         raise AdapterError(
             f"it trained the bias of {path} (bias, lora_bias), which no low-rank delta holds; {_INSTEAD}"
         )
+    if isinstance(part, ReadOnlyPart) and "bias" in part.merges and getattr(module, "bias", None) is not None:
+        raise AdapterError(f"RoAd turns the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")
     if isinstance(part, Ia3) and not part.scales_inputs and getattr(module, "bias", None) is not None:
         raise AdapterError(f"IA3 scales the bias of {path} too, which a LoRA folder does not hold; {_INSTEAD}")

@@ -15,7 +15,7 @@ LISTED = 12
 """So many files, or entries of a list, are told one by one."""
 METHODS = {
     "LORA": "LoRA", "IA3": "IA3", "PREFIX_TUNING": "prefix tuning", "PROMPT_TUNING": "prompt tuning",
-    "P_TUNING": "P-tuning",
+    "P_TUNING": "P-tuning", "VERA": "VeRA", "LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT",
 }  # fmt: skip
 LEARNED = {
     "answers": "the assistant's answers and the token that ends each; the prompt is masked",

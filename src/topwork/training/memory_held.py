@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from topwork.adapters.config import LoraConfig
+from topwork.adapters.methods.factored_places import inner_rank
 from topwork.models.structure import Module, Structure
 from topwork.quantization.config import QuantizationConfig
 from topwork.training.memory_setup import Member, Setup
@@ -60,24 +61,27 @@ def packed_bytes(module: Module, wanted: QuantizationConfig) -> tuple[int, int]:
 
 def adapter_bytes(member: Member, structure: Structure) -> int:
     """Its fp32 masters, and what it holds beside them: what it began as (PiSSA, OLoRA), the squares of its rows'
-    lengths (DoRA)."""
+    lengths (DoRA), the factors that a pass makes of what is learned (VeRA, LoHa, LoKr)."""
     values = member.values
     if member.adapter.keeps_beginnings:
         values *= 2
+    modules = [structure.by_path[path] for path in member.sizes if path in structure.by_path]
     if isinstance(member.adapter, LoraConfig) and member.adapter.use_dora:
-        values += sum(structure.by_path[path].rows for path in member.sizes if path in structure.by_path)
+        values += sum(module.rows for module in modules)
+    elif not isinstance(member.adapter, LoraConfig):
+        values += sum(rank(member, module) * (module.rows + module.columns) for module in modules)
     return 4 * values
 
 
 def rank(member: Member, module: Module) -> int:
-    """Of a LoRA member's part at a module; with what it began as twice. 0 where there is none, or a whole copy."""
+    """Of the factors of a member's part at a module; with what it began as twice. 0 where there is none, or a whole
+    copy."""
     sizes = member.sizes.get(module.path, ())
-    if (
-        not isinstance(member.adapter, LoraConfig)
-        or len(sizes) < 2
-        or not module.columns
-        or module.path in member.whole
-    ):
+    if not sizes or not module.columns or module.path in member.whole:
+        return 0
+    if not isinstance(member.adapter, LoraConfig):
+        return inner_rank(member.adapter, module.columns, module.rows)
+    if len(sizes) < 2:
         return 0
     r = (sizes[0] + sizes[1]) // (module.rows + module.columns)  # of A and B; vectors follow
     return 2 * r if member.adapter.keeps_beginnings else r

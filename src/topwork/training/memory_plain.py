@@ -128,7 +128,7 @@ def _parts(layer: Layer, member: Member, tokens: int) -> int:
     drops = member.adapter.dropout > 0
     widths = sum(module.columns for module in linear) if drops else sum(shared.values())
     if not isinstance(member.adapter, LoraConfig):
-        return copies + share * e * widths
+        return copies + share * e * (widths + sum(rank(member, module) for module in linear))
     doubled = sum(module.rows for module in linear) if runs_modules(member) else 0
     casts = sum(rank(member, module) * (module.rows + module.columns) for module in linear) if e == 2 else 0
     return copies + share * e * (widths + doubled + sum(rank(member, module) for module in linear)) + e * casts

@@ -179,12 +179,12 @@ def _prompt_keys(adapter: Grafted[PromptConfig]) -> dict[str, Any]:
 PREFIX = Method(
     PrefixConfig,
     prefix_plan,
-    Files("PREFIX_TUNING", _prefix_keys, prefix_options, _to_file, dict),
+    Files("PREFIX_TUNING", _prefix_keys, prefix_options, _to_file, dict, also=("CARTRIDGE",)),
     {"prefix": Preset(rate=10)},
 )
 PROMPT = Method(
     PromptConfig,
     prompt_plan,
-    Files("PROMPT_TUNING", _prompt_keys, prompt_options, _to_file, dict),
+    Files("PROMPT_TUNING", _prompt_keys, prompt_options, _to_file, dict, also=("P_TUNING", "CPT")),
     {"prompt": Preset(rate=30)},
 )

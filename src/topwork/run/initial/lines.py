@@ -14,7 +14,8 @@ WIDTH = 100
 INSTEAD = {
     "model.dtype": "float16 for cards before 2020, float32 for a CPU without bf16.",
     "quantization.load_in_4bit": "leave the section out where there is memory for 16 bits; load_in_8bit lies between.",
-    "adapter.method": "ia3, prefix, prompt, bitfit and full; `topwork sweep RECIPE --preset methods` compares them.",
+    "adapter.method": "ia3, vera, loha, lokr, oft, prefix, prompt, bitfit and full; `topwork sweep RECIPE --preset "
+    "methods` compares some.",
     "adapter.r": "half or twice as much; `topwork sweep RECIPE --preset rank` compares six in one pass.",
     "adapter.lora_dropout": "0.05 to 0.1 where the validation loss rises early.",
     "adapter.target_modules": "a list of names, such as [q_proj, v_proj], for half of the memory and less learned.",

@@ -85,7 +85,9 @@ def method_named(plan: "Planned") -> str:
     """`LoRA r 16`, as people call it."""
     adapter = plan.recipe.adapter
     r = getattr(adapter, "r", None)
-    name = "DoRA" if getattr(adapter, "use_dora", False) else {"lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit"}.get(
+    name = "DoRA" if getattr(adapter, "use_dora", False) else {
+        "lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit", "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
+    }.get(
         adapter.method, adapter.method
     )  # fmt: skip
     return "full fine-tuning" if adapter.method == "full" else f"{name} r {r}" if r else name

@@ -55,7 +55,9 @@ def _adapter(value: Any, _: Draft) -> Result:
         return Put({"adapter.method": "lora", **four})
     if value == "none":
         return Put({"adapter.method": "full"}, "without an adapter it trains all weights")
-    return Lacking("the methods here are lora, dora, ia3, prefix, prompt, bitfit and full; lora is taken")
+    return Lacking(
+        "the methods here are lora, dora, ia3, vera, loha, lokr, oft, prefix, prompt, bitfit and full; lora is taken"
+    )
 
 
 def _linear(value: Any, _: Draft) -> Result:

@@ -58,7 +58,10 @@ def _type(value: Any, _: Draft) -> Result:
         return Put({"adapter.method": value})
     if value == "freeze":
         return Refused("it trains a few whole layers, which has no equal: take lora with layers_to_transform, or full")
-    return Refused(f"{value} has no equal: the methods here are lora, dora, ia3, prefix, prompt, bitfit and full")
+    return Refused(
+        f"{value} has no equal: the methods here are lora, dora, ia3, vera, loha, lokr, oft, prefix, prompt, bitfit "
+        "and full"
+    )
 
 
 def _rank(value: Any, draft: Draft) -> Result:
