@@ -26,6 +26,8 @@ def test_options_and_arguments_go_home(
     assert said.code == 0, said.err
     assert (home / "page.html").is_file()
     assert str(home / "nothing") in topwork("report", "'~/nothing'").err
+    for verb in ("merge", "export"):
+        topwork(verb, "~/nothing", "~/out")
     assert str(home / "a") in topwork("combine", "~/a", f"file://{home}/b", "~/out").err
     assert not list(Path().iterdir()), "no folder called ~"
 

@@ -96,7 +96,7 @@ def test_heads_that_leave_their_embedding(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path) -> None:
-    compare(tmp_path, family, {}, lora(exclude_modules=["router", "gate"]), torch.bfloat16)
+    compare(tmp_path, family, {}, lora(), torch.bfloat16)
 
 
 def compare(place: Path, family: str, values: dict[str, Any], config: AdapterConfig, dtype: torch.dtype) -> Path:

@@ -62,7 +62,11 @@ def test_heads_of_a_model_that_is_no_base() -> None:
         norm(torch.randn(1, 3, 4, 16))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True, "lora_dropout": 0.2}], ids=["lora", "dora"])
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+DORA = {"target_modules": ATTENTION, "use_dora": True, "lora_dropout": 0.2}  # experts take plain LoRA
+
+
+@pytest.mark.parametrize("options", [{}, DORA], ids=["lora", "dora"])
 def test_a_linear_layer_that_is_given_heads(options: dict[str, Any]) -> None:
     """DeepSeek 3 unfolds what it keeps of keys and values as a single head: rows are tokens all the same."""
     base = tiny_base("deepseek_v3")

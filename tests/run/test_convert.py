@@ -277,8 +277,8 @@ def test_tokens_before_the_text_keep_their_name(kind: Any, tiny_llama: Path, tmp
 def test_what_cannot_be_read_is_called_as_it_was_given(
     factors: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
-    folder = peft_folder(tmp_path / "theirs", factors, lambda key: key, peft_type="LOHA")
-    with pytest.raises(AdapterError, match=f"^{re.escape(str(folder))} holds an adapter of peft_type LOHA"):
+    folder = peft_folder(tmp_path / "theirs", factors, lambda key: key, peft_type="PSOFT")
+    with pytest.raises(AdapterError, match=f"^{re.escape(str(folder))} holds an adapter of peft_type PSOFT"):
         convert(folder, tmp_path / "out", log=silent)
     folder = peft_folder(tmp_path / "empty", {}, lambda key: key)
     with pytest.raises(AdapterError, match=r"nothing to convert|nothing that can be converted"):

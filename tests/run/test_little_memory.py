@@ -298,7 +298,7 @@ def asks_for_too_much(*_: Any, **__: Any) -> Any:
     ("place", "told_as"),
     [
         ("topwork.run.train.load_data", "reading the rows; data.streaming"),
-        ("topwork.models.load.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
+        ("topwork.models.auto.AutoModelForCausalLM.from_pretrained", "reading the base; quantization.load_in_4bit"),
         ("topwork.run.training.Trial", "training; .*adapter.r"),
     ],
 )

@@ -76,9 +76,9 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     "LORA": LORA, "IA3": IA3, "PREFIX_TUNING": PREFIX_TUNING, "PROMPT_TUNING": PROMPT_TUNING
 }  # fmt: skip
 """By `peft_type`."""
-OTHERS = {"merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"}
-"""Keys that PEFT does not write any more (up to 0.2) or never did (ms-swift), and that say nothing of what an adapter
-computes."""
+OTHERS = {"merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type", "tokenizer_name_or_path"}
+"""Keys that PEFT does not write any more (up to 0.2), never did (ms-swift) or not of every method, and that say nothing
+of what an adapter computes."""
 
 
 def check_keys(raw: Mapping[str, Any], known: Mapping[str, Key], called: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from topwork.cli.naming import Adapter, Model, named_first, needed
 from topwork.cli.options import AsJson, Checkpoint, Force, starting
+from topwork.common.paths import plain_path
 
 EPILOG = (
     "Example: topwork export runs/support exported/support --format vllm\n\n"
@@ -49,7 +50,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write an adapter or a model in the format that another program reads."""
     given, (named,) = named_first((place, out), adapter, ("RUN, ADAPTER or MODEL", "OUT"))
-    folder = Path(needed(named, "OUT", "name a new folder for the export"))
+    folder = Path(plain_path(needed(named, "OUT", "name a new folder for the export")))
     log = starting(as_json)
     from topwork.run.export import export as run
     from topwork.run.exporting.written import line_with

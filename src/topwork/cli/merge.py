@@ -8,6 +8,7 @@ import typer
 
 from topwork.cli.naming import Adapter, Model, named_first, needed
 from topwork.cli.options import AsJson, Checkpoint, starting
+from topwork.common.paths import plain_path
 
 EPILOG = (
     "Example: topwork merge runs/support merged/support --dtype float32\n\n"
@@ -60,7 +61,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and write an ordinary Hugging Face folder, tensor by tensor."""
     place, (named,) = named_first((given, out), adapter, ("RUN or ADAPTER", "OUT"))
-    folder = Path(needed(named, "OUT", "name a new folder for the merged model"))
+    folder = Path(plain_path(needed(named, "OUT", "name a new folder for the merged model")))
     log = starting(as_json)
     from topwork.run.merge import merge as fold
 

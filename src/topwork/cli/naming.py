@@ -44,7 +44,7 @@ def named_first(
             f"give {names[0]}, or --adapter with a PEFT folder or an id on the Hub (and --model where it does not name "
             "its base rightly)"
         )
-    return Path(said[0]), [*said[1:], *[None] * (len(names) - len(said))]
+    return Path(plain_path(said[0])), [*said[1:], *[None] * (len(names) - len(said))]
 
 
 def needed(given: str | None, name: str, what: str) -> str:

@@ -40,7 +40,7 @@ def training_rows(config: Config, base: Places, ids: Sequence[int]) -> Config:
     left = [path for path in ends if not path.endswith(tuple(config.saved_modules) or ("\0",))]
     if left:
         raise RequestError(
-            f"model.new_tokens: method {config.method} trains no rows of {' and '.join(left)}, and those of new tokens "
+            f"model.new_tokens is set, and method {config.method} trains no rows of {' and '.join(left)}, and those of new tokens "
             "would stay as they begin; take method lora, which trains them, or one with modules_to_save: "
             f"[{', '.join(path.rpartition('.')[2] for path in left)}]"
         )

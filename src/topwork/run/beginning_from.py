@@ -109,8 +109,9 @@ def optimizer_of(place: Path) -> Path:
         if tensors.is_file() and sha256_file(tensors) == wanted:
             return checkpoint
     raise RequestError(
-        f"training.init_optimizer: no checkpoint of {run} holds the optimizer of its finished adapter (it may have "
-        "been deleted); begin from one that is there, RUN/checkpoints/step-…, or leave training.init_optimizer at fresh"
+        f"training.init_optimizer is taken, and no checkpoint of {run} holds the optimizer of its finished adapter "
+        "(it may have been deleted); begin from one that is there, RUN/checkpoints/step-…, or leave "
+        "training.init_optimizer at fresh"
     )
 
 
