@@ -1,7 +1,7 @@
 """The longest tests, which run again only when something that they read has changed.
 
-They are of a GPU's kernels and tools and of a pass's memory, take a fourth of all the time, and nearly no change
-touches what they read.
+They are of a GPU's kernels and tools, of a pass's memory, and of every method and packed base against what it has to
+equal; they take a third of all the time, and most changes touch nothing of what they read.
 `tests/proven.json` says for each the hash of its sources as they were when it last passed: where that still is their
 hash, `make test` leaves it out and says so. `make proven` runs all of them, whatever the hashes, and writes the file.
 """
@@ -23,6 +23,11 @@ _STEPS = (
     "src/topwork/models/checkpointing.py", "src/topwork/generation/engine.py", "src/topwork/generation/passes.py",
     "src/topwork/training/step.py", "src/topwork/training/optimizers.py",
 )  # fmt: skip
+_BASES = (
+    *_KERNELS, "tests/adapters", "src/topwork/adapters", "src/topwork/common", "src/topwork/data",
+    "src/topwork/generation", "src/topwork/merging", "src/topwork/models", "src/topwork/quantization",
+    "src/topwork/training",
+)  # fmt: skip
 _TOOLS = tuple(
     f"benchmarks/{name}.py" for name in ("common", "checkpointing", "grouped", "many_adapters", "random_base")
 )
@@ -35,12 +40,10 @@ PROVEN = {
     "tests/training/test_pass_memory.py": (*_STEPS, "src/topwork/models", "src/topwork/quantization"),
     "tests/training/test_on_a_card.py": (*_STEPS, "tests/training/card_steps.py"),
     "tests/tools/test_gpu_check.py": (*_STEPS, *_TOOLS, "tools/gpu", "tools/gpu_check.py", "tools/gpu_check.sh"),
-    "tests/adapters/test_peft_tables.py": (
-        *_KERNELS,
-        "src/topwork/adapters",
-        "src/topwork/models",
-        "tools/peft_tables.py",
-    ),
+    "tests/adapters/test_peft_tables.py": (*_BASES, "tools/peft_tables.py"),
+    "tests/adapters/test_properties.py": _BASES,
+    "tests/adapters/test_quantized_base.py": _BASES,
+    "tests/models/test_quantized.py": _BASES,
 }
 """The file of such tests (those in it that are marked slow), and what they read."""
 

@@ -31,6 +31,8 @@ from topwork.ops import logprobs
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.quantization.config import QuantizationConfig
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NF4 = QuantizationConfig(load_in_4bit=True)
 ALL = list(ROWS)

@@ -26,6 +26,8 @@ from topwork.ops.batch import Segment, batch_of
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import PackedModule, QuantizedLinear, packed_modules
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AdapterConfig(r=4, lora_alpha=8)
 HELD: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True},

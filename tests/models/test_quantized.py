@@ -35,6 +35,8 @@ from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.linear import QuantizedEmbedding, QuantizedLinear, packed_modules, weight_bytes
 from topwork.recipe.recipe import make_recipe
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi", "opt", "gemma3_text")
 """Plain; Conv1D; experts held as one tensor; biases; learned positions; an embedding that scales and is tied."""
 FOUR_BIT = {"load_in_4bit": True}

@@ -40,8 +40,8 @@ def training_rows(config: Config, base: Places, ids: Sequence[int]) -> Config:
     left = [path for path in ends if not path.endswith(tuple(config.saved_modules) or ("\0",))]
     if left:
         raise RequestError(
-            f"model.new_tokens is set, and method {config.method} trains no rows of {' and '.join(left)}, and those of new tokens "
-            "would stay as they begin; take method lora, which trains them, or one with modules_to_save: "
+            f"model.new_tokens is set, and method {config.method} trains no rows of {' and '.join(left)}: those of new "
+            "tokens would stay as they begin; take method lora, which trains them, or one with modules_to_save: "
             f"[{', '.join(path.rpartition('.')[2] for path in left)}]"
         )
     return config
