@@ -28,6 +28,10 @@ _BASES = (
     "src/topwork/generation", "src/topwork/merging", "src/topwork/models", "src/topwork/quantization",
     "src/topwork/training",
 )  # fmt: skip
+_PARITY = (
+    "tests/training/test_peft_parity.py", "src/topwork/objectives", "src/topwork/recipe",
+    "src/topwork/run/beginning_from.py",
+)  # fmt: skip
 _TOOLS = tuple(
     f"benchmarks/{name}.py" for name in ("common", "checkpointing", "grouped", "many_adapters", "random_base")
 )
@@ -43,6 +47,13 @@ PROVEN = {
     "tests/adapters/test_peft_tables.py": (*_BASES, "tools/peft_tables.py"),
     "tests/adapters/test_properties.py": _BASES,
     "tests/adapters/test_quantized_base.py": _BASES,
+    "tests/adapters/test_embedding_parts.py": _BASES,
+    "tests/adapters/test_expert_lora.py": _BASES,
+    "tests/adapters/test_factored_methods.py": (*_BASES, *_PARITY),
+    "tests/adapters/test_peft_methods.py": (*_BASES, *_PARITY),
+    "tests/training/test_peft_parity.py": (*_BASES, *_PARITY),
+    "tests/merging/test_merge_stream.py": (*_BASES, "tests/merging/streams.py"),
+    "tests/generation/test_company.py": (*_BASES, "tests/generation"),
     "tests/models/test_quantized.py": _BASES,
 }
 """The file of such tests (those in it that are marked slow), and what they read."""

@@ -26,6 +26,8 @@ from topwork.models.load import as_base
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running
 
+pytestmark = pytest.mark.slow
+
 NAMES = {"gpt2": {"embed_tokens": "wte", "v_proj": "c_attn"}, "phi3": {"v_proj": "qkv_proj"}}
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3"]
 CASES: dict[str, dict[str, Any]] = {

@@ -34,6 +34,8 @@ from topwork.merging.changes import changes_of
 from topwork.models.base import Base
 from topwork.ops.batch import Segment, batch_of
 
+pytestmark = pytest.mark.slow
+
 HERE = BaseId("tiny", "sha256:one")
 GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 BOTH: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": [GATE_UP, DOWN]}

@@ -25,6 +25,8 @@ from topwork.common.errors import AdapterError
 from topwork.ops.batch import batch_of
 from training.test_peft_parity import compare_twenty
 
+pytestmark = pytest.mark.slow
+
 HERE = BaseId("owner/base", "sha256:one")
 KINDS: dict[str, type[PeftConfig]] = {"vera": VeraConfig, "loha": LoHaConfig, "lokr": LoKrConfig, "oft": OFTConfig}
 ATTENTION = ["q_proj", "v_proj"]

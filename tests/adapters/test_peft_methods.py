@@ -21,6 +21,8 @@ from topwork.adapters.peft_format import BaseId, load_adapter, read_adapter, wri
 from topwork.ops.batch import batch_of
 from training.test_peft_parity import compare_twenty
 
+pytestmark = pytest.mark.slow
+
 HERE = BaseId("owner/base", "sha256:one")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 PATTERNS: dict[str, Any] = {

@@ -25,6 +25,8 @@ from topwork.models.base import Base
 from topwork.ops.native import load as native
 from topwork.ops.paged import BLOCK
 
+pytestmark = pytest.mark.slow
+
 NAMES = [None, "lora", "dora", "ia3", "prefix", "prompt", "saved"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALONE = EngineSettings(batch_size=1)

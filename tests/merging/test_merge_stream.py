@@ -17,6 +17,8 @@ from topwork.merging.merge import merge
 from topwork.merging.verify import compare as compare_logits
 from topwork.merging.verify import measure
 
+pytestmark = pytest.mark.slow
+
 MERGED = [name for name, row in ROWS.items() if row.merges and row.dense]
 HEADS: dict[str, tuple[str, dict[str, Any], AdapterConfig]] = {
     "tied, head saved": ("qwen2", {"tie_word_embeddings": True}, lora(modules_to_save=["lm_head"])),

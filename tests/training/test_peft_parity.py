@@ -31,6 +31,8 @@ from topwork.training.schedule import learning_rate
 from topwork.training.step import Learner, StepResult, train_step
 from topwork.training.trial import Place
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear layers": {},
