@@ -26,8 +26,6 @@ def test_options_and_arguments_go_home(
     assert said.code == 0, said.err
     assert (home / "page.html").is_file()
     assert str(home / "nothing") in topwork("report", "'~/nothing'").err
-    for verb in ("merge", "export"):
-        topwork(verb, "~/nothing", "~/out")
     assert str(home / "a") in topwork("combine", "~/a", f"file://{home}/b", "~/out").err
     assert not list(Path().iterdir()), "no folder called ~"
 
@@ -36,4 +34,8 @@ def test_the_run_goes_home(topwork: Callable[..., Said], home: Path, make_recipe
     recipe = make_recipe(training={"max_steps": 1, "warmup_steps": 0})
     assert topwork("train", recipe, "--set", "output_dir=~/runs/x").code == 0
     assert (home / "runs" / "x" / "result.json").is_file()
+    assert topwork("merge", "~/runs/x", "~/merged").code == 0
+    assert (home / "merged" / "model.safetensors").is_file()
+    assert topwork("export", "~/runs/x", "~/exported", "--format", "peft").code == 0
+    assert list((home / "exported").rglob("adapter_config.json"))
     assert not list(Path().iterdir()), "no folder called ~"
