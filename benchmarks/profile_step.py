@@ -197,19 +197,19 @@ def named_grouped_products() -> Iterator[None]:
     """The C kernel of the adapters' products is called without torch, so it needs a name to be seen by."""
     from torch.profiler import record_function
 
-    from topwork.ops import bundles
+    from topwork.ops import grouped
 
-    plain = bundles.grouped_products
+    plain = grouped.grouped_products
 
     def named(products: Sequence[Any]) -> None:
         with record_function("topwork::grouped_products"):
             plain(products)
 
-    bundles.grouped_products = named
+    grouped.grouped_products = named
     try:
         yield
     finally:
-        bundles.grouped_products = plain
+        grouped.grouped_products = plain
 
 
 def largest(steps: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
