@@ -20,8 +20,16 @@ usual_kernels = pytest.mark.skipif(
     reason="needs AVX-512, and kernels as they are compiled for it by default",
 )
 
-OLDER = {"-mno-avx512bf16": 1, "-mno-avx512f": 0, "-mno-avx512f -mno-avx2 -mno-avx -mno-fma": 0}
-"""What the compiler may not use -> the level that a kernel then says."""
+NARROW = "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"
+OLDER = {
+    "-DEMULATE_AMX": 3,
+    f"-DEMULATE_AMX {NARROW}": 3,
+    "-DNO_AMX": 2 if "avx512_bf16" in FEATURES else 1 if "avx512bw" in FEATURES else 0,
+    "-DNO_AMX -mno-avx512bf16": 1 if "avx512bw" in FEATURES else 0,
+    "-DNO_AMX -mno-avx512f": 0,
+    f"-DNO_AMX {NARROW}": 0,
+}
+"""How else a kernel is compiled -> the level that it then says."""
 OlderBuild = Callable[[str], tuple[ctypes.CDLL, int]]
 
 

@@ -6,14 +6,16 @@
 // tile.h calls units, so its panels and rows are read as they stand. A tile's number is part of an instruction, so it has
 // to be written down: what takes one is a macro.
 //
-// The same operations in portable C (-DEMULATE_AMX) let every processor test what is written with them. The instruction
-// takes values below 1.2e-38 for zero, and does not promise how a pair's two products are rounded before they are added:
-// beside the emulation, 13,372 of 13,963 sums are the same to the bit and none is further off than 1.2e-7.
+// The same operations in portable C (-DEMULATE_AMX) let every processor test what is written with them; -DNO_AMX leaves
+// them out. The instruction takes values below 1.2e-38 for zero, and does not promise how a pair's two products are
+// rounded before they are added: beside the emulation, 13,372 of 13,963 sums are the same to the bit and none is further
+// off than 1.2e-7.
 
 #pragma once
 #include "simd.h"
 
-#if defined(EMULATE_AMX)
+#if defined(NO_AMX)
+#elif defined(EMULATE_AMX)
 #define AMX 1
 #elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && defined(__AVX512BF16__)
 #define AMX 1

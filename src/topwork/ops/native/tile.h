@@ -2,21 +2,25 @@
 //
 //     c [rows, vectors * LANES] (+)= a [rows, steps] b [steps, vectors * LANES]
 //
-// `a` is broadcast, one 32-bit unit at a time, `b` is read from a packed panel. A unit is one fp32, or with AVX512-BF16
-// two bf16 that follow each other along the summed axis, so that both types share everything but the multiply-add.
+// `a` is broadcast, one 32-bit unit at a time, `b` is read from a packed panel. A unit is one fp32, or with AVX512-BF16 or
+// AMX two bf16 that follow each other along the summed axis, so that both types share everything but the multiply-add.
+// AMX (amx.h) multiplies 16 rows and columns of such units at once, from the same rows and panels.
 // Sums are fp32, and each is one chain along the summed axis: no choice of tile or block changes a bit.
 
 #pragma once
+#include "amx.h"
 #include "simd.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define WIDE 1
 #endif
-#if defined(WIDE) && defined(__AVX512BF16__)
+#if defined(AMX) || (defined(WIDE) && defined(__AVX512BF16__))
 #define PAIRS 1
 #endif
-// How it was compiled: bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
-#if defined(PAIRS)
+// How it was compiled: for AMX (3), bf16 multiplied in pairs (2), AVX-512 without (1), narrower vectors (0).
+#if defined(AMX)
+#define LEVEL 3
+#elif defined(PAIRS)
 #define LEVEL 2
 #elif defined(WIDE)
 #define LEVEL 1
@@ -36,7 +40,7 @@ typedef float Unit __attribute__((aligned(2), may_alias));  // also where two bf
 
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
 #define MULTIPLY_ADD(pair, c, a, b) \
   ((pair) ? (vecf)_mm512_dpbf16_ps((__m512)(c), (__m512bh)(a), (__m512bh)(b)) : vfmaf(a, b, c))
 #else
@@ -121,6 +125,24 @@ static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t 
     for (int64_t r = 0; r < 16; r++) to[c * ld_to + r] = r < rows ? from[r * ld + c] : 0;
 }
 #endif
+
+// Units from two rows of bf16: to[i] = (upper[i], lower[i]); `lower` may be NULL, for a row of zeros.
+INLINE void pair_rows(const uint16_t *upper, const uint16_t *lower, int64_t count, float *to) {
+  int64_t i = 0;
+#if defined(WIDE)
+  for (; i < count; i += 16) {
+    __mmask16 seen = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+    __m256i first = _mm256_maskz_loadu_epi16(seen, upper + i);
+    __m256i second = lower ? _mm256_maskz_loadu_epi16(seen, lower + i) : _mm256_setzero_si256();
+    __m512i two = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+    _mm512_mask_storeu_epi32(to + i, seen, two);
+  }
+#endif
+  for (; i < count; i++) {
+    uint32_t two = upper[i] | (lower ? (uint32_t)lower[i] << 16 : 0);
+    memcpy(to + i, &two, 4);
+  }
+}
 
 // The next `count` floats of an arena, on a cache line of their own; without an arena they are only counted.
 static inline float *take(float *arena, int64_t *used, int64_t count) {
