@@ -89,10 +89,12 @@ static void amx_multiply(int c, int a, int b) {
 #endif
 
 // c [16 high, 16 wide] (+)= a [16 high, 16 deep] b [16 deep, 16 wide], in tiles, of which at most four are sums: that is
-// how many the instruction's latency asks for. Distances of rows in units. `last`: where it is not NULL, another 16
-// columns of `a`, rows of 16 units; they meet the rows of `b` that follow. high and wide are constants where it is called.
-INLINE void amx_product(const int high, const int wide, const void *a, int64_t lda, const void *last, const float *b,
-                        int64_t ldb, int64_t deep, float *c, int64_t ldc, int add) {
+// how many the instruction's latency asks for. Distances in units: `lda`, `ldb`, `ldc` from row to row, `across` from one
+// tile of b's columns to the next. `last`: where it is not NULL, another 16 columns of `a`, rows of 16 units; they meet
+// the rows of `b` that follow. high and wide are constants where it is called.
+INLINE void amx_product_across(const int high, const int wide, const void *a, int64_t lda, const void *last,
+                               const float *b, int64_t ldb, int64_t across, int64_t deep, float *c, int64_t ldc,
+                               int add) {
 #define EACH_SUM(DO)                                            \
   DO(0, 0, 0)                                                   \
   if (high == 2 && wide == 2) { DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1) } \
@@ -114,7 +116,7 @@ INLINE void amx_product(const int high, const int wide, const void *a, int64_t l
   for (int64_t k = 0; k < deep + (last != NULL); k++, left += 4 * SIDE, b += SIDE * ldb) {
     if (k == deep) left = last, row_block = SIDE * SIDE * 4, ld = SIDE;
 #define LEFT(t, m) AMX_LOAD(t, left + (m) * row_block, ld);
-#define RIGHT(t, n) AMX_LOAD(t, b + (n) * SIDE, ldb);
+#define RIGHT(t, n) AMX_LOAD(t, b + (n) * across, ldb);
     if (high == 2 && wide == 2) {
       LEFT(4, 0) RIGHT(6, 0)
       AMX_MULTIPLY(0, 4, 6);
@@ -145,5 +147,11 @@ INLINE void amx_product(const int high, const int wide, const void *a, int64_t l
 #undef LOAD_SUM
 #undef ZERO_SUM
 #undef STORE_SUM
+}
+
+// The same, the columns of b side by side.
+INLINE void amx_product(const int high, const int wide, const void *a, int64_t lda, const void *last, const float *b,
+                        int64_t ldb, int64_t deep, float *c, int64_t ldc, int add) {
+  amx_product_across(high, wide, a, lda, last, b, ldb, SIDE, deep, c, ldc, add);
 }
 #endif
