@@ -88,70 +88,80 @@ static void amx_multiply(int c, int a, int b) {
 
 #endif
 
-// c [16 high, 16 wide] (+)= a [16 high, 16 deep] b [16 deep, 16 wide], in tiles, of which at most four are sums: that is
-// how many the instruction's latency asks for. Distances in units: `lda`, `ldb`, `ldc` from row to row, `across` from one
-// tile of b's columns to the next. `last`: where it is not NULL, another 16 columns of `a`, rows of 16 units; they meet
-// the rows of `b` that follow. high and wide are constants where it is called.
-INLINE void amx_product_across(const int high, const int wide, const void *a, int64_t lda, const void *last,
-                               const float *b, int64_t ldb, int64_t across, int64_t deep, float *c, int64_t ldc,
-                               int add) {
-#define EACH_SUM(DO)                                            \
-  DO(0, 0, 0)                                                   \
-  if (high == 2 && wide == 2) { DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1) } \
-  else if (high == 1) {                                         \
-    if (wide > 1) { DO(1, 0, 1) }                               \
-    if (wide > 2) { DO(2, 0, 2) }                               \
-    if (wide > 3) { DO(3, 0, 3) }                               \
-  } else {                                                      \
-    DO(1, 1, 0)                                                 \
-    if (high > 2) { DO(2, 2, 0) }                               \
-    if (high > 3) { DO(3, 3, 0) }                               \
+// A part of a summed axis: `a` [.., 16 deep] against `b` [16 deep, ..], in units. `lda`, `ldb` are from row to row,
+// `across` from one tile of b's columns to the next.
+typedef struct {
+  const void *a;
+  const float *b;
+  int64_t lda, ldb, across, deep;
+} Stretch;
+
+// c [16 high, 16 wide] (+)= the sum over `count` stretches of a b, in tiles, of which at most four are sums: that is how
+// many the instruction's latency asks for. high and wide are constants where it is called.
+INLINE void amx_stretches(const int high, const int wide, const Stretch *stretches, int64_t count, float *c,
+                          int64_t ldc, int add) {
+#define EACH_SUM(DO)                     \
+  DO(0, 0, 0)                            \
+  if (high == 2 && wide == 2) {          \
+    DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1)  \
+  } else if (high == 1) {                \
+    if (wide > 1) { DO(1, 0, 1) }        \
+    if (wide > 2) { DO(2, 0, 2) }        \
+    if (wide > 3) { DO(3, 0, 3) }        \
+  } else {                               \
+    DO(1, 1, 0)                          \
+    if (high > 2) { DO(2, 2, 0) }        \
+    if (high > 3) { DO(3, 3, 0) }        \
   }
 #define LOAD_SUM(t, m, n) AMX_LOAD(t, c + m * SIDE * ldc + n * SIDE, ldc);
 #define ZERO_SUM(t, m, n) AMX_ZERO(t);
 #define STORE_SUM(t, m, n) AMX_STORE(t, c + m * SIDE * ldc + n * SIDE, ldc);
-  if (add) { EACH_SUM(LOAD_SUM) } else { EACH_SUM(ZERO_SUM) }
-  const char *left = a;
-  int64_t row_block = SIDE * lda * 4, ld = lda;
-  for (int64_t k = 0; k < deep + (last != NULL); k++, left += 4 * SIDE, b += SIDE * ldb) {
-    if (k == deep) left = last, row_block = SIDE * SIDE * 4, ld = SIDE;
-#define LEFT(t, m) AMX_LOAD(t, left + (m) * row_block, ld);
+#define LEFT(t, m) AMX_LOAD(t, a + 4 * SIDE * (m) * lda, lda);
 #define RIGHT(t, n) AMX_LOAD(t, b + (n) * across, ldb);
-    if (high == 2 && wide == 2) {
-      LEFT(4, 0) RIGHT(6, 0)
-      AMX_MULTIPLY(0, 4, 6);
-      RIGHT(7, 1)
-      AMX_MULTIPLY(1, 4, 7);
-      LEFT(5, 1)
-      AMX_MULTIPLY(2, 5, 6);
-      AMX_MULTIPLY(3, 5, 7);
-    } else if (high == 1) {
-      LEFT(4, 0) RIGHT(5, 0)
-      AMX_MULTIPLY(0, 4, 5);
-      if (wide > 1) { RIGHT(6, 1) AMX_MULTIPLY(1, 4, 6); }
-      if (wide > 2) { RIGHT(7, 2) AMX_MULTIPLY(2, 4, 7); }
-      if (wide > 3) { RIGHT(5, 3) AMX_MULTIPLY(3, 4, 5); }
-    } else {
-      RIGHT(4, 0) LEFT(5, 0)
-      AMX_MULTIPLY(0, 5, 4);
-      LEFT(6, 1)
-      AMX_MULTIPLY(1, 6, 4);
-      if (high > 2) { LEFT(7, 2) AMX_MULTIPLY(2, 7, 4); }
-      if (high > 3) { LEFT(5, 3) AMX_MULTIPLY(3, 5, 4); }
+  if (add) { EACH_SUM(LOAD_SUM) } else { EACH_SUM(ZERO_SUM) }
+  for (; count; count--, stretches++) {
+    const char *a = stretches->a;
+    const float *b = stretches->b;
+    int64_t lda = stretches->lda, ldb = stretches->ldb, across = stretches->across;
+    for (int64_t k = stretches->deep; k; k--, a += 4 * SIDE, b += SIDE * ldb) {
+      if (high == 2 && wide == 2) {
+        LEFT(4, 0) RIGHT(6, 0)
+        AMX_MULTIPLY(0, 4, 6);
+        RIGHT(7, 1)
+        AMX_MULTIPLY(1, 4, 7);
+        LEFT(5, 1)
+        AMX_MULTIPLY(2, 5, 6);
+        AMX_MULTIPLY(3, 5, 7);
+      } else if (high == 1) {
+        LEFT(4, 0) RIGHT(5, 0)
+        AMX_MULTIPLY(0, 4, 5);
+        if (wide > 1) { RIGHT(6, 1) AMX_MULTIPLY(1, 4, 6); }
+        if (wide > 2) { RIGHT(7, 2) AMX_MULTIPLY(2, 4, 7); }
+        if (wide > 3) { RIGHT(5, 3) AMX_MULTIPLY(3, 4, 5); }
+      } else {
+        RIGHT(4, 0) LEFT(5, 0)
+        AMX_MULTIPLY(0, 5, 4);
+        LEFT(6, 1)
+        AMX_MULTIPLY(1, 6, 4);
+        if (high > 2) { LEFT(7, 2) AMX_MULTIPLY(2, 7, 4); }
+        if (high > 3) { LEFT(5, 3) AMX_MULTIPLY(3, 5, 4); }
+      }
     }
-#undef LEFT
-#undef RIGHT
   }
   EACH_SUM(STORE_SUM)
 #undef EACH_SUM
 #undef LOAD_SUM
 #undef ZERO_SUM
 #undef STORE_SUM
+#undef LEFT
+#undef RIGHT
 }
 
-// The same, the columns of b side by side.
+// The same of one stretch, the columns of b side by side. `last`: where it is not NULL, another 16 columns of `a`, rows
+// of 16 units; they meet the rows of `b` that follow.
 INLINE void amx_product(const int high, const int wide, const void *a, int64_t lda, const void *last, const float *b,
                         int64_t ldb, int64_t deep, float *c, int64_t ldc, int add) {
-  amx_product_across(high, wide, a, lda, last, b, ldb, SIDE, deep, c, ldc, add);
+  const Stretch stretches[2] = {{a, b, lda, ldb, SIDE, deep}, {last, b + SIDE * ldb * deep, SIDE, ldb, SIDE, 1}};
+  amx_stretches(high, wide, stretches, last ? 2 : 1, c, ldc, add);
 }
 #endif
