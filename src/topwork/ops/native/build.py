@@ -23,7 +23,7 @@ from topwork.common.os_errors import why
 
 FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
-HEADERS = ("simd.h", "amx.h", "tile.h", "rows.h", "packed4.h", "product.h", "paged.h", "pool.h")
+HEADERS = ("simd.h", "amx.h", "tile.h", "grouped_amx.h", "rows.h", "packed4.h", "product.h", "paged.h", "pool.h")
 """What the kernels include."""
 OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""

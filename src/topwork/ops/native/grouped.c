@@ -44,12 +44,12 @@
 #define HEIGHTS 5
 static const int64_t HEIGHT[HEIGHTS] = {12, 6, 4, 2, 1};
 ALL_TILES(0)
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
 ALL_TILES(1)
 #endif
 static const Tile PRODUCTS[2][HEIGHTS][NR] = {
     ALL_ROWS(0),
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
     ALL_ROWS(1),
 #endif
 };
@@ -71,7 +71,7 @@ typedef struct {
 
 typedef struct {
   Matrix left, right, out;
-  int64_t m, n, k, kind, out_kind, add;
+  int64_t m, k, n, kind, right_kind, out_kind, add, terms;
 } Product;  // as the table has it: all are 64 bits wide
 
 typedef struct {
@@ -83,6 +83,14 @@ typedef struct {
 static inline int64_t bytes_of(int64_t kind) { return kind == BF16 ? 2 : 4; }
 static inline int pair_of(const Product *p) {
 #ifdef PAIRS
+  return p->kind == BF16;
+#else
+  return 0;
+#endif
+}
+// Whether AMX multiplies it.
+static inline int tiled(const Product *p) {
+#ifdef AMX
   return p->kind == BF16;
 #else
   return 0;
@@ -118,19 +126,14 @@ INLINE void along(const int pair, const char *row, int64_t unit, int64_t k, int6
 // Columns [c, c + LANES) of a step as units, from the one or two rows that it holds; zeros from `count` on.
 INLINE void across(const int pair, const char *upper, const char *lower, int64_t c, int64_t count, int64_t kind,
                    float *to) {
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
   if (pair) {
-    __m256i first, second = _mm256_setzero_si256();
     if (count >= 16) {
-      first = _mm256_loadu_si256((const __m256i *)(upper + 2 * c));
-      if (lower) second = _mm256_loadu_si256((const __m256i *)(lower + 2 * c));
-    } else {
-      __mmask16 seen = (__mmask16)((1u << count) - 1);
-      first = _mm256_maskz_loadu_epi16(seen, upper + 2 * c);
-      if (lower) second = _mm256_maskz_loadu_epi16(seen, lower + 2 * c);
+      pair_rows((const uint16_t *)upper + c, lower ? (const uint16_t *)lower + c : NULL, 16, to);
+      return;
     }
-    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(first),
-                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
+    memset(to, 0, 64);
+    if (count > 0) pair_rows((const uint16_t *)upper + c, lower ? (const uint16_t *)lower + c : NULL, count, to);
     return;
   }
 #endif
@@ -335,6 +338,10 @@ static void run_piece(const Piece *piece, const Scratch *s) {
   if (turned) finish_turned(piece, s->sums, ld);
 }
 
+#ifdef AMX
+#include "grouped_amx.h"
+#endif
+
 // ---- all of them ---------------------------------------------------------------------------------------------------
 
 // How many columns a piece has: what is packed of them should stay in the cache.
@@ -349,6 +356,7 @@ static int64_t cut(const Product *products, const double *alphas, int64_t count,
   for (int64_t i = 0; i < count; i++) {
     const Product *p = products + i;
     int64_t columns = piece_columns(p);
+    if (tiled(p)) continue;
     for (int64_t r = 0; r < p->m; r += rows)
       for (int64_t c = 0; c < p->n; c += columns, found++)
         if (pieces) pieces[found] = (Piece){p, (float)alphas[i], r, least(rows, p->m - r), c, least(columns, p->n - c)};
@@ -356,21 +364,17 @@ static int64_t cut(const Product *products, const double *alphas, int64_t count,
   return found;
 }
 
-// The table has a line of 15 numbers for each product: address, row stride and column stride of left, right and out; m,
-// n, k; kinds of the operands and of the output; whether to add. Turned products (whose columns are contiguous) are
-// allowed everywhere. Returns 0, or 1 when memory ran out, before anything was written.
-int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; i++) {
-    Product *p = products + i;
-    // where both sides would be turned, the longer one is better off on the right; k = 1 is both ways contiguous
-    if (p->left.column != 1 && p->right.column == 1 && p->m > p->n) {
-      Product q = *p;
-      p->left = (Matrix){q.right.at, q.right.column, q.right.row};
-      p->right = (Matrix){q.left.at, q.left.column, q.left.row};
-      p->out = (Matrix){q.out.at, q.out.column, q.out.row};
-      p->m = q.n, p->n = q.m;
-    }
-  }
+// Where both sides would be turned, the longer one is better off on the right; k = 1 is both ways contiguous.
+static void turn(Product *p) {
+  if (p->left.column == 1 || p->right.column != 1 || p->m <= p->n || p->kind != p->right_kind || p->terms) return;
+  Product q = *p;
+  p->left = (Matrix){q.right.at, q.right.column, q.right.row};
+  p->right = (Matrix){q.left.at, q.left.column, q.left.row};
+  p->out = (Matrix){q.out.at, q.out.column, q.out.row};
+  p->m = q.n, p->n = q.m;
+}
+
+static int run_pieces(const Product *products, const double *alphas, int64_t count, int64_t threads) {
   int64_t rows = ROWS, found = cut(products, alphas, count, rows, NULL);
   while (threads > 1 && found < threads * PER_THREAD && rows > FEW_ROWS) {
     rows /= 2;
@@ -397,6 +401,18 @@ int topwork_grouped_products(Product *products, const double *alphas, int64_t co
   free(pieces);
   free(arena);
   return 0;
+}
+
+// The table has a line of 17 numbers for each product: address, row stride and column stride of left, right and out; m,
+// k, n; kinds of left, of right and of the output; whether to add; how many lines behind it are addends. Both kinds are
+// one and there are no addends but for bf16 on AMX. Turned products (whose columns are contiguous) are allowed everywhere.
+// Returns 0, or 1 when memory ran out, before anything was written.
+int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
+  for (int64_t i = 0; i < count; i += 1 + products[i].terms) turn(products + i);
+#ifdef AMX
+  if (run_blocks(products, alphas, count, threads)) return 1;
+#endif
+  return run_pieces(products, alphas, count, threads);
 }
 
 int topwork_grouped_level(void) { return LEVEL; }
