@@ -21,23 +21,11 @@ from topwork.ops.triton import load as triton
 
 
 ON_AMX = 3
-"""The kernel's level where it multiplies bf16 on AMX."""
-MOST_ADDENDS = 62
-"""Of a product, as native/grouped_amx.h has it."""
-
-
-class Addend(NamedTuple):
-    """alpha left [m, k] right [k, n], added to a product's out from (row, column) on."""
-
-    left: Tensor
-    right: Tensor
-    row: int
-    column: int
-    alpha: float = 1.0
+"""The kernel's level where it multiplies bf16 on AMX, and rounds what is fp32 beside it by itself."""
 
 
 class Product(NamedTuple):
-    """out [m, n] = alpha left [m, k] right [k, n], and with beta = 1 what out held before, and the addends.
+    """out [m, n] = alpha left [m, k] right [k, n], and with beta = 1 what out held before.
 
     Views are welcome: `out` needs contiguous rows, left and right are copied if neither axis is contiguous. left and
     right have one type, but for fp32 beside 16 bits on the right, which is rounded to these; out has any.
@@ -48,7 +36,6 @@ class Product(NamedTuple):
     out: Tensor
     alpha: float = 1.0
     beta: int = 0
-    addends: tuple[Addend, ...] = ()
 
 
 Stage = Callable[[], None]
@@ -72,20 +59,14 @@ def grouped_products(products: Sequence[Product]) -> None:
     """Writes every product's `out`. No output may overlap another or an operand.
 
     Sums are fp32, times alpha, plus what `out` held, and rounded once to `out`'s type (torch.mm on 16 bits, where other
-    types than the kernels' are given, rounds the product before it is added to an `out` of another type). So are
-    addends with the sums they join, on AMX; an addend's alpha is rounded into its right side there, and elsewhere each
-    addend is rounded as a product of its own. A sum's value depends on its own row and column alone: not on threads,
-    other products, or how many rows there are.
+    types than the kernels' are given, rounds the product before it is added to an `out` of another type). A sum's
+    value depends on its own row and column alone: not on threads, other products, or how many rows there are.
     """
     if not products:
         return
     for product in products:
         _check(product)
-    library = native.compiled("grouped") if _native_runs(products) else None
-    if any(product.addends for product in products) and not (library and _tiled(library, products)):
-        for turn in _without_addends(products):
-            grouped_products(turn)
-    elif library is not None:
+    if _native_runs(products) and (library := native.compiled("grouped")) is not None:
         _native(library, products)
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.staged([products])[0]()
@@ -100,36 +81,11 @@ def rows_stand_alone(near: Tensor) -> bool:
     return native.kernels("grouped", near) is not None or triton.kernels("grouped", near) is not None
 
 
-def multiplies_all(near: Tensor) -> bool:
-    """Whether these products are the fastest there are for such values whatever their size: bf16 on AMX. Then addends
-    cost nothing, and no sum depends on the number of threads, as torch.mm's may."""
-    library = native.kernels("grouped", near) if near.dtype == torch.bfloat16 else None
-    return library is not None and library.topwork_grouped_level() == ON_AMX
-
-
 def grouped_products_reference(products: Sequence[Product]) -> None:
     """The same in plain torch: in fp32, rounded once."""
-    for product in products:
-        left, right, out, alpha, beta, _ = _of_one_type(product)
+    for left, right, out, alpha, beta in map(_of_one_type, products):
         value = torch.mm(left.float(), right.float()).mul_(alpha)
-        for addend in product.addends:
-            term = torch.mm(addend.left.float(), addend.right.to(left.dtype).float())
-            _part(value, addend).add_(term, alpha=addend.alpha)
         out.copy_(value.add_(out) if beta else value)
-
-
-def _part(out: Tensor, addend: Addend) -> Tensor:
-    """What of out an addend is added to."""
-    return out[addend.row : addend.row + len(addend.left), addend.column : addend.column + addend.right.shape[1]]
-
-
-def _without_addends(products: Sequence[Product]) -> list[list[Product]]:
-    """The same as products alone, to be made one list after the other."""
-    turns = [[product._replace(addends=()) for product in products]]
-    for number in range(max(len(product.addends) for product in products)):
-        there = [(product, product.addends[number]) for product in products if len(product.addends) > number]
-        turns.append([Product(x.left, x.right, _part(product.out, x), x.alpha, 1) for product, x in there])
-    return turns
 
 
 def _of_one_type(product: Product) -> Product:
@@ -137,7 +93,7 @@ def _of_one_type(product: Product) -> Product:
 
 
 def _by_torch(product: Product) -> None:
-    left, right, out, alpha, beta, _ = product
+    left, right, out, alpha, beta = product
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
         return
@@ -150,7 +106,7 @@ def _by_torch(product: Product) -> None:
 
 
 def _check(product: Product) -> None:
-    left, right, out, alpha, beta, addends = product
+    left, right, out, _, beta = product
     shape, other, into = left.shape, right.shape, out.shape
     if len(shape) != 2 or len(other) != 2 or into != (shape[0], other[1]) or shape[1] != other[0]:
         raise ValueError(f"shapes {[*shape]}, {[*other]} into {[*into]}, where [m, k], [k, n] into [m, n] are expected")
@@ -163,28 +119,12 @@ def _check(product: Product) -> None:
         raise ValueError(f"left, right and out are on {places}, where one device is expected")
     if beta not in (0, 1):
         raise ValueError(f"beta is {beta}, where 0 (overwrite) or 1 (add) is expected")
-    if addends and (alpha != 1 or not shape[1]):
-        raise ValueError(f"alpha is {alpha} and k is {shape[1]}, where a product with addends has 1 and more than 0")
-    for addend in addends:
-        part = _part(out, addend)
-        if min(addend.row, addend.column) < 0 or addend.left.dtype != left.dtype:
-            raise ValueError(f"an addend of {addend.left.dtype} at {addend[2:4]} in a product of {left.dtype}")
-        _check(Product(addend.left, addend.right, part, addend.alpha))
 
 
 def _native_runs(products: Sequence[Product]) -> bool:
     return all(
-        product.left.dtype in native.KINDS and product.out.dtype in native.KINDS and product.left.device.type == "cpu"
-        for product in products
-    )
-
-
-def _tiled(library: ctypes.CDLL, products: Sequence[Product]) -> bool:
-    """Whether products with addends are what AMX multiplies, and have no more of them than it takes."""
-    return library.topwork_grouped_level() == ON_AMX and all(
-        product.left.dtype == torch.bfloat16 and len(product.addends) <= MOST_ADDENDS
-        for product in products
-        if product.addends
+        left.dtype in native.KINDS and out.dtype in native.KINDS and left.device.type == "cpu"
+        for left, _, out, _, _ in products
     )
 
 
@@ -192,28 +132,21 @@ def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
     """The kernel sees bare memory: shapes are checked, strides are here."""
     table, alphas, copies = array("q"), array("d"), []
     on_amx = library.topwork_grouped_level() == ON_AMX
-
-    def operands(left: Tensor, right: Tensor, out: tuple[int, int, int], into: tuple[int, int, int]) -> None:
-        if right.dtype != left.dtype and not (on_amx and left.dtype == torch.bfloat16):
+    for left, right, out, alpha, beta in products:
+        (m, k), n, (row, column) = left.shape, right.shape[1], out.stride()
+        if column != 1 and n > 1:
+            raise ValueError(f"out of strides {[row, column]} has no contiguous rows, which are expected")
+        if right.dtype != left.dtype and not on_amx:
             right = right.to(left.dtype)
         left, right = _laid_out(left), _laid_out(right)
-        copies.append((left, right))
+        copies += [left, right]
         table.extend((
-            left.data_ptr(), *_strides(left), right.data_ptr(), *_strides(right), *out, *left.shape, right.shape[1],
-            native.KINDS[left.dtype], native.KINDS[right.dtype], *into,
+            left.data_ptr(), *_strides(left), right.data_ptr(), *_strides(right), out.data_ptr(), row, 1,
+            m, k, n, native.KINDS[left.dtype], native.KINDS[right.dtype], native.KINDS[out.dtype], beta,
         ))  # fmt: skip
-
-    for left, right, out, alpha, beta, addends in products:
-        row, column = out.stride()
-        if column != 1 and out.shape[1] > 1:
-            raise ValueError(f"out of strides {[row, column]} has no contiguous rows, which are expected")
-        operands(left, right, (out.data_ptr(), row, 1), (native.KINDS[out.dtype], beta, len(addends)))
         alphas.append(alpha)
-        for addend in addends:
-            operands(addend.left, addend.right, (0, addend.row, addend.column), (0, 0, 0))
-            alphas.append(addend.alpha)
     addresses = table.buffer_info()[0], alphas.buffer_info()[0]
-    if library.topwork_grouped_products(*addresses, len(alphas), torch.get_num_threads()):
+    if library.topwork_grouped_products(*addresses, len(products), torch.get_num_threads()):
         raise MemoryError(f"no memory for {len(products)} products")
 
 

@@ -4,110 +4,132 @@
 // The right side is packed into tiles, [16 columns][16 units][16][16], one behind the other. Where a product has many
 // rows it is packed once for all of its pieces, before them; else each piece packs its own. The left side is read where
 // it stands, whatever its distance of rows, but for what fills no tile.
-//
-// A product may have addends (`terms` lines behind it in the table): products whose sums join its own before these are
-// rounded. An addend's `out` is no address: its place in the product's out, `row` and `column`.
 
 #pragma once
 
-#define DEEP 768    // units of the summed axis in a block: a multiple of 16
-#define HIGH 128    // rows of a piece
-#define BROAD 256   // columns of a piece
-#define MANY 64     // rows from which a product's right side is packed once for all
+#define DEEP 1536      // units of the summed axis in a block: a multiple of 16
+#define HIGH 128       // rows of a piece
+#define PANEL 262144   // floats of a piece's right side, which should stay in the core's second cache
+#define MOST_HELD (16 << 20)  // floats kept for the next call
+#define GROUP 8         // tiles of columns that go along the summed axis together
+#define MOST_STEPS 9    // tiles of the summed axis that they go at a time
+#define FEW 256        // columns of a piece with few rows
+#define SHALLOW 128    // units of it where a piece packs its own right side
+#define FEWEST 64       // of them, where there would be too few pieces for the threads
+#define MANY 64        // rows from which a product's right side is packed once for all
 #define SIDES 256   // floats of a tile
 
 static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
-// What is packed before all pieces: the right side of one product or addend, its columns on the grid of the product's.
+// A product, and where its right side is packed if that is done once, for all of its pieces.
 typedef struct {
   const Product *of;
-  float alpha;     // what it is multiplied by
-  int64_t before;  // columns of zeros in its first tile
-  float *packed;   // [tiles of columns][tiles of units][16][16]; NULL: each piece packs its own
+  float alpha;
+  int shared;
+  int64_t at;  // in Room.packed: [tiles of columns][tiles of units][16][16]
 } Side;
 
 // ---- the right side ------------------------------------------------------------------------------------------------
 
-// `count` values from `at` on as bf16, times alpha; zeros up to 16.
-INLINE void narrow16(const char *at, int64_t count, int64_t kind, float alpha, uint16_t *to) {
+// `count` values from `at` on as bf16; zeros up to 16.
+INLINE void narrow16(const char *at, int64_t count, int64_t kind, uint16_t *to) {
   for (int64_t i = 0; i < 16; i += LANES) {
     int64_t some = least(LANES, count - i);
-    vecf x = some > 0 ? load(at, i, some, (int)kind) : vall(0);
-    vech small = to_bf16(x * vall(alpha));
+    vech small = to_bf16(some > 0 ? load(at, i, some, (int)kind) : vall(0));
     memcpy(to + i, &small, sizeof small);
   }
 }
 
-// One tile: columns [column, column + 16) and units [unit, unit + 16) of a right side, zeros beyond it. `column` may be
-// negative.
-static void pack_tile(const Side *side, int64_t column, int64_t unit, float *to) {
-  const Product *p = side->of;
-  int64_t skip = most(0, -column), count = least(SIDE, p->n - column), from = 2 * unit, some = least(32, p->k - from);
-  int plain = p->right_kind == BF16 && side->alpha == 1;
+// One tile: columns [column, column + 16) and units [unit, unit + 16) of a right side, zeros beyond it.
+static void pack_tile(const Product *p, int64_t column, int64_t unit, float *to) {
+  int64_t count = least(SIDE, p->n - column), from = 2 * unit, some = least(32, p->k - from);
+  int64_t size = bytes_of(p->right_kind);
+  const char *at = value_at(p->right, from, column, p->right_kind);
   if (p->right.column == 1) {
-    uint16_t two[2][16] __attribute__((aligned(32)));
-    for (int64_t s = 0; s < SIDE; s++) {
-      const char *row = value_at(p->right, from + 2 * s, column, p->right_kind);
-      int64_t by = p->right.row * bytes_of(p->right_kind);
-      if (plain && !skip && count == SIDE && 2 * s + 1 < some) {
-        pair_rows((const uint16_t *)row, (const uint16_t *)(row + by), SIDE, to + SIDE * s);
+    int64_t by = p->right.row * size;
+    for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
+      uint16_t two[2][16] __attribute__((aligned(32)));
+      if (p->right_kind == BF16 && count == SIDE && 2 * s + 1 < some) {
+        pair_rows((const uint16_t *)at, (const uint16_t *)(at + by), SIDE, to + SIDE * s);
         continue;
       }
-      for (int64_t half = 0; half < 2; half++) {
-        int64_t there = 2 * s + half < some ? count - skip : 0;
-        memset(two[half], 0, sizeof two[half]);
-        uint16_t values[16];
-        narrow16(row + half * by + skip * bytes_of(p->right_kind), there, p->right_kind, side->alpha, values);
-        if (there > 0) memcpy(two[half] + skip, values, 2 * there);
-      }
+      for (int64_t half = 0; half < 2; half++)
+        narrow16(at + half * by, 2 * s + half < some ? count : 0, p->right_kind, two[half]);
       pair_rows(two[0], two[1], SIDE, to + SIDE * s);
     }
     return;
   }
-  int64_t by = p->right.column * bytes_of(p->right_kind);
-  const char *at = value_at(p->right, from, column, p->right_kind);
-  if (plain && !skip && some == 32 && by % 4 == 0) {
+  int64_t by = p->right.column * size;
+  if (p->right_kind == BF16 && some == 32 && by % 4 == 0) {
     transpose_block((const Unit *)at, by / 4, count, SIDE, to, SIDE);
     return;
   }
   uint16_t rows[16][32] __attribute__((aligned(64)));
-  memset(rows, 0, sizeof rows);
-  for (int64_t c = skip; c < count; c++)
-    for (int64_t half = 0; half < 32; half += 16) {
-      int64_t there = least(16, some - half);
-      uint16_t values[16];
-      if (there <= 0) continue;
-      narrow16(at + c * by + half * bytes_of(p->right_kind), there, p->right_kind, side->alpha, values);
-      memcpy(rows[c] + half, values, 2 * there);
-    }
+  for (int64_t c = 0; c < SIDE; c++)
+    for (int64_t half = 0; half < 32; half += 16)
+      narrow16(at + c * by + half * size, c < count ? least(16, some - half) : 0, p->right_kind, rows[c] + half);
   transpose_block((const Unit *)rows, SIDE, SIDE, SIDE, to, SIDE);
+}
+
+#if defined(WIDE)
+// Two tiles side by side that lie within a right side whose rows are contiguous, from whole cache lines; the second
+// follows the first at `across`.
+static void pack_two(const Product *p, int64_t column, int64_t unit, float *to, int64_t across) {
+  const char *at = value_at(p->right, 2 * unit, column, BF16);
+  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                 35, 3, 34, 2, 33, 1, 32, 0);
+  __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
+  int64_t by = p->right.row * 2;
+  for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
+    __m512i upper = _mm512_loadu_si512(at), lower = _mm512_loadu_si512(at + by);
+    _mm512_store_si512(to + SIDE * s, _mm512_permutex2var_epi16(upper, mix, lower));
+    _mm512_store_si512(to + across + SIDE * s, _mm512_permutex2var_epi16(upper, above, lower));
+  }
+}
+#endif
+
+// The tiles of columns [column, column + 16 wide) and units [unit, unit + 16 deep), those of the next columns `across`
+// further on. Rows that are contiguous are read as they follow each other.
+static void pack_tiles(const Product *p, int64_t column, int64_t wide, int64_t unit, int64_t deep, float *to,
+                       int64_t across) {
+  int whole = 0;
+  for (int64_t d = 0; d < deep; d++)
+    for (int64_t t = 0; t < wide; t += 1 + whole) {
+      float *tile = to + t * across + d * SIDES;
+#if defined(WIDE)
+      whole = p->right_kind == BF16 && p->right.column == 1 && t + 1 < wide && column + SIDE * (t + 2) <= p->n &&
+              2 * (unit + SIDE * (d + 1)) <= p->k;
+      if (whole) {
+        pack_two(p, column + SIDE * t, unit + SIDE * d, tile, across);
+        continue;
+      }
+#endif
+      pack_tile(p, column + SIDE * t, unit + SIDE * d, tile);
+    }
 }
 
 // ---- the left side -------------------------------------------------------------------------------------------------
 
-// Rows [row, row + rows) and units [unit, unit + 16 * deep) to [16 high, 16 deep] with rows of `ld`; zeros beyond the
-// left side, also for rows before it.
+// Rows [row, row + rows) and units [unit, unit + 16 deep) to rows of `ld`, up to whole tiles; zeros beyond the left side.
 static void pack_lines(const Product *p, int64_t row, int64_t rows, int64_t unit, int64_t deep, float *to, int64_t ld) {
-  int64_t first = most(0, -row), stop = least(rows, p->m - row), count = least(32 * deep, p->k - 2 * unit);
+  int64_t count = least(32 * deep, p->k - 2 * unit);
   if (p->left.column == 1) {
     for (int64_t r = 0; r < SIDE * sides(rows); r++) {
-      float *line = to + r * ld;
-      int64_t there = r >= first && r < stop ? count : 0;
-      if (there) memcpy(line, value_at(p->left, row + r, 2 * unit, BF16), 2 * there);
-      memset((char *)line + 2 * there, 0, 64 * deep - 2 * there);
+      char *line = (char *)(to + r * ld);
+      int64_t there = r < rows ? 2 * count : 0;
+      if (there) memcpy(line, value_at(p->left, row + r, 2 * unit, BF16), there);
+      memset(line + there, 0, 64 * deep - there);
     }
     return;
   }
   float spare[16 * 16] __attribute__((aligned(64)));
   for (int64_t r = 0; r < rows; r += SIDE)
     for (int64_t d = 0; d < deep; d++) {
-      int64_t skip = most(0, first - r), some = least(SIDE, stop - r) - skip;
       memset(spare, 0, sizeof spare);
-      for (int64_t s = 0; s < SIDE && some > 0; s++) {
+      for (int64_t s = 0; s < least(SIDE, (count - 32 * d + 1) / 2); s++) {
         int64_t k = 2 * (unit + SIDE * d + s);
-        if (k >= p->k) break;
-        const uint16_t *upper = (const uint16_t *)value_at(p->left, row + r + skip, k, BF16);
-        pair_rows(upper, k + 1 < p->k ? upper + p->left.column : NULL, some, spare + SIDE * s + skip);
+        const uint16_t *upper = (const uint16_t *)value_at(p->left, row + r, k, BF16);
+        pair_rows(upper, k + 1 < p->k ? upper + p->left.column : NULL, least(SIDE, rows - r), spare + SIDE * s);
       }
       transpose_block(spare, SIDE, SIDE, SIDE, to + r * ld + SIDE * d, ld);
     }
@@ -119,40 +141,35 @@ static int stands_for_tiles(const Product *p) { return p->left.column == 1 && p-
 // ---- a piece -------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  const Side *side, *terms;
-  float alpha;
-  int64_t count, row, rows, column, columns;
+  const Side *side;
+  int64_t row, rows, column, columns;
 } Block;
 
 typedef struct {
-  float *left, *edge, *lines, *right, *sums, *few;
+  float *left, *edge, *right, *sums;
+  const float *packed;
 } Room;
 
-enum { TALLEST = 4 * SIDE, MOST_TERMS = 62 };  // terms of a block; `Stretch` for each, the block's own and its edge
+enum { TALLEST = 4 * SIDE };  // rows of the tallest shape of sums
 
-static int holds_sums(const Product *p) { return steps_of(p) > DEEP || p->out.column != 1 || !p->k; }
+static int holds_sums(const Product *p) { return steps_of(p) > SHALLOW || p->out.column != 1 || !p->k; }
 
 // The parts of an arena that are large enough for a block; how long it must be.
 static int64_t room_of(const Block *blocks, int64_t count, float *arena, Room *room) {
-  int64_t left = 0, lines = 0, right = 0, sums = 0, used = 0;
+  int64_t left = 0, right = 0, sums = 0, used = 0;
   for (int64_t i = 0; i < count; i++) {
     const Block *b = blocks + i;
     const Product *p = b->side->of;
     int64_t deep = SIDE * sides(least(DEEP, steps_of(p))), columns = SIDE * sides(b->columns);
-    int64_t units = 0;
-    for (int64_t t = 0; t < b->count; t++) units += SIDE * sides(steps_of(b->terms[t].of));
     if (!stands_for_tiles(p)) left = most(left, SIDE * sides(b->rows) * deep);
     else left = most(left, TALLEST * deep);
-    if (!b->side->packed) right = most(right, columns * deep);
-    if (holds_sums(p)) sums = most(sums, (SIDE * sides(b->rows) + TALLEST) * columns);
-    lines = most(lines, TALLEST * units);
+    if (!b->side->shared) right = most(right, columns * deep);
+    sums = most(sums, holds_sums(p) ? SIDE * sides(b->rows) * columns : TALLEST * SIDE * GROUP);
   }
   room->left = take(arena, &used, left);
   room->edge = take(arena, &used, TALLEST * SIDE);
-  room->lines = take(arena, &used, lines);
   room->right = take(arena, &used, right);
   room->sums = take(arena, &used, sums);
-  room->few = take(arena, &used, TALLEST * TALLEST);
   return used;
 }
 
@@ -184,193 +201,212 @@ static int64_t left_stretches(const Block *b, const Room *room, int64_t r, int64
   return deep ? 2 : (to[0] = to[1], 1);
 }
 
-// The addends' stretches for the same rows; those that these rows or the block's columns do not meet are left out.
-static int64_t term_stretches(const Block *b, const Room *room, int64_t r, int64_t rows, const Side **sides_of,
-                              Stretch *to) {
-  int64_t found = 0, used = 0;
-  for (int64_t t = 0; t < b->count; t++) {
-    const Product *p = b->terms[t].of;
-    int64_t row = b->row + r - p->out.row, deep = sides(steps_of(p));
-    if (row >= p->m || row + rows <= 0 || !deep) continue;
-    if (p->out.column >= b->column + b->columns || p->out.column + p->n <= b->column) continue;
-    float *lines = room->lines + used;
-    pack_lines(p, row, rows, 0, deep, lines, SIDE * deep);
-    used += SIDE * sides(rows) * SIDE * deep;
-    sides_of[found] = b->terms + t;
-    to[found++] = (Stretch){.a = lines, .lda = SIDE * deep, .deep = deep};
-  }
-  return found;
-}
-
-// Which of the addends' stretches meet the tiles of columns [tile, tile + wide) of the product's out, and where. An
-// addend that meets some of them and not all has its own edge: those tiles are added apart.
-static int64_t meeting(const Side *side, int64_t tile, int64_t wide, Stretch *to) {
-  const Product *p = side->of;
-  int64_t first = p->out.column / SIDE, tiles = sides(p->n + side->before), deep = sides(steps_of(p));
-  if (tile < first || tile + wide > first + tiles) return 0;
-  to->b = side->packed + (tile - first) * deep * SIDES;
-  to->ldb = SIDE, to->across = deep * SIDES;
-  return 1;
-}
-
 static void finish_block(const Block *b, int64_t r, int64_t rows, int64_t c, int64_t columns, const float *sums,
                          int64_t ld) {
-  Piece piece = {b->side->of, b->alpha, b->row, b->rows, b->column, b->columns};
+  Piece piece = {b->side->of, b->side->alpha, b->row, b->rows, b->column, b->columns};
   finish_rows(&piece, r, rows, c, columns, sums, ld);
 }
 
-// One block of the summed axis, for all rows and columns.
+// Rows stand far apart, which no processor foresees.
+static void ask_for_out(const Block *b, int64_t r, int64_t rows, int64_t c, int64_t columns) {
+  const Product *p = b->side->of;
+  for (int64_t i = 0; i < rows; i++) {
+    const char *to = value_at(p->out, b->row + r + i, b->column + c, p->out_kind);
+    for (int64_t byte = 0; byte < columns * bytes_of(p->out_kind); byte += 64) __builtin_prefetch(to + byte, 1, 2);
+  }
+}
+
+// Up to TALLEST rows of a block, as stretches of its summed axis: what stands, and what had to be packed.
+typedef struct {
+  Stretch own[2];
+  int64_t count, steps;  // steps: tiles along the summed axis
+} Lines;
+
+// The steps [from, stop) of these rows against the right side's tiles from `right` on.
+static int64_t cut_stretches(const Lines *l, int64_t from, int64_t stop, const float *right, int64_t across,
+                             Stretch *to) {
+  int64_t count = 0;
+  for (int64_t i = 0, at = 0; i < l->count; at += l->own[i++].deep) {
+    int64_t first = most(0, from - at), deep = least(l->own[i].deep, stop - at) - first;
+    if (deep <= 0) continue;
+    to[count] = l->own[i];
+    to[count].a = (const char *)l->own[i].a + first * 4 * SIDE, to[count].deep = deep;
+    to[count].b = right + (at + first) * SIDES, to[count].ldb = SIDE, to[count++].across = across;
+  }
+  return count;
+}
+
+// The columns of tiles [from, until) of a block for some of its rows. `sums` are those of the tile `from`, rows of `ld`.
+static void multiply_group(const Block *b, const Lines *l, int64_t r, int64_t rows, const float *right, int64_t across,
+                           int64_t from, int64_t until, float *sums, int64_t ld, int last, int add) {
+  int64_t high = sides(rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
+  int64_t cuts = (l->steps + MOST_STEPS - 1) / MOST_STEPS, each = (l->steps + cuts - 1) / cuts;
+  for (int64_t step = 0; step < l->steps; step += each) {
+    int64_t stop = least(step + each, l->steps);
+    for (int64_t t = from, wide; t < until; t += wide) {
+      Stretch part[2];
+      wide = least(per, until - t);
+      int64_t count = cut_stretches(l, step, stop, right + t * across, across, part);
+      if (last && stop == l->steps && each > 1) ask_for_out(b, r, rows, SIDE * t, SIDE * wide);
+      multiply_tiles(high, wide, part, count, sums + SIDE * (t - from), ld, add || step);
+    }
+  }
+}
+
+// One block of the summed axis, for all rows and columns. A few columns at a time go a few steps at a time, so that the
+// left side's tiles, and the sums, are in the first cache for as long as they are used again.
 static void multiply_block(const Block *b, const Room *room, const float *right, int64_t across, int64_t unit,
                            int64_t units, int keep) {
   const Product *p = b->side->of;
-  int64_t width = sides(b->columns), ld = SIDE * width, tall = width == 1 ? 4 : 2;
-  int last = unit + units >= steps_of(p);
-  for (int64_t r = 0; r < b->rows; r += SIDE * tall) {
-    int64_t rows = least(SIDE * tall, b->rows - r), high = sides(rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
-    Stretch own[2], others[MOST_TERMS], all[2 + MOST_TERMS];
-    const Side *whose[MOST_TERMS];
-    int64_t mine = left_stretches(b, room, r, rows, unit, units, own);
-    int64_t terms = last ? term_stretches(b, room, r, rows, whose, others) : 0;
-    for (int64_t t = 0, wide; t < width; t += wide) {
-      wide = least(per, width - t);
-      int64_t count = 0, apart[MOST_TERMS], lone = 0;
-      for (int64_t i = 0, at = 0; i < mine; at += own[i++].deep) {
-        all[count] = own[i];
-        all[count].b = right + t * across + at * SIDES, all[count].ldb = SIDE, all[count++].across = across;
-      }
-      for (int64_t i = 0; i < terms; i++) {
-        all[count] = others[i];
-        if (meeting(whose[i], b->column / SIDE + t, wide, all + count)) count++;
-        else apart[lone++] = i;
-      }
-      float *sums = keep ? room->sums + r * ld + SIDE * t : room->few;
-      int64_t by = keep ? ld : SIDE * wide;
-      multiply_tiles(high, wide, all, count, sums, by, unit > 0);
-      for (int64_t i = 0; i < lone; i++)
-        for (int64_t w = 0; w < wide; w++) {
-          Stretch one = others[apart[i]];
-          if (meeting(whose[apart[i]], b->column / SIDE + t + w, 1, &one))
-            multiply_tiles(high, 1, &one, 1, sums + SIDE * w, by, 1);
-        }
-      if (last && p->out.column == 1)
-        finish_block(b, r, rows, SIDE * t, least(SIDE * wide, b->columns - SIDE * t), sums, by);
+  int64_t width = sides(b->columns), tall = SIDE * (width == 1 ? 4 : 2), ld = SIDE * (keep ? width : GROUP);
+  int last = unit + units >= steps_of(p) && p->out.column == 1;
+  Lines l;
+  for (int64_t r = 0; r < b->rows; r += tall) {
+    int64_t rows = least(tall, b->rows - r);
+    l.count = left_stretches(b, room, r, rows, unit, units, l.own);
+    l.steps = l.own[0].deep + (l.count == 2 ? l.own[1].deep : 0);
+    for (int64_t t = 0; t < width; t += GROUP) {
+      float *sums = room->sums + (keep ? r * ld + SIDE * t : 0);
+      multiply_group(b, &l, r, rows, right, across, t, least(t + GROUP, width), sums, ld, last, unit > 0);
+      if (last) finish_block(b, r, rows, SIDE * t, least(SIDE * GROUP, b->columns - SIDE * t), sums, ld);
     }
   }
 }
 
 static void run_block(const Block *b, const Room *room) {
   const Product *p = b->side->of;
-  int64_t all = steps_of(p), width = sides(b->columns);
+  int64_t all = steps_of(p), width = sides(b->columns), most_units = b->side->shared ? DEEP : SHALLOW;
   int keep = holds_sums(p);
   if (!all) {
     memset(room->sums, 0, SIDE * sides(b->rows) * SIDE * width * 4);
     if (p->out.column == 1) finish_block(b, 0, b->rows, 0, b->columns, room->sums, SIDE * width);
   }
-  for (int64_t unit = 0; unit < all; unit += DEEP) {
-    int64_t units = least(DEEP, all - unit), deep = sides(units), across = deep * SIDES;
+  for (int64_t unit = 0; unit < all; unit += most_units) {
+    int64_t units = least(most_units, all - unit), deep = sides(units), across = deep * SIDES;
     const float *right = room->right;
-    if (b->side->packed) {
+    if (b->side->shared) {
       across = sides(all) * SIDES;
-      right = b->side->packed + b->column / SIDE * across + unit / SIDE * SIDES;
+      right = room->packed + b->side->at + b->column / SIDE * across + unit / SIDE * SIDES;
     } else {
-      for (int64_t t = 0; t < width; t++)
-        for (int64_t d = 0; d < deep; d++)
-          pack_tile(b->side, b->column + SIDE * t, unit + SIDE * d, room->right + t * across + d * SIDES);
+      pack_tiles(p, b->column, width, unit, deep, room->right, across);
     }
     if (!stands_for_tiles(p)) pack_lines(p, b->row, b->rows, unit, deep, room->left, SIDE * deep);
     multiply_block(b, room, right, across, unit, units, keep);
   }
   if (p->out.column != 1) {
-    Piece piece = {p, b->alpha, b->row, b->rows, b->column, b->columns};
+    Piece piece = {p, b->side->alpha, b->row, b->rows, b->column, b->columns};
     finish_turned(&piece, room->sums, SIDE * width);
   }
 }
 
 // ---- all of them ---------------------------------------------------------------------------------------------------
 
-// The products of bf16 and their addends as sides, and as pieces; how many pieces, and how many floats are packed before
-// them. Where `blocks` is NULL they are only counted.
-static int64_t cut_blocks(const Product *products, const double *alphas, int64_t count, Side *sides_of, Block *blocks,
-                          float *packed, int64_t *floats) {
-  int64_t found = 0, used = 0;
-  for (int64_t i = 0, next; i < count; i = next) {
+// The products of bf16 as pieces, written to `blocks` where there is room for them; how many, and how many floats are
+// packed before them.
+static int64_t cut_blocks(const Product *products, const double *alphas, int64_t count, int64_t few, Side *all,
+                          Block *blocks, int64_t *floats) {
+  int64_t found = 0;
+  *floats = 0;
+  for (int64_t i = 0; i < count; i++) {
     const Product *p = products + i;
-    next = i + 1 + p->terms;
     if (p->kind != BF16) continue;
-    for (int64_t j = i; j < next; j++) {
-      const Product *q = products + j;
-      int64_t before = j > i ? q->out.column % SIDE : 0, size = sides(q->n + before) * sides(steps_of(q)) * SIDES;
-      int shared = j > i || q->m > MANY;
-      float *at = shared ? take(packed, &used, size) : NULL;
-      sides_of[j] = (Side){q, j > i ? (float)alphas[j] : 1, before, at};
+    int64_t high = p->m > HIGH ? HIGH : most(p->m, 1), broad = few;
+    all[i] = (Side){p, (float)alphas[i], p->m > MANY, *floats};
+    if (all[i].shared) {
+      *floats += sides(p->n) * sides(steps_of(p)) * SIDES;
+      int64_t size = p->n * SIDE * sides(least(DEEP, steps_of(p))), cuts = most(1, (size + PANEL - 1) / PANEL);
+      broad = 2 * SIDE * sides((p->n + 2 * cuts - 1) / (2 * cuts));
     }
-    // a side's alpha is for what is packed; the product's own factor waits until its sums are rounded
-    int64_t high = p->m > HIGH ? HIGH : most(p->m, 1), broad = p->m > MANY ? BROAD : BROAD / 4;
-    for (int64_t r = 0; r < p->m; r += high)
-      for (int64_t c = 0; c < p->n; c += broad, found++)
-        if (blocks)
-          blocks[found] = (Block){sides_of + i, sides_of + i + 1, (float)alphas[i], p->terms, r,
-                                  least(high, p->m - r), c, least(broad, p->n - c)};
+    for (int64_t c = 0; c < p->n; c += broad)  // all rows of some columns, whose right side is in the cache then
+      for (int64_t r = 0; r < p->m; r += high, found++)
+        if (blocks) blocks[found] = (Block){all + i, r, least(high, p->m - r), c, least(broad, p->n - c)};
   }
-  *floats = used;
   return found;
 }
 
-// The tiles of one column of tiles.
-static void pack_side(const Side *side, int64_t tile) {
-  int64_t deep = sides(steps_of(side->of));
-  for (int64_t d = 0; d < deep; d++)
-    pack_tile(side, tile * SIDE - side->before, SIDE * d, side->packed + (tile * deep + d) * SIDES);
+// Pairs of columns of tiles that are packed before all pieces: how many, or with `to` the one of that number is packed there.
+static int64_t pack_shared(const Side *all, int64_t count, int64_t number, float *to) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Product *p = all[i].of;
+    if (!all[i].shared) continue;  // nor has a line of fp32 a side
+    int64_t pairs = (sides(p->n) + 1) / 2, pair = number - before, deep = sides(steps_of(p)), across = deep * SIDES;
+    before += pairs;
+    if (!to || pair >= pairs) continue;
+    pack_tiles(p, 2 * SIDE * pair, least(2, sides(p->n) - 2 * pair), 0, deep, to + all[i].at + 2 * pair * across, across);
+    break;
+  }
+  return before;
 }
 
-static int run_blocks(const Product *products, const double *alphas, int64_t count, int64_t threads) {
-  int64_t floats, found, tiles = 0;
-  Side *all = malloc(most(count, 1) * sizeof *all);
-  if (!all) return 1;
-  found = cut_blocks(products, alphas, count, all, NULL, NULL, &floats);
-  if (!found) {
-    free(all);
-    return 0;
+// Memory that stays from call to call: new pages would cost as much as the products of a small call. One call has it at
+// a time; another that comes meanwhile brings its own.
+static struct {
+  int taken;
+  float *at;
+  int64_t floats;
+} held;
+
+static float *borrow(int64_t floats, int *ours) {
+  *ours = !__atomic_exchange_n(&held.taken, 1, __ATOMIC_ACQUIRE);
+  if (!*ours) return aligned_alloc(64, floats * 4);
+  if (held.floats < floats) {
+    free(held.at);
+    held.at = aligned_alloc(64, floats * 4);
+    held.floats = held.at ? floats : 0;
   }
-  threads = least(threads, found);
-  Room room;
-  Block *blocks = malloc(found * sizeof *blocks);
-  float *packed = aligned_alloc(64, most(floats, 16) * 4), *arena = NULL;
-  int64_t each = 0;
-  if (blocks && packed) {
-    cut_blocks(products, alphas, count, all, blocks, packed, &floats);
-    each = room_of(blocks, found, NULL, &room);
-    arena = aligned_alloc(64, threads * each * 4);
+  return held.at;
+}
+
+static void give_back(float *at, int ours) {
+  if (!ours) {
+    free(at);
+    return;
   }
-  if (arena) {
-    amx_permitted();
-    for (int64_t i = 0; i < count; i++)
-      if (products[i].kind == BF16 && all[i].packed) tiles += sides(products[i].n + all[i].before);
+  if (held.floats > MOST_HELD) free(held.at), held.at = NULL, held.floats = 0;
+  __atomic_store_n(&held.taken, 0, __ATOMIC_RELEASE);
+}
+
+static void run_threads(const Side *all, int64_t count, const Block *blocks, int64_t found, float *arena, int64_t floats,
+                        int64_t each, int64_t threads) {
+  int64_t pairs = pack_shared(all, count, 0, NULL);
 #pragma omp parallel num_threads(threads)
-    {
-      Room own;
-      room_of(blocks, found, arena + omp_get_thread_num() * each, &own);
-      amx_begin();
+  {
+    Room room;
+    room_of(blocks, found, arena + floats + omp_get_thread_num() * each, &room);
+    room.packed = arena;
+    amx_begin();
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t t = 0; t < pairs; t++) pack_shared(all, count, t, arena);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < tiles; t++) {
-        int64_t i = 0, tile = t;
-        for (;; i++) {
-          if (products[i].kind != BF16 || !all[i].packed) continue;
-          int64_t its = sides(products[i].n + all[i].before);
-          if (tile < its) break;
-          tile -= its;
-        }
-        pack_side(all + i, tile);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < found; i++) run_block(blocks + i, &own);
-      amx_end();
+    for (int64_t i = 0; i < found; i++) run_block(blocks + i, &room);
+    amx_end();
+  }
+}
+
+// The products of bf16 of a table. 1 when memory ran out, before anything was written.
+static int run_blocks(const Product *products, const double *alphas, int64_t count, int64_t threads) {
+  int64_t floats, found, few = FEW;
+  Side *all = calloc(most(count, 1), sizeof *all);
+  Block *blocks = NULL;
+  int none = !all, ours = 0;
+  if (all && (found = cut_blocks(products, alphas, count, few, all, NULL, &floats))) {
+    while (found < threads * PER_THREAD && few > FEWEST)
+      found = cut_blocks(products, alphas, count, few /= 2, all, NULL, &floats);
+    threads = least(threads, found);
+    if ((blocks = malloc(found * sizeof *blocks))) {
+      Room room;
+      cut_blocks(products, alphas, count, few, all, blocks, &floats);
+      int64_t each = room_of(blocks, found, NULL, &room);
+      float *arena = borrow(floats + threads * each, &ours);
+      if (arena) run_threads(all, count, blocks, found, arena, floats, each, threads);
+      none = !arena;
+      give_back(arena, ours);
+    } else {
+      none = 1;
     }
   }
-  int none = !arena;
   free(all);
   free(blocks);
-  free(packed);
-  free(arena);
   return none;
 }
