@@ -10,6 +10,7 @@ from reference.measure import relative
 from topwork.ops import logprobs
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.native import build, load
+from topwork.ops.native.variants import processor
 
 VOCABULARIES = (1, 2, 15, 16, 17, 31, 32, 33, 64, 1000, 2048, 2049, 49152 + 3)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -186,7 +187,7 @@ def test_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("native_needed")
 def test_narrower_vectors(march: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other processors get: four lanes, and eight."""
-    if "avx2" not in build._processor().decode():
+    if "avx2" not in processor().decode():
         pytest.skip("these are x86 processors' vectors")
     monkeypatch.setenv(build.MARCH, march)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))

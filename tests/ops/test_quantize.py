@@ -16,6 +16,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.source import find_source
 from topwork.ops import quantize
 from topwork.ops.native import build, load
+from topwork.ops.native.variants import processor
 from topwork.ops.packed import Packed4bit, PackedInt8, constants, pack_4bit, pack_int8
 from topwork.ops.quantize import BLOCK_SIZES, CODES, FLOATS
 
@@ -452,7 +453,7 @@ def test_a_compiler_that_fails_is_told_and_a_kernel_switched_off_is_not(
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
 def test_older_processors_load_it_too(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second has conversions to 16 bits and no AVX-512."""
-    if "avx2" not in build._processor().decode():
+    if "avx2" not in processor().decode():
         pytest.skip("these are x86 processors")
     monkeypatch.setenv(build.MARCH, march)
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path))

@@ -16,7 +16,7 @@ COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or 
 NATIVE = COMPILER is not None and not os.environ.get(build.OFF)
 needs_compiler = pytest.mark.skipif(not NATIVE, reason="needs a C compiler, and native kernels not switched off")
 usual_kernels = pytest.mark.skipif(
-    not NATIVE or "avx512bw" not in FEATURES or "CC" in os.environ or build.MARCH in os.environ,
+    not NATIVE or "avx512bw" not in FEATURES or {"CC", build.MARCH, build.AMX} & os.environ.keys(),
     reason="needs AVX-512, and kernels as they are compiled for it by default",
 )
 

@@ -1,76 +1,202 @@
-"""The C kernels: compiled once for this machine's processor, kept in the cache, loaded with ctypes.
+"""The C kernels: compiled once for this machine's processor, tried once, kept in the cache, loaded with ctypes.
 
 No torch headers: a kernel takes pointers and sizes, builds in a second and outlives torch versions. OpenMP is the one
 runtime that torch has loaded already (same name, so the loader shares it): a second pool of threads would fight the
-first. Without a compiler everything still runs on plain torch, slower, and says so once.
+first. A file may be compiled in several ways (`variants.py`); the first that proves right on this processor, in a process
+of its own (`proof.py`), is the one that is loaded. Without a compiler everything still runs on plain torch, slower, and
+says so once.
 """
 
 import ctypes
 import hashlib
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
-from importlib.resources import files
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from topwork.common.cache import CACHE, advice, cache_root, temporary_root
 from topwork.common.os_errors import why
+from topwork.ops.native import proof
+from topwork.ops.native.variants import AMX as AMX
+from topwork.ops.native.variants import MARCH as MARCH
+from topwork.ops.native.variants import Variant, amx_refusal, compiler, processor, sources, variants
 
 FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wall")
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
-HEADERS = ("simd.h", "amx.h", "tile.h", "grouped_amx.h", "rows.h", "packed4.h", "product.h", "paged.h", "pool.h")
-"""What the kernels include."""
 OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
-MARCH = "TOPWORK_MARCH"
-"""Set in the environment to compile for another processor than this one, as gcc's -march names it: `x86-64-v3`."""
 TOLD: set[str] = set()
 """Warnings that this process has had."""
 
 
+class RefusedError(Exception):
+    """A library that is not to be used, with why, behind "it"; `known` where that was found out before."""
+
+    def __init__(self, why: str, known: proof.Mark | None = None) -> None:
+        super().__init__(why)
+        self.known = known
+
+
+@dataclass
+class Built:
+    """What became of a file.
+
+    library    None where plain torch does the work
+    variant    how it was compiled; path where it lies
+    mark       its proof; None where it could not be tried
+    note       why it is used without
+    elsewhere  why it does not stand in the cache
+    refused    the ways that were better, and why they are not used
+    error      why nothing could be compiled or loaded
+    """
+
+    library: ctypes.CDLL | None = None
+    variant: Variant | None = None
+    path: Path | None = None
+    mark: proof.Mark | None = None
+    note: str = ""
+    elsewhere: str = ""
+    refused: list[tuple[Variant, RefusedError]] = field(default_factory=list)
+    error: Exception | None = None
+
+
 def load(name: str) -> ctypes.CDLL | None:
     """The library of `native/NAME.c`, from the cache; where that cannot be written or run from, from a folder for
-    temporary files, with a warning. None, and a warning, where it cannot be compiled or loaded at all."""
+    temporary files, with a warning. None, and a warning, where none can be compiled, loaded or proved right. Raises
+    RequestError where TOPWORK_AMX says what nobody knows."""
     if os.environ.get(OFF):
         return None
+    found = built(name)
+    _tell_all(name, found)
+    return found.library
+
+
+def built(name: str) -> Built:
+    """The best that there is of a file, compiled and tried where that was not done before. Says nothing."""
+    found = Built()
     try:
-        return _kept(name)
+        compiler()
+        ways = variants(name)
+    except OSError as error:
+        found.error = error
+        return found
+    for variant in ways:
+        try:
+            _take(name, variant, found)
+        except RefusedError as refused:
+            found.refused.append((variant, refused))
+        except (OSError, subprocess.SubprocessError) as error:
+            found.error = found.error or error
+            found.refused.append((variant, RefusedError(f"could not be compiled or loaded ({_told(error)})")))
+        else:
+            found.variant, found.error = variant, None
+            break
+    return found
+
+
+def _take(name: str, variant: Variant, found: Built) -> None:
+    """From the cache or, where that will not do, from temporary files."""
+    folder = cache_root() / "native"
+    try:
+        _loaded(name, variant, folder, found)
     except (OSError, subprocess.SubprocessError) as error:
+        instead = temporary_root() / "native"
+        _loaded(name, variant, instead, found)
+        found.elsewhere = f"the C kernels cannot be kept in {folder} ({_told(error)}) and are in {instead}. {advice()}"
+
+
+def _loaded(name: str, variant: Variant, folder: Path, found: Built) -> None:
+    target = _path(name, folder, variant)
+    asked = amx_refusal() if variant.amx else ""
+    under = proof.key(asked)
+    mark = proof.kept(target, under)
+    if mark is not None and not mark.right:
+        raise RefusedError(mark.why, mark)
+    if asked:
+        why = f"may not use AMX's registers: the operating system refuses them to this process ({asked})"
+        proof.keep(target, under, False, why)
+        raise RefusedError(why)
+    if mark is None:
+        mark, found.note = _proved(name, variant, target, under)
+    found.library, found.path, found.mark = ctypes.CDLL(str(target)), target, mark
+
+
+def _proved(name: str, variant: Variant, target: Path, under: str) -> tuple[proof.Mark | None, str]:
+    """A mark, or why there is none. What lies there is compiled anew before it is refused: a full disk may have cut it
+    short."""
+    for fresh in (False, True) if target.exists() else (True,):
+        with proof.trial(name, OFF) as trial:
+            if fresh:
+                _build(name, target, variant)
+            verdict = trial.of(target)
+        if verdict.kind == "right":
+            return proof.keep(target, under, True, ""), ""
+        if verdict.kind == "untried":
+            break
+    if verdict.kind == "not loaded":
+        raise OSError(verdict.why)
+    if verdict.kind == "refused":
+        proof.keep(target, under, False, verdict.why)
+        raise RefusedError(verdict.why)
+    if variant.amx:
+        raise RefusedError(verdict.why)
+    return None, verdict.why
+
+
+def _path(name: str, folder: Path, variant: Variant | None = None) -> Path:
+    """Of one way to compile a file, or of the best."""
+    flags = _flags(variant or variants(name)[0])
+    made_of = [*sources(name).values(), compiler().encode(), " ".join(flags).encode(), processor()]
+    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
+    return folder / f"{name}-{key[:16]}.so"
+
+
+def _build(name: str, target: Path, variant: Variant) -> None:
+    """Compile aside and move, so that two processes cannot disturb each other."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        written, made = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
+        for file, source in sources(name).items():
+            (Path(work) / file).write_bytes(source)
+        print(f"compiling C kernels for this processor, once: {name}.c ...", file=sys.stderr, flush=True)
+        subprocess.run(
+            [*compiler().split(), *_flags(variant), str(written), "-o", str(made), "-lm"],
+            check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        made.replace(target)
+
+
+def _flags(variant: Variant) -> tuple[str, ...]:
+    return (*variant.flags, *FLAGS)
+
+
+# What is told
+
+
+def _tell_all(name: str, found: Built) -> None:
+    if found.library is None and found.error is not None:
         _tell(
             "none",
             "the C kernels are not to be had here, so plain torch does their work, several times slower: "
-            f"{_told(error)}. Install a C compiler (gcc or clang) and set {CACHE} to a folder that may be written and "
-            f"run from, or set {OFF}=1 to be told no more",
+            f"{_told(found.error)}. Install a C compiler (gcc or clang) and set {CACHE} to a folder that may be "
+            f"written and run from, or set {OFF}=1 to be told no more",
         )
-        return None
-
-
-def _kept(name: str) -> ctypes.CDLL:
-    _compiler()
-    folder = cache_root() / "native"
-    try:
-        return _loaded(name, folder)
-    except (OSError, subprocess.SubprocessError) as error:
-        instead = temporary_root() / "native"
-        library = _loaded(name, instead)
-        _tell(
-            "elsewhere", f"the C kernels cannot be kept in {folder} ({_told(error)}) and are in {instead}. {advice()}"
-        )
-        return library
-
-
-def _loaded(name: str, folder: Path) -> ctypes.CDLL:
-    target = _path(name, folder)
-    if target.exists():
-        with suppress(OSError):  # cut short by a full disk, say: made again
-            return ctypes.CDLL(str(target))
-    _build(name, target)
-    return ctypes.CDLL(str(target))
+        return
+    instead = f"as compiled {found.variant.name} it" if found.variant else "plain torch, several times slower,"
+    for variant, refused in found.refused:
+        if refused.known is None or found.library is None:
+            _tell(
+                f"{name} {variant.name}",
+                f"the C kernel {name}.c compiled {variant.name} is not used: it {refused}; {instead} takes its place "
+                "(topwork doctor tells more)",
+            )
+    if found.note:
+        _tell("untried", f"the C kernel {name}.c is used without a proof on this processor: it {found.note}")
+    if found.elsewhere:
+        _tell("elsewhere", found.elsewhere)
 
 
 def _told(error: Exception) -> str:
@@ -82,49 +208,4 @@ def _tell(kind: str, what: str) -> None:
     """Once for each kind of reason, not for each library."""
     if kind not in TOLD:
         TOLD.add(kind)
-        warnings.warn(what, RuntimeWarning, stacklevel=4)
-
-
-def _path(name: str, folder: Path) -> Path:
-    made_of = [*_sources(name).values(), _compiler().encode(), " ".join(_flags()).encode(), _processor()]
-    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()
-    return folder / f"{name}-{key[:16]}.so"
-
-
-def _build(name: str, target: Path) -> None:
-    """Compile aside and move, so that two processes cannot disturb each other."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        written, built = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
-        for file, source in _sources(name).items():
-            (Path(work) / file).write_bytes(source)
-        print(f"compiling C kernels for this processor, once: {name}.c ...", file=sys.stderr, flush=True)
-        subprocess.run(
-            [*_compiler().split(), *_flags(), str(written), "-o", str(built), "-lm"],
-            check=True, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        built.replace(target)
-
-
-def _sources(name: str) -> dict[str, bytes]:
-    return {file: (files("topwork.ops.native") / file).read_bytes() for file in (f"{name}.c", *HEADERS)}
-
-
-def _compiler() -> str:
-    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if found is None:
-        raise OSError("no C compiler was found")
-    return found
-
-
-def _flags() -> tuple[str, ...]:
-    return (f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS)
-
-
-def _processor() -> bytes:
-    """What this processor can do: a cache that moves to another one must not be loaded there."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}".encode()
+        warnings.warn(what, RuntimeWarning, stacklevel=5)
