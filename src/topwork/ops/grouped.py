@@ -19,7 +19,6 @@ from torch import Tensor
 from topwork.ops.native import load as native
 from topwork.ops.triton import load as triton
 
-
 ON_AMX = 3
 """The kernel's level where it multiplies bf16 on AMX, and rounds what is fp32 beside it by itself."""
 

@@ -2,9 +2,9 @@
 
 No torch headers: a kernel takes pointers and sizes, builds in a second and outlives torch versions. OpenMP is the one
 runtime that torch has loaded already (same name, so the loader shares it): a second pool of threads would fight the
-first. A file may be compiled in several ways (`variants.py`); the first that proves right on this processor, in a process
-of its own (`proof.py`), is the one that is loaded. Without a compiler everything still runs on plain torch, slower, and
-says so once.
+first. A file may be compiled in several ways (`variants.py`); the first that proves right on this processor, in a
+process of its own (`proof.py`), is the one that is loaded. Without a compiler everything still runs on plain torch,
+slower, and says so once.
 """
 
 import ctypes

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 from topwork.common.cache import temporary_root
 
+SECONDS = 60
+"""For trials that take a fifth of one. Then the system ends the process, wherever it is."""
 PATIENCE_SECONDS = 300.0
-"""How long the process may take with importing torch. `prove.py` ends itself when the trials alone take too long."""
+"""How long the process may take with importing torch."""
 READY = "ready"
 """What it says once torch is there."""
 TRIALS = ("prove.py", "trials.py", "trials_decode.py")
@@ -34,7 +36,7 @@ _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU")
 """Signals that others send, the system where memory ends: they tell nothing of the kernel."""
 _CODE = (
     "import json, sys; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
-    "from topwork.ops.native.prove import main; main(given['name'])"
+    "from topwork.ops.native.prove import main; main(given['name'], given['seconds'])"
 )
 
 
@@ -72,7 +74,7 @@ class Trial:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                 env={**os.environ, off: "1"}, start_new_session=True,
             )  # fmt: skip
-            given = {"name": name, "path": [place for place in sys.path if isinstance(place, str)]}
+            given = {"name": name, "seconds": SECONDS, "path": [place for place in sys.path if isinstance(place, str)]}
             _write(self._process, json.dumps(given))
         except OSError as error:
             self._why = str(error)
@@ -155,15 +157,14 @@ def kept(library: Path, under: str) -> Mark | None:
 def keep(library: Path, under: str, right: bool, why: str) -> Mark:
     """Leave a mark, beside the library or, where that folder cannot be written, among temporary files."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    value = {"right": right, "why": why, "library": _hash(library), "at": at}
-    path = library.parent / _name(library, under)
+    mark = Mark(right, why, _hash(library), at, library.parent / _name(library, under))
     try:
-        _write_whole(path, value)
+        _write_whole(mark)
     except OSError:
+        mark = mark._replace(path=temporary_root() / "native" / mark.path.name)
         with suppress(OSError):
-            path = temporary_root() / "native" / path.name
-            _write_whole(path, value)
-    return Mark(path=path, **value)
+            _write_whole(mark)
+    return mark
 
 
 def _name(library: Path, under: str) -> str:
@@ -184,11 +185,13 @@ def _read(path: Path) -> Mark | None:
         return None
     if not isinstance(right, bool) or not all(isinstance(word, str) for word in words):
         return None
-    return Mark(right, *words, path)
+    why, library, at = words
+    return Mark(right, why, library, at, path)
 
 
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
+def _write_whole(mark: Mark) -> None:
     """Aside and moved, so that who reads it meanwhile reads one or the other."""
+    path, value = mark.path, {name: field for name, field in mark._asdict().items() if name != "path"}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:

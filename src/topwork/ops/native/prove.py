@@ -19,14 +19,13 @@ from topwork.ops.native import load
 from topwork.ops.native.proof import READY
 from topwork.ops.native.trials import TRIALS, Case
 
-SECONDS = 60
-"""For what takes a tenth of one. Then the system ends the process, wherever it is."""
 THREADS = (1, 3)
 """One at first: what goes wrong there is the kernel's own."""
 
 
-def main(name: str) -> None:
-    """Try the library of NAME.c that is named on stdin, and say what came out."""
+def main(name: str, seconds: int) -> None:
+    """Try the library of NAME.c that is named on stdin, and say what came out; the system ends the process after so
+    many seconds of it, wherever it is."""
     _leave_no_core()
     print(READY, flush=True)
     path = sys.stdin.readline().rstrip("\n")
@@ -34,7 +33,7 @@ def main(name: str) -> None:
         return
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
     kind, why = verdict(name, path)
     print(json.dumps({"kind": kind, "why": why}), flush=True)
 

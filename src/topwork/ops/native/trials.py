@@ -71,10 +71,9 @@ def attention() -> list[Case]:
         grad, query, key, value = (_random(bounds[-1], n, size).to(dtype) for n in (heads, heads, key_heads, key_heads))
         out, lse = attention_forward(query, key, value, bounds, rule)
         found = (out, *attention_backward(grad, query, key, value, out, lse, bounds, rule)[:3])
-        exact = [x.double() for x in (grad, query, key, value)]
-        truth = forward_reference(*exact[1:], bounds, rule)
-        into = [torch.empty_like(x) for x in exact[1:]]
-        backward_reference(*exact, truth, bounds, rule, None, into)
+        g, q, k, v = (x.double() for x in (grad, query, key, value))
+        truth, into = forward_reference(q, k, v, bounds, rule), [torch.empty_like(x) for x in (q, k, v)]
+        backward_reference(g, q, k, v, truth, bounds, rule, None, into)
         names = ("attention", "its query's gradient", "its key's gradient", "its value's gradient")
         cases += [
             Case(f"{name} in {_told(dtype)}", x, y, ATTENDED[dtype])
