@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.common.cgroups import Limit, cgroup_limits
+from topwork.common.cgroups import Limit, cgroup_cores, cgroup_limits
 
 V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
@@ -129,3 +129,29 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 def test_without_mounts_the_usual_places_are_read(tmp_path: Path) -> None:
     groups = {"memory/job": {"memory.limit_in_bytes": 50}, "job": {"memory.max": 60}}
     assert set(tree(tmp_path, "0::/job\n4:memory:/job", "", groups)) == {Limit(50, 0), Limit(60, 0)}
+
+
+# Processors
+
+
+def test_cores_of_version_2(tmp_path: Path) -> None:
+    groups = {"a/b": {"cpu.max": "max 100000"}, "a": {"cpu.max": "150000 100000"}, "": {}}
+    tree(tmp_path, "0::/a/b", V2, groups)
+    assert cgroup_cores(tmp_path) == 1.5
+
+
+def test_cores_of_version_1(tmp_path: Path) -> None:
+    mounts = "35 31 0:32 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+    groups = {
+        "cpu/job": {"cpu.cfs_quota_us": 400000, "cpu.cfs_period_us": 100000},
+        "cpu": {"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000},
+    }
+    tree(tmp_path, "5:memory:/other\n2:cpu,cpuacct:/job\n0::/", mounts, groups)
+    assert cgroup_cores(tmp_path) == 4
+
+
+@pytest.mark.parametrize("told", ["max 100000", "", "a b", "1000", "1000 0", "-1 100000"])
+def test_no_limit_of_cores(told: str, tmp_path: Path) -> None:
+    tree(tmp_path, "0::/job", V2, {"job": {"cpu.max": told}})
+    assert cgroup_cores(tmp_path) is None
+    assert cgroup_cores(tmp_path / "nowhere") is None

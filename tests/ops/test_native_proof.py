@@ -231,6 +231,14 @@ def test_how_the_process_ended_is_what_it_says(code: int, said: list[str], kind:
     assert proof._verdict(code, said, "Traceback\nValueError: why").kind == kind
 
 
+@pytest.mark.parametrize(
+    "err", ["libgomp: Thread creation failed: Resource temporarily unavailable", "what():  std::bad_alloc"]
+)
+def test_a_machine_that_has_nothing_left_says_nothing_of_a_kernel(err: str) -> None:
+    for code in (1, -6):
+        assert proof._verdict(code, [proof.READY], err).kind == "untried"
+
+
 @needs_compiler
 def test_a_mark_stands_elsewhere_where_the_cache_cannot_be_written(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

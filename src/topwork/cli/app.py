@@ -18,6 +18,8 @@ from topwork.cli.convert import EPILOG as CONVERT_EPILOG
 from topwork.cli.convert import convert
 from topwork.cli.count import EPILOG as COUNT_EPILOG
 from topwork.cli.count import count
+from topwork.cli.doctor import EPILOG as DOCTOR_EPILOG
+from topwork.cli.doctor import doctor
 from topwork.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from topwork.cli.evaluate import evaluate
 from topwork.cli.export import EPILOG as EXPORT_EPILOG
@@ -69,7 +71,7 @@ app = typer.Typer(
 )
 
 
-ONLY_PRINT = ("lint", "chat", "count", "compare", "models", "plan")
+ONLY_PRINT = ("lint", "chat", "count", "compare", "models", "plan", "doctor")
 """Commands that leave nothing behind: they end where nobody reads what they print. The others go on."""
 
 
@@ -153,6 +155,8 @@ app.command(epilog=COUNT_EPILOG)(count)
 app.command(epilog=PLAN_EPILOG)(plan)
 
 app.command(epilog=ADVISE_EPILOG)(advise)
+
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 
 app.command(epilog=SERVE_EPILOG)(serve)
 

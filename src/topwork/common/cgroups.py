@@ -1,4 +1,5 @@
-"""What Linux's control groups still let the process take: those of containers, services and batch systems.
+"""What Linux's control groups still let the process take, of memory and of processors: those of containers, services
+and batch systems.
 
 Both versions are read, and both at once where a machine mounts them so: a process has a path in each
 (/proc/self/cgroup), and a hierarchy is seen where it is mounted (/proc/self/mountinfo), which in a container is often
@@ -24,7 +25,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class _Mount:
-    """A hierarchy that tells of memory: which part of it (`part`) is seen in which folder."""
+    """A hierarchy that tells of what is asked for: which part of it (`part`) is seen in which folder."""
 
     version: int
     part: str
@@ -42,20 +43,41 @@ def cgroup_limits(root: Path = Path("/")) -> list[Limit]:
     return found
 
 
-def _paths(root: Path) -> dict[int, str]:
-    """The process's path by version, of version 1 that of its controller for memory."""
+def cgroup_cores(root: Path = Path("/")) -> float | None:
+    """How many cores' time the process may take, by the narrowest group that says so; None where none does."""
+    paths, found = _paths(root, "cpu"), []
+    for version, read in ((2, _cores_2), (1, _cores_1)):
+        mounts = [mount for mount in _mounts(root, "cpu") if mount.version == version]
+        if version in paths:
+            found += [cores for folder in _folders(paths[version], mounts) if (cores := read(folder)) is not None]
+    return min(found, default=None)
+
+
+def _cores_2(group: Path) -> float | None:
+    """Microseconds in each period, and the period; "max" is no limit."""
+    told = "".join(_lines(group / "cpu.max")[:1]).split()
+    return int(told[0]) / int(told[1]) if len(told) == 2 and all(map(_is_number, told)) and int(told[1]) else None
+
+
+def _cores_1(group: Path) -> float | None:
+    quota, period = (_number(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))  # -1 is no limit
+    return quota / period if quota and period else None
+
+
+def _paths(root: Path, controller: str = "memory") -> dict[int, str]:
+    """The process's path by version, of version 1 that of one controller."""
     found = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             found[2] = path or "/"
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             found[1] = path or "/"
     return found
 
 
-def _mounts(root: Path) -> list[_Mount]:
+def _mounts(root: Path, controller: str = "memory") -> list[_Mount]:
     found, lines = [], _lines(root / "proc/self/mountinfo")
     for line in lines:
         before, _, after = line.partition(" - ")
@@ -63,11 +85,11 @@ def _mounts(root: Path) -> list[_Mount]:
         if len(fields) < 5 or len(kind) < 3:
             continue
         part, place = (_unescaped(field) for field in fields[3:5])
-        if kind[0] == "cgroup2" or (kind[0] == "cgroup" and "memory" in kind[2].split(",")):
+        if kind[0] == "cgroup2" or (kind[0] == "cgroup" and controller in kind[2].split(",")):
             found.append(_Mount(2 if kind[0] == "cgroup2" else 1, part, root / place.lstrip("/")))
     if any(map(str.strip, lines)):
         return found
-    usual = {2: "sys/fs/cgroup", 1: "sys/fs/cgroup/memory"}  # where nothing tells of mounts
+    usual = {2: "sys/fs/cgroup", 1: f"sys/fs/cgroup/{controller}"}  # where nothing tells of mounts
     return [_Mount(version, "/", root / place) for version, place in usual.items()]
 
 

@@ -90,10 +90,26 @@ def built(name: str) -> Built:
             found.refused.append((variant, refused))
         except (OSError, subprocess.SubprocessError) as error:
             found.error = found.error or error
-            found.refused.append((variant, RefusedError(f"could not be compiled or loaded ({_told(error)})")))
+            found.refused.append((variant, RefusedError(f"could not be compiled or loaded ({told(error)})")))
         else:
             found.variant, found.error = variant, None
             break
+    return found
+
+
+def looked_up(name: str) -> Built:
+    """What the cache knows of a file: nothing is compiled, tried or loaded."""
+    found = Built()
+    for variant in variants(name):
+        target = _path(name, cache_root() / "native", variant)
+        mark = proof.kept(target, proof.key(amx_refusal() if variant.amx else ""))
+        if mark is None:
+            found.note = "was not compiled and tried yet"
+            return found
+        if mark.right:
+            found.variant, found.path, found.mark = variant, target, mark
+            return found
+        found.refused.append((variant, RefusedError(mark.why, mark)))
     return found
 
 
@@ -105,7 +121,7 @@ def _take(name: str, variant: Variant, found: Built) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         instead = temporary_root() / "native"
         _loaded(name, variant, instead, found)
-        found.elsewhere = f"the C kernels cannot be kept in {folder} ({_told(error)}) and are in {instead}. {advice()}"
+        found.elsewhere = f"the C kernels cannot be kept in {folder} ({told(error)}) and are in {instead}. {advice()}"
 
 
 def _loaded(name: str, variant: Variant, folder: Path, found: Built) -> None:
@@ -181,7 +197,7 @@ def _tell_all(name: str, found: Built) -> None:
         _tell(
             "none",
             "the C kernels are not to be had here, so plain torch does their work, several times slower: "
-            f"{_told(found.error)}. Install a C compiler (gcc or clang) and set {CACHE} to a folder that may be "
+            f"{told(found.error)}. Install a C compiler (gcc or clang) and set {CACHE} to a folder that may be "
             f"written and run from, or set {OFF}=1 to be told no more",
         )
         return
@@ -199,9 +215,10 @@ def _tell_all(name: str, found: Built) -> None:
         _tell("elsewhere", found.elsewhere)
 
 
-def _told(error: Exception) -> str:
-    told = error.stderr if isinstance(error, subprocess.CalledProcessError) else why(error)
-    return " ".join(told.split())[-300:]
+def told(error: Exception) -> str:
+    """What the compiler or the system said, in a line."""
+    said = error.stderr if isinstance(error, subprocess.CalledProcessError) else why(error)
+    return " ".join(said.split())[-300:]
 
 
 def _tell(kind: str, what: str) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from topwork.common.cache import temporary_root
+from topwork.common.memory import SAID
 
 SECONDS = 60
 """For trials that take a fifth of one. Then the system ends the process, wherever it is."""
@@ -34,6 +35,7 @@ READY = "ready"
 TRIALS = ("prove.py", "trials.py", "trials_decode.py")
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU")
 """Signals that others send, the system where memory ends: they tell nothing of the kernel."""
+_NO_THREADS = "Resource temporarily unavailable"
 _CODE = (
     "import json, sys; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
     "from topwork.ops.native.prove import main; main(given['name'], given['seconds'])"
@@ -120,6 +122,8 @@ def _write(process: "subprocess.Popen[str]", line: str) -> None:
 
 
 def _verdict(code: int, said: list[str], err: str) -> Verdict:
+    if code and (SAID.search(err) or _NO_THREADS in err):
+        return Verdict("untried", "could not be tried for want of memory or threads")
     if code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         if name == "SIGALRM":
