@@ -21,7 +21,7 @@ ARGUMENTS = {
     "train": ["recipe.yaml"], "sweep": ["recipe.yaml", "--grid", "adapter.r=2,4"], "lint": ["recipe.yaml"],
     "eval": ["run"], "chat": ["run", "Hello?"], "merge": ["run", "out"], "combine": ["a", "b", "out"],
     "compare": ["a", "b"], "export": ["run", "out", "--format", "peft"], "convert": ["a", "out"],
-    "push": ["run", "ada/x"], "quantize": ["tiny", "out"], "serve": ["tiny"],
+    "push": ["run", "ada/x"], "quantize": ["tiny", "out"], "serve": ["tiny"], "doctor": [],
 }  # fmt: skip
 RECIPE = "model: {model_name_or_path: smollm2-135m}\ndata: {train: rows.jsonl}\noutput_dir: run\n"
 STAND_IN = "import sys; sys.stdin.readline(); print('torch is imported', flush=True); raise SystemExit(7)"
@@ -53,7 +53,7 @@ def test_a_line_stands_before_torch_is_imported(command: str, without_torch: Pat
     assert started.stdout is not None
     first = started.stdout.readline()  # nothing was written to its input, so an import before this would wait for ever
     rest, _ = started.communicate("go on\n", LIMIT_SECONDS)
-    assert first == "loading torch and transformers ...\n", first + rest
+    assert first in ("loading torch and transformers ...\n", "loading torch ...\n"), first + rest
     assert "torch is imported" in rest
     assert started.returncode == 7
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -122,6 +123,43 @@ def test_what_is_not_right_is_not_used_told_once_and_remembered(
     assert variant == first
     assert refused.known is not None
     assert str(refused) in message
+
+
+@needs_compiler
+@pytest.mark.usefixtures("broken")
+def test_where_no_way_is_right_plain_torch_does_the_work_and_each_process_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "variants", lambda _: [USUAL, USUAL._replace(name="otherwise", flags=("-O2",))])
+    monkeypatch.setattr(proof, "trial", Told(Verdict("refused", "is wrong"), Verdict("refused", "crashed")))
+    for _ in range(2):
+        build.TOLD.clear()
+        with pytest.warns(RuntimeWarning) as seen:
+            assert build.load(NAME) is None
+        (message,) = [str(one.message) for one in seen]
+        assert f"plain torch does the work of the C kernel {NAME}.c" in message
+        assert "compiled as usual it is wrong; compiled otherwise it crashed" in message
+
+
+@needs_compiler
+@pytest.mark.usefixtures("broken")
+def test_what_the_compiler_does_not_take_is_remembered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "cc"
+    script.write_text(f'#!/bin/sh\nexec {variants.compiler()} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(build, "variants", lambda _: [Variant("strangely", ("-fno-such-flag",)), USUAL])
+    monkeypatch.setattr(proof, "trial", Told(RIGHT, RIGHT, RIGHT))
+    with pytest.warns(RuntimeWarning, match=r"strangely is not used: it could not be compiled .*no-such-flag"):
+        assert build.load(NAME) is not None
+    build.TOLD.clear()
+    with monkeypatch.context() as changed, warnings.catch_warnings():
+        changed.setattr(subprocess, "run", None)
+        warnings.simplefilter("error")
+        assert build.load(NAME) is not None
+    os.utime(script, (1, 1))  # another one under its name
+    with pytest.warns(RuntimeWarning, match="strangely is not used"):
+        assert build.load(NAME) is not None
 
 
 @needs_compiler

@@ -10,10 +10,12 @@ slower, and says so once.
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ FLAGS = ("-O3", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared", "-fopenmp
 """No fused multiply-add by contraction: a product and a sum are rounded as in the plain-torch truth."""
 OFF = "TOPWORK_NO_NATIVE"
 """Set in the environment to run on plain torch alone."""
+MORE = "topwork doctor tells more"
 TOLD: set[str] = set()
 """Warnings that this process has had."""
 
@@ -90,10 +93,14 @@ def built(name: str) -> Built:
             found.refused.append((variant, refused))
         except (OSError, subprocess.SubprocessError) as error:
             found.error = found.error or error
-            found.refused.append((variant, RefusedError(f"could not be compiled or loaded ({told(error)})")))
+            unmade = RefusedError(f"could not be compiled or loaded ({told(error)})")
+            unmade.__cause__ = error
+            found.refused.append((variant, unmade))
         else:
             found.variant, found.error = variant, None
             break
+    if found.library is not None and not found.elsewhere:
+        _keep_uncompiled(name, found)
     return found
 
 
@@ -102,7 +109,7 @@ def looked_up(name: str) -> Built:
     found = Built()
     for variant in variants(name):
         target = _path(name, cache_root() / "native", variant)
-        mark = proof.kept(target, proof.key(amx_refusal() if variant.amx else ""))
+        mark = proof.kept(target, _key(amx_refusal() if variant.amx else ""))
         if mark is None:
             found.note = "was not compiled and tried yet"
             return found
@@ -127,7 +134,7 @@ def _take(name: str, variant: Variant, found: Built) -> None:
 def _loaded(name: str, variant: Variant, folder: Path, found: Built) -> None:
     target = _path(name, folder, variant)
     asked = amx_refusal() if variant.amx else ""
-    under = proof.key(asked)
+    under = _key(asked)
     mark = proof.kept(target, under)
     if mark is not None and not mark.right:
         raise RefusedError(mark.why, mark)
@@ -160,6 +167,22 @@ def _proved(name: str, variant: Variant, target: Path, under: str) -> tuple[proo
     if variant.amx:
         raise RefusedError(verdict.why)
     return None, verdict.why
+
+
+def _keep_uncompiled(name: str, found: Built) -> None:
+    """What this compiler does not take, where it took another way, is not given to it at every start."""
+    for variant, refused in found.refused:
+        if isinstance(refused.__cause__, subprocess.CalledProcessError):
+            asked = amx_refusal() if variant.amx else ""
+            proof.keep(_path(name, cache_root() / "native", variant), _key(asked), False, str(refused))
+
+
+def _key(asked: str) -> str:
+    """Of marks; another compiler under the same name is another one."""
+    found = shutil.which(compiler().split()[0])
+    with suppress(OSError):
+        return proof.key(asked, str(Path(found).stat().st_mtime_ns) if found else "")
+    return proof.key(asked)
 
 
 def _path(name: str, folder: Path, variant: Variant | None = None) -> Path:
@@ -201,13 +224,16 @@ def _tell_all(name: str, found: Built) -> None:
             f"written and run from, or set {OFF}=1 to be told no more",
         )
         return
-    instead = f"as compiled {found.variant.name} it" if found.variant else "plain torch, several times slower,"
+    if found.library is None:
+        reasons = "; ".join(f"compiled {variant.name} it {refused}" for variant, refused in found.refused)
+        _tell(name, f"plain torch does the work of the C kernel {name}.c, several times slower: {reasons}. {MORE}")
+        return
     for variant, refused in found.refused:
-        if refused.known is None or found.library is None:
+        if refused.known is None and found.variant is not None:
             _tell(
                 f"{name} {variant.name}",
-                f"the C kernel {name}.c compiled {variant.name} is not used: it {refused}; {instead} takes its place "
-                "(topwork doctor tells more)",
+                f"the C kernel {name}.c compiled {variant.name} is not used: it {refused}; as compiled "
+                f"{found.variant.name} it takes its place. {MORE}",
             )
     if found.note:
         _tell("untried", f"the C kernel {name}.c is used without a proof on this processor: it {found.note}")

@@ -143,9 +143,11 @@ def _verdict(code: int, said: list[str], err: str) -> Verdict:
 # Marks
 
 
-def key(asked: str = "") -> str:
-    """What a proof depends on beside the library; `asked` is what the operating system says of AMX."""
-    return hashlib.sha256("\0".join((platform.release(), _torch(), _trials(), asked)).encode()).hexdigest()[:8]
+def key(asked: str = "", compiler: str = "") -> str:
+    """What a proof depends on beside the library; `asked` is what the operating system says of AMX, `compiler` which
+    one there is."""
+    depends = (platform.release(), _torch(), _trials(), asked, compiler)
+    return hashlib.sha256("\0".join(depends).encode()).hexdigest()[:8]
 
 
 def kept(library: Path, under: str) -> Mark | None:
