@@ -255,7 +255,8 @@ def test_the_kernel_is_used_and_made_for_this_processor() -> None:
     """Without this, a kernel that no longer compiles or is never called would pass as plain torch."""
     library = load.compiled("attention")
     assert library is not None
-    assert library.topwork_attention_level() == (2 if "avx512_bf16" in FEATURES else 1)
+    expected = 3 if "amx_bf16" in FEATURES else 2 if "avx512_bf16" in FEATURES else 1
+    assert library.topwork_attention_level() == expected
     _, query, key, value = case(30, 4, 2, 32, torch.bfloat16)
     assert attention_forward(query, key, value, (0, 30), AttentionRule(0.2))[1] is not None
 

@@ -4,9 +4,11 @@
 //     dv = p' do     dp = do v'     ds = scale p (dp - do . o)     dq = ds k     dk = ds' q
 //
 // As in FlashAttention (Dao, arXiv 2307.08691): blocks of rows against blocks of keys, p made again from lse.
-// All six products run through one register tile (tile.h) of MR rows by NR vectors. To need no transposed scores, the
-// backward makes dk and dv transposed and turns them once, at the end. Sums are fp32. What a row does not see has a
-// score of minus infinity, so that the inner loops know no masks.
+// Scores are made turned, s' = k q': keys down, a strip of queries across. So a vector holds as many queries, each with a
+// maximum, a sum and an lse in its own lane, and p' and ds' are what dv and dk take as they stand. o and dq are made turned
+// and are turned back at the end. All seven products run through one operation: in AMX's tiles (amx.h), else in a register
+// tile of MR rows by NR vectors (tile.h). Sums are fp32. What a query does not see has a score of minus infinity, so that
+// the inner loops know no masks.
 //
 // A unit of work is one sequence and one key head with its query heads; a long sequence with few key heads is cut by
 // query heads, whose dk and dv are then added in their order. Nothing depends on the threads or on other sequences.
@@ -17,13 +19,17 @@
 
 #include "tile.h"
 
-#define MR 6              // rows of a tile
-#define FORWARD_ROWS 48   // query rows and keys of a block: multiples of MR and 32, and of PW
-#define FORWARD_KEYS 256
-#define BACKWARD_ROWS 96
-#define BACKWARD_KEYS 128
-#define LONG 512          // tokens from which a sequence with few key heads is cut by query heads
+#define MR 6        // rows of a register tile
+#define GROUP 32    // keys and queries that begin and end together: as many as an AMX tile has along the summed axis
+#define LONG 512    // tokens from which a sequence with few key heads is cut by query heads
 #define FEW 16
+#define WINDOW_GRID 96  // with a window, the keys that a strip begins with are a multiple of it going backward
+#ifndef AMX_KEYS
+#define AMX_KEYS 256
+#endif
+#ifndef AMX_BLOCK
+#define AMX_BLOCK 256
+#endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -37,15 +43,37 @@
 #define ROW(pair, rows) {TILE_OF(pair, rows, 1), TILE_OF(pair, rows, 2)}
 #endif
 TILES(0, 2) TILES(0, 4) TILES(0, 6)
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
 TILES(1, 2) TILES(1, 4) TILES(1, 6)
 #endif
 static const Tile PRODUCTS[2][MR / 2][NR] = {
     {ROW(0, 2), ROW(0, 4), ROW(0, 6)},
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
     {ROW(1, 2), ROW(1, 4), ROW(1, 6)},
 #endif
 };
+
+#ifdef AMX
+typedef void (*Amx)(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t deep, float *c, int64_t ldc, int add);
+#define AMX_TILES(high, wide)                                                                                        \
+  APART void amx_##high##_##wide(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t deep, float *c, \
+                                 int64_t ldc, int add) {                                                           \
+    amx_product(high, wide, a, lda, NULL, b, ldb, deep, c, ldc, add);                                              \
+  }
+AMX_TILES(1, 1) AMX_TILES(2, 1) AMX_TILES(3, 1) AMX_TILES(4, 1) AMX_TILES(1, 2) AMX_TILES(2, 2)
+static const Amx TALL_TILES[] = {amx_1_1, amx_2_1, amx_3_1, amx_4_1}, WIDE_TILES[] = {amx_1_2, amx_2_2};
+
+// Rows and columns are multiples of 16, as are steps.
+static void multiply_by_amx(int64_t rows, int64_t columns, const float *a, int64_t lda, const float *b, int64_t ldb,
+                            int64_t steps, float *c, int64_t ldc, int add) {
+  int64_t tall = (columns > SIDE ? 2 : 4) * SIDE;
+  for (int64_t r = 0; r < rows; r += tall, a += tall * lda, c += tall * ldc)
+    for (int64_t n = 0; n < columns; n += 2 * SIDE) {
+      const Amx *of = columns - n > SIDE ? WIDE_TILES : TALL_TILES;
+      of[(least(tall, rows - r) - 1) / SIDE](a, lda, b + n, ldb, steps / SIDE, c + n, ldc, add);
+    }
+}
+#endif
 
 // ---- the job, and how its rows are read and written ----------------------------------------------------------------
 
@@ -62,49 +90,66 @@ typedef struct {
   int64_t sequences, tokens, heads, key_heads, size, window;
   float scale;
   int kind, pair, threads;
+  int64_t per, width;         // values of a unit; units of a packed row, with zeros to a whole tile
+  int64_t strip, across;      // queries of a strip, and what their number is a multiple of
+  int64_t even, deep;         // what the rows of a product and its summed values are a multiple of
+  int64_t keys, block, tall;  // keys of a chunk; going backward queries of a block, and keys that meet them together
 } Job;
 
-static inline int64_t units(const Job *job) { return job->pair ? job->size / 2 : job->size; }  // of one row
 static inline char *row_of(View x, int64_t token, int64_t head) { return x.at + token * x.token + head * x.head; }
 
 static void write_row(const Job *job, const float *from, char *to) {
   for (int64_t i = 0; i < job->size; i += LANES) store(to, i, LANES, job->kind, vloadf(from + i));
 }
 
+// c [rows, columns] (+)= a [rows, steps] b [steps, columns]: rows a multiple of `even`, columns of LANES, at most PW.
+static void multiply(const Job *job, int64_t rows, int64_t columns, const float *a, int64_t lda, const float *b,
+                     int64_t ldb, int64_t steps, float *c, int64_t ldc, int add) {
+#ifdef AMX
+  if (job->pair) {
+    multiply_by_amx(rows, columns, a, lda, b, ldb, steps, c, ldc, add);
+    return;
+  }
+#endif
+  const Tile(*products)[NR] = PRODUCTS[job->pair];
+  for (int64_t r = 0; r < rows; r += MR)
+    products[least(MR, rows - r) / 2 - 1][columns / LANES - 1](a + r * lda, lda, b, steps, c + r * ldc, ldc, add);
+}
+
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// to [rows or one more, units]: rows as units, their number made even by a row of zeros.
-static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64_t rows, float *to) {
-  int64_t width = units(job);
-  for (int64_t r = 0; r < rows; r++) {
+// Units of `count` rows along the summed axis, with the zeros that make pairs or whole tiles of them.
+static inline int64_t steps_of(const Job *job, int64_t count) { return up(count, job->deep) / job->per; }
+
+// to [even, width]: rows as units, zeros after the last of them.
+static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64_t rows, int64_t even, float *to) {
+  int64_t width = job->width, own = job->size / job->per;
+  for (int64_t r = 0; r < rows; r++, to += width) {
     const char *from = row_of(x, token + r, head);
     if (job->pair)
-      for (int64_t c = 0; c < width; c += 8) memcpy(to + r * width + c, from + 4 * c, 32);
+      for (int64_t c = 0; c < own; c += 8) memcpy(to + c, from + 4 * c, 32);
     else
-      for (int64_t c = 0; c < width; c += LANES) vstoref(to + r * width + c, load(from, c, LANES, job->kind));
+      for (int64_t c = 0; c < own; c += LANES) vstoref(to + c, load(from, c, LANES, job->kind));
+    for (int64_t c = own; c < width; c += 8) memset(to + c, 0, 32);
   }
-  if (rows & 1) memset(to + rows * width, 0, width * 4);
+  memset(to, 0, (even - rows) * width * 4);
 }
 
 // Units that pair two rows, from units that pair two columns: column c of row pair k to to[c / PW * panel + k * ld +
 // c % PW]. Without pairs the rows as they are.
-static void pack_pairs(const Job *job, const float *from, int64_t rows, float *to, int64_t ld, int64_t panel) {
-  int64_t width = units(job);
-  for (int64_t k = 0; k < (job->pair ? (rows + 1) / 2 : rows); k++) {
-    for (int64_t c = 0; c < job->size; c += 16) {
-      float *into = to + c / PW * panel + k * ld + c % PW;
-#ifdef PAIRS
+static void pack_pairs(const Job *job, const float *from, int64_t steps, float *to, int64_t ld, int64_t panel) {
+  int64_t width = job->width;
+  for (int64_t k = 0; k < steps; k++)
+    for (int64_t c = 0; c < job->size; c += PW) {
+      float *into = to + c / PW * panel + k * ld;
+      int64_t count = least(PW, job->size - c);
       if (job->pair) {
-        const float *upper = from + 2 * k * width + c / 2;
-        __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)upper));
-        __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(upper + width)));
-        _mm512_storeu_si512(into, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-        continue;
+        const uint16_t *upper = (const uint16_t *)(from + 2 * k * width) + c;
+        pair_rows(upper, upper + 2 * width, count, into);
+      } else {
+        memcpy(into, from + k * width + c, 4 * count);
       }
-#endif
-      memcpy(into, from + k * width + c, 64);
     }
-  }
 }
 
 // to [columns, rows up to a multiple of 16] from [rows, columns]; zeros beyond the rows.
@@ -114,140 +159,207 @@ static void transpose(const float *from, int64_t ld, int64_t rows, int64_t colum
       transpose_block(from + r * ld + c, ld, rows - r, columns - c, to + c * ld_to + r, ld_to);
 }
 
-static inline int64_t steps_of(const Job *job, int64_t count) { return job->pair ? (count + 1) / 2 : count; }
-static inline int64_t paired_panel(const Job *job, int64_t n) { return steps_of(job, n) * PW; }
-
-// `turned`: panels [n / PW][units][PW] of the transpose; `paired`: panels [size / PW][steps][PW]. Either may be NULL.
-static void pack_keys(const Job *job, View x, int64_t start, int64_t head, int64_t n, float *turned, float *paired,
-                      float *spare) {
-  int64_t width = units(job);
-  for (int64_t j = 0; j < n; j += PW) {
-    int64_t rows = least(PW, n - j);
-    pack_rows(job, x, start + j, head, rows, spare);
-    if (turned) transpose(spare, width, rows, width, turned + j * width, PW);
-    if (paired) pack_pairs(job, spare, rows, paired + steps_of(job, j) * PW, PW, paired_panel(job, n));
-  }
+// Packed rows turned, in units that pair two rows: to [size, steps], rows of `ld`.
+static void turn_pairs(const Job *job, const float *rows, int64_t steps, float *spare, float *to, int64_t ld) {
+  if (job->pair) pack_pairs(job, rows, steps, spare, job->size, PW);
+  transpose(job->pair ? spare : rows, job->pair ? job->size : job->width, steps, job->size, to, ld);
 }
 
-// c [rows, size] += a [rows, steps] b, b in panels of PW columns.
-static void multiply_panels(const Job *job, int64_t rows, const float *a, int64_t lda, const float *b, int64_t panel,
-                            int64_t steps, float *c) {
-  for (int64_t d = 0; d < job->size; d += PW, b += panel)
-    PRODUCTS[job->pair][rows / 2 - 1][least(NR, (job->size - d) / LANES) - 1](a, lda, b, steps, c + d, job->size, 1);
+// Of the keys that go together: the distance of rows where they are turned, and the units that all of those take.
+static inline int64_t turned_ld(const Job *job, int64_t n) { return up(steps_of(job, least(n, job->keys)), 16); }
+static inline int64_t turned_units(const Job *job, int64_t n) {
+  return up(n, job->keys) / job->keys * job->size * turned_ld(job, n);
+}
+
+// All n keys or values of a head: as rows [n, width], and turned, [size, keys] for each chunk. Either may be NULL.
+static void pack_keys(const Job *job, View x, int64_t start, int64_t head, int64_t n, float *rows, float *turned,
+                      float *spare) {
+  int64_t ld = turned_ld(job, n);
+  for (int64_t j = 0; j < n; j += GROUP) {
+    int64_t count = least(GROUP, n - j);
+    float *packed = rows ? rows + j * job->width : spare;
+    pack_rows(job, x, start + j, head, count, GROUP, packed);
+    if (turned)
+      turn_pairs(job, packed, steps_of(job, count), spare + GROUP * job->width,
+                 turned + j / job->keys * job->size * ld + j % job->keys / job->per, ld);
+  }
 }
 
 // The first key that row i of a sequence sees; the last is i.
 static inline int64_t first_seen(const Job *job, int64_t i) { return job->window ? most(0, i - job->window + 1) : 0; }
 
-// Minus infinity for the scores of keys outside [first, stop), in the vectors [from, to), both multiples of LANES.
-static inline void hide(float *scores, int64_t first, int64_t stop, int64_t from, int64_t to) {
-  for (int64_t v = from; v < least(first, to); v += LANES)
-    vstoref(scores + v, pick(vlanes(first - v, LANES), vloadf(scores + v), vall(-INFINITY)));
-  for (int64_t v = most(from, stop / LANES * LANES); v < to; v += LANES)
-    vstoref(scores + v, pick(vlanes(0, stop - v), vloadf(scores + v), vall(-INFINITY)));
+// ---- a strip of queries against a chunk of keys --------------------------------------------------------------------
+
+// Keys and queries are counted from the chunk's first key. A strip has keys [from, keys), of which [first, stop) are seen
+// by some query of a vector; these are even, and `end` completes the last tile.
+typedef struct {
+  int64_t at, columns;  // of the first query; how many there are, with what completes a vector or tile
+  int64_t from, keys, end;
+} Strip;
+
+static Strip strip_of(const Job *job, int64_t at, int64_t queries, int64_t keys, int64_t grid) {
+  int64_t count = least(job->strip, queries), seen = least(keys, at + count);
+  int64_t from = job->window ? most(0, at / GROUP * GROUP - job->window + 1) / grid * grid : 0;
+  return (Strip){at, up(count, job->across), from, seen, up(seen, job->tall)};
+}
+
+// Keys of a strip, and from which column on its queries see some of them: all that came before the strip, and then 16 at
+// a time.
+typedef struct {
+  int64_t from, to, column;
+} Part;
+
+static inline Part first_part(const Strip *s) { return (Part){s->from, least(s->keys, s->at + 16), 0}; }
+static inline Part next_part(const Strip *s, Part p) {
+  return (Part){p.to, least(s->keys, p.to + 16), p.to - s->at};
+}
+#define EACH_PART(p, s) (Part p = first_part(s); p.from < p.to; p = next_part(s, p))
+
+// scores [keys, strip] = rows of keys times turned queries.
+static void make_scores(const Job *job, const Strip *s, const float *rows, const float *turned, float *scores) {
+  for EACH_PART (p, s)
+    multiply(job, up(p.to, job->even) - p.from, s->columns - p.column, rows + p.from * job->width, job->width,
+             turned + p.column, job->strip, job->width, scores + p.from * job->strip + p.column, job->strip, 0);
+}
+
+// sums [size, strip] += turned rows of the chunk [size, keys] times shares [keys, strip]; without `add` sums are made.
+static void add_shares(const Job *job, const Strip *s, const float *turned, int64_t ld, const float *shares, float *sums,
+                       int add) {
+  for EACH_PART (p, s)
+    multiply(job, job->size, s->columns - p.column, turned + p.from / job->per, ld,
+             shares + p.from / job->per * job->strip + p.column, job->strip, steps_of(job, p.to) - p.from / job->per,
+             sums + p.column, job->strip, add || p.column);
+}
+
+// The keys [first, stop) that some query of a vector sees, of which the first is `at`.
+static inline int64_t stop_of(const Strip *s, int64_t at) { return up(least(s->keys, at + LANES), 2); }
+static inline int64_t first_of(const Job *job, const Strip *s, int64_t at) {
+  return job->window ? most(s->from, least(stop_of(s, at), (at - job->window + 1) & ~1)) : s->from;
+}
+
+static inline void hide_keys(const Job *job, float *scores, int64_t from, int64_t to, int64_t at) {
+  for (int64_t j = from; j < to; j++) {
+    veci seen = vlanes(j - at, job->window ? j - at + job->window : LANES);
+    vstoref(scores + j * job->strip, pick(seen, vloadf(scores + j * job->strip), vall(-INFINITY)));
+  }
+}
+
+// Minus infinity for the scores that a vector of queries, the first of them `at`, does not see.
+static inline void hide(const Job *job, float *scores, int64_t first, int64_t stop, int64_t at) {
+  int64_t old = job->window ? least(stop, most(first, at + LANES - job->window)) : first;
+  hide_keys(job, scores, first, old, at);
+  hide_keys(job, scores, most(old, at + 1), stop, at);
+}
+
+// Zeros for a vector of `n` floats in the rows [from, to).
+static inline void clear(float *rows, int64_t ld, int64_t n, int64_t from, int64_t to) {
+  for (int64_t r = from; r < to; r++) memset(rows + r * ld, 0, 4 * n);
+}
+
+// Turned sums of `count` queries as rows: to [count, size].
+static void turn_back(const Job *job, const float *sums, int64_t count, float *rows) {
+  transpose(sums, job->strip, job->size, count, rows, job->size);
+}
+
+// Units that pair two rows of fp32.
+INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
+#if defined(WIDE) && defined(__AVX512BF16__)
+  const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512i two = (__m512i)_mm512_cvtne2ps_pbh((__m512)lower, (__m512)upper);
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(mix, two));
+#else
+  vecu first = __builtin_convertvector(to_bf16(upper), vecu), second = __builtin_convertvector(to_bf16(lower), vecu);
+  first |= second << 16;
+  memcpy(pairs, &first, sizeof first);
+#endif
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  float peak;          // of the scores seen so far, as a power of two
-  float total, added;  // the sum of exponentials, and what the last keys added to it
-} Row;
-
-typedef struct {
-  float *turned_keys, *paired_values, *spare;  // of all keys
-  float *rows, *scores, *shares, *sums;        // of a block of rows
-  Row row[FORWARD_ROWS];
+  float *keys, *turned_values, *spare;              // of all keys
+  float *queries, *scores, *shares, *sums, *rows;  // of a strip
+  vecf peak[NR], total[NR];  // of each query: the largest score so far, as a power of two; the sum of exponentials
 } Forward;
 
 static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward *f) {
-  int64_t used = 0, width = units(job);
-  f->turned_keys = take(arena, &used, up(n, PW) * width);
-  f->paired_values = take(arena, &used, up(job->size, PW) / PW * paired_panel(job, n));
-  f->spare = take(arena, &used, PW * width);
-  f->rows = take(arena, &used, FORWARD_ROWS * width);
-  f->scores = take(arena, &used, FORWARD_ROWS * FORWARD_KEYS);
-  f->shares = take(arena, &used, FORWARD_ROWS * FORWARD_KEYS);
-  f->sums = take(arena, &used, FORWARD_ROWS * job->size);
+  int64_t used = 0, keys = up(least(n, job->keys), job->tall);
+  f->keys = take(arena, &used, up(n, GROUP) * job->width);
+  f->turned_values = take(arena, &used, turned_units(job, n));
+  f->spare = take(arena, &used, GROUP * (job->width + job->size));
+  f->queries = take(arena, &used, job->width * job->strip);
+  f->scores = take(arena, &used, keys * job->strip);
+  f->shares = take(arena, &used, keys * job->strip);
+  f->sums = take(arena, &used, job->size * job->strip);
+  f->rows = take(arena, &used, job->strip * most(job->size, job->width));
   return used;
 }
 
-static inline void scale_row(const Job *job, float *row, float by) {
-  for (int64_t d = 0; d < job->size; d += LANES) vstoref(row + d, vloadf(row + d) * vall(by));
-}
-
-INLINE void soften(const int pair, const float *scores, float *shares, int64_t count, vecf factor, Row *row) {
-  vecf peaks = vall(-INFINITY), totals = vall(0);
-  for (int64_t v = 0; v < count; v += LANES) peaks = vmaxf(peaks, vloadf(scores + v) * factor);
-  row->peak = fmaxf(row->peak, vlargestf(peaks));
-  vecf shift = vall(row->peak == -INFINITY ? 0 : -row->peak);
-  for (int64_t v = 0; v < count; v += LANES) {
-    vecf p = vexp2f(vfmaf(vloadf(scores + v), factor, shift));
-    totals += p;
-#ifdef PAIRS
-    if (pair) {
-      _mm256_storeu_si256((__m256i *)(shares + v / 2), (__m256i)_mm512_cvtneps_pbh(p));
-      continue;
+// Shares of the keys [first, stop) for a vector of queries, from their scores; peak and total go on. Returns by how much
+// what was summed before must shrink.
+INLINE vecf soften(const int pair, const int64_t ld, const float *scores, float *shares, int64_t first, int64_t stop,
+                   vecf factor, vecf *peak, vecf *total) {
+  vecf peaks[2] = {vall(-INFINITY), vall(-INFINITY)}, totals[2] = {}, before = *peak;
+  for (int64_t j = first; j < stop; j += 2)
+    for (int u = 0; u < 2; u++) peaks[u] = vmaxf(peaks[u], vloadf(scores + (j + u) * ld));
+  *peak = vmaxf(before, vmaxf(peaks[0], peaks[1]) * factor);
+  vecf shift = pick(*peak == vall(-INFINITY), vall(0), -*peak), shrink = vexp2f(before + shift);
+  for (int64_t j = first; j < stop; j += 2) {
+    vecf p[2];
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; u++) {
+      p[u] = vexp2f(vfmaf(vloadf(scores + (j + u) * ld), factor, shift));
+      totals[u] += p[u];
     }
-#endif
-    vstoref(shares + v, p);
+    if (pair) pair_up(p[0], p[1], shares + j / 2 * ld);
+    else vstoref(shares + j * ld, p[0]), vstoref(shares + (j + 1) * ld, p[1]);
   }
-  row->added = vsumf(totals);
+  *total = *total * shrink + (totals[0] + totals[1]);
+  return shrink;
 }
 
-// Shares of one row from its scores, hidden where they are not seen; what was summed before is scaled to the new peak.
-APART void soften_row(const Job *job, const float *scores, float *shares, int64_t count, Row *row, float *sums) {
-  float before = row->peak;
+APART vecf soften_keys(const Job *job, const float *scores, float *shares, int64_t first, int64_t stop, vecf *peak,
+                       vecf *total) {
   vecf factor = vall(job->scale * LOG2E);
-  if (job->pair) soften(1, scores, shares, count, factor, row);
-  else soften(0, scores, shares, count, factor, row);
-  if (row->peak > before && before > -INFINITY) {
-    float shrink = exp2f(before - row->peak);
-    row->total *= shrink;
-    scale_row(job, sums, shrink);
-  }
-  row->total += row->added;
+  if (!job->pair) return soften(0, PW, scores, shares, first, stop, factor, peak, total);
+#ifdef AMX
+  return soften(1, SIDE, scores, shares, first, stop, factor, peak, total);
+#else
+  return soften(1, PW, scores, shares, first, stop, factor, peak, total);
+#endif
 }
 
-// Rows [i0, i0 + rows) against keys [j0, j0 + keys).
-static void forward_block(const Job *job, Forward *f, int64_t n, int64_t i0, int64_t rows, int64_t j0, int64_t keys) {
-  int64_t width = units(job), even = up(rows, 2);
-  for (int64_t j = j0; j < j0 + keys; j += PW)
-    for (int64_t r = 0; r < even; r += MR) {
-      int64_t count = least(MR, even - r), stop = least(i0 + least(r + MR, rows), j0 + keys);
-      if (stop <= j || first_seen(job, i0 + r) >= j + PW) continue;
-      int64_t vectors = least(NR, (stop - j + LANES - 1) / LANES);
-      PRODUCTS[job->pair][count / 2 - 1][vectors - 1](
-          f->rows + r * width, width, f->turned_keys + j * width, width, f->scores + r * FORWARD_KEYS + j - j0,
-          FORWARD_KEYS, 0);
-    }
-  for (int64_t r = 0; r < even; r += MR) {
-    int64_t count = least(MR, even - r);
-    int64_t from = most(0, first_seen(job, i0 + r) - j0) / PW * PW, to = least(i0 + least(r + MR, rows) - j0, keys);
-    if (to <= from) continue;
-    int64_t begin = steps_of(job, from), ld = steps_of(job, FORWARD_KEYS);
-    for (int64_t k = r; k < r + count; k++) {
-      float *scores = f->scores + k * FORWARD_KEYS;
-      hide(scores, first_seen(job, i0 + k) - j0, i0 + k + 1 - j0, from, to);
-      soften_row(job, scores + from, f->shares + k * ld + begin, to - from, f->row + k, f->sums + k * job->size);
-    }
-    multiply_panels(job, count, f->shares + r * ld + begin, ld, f->paired_values + (steps_of(job, j0) + begin) * PW,
-                    paired_panel(job, n), steps_of(job, to) - begin, f->sums + r * job->size);
+// A strip, the first query of which is `at` counted from the chunk's first key, j0.
+static void forward_chunk(const Job *job, Forward *f, int64_t n, int64_t at, int64_t queries, int64_t j0, int add) {
+  Strip s = strip_of(job, at, queries, job->keys, GROUP);
+  int64_t strip = job->strip, per = job->per, ld = turned_ld(job, n);
+  make_scores(job, &s, f->keys + j0 * job->width, f->queries, f->scores);
+  for (int64_t v = 0; v < s.columns; v += LANES) {
+    int64_t first = first_of(job, &s, at + v), stop = stop_of(&s, at + v);
+    hide(job, f->scores + v, first, stop, at + v);
+    vecf *peak = f->peak + v / LANES, *total = f->total + v / LANES;
+    vecf shrink = soften_keys(job, f->scores + v, f->shares + v, first, stop, peak, total);
+    clear(f->shares + v, strip, LANES, s.from / per, first / per);
+    clear(f->shares + v, strip, LANES, stop / per, s.end / per);
+    for (int64_t d = v; add && d < job->size * strip; d += strip) vstoref(f->sums + d, vloadf(f->sums + d) * shrink);
   }
+  add_shares(job, &s, f->turned_values + j0 / job->keys * job->size * ld, ld, f->shares, f->sums, add);
 }
 
-static void forward_rows(const Job *job, Forward *f, int64_t start, int64_t n, int64_t head, int64_t i0) {
-  int64_t rows = least(FORWARD_ROWS, n - i0);
-  pack_rows(job, job->query, start + i0, head, rows, f->rows);
-  memset(f->sums, 0, up(rows, 2) * job->size * 4);
-  for (int64_t r = 0; r < up(rows, 2); r++) f->row[r] = (Row){-INFINITY, 0, 0};
-  for (int64_t j = first_seen(job, i0) / PW * PW; j < i0 + rows; j += FORWARD_KEYS)
-    forward_block(job, f, n, i0, rows, j, least(FORWARD_KEYS, i0 + rows - j));
-  for (int64_t r = 0; r < rows; r++) {
-    float *sums = f->sums + r * job->size;
-    scale_row(job, sums, 1 / f->row[r].total);
-    write_row(job, sums, row_of(job->out, start + i0 + r, head));
-    job->lse[head * job->tokens + start + i0 + r] = (f->row[r].peak + log2f(f->row[r].total)) * LN2;
+static void forward_strip(const Job *job, Forward *f, int64_t start, int64_t n, int64_t head, int64_t i0) {
+  int64_t count = least(job->strip, n - i0), begin = first_seen(job, i0 / GROUP * GROUP) / job->keys * job->keys;
+  pack_rows(job, job->query, start + i0, head, count, count, f->rows);
+  transpose(f->rows, job->width, count, job->width, f->queries, job->strip);
+  for (int v = 0; v < NR; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
+  for (int64_t j = begin; j < i0 + count; j += job->keys)
+    forward_chunk(job, f, n, i0 - j, count, j, j > begin);
+  turn_back(job, f->sums, count, f->rows);
+  for (int64_t r = 0; r < count; r++) {
+    float *row = f->rows + r * job->size, total = f->total[r / LANES][r % LANES];
+    for (int64_t d = 0; d < job->size; d += LANES) vstoref(row + d, vloadf(row + d) * vall(1 / total));
+    write_row(job, row, row_of(job->out, start + i0 + r, head));
+    job->lse[head * job->tokens + start + i0 + r] = (f->peak[r / LANES][r % LANES] + log2f(total)) * LN2;
   }
 }
 
@@ -255,52 +367,62 @@ static void forward_unit(const Job *job, int64_t start, int64_t n, int64_t head,
   Forward f;
   forward_scratch(job, n, arena, &f);
   int64_t key_head = head / (job->heads / job->key_heads);
-  pack_keys(job, job->key, start, key_head, n, f.turned_keys, NULL, f.spare);
-  pack_keys(job, job->value, start, key_head, n, NULL, f.paired_values, f.spare);
+  pack_keys(job, job->key, start, key_head, n, f.keys, NULL, f.spare);
+  pack_keys(job, job->value, start, key_head, n, NULL, f.turned_values, f.spare);
   for (int64_t h = head; h < head + count; h++)
-    for (int64_t i = 0; i < n; i += FORWARD_ROWS) forward_rows(job, &f, start, n, h, i);
+    for (int64_t i = 0; i < n; i += job->strip) forward_strip(job, &f, start, n, h, i);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  float *turned_keys, *turned_values, *paired_keys, *dkeys, *dvalues, *spare;  // of all keys; the gradients turned
-  float *rows, *grads, *turned_rows, *turned_grads, *lse, *overlap, *dquery;   // of a block of rows
-  float *shares, *dscores, *dscore_rows, *tile;                                // of rows and keys
+  float *keys, *values, *turned_keys, *dkeys, *dvalues, *spare;                              // of all keys
+  float *turned_rows, *turned_grads, *paired_rows, *paired_grads, *lse, *overlap, *dquery;  // of a block of queries
+  float *share_rows, *dscore_rows;        // [keys, queries of a block], in units of queries
+  float *scores, *dshares, *dscores, *rows;  // of a strip
 } Backward;
 
+// Distances of rows of those arrays: no power of two, so that rows of a column share no place in the cache.
+static inline int64_t rows_ld(const Job *job, int64_t n) { return steps_of(job, least(up(n, GROUP), job->block)) + 16; }
+static inline int64_t paired_panel(const Job *job, int64_t n) { return steps_of(job, least(n, job->block)) * PW; }
+
 static int64_t backward_scratch(const Job *job, int64_t n, float *arena, Backward *b) {
-  int64_t used = 0, width = units(job), size = job->size;
-  b->turned_keys = take(arena, &used, up(n, PW) * width);
-  b->turned_values = take(arena, &used, up(n, PW) * width);
-  b->paired_keys = take(arena, &used, up(size, PW) / PW * paired_panel(job, n));
-  b->dkeys = take(arena, &used, up(n, PW) * size);
-  b->dvalues = take(arena, &used, up(n, PW) * size);
-  b->spare = take(arena, &used, most(PW, BACKWARD_ROWS) * size);
-  b->rows = take(arena, &used, BACKWARD_ROWS * width);
-  b->grads = take(arena, &used, BACKWARD_ROWS * width);
-  b->turned_rows = take(arena, &used, BACKWARD_ROWS * size);
-  b->turned_grads = take(arena, &used, BACKWARD_ROWS * size);
-  b->lse = take(arena, &used, BACKWARD_ROWS);
-  b->overlap = take(arena, &used, BACKWARD_ROWS);
-  b->dquery = take(arena, &used, BACKWARD_ROWS * size);
-  b->shares = take(arena, &used, BACKWARD_ROWS * BACKWARD_KEYS);
-  b->dscores = take(arena, &used, BACKWARD_ROWS * BACKWARD_KEYS);
-  b->dscore_rows = take(arena, &used, BACKWARD_ROWS * BACKWARD_KEYS);
-  b->tile = take(arena, &used, 2 * MR * PW);
+  int64_t used = 0, width = job->width, size = job->size, strip = job->strip;
+  int64_t keys = up(least(n, job->keys), job->tall), block = least(up(n, most(GROUP, strip)), job->block);
+  b->keys = take(arena, &used, up(n, GROUP) * width);
+  b->values = take(arena, &used, up(n, GROUP) * width);
+  b->turned_keys = take(arena, &used, turned_units(job, n));
+  b->dkeys = take(arena, &used, up(n, GROUP) * size);
+  b->dvalues = take(arena, &used, up(n, GROUP) * size);
+  b->spare = take(arena, &used, GROUP * (width + size));
+  b->turned_rows = take(arena, &used, block * width);
+  b->turned_grads = take(arena, &used, block * width);
+  b->paired_rows = take(arena, &used, up(size, PW) / PW * paired_panel(job, n));
+  b->paired_grads = take(arena, &used, up(size, PW) / PW * paired_panel(job, n));
+  b->lse = take(arena, &used, block);
+  b->overlap = take(arena, &used, block);
+  b->dquery = take(arena, &used, block * size);
+  b->share_rows = take(arena, &used, keys * rows_ld(job, n));
+  b->dscore_rows = take(arena, &used, keys * rows_ld(job, n));
+  b->scores = take(arena, &used, keys * strip);
+  b->dshares = take(arena, &used, keys * strip);
+  b->dscores = take(arena, &used, keys * strip);
+  b->rows = take(arena, &used, block * most(size, width));
   return used;
 }
 
-static void backward_load(const Job *job, Backward *b, int64_t token, int64_t head, int64_t rows) {
-  int64_t width = units(job), steps = steps_of(job, rows), ld = steps_of(job, BACKWARD_ROWS);
+// Queries and gradients of a block: turned, strip by strip, and in pairs of rows.
+static void backward_load(const Job *job, Backward *b, int64_t token, int64_t head, int64_t n, int64_t rows) {
+  int64_t width = job->width, strip = job->strip, steps = steps_of(job, rows);
   View sources[2] = {job->query, job->grad};
-  float *packed[2] = {b->rows, b->grads}, *turned[2] = {b->turned_rows, b->turned_grads};
+  float *turned[2] = {b->turned_rows, b->turned_grads}, *paired[2] = {b->paired_rows, b->paired_grads};
   for (int i = 0; i < 2; i++) {
-    pack_rows(job, sources[i], token, head, rows, packed[i]);
-    if (job->pair) pack_pairs(job, packed[i], rows, b->spare, job->size, PW);
-    transpose(job->pair ? b->spare : packed[i], job->pair ? job->size : width, steps, job->size, turned[i], ld);
+    pack_rows(job, sources[i], token, head, rows, up(rows, job->deep), b->rows);
+    for (int64_t q = 0; q < rows; q += strip)
+      transpose(b->rows + q * width, width, least(strip, rows - q), width, turned[i] + q * width, strip);
+    pack_pairs(job, b->rows, steps, paired[i], PW, paired_panel(job, n));
   }
-  for (int64_t r = 0; r < up(rows, 2); r++) b->lse[r] = INFINITY, b->overlap[r] = 0;
+  for (int64_t r = 0; r < up(rows, strip); r++) b->lse[r] = INFINITY, b->overlap[r] = 0;
   for (int64_t r = 0; r < rows; r++) {
     const char *grad = row_of(job->grad, token + r, head), *out = row_of(job->out, token + r, head);
     vecf total = vall(0);
@@ -309,112 +431,100 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
     b->overlap[r] = vsumf(total);
     b->lse[r] = job->lse[head * job->tokens + token + r] * LOG2E;
   }
-  memset(b->dquery, 0, up(rows, 2) * job->size * 4);
+  memset(b->dquery, 0, up(rows, strip) * job->size * 4);
 }
 
-// Shares and score gradients of a tile, from its scores, hidden where they are not seen, and its share gradients. Rows
-// beyond the sequence have an infinite lse, and so no share. `columns` vectors of the panel are written, those from
-// `vectors` on as zeros.
-INLINE void differentiate(const int pair, const Backward *b, int64_t r, int64_t rows, int64_t key, vecf factor,
-                          vecf scale, int64_t vectors, int64_t columns) {
-  const float *scores = b->tile, *dshares = b->tile + MR * PW, *lse = b->lse + r, *overlap = b->overlap + r;
-  int64_t per = pair ? 2 : 1, row_ld = BACKWARD_KEYS / per, at = (key / PW * BACKWARD_ROWS + r) / per * PW;
-  float *shares = b->shares + at, *dscores = b->dscores + at, *dscore_rows = b->dscore_rows + r * row_ld + key / per;
-  for (int64_t k = 0; k < rows; k += 2) {
-    vecf shift[2] = {vall(-lse[k]), vall(-lse[k + 1])}, less[2] = {vall(overlap[k]), vall(overlap[k + 1])};
-    for (int64_t v = 0; v < vectors * LANES; v += LANES) {
-      vecf p[2], ds[2];
+// Shares and score gradients of the keys [first, stop) and a vector of queries, from their scores, hidden where they are
+// not seen, and their share gradients. Queries beyond the sequence have an infinite lse, and so no share.
+INLINE void differentiate(const int pair, const int64_t ld, const float *scores, const float *dshares, vecf lse,
+                          vecf overlap, int64_t first, int64_t stop, vecf factor, vecf scale, float *dscores,
+                          float *share_rows, float *dscore_rows, int64_t row_ld) {
+  for (int64_t j = first; j < stop; j += 2) {
+    vecf p[2], ds[2];
 #pragma GCC unroll 2
-      for (int u = 0; u < 2; u++) {
-        p[u] = vexp2f(vfmaf(vloadf(scores + (k + u) * PW + v), factor, shift[u]));
-        ds[u] = (vloadf(dshares + (k + u) * PW + v) - less[u]) * (p[u] * scale);
-      }
-#ifdef PAIRS
-      if (pair) {
-        const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        __m512i two = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
-        _mm512_storeu_si512(dscores + k / 2 * PW + v, _mm512_permutexvar_epi16(mix, two));
-        _mm256_storeu_si256((__m256i *)(dscore_rows + k * row_ld + v / 2), _mm512_castsi512_si256(two));
-        _mm256_storeu_si256((__m256i *)(dscore_rows + (k + 1) * row_ld + v / 2), _mm512_extracti64x4_epi64(two, 1));
-        two = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]);
-        _mm512_storeu_si512(shares + k / 2 * PW + v, _mm512_permutexvar_epi16(mix, two));
-        continue;
-      }
+    for (int u = 0; u < 2; u++) {
+      p[u] = vexp2f(vfmaf(vloadf(scores + (j + u) * ld), factor, -lse));
+      ds[u] = (vloadf(dshares + (j + u) * ld) - overlap) * (p[u] * scale);
+      store(share_rows + (j + u) * row_ld, 0, LANES, pair ? BF16 : F32, p[u]);
+      store(dscore_rows + (j + u) * row_ld, 0, LANES, pair ? BF16 : F32, ds[u]);
+    }
+    if (pair) pair_up(ds[0], ds[1], dscores + j / 2 * ld);
+    else vstoref(dscores + j * ld, ds[0]), vstoref(dscores + (j + 1) * ld, ds[1]);
+  }
+}
+
+// A vector of queries, the first of which is the block's query q.
+APART void differentiate_keys(const Job *job, const Backward *b, int64_t q, int64_t row_ld, int64_t first, int64_t stop) {
+  vecf factor = vall(job->scale * LOG2E), scale = vall(job->scale), lse = vloadf(b->lse + q);
+  vecf overlap = vloadf(b->overlap + q);
+  int64_t v = q % job->strip, at = q / job->per;
+#define DIFFERENTIATE(pair, ld)                                                                                     \
+  differentiate(pair, ld, b->scores + v, b->dshares + v, lse, overlap, first, stop, factor, scale, b->dscores + v, \
+                b->share_rows + at, b->dscore_rows + at, row_ld)
+  if (!job->pair) DIFFERENTIATE(0, PW);
+#ifdef AMX
+  else DIFFERENTIATE(1, SIDE);
+#else
+  else DIFFERENTIATE(1, PW);
 #endif
-      for (int u = 0; u < 2; u++) {
-        vstoref(shares + (k + u) * PW + v, p[u]);
-        vstoref(dscores + (k + u) * PW + v, ds[u]);
-        vstoref(dscore_rows + (k + u) * row_ld + v, ds[u]);
-      }
+}
+
+// The strip from query q of a block on, against a chunk: adds to dquery, and makes its columns of the rows.
+static void backward_strip(const Job *job, Backward *b, int64_t n, int64_t q, const Strip *s, int64_t j0) {
+  int64_t width = job->width, strip = job->strip, per = job->per, ld = turned_ld(job, n), row_ld = rows_ld(job, n);
+  make_scores(job, s, b->keys + j0 * width, b->turned_rows + q * width, b->scores);
+  make_scores(job, s, b->values + j0 * width, b->turned_grads + q * width, b->dshares);
+  for (int64_t v = 0; v < s->columns; v += LANES) {
+    int64_t first = first_of(job, s, s->at + v), stop = stop_of(s, s->at + v);
+    hide(job, b->scores + v, first, stop, s->at + v);
+    differentiate_keys(job, b, q + v, row_ld, first, stop);
+    for (int after = 0; after < 2; after++) {
+      int64_t from = after ? stop : s->from, to = after ? s->end : first;
+      clear(b->dscores + v, strip, LANES, from / per, to / per);
+      clear(b->share_rows + (q + v) / per, row_ld, LANES / per, from, to);
+      clear(b->dscore_rows + (q + v) / per, row_ld, LANES / per, from, to);
     }
   }
-  for (int64_t k = 0; k < rows / per; k++)
-    for (int64_t v = vectors * LANES; v < columns * LANES; v += LANES) {
-      vstoref(shares + k * PW + v, vall(0));
-      vstoref(dscores + k * PW + v, vall(0));
-    }
+  add_shares(job, s, b->turned_keys + j0 / job->keys * job->size * ld, ld, b->dscores, b->dquery + q * job->size, 1);
 }
 
-APART void backward_tile(const Job *job, const Backward *b, int64_t r, int64_t rows, int64_t key, int64_t vectors,
-                         int64_t columns) {
-  vecf factor = vall(job->scale * LOG2E), scale = vall(job->scale);
-  if (job->pair) differentiate(1, b, r, rows, key, factor, scale, vectors, columns);
-  else differentiate(0, b, r, rows, key, factor, scale, vectors, columns);
-}
-
-// Rows [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues.
+// Queries [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues.
 static void backward_block(const Job *job, Backward *b, int64_t n, int64_t i0, int64_t rows, int64_t j0, int64_t keys) {
-  int64_t width = units(job), even = up(rows, 2), size = job->size, row_ld = steps_of(job, BACKWARD_KEYS);
-  const Tile(*products)[NR] = PRODUCTS[job->pair];
-  for (int64_t j = j0; j < j0 + keys; j += PW) {
-    int64_t columns = (least(PW, n - j) + LANES - 1) / LANES;  // vectors of the panel that hold keys
-    int64_t begin = even, end = 0;                     // the rows that see some of the panel
-    for (int64_t r = most(0, j - i0) / MR * MR; r < even; r += MR) {
-      if (first_seen(job, i0 + r) >= j + PW) break;
-      int64_t count = least(MR, even - r), stop = i0 + least(r + MR, rows);
-      int64_t vectors = least(NR, (stop - j + LANES - 1) / LANES);
-      Tile product = products[count / 2 - 1][vectors - 1];
-      product(b->rows + r * width, width, b->turned_keys + j * width, width, b->tile, PW, 0);
-      product(b->grads + r * width, width, b->turned_values + j * width, width, b->tile + MR * PW, PW, 0);
-      for (int64_t k = 0; k < count; k++)
-        hide(b->tile + k * PW, first_seen(job, i0 + r + k) - j, i0 + r + k + 1 - j, 0, vectors * LANES);
-      backward_tile(job, b, r, count, j - j0, vectors, columns);
-      begin = least(begin, r);
-      end = r + count;
+  int64_t size = job->size, row_ld = rows_ld(job, n), per = job->per, at = i0 - j0, until = steps_of(job, rows) * per;
+  for (int64_t q = most(0, -at) / job->strip * job->strip; q < until; q += job->strip) {
+    if (q >= rows) {
+      clear(b->share_rows + q / per, row_ld, job->strip / per, 0, up(keys, GROUP));
+      clear(b->dscore_rows + q / per, row_ld, job->strip / per, 0, up(keys, GROUP));
+      continue;
     }
-    if (end <= begin) continue;
-    int64_t from = steps_of(job, begin), steps = steps_of(job, end) - from, ld = steps_of(job, BACKWARD_ROWS);
-    int64_t panel = (j - j0) / PW * ld * PW + from * PW;
-    for (int64_t d = 0; d < size; d += MR) {
-      Tile product = products[least(MR, size - d) / 2 - 1][columns - 1];
-      product(b->turned_grads + d * ld + from, ld, b->shares + panel, steps, b->dvalues + j * size + d * PW, PW, 1);
-      product(b->turned_rows + d * ld + from, ld, b->dscores + panel, steps, b->dkeys + j * size + d * PW, PW, 1);
-    }
+    Strip s = strip_of(job, at + q, rows - q, keys, WINDOW_GRID);
+    if (s.from < s.keys) backward_strip(job, b, n, q, &s, j0);
   }
-  for (int64_t r = 0; r < even; r += MR) {
-    int64_t from = most(0, first_seen(job, i0 + r) - j0) / PW * PW, to = least(i0 + least(r + MR, rows) - j0, keys);
-    if (to <= from) continue;
-    multiply_panels(job, least(MR, even - r), b->dscore_rows + r * row_ld + steps_of(job, from), row_ld,
-                    b->paired_keys + (steps_of(job, j0) + steps_of(job, from)) * PW, paired_panel(job, n),
-                    steps_of(job, to) - steps_of(job, from), b->dquery + r * size);
+  for (int64_t k = 0; k < keys; k += job->tall) {
+    int64_t begin = most(0, k - at) / job->deep * job->deep, end = until;
+    if (job->window) end = least(end, up(k / WINDOW_GRID * WINDOW_GRID + WINDOW_GRID + job->window - 1 - at, GROUP));
+    if (end <= begin) continue;
+    int64_t count = least(job->tall, up(keys, job->even) - k), row = k * row_ld + begin / per;
+    for (int64_t d = 0; d < size; d += PW) {
+      int64_t columns = least(PW, size - d), panel = d / PW * paired_panel(job, n) + begin / per * PW;
+      multiply(job, count, columns, b->share_rows + row, row_ld, b->paired_grads + panel, PW, (end - begin) / per,
+               b->dvalues + (j0 + k) * size + d, size, 1);
+      multiply(job, count, columns, b->dscore_rows + row, row_ld, b->paired_rows + panel, PW, (end - begin) / per,
+               b->dkeys + (j0 + k) * size + d, size, 1);
+    }
   }
 }
 
-// The turned gradients as rows: to the tensors, or with `cut` to the partial sums of this query head.
+// Gradients of keys and values to the tensors, or with `cut` to the partial sums of this query head.
 static void backward_finish(const Job *job, Backward *b, int64_t start, int64_t n, int64_t head, int cut) {
   View targets[2] = {job->dkey, job->dvalue};
-  float *turned[2] = {b->dkeys, b->dvalues};
+  float *rows[2] = {b->dkeys, b->dvalues};
   for (int i = 0; i < 2; i++)
-    for (int64_t j = 0; j < n; j += PW) {
-      int64_t rows = least(PW, n - j);
-      transpose(turned[i] + j * job->size, PW, job->size, rows, b->spare, job->size);
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t token = start + j + r;
-        const float *row = b->spare + r * job->size;
-        if (cut) memcpy(job->partial + ((i * job->tokens + token) * job->heads + head) * job->size, row, job->size * 4);
-        else write_row(job, row, row_of(targets[i], token, head / (job->heads / job->key_heads)));
-      }
+    for (int64_t j = 0; j < n; j++) {
+      const float *row = rows[i] + j * job->size;
+      float *part = job->partial + ((i * job->tokens + start + j) * job->heads + head) * job->size;
+      if (cut) memcpy(part, row, job->size * 4);
+      else write_row(job, row, row_of(targets[i], start + j, head / (job->heads / job->key_heads)));
     }
 }
 
@@ -422,18 +532,22 @@ static void backward_unit(const Job *job, int64_t start, int64_t n, int64_t head
   Backward b;
   backward_scratch(job, n, arena, &b);
   int64_t shared = job->heads / job->key_heads;
-  pack_keys(job, job->key, start, head / shared, n, b.turned_keys, b.paired_keys, b.spare);
-  pack_keys(job, job->value, start, head / shared, n, b.turned_values, NULL, b.spare);
-  memset(b.dkeys, 0, up(n, PW) * job->size * 4);
-  memset(b.dvalues, 0, up(n, PW) * job->size * 4);
+  pack_keys(job, job->key, start, head / shared, n, b.keys, b.turned_keys, b.spare);
+  pack_keys(job, job->value, start, head / shared, n, b.values, NULL, b.spare);
+  memset(b.dkeys, 0, up(n, GROUP) * job->size * 4);
+  memset(b.dvalues, 0, up(n, GROUP) * job->size * 4);
   for (int64_t h = head; h < head + count; h++)
-    for (int64_t i = 0; i < n; i += BACKWARD_ROWS) {
-      int64_t rows = least(BACKWARD_ROWS, n - i);
-      backward_load(job, &b, start + i, h, rows);
-      for (int64_t j = first_seen(job, i) / PW * PW; j < i + rows; j += BACKWARD_KEYS)
-        backward_block(job, &b, n, i, rows, j, least(BACKWARD_KEYS, i + rows - j));
-      for (int64_t r = 0; r < rows; r++)
-        write_row(job, b.dquery + r * job->size, row_of(job->dquery, start + i + r, h));
+    for (int64_t i = 0; i < n; i += job->block) {
+      int64_t rows = least(job->block, n - i);
+      backward_load(job, &b, start + i, h, n, rows);
+      for (int64_t j = first_seen(job, i) / job->keys * job->keys; j < i + rows; j += job->keys)
+        backward_block(job, &b, n, i, rows, j, least(job->keys, i + rows - j));
+      for (int64_t q = 0; q < rows; q += job->strip) {
+        int64_t own = least(job->strip, rows - q);
+        turn_back(job, b.dquery + q * job->size, own, b.rows);
+        for (int64_t r = 0; r < own; r++)
+          write_row(job, b.rows + r * job->size, row_of(job->dquery, start + i + q + r, h));
+      }
     }
   backward_finish(job, &b, start, n, head, count < shared);
 }
@@ -442,6 +556,18 @@ static void backward_unit(const Job *job, int64_t start, int64_t n, int64_t head
 
 static int is_cut(const Job *job, int64_t n) {  // by the sequence's own shape, never by its neighbours or the threads
   return n >= LONG && job->key_heads < FEW && job->heads > job->key_heads;
+}
+
+// Each thread's AMX tiles, where the job takes them.
+static void begin_tiles(const Job *job) {
+#ifdef AMX
+  if (job->pair) amx_begin();
+#endif
+}
+static void end_tiles(const Job *job) {
+#ifdef AMX
+  if (job->pair) amx_end();
+#endif
 }
 
 static int run(Job *job, int backward) {
@@ -460,14 +586,19 @@ static int run(Job *job, int backward) {
     free(job->partial);
     return 1;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(job->threads)
-  for (int64_t u = 0; u < job->sequences * job->heads; u++) {
-    int64_t start = job->spans[2 * (u / job->heads)], n = job->spans[2 * (u / job->heads) + 1], head = u % job->heads;
-    int64_t count = is_cut(job, n) ? 1 : shared;
-    if (head % count) continue;
-    float *own = arena + omp_get_thread_num() * each;
-    if (backward) backward_unit(job, start, n, head, count, own);
-    else forward_unit(job, start, n, head, count, own);
+#pragma omp parallel num_threads(job->threads)
+  {
+    begin_tiles(job);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t u = 0; u < job->sequences * job->heads; u++) {
+      int64_t start = job->spans[2 * (u / job->heads)], n = job->spans[2 * (u / job->heads) + 1], head = u % job->heads;
+      int64_t count = is_cut(job, n) ? 1 : shared;
+      if (head % count) continue;
+      float *own = arena + omp_get_thread_num() * each;
+      if (backward) backward_unit(job, start, n, head, count, own);
+      else forward_unit(job, start, n, head, count, own);
+    }
+    end_tiles(job);
   }
   for (int64_t s = 0; backward && s < job->sequences; s++) {
     int64_t start = job->spans[2 * s], n = job->spans[2 * s + 1];
@@ -486,6 +617,25 @@ static int run(Job *job, int backward) {
   return 0;
 }
 
+// Units, and how many rows go together. Where the system does not permit AMX, bf16 is widened to fp32.
+static void choose_tiles(Job *job, int backward) {
+  int amx = 0;
+#ifdef AMX
+  amx = job->pair = job->kind == BF16 && amx_permitted();
+#elif defined(PAIRS)
+  job->pair = job->kind == BF16;
+#endif
+  job->per = job->pair ? 2 : 1;
+  job->deep = amx ? 32 : job->per;
+  job->even = amx ? 16 : 2;
+  job->strip = amx ? 16 : PW;
+  job->across = amx ? 16 : LANES;
+  job->width = up(job->size, amx ? 32 : 1) / job->per;
+  job->keys = backward ? (amx ? AMX_KEYS : 192) : 256;
+  job->block = amx ? AMX_BLOCK : 128;
+  job->tall = backward && !amx ? 48 : GROUP;
+}
+
 // shape: sequences, tokens, heads, key heads, head size, window (0: none), kind, threads. spans: (start, length) of the
 // sequences that hold tokens. tensors and strides (of tokens and heads, in values): query, key, value, out, and going
 // backward grad, dquery, dkey, dvalue; the last axis is contiguous. lse [heads, tokens]. dquery, dkey and dvalue may be
@@ -495,9 +645,7 @@ static int call(const int64_t *shape, const int64_t *spans, float scale, const i
   Job job = {.sequences = shape[0], .tokens = shape[1], .heads = shape[2], .key_heads = shape[3], .size = shape[4],
              .window = shape[5], .kind = (int)shape[6], .threads = (int)shape[7], .spans = spans, .scale = scale,
              .lse = lse};
-#ifdef PAIRS
-  job.pair = job.kind == BF16;
-#endif
+  choose_tiles(&job, backward);
   View *views[8] = {&job.query, &job.key, &job.value, &job.out, &job.grad, &job.dquery, &job.dkey, &job.dvalue};
   int64_t bytes = job.kind == BF16 ? 2 : 4;
   for (int i = 0; i < (backward ? 8 : 4); i++)
