@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from reference.attention import attention_by_sequence
-from reference.compiler import FEATURES, OlderBuild, needs_compiler, usual_kernels
+from reference.compiler import FEATURES, OlderBuild, build_kernel, needs_compiler, usual_kernels
 from reference.measure import relative
 from topwork.ops import attention
 from topwork.ops.attention import attention_backward, attention_forward
@@ -28,7 +29,18 @@ BOUNDS = [
     (0, 0, 5, 5, 38, 39, 39),  # sequences without tokens
     (0, 97, 145, 273),  # odd lengths across blocks of 48 and 96 rows
     (0, 15, 31, 63, 128, 193),  # one below and one above the vectors and panels
+    (0, 1, 16, 16, 32, 49, 80, 113),  # around a tile's 16 rows, and around the 32 values of its summed axis
 ]
+
+NAN_MEMORY = """
+#include <stdlib.h>
+#include <string.h>
+static void *nan_memory(size_t to, size_t bytes) {
+  void *at = aligned_alloc(to, bytes);
+  return at ? memset(at, 0xff, bytes) : at;
+}
+#define aligned_alloc nan_memory
+"""
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -62,7 +74,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], limit: float) -> No
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
-@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 2, 16), (4, 1, 80), (2, 1, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 2, 16), (2, 1, 48), (4, 1, 80), (2, 1, 256)], ids=str)
 def test_values_and_gradients(shape: tuple[int, int, int], bounds: tuple[int, ...], dtype: torch.dtype) -> None:
     heads, key_heads, size = shape
     given = case(bounds[-1], heads, key_heads, size, dtype)
@@ -74,7 +86,7 @@ def test_values_and_gradients(shape: tuple[int, int, int], bounds: tuple[int, ..
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("key_heads", [1, 3], ids=["keys of one head", "as many as query heads"])
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("window", [None, 40, 300])
 def test_long_sequences(window: int | None, key_heads: int, dtype: torch.dtype) -> None:
     """Longer than a block of keys, and cut by query heads where these share a key head."""
     bounds = (0, 530, 540)
@@ -116,6 +128,35 @@ def test_slices_of_one_buffer_in_and_out(dtype: torch.dtype) -> None:
         assert torch.equal(target[:, :8], before)
         for ours, theirs in zip((out, *into), expected):
             assert torch.equal(ours, theirs)
+
+
+def amid_nan(tokens: int, heads: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A buffer of NaN, and rows in the midst of it: there are some before, between and behind them."""
+    buffer = torch.full((tokens + 50, heads * size + 21), torch.nan, dtype=dtype)
+    return buffer, buffer[9 : 9 + tokens, 5 : 5 + heads * size].unflatten(1, (heads, size))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 48, 64, 80])
+@pytest.mark.parametrize("flags", ["", "-DEMULATE_AMX", "-DNO_AMX"])
+def test_what_lies_beside_reaches_no_result(
+    flags: str, size: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN around the tensors, and NaN in the memory that the kernel takes: where it multiplies more than it was given,
+    there must be zeros."""
+    (tmp_path / "nan.h").write_text(NAN_MEMORY)
+    library = build_kernel("attention", f"{flags} -include {tmp_path / 'nan.h'}", tmp_path)
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    bounds, rule = (0, 1, 16, 16, 32, 49, 80, 113, 413), AttentionRule(0.2, 70 if size == 64 else None)
+    given = case(413, 4, 2, size, dtype)
+    views = [amid_nan(413, x.shape[1], size, dtype)[1].copy_(x) for x in given]
+    out, lse = attention_forward(*views[1:], bounds, rule)
+    targets = [amid_nan(413, x.shape[1], size, dtype) for x in given[1:]]
+    query, key, value = (x for _, x in targets)
+    attention_backward(views[0], *views[1:], out, lse, bounds, rule, into=(query, key, value))
+    assert_near([out, query, key, value], truth(given, bounds, rule), LIMITS[dtype])
+    for buffer, rows in targets:
+        assert buffer.isfinite().sum() == rows.numel()
 
 
 def test_rows_that_are_not_contiguous_and_targets_of_another_type() -> None:

@@ -33,9 +33,14 @@ OLDER = {
 OlderBuild = Callable[[str], tuple[ctypes.CDLL, int]]
 
 
+def build_kernel(name: str, how: str, folder: Path) -> ctypes.CDLL:
+    """A kernel compiled for this processor, with further flags."""
+    source, target = Path(build.__file__).parent / f"{name}.c", folder / f"{name}.so"
+    flags = ["-march=native", *build.FLAGS, *how.split(), f"-I{source.parent}"]
+    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
+    return load.declared(name, ctypes.CDLL(str(target)))
+
+
 def build_older(name: str, without: str, folder: Path) -> tuple[ctypes.CDLL, int]:
     """A kernel compiled without some instructions, and its level."""
-    source, target = Path(build.__file__).parent / f"{name}.c", folder / f"{name}.so"
-    flags = ["-march=native", *build.FLAGS, *without.split(), f"-I{source.parent}"]
-    subprocess.run([*(COMPILER or "cc").split(), *flags, str(source), "-o", str(target), "-lm"], check=True)
-    return load.declared(name, ctypes.CDLL(str(target))), OLDER[without]
+    return build_kernel(name, without, folder), OLDER[without]

@@ -19,17 +19,14 @@
 
 #include "tile.h"
 
-#define MR 6        // rows of a register tile
-#define GROUP 32    // keys and queries that begin and end together: as many as an AMX tile has along the summed axis
-#define LONG 512    // tokens from which a sequence with few key heads is cut by query heads
+#define MR 6               // rows of a register tile
+#define GROUP 32           // keys that are packed together; as many values as an AMX tile has along the summed axis
+#define FORWARD_STRIP 16   // queries of a strip in AMX's tiles; in register tiles they are as many as a panel is wide
+#define BACKWARD_STRIP 32
+#define WIDEST (PW > BACKWARD_STRIP ? PW : BACKWARD_STRIP)
+#define WINDOW_GRID 96     // going backward, what the first key of a strip with a window is a multiple of
+#define LONG 512           // tokens from which a sequence with few key heads is cut by query heads
 #define FEW 16
-#define WINDOW_GRID 96  // with a window, the keys that a strip begins with are a multiple of it going backward
-#ifndef AMX_KEYS
-#define AMX_KEYS 256
-#endif
-#ifndef AMX_BLOCK
-#define AMX_BLOCK 256
-#endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -54,7 +51,8 @@ static const Tile PRODUCTS[2][MR / 2][NR] = {
 };
 
 #ifdef AMX
-typedef void (*Amx)(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t deep, float *c, int64_t ldc, int add);
+typedef void (*Amx)(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t deep, float *c, int64_t ldc,
+                    int add);
 #define AMX_TILES(high, wide)                                                                                        \
   APART void amx_##high##_##wide(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t deep, float *c, \
                                  int64_t ldc, int add) {                                                           \
@@ -102,7 +100,8 @@ static void write_row(const Job *job, const float *from, char *to) {
   for (int64_t i = 0; i < job->size; i += LANES) store(to, i, LANES, job->kind, vloadf(from + i));
 }
 
-// c [rows, columns] (+)= a [rows, steps] b [steps, columns]: rows a multiple of `even`, columns of LANES, at most PW.
+// c [rows, columns] (+)= a [rows, steps] b [steps, columns]: rows a multiple of `even`, columns of `across`; without AMX
+// b is a panel, rows of PW, and has no more columns.
 static void multiply(const Job *job, int64_t rows, int64_t columns, const float *a, int64_t lda, const float *b,
                      int64_t ldb, int64_t steps, float *c, int64_t ldc, int add) {
 #ifdef AMX
@@ -121,11 +120,13 @@ static void multiply(const Job *job, int64_t rows, int64_t columns, const float 
 // Units of `count` rows along the summed axis, with the zeros that make pairs or whole tiles of them.
 static inline int64_t steps_of(const Job *job, int64_t count) { return up(count, job->deep) / job->per; }
 
-// to [even, width]: rows as units, zeros after the last of them.
+// to [even, width]: rows as units, zeros after the last of them. Rows of a head lie far apart: as many that follow are
+// asked for at once.
 static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64_t rows, int64_t even, float *to) {
-  int64_t width = job->width, own = job->size / job->per;
+  int64_t width = job->width, own = job->size / job->per, row_bytes = job->size * (job->kind == BF16 ? 2 : 4);
   for (int64_t r = 0; r < rows; r++, to += width) {
     const char *from = row_of(x, token + r, head);
+    for (int64_t c = 0; c < row_bytes; c += 64) __builtin_prefetch(from + rows * x.token + c);
     if (job->pair)
       for (int64_t c = 0; c < own; c += 8) memcpy(to + c, from + 4 * c, 32);
     else
@@ -209,15 +210,17 @@ typedef struct {
   int64_t from, to, column;
 } Part;
 
-static inline Part first_part(const Strip *s) { return (Part){s->from, least(s->keys, s->at + 16), 0}; }
-static inline Part next_part(const Strip *s, Part p) {
-  return (Part){p.to, least(s->keys, p.to + 16), p.to - s->at};
+static inline Part first_part(const Job *job, const Strip *s) {
+  return (Part){s->from, least(s->keys, s->at + most(16, job->deep)), 0};
 }
-#define EACH_PART(p, s) (Part p = first_part(s); p.from < p.to; p = next_part(s, p))
+static inline Part next_part(const Job *job, const Strip *s, Part p) {
+  return (Part){p.to, least(s->keys, p.to + most(16, job->deep)), p.to - s->at};
+}
+#define EACH_PART(p, job, s) (Part p = first_part(job, s); p.from < p.to; p = next_part(job, s, p))
 
 // scores [keys, strip] = rows of keys times turned queries.
 static void make_scores(const Job *job, const Strip *s, const float *rows, const float *turned, float *scores) {
-  for EACH_PART (p, s)
+  for EACH_PART (p, job, s)
     multiply(job, up(p.to, job->even) - p.from, s->columns - p.column, rows + p.from * job->width, job->width,
              turned + p.column, job->strip, job->width, scores + p.from * job->strip + p.column, job->strip, 0);
 }
@@ -225,7 +228,7 @@ static void make_scores(const Job *job, const Strip *s, const float *rows, const
 // sums [size, strip] += turned rows of the chunk [size, keys] times shares [keys, strip]; without `add` sums are made.
 static void add_shares(const Job *job, const Strip *s, const float *turned, int64_t ld, const float *shares, float *sums,
                        int add) {
-  for EACH_PART (p, s)
+  for EACH_PART (p, job, s)
     multiply(job, job->size, s->columns - p.column, turned + p.from / job->per, ld,
              shares + p.from / job->per * job->strip + p.column, job->strip, steps_of(job, p.to) - p.from / job->per,
              sums + p.column, job->strip, add || p.column);
@@ -279,8 +282,8 @@ INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
 
 typedef struct {
   float *keys, *turned_values, *spare;              // of all keys
-  float *queries, *scores, *shares, *sums, *rows;  // of a strip
-  vecf peak[NR], total[NR];  // of each query: the largest score so far, as a power of two; the sum of exponentials
+  float *queries, *scores, *shares, *sums, *rows;   // of a strip
+  vecf peak[WIDEST / LANES], total[WIDEST / LANES]; // the largest score so far, as a power of two; sums of exponentials
 } Forward;
 
 static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward *f) {
@@ -324,7 +327,7 @@ APART vecf soften_keys(const Job *job, const float *scores, float *shares, int64
   vecf factor = vall(job->scale * LOG2E);
   if (!job->pair) return soften(0, PW, scores, shares, first, stop, factor, peak, total);
 #ifdef AMX
-  return soften(1, SIDE, scores, shares, first, stop, factor, peak, total);
+  return soften(1, FORWARD_STRIP, scores, shares, first, stop, factor, peak, total);
 #else
   return soften(1, PW, scores, shares, first, stop, factor, peak, total);
 #endif
@@ -351,7 +354,7 @@ static void forward_strip(const Job *job, Forward *f, int64_t start, int64_t n, 
   int64_t count = least(job->strip, n - i0), begin = first_seen(job, i0 / GROUP * GROUP) / job->keys * job->keys;
   pack_rows(job, job->query, start + i0, head, count, count, f->rows);
   transpose(f->rows, job->width, count, job->width, f->queries, job->strip);
-  for (int v = 0; v < NR; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
+  for (int v = 0; v < WIDEST / LANES; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
   for (int64_t j = begin; j < i0 + count; j += job->keys)
     forward_chunk(job, f, n, i0 - j, count, j, j > begin);
   turn_back(job, f->sums, count, f->rows);
@@ -376,13 +379,13 @@ static void forward_unit(const Job *job, int64_t start, int64_t n, int64_t head,
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 typedef struct {
-  float *keys, *values, *turned_keys, *dkeys, *dvalues, *spare;                              // of all keys
+  float *keys, *values, *turned_keys, *dkeys, *dvalues, *spare;                             // of all keys
   float *turned_rows, *turned_grads, *paired_rows, *paired_grads, *lse, *overlap, *dquery;  // of a block of queries
-  float *share_rows, *dscore_rows;        // [keys, queries of a block], in units of queries
+  float *share_rows, *dscore_rows;           // [keys, queries of a block], in units of queries
   float *scores, *dshares, *dscores, *rows;  // of a strip
 } Backward;
 
-// Distances of rows of those arrays: no power of two, so that rows of a column share no place in the cache.
+// From one row of shares to the next: no power of two, for those take each other's places in the cache.
 static inline int64_t rows_ld(const Job *job, int64_t n) { return steps_of(job, least(up(n, GROUP), job->block)) + 16; }
 static inline int64_t paired_panel(const Job *job, int64_t n) { return steps_of(job, least(n, job->block)) * PW; }
 
@@ -463,7 +466,7 @@ APART void differentiate_keys(const Job *job, const Backward *b, int64_t q, int6
                 b->share_rows + at, b->dscore_rows + at, row_ld)
   if (!job->pair) DIFFERENTIATE(0, PW);
 #ifdef AMX
-  else DIFFERENTIATE(1, SIDE);
+  else DIFFERENTIATE(1, BACKWARD_STRIP);
 #else
   else DIFFERENTIATE(1, PW);
 #endif
@@ -484,6 +487,10 @@ static void backward_strip(const Job *job, Backward *b, int64_t n, int64_t q, co
       clear(b->share_rows + (q + v) / per, row_ld, LANES / per, from, to);
       clear(b->dscore_rows + (q + v) / per, row_ld, LANES / per, from, to);
     }
+  }
+  for (int64_t v = s->columns; v < least(strip, up(s->columns, job->deep)); v += LANES) {
+    clear(b->share_rows + (q + v) / per, row_ld, LANES / per, s->from, s->end);
+    clear(b->dscore_rows + (q + v) / per, row_ld, LANES / per, s->from, s->end);
   }
   add_shares(job, s, b->turned_keys + j0 / job->keys * job->size * ld, ld, b->dscores, b->dquery + q * job->size, 1);
 }
@@ -628,11 +635,12 @@ static void choose_tiles(Job *job, int backward) {
   job->per = job->pair ? 2 : 1;
   job->deep = amx ? 32 : job->per;
   job->even = amx ? 16 : 2;
-  job->strip = amx ? 16 : PW;
   job->across = amx ? 16 : LANES;
   job->width = up(job->size, amx ? 32 : 1) / job->per;
-  job->keys = backward ? (amx ? AMX_KEYS : 192) : 256;
-  job->block = amx ? AMX_BLOCK : 128;
+  job->strip = !amx ? PW : backward ? BACKWARD_STRIP : FORWARD_STRIP;
+  // Multiples of a strip and of `tall`: keys of a chunk stay in the first cache, a block's shares in the second.
+  job->keys = amx ? (backward ? 256 : 128) : (backward ? 192 : 256);
+  job->block = amx ? 256 : 128;
   job->tall = backward && !amx ? 48 : GROUP;
 }
 
