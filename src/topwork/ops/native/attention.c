@@ -4,11 +4,11 @@
 //     dv = p' do     dp = do v'     ds = scale p (dp - do . o)     dq = ds k     dk = ds' q
 //
 // As in FlashAttention (Dao, arXiv 2307.08691): blocks of rows against blocks of keys, p made again from lse.
-// Scores are made turned, s' = k q': keys down, a strip of queries across. So a vector holds as many queries, each with a
-// maximum, a sum and an lse in its own lane, and p' and ds' are what dv and dk take as they stand. o and dq are made turned
-// and are turned back at the end. All seven products run through one operation: in AMX's tiles (amx.h), else in a register
-// tile of MR rows by NR vectors (tile.h). Sums are fp32. What a query does not see has a score of minus infinity, so that
-// the inner loops know no masks.
+// Scores are made turned, s' = k q': keys down, a strip of queries across. So a vector holds as many queries, each with
+// a maximum, a sum and an lse in its own lane, and p' and ds' are what dv and dk take as they stand. o and dq are made
+// turned and are turned back at the end. All seven products run through one operation: in AMX's tiles (amx.h), else in
+// a register tile of MR rows by NR vectors (tile.h). Sums are fp32. What a query does not see has a score of minus
+// infinity, so that the inner loops know no masks.
 //
 // A unit of work is one sequence and one key head with its query heads; a long sequence with few key heads is cut by
 // query heads, whose dk and dv are then added in their order. Nothing depends on the threads or on other sequences.
@@ -25,6 +25,7 @@
 #define BACKWARD_STRIP 32
 #define WIDEST (PW > BACKWARD_STRIP ? PW : BACKWARD_STRIP)
 #define WINDOW_GRID 96     // going backward, what the first key of a strip with a window is a multiple of
+#define AHEAD 16           // rows of a head lie far apart, and are asked for so many before their turn
 #define LONG 512           // tokens from which a sequence with few key heads is cut by query heads
 #define FEW 16
 #define LOG2E 1.4426950408889634f
@@ -96,12 +97,17 @@ typedef struct {
 
 static inline char *row_of(View x, int64_t token, int64_t head) { return x.at + token * x.token + head * x.head; }
 
+// A row that is read soon; there need not be one.
+static inline void ask_for(const Job *job, const char *row) {
+  for (int64_t c = 0; c < job->size * (job->kind == BF16 ? 2 : 4); c += 64) __builtin_prefetch(row + c);
+}
+
 static void write_row(const Job *job, const float *from, char *to) {
   for (int64_t i = 0; i < job->size; i += LANES) store(to, i, LANES, job->kind, vloadf(from + i));
 }
 
-// c [rows, columns] (+)= a [rows, steps] b [steps, columns]: rows a multiple of `even`, columns of `across`; without AMX
-// b is a panel, rows of PW, and has no more columns.
+// c [rows, columns] (+)= a [rows, steps] b [steps, columns]: rows a multiple of `even`, columns of `across`. Without
+// AMX b is a panel, of rows of PW, and there are no more columns.
 static void multiply(const Job *job, int64_t rows, int64_t columns, const float *a, int64_t lda, const float *b,
                      int64_t ldb, int64_t steps, float *c, int64_t ldc, int add) {
 #ifdef AMX
@@ -120,13 +126,12 @@ static void multiply(const Job *job, int64_t rows, int64_t columns, const float 
 // Units of `count` rows along the summed axis, with the zeros that make pairs or whole tiles of them.
 static inline int64_t steps_of(const Job *job, int64_t count) { return up(count, job->deep) / job->per; }
 
-// to [even, width]: rows as units, zeros after the last of them. Rows of a head lie far apart: as many that follow are
-// asked for at once.
+// to [even, width]: rows as units, zeros after the last of them.
 static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64_t rows, int64_t even, float *to) {
-  int64_t width = job->width, own = job->size / job->per, row_bytes = job->size * (job->kind == BF16 ? 2 : 4);
+  int64_t width = job->width, own = job->size / job->per;
   for (int64_t r = 0; r < rows; r++, to += width) {
     const char *from = row_of(x, token + r, head);
-    for (int64_t c = 0; c < row_bytes; c += 64) __builtin_prefetch(from + rows * x.token + c);
+    ask_for(job, from + AHEAD * x.token);
     if (job->pair)
       for (int64_t c = 0; c < own; c += 8) memcpy(to + c, from + 4 * c, 32);
     else
@@ -191,8 +196,8 @@ static inline int64_t first_seen(const Job *job, int64_t i) { return job->window
 
 // ---- a strip of queries against a chunk of keys --------------------------------------------------------------------
 
-// Keys and queries are counted from the chunk's first key. A strip has keys [from, keys), of which [first, stop) are seen
-// by some query of a vector; these are even, and `end` completes the last tile.
+// Keys and queries are counted from the chunk's first key. A strip has keys [from, keys), of which [first, stop) are
+// seen by some query of a vector; these are even, and `end` completes the last tile.
 typedef struct {
   int64_t at, columns;  // of the first query; how many there are, with what completes a vector or tile
   int64_t from, keys, end;
@@ -204,8 +209,8 @@ static Strip strip_of(const Job *job, int64_t at, int64_t queries, int64_t keys,
   return (Strip){at, up(count, job->across), from, seen, up(seen, job->tall)};
 }
 
-// Keys of a strip, and from which column on its queries see some of them: all that came before the strip, and then 16 at
-// a time.
+// Keys of a strip, and from which column on its queries see some of them: all that came before the strip, and then 16
+// at a time (in AMX's tiles 32).
 typedef struct {
   int64_t from, to, column;
 } Part;
@@ -226,8 +231,8 @@ static void make_scores(const Job *job, const Strip *s, const float *rows, const
 }
 
 // sums [size, strip] += turned rows of the chunk [size, keys] times shares [keys, strip]; without `add` sums are made.
-static void add_shares(const Job *job, const Strip *s, const float *turned, int64_t ld, const float *shares, float *sums,
-                       int add) {
+static void add_shares(const Job *job, const Strip *s, const float *turned, int64_t ld, const float *shares,
+                       float *sums, int add) {
   for EACH_PART (p, job, s)
     multiply(job, job->size, s->columns - p.column, turned + p.from / job->per, ld,
              shares + p.from / job->per * job->strip + p.column, job->strip, steps_of(job, p.to) - p.from / job->per,
@@ -267,8 +272,8 @@ static void turn_back(const Job *job, const float *sums, int64_t count, float *r
 // Units that pair two rows of fp32.
 INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
 #if defined(WIDE) && defined(__AVX512BF16__)
-  const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                       5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512i two = (__m512i)_mm512_cvtne2ps_pbh((__m512)lower, (__m512)upper);
   _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(mix, two));
 #else
@@ -299,8 +304,8 @@ static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward 
   return used;
 }
 
-// Shares of the keys [first, stop) for a vector of queries, from their scores; peak and total go on. Returns by how much
-// what was summed before must shrink.
+// Shares of the keys [first, stop) for a vector of queries, from their scores; peak and total go on. Returns by how
+// much what was summed before must shrink.
 INLINE vecf soften(const int pair, const int64_t ld, const float *scores, float *shares, int64_t first, int64_t stop,
                    vecf factor, vecf *peak, vecf *total) {
   vecf peaks[2] = {vall(-INFINITY), vall(-INFINITY)}, totals[2] = {}, before = *peak;
@@ -429,6 +434,7 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
   for (int64_t r = 0; r < rows; r++) {
     const char *grad = row_of(job->grad, token + r, head), *out = row_of(job->out, token + r, head);
     vecf total = vall(0);
+    ask_for(job, out + AHEAD * job->out.token);
     for (int64_t d = 0; d < job->size; d += LANES)
       total = vfmaf(load(grad, d, LANES, job->kind), load(out, d, LANES, job->kind), total);
     b->overlap[r] = vsumf(total);
@@ -437,8 +443,8 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
   memset(b->dquery, 0, up(rows, strip) * job->size * 4);
 }
 
-// Shares and score gradients of the keys [first, stop) and a vector of queries, from their scores, hidden where they are
-// not seen, and their share gradients. Queries beyond the sequence have an infinite lse, and so no share.
+// Shares and score gradients of the keys [first, stop) and a vector of queries, from their scores, hidden where they
+// are not seen, and their share gradients. Queries beyond the sequence have an infinite lse, and so no share.
 INLINE void differentiate(const int pair, const int64_t ld, const float *scores, const float *dshares, vecf lse,
                           vecf overlap, int64_t first, int64_t stop, vecf factor, vecf scale, float *dscores,
                           float *share_rows, float *dscore_rows, int64_t row_ld) {
@@ -457,7 +463,8 @@ INLINE void differentiate(const int pair, const int64_t ld, const float *scores,
 }
 
 // A vector of queries, the first of which is the block's query q.
-APART void differentiate_keys(const Job *job, const Backward *b, int64_t q, int64_t row_ld, int64_t first, int64_t stop) {
+APART void differentiate_keys(const Job *job, const Backward *b, int64_t q, int64_t row_ld, int64_t first,
+                              int64_t stop) {
   vecf factor = vall(job->scale * LOG2E), scale = vall(job->scale), lse = vloadf(b->lse + q);
   vecf overlap = vloadf(b->overlap + q);
   int64_t v = q % job->strip, at = q / job->per;
@@ -638,10 +645,9 @@ static void choose_tiles(Job *job, int backward) {
   job->across = amx ? 16 : LANES;
   job->width = up(job->size, amx ? 32 : 1) / job->per;
   job->strip = !amx ? PW : backward ? BACKWARD_STRIP : FORWARD_STRIP;
-  // Multiples of a strip and of `tall`: keys of a chunk stay in the first cache, a block's shares in the second.
-  job->keys = amx ? (backward ? 256 : 128) : (backward ? 192 : 256);
-  job->block = amx ? 256 : 128;
   job->tall = backward && !amx ? 48 : GROUP;
+  job->keys = !backward ? 128 : amx ? 256 : 192;  // a multiple of a strip and of `tall`
+  job->block = amx ? 256 : 128;                   // of a strip
 }
 
 // shape: sequences, tokens, heads, key heads, head size, window (0: none), kind, threads. spans: (start, length) of the
