@@ -16,7 +16,7 @@ from topwork.ops.attention_reference import AttentionRule, backward_reference, f
 from topwork.ops.dropout import Dropout, drop, drop_reference
 from topwork.ops.gain import gain_gradients_, gain_sums_reference_, multiply_, multiply_reference_
 from topwork.ops.gated import KINDS, gated, gated_backward, gated_backward_reference, gated_reference
-from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference
+from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.native.trials_decode import decode
 from topwork.ops.norm import (
@@ -91,8 +91,8 @@ def grouped() -> list[Case]:
             given.append(_product(shape, dtype, *way))
             names.append(f"product {number} of {' × '.join(map(str, shape))} in {_told(dtype)}")
     for shape in SHAPES:
-        given.append(_with_addends(*shape))
-        names.append(f"a product of {' × '.join(map(str, shape))} with addends")
+        given.append(_beside_fp32(*shape))
+        names.append(f"a product of {' × '.join(map(str, shape))} of bf16 beside fp32")
     truth = [product._replace(out=product.out.float()) for product in given]
     grouped_products_reference(truth)
     grouped_products(given)
@@ -110,13 +110,8 @@ def _product(
     return Product(left, right, into.copy_(_random(m, n)) if beta else into, 0.37, beta)
 
 
-def _with_addends(m: int, n: int, k: int) -> Product:
-    """In bf16; one addend over a part of the output, and one, with its right side in fp32, over all of it."""
-    left, right, into = (_random(*shape).bfloat16() for shape in ((m, k), (k, n), (m, n)))
-    rows, columns = -(-m // 2), -(-n // 2)
-    part = Addend(_random(rows, 8).bfloat16(), _random(8, columns).bfloat16(), m - rows, n - columns)
-    whole = Addend(_random(m, 5).bfloat16(), _random(5, n).bfloat16().float(), 0, 0, 0.5)
-    return Product(left, right, into, 1.0, 1, (part, whole))
+def _beside_fp32(m: int, n: int, k: int) -> Product:
+    return Product(_random(m, k).bfloat16(), _random(n, k).t(), torch.empty(m, n), 2.0)
 
 
 def layer() -> list[Case]:
