@@ -190,8 +190,11 @@ def test_the_cpu_default_is_what_the_records_machine_took() -> None:
 
 
 def test_a_cpu_default_asks_how_many_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cpu_speed() == cpu_speed(3)
+    monkeypatch.setattr("topwork.common.processors.physical_cores", lambda *_: 4)
+    monkeypatch.setattr("topwork.common.processors.cgroup_cores", lambda _: None)
+    for asked, counted in (("3", 3), ("8", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert cpu_speed() == cpu_speed(counted)
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert cpu_speed().products > 0
 

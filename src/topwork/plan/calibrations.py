@@ -17,8 +17,8 @@ from typing import Any
 from topwork.common.cache import cache_root, make_cache
 from topwork.common.devices import cpu_name
 from topwork.common.files import sha256_bytes, write_json
+from topwork.common.processors import paying_threads
 from topwork.plan.calibration import Measured, Question
-from topwork.plan.speeds import threads
 from topwork.plan.time import Speed
 
 FORM = 1
@@ -29,8 +29,8 @@ FOLDER = "speeds"
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a measurement holds for."""
     return {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads(), "platform": sys.platform, "device": device,
-        "torch": _version("torch"), "topwork": _version("topwork"),
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": paying_threads(), "platform": sys.platform,
+        "device": device, "torch": _version("torch"), "topwork": _version("topwork"),
     }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Speeds to reckon with: of a card by its data sheet and records, of a CPU by records. Free of torch."""
 
-import os
-
+from topwork.common.processors import paying_threads
 from topwork.plan.devices import Device, find_device
 from topwork.plan.time import Speed
 
@@ -47,15 +46,10 @@ def speed_of(device: Device) -> Speed:
     )
 
 
-def threads() -> int:
-    """How many torch will run, unless it is told otherwise."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
-
-
 def cpu_speed(cores: int | None = None) -> Speed:
-    """A CPU's before any measurement: the records' machine, core for core."""
-    count = cores or threads()
+    """A CPU's before any measurement: the records' machine, core for core; left out, those that this process may use
+    and has been given threads for."""
+    count = cores or paying_threads()
     return Speed(
         name="this CPU",
         products=CPU_PRODUCTS * count,
