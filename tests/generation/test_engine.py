@@ -295,3 +295,46 @@ def test_a_pool_is_as_large_as_needed_and_no_larger_than_memory_allows(monkeypat
         monkeypatch.setattr(pool, "free_memory_bytes", lambda _, free=free: free)
         assert pool_blocks(base, 64) == expected
     assert [pool_blocks(base, 64, tokens) for tokens in (1, 64, 100)] == [1, 2, 3]
+
+
+class Swinging:
+    """A choice that changes at every look."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.count = most
+        self.looks = 0
+
+    def look(self) -> str | None:
+        self.looks += 1
+        self.count = 1 + self.looks % self.most
+        return "changed"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_threads_that_change_while_answers_are_written_change_none(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    base, asked = mixed_base(), [Request(prompt, name, frozenset(), greedy(6)) for prompt, name in
+                                 zip(prompts(5, 30, 3), (None, NAMES[0], NAMES[1]))]  # fmt: skip
+    if not native:
+        monkeypatch.setattr("topwork.generation.runners.native_runner", lambda *_: None)
+    expected = [alone(base, request) for request in asked]
+    monkeypatch.setattr("topwork.ops.threads.paying_threads", lambda most: most)
+    monkeypatch.setattr("topwork.ops.threads.ThreadChoice", Swinging)
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        engine = Engine(base)
+        for again in (False, True):
+            ids = [engine.submit(request) for request in asked]
+            events: dict[int, list[Event]] = {}
+            while engine.busy:
+                for event in engine.step():
+                    events.setdefault(event.id, []).append(event)
+                if engine.busy:
+                    seen.add(torch.get_num_threads())
+            assert [tokens_of(events[id]) for id in ids] == expected
+            assert torch.get_num_threads() == 3, again
+        assert seen == {1, 2, 3}
+    finally:
+        torch.set_num_threads(before)

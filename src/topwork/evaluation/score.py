@@ -16,6 +16,7 @@ from topwork.evaluation.grade import Grade, Grader, grade, summarise
 from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
+from topwork.ops.threads import computing_threads
 
 TOKENS_PER_PASS = 4096
 
@@ -131,8 +132,10 @@ def mean_answer_loss(base: Base, adapter: str | None, examples: Sequence[Example
     """Nats per learned token."""
     budget = max(TOKENS_PER_PASS, *(len(example.tokens) for example in examples))
     total = count = 0.0
-    for indices in pack([len(example.tokens) for example in examples], budget):
-        batch = collate([examples[i] for i in indices], adapter).to(base.device)
-        total -= float((batch.labels.loss_weights * base.log_probabilities(batch)).sum())
-        count += float(batch.labels.loss_weights.sum())
+    with computing_threads("auto") as threads:
+        for indices in pack([len(example.tokens) for example in examples], budget):
+            threads.look()
+            batch = collate([examples[i] for i in indices], adapter).to(base.device)
+            total -= float((batch.labels.loss_weights * base.log_probabilities(batch)).sum())
+            count += float(batch.labels.loss_weights.sum())
     return total / count

@@ -29,6 +29,7 @@ from topwork.generation.scheduler import Scheduler
 from topwork.models.base import Base
 from topwork.ops.host import sent
 from topwork.ops.paged import BLOCK
+from topwork.ops.threads import RecurringThreads
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Engine:
         self._layers: dict[str, AdaptedLayer] = {}
         self._told: list[Event] = []
         self._begun = False
+        self._threads = RecurringThreads(base.device)
         self._ids = self._prompt_tokens = self._generated_tokens = 0
 
     @property
@@ -187,8 +189,10 @@ class Engine:
 
     def _pass(self) -> list[Event]:
         if not self._begun:
+            self._threads.begin()
             self._runner.begin()
             self._begun = True
+        self._threads.look()  # answers do not depend on it
         plan = self._scheduler.plan()
         gone = [answer for answer in plan if not self._is_grafted(answer.request.adapter)]
         events = [self._failed(answer, "its adapter has been removed") for answer in gone]
@@ -244,6 +248,7 @@ class Engine:
             return
         if self._begun:
             self._runner.end()
+            self._threads.end()
             self._begun = False
         self._chains.rest(answer.family for answer in scheduler.waiting)
         if not scheduler.blocks.cached:

@@ -78,6 +78,7 @@ class NativeRunner:
         self._embedding = base.module.get_input_embeddings()
         self.compiled: dict[str, CompiledAdapter | None] = {}
         self._told = torch.empty(0, plan.head.outputs)
+        self._most_threads = torch.get_num_threads()
         self._prepare(rank=16)
 
     def begin(self) -> None:
@@ -131,7 +132,7 @@ class NativeRunner:
             rows=rows, segments=len(segments.array), runs=len(laid), segment=c.address_of(segments.array),
             run=c.address_of(runs), run_of=run_of.buffer_info()[0], terms=segments.terms,
             input_gains=segments.input_gains, scratch=self._scratch.data_ptr(),
-            scratch_each=self._scratch.shape[1], threads=self._scratch.shape[0],
+            scratch_each=self._scratch.shape[1], threads=min(self._most_threads, torch.get_num_threads()),
         )  # fmt: skip
 
     def _segments(self, spans: Sequence[tuple[str | None, int, int]]) -> "_Segments":
@@ -227,7 +228,7 @@ class NativeRunner:
         self._bind()
         size = max(layer.heads.size for layer in plan.layers)
         each = c.scratch_floats(self.most_rows, plan.inputs, rank, size)
-        self._scratch = torch.zeros(torch.get_num_threads(), each)
+        self._scratch = torch.zeros(self._most_threads, each)
 
     def _bind(self) -> None:
         """Steps for where the pool's keys and values are now."""

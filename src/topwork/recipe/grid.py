@@ -17,7 +17,8 @@ from topwork.recipe.recipe import all_keys, key_hint, options_at
 SEED = "training.seed"
 """The axis over which results are averaged."""
 SHARED = (
-    "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.report_to",
+    "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.threads",
+    "training.report_to",
 )  # fmt: skip
 """Beside the sections below, what is the same in all members of a sweep."""
 SHARED_SECTIONS = {"model": "one base", "quantization": "one base", "evaluation": "the rows they are scored on"}

@@ -30,7 +30,7 @@ from topwork.training.trial import CHECKPOINTS
 
 FREE_TO_CHANGE = {
     "output_dir", "training.tokens_per_pass", "training.activation_checkpointing", "training.report_to",
-    "training.logging_steps", "training.save_total_limit", "training.save_steps", "model.device",
+    "training.logging_steps", "training.save_total_limit", "training.save_steps", "training.threads", "model.device",
     "model.model_name_or_path", "model.tokenizer_name_or_path", "data.train", "data.eval", "data.chat_template",
 }  # fmt: skip
 """What may differ when a run is resumed; anything else would make it another run. Files may have moved: whether they
@@ -45,7 +45,7 @@ A_RUNS = (RECIPE, PROVENANCE, METRICS, RESULT, ADAPTER, TEMPLATE, EVALUATION, TR
 PATTERNS = ("adapter.rank_pattern", "adapter.alpha_pattern")
 """Options whose keys have an order: of several that match a module the first counts."""
 
-SHARED = ("training.tokens_per_pass", "training.activation_checkpointing")
+SHARED = ("training.tokens_per_pass", "training.activation_checkpointing", "training.threads")
 """Options that are the pass's, beside the sections `model` and `quantization`."""
 
 

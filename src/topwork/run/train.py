@@ -77,7 +77,8 @@ def train_together(
 ) -> list[TrainedRun]:
     """Train the adapters that recipes describe in the same passes over one base; each result is in its `output_dir`.
 
-    The recipes share `model`, `quantization`, `training.tokens_per_pass` and `training.activation_checkpointing`.
+    The recipes share `model`, `quantization`, `training.tokens_per_pass`, `training.activation_checkpointing` and
+    `training.threads`.
 
     resume    go on from the newest round that all have a checkpoint of, at step 0 where they were stopped before the
               first; a part of the recipes that were begun together may go on without the others

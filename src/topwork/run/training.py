@@ -1,7 +1,7 @@
 """The training of one call: adapters on a loaded base, their folders, the loop, and what each run leaves."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from topwork.data.source import StreamedRows, rows_of
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.objectives.table import objective_of
+from topwork.ops.threads import Threads, computing_threads
 from topwork.plan.built import count_built
 from topwork.plan.count import ParameterCount
 from topwork.recipe.recipe import Recipe, recipe_yaml
@@ -91,8 +92,8 @@ def trained(
     checkpoint_layers(on.base, plan.checkpointed_layers)
     start = _start(runs, asked.log) if asked.resume else Start()
     _write_beginnings(runs, on.base, plan.tokens_per_pass, asked.resume, asked.overwrite)
-    with Interrupts() as interrupts:
-        looped = _looped(on, runs, plan.tokens_per_pass, start, asked, interrupts)
+    with Interrupts() as interrupts, _threads(on.base, runs, asked.log) as threads:
+        looped = _looped(on, runs, plan.tokens_per_pass, start, asked, interrupts, threads)
         plan = PassPlan(looped.tokens_per_pass, plan.checkpointed_layers)
         done = [
             _finished(run, on, plan, planned, outcome, len(runs))
@@ -119,8 +120,9 @@ def _passes(base: Base, runs: Sequence[_Run], asked: Asked) -> PassPlan:
 
 
 def _looped(
-    on: Session, runs: Sequence[_Run], tokens_per_pass: int, start: Start, asked: Asked, interrupts: Interrupts
-) -> _Looped:
+    on: Session, runs: Sequence[_Run], tokens_per_pass: int, start: Start, asked: Asked, interrupts: Interrupts,
+    threads: Threads | None,
+) -> _Looped:  # fmt: skip
     """The loop, from `start` to the end or to where it is stopped. Metrics are open as long as it runs."""
     shrinks = on.base.device.type == "cpu" and runs[0].recipe.training.tokens_per_pass is None
     with ExitStack() as logs:
@@ -130,9 +132,8 @@ def _looped(
             at = checkpoint_step(start.checkpoints[index]) if start.checkpoints else None
             metrics = logs.enter_context(_metrics(run, at, asked.log))
             trials.append(_trial(run, metrics, asked.progress(run.place.name), len(runs) > 1))
-        loop = Loop(
-            on.base, on.adapters, trials, tokens_per_pass, _smaller_passes(runs, asked.log) if shrinks else None
-        )
+        smaller = _smaller_passes(runs, asked.log) if shrinks else None
+        loop = Loop(on.base, on.adapters, trials, tokens_per_pass, smaller, threads)
         if start.checkpoints:
             loop.resume(start)
             asked.log(f"going on from {', '.join(str(path) for path in start.checkpoints)}")
@@ -145,6 +146,11 @@ def _looped(
             doing(asked.log, "validating before the first step")
         outcomes = loop.run(asked.stop_at, interrupts)
     return _Looped(trials, planned, outcomes, loop.size.tokens)
+
+
+def _threads(base: Base, runs: Sequence[_Run], log: Log) -> AbstractContextManager[Threads | None]:
+    """As the recipes ask. On a card the host's threads compute nothing."""
+    return computing_threads(runs[0].recipe.training.threads, log) if base.device.type == "cpu" else nullcontext()
 
 
 def _grafted(

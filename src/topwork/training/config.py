@@ -8,6 +8,15 @@ from topwork.common.options import Options, Seed
 from topwork.objectives.config import ObjectiveConfig, SftConfig
 
 
+def _word_or_threads(value: Any) -> Any:
+    """`--set` may bring a number as text."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("expected auto or a number of threads")
+
+
 def _word_or_layers(value: Any) -> Any:
     """YAML reads a bare `off` as False, and `--set` may bring a number as text."""
     if value is False:
@@ -21,6 +30,9 @@ def _word_or_layers(value: Any) -> Any:
 
 Checkpointing = Annotated[Literal["auto", "off", "full"] | int, BeforeValidator(_word_or_layers)]
 """Which layers keep their input alone: none, all, as many as memory asks for, or the first so many."""
+
+ThreadCount = Annotated[Literal["auto"] | int, BeforeValidator(_word_or_threads)]
+"""How many threads compute: as many as pay, or so many."""
 
 
 class TrainingConfig(Options):
@@ -50,6 +62,11 @@ class TrainingConfig(Options):
     activation_checkpointing: Checkpointing = "auto"
     """Layers that keep only their input and run again going backward: less memory, more time, the same result. `off`,
     `full`, a number of layers, or `auto`: as few as let a pass fit into free memory."""
+    threads: ThreadCount = "auto"
+    """Threads that compute on a CPU. `auto`: as many as there are cores for the run, without those that other work
+    keeps busy, and no more than torch has (OMP_NUM_THREADS); looked at before every step, and told when it changes. A
+    number is held. A result's last bits may depend on it: runs beside other work that are to be the same to the bit
+    name one."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """What updates the weights. `adamw` keeps 8 bytes a trained parameter, `adamw_8bit` 2.03: of an adapter's 4.9 M
     parameters that saves 28 MB, of full fine-tuning's 134.5 M 0.8 GB. `paged_adamw_8bit` keeps them in the host's

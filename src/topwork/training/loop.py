@@ -14,6 +14,7 @@ from topwork.common.errors import NonFiniteLossError
 from topwork.data.batches import AdapterRows
 from topwork.models.base import Base
 from topwork.ops.batch import Batch
+from topwork.ops.threads import Threads
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
 from topwork.training.interrupts import Interrupts
 from topwork.training.passes import step_passes
@@ -41,9 +42,10 @@ class Loop:
 
     def __init__(
         self, base: Base, adapters: Adapters, trials: Sequence[Trial], tokens_per_pass: int,
-        on_smaller: Callable[[int, str], None] | None = None,
+        on_smaller: Callable[[int, str], None] | None = None, threads: Threads | None = None,
     ) -> None:  # fmt: skip
-        self.base, self.adapters, self.trials = base, adapters, trials
+        """`threads` are looked at before each step and each validation; left out, torch's own stay as they are."""
+        self.base, self.adapters, self.trials, self.threads = base, adapters, trials, threads
         self.size = PassSize(tokens_per_pass, on_smaller, base.workspace)
         self._resumed = False
 
@@ -129,6 +131,7 @@ class Loop:
 
     def _step(self, active: Sequence[Trial], at: int) -> None:
         """One optimizer step of each, in shared passes."""
+        self._look(active)
         groups = [(trial.name, trial.next_rows()) for trial in active]
         seeds, learners = {trial.name: trial.dropout_seed() for trial in active}, [trial.learner for trial in active]
         start = time.perf_counter()
@@ -156,6 +159,7 @@ class Loop:
         Raises _BrokenOff once asked to stop."""
         if not due:
             return
+        self._look(waiting)
         groups, objectives = [(m.name, m.held_out) for m in due], {m.name: m.learner.objective for m in due}
         with self.adapters.evaluating(*(trial.name for trial in due)):
             losses, _ = self.size.run(
@@ -170,6 +174,13 @@ class Loop:
             else:
                 told = f"the validation loss at step {step} is {means.loss}; checkpoints stay as they are"
                 self._diverged(trial, NonFiniteLossError(told), at)
+
+    def _look(self, trials: Sequence[Trial]) -> None:
+        """As many threads as pay now. Each run's metrics have a change, one tells it."""
+        told = None if self.threads is None else self.threads.look()
+        for number, trial in enumerate(trials if told is not None else ()):
+            assert self.threads is not None
+            trial.threads_changed(self.threads.count, str(told), aloud=number == 0)
 
     def _diverged(self, trial: Trial, error: NonFiniteLossError, at: int) -> None:
         if len(self.trials) == 1:

@@ -20,7 +20,7 @@ METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
 DIVERGED = "diverged at step"
 """How the note of a run begins that ended so, and is no run's that went on."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "Weights & Biases"}
-Kind = Literal["train", "eval", "note"]
+Kind = Literal["train", "eval", "note", "threads"]
 
 
 class Sink(Protocol):

@@ -167,6 +167,12 @@ class Trial:
                 "lower learning rate, some lora_dropout or more data help; early_stopping_patience stops by itself."
             )
 
+    def threads_changed(self, count: int, told: str, aloud: bool) -> None:
+        """What comes now is computed by so many threads."""
+        self.metrics.write("threads", self.state.step, {"threads": count, "text": told})
+        if aloud:
+            self.progress.note(told)
+
     def settle(self) -> None:
         """See whether the plan is done, or patience is out."""
         if self.state.step >= self.steps:

@@ -32,7 +32,8 @@ from topwork.run.ownership import is_run, nothing_begun, take_away
 from topwork.run.sweep.plan import SweepPlan
 
 IDLE = {
-    "tokens_per_pass", "activation_checkpointing", "logging_steps", "save_steps", "save_total_limit", "report_to",
+    "tokens_per_pass", "activation_checkpointing", "threads", "logging_steps", "save_steps", "save_total_limit",
+    "report_to",
 }  # fmt: skip
 """Training options that do not change what a trial is."""
 

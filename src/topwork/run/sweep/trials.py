@@ -83,6 +83,7 @@ def _one_base(trials: Sequence[PlannedTrial]) -> None:
                 one.training.activation_checkpointing,
                 other.training.activation_checkpointing,
             ),
+            ("training.threads", one.training.threads, other.training.threads),
         ):
             if left != right:
                 raise RequestError(
