@@ -40,6 +40,13 @@ class Worker:
         self._process.stdin.flush()
         return {"arm": arm, "round": number, "load_before": load, **self._said()}
 
+    def step(self) -> dict[str, Any]:
+        """What it says to another line at once, for a worker that has one thing to do."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._said()
+
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
@@ -50,7 +57,7 @@ class Worker:
     def _said(self) -> dict[str, Any]:
         """Its next line, which begins as an object; libraries print others. Exits with what it died of."""
         for line in self._process.stdout or ():
-            if line.startswith("{"):
+            if line.startswith(('{"', "{}")):  # and not a dictionary that Python prints
                 return json.loads(line)  # type: ignore[no-any-return]
         self._process.wait()
         self._errors.seek(0)

@@ -57,6 +57,7 @@ COMMANDS = {
     "many_adapters_batch1_nf4": "many_adapters.py --batch 1 --quantized --rounds 12",
     "merge_memory": "merge_memory.py",
     "merge_rounding": "merge_rounding.py",
+    "neighbour": "neighbour.py --rounds 3",
     "pairs_on_one_folder": "pairs_on_one_folder.py --pairs 200",
     "planned": "planned.py",
     "products": "products.py",

@@ -153,3 +153,29 @@ def test_the_record_tells_what_of_the_floor_was_reached(benchmark):
     assert "| topwork | 600 | 1,000 | 60% | 1,250 | 48% |" in told
     assert "not of these steps" not in told
     assert "not of these steps" in compare_text.floor_text(floor | {"tokens": 31}, {"topwork": [row]})
+
+
+def test_a_neighbours_ratios_are_of_one_turn(benchmark):
+    """Beside over alone, turn by turn, without the first step; and over Topwork's of the same round."""
+    neighbour = benchmark("neighbour")
+    rounds = [
+        {"round": at, "system": name, "alone": [alone] * 3, "first": 99.0, "beside": [beside] * 3, "threads": threads,
+         "tokens": 1000, "told": told}
+        for at, name, alone, beside, threads, told in (
+            (0, "topwork", 1.0, 2.0, [2, 1], ["busy"]), (0, "peft_loop", 4.0, 12.0, [2, 2], []),
+            (1, "topwork", 2.0, 3.0, [2, 1], ["busy"]), (1, "peft_loop", 8.0, 40.0, [2, 2], []),
+        )
+    ]  # fmt: skip
+    around = {
+        "date": "d",
+        "commit": "c",
+        "versions": {},
+        "hardware": {"cpu": "p", "cores": 2, "memory_gib": 1, "threads": 2},
+    }
+    told = neighbour.text(
+        {"question": {"model": "m", "batch": 5, "tokens": 9}, "rounds": rounds, "surroundings": around}
+    )
+    assert "| topwork | 2 → 1 | 1.50 (1.00–2.00) | 2.50 (2.00–3.00) | 1.75 (1.62–1.88) | 99.00 | 1.00 |" in told
+    assert "| peft_loop | 2 | 6.00 (4.00–8.00) | 26.00 (12.00–40.00) | 4.00 (3.50–4.50) | 99.00 | 9.67 |" in told
+    assert "Topwork says: busy." in told
+    assert "p, 2 cores" in told

@@ -1,11 +1,19 @@
 """How many threads are chosen, on machines that are made up: counters and a clock that a test moves."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
 
 from topwork.common.processors import Load, Usage
-from topwork.common.threads import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, ThreadChoice, leaving
+from topwork.common.threads import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    SPINS,
+    ThreadChoice,
+    leaving,
+    let_waiting_threads_sleep,
+)
 
 
 def load(free: float, cpus: int = 2, stolen: float = 0.0) -> Load:
@@ -181,3 +189,19 @@ def test_one_thread_is_never_looked_at() -> None:
     choice = ThreadChoice(1, lambda: pytest.fail("read"), lambda: 0.0)
     assert choice.look() is None
     assert choice.count == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_is_the_environments_where_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], expected: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    let_waiting_threads_sleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -60,6 +60,7 @@ def topwork(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     from topwork.cli.app import main
 
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300000")
     for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "false" if name.startswith("TOKEN") else "error")
 

@@ -58,6 +58,7 @@ from topwork.common.errors import TopworkError
 from topwork.common.memory import memory_for
 from topwork.common.os_errors import as_topwork, os_error_in
 from topwork.common.streams import SureStreams
+from topwork.common.threads import let_waiting_threads_sleep
 from topwork.training.interrupts import Stopped, ending_on_signals
 
 app = typer.Typer(
@@ -80,6 +81,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    let_waiting_threads_sleep()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     streams = SureStreams(ends=sys.argv[1:2] != [] and sys.argv[1] in ONLY_PRINT)
     sys.exit(streams.close(_ended()))

@@ -7,12 +7,16 @@ leaves cores. Whoever computes asks at the boundaries of what it does, and no mo
 tenth of a millisecond at most, and only a few are taken each second. Free of torch.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from topwork.common.processors import Load, Usage, load_between, usage
 
+SPINS = 50_000
+"""How often a waiting thread of libgomp's looks before it sleeps. Its own 300,000 looks are 3.3 ms, a slice of the
+scheduler's: all that time it keeps the core on which the pushed-off thread could go on."""
 LOOK_SECONDS = 0.3
 """A load is measured over so long at least: counters go by hundredths of a second."""
 DOWN = 0.6
@@ -23,6 +27,13 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 120.0
 """How long a core must have been free. Other work may show only as long as we are in its way (a host takes time from a
 virtual machine that asks for it), so a trial that went wrong soon doubles the wait for the next."""
 SOON_SECONDS = 60.0
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have threads that wait for others sleep after half a millisecond. Heeded if it is called before torch is
+    imported; what the environment says goes before."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def leaving(load: Load, threads: int, most: int) -> int:

@@ -24,6 +24,7 @@ from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.load import DTYPES, pick_device
 from topwork.models.shaped import shaped_base
 from topwork.objectives.table import objective_of
+from topwork.ops.threads import computing_threads
 from topwork.plan.base import structure_named
 from topwork.plan.built import config_of
 from topwork.plan.calibration import Arm, Measured, Question, fewer_layers, measured, planned_arms, rows_of
@@ -115,6 +116,7 @@ def measure(
     told = " and ".join(str(layers) for layers, _ in models)
     log(f"measuring steps of {told} of the base's {question.setup.structure.layers} layers")
     with ExitStack() as stack:
+        stack.enter_context(computing_threads(recipes[0].training.threads))  # a machine at rest: nobody looks
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topwork-calibrate-")))
         arms = [
             _Model(recipes, question, lengths, layers, checkpointed, place / str(number), stack, clock)
