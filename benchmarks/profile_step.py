@@ -135,8 +135,8 @@ def main() -> None:
     print(text(record))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--rows", choices=("gsm8k", "banking77"), default="gsm8k")
     parser.add_argument("--tokens", type=int, default=2048)
