@@ -84,7 +84,7 @@ def ops(tokens: int, d: int, f: int, heads: int, head_dim: int) -> dict[str, tup
     )  # fmt: skip
     found["gain backward"] = (
         3 * 2 * wide, lambda: gain.gain_gradients_(z, slopes, factor),
-        lambda: gain.gain_sums_reference_(z, slopes, factor, None),
+        lambda: gain.gain_sums_reference_(z, slopes, factor, None, z),
     )  # fmt: skip
     given, out = Dropout(0.05, hashed("layer"), torch.randint(0, 2**32, (tokens,))), drawn(tokens, 2 * f)
     found["dropout"] = (
