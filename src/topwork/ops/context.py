@@ -6,7 +6,7 @@ transformers, the adapted layers and the ops read them from here, and where a tr
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -114,6 +114,7 @@ class PassContext:
 
 
 _NOTHING = PassContext()
+_NO_SCOPE = nullcontext()
 _CURRENT: ContextVar[PassContext] = ContextVar("topwork_pass", default=_NOTHING)
 
 
@@ -160,15 +161,10 @@ def without_workspace() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def scratch_scope() -> Iterator[None]:
+def scratch_scope() -> AbstractContextManager[None]:
     """Around what `scratch_empty` is for, in a function that returns none of it."""
     workspace = _CURRENT.get().workspace
-    if workspace is None:
-        yield
-    else:
-        with workspace.scope():
-            yield
+    return _NO_SCOPE if workspace is None else workspace.scope()
 
 
 def has_workspace(like: Tensor) -> bool:
@@ -199,7 +195,7 @@ def handoff_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -
 
 
 def handback_empty(like: Tensor, *shape: int) -> Tensor:
-    """The same for a gradient beside what is handed on."""
+    """The same for what a branch begins with, or its gradient, beside what is handed on."""
     workspace = _workspace_for(like)
     return workspace.handback(shape, like.dtype) if workspace else like.new_empty(shape)
 

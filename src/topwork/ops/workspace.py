@@ -7,8 +7,7 @@ has blocks of its own. CUDA's caching allocator needs no such help.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ class Workspace:
     saved     for the backward pass; overwritten in the next pass
     scratch   a function's own; overwritten once it has ended
     handoff   handed to the next function; overwritten by the next that is handed on
-    handback  a gradient of a layer's branch on its way back, beside what is handed on; overwritten by the next such one
+    handback  what a layer's branch begins with, or the gradient by that on its way back, beside what is handed on;
+              overwritten by the next such one
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class Workspace:
         self._scratch: list[Tensor] = []
         self._handoff: list[Tensor] = []
         self._handback: list[Tensor] = []
+        self._made: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
         self._saved_end = self._scratch_end = self._scopes = 0
 
     def begin_pass(self) -> None:
@@ -42,12 +43,14 @@ class Workspace:
             self._saved.clear()
             self._saved.append(_block(size))
         self._saved_end = 0
+        self._made.clear()
 
     def release(self) -> None:
         """Give the memory back."""
         for blocks in (self._saved, self._scratch, self._handoff, self._handback):
             blocks.clear()
         self._saved_end = 0
+        self._made.clear()
 
     def saved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts as long as the pass."""
@@ -58,16 +61,9 @@ class Workspace:
         start, self._saved_end = self._saved_end, self._saved_end + size
         return _tensor(self._saved[-1], start, shape, dtype)
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> "Scope":
         """The scratch of a function is free again at its end."""
-        before = self._scratch_end
-        self._scopes += 1
-        try:
-            yield
-        finally:
-            self._scopes -= 1
-            self._scratch_end = before
+        return Scope(self)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A contiguous tensor that lasts as long as the `scope` does; None outside of any."""
@@ -75,22 +71,46 @@ class Workspace:
             return None
         size = _bytes(shape, dtype)
         start, self._scratch_end = self._scratch_end, self._scratch_end + size
-        return _tensor(_grown(self._scratch, self._scratch_end), start, shape, dtype)
+        return self._tensor(self._scratch, start, self._scratch_end, shape, dtype)
 
     def handoff(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts until the next one is asked for."""
-        return _tensor(_grown(self._handoff, _bytes(shape, dtype)), 0, shape, dtype)
+        return self._tensor(self._handoff, 0, _bytes(shape, dtype), shape, dtype)
 
     def handback(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts until the next one is asked for here, whatever is handed on meanwhile."""
-        return _tensor(_grown(self._handback, _bytes(shape, dtype)), 0, shape, dtype)
+        return self._tensor(self._handback, 0, _bytes(shape, dtype), shape, dtype)
+
+    def _tensor(
+        self, blocks: list[Tensor], start: int, stop: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        """In the one block, which is made at least `stop` bytes long. (Tensors in a smaller one hold that as long as
+        they live.) Layer after layer asks for the same, which is made once a pass; `data` is another tensor of that
+        memory, and writes to it are counted apart."""
+        if not blocks or len(blocks[0]) < stop:
+            blocks[:] = [_block(stop)]
+            self._made.clear()
+        key = (blocks[0].data_ptr(), start, shape, dtype)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = _tensor(blocks[0], start, shape, dtype)
+        return found.data
 
 
-def _grown(blocks: list[Tensor], size: int) -> Tensor:
-    """The one block, at least so large. (Tensors in a smaller one hold that as long as they live.)"""
-    if not blocks or len(blocks[0]) < size:
-        blocks[:] = [_block(size)]
-    return blocks[0]
+class Scope:
+    """What is taken of a workspace's scratch within it is free again at its end."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._end = workspace, workspace._scratch_end
+
+    def __enter__(self) -> None:
+        self._workspace._scopes += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._workspace._scopes -= 1
+        self._workspace._scratch_end = self._end
 
 
 def _block(size: int) -> Tensor:
