@@ -42,13 +42,16 @@ class Heads:
 
     def parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, width] -> views q [T, H, D], k and v [T, H_kv, D]."""
-        sizes = (self.queries, self.keys, self.keys)
-        q, k, v = buffer.unflatten(-1, (-1, self.size)).split(sizes, 1)
+        sizes = [self.queries, self.keys, self.keys]
+        q, k, v = self._heads(buffer).split_with_sizes(sizes, 1)
         return q, k, v
 
     def turned(self, buffer: Tensor) -> Tensor:
         """[T, width] -> view [T, H + H_kv, D] of queries and keys, which rotary positions turn at once."""
-        return buffer.unflatten(-1, (-1, self.size))[:, : self.queries + self.keys]
+        return self._heads(buffer)[:, : self.queries + self.keys]
+
+    def _heads(self, buffer: Tensor) -> Tensor:
+        return buffer.view(buffer.shape[0], -1, self.size)
 
 
 @dataclass(frozen=True)
