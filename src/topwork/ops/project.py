@@ -52,15 +52,15 @@ class Projection:
 
 
 class Prologue(Protocol):
-    """x [T, k] -> n [T, in], and what of it is worth keeping."""
+    """x [T, k] -> n [T, in], and what is kept of it."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
-    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
         """The same n, to the bit."""
         ...
 
-    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """dx from dn, which may be overwritten."""
         ...
 
@@ -72,18 +72,18 @@ class Identity:
     hands_back: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return x, ()
+        return x, (x,)
 
-    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
-        return x
+    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
+        return kept[0]
 
-    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
         return dn
 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """n = norm(x) * weight, as `ops/norm.py` has it; keeps one number a row. `hands_back` as in Identity."""
+    """n = norm(x) * weight, as `ops/norm.py` has it; keeps x and one number a row. `hands_back` as in Identity."""
 
     weight: Tensor
     eps: float
@@ -92,14 +92,31 @@ class RmsNorm:
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         n, rstd = rms_norm(x, self.weight, self.eps, self.unit_offset)
-        return n, (rstd,)
+        return n, (x, rstd)
 
-    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return rms_normalized(x, self.weight, kept[0], self.unit_offset)
+    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
+        x, rstd = kept
+        return rms_normalized(x, self.weight, rstd, self.unit_offset)
 
-    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        x, rstd = kept
         into = handback_empty(x, *x.shape) if self.hands_back else None
-        return rms_norm_backward(dn, x, self.weight, kept[0], self.unit_offset, into)
+        return rms_norm_backward(dn, x, self.weight, rstd, self.unit_offset, into)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normed(Identity):
+    """n = x, which `norm` made of `of` [T, in] with the numbers rstd [T]: they are kept in its place."""
+
+    norm: RmsNorm
+    of: Tensor
+    rstd: Tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x, (self.of, self.rstd)
+
+    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
+        return self.norm.recompute(kept)
 
 
 @dataclass(frozen=True)
@@ -109,13 +126,14 @@ class Gated:
     kind: str
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.recompute(x, ()), ()
+        return self.recompute((x,)), (x,)
 
-    def recompute(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
-        gate, up = x.chunk(2, -1)
+    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
+        gate, up = kept[0].chunk(2, -1)
         return gated(gate, up, self.kind)
 
-    def backward(self, dn: Tensor, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        (x,) = kept
         gate, up = x.chunk(2, -1)
         dx = handoff_empty(x, *x.shape)
         dgate, dup = dx.chunk(2, -1)
@@ -128,13 +146,12 @@ class _Normed(torch.autograd.Function):
     def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
         n, kept = norm.forward(x)
         ctx.norm = norm
-        ctx.save_for_backward(x, *kept)
+        ctx.save_for_backward(*kept)
         return n
 
     @staticmethod
     def backward(ctx, dn):  # type: ignore[no-untyped-def]
-        x, *kept = ctx.saved_tensors
-        return ctx.norm.backward(dn, x, tuple(kept)), None
+        return ctx.norm.backward(dn, ctx.saved_tensors), None
 
 
 def normed(x: Tensor, norm: Prologue) -> Tensor:
@@ -207,13 +224,12 @@ class _Project(torch.autograd.Function):
                 _write(ctx, vectors.scaled(n, x), add, out)
         ctx.counts = len(kept), len(inner)
         ctx.out = out.detach() if vectors.gains and keeps else None  # not saved: what follows may write into it
-        ctx.save_for_backward(x, *kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
+        ctx.save_for_backward(*kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        x, *rest = ctx.saved_tensors
-        kept, inner, _ = _split(rest, *ctx.counts)
+        kept, inner, _ = _split(ctx.saved_tensors, *ctx.counts)
         wants_x, vectors = ctx.needs_input_grad[0], ctx.vectors
         all_da: list[Tensor] = []
         all_db: list[Tensor] = []
@@ -222,16 +238,16 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                n = vectors.scaled(ctx.prologue.recompute(x, tuple(kept)), x)
+                n = vectors.scaled(ctx.prologue.recompute(kept), kept[0])
                 _write(ctx, n, add_terms(ctx.bundles, inner, out), out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _base_gradient(dout, ctx.group, ctx.joined, ctx.prologue) if wants_x or vectors.inputs else None
             if inner or vectors.inputs:
-                n = ctx.prologue.recompute(x, tuple(kept))
+                n = ctx.prologue.recompute(kept)
                 of_inputs = vectors.input_gradients_(n, dn)
                 all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn if wants_x else None)
                 del n
-            dx = ctx.prologue.backward(dn, x, tuple(kept)) if wants_x else None
+            dx = ctx.prologue.backward(dn, kept) if wants_x else None
         return dx, None, None, None, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
