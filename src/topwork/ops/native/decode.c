@@ -109,7 +109,7 @@ static const float *norm_of(const Step *s, const Pass *p, int64_t row) {
 
 INLINE void normalize(const int kind, const Step *s, const float *weight, const void *x, void *y, int64_t width) {
   float rstd = 1.0f / sqrtf(row_sum(x, 0, 0, width, kind, F32, 0) / width + (float)s->eps);
-  norm_row(x, weight, rstd, width, y, kind, F32, (int)s->unit_offset);
+  norm_row(x, 0, weight, rstd, width, y, kind, F32, (int)s->unit_offset);
 }
 
 INLINE void branch(const int kind, const Step *s, const Pass *p, int64_t row, float *scratch) {
@@ -386,12 +386,12 @@ INLINE void attention(const int kind, const Step *s, const Pass *p, int64_t task
 
 INLINE void gated(const int kind, const Step *s, int64_t task) {
   int64_t pieces = parts_of(s->width, VALUES_AT_ONCE), row = task / pieces, from = task % pieces * VALUES_AT_ONCE;
-  const char *gate = at(s->in, row * s->in_by + from, kind);
+  const char *gate = at(s->in, row * s->in_by + from, kind), *up = at(gate, s->width, kind);
   int64_t n = least(VALUES_AT_ONCE, s->width - from);
   void *out = at(s->out, row * s->out_by + from, kind);
-  if (s->activation == SILU) gate_row(gate, at(gate, s->width, kind), n, out, kind, SILU);
-  else if (s->activation == GELU_TANH) gate_row(gate, at(gate, s->width, kind), n, out, kind, GELU_TANH);
-  else gate_row(gate, at(gate, s->width, kind), n, out, kind, GELU);
+  if (s->activation == SILU) gate_row(gate, 0, up, 0, n, out, kind, SILU);
+  else if (s->activation == GELU_TANH) gate_row(gate, 0, up, 0, n, out, kind, GELU_TANH);
+  else gate_row(gate, 0, up, 0, n, out, kind, GELU);
 }
 
 static int64_t tasks_of(const Step *s, const Pass *p) {

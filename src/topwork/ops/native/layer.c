@@ -20,16 +20,20 @@ typedef struct {
   int64_t outer, inner;
 } Rows;
 
+// From a row to the next, in most cases.
+INLINE int64_t step_of(Rows x, int64_t heads) { return heads == 1 ? x.outer : x.inner; }
+
 INLINE const char *row_of(Rows x, int64_t row, int64_t heads, int kind) {
   return at(x.base, heads == 1 ? row * x.outer : row / heads * x.outer + row % heads * x.inner, kind);
 }
 
 INLINE void slope_row(
-    const void *dy, const void *x, const void *weight, float rstd, int64_t d, void *dx, int kind, int w_kind,
-    int offset) {
+    const void *dy, int64_t dy_by, const void *x, int64_t x_by, const void *weight, float rstd, int64_t d, void *dx,
+    int kind, int w_kind, int offset) {
   float mean = row_sum(x, dy, weight, d, kind, w_kind, offset) * rstd / d;
 #define BODY(i, n)                                                                          \
   {                                                                                         \
+    ask(dy, i, d, dy_by, kind), ask(x, i, d, x_by, kind);                                   \
     vecf g = load(dy, i, n, kind) * factor(weight, i, n, w_kind, offset);                   \
     store(dx, i, n, kind, rstd * (g - load(x, i, n, kind) * rstd * mean));                  \
   }
@@ -59,7 +63,7 @@ void topwork_rms_norm(
   {                                                                                                             \
     const void *row = row_of(from, r, heads, kind);                                                             \
     if (!known) rstd[r] = 1.0f / sqrtf(row_sum(row, 0, 0, d, kind, w_kind, offset) / d + eps);                  \
-    norm_row(row, weight, rstd[r], d, at(y, r * d, kind), kind, w_kind, offset);                                \
+    norm_row(row, step_of(from, heads), weight, rstd[r], d, at(y, r * d, kind), kind, w_kind, offset);          \
   }
     BY_MODE(CALL)
 #undef CALL
@@ -74,8 +78,8 @@ void topwork_rms_norm_backward(
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
   for (int64_t r = 0; r < rows; r++) {
 #define CALL(kind, w_kind, offset)                                                                              \
-  slope_row(row_of(dys, r, heads, kind), row_of(xs, r, heads, kind), weight, rstd[r], d, at(dx, r * d, kind),   \
-            kind, w_kind, offset)
+  slope_row(row_of(dys, r, heads, kind), step_of(dys, heads), row_of(xs, r, heads, kind), step_of(xs, heads),   \
+            weight, rstd[r], d, at(dx, r * d, kind), kind, w_kind, offset)
     BY_MODE(CALL)
 #undef CALL
   }
@@ -112,6 +116,8 @@ void topwork_add_and_round(
     int64_t some = count - from < STRETCH ? count - from : STRETCH;
 #define BODY(i, n)                                                           \
   {                                                                          \
+    ask(x, from + (i), count, count, F32);                                   \
+    if (y) ask(y, from + (i), count, count, BF16);                           \
     vecf sum = load(x, from + (i), n, F32);                                  \
     if (y) sum = sum + multiplier * load(y, from + (i), n, BF16);            \
     if (y) store(total, from + (i), n, F32, sum);                            \
@@ -231,11 +237,13 @@ void topwork_drop(
 
 // Each value is read before it is written: dgate and dup may be gate and up themselves.
 INLINE void gate_slope_row(
-    const void *dh, const void *gate, const void *up, int64_t f, void *dgate, void *dup, int kind, int act) {
+    const void *dh, int64_t dh_by, const void *gate, int64_t gate_by, const void *up, int64_t up_by, int64_t f,
+    void *dgate, void *dup, int kind, int act) {
 #define BODY(i, n)                                                                               \
   {                                                                                              \
+    ask(dh, i, f, dh_by, kind), ask(gate, i, f, gate_by, kind), ask(up, i, f, up_by, kind);      \
     vecf x = load(gate, i, n, kind), u = load(up, i, n, kind), d = load(dh, i, n, kind);         \
-    Activation a = activation(x, act);                                                           \
+    Activation a = activation(x, act, kind);                                                     \
     store(dgate, i, n, kind, d * u * a.slope);                                                   \
     store(dup, i, n, kind, d * (x * a.share));                                                   \
   }
@@ -261,7 +269,8 @@ void topwork_gated(
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * f > LITTLE)
   for (int64_t r = 0; r < rows; r++) {
 #define CALL(kind, act) \
-  gate_row(at(gate, r * gate_stride, kind), at(up, r * up_stride, kind), f, at(h, r * f, kind), kind, act)
+  gate_row(at(gate, r * gate_stride, kind), gate_stride, at(up, r * up_stride, kind), up_stride, f,          \
+           at(h, r * f, kind), kind, act)
     BY_ACTIVATION(CALL)
 #undef CALL
   }
@@ -273,8 +282,9 @@ void topwork_gated_backward(
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * f > LITTLE)
   for (int64_t r = 0; r < rows; r++) {
 #define CALL(kind, act)                                                                                       \
-  gate_slope_row(at(dh, r * dh_stride, kind), at(gate, r * gate_stride, kind), at(up, r * up_stride, kind), f, \
-                 at(dgate, r * dgate_stride, kind), at(dup, r * dup_stride, kind), kind, act)
+  gate_slope_row(at(dh, r * dh_stride, kind), dh_stride, at(gate, r * gate_stride, kind), gate_stride,        \
+                 at(up, r * up_stride, kind), up_stride, f, at(dgate, r * dgate_stride, kind),                \
+                 at(dup, r * dup_stride, kind), kind, act)
     BY_ACTIVATION(CALL)
 #undef CALL
   }

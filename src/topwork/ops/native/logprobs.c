@@ -7,7 +7,7 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include "rows.h"
 
 enum { BLOCK = 2048 };
 
@@ -43,7 +43,8 @@ INLINE double sum_of_exp(const void *row, int64_t count, float scale, float most
 }
 
 INLINE void write_slope(void *row, int64_t i, int64_t n, float scale, float most, float factor, int kind) {
-  store(row, i, n, kind, vexpf(logits_at(row, i, n, scale, kind) - most) * factor);
+  vecf z = logits_at(row, i, n, scale, kind) - most;
+  store(row, i, n, kind, (kind == BF16 ? quick_exp(z) : vexpf(z)) * factor);
 }
 
 INLINE float one_row(void *row, int64_t count, int64_t target, float gradient, float scale, int kind) {

@@ -16,6 +16,16 @@ INLINE char *at(const void *base, int64_t values, int kind) {
   return (char *)base + values * (kind == BF16 ? 2 : 4);
 }
 
+enum { FAR = 2304 };  // values
+
+// Asks for what a loop over rows of `count` values, the next one `by` further on, will read FAR values from here; for
+// nothing where `by` is 0, for a row that stands alone. A product over all rows leaves its output in a distant cache,
+// and a processor looks ahead to the end of a page alone.
+INLINE void ask(const void *row, int64_t i, int64_t count, int64_t by, int kind) {
+  int64_t there = i + FAR;
+  if (by) __builtin_prefetch(at(row, there < count ? there : by + there - count, kind));
+}
+
 // ---- RMS norm -------------------------------------------------------------------------------------------------------
 
 INLINE vecf factor(const void *weight, int64_t i, int64_t n, int kind, int offset) {
@@ -42,9 +52,10 @@ INLINE float row_sum(const void *x, const void *dy, const void *weight, int64_t 
 }
 
 INLINE void norm_row(
-    const void *x, const void *weight, float rstd, int64_t d, void *y, int kind, int w_kind, int offset) {
+    const void *x, int64_t by, const void *weight, float rstd, int64_t d, void *y, int kind, int w_kind, int offset) {
 #define BODY(i, n)                                                                            \
   {                                                                                           \
+    ask(x, i, d, by, kind);                                                                   \
     vecf normal = load(x, i, n, kind) * rstd, w = factor(weight, i, n, w_kind, offset);       \
     store(y, i, n, kind, offset ? normal * w : w * rounded(normal, kind));                    \
   }
@@ -64,6 +75,7 @@ INLINE void rotate_token(
     vecf p = inverse ? -s2 : s1, q = inverse ? -s1 : s2;                                       \
     for (int64_t h = 0; h < heads; h++) {                                                      \
       void *head = at(x, h * by_head, kind);                                                   \
+      __builtin_prefetch(at(head, (i) + FAR, kind));                                         \
       vecf x1 = load(head, i, n, kind), x2 = load(head, half + (i), n, kind);                  \
       store(head, i, n, kind, x1 * c1 - x2 * p);                                               \
       store(head, half + (i), n, kind, x2 * c2 + x1 * q);                                      \
@@ -82,8 +94,24 @@ typedef struct {
   vecf share, slope;
 } Activation;
 
-INLINE Activation logistic(vecf x, vecf u, vecf du) {  // share = 1 / (1 + e^-u)
-  vecf share = ONE / (1.0f + vexpf(-u));
+// e^x to (1 + |x|) 1e-7 of itself, for values that are rounded to bf16.
+INLINE vecf quick_exp(vecf x) {
+#ifdef __AVX512DQ__
+  x = x * 1.44269504088896341f;
+  vecf f = (vecf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  vecf y = vfmaf(vall(0x1.e9750ap-10f), f, vall(0x1.277852p-7f));
+  y = vfmaf(y, f, vall(0x1.c91ce8p-5f));
+  y = vfmaf(y, f, vall(0x1.ebdb56p-3f));
+  y = vfmaf(y, f, vall(0x1.62e4bap-1f));
+  y = vfmaf(y, f, ONE);
+  return (vecf)_mm512_scalef_ps((__m512)y, (__m512)x);
+#else
+  return vexpf(x);
+#endif
+}
+
+INLINE Activation logistic(vecf x, vecf u, vecf du, int kind) {  // share = 1 / (1 + e^-u)
+  vecf share = ONE / (1.0f + (kind == BF16 ? quick_exp(-u) : vexpf(-u)));
   return (Activation){share, share + x * share * (1.0f - share) * du};
 }
 
@@ -107,19 +135,21 @@ INLINE Activation normal(vecf x) {
   return (Activation){share, share + x * bell * 0.39894228040143268f};
 }
 
-INLINE Activation activation(vecf x, int act) {
-  if (act == SILU) return logistic(x, x, ONE);
+INLINE Activation activation(vecf x, int act, int kind) {
+  if (act == SILU) return logistic(x, x, ONE, kind);
   if (act == GELU) return normal(x);
   const float twice = 1.5957691216057308f;  // 2 sqrt(2 / pi)
   vecf square = x * x;
-  return logistic(x, twice * (x + 0.044715f * (square * x)), twice * (1.0f + 0.134145f * square));
+  return logistic(x, twice * (x + 0.044715f * (square * x)), twice * (1.0f + 0.134145f * square), kind);
 }
 
-INLINE void gate_row(const void *gate, const void *up, int64_t f, void *h, int kind, int act) {
-#define BODY(i, n)                                                               \
-  {                                                                              \
-    vecf x = load(gate, i, n, kind), active = x * activation(x, act).share;      \
-    store(h, i, n, kind, rounded(active, kind) * load(up, i, n, kind));          \
+INLINE void gate_row(
+    const void *gate, int64_t gate_by, const void *up, int64_t up_by, int64_t f, void *h, int kind, int act) {
+#define BODY(i, n)                                                                     \
+  {                                                                                    \
+    ask(gate, i, f, gate_by, kind), ask(up, i, f, up_by, kind);                        \
+    vecf x = load(gate, i, n, kind), active = x * activation(x, act, kind).share;      \
+    store(h, i, n, kind, rounded(active, kind) * load(up, i, n, kind));                \
   }
   EACH(f, BODY);
 #undef BODY
