@@ -6,7 +6,8 @@ from torch import Tensor
 
 from topwork.ops import residual
 from topwork.ops.native import load
-from topwork.ops.residual import add_and_round, add_and_round_reference, residual_branch
+from topwork.ops.project import RmsNorm, normed
+from topwork.ops.residual import add_and_round, add_and_round_reference, residual_branch, residual_norm
 
 SHAPES = [(1, 1), (5, 3), (7, 576), (40, 1030), (0, 8), (3, 4096)]
 PARTS = pytest.mark.parametrize(("adds", "rounds"), [(True, True), (True, False), (False, True), (False, False)])
@@ -94,3 +95,60 @@ def test_other_shapes_are_refused(layer_backend) -> None:
             add_and_round(x, other, 1.0, total, rounded)
     with pytest.raises(ValueError, match="shapes"):
         add_and_round(torch.zeros(2, 4, 3), None, 1.0, torch.zeros(2, 4, 3), None)
+
+
+@pytest.mark.parametrize("adds", [True, False], ids=["sum", "stream alone"])
+@pytest.mark.parametrize("unit_offset", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16 weight", "fp32 weight"])
+def test_with_its_norm_it_is_both_one_after_the_other(
+    layer_backend, weights: torch.dtype, unit_offset: bool, adds: bool
+) -> None:
+    """The stream, the norm and every gradient, to the bit; and the norm can be made again."""
+    for rows, width in [(1, 1), (5, 3), (7, 576), (40, 1030), (3, 4096)]:
+        norm = RmsNorm(1 + torch.rand(width).to(weights), 1e-5, unit_offset)
+        given = [torch.randn(1, rows, width), *([torch.randn(rows, width).bfloat16()] if adds else [])]
+        slopes = torch.randn(1, rows, width), torch.randn(rows, width).bfloat16()
+        found: list[list[Tensor]] = []
+        for together in (True, False):
+            x, *more = leaves = [x.clone().requires_grad_() for x in given]
+            y = more[0] if more else None
+            if together:
+                total, n, prologue = residual_norm(x, norm, torch.bfloat16, y, 0.3)
+                _, kept = prologue.forward(n)
+                assert torch.equal(prologue.recompute(kept), n)
+            else:
+                total, branch = residual_branch(x, torch.bfloat16, y, 0.3)
+                n = normed(branch, norm)
+            found.append([total, n, *torch.autograd.grad([total, n], leaves, slopes)])
+        assert all(map(torch.equal, *found)), (rows, width)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["stream", "norm"])
+def test_one_of_the_two_may_be_left_unused(layer_backend, used: int) -> None:
+    norm, found = RmsNorm(torch.rand(6).bfloat16(), 1e-5), []
+    given, addend = torch.randn(1, 4, 6), torch.randn(4, 6).bfloat16()
+    for together in (True, False):
+        x, y = given.clone().requires_grad_(), addend.clone().requires_grad_()
+        if together:
+            total, n, _ = residual_norm(x, norm, torch.bfloat16, y)
+        else:
+            total, branch = residual_branch(x, torch.bfloat16, y)
+            n = normed(branch, norm)
+        found.append(torch.autograd.grad((total, n)[used].float().pow(2).sum(), [x, y]))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_norm_of_many_rows_does_not_depend_on_the_threads() -> None:
+    """Enough of them for more than one thread."""
+    norm, found = RmsNorm(torch.rand(96).bfloat16(), 1e-5), []
+    x, y, dn = torch.randn(1, 700, 96), torch.randn(700, 96).bfloat16(), torch.randn(700, 96).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            total, n, _ = residual_norm(leaf, norm, torch.bfloat16, y)
+            found.append([total, n, *torch.autograd.grad([total, n], [leaf], [torch.ones_like(x), dn])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))

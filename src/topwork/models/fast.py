@@ -19,7 +19,7 @@ from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
 from topwork.ops.project import Gated, Identity, Projection, RmsNorm, normed, project, projection_of
-from topwork.ops.residual import residual_branch, residual_sum
+from topwork.ops.residual import residual_branch, residual_norm, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -173,21 +173,26 @@ class FastLayer(GradientCheckpointingLayer):
         part, attention = self.attention_part, _bare(self.self_attn)
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
-        x, given = residual_branch(x, dtype, in_place=in_place)
+        before = self.wiring.before_attention
         if part is not None and part.fits(attention):
-            y = self._heads(given, position_embeddings, attention, part)
+            group = self._group(attention, part.inputs)
+            x, given, prologue = self._branch(x, dtype, before, group, in_place=in_place)
+            y = self._heads(given, prologue, group, position_embeddings, attention, part)
         else:
-            part, n = None, self._normed(given, self.wiring.before_attention)
+            part = None
+            x, given = residual_branch(x, dtype, in_place=in_place)
+            n = self._normed(given, before)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
         if self.is_last and batch.output_positions is not None:
             rows = batch.output_positions  # each once, so that the gradient needs no sorting of them
             x, y, batch = x.index_select(1, rows), y.index_select(0, rows), batch.narrowed()
         with replace(current(), batch=batch).active():
             if part is not None:
-                y = self._projected(y, None, attention, ("o_proj",), self.wiring.after_attention is not None)
+                last = self._group(attention, ("o_proj",))
+                y = self._products(y, Identity(), last, self.wiring.after_attention is not None)
             y = self._normed(y, self.wiring.after_attention)
-            x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
-            y = self._normed(self._mlp(given), self.wiring.after_mlp)
+            x, y = self._mlp(x, dtype, y, in_place)
+            y = self._normed(y, self.wiring.after_mlp)
             x = residual_sum(x, y, self.multiplier, in_place)
         return x if self.is_last or self.before_another else x.to(dtype)
 
@@ -196,12 +201,25 @@ class FastLayer(GradientCheckpointingLayer):
         name = self.wiring.before_attention or self.wiring.after_attention
         return getattr(self, str(name)).weight.dtype
 
+    def _branch(
+        self, x: Tensor, dtype: torch.dtype, before: str | None, group: "_Group", y: Tensor | None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor, Identity | RmsNorm]:  # fmt: skip
+        """The stream [1, T, d] with y, and what a group begins with [T, d], with how that is to be taken."""
+        norm = self._norm(before)
+        if norm is not None and group.projections is not None and dtype != x.dtype:
+            return residual_norm(x, norm, dtype, y, self.multiplier, in_place)
+        x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
+        if norm is None or group.projections is None:
+            return x, self._normed(given, before), Identity()
+        return x, given, norm
+
     def _heads(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: nn.Module, part: AttentionPart
-    ) -> Tensor:
+        self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", rotary: tuple[Tensor, Tensor] | None,
+        attention: nn.Module, part: AttentionPart,
+    ) -> Tensor:  # fmt: skip
         """The attention's output before its last projection [T, H * D]."""
-        group = self._group(attention, part.inputs)
-        buffer = self._products(x, self.wiring.before_attention, group)
+        buffer = self._products(x, prologue, group)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
         context, how = current(), replace(part.how(attention), restores=group.has_gains)
         prefixes = context.prefixes(attention.layer_idx) if context.virtual else ()  # type: ignore[arg-type]
@@ -210,12 +228,19 @@ class FastLayer(GradientCheckpointingLayer):
         q, k, v = rotated_parts(buffer, turns, how, prefixes)
         return context.cache.attend(attention, q, k, v, how.rule, how.sinks).flatten(1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, dtype: torch.dtype, y: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        """The stream with the attention's y, and the MLP's output."""
         part, before, mlp = self.mlp_part, self.wiring.before_mlp, _bare(self.mlp)
         if part is None or not all(hasattr(mlp, name) for name in part.inputs):
-            y = mlp(self._normed(x, before)[None])
-            return (y[0] if isinstance(y, tuple) else y)[0]
-        buffer = self._projected(x, before, mlp, part.inputs)
+            x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
+            found = mlp(self._normed(given, before)[None])
+            return x, (found[0] if isinstance(found, tuple) else found)[0]
+        group = self._group(mlp, part.inputs)
+        x, given, prologue = self._branch(x, dtype, before, group, y, in_place)
+        return x, self._down(self._products(given, prologue, group), mlp, part)
+
+    def _down(self, buffer: Tensor, mlp: nn.Module, part: MlpPart) -> Tensor:
+        """The gated unit and what comes after it."""
         linear = _bare(mlp.get_submodule("down_proj"))
         down = projection_of(linear)
         if down is not None:
@@ -224,23 +249,13 @@ class FastLayer(GradientCheckpointingLayer):
             return project(buffer, (down,), Gated(part.activation), norm_follows, skip)
         return linear(normed(buffer, Gated(part.activation)))
 
-    def _projected(
-        self, x: Tensor, before: str | None, parent: nn.Module, names: Sequence[str], keeps: bool = True
-    ) -> Tensor:
-        """Linear layers side by side after a norm."""
-        return self._products(x, before, self._group(parent, names), keeps)
-
-    def _products(self, x: Tensor, before: str | None, group: "_Group", keeps: bool = True) -> Tensor:
-        """Where one is more than a projection, they run as modules."""
+    def _products(self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", keeps: bool = True) -> Tensor:
+        """Linear layers side by side after a prologue; where one is more than a projection, they run as modules."""
         if group.projections is None:
-            n = self._normed(x, before)
-            return torch.cat([module(n) for module in group.modules], -1)
-        norm = self._norm(before)
-        given = self._normed(x, before) if norm is None else x
-        prologue: Identity | RmsNorm = Identity() if norm is None else norm
-        if x.dtype != torch.float32:  # in one type with the stream the branch's gradient becomes the stream's
-            prologue = replace(prologue, hands_back=True)
-        return project(given, group.projections, prologue, keeps, joined=group.joined)
+            return torch.cat([module(x) for module in group.modules], -1)
+        if x.dtype != torch.float32 and not prologue.hands_back:  # in one type with the stream the branch's gradient
+            prologue = replace(prologue, hands_back=True)  # becomes the stream's
+        return project(x, group.projections, prologue, keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
         """Linear layers by name, for the current batch."""

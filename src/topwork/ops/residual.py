@@ -1,7 +1,7 @@
 """The residual stream of a decoder layer in fp32, and its branches in 16 bits.
 
     x' = x + multiplier * y          a branch's output y comes back to the stream
-    branch = round(x')               what the next branch begins with
+    branch = round(x')               what the next branch begins with, or its norm (`ops/norm.py`)
     dx = dx' + dbranch               dy = round(multiplier * dx)
 
 One pass over the memory each way (C, Triton), where plain torch (the truth) makes copies of both types. With `in_place`
@@ -9,11 +9,16 @@ the sum takes x's place (a view's excepted), and its gradient that of dx'; the c
 those any more. With one type there is nothing to round, and all of it is torch's own sum.
 """
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from topwork.ops.context import handoff_empty, saved_empty
+from topwork.ops.context import handback_empty, handoff_empty, saved_empty
 from topwork.ops.native import load as native
+from topwork.ops.norm import norm_mode, rms_norm, rms_norm_backward
+from topwork.ops.project import Normed, RmsNorm
 from topwork.ops.rows import rows_at_once
 from topwork.ops.triton import load as triton
 
@@ -35,16 +40,23 @@ def residual_branch(
     return _Residual.apply(x, y, multiplier, dtype, in_place)
 
 
+def residual_norm(
+    x: Tensor, norm: RmsNorm, dtype: torch.dtype, y: Tensor | None = None, multiplier: float = 1.0,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Normed]:  # fmt: skip
+    """As `residual_branch` with a narrower `dtype`, and in the branch's place its norm [T, d], with what a group of
+    projections is to know of that; it is gone when the next one is made."""
+    total, n, branch, rstd = _ResidualNorm.apply(x, y, multiplier, norm, dtype, in_place)
+    return total, n, Normed(hands_back=True, norm=norm, of=branch, rstd=rstd)
+
+
 class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, multiplier, dtype, in_place):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
         ctx.in_place = in_place
-        in_place = in_place and not x._is_view()  # which torch would refuse, with two outputs
-        total = x if in_place or y is None else torch.empty_like(x)
-        if in_place:
-            ctx.mark_dirty(x)  # also without y: or the next sum would meet a view
+        total = _total(ctx, x, y, in_place)
         branch = None if dtype is None else saved_empty(x, *x.shape[1:], dtype=dtype)
         add_and_round(x, y, multiplier, total, branch)
         return total, branch
@@ -55,11 +67,99 @@ class _Residual(torch.autograd.Function):
             return None, None, None, None, None
         if dtotal is None:
             dtotal, dbranch = dbranch.float()[None], None
-        wants_y = ctx.narrow is not None and ctx.needs_input_grad[1]
-        dy = handoff_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wants_y else None
         dx = dtotal if dbranch is None or ctx.in_place else torch.empty_like(dtotal)
+        dy = _gradient_of_y(ctx, dtotal)
         add_and_round(dtotal, dbranch, 1.0, dx, dy, ctx.multiplier)
         return dx, dy, None, None, None
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, multiplier, norm, dtype, in_place):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.multiplier, ctx.narrow = multiplier, None if y is None else y.dtype
+        ctx.in_place, ctx.norm = in_place, norm
+        total = _total(ctx, x, y, in_place)
+        branch = saved_empty(x, *x.shape[1:], dtype=dtype)
+        n, rstd = add_and_norm(x, y, multiplier, total, branch, norm)
+        ctx.save_for_backward(branch, rstd)
+        ctx.mark_non_differentiable(branch, rstd)
+        return total, n, branch, rstd
+
+    @staticmethod
+    def backward(ctx, dtotal, dn, *_):  # type: ignore[no-untyped-def]
+        kept = ctx.saved_tensors
+        if dtotal is None and dn is None:
+            return None, None, None, None, None, None
+        if dtotal is None:
+            dtotal, dn = ctx.norm.backward(dn, kept).float()[None], None
+        dx = dtotal if dn is None or ctx.in_place else torch.empty_like(dtotal)
+        dy = _gradient_of_y(ctx, dtotal)
+        if dn is None:
+            add_and_round(dtotal, None, 1.0, dx, dy, ctx.multiplier)
+        else:
+            add_and_norm_backward(dtotal, dn, kept, ctx.norm, dx, dy, ctx.multiplier)
+        return dx, dy, None, None, None, None
+
+
+def _total(ctx: Any, x: Tensor, y: Tensor | None, in_place: bool) -> Tensor:
+    """Where the sum goes."""
+    in_place = in_place and not x._is_view()  # which torch would refuse, with two outputs
+    if in_place:
+        ctx.mark_dirty(x)  # also without y: or the next sum would meet a view
+    return x if in_place or y is None else torch.empty_like(x)
+
+
+def _gradient_of_y(ctx: Any, dtotal: Tensor) -> Tensor | None:
+    """Memory for it, where it is wanted."""
+    wanted = ctx.narrow is not None and ctx.needs_input_grad[1]
+    return handoff_empty(dtotal, *dtotal.shape[1:], dtype=ctx.narrow) if wanted else None
+
+
+def add_and_norm(
+    x: Tensor, y: Tensor | None, multiplier: float, total: Tensor, branch: Tensor, norm: RmsNorm
+) -> tuple[Tensor, Tensor]:
+    """As `add_and_round` with a contiguous `branch`, and of that n [T, d] and rstd [T], as `rms_norm` makes them."""
+    if (library := _library(norm, branch, x, y, total)) is None:
+        add_and_round(x, y, multiplier, total, branch)
+        return rms_norm(branch, norm.weight, norm.eps, norm.unit_offset)
+    n, rstd = handback_empty(branch, *branch.shape), saved_empty(x, len(branch))
+    library.topwork_add_and_norm(
+        x.data_ptr(), None if y is None else y.data_ptr(), total.data_ptr(), branch.data_ptr(), multiplier,
+        *branch.shape, norm.weight.data_ptr(), norm.eps, rstd.data_ptr(), n.data_ptr(),
+        norm_mode(branch, norm.weight, norm.unit_offset), torch.get_num_threads(),
+    )  # fmt: skip
+    return n, rstd
+
+
+def add_and_norm_backward(
+    dtotal: Tensor, dn: Tensor, kept: tuple[Tensor, Tensor], norm: RmsNorm, dx: Tensor, dy: Tensor | None, by: float
+) -> None:
+    """dx = dtotal + the gradient by the branch, and dy = by * dx, from what `add_and_norm` was given and gave: the
+    branch and rstd."""
+    branch, rstd = kept
+    if (library := _library(norm, branch, dtotal, dn, dx, dy)) is None:
+        dbranch = rms_norm_backward(dn, branch, norm.weight, rstd, norm.unit_offset)
+        add_and_round(dtotal, dbranch, 1.0, dx, dy, by)
+        return
+    library.topwork_add_and_norm_backward(
+        dtotal.data_ptr(), dn.data_ptr(), branch.data_ptr(), *branch.shape, norm.weight.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), None if dy is None else dy.data_ptr(), by, norm_mode(branch, norm.weight, norm.unit_offset),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _library(norm: RmsNorm, branch: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
+    """The C kernels, where they know types and memory: a stream in fp32, all beside it in bf16, nothing with gaps."""
+    there = [branch, *(x for x in others if x is not None)]
+    fits = branch.dtype == torch.bfloat16 and norm.weight.is_contiguous() and norm.weight.device == branch.device
+    fits = fits and norm.weight.dtype in native.KINDS and norm.weight.shape == branch.shape[1:]
+    fits = fits and all(
+        x.numel() == branch.numel() and x.is_contiguous() and x.device == branch.device
+        and x.dtype == (torch.float32 if x.ndim == 3 else torch.bfloat16)
+        for x in there
+    )  # fmt: skip
+    return native.kernels("layer", branch) if fits and branch.numel() else None
 
 
 def add_and_round(

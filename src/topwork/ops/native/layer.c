@@ -106,25 +106,65 @@ void topwork_rotate(
 
 #define STRETCH 4096  // values that a thread takes at a time
 
+// `d` values among others of their kind.
+INLINE void add_row(
+    const float *x, const void *y, float *total, void *rounded, float multiplier, float by, int64_t d) {
+#define BODY(i, n)                                                           \
+  {                                                                          \
+    ask(x, i, d, d, F32);                                                    \
+    if (y) ask(y, i, d, d, BF16);                                            \
+    vecf sum = load(x, i, n, F32);                                           \
+    if (y) sum = sum + multiplier * load(y, i, n, BF16);                     \
+    if (y) store(total, i, n, F32, sum);                                     \
+    if (rounded) store(rounded, i, n, BF16, by * sum);                       \
+  }
+  EACH(d, BODY);
+#undef BODY
+}
+
 // total [count] = x + multiplier * y, and rounded = by * total: x and total fp32, and they may be one; y and rounded
 // bf16. Either may be NULL: without y nothing is written to total, and rounded = by * x.
 void topwork_add_and_round(
     const float *x, const void *y, float *total, void *rounded, float multiplier, float by, int64_t count,
     int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > LITTLE)
-  for (int64_t from = 0; from < count; from += STRETCH) {
-    int64_t some = count - from < STRETCH ? count - from : STRETCH;
-#define BODY(i, n)                                                           \
-  {                                                                          \
-    ask(x, from + (i), count, count, F32);                                   \
-    if (y) ask(y, from + (i), count, count, BF16);                           \
-    vecf sum = load(x, from + (i), n, F32);                                  \
-    if (y) sum = sum + multiplier * load(y, from + (i), n, BF16);            \
-    if (y) store(total, from + (i), n, F32, sum);                            \
-    if (rounded) store(rounded, from + (i), n, BF16, by * sum);              \
+  for (int64_t from = 0; from < count; from += STRETCH)
+    add_row(x + from, y ? at(y, from, BF16) : NULL, total + from, rounded ? at(rounded, from, BF16) : NULL, multiplier,
+            by, least(STRETCH, count - from));
+}
+
+// ---- residual stream and norm ---------------------------------------------------------------------------------------
+
+// Also n [rows, d] and rstd [rows], the norm of `rounded`, while a row of it is in the cache. `mode` is one of bf16.
+void topwork_add_and_norm(
+    const float *x, const void *y, float *total, void *rounded, float multiplier, int64_t rows, int64_t d,
+    const void *weight, float eps, float *rstd, void *n, int mode, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+    void *branch = at(rounded, r * d, BF16);
+    add_row(x + r * d, y ? at(y, r * d, BF16) : NULL, total + r * d, branch, multiplier, 1, d);
+#define CALL(kind, w_kind, offset)                                                                              \
+  {                                                                                                             \
+    rstd[r] = 1.0f / sqrtf(row_sum(branch, 0, 0, d, BF16, w_kind, offset) / d + eps);                           \
+    norm_row(branch, 0, weight, rstd[r], d, at(n, r * d, BF16), BF16, w_kind, offset);                          \
   }
-    EACH(some, BODY);
-#undef BODY
+    BY_MODE(CALL)
+#undef CALL
+  }
+}
+
+// dx = dtotal + the norm's gradient from dn [rows, d], rounded, and dy = by * dx, which may be NULL; dx may be dtotal.
+void topwork_add_and_norm_backward(
+    const float *dtotal, const void *dn, const void *rounded, int64_t rows, int64_t d, const void *weight,
+    const float *rstd, float *dx, void *dy, float by, int mode, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * d > LITTLE)
+  for (int64_t r = 0; r < rows; r++) {
+    uint16_t slope[d];
+#define CALL(kind, w_kind, offset)                                                                              \
+  slope_row(at(dn, r * d, BF16), d, at(rounded, r * d, BF16), d, weight, rstd[r], d, slope, BF16, w_kind, offset)
+    BY_MODE(CALL)
+#undef CALL
+    add_row(dtotal + r * d, slope, dx + r * d, dy ? at(dy, r * d, BF16) : NULL, 1, by, d);
   }
 }
 

@@ -48,6 +48,8 @@ SIGNATURES = {
         "topwork_rms_norm_backward": Signature([*[_AT, _LONG, _LONG] * 2, *[_LONG] * 3, *[_AT] * 3, _INT, _INT]),
         "topwork_rotate": Signature([_AT, *[_LONG] * 4, _AT, _LONG, _AT, _LONG, _LONG, _INT, _INT]),
         "topwork_add_and_round": Signature([*[_AT] * 4, _FLOAT, _FLOAT, _LONG, _INT]),
+        "topwork_add_and_norm": Signature([*[_AT] * 4, _FLOAT, _LONG, _LONG, _AT, _FLOAT, _AT, _AT, _INT, _INT]),
+        "topwork_add_and_norm_backward": Signature([*[_AT] * 3, _LONG, _LONG, *[_AT] * 4, _FLOAT, _INT, _INT]),
         "topwork_gain": Signature([_AT, *[_LONG] * 3, _AT, _AT, _INT, _INT]),
         "topwork_gain_backward": Signature([*[_AT, _LONG] * 2, _LONG, _LONG, *[_AT] * 3, _LONG, _INT, _INT]),
         "topwork_drop": Signature([*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _UINT, _UINT, _FLOAT, _INT, _INT]),
