@@ -253,8 +253,8 @@ class FastLayer(GradientCheckpointingLayer):
         """Linear layers side by side after a prologue; where one is more than a projection, they run as modules."""
         if group.projections is None:
             return torch.cat([module(x) for module in group.modules], -1)
-        if x.dtype != torch.float32 and not prologue.hands_back:  # in one type with the stream the branch's gradient
-            prologue = replace(prologue, hands_back=True)  # becomes the stream's
+        if x.dtype != torch.float32:  # in one type with the stream the branch's gradient becomes the stream's
+            prologue = replace(prologue, hands_back=True)
         return project(x, group.projections, prologue, keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
