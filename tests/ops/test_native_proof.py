@@ -439,6 +439,6 @@ def test_what_is_not_known_of_amx_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_is_what_it_includes() -> None:
     assert {"grouped.c", "tile.h", "amx.h", "simd.h"} <= variants.sources("grouped").keys()
-    assert variants.sources("logprobs").keys() == {"logprobs.c", "simd.h"}
+    assert variants.sources("logprobs").keys() == {"logprobs.c", "rows.h", "simd.h"}
     headers = {path.name for path in Path(build.__file__).parent.glob("*.h")}
     assert headers == {file for name in TRIALS for file in variants.sources(name) if file.endswith(".h")}

@@ -27,13 +27,14 @@ from topwork.ops.norm import (
     rms_normalized,
 )
 from topwork.ops.packed import pack_4bit, pack_int8
+from topwork.ops.project import RmsNorm
 from topwork.ops.quantize import (
     code_of,
     dequantize_4bit_reference,
     dequantize_int8_reference,
     quantize_4bit_reference,
 )
-from topwork.ops.residual import add_and_round, add_and_round_reference
+from topwork.ops.residual import add_and_norm, add_and_norm_backward, add_and_round, add_and_round_reference
 from topwork.ops.rotary import rotate_, rotate_reference_
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -121,7 +122,7 @@ def layer() -> list[Case]:
         cases += [*_norms(dtype, width), *_gains(dtype, width), *_gated(dtype, width)]
     for dtype in TYPES:
         cases += [*_rotary(dtype), *_dropped(dtype)]
-    return [*cases, *_residual()]
+    return [*cases, *_residual(), *_residual_norms()]
 
 
 def _norms(dtype: torch.dtype, width: int) -> list[Case]:
@@ -189,6 +190,31 @@ def _residual() -> list[Case]:
     add_and_round(x, y, 0.7, *found, 1.3)
     add_and_round_reference(x, y, 0.7, *expected, 1.3)
     return _cases("residual sums", torch.bfloat16, found, expected)
+
+
+def _residual_norms() -> list[Case]:
+    """The sum and the norm of its branch in one pass each way, beside the two of them."""
+    cases = []
+    for width, offset in product((5, 64, 83), (False, True)):
+        x, dx, y, dn = (
+            _random(1, 7, width),
+            _random(1, 7, width),
+            _random(7, width).bfloat16(),
+            _random(7, width).bfloat16(),
+        )
+        norm = RmsNorm(_random(width).bfloat16(), 1e-5, offset)
+        (total, branch), (its_total, its_branch) = [(torch.empty_like(x), torch.empty_like(y)) for _ in range(2)]
+        n, rstd = add_and_norm(x, y, 0.7, total, branch, norm)
+        add_and_round_reference(x, y, 0.7, its_total, its_branch)
+        its_n, its_rstd = rms_norm_reference(its_branch, norm.weight, norm.eps, offset)
+        found, expected = (total, branch, n, rstd), (its_total, its_branch, its_n, its_rstd)
+        cases += _cases(f"residual sums and norms of {width} values", torch.bfloat16, found, expected)
+        (back, dy), (its_back, its_dy) = [(torch.empty_like(x), torch.empty_like(y)) for _ in range(2)]
+        add_and_norm_backward(dx, dn, (branch, rstd), norm, back, dy, 0.7)
+        slope = rms_norm_backward_reference(dn, its_branch, norm.weight, its_rstd, offset)
+        add_and_round_reference(dx, slope, 1.0, its_back, its_dy, 0.7)
+        cases += _cases("their gradients", torch.bfloat16, (back, dy), (its_back, its_dy))
+    return cases
 
 
 def logprobs() -> list[Case]:
