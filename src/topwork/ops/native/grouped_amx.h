@@ -207,15 +207,6 @@ static void finish_block(const Block *b, int64_t r, int64_t rows, int64_t c, int
   finish_rows(&piece, r, rows, c, columns, sums, ld);
 }
 
-// Rows stand far apart, which no processor foresees.
-static void ask_for_out(const Block *b, int64_t r, int64_t rows, int64_t c, int64_t columns) {
-  const Product *p = b->side->of;
-  for (int64_t i = 0; i < rows; i++) {
-    const char *to = value_at(p->out, b->row + r + i, b->column + c, p->out_kind);
-    for (int64_t byte = 0; byte < columns * bytes_of(p->out_kind); byte += 64) __builtin_prefetch(to + byte, 1, 2);
-  }
-}
-
 // Up to TALLEST rows of a block, as stretches of its summed axis: what stands, and what had to be packed.
 typedef struct {
   Stretch own[2];
@@ -237,8 +228,8 @@ static int64_t cut_stretches(const Lines *l, int64_t from, int64_t stop, const f
 }
 
 // The columns of tiles [from, until) of a block for some of its rows. `sums` are those of the tile `from`, rows of `ld`.
-static void multiply_group(const Block *b, const Lines *l, int64_t r, int64_t rows, const float *right, int64_t across,
-                           int64_t from, int64_t until, float *sums, int64_t ld, int last, int add) {
+static void multiply_group(const Lines *l, int64_t rows, const float *right, int64_t across, int64_t from,
+                           int64_t until, float *sums, int64_t ld, int add) {
   int64_t high = sides(rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
   int64_t cuts = (l->steps + MOST_STEPS - 1) / MOST_STEPS, each = (l->steps + cuts - 1) / cuts;
   for (int64_t step = 0; step < l->steps; step += each) {
@@ -247,7 +238,6 @@ static void multiply_group(const Block *b, const Lines *l, int64_t r, int64_t ro
       Stretch part[2];
       wide = least(per, until - t);
       int64_t count = cut_stretches(l, step, stop, right + t * across, across, part);
-      if (last && stop == l->steps && each > 1) ask_for_out(b, r, rows, SIDE * t, SIDE * wide);
       multiply_tiles(high, wide, part, count, sums + SIDE * (t - from), ld, add || step);
     }
   }
@@ -267,7 +257,7 @@ static void multiply_block(const Block *b, const Room *room, const float *right,
     l.steps = l.own[0].deep + (l.count == 2 ? l.own[1].deep : 0);
     for (int64_t t = 0; t < width; t += GROUP) {
       float *sums = room->sums + (keep ? r * ld + SIDE * t : 0);
-      multiply_group(b, &l, r, rows, right, across, t, least(t + GROUP, width), sums, ld, last, unit > 0);
+      multiply_group(&l, rows, right, across, t, least(t + GROUP, width), sums, ld, unit > 0);
       if (last) finish_block(b, r, rows, SIDE * t, least(SIDE * GROUP, b->columns - SIDE * t), sums, ld);
     }
   }
