@@ -69,7 +69,7 @@ def drawn(*shape: int) -> Tensor:
 
 def one_by_one(products: Sequence[Product]) -> None:
     """As plain torch has it: masters rounded to bf16, a product each; gradients in bf16, then in fp32."""
-    for left, given, out, alpha, beta in products:
+    for left, given, out, alpha, beta, _ in products:
         right = given.to(left.dtype)
         if out.dtype == left.dtype:
             torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)

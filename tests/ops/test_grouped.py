@@ -67,7 +67,7 @@ def drawn(rng: random.Random, m: int, n: int, k: int, alpha: float = 0.37) -> Pr
 
 
 def exact(product: Product) -> Tensor:
-    left, right, out, alpha, beta = product
+    left, right, out, alpha, beta, _ = product
     value = alpha * (left.double() @ right.double())
     return value + out.double() if beta else value
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topwork.ops.context import saved_empty, scratch_empty
 from topwork.ops.dropout import Dropout, drop
-from topwork.ops.grouped import Product, Stage, staged
+from topwork.ops.grouped import Addend, Product, Stage, staged
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,27 @@ def _added(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> l
     return _turns(added)
 
 
+def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
+    """The terms of a projection that has these columns of the group's output, to be added to its product."""
+    return tuple(
+        Addend(s[:, ranks], term.b.t(), bundle.rows.start, there.start - columns.start, term.scaling)
+        for bundle, s in zip(bundles, inner)
+        for term, there, ranks in bundle.terms
+        if columns.start <= there.start < columns.stop
+    )
+
+
 def term_gradients(
-    n: Tensor, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
+    n: Tensor, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None,
+    weight: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of every A and of every B, bundle by bundle; adds the terms' share to dn [T, in] where there is
-    one."""
+    one. With `weight` [outputs, in] dn is dy weight and that share, in one product."""
     g = [scratch_empty(s, *s.shape) for s in inner]
     first, second, third = [], [], []
     all_da, all_db = [], []
     shares: list[tuple[slice, Dropout, Tensor]] = []
+    joined: list[Addend] = []
     for bundle, s, slopes, a in zip(bundles, inner, g, stacked(bundles)):
         da = bundle.terms[0].term.a.new_empty(bundle.rank, n.shape[1])
         second.append(Product(slopes.t(), bundle.input(n), da))
@@ -123,12 +135,16 @@ def term_gradients(
             all_db.append(db)
         if dn is None:
             continue
-        if bundle.dropout is None:
+        if bundle.dropout is None and weight is not None:
+            joined.append(Addend(slopes, a, bundle.rows.start, 0))
+        elif bundle.dropout is None:
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
         else:
             shares.append((bundle.rows, bundle.dropout, scratch_empty(dn, len(s), dn.shape[1])))
             second.append(Product(slopes, a, shares[-1][2]))
+    if dn is not None and weight is not None:
+        second.insert(0, Product(dy, weight, dn, addends=tuple(joined)))
     for stage in staged([first, second, *_turns(third)]):
         stage()
     if dn is not None:

@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, add_terms, bundled, inner_products, term_gradients
+from topwork.ops.bundles import LowRank, add_terms, addends, bundled, inner_products, term_gradients
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import gated, gated_backward
-from topwork.ops.grouped import Stage
+from topwork.ops.grouped import Product, Stage, grouped_products, multiplies_all
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
@@ -221,7 +221,7 @@ class _Project(torch.autograd.Function):
             if skip_forward:
                 out.zero_()
             else:
-                _write(ctx, vectors.scaled(n, x), add, out)
+                _write(ctx, vectors.scaled(n, x), inner, add, out)
         ctx.counts = len(kept), len(inner)
         ctx.out = out.detach() if vectors.gains and keeps else None  # not saved: what follows may write into it
         ctx.save_for_backward(*kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
@@ -239,28 +239,55 @@ class _Project(torch.autograd.Function):
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
                 n = vectors.scaled(ctx.prologue.recompute(kept), kept[0])
-                _write(ctx, n, add_terms(ctx.bundles, inner, out), out)
+                _write(ctx, n, inner, add_terms(ctx.bundles, inner, out), out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
-            dn = _base_gradient(dout, ctx.group, ctx.joined, ctx.prologue) if wants_x or vectors.inputs else None
+            dn = _room_for_gradient(dout, ctx.group, ctx.prologue) if wants_x or vectors.inputs else None
+            base = _base(ctx.group, ctx.joined)
+            alone = len(base) == 1 and bool(inner) and not vectors.inputs
+            weight = base[0][0].weight if alone and _made_here(dout, base) else None
+            if dn is not None and weight is None:
+                _base_gradient(dout, base, dn)
             if inner or vectors.inputs:
                 n = ctx.prologue.recompute(kept)
                 of_inputs = vectors.input_gradients_(n, dn)
-                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn if wants_x else None)
+                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn if wants_x else None, weight)
                 del n
             dx = ctx.prologue.backward(dn, kept) if wants_x else None
         return dx, None, None, None, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
-def _write(ctx: Any, n: Tensor, add: Sequence[Stage], out: Tensor) -> None:
-    """The outputs of a `_Project`, from n as the base sees it and what adds the terms."""
-    _base_products(n, ctx.group, ctx.joined, out)
-    for stage in add:
-        stage()
+Base = list[tuple[Projection, slice]]
+"""Frozen layers, each with its columns in the group's output."""
+
+
+def _base(group: Sequence[Projection], joined: Projection | None) -> Base:
+    return list(_columns((joined,) if joined else group))
+
+
+def _made_here(n: Tensor, base: Base) -> bool:
+    """Whether the products of these layers are `grouped_products`, which add the terms on the way."""
+    return multiplies_all(n) and all(
+        isinstance(layer.weight, Tensor) and layer.weight.dtype == n.dtype and layer.bias is None for layer, _ in base
+    )
+
+
+def _write(ctx: Any, n: Tensor, inner: Sequence[Tensor], add: Sequence[Stage], out: Tensor) -> None:
+    """The outputs of a `_Project`, from n as the base sees it, each bundle's S, and what adds the terms."""
+    base = _base(ctx.group, ctx.joined)
+    if _made_here(n, base):
+        grouped_products([
+            Product(n, layer.weight.t(), out[:, columns], addends=addends(ctx.bundles, inner, columns))
+            for layer, columns in base
+        ])  # fmt: skip
+    else:
+        _base_products(n, base, out)
+        for stage in add:
+            stage()
     ctx.vectors.change_(out)
 
 
-def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | None, out: Tensor) -> None:
-    for projection, columns in _columns((joined,) if joined else group):
+def _base_products(n: Tensor, base: Base, out: Tensor) -> None:
+    for projection, columns in base:
         part = out[:, columns]
         if isinstance(projection.weight, Packed):
             write_output(n, projection.weight, projection.bias, part)
@@ -270,24 +297,26 @@ def _base_products(n: Tensor, group: Sequence[Projection], joined: Projection | 
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _base_gradient(
-    dout: Tensor, group: Sequence[Projection], joined: Projection | None, prologue: Prologue
-) -> Tensor:  # fmt: skip
-    """dout W of the whole group [T, in]; where there is a prologue, nobody else takes it further."""
+def _room_for_gradient(dout: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
+    """For dout W of the whole group [T, in]; where there is a prologue, nobody else takes it further."""
     shape = len(dout), group[0].weight.shape[1]
     if not isinstance(prologue, Identity):
-        dn = scratch_empty(dout, *shape)
-    else:
-        dn = handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
-    for number, (projection, columns) in enumerate(_columns((joined,) if joined else group)):
+        return scratch_empty(dout, *shape)
+    return handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
+
+
+def _base_gradient(dout: Tensor, base: Base, dn: Tensor) -> None:
+    """dn [T, in] = dout W of the whole group."""
+    for number, (projection, columns) in enumerate(base):
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
             input_gradient(part, projection.weight, dn, add=number > 0)
+        elif _made_here(part, [(projection, columns)]):
+            grouped_products([Product(part, projection.weight, dn, beta=int(number > 0))])
         elif number:
             dn.addmm_(part, projection.weight)
         else:
             torch.mm(part, projection.weight, out=dn)
-    return dn
 
 
 def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:

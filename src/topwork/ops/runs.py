@@ -156,8 +156,8 @@ def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
 
 
 def _lines(product: Product) -> Tensor:
-    """[E, 16] int64, the lines of `native/grouped.c`'s table: address, strides of rows and columns of left, right and
-    out; m, k, n; kinds of both operands and of the output; whether to add."""
+    """[E, 17] int64, the lines of `native/grouped.c`'s table: address, strides of rows and columns of left, right and
+    out; m, k, n; kinds of both operands and of the output; whether to add; no addends."""
     left, right, out, (starts, counts, _), _ = product[:5]
     experts = torch.arange(len(starts))
     kinds = native.KINDS[left.dtype], native.KINDS[right.dtype], native.KINDS[out.dtype]
@@ -172,12 +172,12 @@ def _lines(product: Product) -> Tensor:
     if isinstance(product, RunOuter):
         columns = [
             row(left), 1, left.stride(0), row(right), right.stride(0), 1, one(out), out.stride(1), 1,
-            left.shape[1], counts, right.shape[1], *kinds, 0,
+            left.shape[1], counts, right.shape[1], *kinds, 0, 0,
         ]  # fmt: skip
     else:
         columns = [
             row(left), left.stride(0), 1, one(right), *_sides(right), row(out), out.stride(0), 1,
-            counts, right.shape[1], right.shape[2], *kinds, product.beta,
+            counts, right.shape[1], right.shape[2], *kinds, product.beta, 0,
         ]  # fmt: skip
     lines = torch.empty(len(starts), len(columns), dtype=torch.int64)
     for at, value in enumerate(columns):

@@ -71,7 +71,7 @@ typedef struct {
 
 typedef struct {
   Matrix left, right, out;
-  int64_t m, k, n, kind, right_kind, out_kind, add;
+  int64_t m, k, n, kind, right_kind, out_kind, add, addends;
 } Product;  // as the table has it: all are 64 bits wide
 
 typedef struct {
@@ -366,7 +366,7 @@ static int64_t cut(const Product *products, const double *alphas, int64_t count,
 
 // Where both sides would be turned, the longer one is better off on the right; k = 1 is both ways contiguous.
 static void turn(Product *p) {
-  if (p->left.column == 1 || p->right.column != 1 || p->m <= p->n || p->kind != p->right_kind) return;
+  if (p->left.column == 1 || p->right.column != 1 || p->m <= p->n || p->kind != p->right_kind || p->addends) return;
   Product q = *p;
   p->left = (Matrix){q.right.at, q.right.column, q.right.row};
   p->right = (Matrix){q.left.at, q.left.column, q.left.row};
@@ -403,12 +403,13 @@ static int run_pieces(const Product *products, const double *alphas, int64_t cou
   return 0;
 }
 
-// The table has a line of 16 numbers for each product: address, row stride and column stride of left, right and out; m,
-// k, n; kinds of left, of right and of the output; whether to add. Both kinds are one but for fp32 beside bf16 on AMX.
-// Turned products (whose columns are contiguous) are allowed everywhere.
+// The table has a line of 17 numbers for each product: address, row stride and column stride of left, right and out; m,
+// k, n; kinds of left, of right and of the output; whether to add; how many lines behind it are addends. Both kinds are
+// one, and there are no addends, but for bf16 on AMX, beside which the right side may be fp32. Turned products (whose
+// columns are contiguous) are allowed everywhere.
 // Returns 0, or 1 when memory ran out, before anything was written; 2 where the system does not permit AMX.
 int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; i++) turn(products + i);
+  for (int64_t i = 0; i < count; i += 1 + products[i].addends) turn(products + i);
 #ifdef AMX
   if (!amx_permitted()) return 2;
   if (run_blocks(products, alphas, count, threads)) return 1;

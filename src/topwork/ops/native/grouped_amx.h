@@ -21,53 +21,57 @@
 
 static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
-// A product, and where its right side is packed if that is done once, for all of its pieces.
+// A product may have addends (so many lines behind it in the table): products whose sums join its own before these are
+// rounded. An addend's `out` is no address but its place in the product's out, `row` and `column`, a multiple of 16.
+
+// A product or an addend, and where its right side is packed if that is done once, for all pieces.
 typedef struct {
   const Product *of;
-  float alpha;
-  int shared;
+  float alpha;  // a product's waits until its sums are rounded, an addend's is packed with its right side
+  int addend, shared;
   int64_t at;  // in Room.packed: [tiles of columns][tiles of units][16][16]
 } Side;
 
 // ---- the right side ------------------------------------------------------------------------------------------------
 
-// `count` values from `at` on as bf16; zeros up to 16.
-INLINE void narrow16(const char *at, int64_t count, int64_t kind, uint16_t *to) {
+// `count` values from `at` on times alpha as bf16; zeros up to 16.
+INLINE void narrow16(const char *at, int64_t count, int64_t kind, float alpha, uint16_t *to) {
   for (int64_t i = 0; i < 16; i += LANES) {
     int64_t some = least(LANES, count - i);
-    vech small = to_bf16(some > 0 ? load(at, i, some, (int)kind) : vall(0));
+    vech small = to_bf16(some > 0 ? load(at, i, some, (int)kind) * vall(alpha) : vall(0));
     memcpy(to + i, &small, sizeof small);
   }
 }
 
-// One tile: columns [column, column + 16) and units [unit, unit + 16) of a right side, zeros beyond it.
-static void pack_tile(const Product *p, int64_t column, int64_t unit, float *to) {
+// One tile: columns [column, column + 16) and units [unit, unit + 16) of a right side times alpha, zeros beyond it.
+static void pack_tile(const Product *p, float alpha, int64_t column, int64_t unit, float *to) {
   int64_t count = least(SIDE, p->n - column), from = 2 * unit, some = least(32, p->k - from);
   int64_t size = bytes_of(p->right_kind);
+  int plain = p->right_kind == BF16 && alpha == 1;
   const char *at = value_at(p->right, from, column, p->right_kind);
   if (p->right.column == 1) {
     int64_t by = p->right.row * size;
     for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
       uint16_t two[2][16] __attribute__((aligned(32)));
-      if (p->right_kind == BF16 && count == SIDE && 2 * s + 1 < some) {
+      if (plain && count == SIDE && 2 * s + 1 < some) {
         pair_rows((const uint16_t *)at, (const uint16_t *)(at + by), SIDE, to + SIDE * s);
         continue;
       }
       for (int64_t half = 0; half < 2; half++)
-        narrow16(at + half * by, 2 * s + half < some ? count : 0, p->right_kind, two[half]);
+        narrow16(at + half * by, 2 * s + half < some ? count : 0, p->right_kind, alpha, two[half]);
       pair_rows(two[0], two[1], SIDE, to + SIDE * s);
     }
     return;
   }
   int64_t by = p->right.column * size;
-  if (p->right_kind == BF16 && some == 32 && by % 4 == 0) {
+  if (plain && some == 32 && by % 4 == 0) {
     transpose_block((const Unit *)at, by / 4, count, SIDE, to, SIDE);
     return;
   }
   uint16_t rows[16][32] __attribute__((aligned(64)));
   for (int64_t c = 0; c < SIDE; c++)
     for (int64_t half = 0; half < 32; half += 16)
-      narrow16(at + c * by + half * size, c < count ? least(16, some - half) : 0, p->right_kind, rows[c] + half);
+      narrow16(at + c * by + half * size, c < count ? least(16, some - half) : 0, p->right_kind, alpha, rows[c] + half);
   transpose_block((const Unit *)rows, SIDE, SIDE, SIDE, to, SIDE);
 }
 
@@ -90,46 +94,49 @@ static void pack_two(const Product *p, int64_t column, int64_t unit, float *to, 
 
 // The tiles of columns [column, column + 16 wide) and units [unit, unit + 16 deep), those of the next columns `across`
 // further on. Rows that are contiguous are read as they follow each other.
-static void pack_tiles(const Product *p, int64_t column, int64_t wide, int64_t unit, int64_t deep, float *to,
-                       int64_t across) {
+static void pack_tiles(const Product *p, float alpha, int64_t column, int64_t wide, int64_t unit, int64_t deep,
+                       float *to, int64_t across) {
   int whole = 0;
   for (int64_t d = 0; d < deep; d++)
     for (int64_t t = 0; t < wide; t += 1 + whole) {
       float *tile = to + t * across + d * SIDES;
 #if defined(WIDE)
-      whole = p->right_kind == BF16 && p->right.column == 1 && t + 1 < wide && column + SIDE * (t + 2) <= p->n &&
+      whole = alpha == 1 && p->right_kind == BF16 && p->right.column == 1 && t + 1 < wide && column + SIDE * (t + 2) <= p->n &&
               2 * (unit + SIDE * (d + 1)) <= p->k;
       if (whole) {
         pack_two(p, column + SIDE * t, unit + SIDE * d, tile, across);
         continue;
       }
 #endif
-      pack_tile(p, column + SIDE * t, unit + SIDE * d, tile);
+      pack_tile(p, alpha, column + SIDE * t, unit + SIDE * d, tile);
     }
 }
 
 // ---- the left side -------------------------------------------------------------------------------------------------
 
-// Rows [row, row + rows) and units [unit, unit + 16 deep) to rows of `ld`, up to whole tiles; zeros beyond the left side.
+// Rows [row, row + rows) and units [unit, unit + 16 deep) to rows of `ld`, up to whole tiles; zeros beyond the left side,
+// and before it.
 static void pack_lines(const Product *p, int64_t row, int64_t rows, int64_t unit, int64_t deep, float *to, int64_t ld) {
-  int64_t count = least(32 * deep, p->k - 2 * unit);
+  int64_t count = least(32 * deep, p->k - 2 * unit), first = most(0, -row), high = sides(rows);
+  rows = least(rows, p->m - row);
   if (p->left.column == 1) {
-    for (int64_t r = 0; r < SIDE * sides(rows); r++) {
+    for (int64_t r = 0; r < SIDE * high; r++) {
       char *line = (char *)(to + r * ld);
-      int64_t there = r < rows ? 2 * count : 0;
+      int64_t there = r >= first && r < rows ? 2 * count : 0;
       if (there) memcpy(line, value_at(p->left, row + r, 2 * unit, BF16), there);
       memset(line + there, 0, 64 * deep - there);
     }
     return;
   }
   float spare[16 * 16] __attribute__((aligned(64)));
-  for (int64_t r = 0; r < rows; r += SIDE)
+  for (int64_t r = 0; r < SIDE * high; r += SIDE)
     for (int64_t d = 0; d < deep; d++) {
+      int64_t skip = least(SIDE, most(0, first - r)), some = least(SIDE, rows - r) - skip;
       memset(spare, 0, sizeof spare);
-      for (int64_t s = 0; s < least(SIDE, (count - 32 * d + 1) / 2); s++) {
+      for (int64_t s = 0; s < least(SIDE, (count - 32 * d + 1) / 2) && some > 0; s++) {
         int64_t k = 2 * (unit + SIDE * d + s);
-        const uint16_t *upper = (const uint16_t *)value_at(p->left, row + r, k, BF16);
-        pair_rows(upper, k + 1 < p->k ? upper + p->left.column : NULL, least(SIDE, rows - r), spare + SIDE * s);
+        const uint16_t *upper = (const uint16_t *)value_at(p->left, row + r + skip, k, BF16);
+        pair_rows(upper, k + 1 < p->k ? upper + p->left.column : NULL, some, spare + SIDE * s + skip);
       }
       transpose_block(spare, SIDE, SIDE, SIDE, to + r * ld + SIDE * d, ld);
     }
@@ -146,28 +153,32 @@ typedef struct {
 } Block;
 
 typedef struct {
-  float *left, *edge, *right, *sums;
+  float *left, *edge, *lines, *right, *sums;
   const float *packed;
 } Room;
 
-enum { TALLEST = 4 * SIDE };  // rows of the tallest shape of sums
+enum { TALLEST = 4 * SIDE, MOST_ADDENDS = 30 };  // rows of the tallest shape of sums; addends of a product
 
 static int holds_sums(const Product *p) { return steps_of(p) > SHALLOW || p->out.column != 1 || !p->k; }
 
 // The parts of an arena that are large enough for a block; how long it must be.
 static int64_t room_of(const Block *blocks, int64_t count, float *arena, Room *room) {
-  int64_t left = 0, right = 0, sums = 0, used = 0;
+  int64_t left = 0, lines = 0, right = 0, sums = 0, used = 0;
   for (int64_t i = 0; i < count; i++) {
     const Block *b = blocks + i;
     const Product *p = b->side->of;
     int64_t deep = SIDE * sides(least(DEEP, steps_of(p))), columns = SIDE * sides(b->columns);
     if (!stands_for_tiles(p)) left = most(left, SIDE * sides(b->rows) * deep);
     else left = most(left, TALLEST * deep);
+    int64_t units = 0;
+    for (int64_t t = 1; t <= p->addends; t++) units += SIDE * sides(steps_of(p + t));
+    lines = most(lines, TALLEST * units);
     if (!b->side->shared) right = most(right, columns * deep);
     sums = most(sums, holds_sums(p) ? SIDE * sides(b->rows) * columns : TALLEST * SIDE * GROUP);
   }
   room->left = take(arena, &used, left);
   room->edge = take(arena, &used, TALLEST * SIDE);
+  room->lines = take(arena, &used, lines);
   room->right = take(arena, &used, right);
   room->sums = take(arena, &used, sums);
   return used;
@@ -227,17 +238,54 @@ static int64_t cut_stretches(const Lines *l, int64_t from, int64_t stop, const f
   return count;
 }
 
+// An addend's rows as a stretch, and the tiles of a block's columns, [first, stop), that it is added to.
+typedef struct {
+  Stretch lines;
+  int64_t first, stop;
+} Added;
+
+// The addends that these rows and the block's columns meet.
+static int64_t added_lines(const Block *b, const Room *room, int64_t r, int64_t rows, Added *to) {
+  int64_t found = 0, used = 0;
+  for (int64_t t = 1; t <= b->side->of->addends; t++) {
+    const Side *side = b->side + t;
+    const Product *p = side->of;
+    int64_t row = b->row + r - p->out.row, deep = sides(steps_of(p)), first = (p->out.column - b->column) / SIDE;
+    if (row >= p->m || row + rows <= 0 || !deep || first >= sides(b->columns) || first + sides(p->n) <= 0) continue;
+    float *lines = room->lines + used;
+    pack_lines(p, row, rows, 0, deep, lines, SIDE * deep);
+    used += SIDE * sides(rows) * SIDE * deep;
+    const float *right = room->packed + side->at - first * deep * SIDES;  // so that tile 0 is the block's first
+    to[found++] = (Added){{lines, right, SIDE * deep, SIDE, deep * SIDES, deep}, first, first + sides(p->n)};
+  }
+  return found;
+}
+
+// As many of the tiles from `t` on as all addends meet alike; those addends' stretches.
+static int64_t added_stretches(const Added *added, int64_t count, int64_t t, int64_t *wide, Stretch *to) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (added[i].first > t) *wide = least(*wide, added[i].first - t);
+    else if (added[i].stop > t) *wide = least(*wide, added[i].stop - t);
+    if (added[i].first > t || added[i].stop <= t) continue;
+    to[found] = added[i].lines;
+    to[found++].b += t * added[i].lines.across;
+  }
+  return found;
+}
+
 // The columns of tiles [from, until) of a block for some of its rows. `sums` are those of the tile `from`, rows of `ld`.
-static void multiply_group(const Lines *l, int64_t rows, const float *right, int64_t across, int64_t from,
-                           int64_t until, float *sums, int64_t ld, int add) {
+static void multiply_group(const Lines *l, const Added *added, int64_t addends, int64_t rows, const float *right,
+                           int64_t across, int64_t from, int64_t until, float *sums, int64_t ld, int add) {
   int64_t high = sides(rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
   int64_t cuts = (l->steps + MOST_STEPS - 1) / MOST_STEPS, each = (l->steps + cuts - 1) / cuts;
   for (int64_t step = 0; step < l->steps; step += each) {
     int64_t stop = least(step + each, l->steps);
     for (int64_t t = from, wide; t < until; t += wide) {
-      Stretch part[2];
+      Stretch part[2 + MOST_ADDENDS];
       wide = least(per, until - t);
-      int64_t count = cut_stretches(l, step, stop, right + t * across, across, part);
+      int64_t count = stop == l->steps ? added_stretches(added, addends, t, &wide, part) : 0;
+      count += cut_stretches(l, step, stop, right + t * across, across, part + count);
       multiply_tiles(high, wide, part, count, sums + SIDE * (t - from), ld, add || step);
     }
   }
@@ -249,16 +297,19 @@ static void multiply_block(const Block *b, const Room *room, const float *right,
                            int64_t units, int keep) {
   const Product *p = b->side->of;
   int64_t width = sides(b->columns), tall = SIDE * (width == 1 ? 4 : 2), ld = SIDE * (keep ? width : GROUP);
-  int last = unit + units >= steps_of(p) && p->out.column == 1;
+  int last = unit + units >= steps_of(p);
+  Added added[MOST_ADDENDS];
   Lines l;
   for (int64_t r = 0; r < b->rows; r += tall) {
     int64_t rows = least(tall, b->rows - r);
+    int64_t addends = last ? added_lines(b, room, r, rows, added) : 0;
     l.count = left_stretches(b, room, r, rows, unit, units, l.own);
     l.steps = l.own[0].deep + (l.count == 2 ? l.own[1].deep : 0);
     for (int64_t t = 0; t < width; t += GROUP) {
       float *sums = room->sums + (keep ? r * ld + SIDE * t : 0);
-      multiply_group(&l, rows, right, across, t, least(t + GROUP, width), sums, ld, unit > 0);
-      if (last) finish_block(b, r, rows, SIDE * t, least(SIDE * GROUP, b->columns - SIDE * t), sums, ld);
+      multiply_group(&l, added, addends, rows, right, across, t, least(t + GROUP, width), sums, ld, unit > 0);
+      if (last && p->out.column == 1)
+        finish_block(b, r, rows, SIDE * t, least(SIDE * GROUP, b->columns - SIDE * t), sums, ld);
     }
   }
 }
@@ -278,7 +329,7 @@ static void run_block(const Block *b, const Room *room) {
       across = sides(all) * SIDES;
       right = room->packed + b->side->at + b->column / SIDE * across + unit / SIDE * SIDES;
     } else {
-      pack_tiles(p, b->column, width, unit, deep, room->right, across);
+      pack_tiles(p, 1, b->column, width, unit, deep, room->right, across);
     }
     if (!stands_for_tiles(p)) pack_lines(p, b->row, b->rows, unit, deep, room->left, SIDE * deep);
     multiply_block(b, room, right, across, unit, units, keep);
@@ -297,13 +348,17 @@ static int64_t cut_blocks(const Product *products, const double *alphas, int64_t
                           Block *blocks, int64_t *floats) {
   int64_t found = 0;
   *floats = 0;
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i = 0, next; i < count; i = next) {
     const Product *p = products + i;
-    if (p->kind != BF16) continue;
     int64_t high = p->m > HIGH ? HIGH : most(p->m, 1), broad = few;
-    all[i] = (Side){p, (float)alphas[i], p->m > MANY, *floats};
+    next = i + 1 + p->addends;
+    if (p->kind != BF16) continue;
+    for (int64_t j = i; j < next; j++) {
+      const Product *q = products + j;
+      all[j] = (Side){q, (float)alphas[j], j > i, j > i || q->m > MANY, *floats};
+      if (all[j].shared) *floats += sides(q->n) * sides(steps_of(q)) * SIDES;
+    }
     if (all[i].shared) {
-      *floats += sides(p->n) * sides(steps_of(p)) * SIDES;
       int64_t size = p->n * SIDE * sides(least(DEEP, steps_of(p))), cuts = most(1, (size + PANEL - 1) / PANEL);
       broad = 2 * SIDE * sides((p->n + 2 * cuts - 1) / (2 * cuts));
     }
@@ -323,7 +378,9 @@ static int64_t pack_shared(const Side *all, int64_t count, int64_t number, float
     int64_t pairs = (sides(p->n) + 1) / 2, pair = number - before, deep = sides(steps_of(p)), across = deep * SIDES;
     before += pairs;
     if (!to || pair >= pairs) continue;
-    pack_tiles(p, 2 * SIDE * pair, least(2, sides(p->n) - 2 * pair), 0, deep, to + all[i].at + 2 * pair * across, across);
+    float alpha = all[i].addend ? all[i].alpha : 1;
+    int64_t wide = least(2, sides(p->n) - 2 * pair);
+    pack_tiles(p, alpha, 2 * SIDE * pair, wide, 0, deep, to + all[i].at + 2 * pair * across, across);
     break;
   }
   return before;
