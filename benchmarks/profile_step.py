@@ -71,6 +71,7 @@ RULES = (
     Rule("attention forward", inside=r"^_(Flat|Self)Attention$|topwork::attention"),
     Rule("head and loss", inside=r"^_(InForward|LogProb\w*)(Backward)?$|topwork::(log_?prob|head)"),
     Rule("unpacking 4-bit weights", name=r"^topwork::dequantize"),
+    Rule("base products", inside=r"^topwork::base_products"),
     Rule("adapter products", inside=r"^topwork::grouped_products"),
     Rule("adapter products", name=PRODUCTS, skinny=True),
     Rule("base products", name=PRODUCTS),
@@ -194,22 +195,27 @@ def profiled(trained: "Trained", batch: "Batch", learners: "Sequence[Learner]") 
 
 @contextmanager
 def named_grouped_products() -> Iterator[None]:
-    """The C kernel of the adapters' products is called without torch, so it needs a name to be seen by."""
+    """The C kernel of products is called without torch, so it needs a name to be seen by: one for what holds a frozen
+    layer's product (on AMX, with its terms and the gradients beside it), another for terms alone."""
     from torch.profiler import record_function
 
-    from topwork.ops import grouped
+    from topwork.ops import grouped, project
 
     plain = grouped.grouped_products
 
     def named(products: Sequence[Any]) -> None:
-        with record_function("topwork::grouped_products"):
+        sides = [(*product.left.shape, product.right.shape[1]) for product in products]
+        wide = any(min(each) > SKINNY for each in sides)
+        with record_function("topwork::base_products" if wide else "topwork::grouped_products"):
             plain(products)
 
-    grouped.grouped_products = named
+    for module in (grouped, project):
+        module.grouped_products = named  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        grouped.grouped_products = plain
+        for module in (grouped, project):
+            module.grouped_products = plain  # type: ignore[attr-defined]
 
 
 def largest(steps: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

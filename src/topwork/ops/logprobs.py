@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.context import scratch_empty, scratch_scope
 from topwork.ops.gain import multiply_
+from topwork.ops.grouped import multiplies_all
 from topwork.ops.native import load as native
 from topwork.ops.triton import load as triton
 
@@ -75,6 +76,10 @@ def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
     return Head(len(weight), lambda rows, _: torch.nn.functional.linear(rows, weight, bias), back, into)
 
 
+GRAIN = 16
+"""What the rows of a chunk are a multiple of, on AMX."""
+
+
 def chunk_rows(vocabulary: int, device: torch.device, value_bytes: int = 4) -> int:
     """Rows of a chunk, at least 16, from the bytes of one product."""
     kind = device.type if device.type in CHUNK_BYTES else "cpu"
@@ -115,17 +120,26 @@ def _in_chunks(
     weights = torch.zeros_like(logps) if gradient is None else gradient.float()
     chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
     size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
+    if multiplies_all(hidden):  # a size met for the first time costs oneDNN as much as some rows more
+        size = min(-(-size // GRAIN) * GRAIN, len(targets))
     into, back = head.products_into, None if gradient is None else head.input_gradient
     with scratch_scope():
         buffer = None if into is None else scratch_empty(hidden, size, head.vocabulary)
-        for start in range(0, len(targets), max(1, size)):
-            at = slice(start, min(start + size, len(targets)))
+        for at in _chunks(len(targets), size):
             rows = hidden[at]
-            products = head.products(rows, start) if into is None or buffer is None else into(rows, buffer[: len(rows)])
+            products = (
+                head.products(rows, at.start) if into is None or buffer is None else into(rows, buffer[: len(rows)])
+            )
             logps[at], slope = rule.log_probabilities(products, targets[at], weights[at])
             if back is not None:
                 grads[at] = back(slope)
     return logps, grads
+
+
+def _chunks(rows: int, size: int) -> list[slice]:
+    """All of one size: the last one looks at rows again, of which it makes the same."""
+    starts = (min(start, rows - size) for start in range(0, rows, max(1, size)))
+    return [slice(start, start + size) for start in starts]
 
 
 class _InForward(torch.autograd.Function):
