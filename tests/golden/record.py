@@ -17,8 +17,8 @@ from topwork.common.files import write_json
 GOLDEN = Path(__file__).with_name("losses.json")
 PACKAGES = ("torch", "transformers", "tokenizers")
 SETTINGS = (
-    "TOPWORK_NO_NATIVE", "TOPWORK_MARCH", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_MAX_CPU_ISA", "CC",
+    "TOPWORK_NO_NATIVE", "TOPWORK_MARCH", "TOPWORK_AMX", "ATEN_CPU_CAPABILITY", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "CC",
 )  # fmt: skip
 """What makes the same processor compute otherwise."""
 
