@@ -53,8 +53,8 @@ unit: $(VENV)/.tested
 	$(call timed,$(PYTEST) --durations=10)
 
 ## which instructions our kernels, torch, MKL and oneDNN may use: each is read when a process begins
-PROCESSORS := TOPWORK_NO_NATIVE=1 TOPWORK_MARCH=x86-64-v3 TOPWORK_MARCH=x86-64-v2 ATEN_CPU_CAPABILITY=default \
-	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
+PROCESSORS := TOPWORK_NO_NATIVE=1 TOPWORK_MARCH=x86-64-v3 TOPWORK_MARCH=x86-64-v2 TOPWORK_AMX=off \
+	TOPWORK_AMX=emulated ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
 NUMERIC := $(addprefix tests/,ops models quantization adapters training merging evaluation generation run golden)
 
 processors: $(VENV)/.tested
