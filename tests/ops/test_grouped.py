@@ -13,7 +13,7 @@ from torch import Tensor
 from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler, usual_kernels
 from reference.measure import relative
 from topwork.ops import grouped
-from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
+from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference
 from topwork.ops.native import build, load
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -43,7 +43,8 @@ def turned_columns_of_wider_rows(rows: int, columns: int) -> Tensor:
     return columns_of_wider_rows(columns, rows).t()
 
 
-FORMS = (plain, turned, columns_of_wider_rows, turned_columns_of_wider_rows)
+Form = Callable[[int, int], Tensor]
+FORMS: tuple[Form, ...] = (plain, turned, columns_of_wider_rows, turned_columns_of_wider_rows)
 
 
 def typed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,8 +68,11 @@ def drawn(rng: random.Random, m: int, n: int, k: int, alpha: float = 0.37) -> Pr
 
 
 def exact(product: Product) -> Tensor:
-    left, right, out, alpha, beta, _ = product
+    left, right, out, alpha, beta, addends = product
     value = alpha * (left.double() @ right.double())
+    for addend in addends:
+        term = addend.alpha * (addend.left.double() @ addend.right.to(left.dtype).double())
+        value[addend.row : addend.row + len(term), addend.column : addend.column + term.shape[1]] += term
     return value + out.double() if beta else value
 
 
@@ -80,6 +84,21 @@ def assert_right(products: Sequence[Product], run: Run = grouped_products) -> No
         if value.numel():
             about = [(tuple(x.shape), x.stride(), x.dtype) for x in product[:3]]
             assert relative(product.out, value, 1e-30) < ROUNDING[product.out.dtype], about
+
+
+def with_addends(rng: random.Random, grid: int = 16, forms: tuple[Form, ...] = FORMS) -> Product:
+    """A product of bf16 with up to four addends anywhere in it, which may overlap and end within a tile."""
+    m, n, k = rng.choice((1, 15, 33, 64, 130, 300)), rng.choice((16, 31, 48, 200, 330)), rng.choice((16, 31, 97, 600))
+    left, right = typed(rng.choice(forms)(m, k), torch.bfloat16), typed(rng.choice(forms)(k, n), torch.bfloat16)
+    addends = []
+    for _ in range(rng.randrange(5)):
+        row, column, inner = rng.randrange(m), rng.randrange(-(-n // grid)) * grid, rng.choice((1, 8, 16, 40))
+        rows, columns = rng.randint(1, m - row), rng.randint(1, n - column)
+        term = typed(rng.choice(forms)(rows, inner), torch.bfloat16), rng.choice(forms)(inner, columns)
+        addends.append(Addend(*term, row, column, rng.choice((1.0, 2.0, 0.25))))
+    out = typed(rng.choice((plain, forms[-2]))(m, n), rng.choice(TYPES))
+    beta = rng.randrange(2)
+    return Product(left, right, out if beta else out.fill_(torch.nan), 1.0, beta, tuple(addends))
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -97,6 +116,40 @@ def test_products_of_any_shape_type_and_stride(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     assert_right([drawn(rng, *(rng.choice(SIZES) for _ in range(3))) for _ in range(12)])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_addends_join_the_sums_they_are_added_to(seed: int, backend: str) -> None:
+    """Where each is rounded as a product of its own, the output is rounded as often."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    forms = (plain, turned) if backend == "torch" else FORMS
+    products = [with_addends(rng, rng.choice((16, 1)), forms) for _ in range(8)]
+    expected = [exact(product) for product in products]
+    grouped_products(products)
+    for product, value in zip(products, expected):
+        assert relative(product.out, value, 1e-30) < 2 * (1 + len(product.addends)) * ROUNDING[torch.bfloat16]
+
+
+def test_the_truth_has_addends() -> None:
+    assert_right([with_addends(random.Random(seed)) for seed in range(20)], grouped_products_reference)
+
+
+def test_an_addend_below_what_the_output_resolves_is_not_lost(
+    older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an adapter brings in its first steps: rounded apart, to an output that is rounded already, it is nothing."""
+    library, level = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    n, weight, s = torch.randn(200, 64).bfloat16(), torch.randn(48, 64).bfloat16(), torch.randn(200, 16).bfloat16()
+    b = 1e-4 * torch.randn(48, 16)
+    whole, bare = torch.empty(200, 48).bfloat16(), torch.empty(200, 48).bfloat16()
+    grouped_products([Product(n, weight.t(), whole, addends=(Addend(s, b.t(), 0, 0, 2.0),))])
+    grouped_products([Product(n, weight.t(), bare)])
+    term = 2 * s.double() @ b.double().t()
+    share = float(((whole.double() - bare.double()) * term).sum() / term.square().sum())
+    assert share == pytest.approx(1, abs=0.35) if level == grouped.ON_AMX else share < 0.9
 
 
 @needs_compiler
@@ -170,7 +223,7 @@ def test_neither_threads_nor_neighbours_nor_rows_change_a_bit() -> None:
     rng, threads = random.Random(3), torch.get_num_threads()
     torch.manual_seed(3)
     products = [drawn(rng, *(rng.choice((1, 16, 70, 400, 700)) for _ in range(3))) for _ in range(10)]
-    products = [product._replace(beta=0) for product in products]
+    products = [product._replace(beta=0) for product in [*products, *(with_addends(rng) for _ in range(10))]]
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -184,6 +237,8 @@ def test_neither_threads_nor_neighbours_nor_rows_change_a_bit() -> None:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
     for product, whole in zip(products, results[0]):
         m = product.left.shape[0]
+        if product.addends:
+            continue
         part = Product(product.left[m // 3 :], product.right, torch.empty_like(whole[m // 3 :]), product.alpha)
         grouped_products([part])
         assert torch.equal(part.out, whole[m // 3 :])
@@ -209,6 +264,16 @@ def test_views_without_a_contiguous_axis(dtype: torch.dtype, backend: str) -> No
     out = torch.empty(6, 10)
     grouped_products([Product(one, spread, out)])
     assert relative(out, one.double() @ spread.double()) < ROUNDING[dtype]
+
+
+def test_addends_that_do_not_fit_are_refused() -> None:
+    left, right, out = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
+    fits = Addend(torch.randn(2, 3), torch.randn(3, 4), 1, 1)
+    for wrong in (fits._replace(row=2), fits._replace(column=2), fits._replace(column=-1), fits._replace(left=left)):
+        with pytest.raises(ValueError, match=r"are expected|an addend of"):
+            grouped_products([Product(left, right, out, addends=(wrong,))])
+    with pytest.raises(ValueError, match=r"alpha is 2\.0 and k is 4"):
+        grouped_products([Product(left, right, out, 2.0, addends=(fits,))])
 
 
 def test_the_truth_is_the_product() -> None:
@@ -271,6 +336,8 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(5)
     for _ in range(12):
         assert_right([drawn(rng, *(rng.choice((*SIZES, 300)) for _ in range(3))) for _ in range(8)])
+    if level == grouped.ON_AMX:
+        assert_right([with_addends(rng) for _ in range(30)])
 
 
 def test_without_a_compiler_everything_still_runs() -> None:

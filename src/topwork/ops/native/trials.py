@@ -16,7 +16,7 @@ from topwork.ops.attention_reference import AttentionRule, backward_reference, f
 from topwork.ops.dropout import Dropout, drop, drop_reference
 from topwork.ops.gain import gain_gradients_, gain_sums_reference_, multiply_, multiply_reference_
 from topwork.ops.gated import KINDS, gated, gated_backward, gated_backward_reference, gated_reference
-from topwork.ops.grouped import Product, grouped_products, grouped_products_reference
+from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.native.trials_decode import decode
 from topwork.ops.norm import (
@@ -94,6 +94,8 @@ def grouped() -> list[Case]:
     for shape in SHAPES:
         given.append(_beside_fp32(*shape))
         names.append(f"a product of {' × '.join(map(str, shape))} of bf16 beside fp32")
+        given.append(_with_addend(*shape))
+        names.append(f"a product of {' × '.join(map(str, shape))} with an addend")
     truth = [product._replace(out=product.out.float()) for product in given]
     grouped_products_reference(truth)
     grouped_products(given)
@@ -113,6 +115,13 @@ def _product(
 
 def _beside_fp32(m: int, n: int, k: int) -> Product:
     return Product(_random(m, k).bfloat16(), _random(n, k).t(), torch.empty(m, n), 2.0)
+
+
+def _with_addend(m: int, n: int, k: int) -> Product:
+    """In its lower right part."""
+    row, column = m // 2, n // 32 * 16
+    addend = Addend(_random(m - row, 8).bfloat16(), _random(n - column, 8).t(), row, column, 0.5)
+    return Product(_random(m, k).bfloat16(), _random(k, n).bfloat16(), torch.empty(m, n), addends=(addend,))
 
 
 def layer() -> list[Case]:
