@@ -243,8 +243,7 @@ class _Project(torch.autograd.Function):
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _room_for_gradient(dout, ctx.group, ctx.prologue) if wants_x or vectors.inputs else None
             base = _base(ctx.group, ctx.joined)
-            alone = len(base) == 1 and bool(inner) and not vectors.inputs
-            weight = base[0][0].weight if alone and _made_here(dout, base) else None
+            weight = _weight_with_terms(dout, base) if inner and not vectors.inputs else None
             if dn is not None and weight is None:
                 _base_gradient(dout, base, dn)
             if inner or vectors.inputs:
@@ -264,20 +263,29 @@ def _base(group: Sequence[Projection], joined: Projection | None) -> Base:
     return list(_columns((joined,) if joined else group))
 
 
-def _made_here(n: Tensor, base: Base) -> bool:
-    """Whether the products of these layers are `grouped_products`, which add the terms on the way."""
-    return multiplies_all(n) and all(
-        isinstance(layer.weight, Tensor) and layer.weight.dtype == n.dtype and layer.bias is None for layer, _ in base
-    )
+def _made_here(n: Tensor, base: Base) -> list[Tensor] | None:
+    """The weights of these layers where their products are `grouped_products`, which add the terms on the way."""
+    weights = [
+        layer.weight
+        for layer, _ in base
+        if isinstance(layer.weight, Tensor) and layer.weight.dtype == n.dtype and layer.bias is None
+    ]
+    return weights if len(weights) == len(base) and multiplies_all(n) else None
+
+
+def _weight_with_terms(dout: Tensor, base: Base) -> Tensor | None:
+    """The weight of all outputs, where its gradient's product takes the terms' along."""
+    weights = _made_here(dout, base) or []
+    return weights[0] if len(weights) == 1 else None
 
 
 def _write(ctx: Any, n: Tensor, inner: Sequence[Tensor], add: Sequence[Stage], out: Tensor) -> None:
     """The outputs of a `_Project`, from n as the base sees it, each bundle's S, and what adds the terms."""
     base = _base(ctx.group, ctx.joined)
-    if _made_here(n, base):
+    if (weights := _made_here(n, base)) is not None:
         grouped_products([
-            Product(n, layer.weight.t(), out[:, columns], addends=addends(ctx.bundles, inner, columns))
-            for layer, columns in base
+            Product(n, weight.t(), out[:, columns], addends=addends(ctx.bundles, inner, columns))
+            for weight, (_, columns) in zip(weights, base)
         ])  # fmt: skip
     else:
         _base_products(n, base, out)
@@ -311,7 +319,7 @@ def _base_gradient(dout: Tensor, base: Base, dn: Tensor) -> None:
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
             input_gradient(part, projection.weight, dn, add=number > 0)
-        elif _made_here(part, [(projection, columns)]):
+        elif multiplies_all(dn) and projection.weight.dtype == dn.dtype:
             grouped_products([Product(part, projection.weight, dn, beta=int(number > 0))])
         elif number:
             dn.addmm_(part, projection.weight)
