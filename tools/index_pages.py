@@ -41,6 +41,7 @@ COMMANDS = {
     "generation_products": "generation_products.py",
     "grouped": "grouped.py",
     "gsm8k_lora": "compare.py --data gsm8k --steps 5 --peers trl_tuned,peft_loop",
+    "gsm8k_lora_amx": "compare.py --data gsm8k --steps 5 --peers trl_tuned,peft_loop",
     "gsm8k_lora_trl": "compare.py --data gsm8k --steps 6 --rounds 2 --peers trl_default,trl_packed",
     "gsm8k_qlora": "compare.py --data gsm8k --steps 5 --rounds 4 --peers topwork_qlora,trl_qlora",
     "llama_1b": "compare.py --model llama1b --steps 3 --batch 10 --tokens-per-pass 2048 "
@@ -75,6 +76,7 @@ COMMANDS = {
     "serving": "serving_speed.py --rounds 3 --threads 2 "
     "--systems bandwidth,topwork,topwork_nf4,transformers,peft,llama_bf16,llama_q4_0",
     "serving_alone": "serving_speed.py --rounds 5 --threads 2 --systems bandwidth,topwork,topwork_nf4",
+    "small_terms": "small_terms.py",
     "soak": "soak.py",
     "streaming_memory": "streaming_memory.py",
     "streaming_memory_auto": "streaming_memory.py --tokenizer auto",

@@ -57,6 +57,11 @@ def learned(sequences: Sequence[Tensor], prompts: Sequence[int], adapter: str) -
     return replace(batch, labels=Labels(targets - 1, batch.tokens[targets], torch.ones(len(targets))))
 
 
+APART = 3e-4
+"""Of a weight after all steps. AdamW's first steps divide gradients near zero by their own size, so a sum in another order
+shows: an Intel Xeon reads 1.1e-4 and 1.4e-4 where an AMD EPYC stays below 1e-4."""
+
+
 def batches(vocabulary: int, lengths: Sequence[Sequence[int]]) -> list[tuple[list[Tensor], list[int]]]:
     """Random ragged sequences, a third of each a prompt."""
     generator = torch.Generator().manual_seed(3)
@@ -101,7 +106,7 @@ def compare_from(tmp: Path, base: Base, adapters: Adapters, folder: str, rows: l
     final = {key: t for key, t in stored.items() if key.startswith(PREFIX) and ".base_layer." not in key}
     assert final.keys() == {PREFIX + key for key in parameters}
     for key, parameter in parameters.items():
-        assert furthest(final[PREFIX + key], parameter) <= 1e-4, key
+        assert furthest(final[PREFIX + key], parameter) <= APART, key
         assert torch.isfinite(parameter).all()
 
 

@@ -34,11 +34,11 @@ typedef struct {
 
 // ---- the right side ------------------------------------------------------------------------------------------------
 
-// `count` values from `at` on times alpha as bf16; zeros up to 16.
+// `count` values from `at` on as bf16, times alpha, rounded again: what was bf16 before gives the same. Zeros up to 16.
 INLINE void narrow16(const char *at, int64_t count, int64_t kind, float alpha, uint16_t *to) {
   for (int64_t i = 0; i < 16; i += LANES) {
     int64_t some = least(LANES, count - i);
-    vech small = to_bf16(some > 0 ? load(at, i, some, (int)kind) * vall(alpha) : vall(0));
+    vech small = to_bf16(some > 0 ? rounded(load(at, i, some, (int)kind), BF16) * vall(alpha) : vall(0));
     memcpy(to + i, &small, sizeof small);
   }
 }
