@@ -58,8 +58,8 @@ def learned(sequences: Sequence[Tensor], prompts: Sequence[int], adapter: str) -
 
 
 APART = 3e-4
-"""Of a weight after all steps. AdamW's first steps divide gradients near zero by their own size, so a sum in another order
-shows: an Intel Xeon reads 1.1e-4 and 1.4e-4 where an AMD EPYC stays below 1e-4."""
+"""Of a weight after all steps. AdamW's first steps divide gradients near zero by their own size, so a sum in another
+order shows: an Intel Xeon reads 1.1e-4 and 1.4e-4 where an AMD EPYC stays below 1e-4."""
 
 
 def batches(vocabulary: int, lengths: Sequence[Sequence[int]]) -> list[tuple[list[Tensor], list[int]]]:
