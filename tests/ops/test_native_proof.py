@@ -185,7 +185,7 @@ def test_another_kernel_torch_or_set_of_trials_is_another_proof(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"right": 1, "why": "", "library": "", "at": ""}', b"\xff\xfe", b"[" * 100_000]
+    "damage", [b"", b"{", b"[]", b'{"right": 1, "why": "", "digest": "", "at": ""}', b"\xff\xfe", b"[" * 100_000]
 )
 def test_a_mark_that_cannot_be_read_is_made_again(damage: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = Told(RIGHT, RIGHT)
@@ -193,7 +193,7 @@ def test_a_mark_that_cannot_be_read_is_made_again(damage: bytes, cache: Path, mo
     found = built(NAME)
     assert found.mark is not None
     found.mark.path.write_bytes(damage)
-    assert built(NAME).library is not None
+    assert built(NAME).loaded is not None
     assert tried.verdicts == []
     assert json.loads(found.mark.path.read_text())["right"] is True
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
@@ -210,7 +210,7 @@ def test_a_mark_is_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = found.path.read_bytes()
     found.path.unlink()  # it is loaded: only its name may be written to
     found.path.write_bytes(b"\x7fELF")
-    assert built(NAME).library is not None
+    assert built(NAME).loaded is not None
     assert found.path.read_bytes() == whole
     assert tried.verdicts == []
 
@@ -309,14 +309,14 @@ def test_a_mark_stands_elsewhere_where_the_cache_cannot_be_written(
 def test_two_processes_at_once(cache: Path) -> None:
     code = (
         "import warnings; warnings.simplefilter('error'); from topwork.ops.native import build;"
-        f"found = build.built({NAME!r}); assert found.library and found.mark and not found.refused"
+        f"found = build.built({NAME!r}); assert found.loaded and found.mark and not found.refused"
     )
     begun = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in begun]
     assert [code for _, code in ended] == [0, 0], ended
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".so"]
     with untouched(cache):
-        assert built(NAME).library is not None
+        assert built(NAME).loaded is not None
 
 
 @needs_compiler
@@ -327,8 +327,8 @@ def test_amx_emulated_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.refused == []
     assert found.variant is not None
     assert found.variant.name == "with AMX emulated"
-    assert found.library is not None
-    assert found.library.topwork_grouped_level() == 3
+    assert found.loaded is not None
+    assert found.loaded.topwork_grouped_level() == 3
 
 
 # What is tried
@@ -338,11 +338,11 @@ class _Calls:
     """A library that notes which of its functions are called."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.called = library, set[str]()
+        self.real, self.called = library, set[str]()
 
     def __getattr__(self, name: str) -> Any:
         self.called.add(name)
-        return getattr(self.library, name)
+        return getattr(self.real, name)
 
 
 @needs_compiler

@@ -47,7 +47,7 @@ class RefusedError(Exception):
 class Built:
     """What became of a file.
 
-    library    None where plain torch does the work
+    loaded     the library; None where plain torch does the work
     variant    how it was compiled; path where it lies
     mark       its proof; None where it could not be tried
     note       why it is used without
@@ -56,7 +56,7 @@ class Built:
     error      why nothing could be compiled or loaded
     """
 
-    library: ctypes.CDLL | None = None
+    loaded: ctypes.CDLL | None = None
     variant: Variant | None = None
     path: Path | None = None
     mark: proof.Mark | None = None
@@ -74,7 +74,7 @@ def load(name: str) -> ctypes.CDLL | None:
         return None
     found = built(name)
     _tell_all(name, found)
-    return found.library
+    return found.loaded
 
 
 def built(name: str) -> Built:
@@ -99,7 +99,7 @@ def built(name: str) -> Built:
         else:
             found.variant, found.error = variant, None
             break
-    if found.library is not None and not found.elsewhere:
+    if found.loaded is not None and not found.elsewhere:
         _keep_uncompiled(name, found)
     return found
 
@@ -144,7 +144,7 @@ def _loaded(name: str, variant: Variant, folder: Path, found: Built) -> None:
         raise RefusedError(why)
     if mark is None:
         mark, found.note = _proved(name, variant, target, under)
-    found.library, found.path, found.mark = ctypes.CDLL(str(target)), target, mark
+    found.loaded, found.path, found.mark = ctypes.CDLL(str(target)), target, mark
 
 
 def _proved(name: str, variant: Variant, target: Path, under: str) -> tuple[proof.Mark | None, str]:
@@ -216,7 +216,7 @@ def _flags(variant: Variant) -> tuple[str, ...]:
 
 
 def _tell_all(name: str, found: Built) -> None:
-    if found.library is None and found.error is not None:
+    if found.loaded is None and found.error is not None:
         _tell(
             "none",
             "the C kernels are not to be had here, so plain torch does their work, several times slower: "
@@ -224,7 +224,7 @@ def _tell_all(name: str, found: Built) -> None:
             f"written and run from, or set {OFF}=1 to be told no more",
         )
         return
-    if found.library is None:
+    if found.loaded is None:
         reasons = "; ".join(f"compiled {variant.name} it {refused}" for variant, refused in found.refused)
         _tell(name, f"plain torch does the work of the C kernel {name}.c, several times slower: {reasons}. {MORE}")
         return

@@ -55,11 +55,11 @@ class Verdict(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A verdict that was kept. `at` is when, in UTC; `path` where the mark is."""
+    """A verdict that was kept. `digest` is of the library, `at` is when, in UTC; `path` where the mark is."""
 
     right: bool
     why: str
-    library: str
+    digest: str
     at: str
     path: Path
 
@@ -155,7 +155,7 @@ def kept(library: Path, under: str) -> Mark | None:
     read and is of this very file."""
     for folder in _folders(library.parent):
         mark = _read(folder / _name(library, under))
-        if mark is not None and (mark.library == _hash(library) or not (mark.right or library.exists())):
+        if mark is not None and (mark.digest == _hash(library) or not (mark.right or library.exists())):
             return mark
     return None
 
@@ -186,13 +186,13 @@ def _folders(own: Path) -> Iterator[Path]:
 def _read(path: Path) -> Mark | None:
     try:
         value: Any = json.loads(path.read_text("utf-8"))
-        right, words = value["right"], [value[name] for name in ("why", "library", "at")]
+        right, words = value["right"], [value[name] for name in ("why", "digest", "at")]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     if not isinstance(right, bool) or not all(isinstance(word, str) for word in words):
         return None
-    why, library, at = words
-    return Mark(right, why, library, at, path)
+    why, digest, at = words
+    return Mark(right, why, digest, at, path)
 
 
 def _write_whole(mark: Mark) -> None:
