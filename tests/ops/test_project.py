@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from reference.groups import IN, PROLOGUES, SEGMENTS, T, a_group, an_input, both, masters, truth
 from reference.kept import kept_by
 from reference.measure import relative
+from topwork.ops import project as ops_project
 from topwork.ops.bundles import bundled
 from topwork.ops.dropout import Dropout, stays
+from topwork.ops.grouped import Product, grouped_products
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.project import Identity, Projection, RmsNorm, project, projection_of
 
@@ -41,6 +43,28 @@ def test_in_bfloat16_every_gradient_points_the_same_way(prologue: str) -> None:
     found, expected = both(an_input(given).bfloat16(), group, given)
     for one, other in zip(found, expected, strict=True):
         assert float(F.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0)) > 0.9999
+
+
+@pytest.mark.parametrize("prologue", list(PROLOGUES))
+@pytest.mark.parametrize("outputs", [[24], [24, 8, 9]], ids=["one", "three"])
+def test_terms_as_addends_of_the_base_product(
+    outputs: list[int], prologue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on AMX, on any processor: the same values and gradients, every term once, forward and backward."""
+    torch.manual_seed(0)
+    met: list[int] = []
+
+    def spied(products: Sequence[Product]) -> None:
+        met.extend(len(product.addends) for product in products)
+        grouped_products(products)
+
+    monkeypatch.setattr(ops_project, "multiplies_all", lambda _: True)
+    monkeypatch.setattr(ops_project, "grouped_products", spied)
+    group = a_group(outputs, SEGMENTS["two adapters"])
+    found, expected = both(an_input(PROLOGUES[prologue]), group, PROLOGUES[prologue])
+    assert sum(met) == sum(len(projection.terms) for projection in group)
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other, 1e-30) < 3e-6
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
