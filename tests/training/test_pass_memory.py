@@ -102,7 +102,7 @@ class Sized(Workspace):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that several are needed, and joined in the next pass."""
+    """So that several are needed, some of them joined in the next pass."""
     monkeypatch.setattr(workspace, "LEAST_BLOCK", 1 << 14)
 
 
@@ -216,15 +216,45 @@ def test_in_all_kinds_of_families(family: str) -> None:
 
 
 def test_it_does_not_grow_once_it_has_seen_the_largest_pass() -> None:
-    base, _, _ = stepped(Workspace(), {}, torch.bfloat16)
+    base, _, _ = stepped(Sized(), {}, torch.bfloat16)
     own = base.workspace
-    assert [len(blocks) for blocks in (own._saved, own._scratch, own._handoff, own._handback)] == [1, 1, 1, 1]
-    before = base.workspace._saved[0].data_ptr()
+    assert isinstance(own, Sized)
+    assert [len(blocks) for blocks in (own._scratch, own._handoff, own._handback)] == [1, 1, 1]
+    assert own.most <= sum(map(len, own._saved)) < 1.5 * own.most
+    before = [block.data_ptr() for block in own._saved]
     learner_less: list[Learner] = []
     train_step(base, learner_less, [])
-    assert base.workspace._saved[0].data_ptr() == before
-    base.workspace.release()
-    assert not base.workspace._saved
+    assert [block.data_ptr() for block in own._saved] == before
+    own.release()
+    assert not own._saved
+
+
+def taken(memory: Workspace, *sizes: int) -> list[int]:
+    """Addresses of what a pass keeps."""
+    memory.begin_pass()
+    return [memory.saved((size,), torch.uint8).data_ptr() for size in sizes]
+
+
+def test_a_longer_pass_leaves_the_blocks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "LEAST_BLOCK", 1024)
+    memory = Workspace()
+    short = taken(memory, 512, 448)
+    long = taken(memory, 512, 448, 640, 320)
+    assert long[:2] == short
+    assert long[3] - long[2] == 640
+    assert [len(block) for block in memory._saved] == [1024, 1024]
+    assert taken(memory, 512, 448, 640, 320) == long
+    assert taken(memory, 512) == long[:1]
+
+
+def test_blocks_that_would_stay_half_empty_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "LEAST_BLOCK", 1024)
+    memory = Workspace()
+    taken(memory, 576, 640, 2048, 64)
+    assert [len(block) for block in memory._saved] == [1024, 1024, 2048, 1024]
+    first = taken(memory, 576, 640, 2048, 64)
+    assert [len(block) for block in memory._saved] == [3328]
+    assert first[3] - first[0] == 576 + 640 + 2048
 
 
 def test_kept_tensors_stand_behind_one_another_and_the_next_pass_takes_their_place() -> None:

@@ -2,8 +2,10 @@
 
 What is kept is allocated among what is needed for a moment, and small things then settle in the holes that this leaves:
 a C heap grows by a layer's buffers with every layer, and again with every pass of another length (docs/log.md). So on
-CPUs kept tensors stand one behind another in one block, and every pass begins at its start. What is needed for a moment
-has blocks of its own. CUDA's caching allocator needs no such help.
+CPUs kept tensors stand one behind another in blocks, and every pass begins at their start. A longer pass adds blocks and
+leaves those that there are, whose pages the system has handed out already: it takes its time with new ones (150 ms for
+those of a step of SmolLM2-135M). What is needed for a moment has blocks of its own. CUDA's caching allocator needs no such
+help.
 """
 
 import math
@@ -14,8 +16,11 @@ from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes; torch's own."""
-LEAST_BLOCK = 1 << 26
-"""Bytes. The C library gives blocks of this size back to the system as soon as they are free."""
+LEAST_BLOCK = 1 << 27
+"""Bytes. The C library gives blocks of this size back to the system as soon as they are free. What nobody wrote to costs
+nothing."""
+MOST_UNUSED = 1 / 8
+"""Of what a pass keeps, what it may leave free at the ends of its blocks when it makes new ones: else they are joined."""
 
 
 class Workspace:
@@ -34,32 +39,40 @@ class Workspace:
         self._handoff: list[Tensor] = []
         self._handback: list[Tensor] = []
         self._made: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
-        self._saved_end = self._scratch_end = self._scopes = 0
+        self._scratch_end = self._scopes = 0
+        self._rewind()
 
     def begin_pass(self) -> None:
         """Take everything again for a pass, forward and backward: nothing of the one before is needed any more."""
-        if len(self._saved) > 1:  # the last pass was larger than those before
-            size = sum(map(len, self._saved))
+        if self._grew and self._unused > MOST_UNUSED * self._kept:
+            size = self._kept
             self._saved.clear()
             self._saved.append(_block(size))
-        self._saved_end = 0
-        self._made.clear()
+        self._rewind()
 
     def release(self) -> None:
         """Give the memory back."""
         for blocks in (self._saved, self._scratch, self._handoff, self._handback):
             blocks.clear()
-        self._saved_end = 0
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._saved_at = self._saved_end = self._kept = self._unused = 0
+        self._grew = False
         self._made.clear()
 
     def saved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts as long as the pass."""
         size = _bytes(shape, dtype)
-        if not self._saved or self._saved_end + size > len(self._saved[-1]):
+        while self._saved_at < len(self._saved) and self._saved_end + size > len(self._saved[self._saved_at]):
+            self._unused += len(self._saved[self._saved_at]) - self._saved_end
+            self._saved_at, self._saved_end = self._saved_at + 1, 0
+        if self._saved_at == len(self._saved):
             self._saved.append(_block(size))
-            self._saved_end = 0
+            self._grew = True
         start, self._saved_end = self._saved_end, self._saved_end + size
-        return _tensor(self._saved[-1], start, shape, dtype)
+        self._kept += size
+        return _tensor(self._saved[self._saved_at], start, shape, dtype)
 
     def scope(self) -> "Scope":
         """The scratch of a function is free again at its end."""
