@@ -11,7 +11,7 @@
 #define HIGH 128       // rows of a piece
 #define PANEL 262144   // floats of a piece's right side, which should stay in the core's second cache
 #define MOST_HELD (16 << 20)  // floats kept for the next call
-#define GROUP 8         // tiles of columns that go along the summed axis together
+#define GROUP 4         // tiles of columns that go along the summed axis together
 #define MOST_STEPS 9    // tiles of the summed axis that they go at a time
 #define FEW 256        // columns of a piece with few rows
 #define SHALLOW 128    // units of it where a piece packs its own right side
@@ -65,6 +65,7 @@ static void pack_tile(const Product *p, float alpha, int64_t column, int64_t uni
   }
   int64_t by = p->right.column * size;
   if (plain && some == 32 && by % 4 == 0) {
+    for (int64_t c = 2 * SIDE; c < 3 * SIDE; c++) __builtin_prefetch(at + c * by, 0, 2);  // the next pair's
     transpose_block((const Unit *)at, by / 4, count, SIDE, to, SIDE);
     return;
   }
@@ -85,6 +86,7 @@ static void pack_two(const Product *p, int64_t column, int64_t unit, float *to, 
   __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
   int64_t by = p->right.row * 2;
   for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
+    __builtin_prefetch(at + 32 * by, 0, 2), __builtin_prefetch(at + 33 * by, 0, 2);  // the next tile's
     __m512i upper = _mm512_loadu_si512(at), lower = _mm512_loadu_si512(at + by);
     _mm512_store_si512(to + SIDE * s, _mm512_permutex2var_epi16(upper, mix, lower));
     _mm512_store_si512(to + across + SIDE * s, _mm512_permutex2var_epi16(upper, above, lower));
@@ -159,7 +161,14 @@ typedef struct {
 
 enum { TALLEST = 4 * SIDE, MOST_ADDENDS = 30 };  // rows of the tallest shape of sums; addends of a product
 
-static int holds_sums(const Product *p) { return steps_of(p) > SHALLOW || p->out.column != 1 || !p->k; }
+// Units of the summed axis in a block of this side.
+static int64_t block_units(const Side *side) { return side->shared ? DEEP : SHALLOW; }
+
+// Whether the sums of all of a block's columns are kept until its last unit; else those of a group are.
+static int holds_sums(const Side *side) {
+  const Product *p = side->of;
+  return steps_of(p) > block_units(side) || p->out.column != 1 || !p->k;
+}
 
 // The parts of an arena that are large enough for a block; how long it must be.
 static int64_t room_of(const Block *blocks, int64_t count, float *arena, Room *room) {
@@ -174,7 +183,7 @@ static int64_t room_of(const Block *blocks, int64_t count, float *arena, Room *r
     for (int64_t t = 1; t <= p->addends; t++) units += SIDE * sides(steps_of(p + t));
     lines = most(lines, TALLEST * units);
     if (!b->side->shared) right = most(right, columns * deep);
-    sums = most(sums, holds_sums(p) ? SIDE * sides(b->rows) * columns : TALLEST * SIDE * GROUP);
+    sums = most(sums, holds_sums(b->side) ? SIDE * sides(b->rows) * columns : TALLEST * SIDE * GROUP);
   }
   room->left = take(arena, &used, left);
   room->edge = take(arena, &used, TALLEST * SIDE);
@@ -316,14 +325,14 @@ static void multiply_block(const Block *b, const Room *room, const float *right,
 
 static void run_block(const Block *b, const Room *room) {
   const Product *p = b->side->of;
-  int64_t all = steps_of(p), width = sides(b->columns), most_units = b->side->shared ? DEEP : SHALLOW;
-  int keep = holds_sums(p);
+  int64_t all = steps_of(p), width = sides(b->columns), longest = block_units(b->side);
+  int keep = holds_sums(b->side);
   if (!all) {
     memset(room->sums, 0, SIDE * sides(b->rows) * SIDE * width * 4);
     if (p->out.column == 1) finish_block(b, 0, b->rows, 0, b->columns, room->sums, SIDE * width);
   }
-  for (int64_t unit = 0; unit < all; unit += most_units) {
-    int64_t units = least(most_units, all - unit), deep = sides(units), across = deep * SIDES;
+  for (int64_t unit = 0; unit < all; unit += longest) {
+    int64_t units = least(longest, all - unit), deep = sides(units), across = deep * SIDES;
     const float *right = room->right;
     if (b->side->shared) {
       across = sides(all) * SIDES;
@@ -369,18 +378,21 @@ static int64_t cut_blocks(const Product *products, const double *alphas, int64_t
   return found;
 }
 
-// Pairs of columns of tiles that are packed before all pieces: how many, or with `to` the one of that number is packed there.
+// Parts of all that is packed before the pieces: how many, or with `to` the one of that number is packed there. A part is
+// what lies together in memory: a row of tiles, or a pair of their columns.
 static int64_t pack_shared(const Side *all, int64_t count, int64_t number, float *to) {
   int64_t before = 0;
   for (int64_t i = 0; i < count; i++) {
     const Product *p = all[i].of;
     if (!all[i].shared) continue;  // nor has a line of fp32 a side
-    int64_t pairs = (sides(p->n) + 1) / 2, pair = number - before, deep = sides(steps_of(p)), across = deep * SIDES;
-    before += pairs;
-    if (!to || pair >= pairs) continue;
-    float alpha = all[i].addend ? all[i].alpha : 1;
-    int64_t wide = least(2, sides(p->n) - 2 * pair);
-    pack_tiles(p, alpha, 2 * SIDE * pair, wide, 0, deep, to + all[i].at + 2 * pair * across, across);
+    int64_t deep = sides(steps_of(p)), across = deep * SIDES, wide = sides(p->n), part = number - before;
+    int in_rows = p->right.column == 1 && deep >= wide / 2;
+    int64_t parts = in_rows ? deep : (wide + 1) / 2;
+    before += parts;
+    if (!to || part >= parts) continue;
+    float *at = to + all[i].at, alpha = all[i].addend ? all[i].alpha : 1;
+    if (in_rows) pack_tiles(p, alpha, 0, wide, SIDE * part, 1, at + part * SIDES, across);
+    else pack_tiles(p, alpha, 2 * SIDE * part, least(2, wide - 2 * part), 0, deep, at + 2 * part * across, across);
     break;
   }
   return before;
@@ -416,7 +428,7 @@ static void give_back(float *at, int ours) {
 
 static void run_threads(const Side *all, int64_t count, const Block *blocks, int64_t found, float *arena, int64_t floats,
                         int64_t each, int64_t threads) {
-  int64_t pairs = pack_shared(all, count, 0, NULL);
+  int64_t parts = pack_shared(all, count, 0, NULL);
 #pragma omp parallel num_threads(threads)
   {
     Room room;
@@ -424,7 +436,7 @@ static void run_threads(const Side *all, int64_t count, const Block *blocks, int
     room.packed = arena;
     amx_begin();
 #pragma omp for schedule(dynamic, 2)
-    for (int64_t t = 0; t < pairs; t++) pack_shared(all, count, t, arena);
+    for (int64_t t = 0; t < parts; t++) pack_shared(all, count, t, arena);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < found; i++) run_block(blocks + i, &room);
     amx_end();
