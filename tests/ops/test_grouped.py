@@ -164,6 +164,21 @@ def test_each_axis_long(axis: int, long: int) -> None:
         assert_right([drawn(rng, *shape)])
 
 
+@pytest.mark.parametrize("k", [3072, 3073, 6178])
+@pytest.mark.parametrize("rows", [64, 130])
+def test_sums_over_more_than_one_block_of_amx_with_addends(
+    rows: int, k: int, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its right side is packed once for all rows, and where each piece packs its own."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    for form, other in zip(FORMS, reversed(FORMS)):
+        left, right = typed(form(rows, k), torch.bfloat16), typed(other(k, 72), torch.bfloat16)
+        terms = (Addend(torch.randn(40, 24).bfloat16(), 9 * torch.randn(24, 40), rows - 40, 32, 2.0),)
+        assert_right([Product(left, right, torch.full((rows, 72), torch.nan).bfloat16(), addends=terms)])
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 64, 210])
 def test_the_six_products_of_low_rank_terms(rows: int, dtype: torch.dtype, backend: str) -> None:
