@@ -1,6 +1,6 @@
 # make quickstart   train an adapter on support tickets, measure it, ask it
 # make test         formatter, linter, types, import order, all tests
-# make processors   the numeric tests again, as other processors would compute them (x86-64; about an hour and a half)
+# make processors   the numeric tests again, as other processors would compute them (x86-64; about three hours)
 # make proven       the longest tests, which make test leaves out while nothing that they read has changed
 # make sanitize     the C kernels under the address and undefined-behaviour sanitizers (gcc, Linux)
 # make golden       ten steps of every method written down anew (tests/golden), where a change is meant to change them

@@ -81,7 +81,10 @@ RULES = (
         name=r"^aten::(copy_|clone|contiguous|to|_to_copy|cat|stack|fill_|zero_|zeros\w*|ones\w*|empty\w*|new_\w+|index\w*|"
         r"resize_\w*|constant_pad_nd)$",
     ),
-    Rule("native kernels (C)", name=r"^_(Project|QuantizedLinear|\w*Norm|\w*Gated|\w*Rotary)(Backward)?$|^topwork::"),
+    Rule(
+        "native kernels (C)",
+        name=r"^_(Project|QuantizedLinear|Residual|\w*Norm|\w*Gated|\w*Rotary)(Backward)?$|^topwork::",
+    ),
     Rule(
         REST,
         name=r"^aten::(t|transpose|as_strided|slice|view|select|expand|detach|resolve_\w+|unsqueeze|squeeze|chunk|split\w*|"
