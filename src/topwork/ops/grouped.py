@@ -59,8 +59,9 @@ def staged(stages: Sequence[Sequence[Product]]) -> list[Stage]:
     """`grouped_products` of each stage, to be called one after the other, once: later ones may read what earlier ones
     wrote. A GPU is told of all of them in one copy."""
     products = [product for stage in stages for product in stage]
-    plain = all(1 in x.stride() for product in products for x in product[:2])  # the others are copied when it is time
-    kernels = triton.kernels("grouped", products[0].left) if products and plain else None
+    kernels = triton.kernels("grouped", products[0].left) if products else None
+    if kernels is not None and not all(1 in x.stride() for product in products for x in product[:2]):
+        kernels = None  # what has no contiguous axis is copied when it is time
     if kernels is None or (_native_runs(products) and native.compiled("grouped") is not None):
         return [partial(grouped_products, stage) for stage in stages]
     for product in products:
@@ -83,7 +84,8 @@ def grouped_products(products: Sequence[Product]) -> None:
     for product in products:
         _check(product)
     library = native.compiled("grouped") if _native_runs(products) else None
-    if any(product.addends and not (library and _joins(library, product)) for product in products):
+    more = [product for product in products if product.addends]
+    if more and not (library and _joins(library, more)):
         for turn in _without_addends(products):
             grouped_products(turn)
     elif library is not None:
@@ -133,15 +135,16 @@ def _without_addends(products: Sequence[Product]) -> list[list[Product]]:
     return turns
 
 
-def _joins(library: ctypes.CDLL, product: Product) -> bool:
-    """Whether the kernel adds a product's addends to its sums."""
-    plain = product.left.dtype == torch.bfloat16 and len(product.addends) <= MOST_ADDENDS
-    on_grid = all(addend.column % GRID == 0 for addend in product.addends)
+def _joins(library: ctypes.CDLL, products: Sequence[Product]) -> bool:
+    """Whether the kernel adds these products' addends to their sums."""
+    plain = all(product.left.dtype == torch.bfloat16 and len(product.addends) <= MOST_ADDENDS for product in products)
+    on_grid = all(addend.column % GRID == 0 for product in products for addend in product.addends)
     return plain and on_grid and bool(library.topwork_grouped_level() == ON_AMX)
 
 
 def _of_one_type(product: Product) -> Product:
-    return product._replace(right=product.right.to(product.left.dtype))
+    left, right = product.left, product.right
+    return product if left.dtype == right.dtype else product._replace(right=right.to(left.dtype))
 
 
 def _by_torch(product: Product) -> None:
@@ -159,69 +162,90 @@ def _by_torch(product: Product) -> None:
 
 def _check(product: Product) -> None:
     left, right, out, alpha, beta, addends = product
-    shape, other, into = left.shape, right.shape, out.shape
+    _check_operands(left, right, out.shape)
+    if left.device != out.device:
+        raise ValueError(f"out is on {out.device} and left on {left.device}, where one device is expected")
+    if beta not in (0, 1):
+        raise ValueError(f"beta is {beta}, where 0 (overwrite) or 1 (add) is expected")
+    if addends and (alpha != 1 or not left.shape[1]):
+        raise ValueError(f"alpha is {alpha} and k is {left.shape[1]}: with addends 1 and more than 0 are expected")
+    for addend in addends:
+        _check_addend(addend, product)
+
+
+def _check_addend(addend: Addend, product: Product) -> None:
+    left, right, row, column, _ = addend
+    if min(row, column) < 0 or left.dtype != product.left.dtype or left.device != product.left.device:
+        raise ValueError(
+            f"an addend of {left.dtype} on {left.device} at {addend[2:4]} in a product of {product.left.dtype} on "
+            f"{product.left.device}"
+        )
+    rows, columns = product.out.shape
+    _check_operands(left, right, (min(left.shape[0], rows - row), min(right.shape[1], columns - column)))
+
+
+def _check_operands(left: Tensor, right: Tensor, into: tuple[int, ...]) -> None:
+    """Whether they can be multiplied into something of this shape."""
+    shape, other = left.shape, right.shape
     if len(shape) != 2 or len(other) != 2 or into != (shape[0], other[1]) or shape[1] != other[0]:
         raise ValueError(f"shapes {[*shape]}, {[*other]} into {[*into]}, where [m, k], [k, n] into [m, n] are expected")
     if right.dtype not in (left.dtype, torch.float32):
         raise ValueError(
             f"left is {left.dtype}, right is {right.dtype}, where its type or fp32 is expected; convert it"
         )
-    if not left.device == right.device == out.device:
-        places = [str(x.device) for x in (left, right, out)]
-        raise ValueError(f"left, right and out are on {places}, where one device is expected")
-    if beta not in (0, 1):
-        raise ValueError(f"beta is {beta}, where 0 (overwrite) or 1 (add) is expected")
-    if addends and (alpha != 1 or not shape[1]):
-        raise ValueError(f"alpha is {alpha} and k is {shape[1]}: with addends 1 and more than 0 are expected")
-    for addend in addends:
-        if min(addend.row, addend.column) < 0 or addend.left.dtype != left.dtype:
-            raise ValueError(f"an addend of {addend.left.dtype} at {addend[2:4]} in a product of {left.dtype}")
-        _check(Product(addend.left, addend.right, _part(out, addend), addend.alpha))
+    if left.device != right.device:
+        raise ValueError(f"left is on {left.device} and right on {right.device}, where one device is expected")
 
 
 def _native_runs(products: Sequence[Product]) -> bool:
+    kinds = native.KINDS
     return all(
-        product.left.dtype in native.KINDS and product.out.dtype in native.KINDS and product.left.device.type == "cpu"
-        for product in products
+        product.left.is_cpu and product.left.dtype in kinds and product.out.dtype in kinds for product in products
     )
 
 
 def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
     """The kernel sees bare memory: shapes are checked, strides are here."""
-    table, alphas, copies = array("q"), array("d"), []
-    on_amx = library.topwork_grouped_level() == ON_AMX
-
-    def line(left: Tensor, right: Tensor, out: tuple[int, int, int], *kinds: int) -> None:
-        if right.dtype != left.dtype and not on_amx:
-            right = right.to(left.dtype)
-        left, right = _laid_out(left), _laid_out(right)
-        copies.append((left, right))
-        table.extend((
-            left.data_ptr(), *_strides(left), right.data_ptr(), *_strides(right), *out, *left.shape, right.shape[1],
-            native.KINDS[left.dtype], native.KINDS[right.dtype], *kinds,
-        ))  # fmt: skip
-
+    if library.topwork_grouped_level() != ON_AMX:
+        products = [_of_one_type(product) for product in products]
+    numbers: list[int] = []
+    alphas: list[float] = []
+    copies: list[Tensor] = []
     for left, right, out, alpha, beta, addends in products:
         row, column = out.stride()
         if column != 1 and out.shape[1] > 1:
             raise ValueError(f"out of strides {[row, column]} has no contiguous rows, which are expected")
-        line(left, right, (out.data_ptr(), row, 1), native.KINDS[out.dtype], beta, len(addends))
+        kind = native.KINDS[out.dtype]
+        numbers += _line(left, right, (out.data_ptr(), row, 1), (kind, beta, len(addends)), copies)
+        alphas.append(alpha)
         for addend in addends:
-            line(addend.left, addend.right, (0, addend.row, addend.column), 0, 0, 0)
-        alphas.extend((alpha, *(addend.alpha for addend in addends)))
-    addresses = table.buffer_info()[0], alphas.buffer_info()[0]
+            numbers += _line(addend.left, addend.right, (0, addend.row, addend.column), (0, 0, 0), copies)
+            alphas.append(addend.alpha)
+    table, factors = array("q", numbers), array("d", alphas)
+    addresses = table.buffer_info()[0], factors.buffer_info()[0]
     if library.topwork_grouped_products(*addresses, len(alphas), torch.get_num_threads()):
         raise MemoryError(f"no memory for {len(products)} products")
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """x, copied where neither axis is contiguous (a gradient that was expanded)."""
-    return x if 1 in x.stride() or 1 in x.shape else x.contiguous()
+def _line(
+    left: Tensor, right: Tensor, out: tuple[int, int, int], kinds: tuple[int, int, int], copies: list[Tensor]
+) -> tuple[int, ...]:
+    """A product or an addend as the kernel's table has it."""
+    (m, k), n = left.shape, right.shape[1]
+    types = native.KINDS[left.dtype], native.KINDS[right.dtype]
+    return *_matrix(left, copies), *_matrix(right, copies), *out, m, k, n, *types, *kinds
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Of rows and columns, one of them 1; that of an axis of one value may be anything, and is made to fit."""
+def _matrix(x: Tensor, copies: list[Tensor]) -> tuple[int, int, int]:
+    """Where x is, and its strides, one of them 1: that of an axis of one value may be anything, and is made to fit;
+    where neither axis is contiguous (a gradient that was expanded) x is copied."""
     row, column = x.stride()
+    rows, columns = x.shape
     if row == 1 or column == 1:
-        return row, column
-    return (row, 1) if x.shape[1] == 1 else (1, column)
+        return x.data_ptr(), row, column
+    if columns == 1:
+        return x.data_ptr(), row, 1
+    if rows == 1:
+        return x.data_ptr(), 1, column
+    copies.append(x.contiguous())
+    return copies[-1].data_ptr(), columns, 1
