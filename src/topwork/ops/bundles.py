@@ -32,15 +32,13 @@ class LowRank:
 
 
 class Placed(NamedTuple):
-    """A term, its columns in the group's output, and its ranks in its bundle's S."""
+    """A term, and its columns in the group's output."""
 
     term: LowRank
     columns: slice
-    ranks: slice
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(NamedTuple):
     """Terms with the same rows and the same A-input."""
 
     rows: slice
@@ -49,7 +47,16 @@ class Bundle:
 
     @property
     def rank(self) -> int:
-        return int(self.terms[-1].ranks.stop)
+        return sum(self.ranks)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of each term."""
+        return [term.a.shape[0] for term, _ in self.terms]
+
+    def by_term(self, x: Tensor, axis: int) -> Sequence[Tensor]:
+        """x, which has the terms' ranks on an axis, as views: each term's part."""
+        return x.split_with_sizes(self.ranks, axis) if len(self.terms) > 1 else (x,)
 
     def input(self, n: Tensor) -> Tensor:
         """What the terms' A see of n [T, in]."""
@@ -61,7 +68,7 @@ def stacked(bundles: Sequence[Bundle]) -> list[Tensor]:
     """Of each bundle its terms' A under one another [R, in], in fp32; gathered for all bundles at once."""
     apart = [bundle for bundle in bundles if len(bundle.terms) > 1]
     parts = [placed.term.a for bundle in apart for placed in bundle.terms]
-    gathered = iter(torch.cat(parts).split([bundle.rank for bundle in apart]) if parts else ())
+    gathered = iter(torch.cat(parts).split_with_sizes([bundle.rank for bundle in apart]) if parts else ())
     return [next(gathered) if len(bundle.terms) > 1 else bundle.terms[0].term.a for bundle in bundles]
 
 
@@ -70,23 +77,21 @@ def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
     shared: dict[tuple[Any, ...], list[Placed]] = defaultdict(list)
     for term, columns in terms:
         drops = term.dropout and (term.dropout.p, term.dropout.key)  # rows have the same seeds for all
-        there = shared[term.start, term.stop, drops]
-        rank = there[-1].ranks.stop if there else 0
-        there.append(Placed(term, columns, slice(rank, rank + term.a.shape[0])))
+        shared[term.start, term.stop, drops].append(Placed(term, columns))
     return tuple(
         Bundle(slice(start, stop), tuple(there), there[0].term.dropout) for (start, stop, _), there in shared.items()
     )
 
 
-def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor) -> tuple[list[Tensor], list[Stage]]:
+def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor | None) -> tuple[list[Tensor], list[Stage]]:
     """Each bundle's S [rows, R], which the backward pass needs, and what is still to be called: first what makes them,
-    then, once the base's products are there, what adds every term to out [T, outputs]."""
+    then, once the base's products are there, what adds every term to `out` [T, outputs], where that is to be done."""
     inner, products = [], []
     for bundle, a in zip(bundles, stacked(bundles)):
         rows = bundle.input(n)
-        inner.append(saved_empty(n, rows.shape[0], bundle.rank))
+        inner.append(saved_empty(n, rows.shape[0], a.shape[0]))
         products.append(Product(rows, a.t(), inner[-1]))
-    return inner, staged([products, *_added(bundles, inner, out)])
+    return inner, staged([products, *(() if out is None else _added(bundles, inner, out))])
 
 
 def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[Stage]:
@@ -97,8 +102,8 @@ def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -
 def _added(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[list[Product]]:
     added = []
     for bundle, s in zip(bundles, inner):
-        for term, columns, ranks in bundle.terms:
-            product = Product(s[:, ranks], term.b.t(), out[bundle.rows, columns], term.scaling, 1)
+        for (term, columns), own in zip(bundle.terms, bundle.by_term(s, 1)):
+            product = Product(own, term.b.t(), out[bundle.rows, columns], term.scaling, 1)
             added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
     return _turns(added)
 
@@ -106,9 +111,9 @@ def _added(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> l
 def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
     """The terms of a projection that has these columns of the group's output, to be added to its product."""
     return tuple(
-        Addend(s[:, ranks], term.b.t(), bundle.rows.start, there.start - columns.start, term.scaling)
+        Addend(own, term.b.t(), bundle.rows.start, there.start - columns.start, term.scaling)
         for bundle, s in zip(bundles, inner)
-        for term, there, ranks in bundle.terms
+        for (term, there), own in zip(bundle.terms, bundle.by_term(s, 1))
         if columns.start <= there.start < columns.stop
     )
 
@@ -121,17 +126,19 @@ def term_gradients(
     one. With `weight` [outputs, in] dn is dy weight and that share, in one product."""
     g = [scratch_empty(s, *s.shape) for s in inner]
     first, second, third = [], [], []
-    all_da, all_db = [], []
+    all_da: list[Tensor] = []
+    all_db: list[Tensor] = []
     shares: list[tuple[slice, Dropout, Tensor]] = []
     joined: list[Addend] = []
     for bundle, s, slopes, a in zip(bundles, inner, g, stacked(bundles)):
-        da = bundle.terms[0].term.a.new_empty(bundle.rank, n.shape[1])
+        da = a.new_empty(a.shape)
         second.append(Product(slopes.t(), bundle.input(n), da))
-        for term, columns, ranks in bundle.terms:
+        all_da += bundle.by_term(da, 0)
+        parts = zip(bundle.terms, bundle.by_term(s, 1), bundle.by_term(slopes, 1))
+        for (term, columns), own_s, own_slopes in parts:
             own, db = dy[bundle.rows, columns], torch.empty_like(term.b)
-            first.append(Product(own, term.b, slopes[:, ranks], term.scaling))
-            second.append(Product(own.t(), s[:, ranks], db, term.scaling))
-            all_da.append(da[ranks])
+            first.append(Product(own, term.b, own_slopes, term.scaling))
+            second.append(Product(own.t(), own_s, db, term.scaling))
             all_db.append(db)
         if dn is None:
             continue
@@ -156,6 +163,8 @@ def term_gradients(
 def _turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> list[list[Product]]:
     """Products that add to places, which begin with their rows start and stop, as stages: those of one place one after
     the other, and all of them where rows that differ overlap."""
+    if not added:
+        return []
     ranges = sorted({place[:2] for place, _ in added})
     apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
     turns: dict[int, list[Product]] = defaultdict(list)

@@ -17,14 +17,14 @@ G A loses the same. LoRA costs six small products (two forward, four backward), 
 plain-torch truth is `adapters/methods/lora/lora.py`'s `forward`, which autograd differentiates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import LowRank, add_terms, addends, bundled, inner_products, term_gradients
+from topwork.ops.bundles import Bundle, LowRank, add_terms, addends, bundled, inner_products, term_gradients
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.grouped import Product, Stage, grouped_products, multiplies_all
@@ -163,8 +163,9 @@ def projection_of(module: nn.Module | None) -> Projection | None:
     """What a module adds up to as a frozen linear layer with adapters' parts for the current batch; None where it is
     more than that. Modules other than nn.Linear tell by a method `projection()`."""
     if type(module) is nn.Linear:
-        learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
-        return None if learns else Projection(module.weight, module.bias)
+        weight, bias = module.weight, module.bias
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return None if learns else Projection(weight, bias)
     tell: Callable[[], Projection | None] | None = getattr(module, "projection", None)
     return tell() if tell is not None else None
 
@@ -185,17 +186,31 @@ def project(
     whose output no gradient needs; gains need theirs. The backward pass is the same. `joined` is the weights and the
     biases of the whole group, dense and behind one another, where somebody holds them so: one product for all.
     """
-    bundles = bundled((term, columns) for projection, columns in _columns(group) for term in projection.terms)
-    vectors = _vectors(group)
+    placed = _placed(group)
+    bundles = bundled((term, columns) for projection, columns in placed for term in projection.terms)
+    vectors = _vectors(placed)
     assert not (skip_forward and vectors.gains), "the gradient of a gain needs the product"
     assert len(group) == 1 or not vectors.inputs, "a group has one input, and a gain on it is one projection's"
     terms = [placed.term for bundle in bundles for placed in bundle.terms]
     learned = [*(term.a for term in terms), *(term.b for term in terms), *vectors.learned]
-    return _Project.apply(x, prologue, tuple(group), bundles, vectors, keeps, skip_forward, joined, *learned)
+    base = placed if joined is None else _placed((joined,))
+    both = _Group(base, _made_here(x, base), bundles, vectors)
+    return _Project.apply(x, prologue, both, keeps, skip_forward, *learned)
 
 
-def _vectors(group: Sequence[Projection]) -> Vectors:
-    placed = list(_columns(group))
+Placed = list[tuple[Projection, slice]]
+"""Projections side by side, each with its columns in the group's output."""
+
+
+def _placed(group: Sequence[Projection]) -> Placed:
+    placed, at = [], 0
+    for projection in group:
+        placed.append((projection, slice(at, at + projection.outputs)))
+        at += projection.outputs
+    return placed
+
+
+def _vectors(placed: Placed) -> Vectors:
     return Vectors(
         tuple(gain for projection, _ in placed for gain in projection.input_gains),
         tuple(PlacedShift(shift, columns) for projection, columns in placed for shift in projection.shifts),
@@ -207,30 +222,58 @@ def _vectors(group: Sequence[Projection]) -> Vectors:
     )
 
 
+class _Group(NamedTuple):
+    """A group as both passes take it: its frozen layers, their weights where all are multiplied by `grouped_products`,
+    which adds the terms on the way, and what adapters have there."""
+
+    base: Placed
+    weights: list[Tensor] | None
+    bundles: tuple[Bundle, ...]
+    vectors: Vectors
+
+    @property
+    def inputs(self) -> int:
+        return int(self.base[0][0].weight.shape[1])
+
+    @property
+    def outputs(self) -> int:
+        return int(self.base[-1][1].stop)
+
+
+def _made_here(x: Tensor, base: Placed) -> list[Tensor] | None:
+    """The weights of these layers, where they are dense, of x's type, without a bias, and better multiplied here."""
+    if not multiplies_all(x):
+        return None
+    weights = [layer.weight for layer, _ in base if isinstance(layer.weight, Tensor) and layer.bias is None]
+    return weights if len(weights) == len(base) and all(weight.dtype == x.dtype for weight in weights) else None
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prologue, group, bundles, vectors, keeps, skip_forward, joined, *learned):  # type: ignore[no-untyped-def]
-        ctx.prologue, ctx.group, ctx.joined, ctx.bundles, ctx.vectors = prologue, group, joined, bundles, vectors
+    def forward(ctx, x, prologue, group, keeps, skip_forward, *learned):  # type: ignore[no-untyped-def]
+        ctx.prologue, ctx.group = prologue, group
+        gains = group.vectors.gains
         with scratch_scope():
             n, kept = prologue.forward(x)
-            shape = n.shape[0], sum(projection.outputs for projection in group)
-            keeps = keeps or (bool(vectors.gains) and n.shape[1] > shape[1])
+            shape = n.shape[0], group.outputs
+            keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            inner, (multiply, *add) = inner_products(n, bundles, out)
+            adds = not skip_forward and group.weights is None
+            inner, (multiply, *add) = inner_products(n, group.bundles, out if adds else None)
             multiply()
             if skip_forward:
                 out.zero_()
             else:
-                _write(ctx, vectors.scaled(n, x), inner, add, out)
+                _write(group, group.vectors.scaled(n, x), inner, add, out)
         ctx.counts = len(kept), len(inner)
-        ctx.out = out.detach() if vectors.gains and keeps else None  # not saved: what follows may write into it
+        ctx.out = out.detach() if gains and keeps else None  # not saved: what follows may write into it
         ctx.save_for_backward(*kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         kept, inner, _ = _split(ctx.saved_tensors, *ctx.counts)
-        wants_x, vectors = ctx.needs_input_grad[0], ctx.vectors
+        wants_x, prologue, group, vectors = ctx.needs_input_grad[0], ctx.prologue, ctx.group, ctx.group.vectors
         all_da: list[Tensor] = []
         all_db: list[Tensor] = []
         of_inputs: list[Tensor] = []
@@ -238,63 +281,43 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                n = vectors.scaled(ctx.prologue.recompute(kept), kept[0])
-                _write(ctx, n, inner, add_terms(ctx.bundles, inner, out), out)
+                n = vectors.scaled(prologue.recompute(kept), kept[0])
+                _write(group, n, inner, add_terms(group.bundles, inner, out) if group.weights is None else (), out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
-            dn = _room_for_gradient(dout, ctx.group, ctx.prologue) if wants_x or vectors.inputs else None
-            base = _base(ctx.group, ctx.joined)
-            weight = _weight_with_terms(dout, base) if inner and not vectors.inputs else None
+            dn = _room_for_gradient(dout, group, prologue) if wants_x or vectors.inputs else None
+            weight = _weight_with_terms(group) if inner and not vectors.inputs else None
             if dn is not None and weight is None:
-                _base_gradient(dout, base, dn)
+                _base_gradient(dout, group.base, dn)
             if inner or vectors.inputs:
-                n = ctx.prologue.recompute(kept)
+                n = prologue.recompute(kept)
                 of_inputs = vectors.input_gradients_(n, dn)
-                all_da, all_db = term_gradients(n, ctx.bundles, inner, dout, dn if wants_x else None, weight)
+                all_da, all_db = term_gradients(n, group.bundles, inner, dout, dn if wants_x else None, weight)
                 del n
-            dx = ctx.prologue.backward(dn, kept) if wants_x else None
-        return dx, None, None, None, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
+            dx = prologue.backward(dn, kept) if wants_x else None
+        return dx, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
-Base = list[tuple[Projection, slice]]
-"""Frozen layers, each with its columns in the group's output."""
-
-
-def _base(group: Sequence[Projection], joined: Projection | None) -> Base:
-    return list(_columns((joined,) if joined else group))
-
-
-def _made_here(n: Tensor, base: Base) -> list[Tensor] | None:
-    """The weights of these layers where their products are `grouped_products`, which add the terms on the way."""
-    weights = [
-        layer.weight
-        for layer, _ in base
-        if isinstance(layer.weight, Tensor) and layer.weight.dtype == n.dtype and layer.bias is None
-    ]
-    return weights if len(weights) == len(base) and multiplies_all(n) else None
-
-
-def _weight_with_terms(dout: Tensor, base: Base) -> Tensor | None:
+def _weight_with_terms(group: _Group) -> Tensor | None:
     """The weight of all outputs, where its gradient's product takes the terms' along."""
-    weights = _made_here(dout, base) or []
-    return weights[0] if len(weights) == 1 else None
+    return group.weights[0] if group.weights is not None and len(group.weights) == 1 else None
 
 
-def _write(ctx: Any, n: Tensor, inner: Sequence[Tensor], add: Sequence[Stage], out: Tensor) -> None:
-    """The outputs of a `_Project`, from n as the base sees it, each bundle's S, and what adds the terms."""
-    base = _base(ctx.group, ctx.joined)
-    if (weights := _made_here(n, base)) is not None:
+def _write(group: _Group, n: Tensor, inner: Sequence[Tensor], add: Sequence[Stage], out: Tensor) -> None:
+    """The outputs of a group, from n as the base sees it, each bundle's S, and what adds the terms, where their
+    products do not."""
+    if group.weights is not None:
         grouped_products([
-            Product(n, weight.t(), out[:, columns], addends=addends(ctx.bundles, inner, columns))
-            for weight, (_, columns) in zip(weights, base)
+            Product(n, weight.t(), out[:, columns], addends=addends(group.bundles, inner, columns))
+            for weight, (_, columns) in zip(group.weights, group.base)
         ])  # fmt: skip
     else:
-        _base_products(n, base, out)
+        _base_products(n, group.base, out)
         for stage in add:
             stage()
-    ctx.vectors.change_(out)
+    group.vectors.change_(out)
 
 
-def _base_products(n: Tensor, base: Base, out: Tensor) -> None:
+def _base_products(n: Tensor, base: Placed, out: Tensor) -> None:
     for projection, columns in base:
         part = out[:, columns]
         if isinstance(projection.weight, Packed):
@@ -305,15 +328,15 @@ def _base_products(n: Tensor, base: Base, out: Tensor) -> None:
             torch.addmm(projection.bias, n, projection.weight.t(), out=part)
 
 
-def _room_for_gradient(dout: Tensor, group: Sequence[Projection], prologue: Prologue) -> Tensor:
+def _room_for_gradient(dout: Tensor, group: _Group, prologue: Prologue) -> Tensor:
     """For dout W of the whole group [T, in]; where there is a prologue, nobody else takes it further."""
-    shape = len(dout), group[0].weight.shape[1]
+    shape = dout.shape[0], group.inputs
     if not isinstance(prologue, Identity):
         return scratch_empty(dout, *shape)
     return handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
 
 
-def _base_gradient(dout: Tensor, base: Base, dn: Tensor) -> None:
+def _base_gradient(dout: Tensor, base: Placed, dn: Tensor) -> None:
     """dn [T, in] = dout W of the whole group."""
     for number, (projection, columns) in enumerate(base):
         part = dout[:, columns]
@@ -325,13 +348,6 @@ def _base_gradient(dout: Tensor, base: Base, dn: Tensor) -> None:
             dn.addmm_(part, projection.weight)
         else:
             torch.mm(part, projection.weight, out=dn)
-
-
-def _columns(group: Sequence[Projection]) -> Iterator[tuple[Projection, slice]]:
-    at = 0
-    for projection in group:
-        yield projection, slice(at, at + projection.outputs)
-        at += projection.outputs
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
