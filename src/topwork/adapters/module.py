@@ -131,7 +131,8 @@ class AdaptedLayer(nn.Module):
 
     def part(self, name: str | None) -> AdapterModule | None:
         """What the named adapter has here."""
-        return self.adapters[name] if name is not None and name in self.adapters else None  # type: ignore[return-value]
+        adapters = self.adapters
+        return adapters[name] if name is not None and name in adapters else None  # type: ignore[return-value]
 
     def idle_base(self) -> nn.Module | None:
         """The base layer, where no row of the current batch goes through a part of this layer."""
@@ -143,23 +144,21 @@ class AdaptedLayer(nn.Module):
         if base is None:
             return None
         terms: list[LowRank] = []
-        vectors: list[FusedTerms] = []
+        gains: list[Gain] = []
+        shifts: list[Shift] = []
+        input_gains: list[Gain] = []
         for segment in batch.segments:
             if (part := self.part(segment.adapter)) is None:
                 continue
-            addition = part.fused_terms(segment.start, segment.stop, self.base_layer)
-            if addition is None:
+            fused = part.fused_terms(segment.start, segment.stop, self.base_layer)
+            if fused is None:
                 return None
             dropout = self._dropout(part, batch, segment)
-            terms += addition.terms if dropout is None else (replace(t, dropout=dropout) for t in addition.terms)
-            vectors.append(addition)
-        return replace(
-            base,
-            terms=tuple(terms),
-            gains=tuple(gain for fused in vectors for gain in fused.gains),
-            shifts=tuple(shift for fused in vectors for shift in fused.shifts),
-            input_gains=tuple(gain for fused in vectors for gain in fused.input_gains),
-        )
+            terms += fused.terms if dropout is None else (replace(t, dropout=dropout) for t in fused.terms)
+            gains += fused.gains
+            shifts += fused.shifts
+            input_gains += fused.input_gains
+        return Projection(base.weight, base.bias, tuple(terms), tuple(gains), tuple(shifts), tuple(input_gains))
 
     def _dropout(self, part: AdapterModule, batch: Batch, segment: Segment) -> Dropout | None:
         if not (part.training and part.dropout):
@@ -215,7 +214,8 @@ class AdaptedLayer(nn.Module):
         return tuple(torch.cat(parts) for parts in zip(*found)) if len(found) > 1 else found[0]
 
     def _touched(self, segments: Sequence[Segment]) -> bool:
-        return any(segment.adapter in self.adapters for segment in segments if segment.adapter is not None)
+        adapters = self.adapters
+        return any(segment.adapter in adapters for segment in segments if segment.adapter is not None)
 
     @staticmethod
     def check_rows(segments: Sequence[Segment], count: int) -> None:

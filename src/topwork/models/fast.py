@@ -7,6 +7,7 @@ modules.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -73,14 +74,14 @@ class AttentionPart:
         there = all(hasattr(attention, name) for name in (*self.inputs, "o_proj", *self.norms))
         return there and all(norm.is_still(_bare(getattr(attention, name))) for name, norm in self.norms.items())
 
-    def how(self, attention: nn.Module) -> SelfAttention:
+    def how(self, attention: nn.Module, restores: bool) -> SelfAttention:
         """With the weights that are there now."""
         norms = [
             HeadNorm(_bare(getattr(attention, name)).weight, norm.eps, norm.unit_offset)  # type: ignore[arg-type]
             for name, norm in self.norms.items()
         ]
         sinks = getattr(attention, self.sinks) if self.sinks else None
-        return SelfAttention(self.heads, self.rule, (norms[0], norms[1]) if norms else None, sinks)
+        return SelfAttention(self.heads, self.rule, (norms[0], norms[1]) if norms else None, sinks, restores)
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,12 @@ class FastLayer(GradientCheckpointingLayer):
             x, given = residual_branch(x, dtype, in_place=in_place)
             n = self._normed(given, before)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
+        after: AbstractContextManager[None] = nullcontext()
         if self.is_last and batch.output_positions is not None:
             rows = batch.output_positions  # each once, so that the gradient needs no sorting of them
             x, y, batch = x.index_select(1, rows), y.index_select(0, rows), batch.narrowed()
-        with replace(current(), batch=batch).active():
+            after = replace(current(), batch=batch).active()
+        with after:
             if part is not None:
                 last = self._group(attention, ("o_proj",))
                 y = self._products(y, Identity(), last, self.wiring.after_attention is not None)
@@ -221,7 +224,7 @@ class FastLayer(GradientCheckpointingLayer):
         """The attention's output before its last projection [T, H * D]."""
         buffer = self._products(x, prologue, group)
         turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
-        context, how = current(), replace(part.how(attention), restores=group.has_gains)
+        context, how = current(), part.how(attention, restores=group.has_gains)
         prefixes = context.prefixes(attention.layer_idx) if context.virtual else ()  # type: ignore[arg-type]
         if context.cache is None:
             return self_attention(buffer, turns, current_batch().cu_seqlens, how, prefixes)
@@ -241,37 +244,37 @@ class FastLayer(GradientCheckpointingLayer):
 
     def _down(self, buffer: Tensor, mlp: nn.Module, part: MlpPart) -> Tensor:
         """The gated unit and what comes after it."""
-        linear = _bare(mlp.get_submodule("down_proj"))
+        linear = mlp.get_submodule("down_proj")
         down = projection_of(linear)
         if down is not None:
             norm_follows = self.wiring.after_mlp is not None  # else it goes into a sum, and no gradient needs its value
             skip = current().recomputing and not norm_follows and not down.gains
             return project(buffer, (down,), Gated(part.activation), norm_follows, skip)
-        return linear(normed(buffer, Gated(part.activation)))
+        return _bare(linear)(normed(buffer, Gated(part.activation)))
 
     def _products(self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", keeps: bool = True) -> Tensor:
         """Linear layers side by side after a prologue; where one is more than a projection, they run as modules."""
         if group.projections is None:
             return torch.cat([module(x) for module in group.modules], -1)
-        if x.dtype != torch.float32:  # in one type with the stream the branch's gradient becomes the stream's
-            prologue = replace(prologue, hands_back=True)
+        if x.dtype != torch.float32 and not prologue.hands_back:
+            prologue = replace(prologue, hands_back=True)  # in fp32 the branch's gradient becomes the stream's
         return project(x, group.projections, prologue, keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
         """Linear layers by name, for the current batch."""
-        modules = [_bare(parent.get_submodule(name)) for name in names]
+        modules = [getattr(parent, name) for name in names]
         found = [projection_of(module) for module in modules]
         projections = [projection for projection in found if projection is not None]
         others = len(modules) > 1 and any(projection.input_gains for projection in projections)  # see it without
         if len(projections) < len(modules) or others:
-            return _Group(modules)
+            return _Group(None, modules=[_bare(module) for module in modules])
         joined = self._joined.get(tuple(names))
         if joined is None:
-            return _Group(modules, projections)
+            return _Group(projections)
         if not joined.has([(projection.weight, projection.bias) for projection in projections]):
             del self._joined[tuple(names)]  # it would only take memory
-            return _Group(modules, projections)
-        return _Group(modules, projections, joined.whole)
+            return _Group(projections)
+        return _Group(projections, joined.whole)
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
         if name is None:
@@ -297,12 +300,12 @@ def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:
 
 
 class _Group(NamedTuple):
-    """Linear layers side by side: what they are for the current batch (None where one is more than a projection, or
-    multiplies an input that others have too), and all of them as one where their weights are joined."""
+    """Linear layers side by side for the current batch: as projections, and all of them as one where their weights are
+    joined; as modules where one is more than a projection, or multiplies an input that others have too."""
 
-    modules: list[nn.Module]
-    projections: list[Projection] | None = None
+    projections: list[Projection] | None
     joined: Projection | None = None
+    modules: Sequence[nn.Module] = ()
 
     @property
     def has_gains(self) -> bool:

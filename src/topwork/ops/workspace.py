@@ -64,8 +64,8 @@ class Workspace:
     def saved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that lasts as long as the pass."""
         size = _bytes(shape, dtype)
-        while self._saved_at < len(self._saved) and self._saved_end + size > len(self._saved[self._saved_at]):
-            self._unused += len(self._saved[self._saved_at]) - self._saved_end
+        while self._saved_at < len(self._saved) and self._saved_end + size > self._saved[self._saved_at].numel():
+            self._unused += self._saved[self._saved_at].numel() - self._saved_end
             self._saved_at, self._saved_end = self._saved_at + 1, 0
         if self._saved_at == len(self._saved):
             self._saved.append(_block(size))
@@ -100,7 +100,7 @@ class Workspace:
         """In the one block, which is made at least `stop` bytes long. (Tensors in a smaller one hold that as long as
         they live.) Layer after layer asks for the same, which is made once a pass; `data` is another tensor of that
         memory, and writes to it are counted apart."""
-        if not blocks or len(blocks[0]) < stop:
+        if not blocks or blocks[0].numel() < stop:
             blocks[:] = [_block(stop)]
             self._made.clear()
         key = (blocks[0].data_ptr(), start, shape, dtype)
