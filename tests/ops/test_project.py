@@ -47,8 +47,9 @@ def test_in_bfloat16_every_gradient_points_the_same_way(prologue: str) -> None:
 
 @pytest.mark.parametrize("prologue", list(PROLOGUES))
 @pytest.mark.parametrize("outputs", [[24], [24, 8, 9]], ids=["one", "three"])
-def test_terms_as_addends_of_the_base_product(
-    outputs: list[int], prologue: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_terms_and_biases_as_addends_of_the_base_product(
+    bias: bool, outputs: list[int], prologue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on AMX, on any processor: the same values and gradients, every term once, forward and backward."""
     torch.manual_seed(0)
@@ -60,11 +61,46 @@ def test_terms_as_addends_of_the_base_product(
 
     monkeypatch.setattr(ops_project, "multiplies_all", lambda _: True)
     monkeypatch.setattr(ops_project, "grouped_products", spied)
-    group = a_group(outputs, SEGMENTS["two adapters"])
+    group = a_group(outputs, SEGMENTS["two adapters"], bias)
     found, expected = both(an_input(PROLOGUES[prologue]), group, PROLOGUES[prologue])
-    assert sum(met) == sum(len(projection.terms) for projection in group)
+    assert sum(met) == sum(len(projection.terms) + bias for projection in group)
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other, 1e-30) < 3e-6
+
+
+def without_terms(group: Sequence[Projection]) -> list[Projection]:
+    return [replace(projection, terms=()) for projection in group]
+
+
+def in_bfloat16(group: Sequence[Projection], kind: str, b_times: float) -> list[Projection]:
+    """Frozen layers in bf16, and B times a number."""
+    changed = []
+    for p in group:
+        weight = p.weight.bfloat16()  # type: ignore[union-attr]
+        terms = tuple(replace(t, b=(b_times * t.b.detach()).requires_grad_()) for t in p.terms)
+        bias = None if p.bias is None else p.bias.bfloat16()
+        held = pack_4bit(weight, "nf4", 64, True) if kind == "nf4" else weight
+        changed.append(replace(p, weight=held, bias=bias, terms=terms))
+    return changed
+
+
+@pytest.mark.parametrize("segments", ["one adapter", "two adapters", "beside the bare base"])
+@pytest.mark.parametrize("kind", ["dense", "biased", "nf4", "multiplied here", "multiplied here, biased"])
+def test_terms_below_what_bfloat16_resolves_are_not_lost(
+    kind: str, segments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an adapter brings in its first steps is less than the last bit of most outputs and gradients: rounded
+    together with the base's product it is there on average; added afterwards, a tenth of it would be."""
+    torch.manual_seed(0)
+    if kind.startswith("multiplied here"):
+        monkeypatch.setattr(ops_project, "multiplies_all", lambda _: True)
+    group = in_bfloat16(a_group([192, 64], SEGMENTS[segments], bias="biased" in kind), kind, 3e-4)
+    x = torch.randn(T, IN).bfloat16()
+    (y, dx, *_), (true_y, true_dx, *_) = both(x, group, Identity())
+    (bare_y, bare_dx), (true_bare_y, true_bare_dx) = both(x, without_terms(group), Identity())
+    for found, bare, term in ((y, bare_y, true_y - true_bare_y), (dx, bare_dx, true_dx - true_bare_dx)):
+        share = float(((found.double() - bare.double()) * term).sum() / term.square().sum())
+        assert 0.5 < share < 1.6
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topwork.ops.context import saved_empty, scratch_empty
 from topwork.ops.dropout import Dropout, drop
-from topwork.ops.grouped import Addend, Product, Stage, staged
+from topwork.ops.grouped import Addend, Product, grouped_products, staged
 
 
 @dataclass(frozen=True)
@@ -83,29 +83,44 @@ def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
     )
 
 
-def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor | None) -> tuple[list[Tensor], list[Stage]]:
-    """Each bundle's S [rows, R], which the backward pass needs, and what is still to be called: first what makes them,
-    then, once the base's products are there, what adds every term to `out` [T, outputs], where that is to be done."""
+def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor | None = None) -> list[Tensor]:
+    """Each bundle's S [rows, R], which the backward pass needs; with `out` [T, outputs] that is made of every term, and
+    zero where there is none."""
     inner, products = [], []
     for bundle, a in zip(bundles, stacked(bundles)):
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], a.shape[0]))
         products.append(Product(rows, a.t(), inner[-1]))
-    return inner, staged([products, *(() if out is None else _added(bundles, inner, out))])
+    _run([products, *(() if out is None else _written(bundles, inner, out))])
+    return inner
 
 
-def add_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[Stage]:
+def write_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> None:
     """The latter alone, from each bundle's S."""
-    return staged(_added(bundles, inner, out))
+    _run(_written(bundles, inner, out))
 
 
-def _added(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[list[Product]]:
+def _run(stages: Sequence[Sequence[Product]]) -> None:
+    for stage in staged(stages):
+        stage()
+
+
+def _written(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[list[Product]]:
     added = []
     for bundle, s in zip(bundles, inner):
         for (term, columns), own in zip(bundle.terms, bundle.by_term(s, 1)):
             product = Product(own, term.b.t(), out[bundle.rows, columns], term.scaling, 1)
             added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
-    return _turns(added)
+    return _fresh(_turns(added), out)
+
+
+def _fresh(turns: list[list[Product]], out: Tensor) -> list[list[Product]]:
+    """Products that add to an `out` which holds nothing yet: where one turn fills it all they overwrite it, else it is
+    zero first."""
+    if len(turns) == 1 and sum(product.out.numel() for product in turns[0]) == out.numel():
+        return [[product._replace(beta=0) for product in turns[0]]]
+    out.zero_()
+    return turns
 
 
 def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
@@ -120,10 +135,11 @@ def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) 
 
 def term_gradients(
     n: Tensor, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None,
-    weight: Tensor | None = None,
+    weight: Tensor | None = None, held: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The gradients of every A and of every B, bundle by bundle; adds the terms' share to dn [T, in] where there is
-    one. With `weight` [outputs, in] dn is dy weight and that share, in one product."""
+    """The gradients of every A and of every B, bundle by bundle. dn [T, in], where there is one, becomes the terms'
+    share; with `weight` [outputs, in] dy weight and that share, rounded once; where something is `held` there already,
+    that and their share."""
     g = [scratch_empty(s, *s.shape) for s in inner]
     first, second, third = [], [], []
     all_da: list[Tensor] = []
@@ -142,21 +158,28 @@ def term_gradients(
             all_db.append(db)
         if dn is None:
             continue
-        if bundle.dropout is None and weight is not None:
-            joined.append(Addend(slopes, a, bundle.rows.start, 0))
-        elif bundle.dropout is None:
-            product = Product(slopes, a, dn[bundle.rows], beta=1)
-            third.append(((bundle.rows.start, bundle.rows.stop), product))
-        else:
+        if bundle.dropout is not None:
             shares.append((bundle.rows, bundle.dropout, scratch_empty(dn, len(s), dn.shape[1])))
             second.append(Product(slopes, a, shares[-1][2]))
+        elif weight is not None:
+            joined.append(Addend(slopes, a, bundle.rows.start, 0))
+        else:
+            product = Product(slopes, a, dn[bundle.rows], beta=1)
+            third.append(((bundle.rows.start, bundle.rows.stop), product))
+    turns = _turns(third)
+    if dn is not None and not held and (third or shares):
+        turns = _fresh(turns, dn)
     if dn is not None and weight is not None:
-        second.insert(0, Product(dy, weight, dn, addends=tuple(joined)))
-    for stage in staged([first, second, *_turns(third)]):
+        whole = Product(dy, weight, dn, beta=int(bool(shares)), addends=tuple(joined))
+        if not shares:
+            second.insert(0, whole)
+    for stage in staged([first, [*second, *(turns[0] if turns else ())], *turns[1:]]):
         stage()
     if dn is not None:
         for rows, dropout, share in shares:
             drop(share, dropout, dn[rows], add=True)
+        if weight is not None and shares:
+            grouped_products([whole])
     return all_da, all_db
 
 

@@ -76,7 +76,7 @@ def grouped_products(products: Sequence[Product]) -> None:
     Sums are fp32, times alpha, plus what `out` held, and rounded once to `out`'s type (torch.mm on 16 bits, where other
     types than the kernels' are given, rounds the product before it is added to an `out` of another type). So are
     addends with the sums that they join on AMX, where their alpha is rounded into their right side; elsewhere each is
-    rounded as a product of its own. A sum's value depends on its own row and column alone: not on threads, other
+    rounded as a product of its own, to which the product is added. A sum's value depends on its own row and column alone: not on threads, other
     products, or how many rows there are.
     """
     if not products:
@@ -127,11 +127,16 @@ def _part(out: Tensor, addend: Addend) -> Tensor:
 
 
 def _without_addends(products: Sequence[Product]) -> list[list[Product]]:
-    """The same as lists of products alone, to be made one list after the other."""
-    turns = [[product._replace(addends=()) for product in products]]
-    for number in range(max(len(product.addends) for product in products)):
-        there = [(product.out, product.addends[number]) for product in products if len(product.addends) > number]
-        turns.append([Product(x.left, x.right, _part(out, x), x.alpha, 1) for out, x in there])
+    """The same as lists of products alone, to be made one list after the other: addends first, since of what is added
+    to an output that is rounded already little would be left."""
+    turns: list[list[Product]] = []
+    for out, beta, addends in ((product.out, product.beta, product.addends) for product in products):
+        if addends and not beta:
+            out.zero_()
+        turns.extend([] for _ in range(len(addends) - len(turns)))
+        for turn, x in zip(turns, addends):
+            turn.append(Product(x.left, x.right, _part(out, x), x.alpha, 1))
+    turns.append([product._replace(beta=1, addends=()) if product.addends else product for product in products])
     return turns
 
 

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import Bundle, LowRank, add_terms, addends, bundled, inner_products, term_gradients
+from topwork.ops.bundles import Bundle, LowRank, addends, bundled, inner_products, term_gradients, write_terms
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import gated, gated_backward
-from topwork.ops.grouped import Product, Stage, grouped_products, multiplies_all
+from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
 from topwork.ops.quantized_linear import input_gradient, write_output
@@ -232,6 +232,12 @@ class _Group(NamedTuple):
     vectors: Vectors
 
     @property
+    def terms_first(self) -> bool:
+        """Whether the output is made of the terms first, and the base's products are added to them: a term that is added
+        to an output which is rounded already is lost where it is less than half of what that resolves."""
+        return self.weights is None and bool(self.bundles)
+
+    @property
     def inputs(self) -> int:
         return int(self.base[0][0].weight.shape[1])
 
@@ -241,10 +247,10 @@ class _Group(NamedTuple):
 
 
 def _made_here(x: Tensor, base: Placed) -> list[Tensor] | None:
-    """The weights of these layers, where they are dense, of x's type, without a bias, and better multiplied here."""
+    """The weights of these layers, where they are dense, of x's type, and better multiplied here."""
     if not multiplies_all(x):
         return None
-    weights = [layer.weight for layer, _ in base if isinstance(layer.weight, Tensor) and layer.bias is None]
+    weights = [layer.weight for layer, _ in base if isinstance(layer.weight, Tensor)]
     return weights if len(weights) == len(base) and all(weight.dtype == x.dtype for weight in weights) else None
 
 
@@ -258,13 +264,11 @@ class _Project(torch.autograd.Function):
             shape = n.shape[0], group.outputs
             keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            adds = not skip_forward and group.weights is None
-            inner, (multiply, *add) = inner_products(n, group.bundles, out if adds else None)
-            multiply()
+            inner = inner_products(n, group.bundles, out if group.terms_first and not skip_forward else None)
             if skip_forward:
                 out.zero_()
             else:
-                _write(group, group.vectors.scaled(n, x), inner, add, out)
+                _write(group, group.vectors.scaled(n, x), inner, out)
         ctx.counts = len(kept), len(inner)
         ctx.out = out.detach() if gains and keeps else None  # not saved: what follows may write into it
         ctx.save_for_backward(*kept, *inner, *learned)  # what learns, for torch to refuse it changed meanwhile
@@ -281,18 +285,23 @@ class _Project(torch.autograd.Function):
             out, ctx.out = ctx.out, None
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
-                n = vectors.scaled(prologue.recompute(kept), kept[0])
-                _write(group, n, inner, add_terms(group.bundles, inner, out) if group.weights is None else (), out)
+                if group.terms_first:
+                    write_terms(group.bundles, inner, out)
+                _write(group, vectors.scaled(prologue.recompute(kept), kept[0]), inner, out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _room_for_gradient(dout, group, prologue) if wants_x or vectors.inputs else None
             weight = _weight_with_terms(group) if inner and not vectors.inputs else None
-            if dn is not None and weight is None:
+            base_first = bool(vectors.inputs) or not inner
+            if dn is not None and base_first:
                 _base_gradient(dout, group.base, dn)
             if inner or vectors.inputs:
                 n = prologue.recompute(kept)
                 of_inputs = vectors.input_gradients_(n, dn)
-                all_da, all_db = term_gradients(n, group.bundles, inner, dout, dn if wants_x else None, weight)
+                into = dn if wants_x else None
+                all_da, all_db = term_gradients(n, group.bundles, inner, dout, into, weight, base_first)
                 del n
+            if dn is not None and weight is None and not base_first:
+                _base_gradient(dout, group.base, dn, add=True)
             dx = prologue.backward(dn, kept) if wants_x else None
         return dx, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
@@ -302,30 +311,40 @@ def _weight_with_terms(group: _Group) -> Tensor | None:
     return group.weights[0] if group.weights is not None and len(group.weights) == 1 else None
 
 
-def _write(group: _Group, n: Tensor, inner: Sequence[Tensor], add: Sequence[Stage], out: Tensor) -> None:
-    """The outputs of a group, from n as the base sees it, each bundle's S, and what adds the terms, where their
-    products do not."""
+def _write(group: _Group, n: Tensor, inner: Sequence[Tensor], out: Tensor) -> None:
+    """The outputs of a group, from n as the base sees it and each bundle's S; `out` holds the terms where these come
+    first."""
     if group.weights is not None:
         grouped_products([
-            Product(n, weight.t(), out[:, columns], addends=addends(group.bundles, inner, columns))
-            for weight, (_, columns) in zip(group.weights, group.base)
+            Product(n, weight.t(), out[:, at], addends=(*_biases(n, layer), *addends(group.bundles, inner, at)))
+            for weight, (layer, at) in zip(group.weights, group.base)
         ])  # fmt: skip
     else:
-        _base_products(n, group.base, out)
-        for stage in add:
-            stage()
+        _base_products(n, group.base, out, group.terms_first)
     group.vectors.change_(out)
 
 
-def _base_products(n: Tensor, base: Placed, out: Tensor) -> None:
+def _biases(n: Tensor, layer: Projection) -> tuple[Addend, ...]:
+    """A layer's bias as an addend of its product: 1 bias'."""
+    if layer.bias is None:
+        return ()
+    return (Addend(n.new_ones(1, 1).expand(n.shape[0], 1), layer.bias[None], 0, 0),)
+
+
+def _base_products(n: Tensor, base: Placed, out: Tensor, add: bool) -> None:
+    """Products and biases of all layers; with `add` on top of what `out` holds, which is rounded with each product."""
     for projection, columns in base:
-        part = out[:, columns]
+        part, bias = out[:, columns], projection.bias
         if isinstance(projection.weight, Packed):
-            write_output(n, projection.weight, projection.bias, part)
-        elif projection.bias is None:
+            write_output(n, projection.weight, bias, part, add)
+        elif add:
+            part.addmm_(n, projection.weight.t())
+            if bias is not None:
+                part.add_(bias)
+        elif bias is None:
             torch.mm(n, projection.weight.t(), out=part)
         else:
-            torch.addmm(projection.bias, n, projection.weight.t(), out=part)
+            torch.addmm(bias, n, projection.weight.t(), out=part)
 
 
 def _room_for_gradient(dout: Tensor, group: _Group, prologue: Prologue) -> Tensor:
@@ -336,18 +355,19 @@ def _room_for_gradient(dout: Tensor, group: _Group, prologue: Prologue) -> Tenso
     return handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
 
 
-def _base_gradient(dout: Tensor, base: Placed, dn: Tensor) -> None:
-    """dn [T, in] = dout W of the whole group."""
-    for number, (projection, columns) in enumerate(base):
+def _base_gradient(dout: Tensor, base: Placed, dn: Tensor, add: bool = False) -> None:
+    """dn [T, in] = dout W of the whole group; with `add` on top of what dn holds."""
+    for projection, columns in base:
         part = dout[:, columns]
         if isinstance(projection.weight, Packed):
-            input_gradient(part, projection.weight, dn, add=number > 0)
+            input_gradient(part, projection.weight, dn, add)
         elif multiplies_all(dn) and projection.weight.dtype == dn.dtype:
-            grouped_products([Product(part, projection.weight, dn, beta=int(number > 0))])
-        elif number:
+            grouped_products([Product(part, projection.weight, dn, beta=int(add))])
+        elif add:
             dn.addmm_(part, projection.weight)
         else:
             torch.mm(part, projection.weight, out=dn)
+        add = True
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

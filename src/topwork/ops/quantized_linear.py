@@ -33,19 +33,24 @@ def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> None:
-    """x [n, in] -> y [n, out], whose rows may lie in a wider buffer."""
+def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add: bool = False) -> None:
+    """x [n, in] -> y [n, out], whose rows may lie in a wider buffer; with `add` on top of what y holds, rounded once but
+    for the bias."""
     outputs, inputs = weight.shape
     step = _panel(weight, inputs, x)
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
         with scratch_scope():  # one panel at a time
             panel = weight.panel(rows, slice(0, inputs)).to(x.dtype).t()
-            if bias is None:
+            if add:
+                y[:, rows].addmm_(x, panel)
+            elif bias is None:
                 torch.mm(x, panel, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, panel, out=y[:, rows])
             del panel
+    if add and bias is not None:
+        y.add_(bias)
 
 
 def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: bool = False) -> Tensor:
