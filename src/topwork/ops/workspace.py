@@ -2,10 +2,10 @@
 
 What is kept is allocated among what is needed for a moment, and small things then settle in the holes that this leaves:
 a C heap grows by a layer's buffers with every layer, and again with every pass of another length (docs/log.md). So on
-CPUs kept tensors stand one behind another in blocks, and every pass begins at their start. A longer pass adds blocks and
-leaves those that there are, whose pages the system has handed out already: it takes its time with new ones (150 ms for
-those of a step of SmolLM2-135M). What is needed for a moment has blocks of its own. CUDA's caching allocator needs no such
-help.
+CPUs kept tensors stand one behind another in blocks, and every pass begins at their start. A longer pass adds blocks
+and leaves those that there are, whose pages the system has handed out already: new ones take it a while (150 ms for
+those of a step of SmolLM2-135M). What is needed for a moment has blocks of its own. CUDA's caching allocator needs no
+such help.
 """
 
 import math
@@ -17,10 +17,10 @@ from torch import Tensor
 ALIGNMENT = 64
 """Bytes; torch's own."""
 LEAST_BLOCK = 1 << 27
-"""Bytes. The C library gives blocks of this size back to the system as soon as they are free. What nobody wrote to costs
-nothing."""
+"""Bytes. The C library gives blocks of this size back to the system as soon as they are free. What nobody wrote to
+costs nothing."""
 MOST_UNUSED = 1 / 8
-"""Of what a pass keeps, what it may leave free at the ends of its blocks when it makes new ones: else they are joined."""
+"""Of what a pass keeps, what it may leave free at its blocks' ends when it makes new ones: else they are joined."""
 
 
 class Workspace:
