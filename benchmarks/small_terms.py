@@ -1,11 +1,12 @@
-"""What is left of a small update in bf16: an adapter's terms that join a product before it is rounded, or come after.
+"""What is left of a small update in bf16: an adapter's terms that are rounded with the base's product, or come after.
 
-    python benchmarks/small_terms.py --data-dir DATA [--model smollm2-135m] [--rows 8] [--out OUT]
+    python benchmarks/small_terms.py --data-dir DATA [--model smollm2-135m] [--rows 8] [--quantized] [--out OUT]
 
 A fresh adapter takes one step on some rows of GSM8K; then the loss of the next rows is asked for: before the step, and
-after it in fp32 (the truth), in bf16 with terms that join the product's sums (native/grouped_amx.h), and in bf16 with
-terms that are added to an output which is rounded already, as PEFT does and as Topwork does without AMX. Wants a
-processor with AMX, or TOPWORK_AMX=emulated and patience. Prints Markdown, and writes OUT.json and OUT.md where asked.
+after it in fp32 (the truth) and in bf16 with terms that are joined to the product's sums (on AMX), with terms that come
+first and the product added to them (elsewhere, and over packed bases), and with terms that are added to an output which
+is rounded already, as PEFT does and as Topwork did. --quantized: over NF4 with double quantization. Prints Markdown, and
+writes OUT.json and OUT.md where asked.
 """
 
 import argparse
@@ -28,16 +29,28 @@ from common import (
 
 
 @contextmanager
-def terms_apart() -> Iterator[None]:
-    """As where no kernel multiplies all: oneDNN's product, then the terms."""
-    from topwork.ops import project
-
-    plain = project.multiplies_all
-    project.multiplies_all = lambda near: False  # noqa: ARG005
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of something, for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        project.multiplies_all = plain
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def written_after(group: Any, n: Any, inner: Any, out: Any) -> None:
+    """As `ops/project.py` writes a group's outputs, but for the order: products are rounded, then terms are added."""
+    from topwork.ops import project
+
+    project._base_products(n, group.base, out, add=False)
+    if group.bundles:
+        terms = out.new_empty(out.shape)
+        project.write_terms(group.bundles, inner, terms)
+        out.add_(terms)
+    group.vectors.change_(out)
 
 
 def main() -> None:
@@ -45,9 +58,9 @@ def main() -> None:
     import torch
     from peers.topwork_step import open_adapted, read_examples
 
-    from topwork.ops.grouped import multiplies_all
+    from topwork.ops import project
 
-    trained = open_adapted(model_argument(given.model), 16, 32, nf4=False, others=[])
+    trained = open_adapted(model_argument(given.model), 16, 32, nf4=given.quantized, others=[])
     with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "rows.jsonl"
         write_chats(rows, read_rows("gsm8k", given.data_dir))
@@ -55,30 +68,31 @@ def main() -> None:
     (first,), (second,) = (trained.passes(examples[at : at + given.rows], 1 << 20) for at in (0, given.rows))
     learner = trained.learner(next(iter(trained.adapters.configs)))
     masters = [master for group in learner.optimizer.param_groups for master in group["params"]]
-    if not multiplies_all(trained.base.module.get_input_embeddings().weight):
-        raise SystemExit("no kernel here lets terms join a product: it needs AMX, or TOPWORK_AMX=emulated")
+    apart = {"multiplies_all": lambda _: False}
 
-    def loss(batch: Any) -> float:
+    def loss() -> float:
         """Without an update."""
-        step, learner.optimizer.step = learner.optimizer.step, lambda *_, **__: None
-        (result,) = trained.steps([learner], [batch])
-        learner.optimizer.step = step
+        with replaced(learner.optimizer, step=lambda *_, **__: None):
+            (result,) = trained.steps([learner], [second])
         return float(result.loss)
 
-    found = {"before the step, bf16": loss(second)}
+    found = {"before the step, bf16": loss()}
     trained.steps([learner], [first])
-    found["terms join the product, bf16"] = loss(second)
-    with terms_apart():
-        found["terms come after it, bf16"] = loss(second)
+    if project.multiplies_all(trained.base.module.get_input_embeddings().weight) and not given.quantized:
+        found["joined to the product's sums, bf16"] = loss()
+    with replaced(project, **apart):
+        found["first, and the product added to them, bf16"] = loss()
+    with replaced(project, **apart, _write=written_after), replaced(project._Group, terms_first=False):
+        found["added to the rounded product, bf16"] = loss()
     trained.base.module.float()
-    found["fp32"] = loss(second)
+    found["fp32"] = loss()
     with torch.no_grad():
         for master in masters:
             master.zero_()
-    found["before the step, fp32"] = loss(second)
+    found["before the step, fp32"] = loss()
     record = {
-        "question": {"rows": given.rows}, "model": model_title(trained.base.name), "losses": found,
-        "tokens": [len(first.tokens), len(second.tokens)], "surroundings": surroundings(),
+        "question": {"rows": given.rows, "quantized": given.quantized}, "model": model_title(trained.base.name),
+        "losses": found, "tokens": [len(first.tokens), len(second.tokens)], "surroundings": surroundings(),
     }  # fmt: skip
     if given.out:
         write_record(given.out, record, text(record))
@@ -90,6 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=8, help="of the step, and of those whose loss is asked for")
+    parser.add_argument("--quantized", action="store_true", help="over NF4 with double quantization")
     parser.add_argument("--out", type=Path, help="the record's path without its ending; left out, it is only printed")
     return parser.parse_args()
 
@@ -98,10 +113,11 @@ def text(record: dict[str, Any]) -> str:
     """The record for people."""
     lines = [[name, f"{loss:.4f}"] for name, loss in record["losses"].items()]
     return "\n\n".join([
-        f"# What is left of a first step in bf16: {record['model']}, LoRA r = 16 on all linear layers",
+        f"# What is left of a first step in bf16: {record['model']}, "
+        f"{'QLoRA (NF4)' if record['question']['quantized'] else 'LoRA'} r = 16 on all linear layers",
         f"One step on {record['question']['rows']} rows of GSM8K ({record['tokens'][0]:,} tokens), and the mean loss "
         f"of the next ones ({record['tokens'][1]:,} tokens):",
-        table(["how", "loss"], lines),
+        table(["terms", "loss"], lines),
         surroundings_text(record["surroundings"]),
     ]) + "\n"  # fmt: skip
 

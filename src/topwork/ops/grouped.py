@@ -76,8 +76,8 @@ def grouped_products(products: Sequence[Product]) -> None:
     Sums are fp32, times alpha, plus what `out` held, and rounded once to `out`'s type (torch.mm on 16 bits, where other
     types than the kernels' are given, rounds the product before it is added to an `out` of another type). So are
     addends with the sums that they join on AMX, where their alpha is rounded into their right side; elsewhere each is
-    rounded as a product of its own, to which the product is added. A sum's value depends on its own row and column alone: not on threads, other
-    products, or how many rows there are.
+    rounded as a product of its own, to which the product is added. A sum's value depends on its own row and column
+    alone: not on threads, other products, or how many rows there are.
     """
     if not products:
         return

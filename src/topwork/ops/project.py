@@ -3,13 +3,16 @@ hand.
 
     n = prologue(x)                                    computed again going backward, never kept
     S = n A'                                           one product for all A of the group, kept (r values a token)
-    y = [n W1' + b1 + s1 S1 B1' | n W2' + ...]         one buffer, so what follows takes its parts without a copy
+    y = [s1 S1 B1' + n W1' + b1 | ... + n W2' + ...]   one buffer, so what follows takes its parts without a copy
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
 Vectors that learn multiply outputs, are added to them, or multiply inputs (`ops/vectors.py`): what those of outputs
 pass back is dy above, and W's n and dn are those of inputs. A gain on outputs needs y again: kept, or made once more
 where nobody else would keep it and the input is not wider than it.
+
+In 16 bits terms come first, and W's product is added before it is rounded: the other way round what an adapter brings
+in its first steps would be lost, forward and backward (benchmarks/small_terms.py).
 
 W is dense or packed, and frozen. The terms of one adapter hold for a range of rows (`ops/batch.py`'s segments), and
 those of all adapters run together (`ops/bundles.py`). With dropout (`ops/dropout.py`) A sees n with values dropped, and
@@ -233,8 +236,8 @@ class _Group(NamedTuple):
 
     @property
     def terms_first(self) -> bool:
-        """Whether the output is made of the terms first, and the base's products are added to them: a term that is added
-        to an output which is rounded already is lost where it is less than half of what that resolves."""
+        """Whether the output is made of the terms first, and the base's products are added to them: a term added to an
+        output that is rounded already is lost where it is less than half of what this resolves."""
         return self.weights is None and bool(self.bundles)
 
     @property
