@@ -5,7 +5,7 @@
 A fresh adapter takes one step on some rows of GSM8K; then the loss of the next rows is asked for: before the step, and
 after it in fp32 (the truth) and in bf16 with terms that are joined to the product's sums (on AMX), with terms that come
 first and the product added to them (elsewhere, and over packed bases), and with terms that are added to an output which
-is rounded already, as PEFT does and as Topwork did. --quantized: over NF4 with double quantization. Prints Markdown, and
+is rounded already, as PEFT does. --quantized: over NF4 with double quantization. Prints Markdown, and
 writes OUT.json and OUT.md where asked.
 """
 
