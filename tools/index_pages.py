@@ -77,6 +77,7 @@ COMMANDS = {
     "--systems bandwidth,topwork,topwork_nf4,transformers,peft,llama_bf16,llama_q4_0",
     "serving_alone": "serving_speed.py --rounds 5 --threads 2 --systems bandwidth,topwork,topwork_nf4",
     "small_terms": "small_terms.py",
+    "small_terms_nf4": "small_terms.py --quantized",
     "soak": "soak.py",
     "streaming_memory": "streaming_memory.py",
     "streaming_memory_auto": "streaming_memory.py --tokenizer auto",
