@@ -167,7 +167,8 @@ def term_gradients(
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
     turns = _turns(third)
-    if dn is not None and not held and (third or shares):
+    whole_share = not (held or third) and [len(share) for _, _, share in shares] == [len(n)]
+    if dn is not None and not held and (third or shares) and not whole_share:
         turns = _fresh(turns, dn)
     if dn is not None and weight is not None:
         whole = Product(dy, weight, dn, beta=int(bool(shares)), addends=tuple(joined))
@@ -177,7 +178,7 @@ def term_gradients(
         stage()
     if dn is not None:
         for rows, dropout, share in shares:
-            drop(share, dropout, dn[rows], add=True)
+            drop(share, dropout, dn[rows], add=not whole_share)
         if weight is not None and shares:
             grouped_products([whole])
     return all_da, all_db

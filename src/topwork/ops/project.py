@@ -335,7 +335,8 @@ def _biases(n: Tensor, layer: Projection) -> tuple[Addend, ...]:
 
 
 def _base_products(n: Tensor, base: Placed, out: Tensor, add: bool) -> None:
-    """Products and biases of all layers; with `add` on top of what `out` holds, which is rounded with each product."""
+    """Products and biases of all layers; with `add` on top of what `out` holds, which is rounded with each product, and
+    biases come last, since on top of them little of a term would be left."""
     for projection, columns in base:
         part, bias = out[:, columns], projection.bias
         if isinstance(projection.weight, Packed):

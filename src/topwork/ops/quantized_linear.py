@@ -34,8 +34,8 @@ def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add: bool = False) -> None:
-    """x [n, in] -> y [n, out], whose rows may lie in a wider buffer; with `add` on top of what y holds, rounded with it
-    before the bias comes."""
+    """x [n, in] -> y [n, out], whose rows may lie in a wider buffer; with `add` on top of what y holds, which is
+    rounded with the product before the bias comes."""
     outputs, inputs = weight.shape
     step = _panel(weight, inputs, x)
     for start in range(0, outputs, step):
