@@ -13,7 +13,7 @@ from torch import Tensor
 from reference.compiler import FEATURES, NATIVE, OlderBuild, needs_compiler, usual_kernels
 from reference.measure import relative
 from topwork.ops import grouped
-from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference
+from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference, multiplied
 from topwork.ops.native import build, load
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -252,11 +252,98 @@ def test_neither_threads_nor_neighbours_nor_rows_change_a_bit() -> None:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
     for product, whole in zip(products, results[0]):
         m = product.left.shape[0]
-        if product.addends:
-            continue
-        part = Product(product.left[m // 3 :], product.right, torch.empty_like(whole[m // 3 :]), product.alpha)
+        part = rows_from(product, m // 3)
         grouped_products([part])
         assert torch.equal(part.out, whole[m // 3 :])
+
+
+def rows_from(product: Product, first: int) -> Product:
+    """The rows of a product from one on, to memory of their own."""
+    addends = []
+    for x in product.addends:
+        skipped = max(0, first - x.row)
+        if skipped < len(x.left):
+            addends.append(x._replace(left=x.left[skipped:], row=max(0, x.row - first)))
+    out = torch.empty_like(product.out[first:])
+    return product._replace(left=product.left[first:], out=out, addends=tuple(addends))
+
+
+def joined(rows: int, k: int) -> Product:
+    """A product of bf16 with terms for all its rows, to fp32, in which every bit shows."""
+    term = Addend(torch.randn(rows, 16).bfloat16(), torch.randn(16, 64), 0, 0, 2.0)
+    return Product(
+        torch.randn(rows, k).bfloat16(), torch.randn(k, 64).bfloat16(), torch.empty(rows, 64), addends=(term,)
+    )
+
+
+@pytest.mark.parametrize("k", [320, 896, 3072])
+def test_terms_are_added_behind_all_of_a_products_own_sums(
+    k: int, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However these are cut: 64 rows pack their right side piece by piece, 65 once for all."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    whole = joined(65, k)
+    part = rows_from(whole, 1)
+    grouped_products([whole])
+    grouped_products([part])
+    assert torch.equal(part.out, whole.out[1:])
+
+
+def test_nor_does_a_neighbour_whose_terms_are_made_apart(
+    older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose columns lie off the grid, and right sides too large for one call."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    one, other = joined(70, 96), joined(70, 96)
+    off = other._replace(addends=(Addend(torch.randn(9, 8).bfloat16(), torch.randn(8, 20), 5, 3),))
+    grouped_products([one])
+    alone = one.out.clone()
+    for most in (grouped.MOST_PACKED, 32 * 96, 1):
+        monkeypatch.setattr(grouped, "MOST_PACKED", most)
+        grouped_products([off, one])
+        assert torch.equal(one.out, alone)
+
+
+@pytest.mark.parametrize("k", [64, 65])
+def test_nor_does_a_row_that_is_not_finite_reach_the_one_before_it(k: int) -> None:
+    """As torch's own product lets it on AMX where k is odd."""
+    left, right = torch.randn(208, k).bfloat16(), torch.randn(k, 48).bfloat16()
+    expected = torch.mm(left.float(), right.float())
+    left[100:] = torch.nan
+    found = multiplied(left, right)
+    assert relative(found[:100], expected[:100]) < ROUNDING[torch.bfloat16]
+    assert found[100:].isnan().all()
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan, 3.4e38])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_term_that_is_not_finite_stays_in_its_rows_and_columns(
+    side: str, poison: float, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters that share tiles, rows or columns, with one that diverges: not a bit of theirs changes."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 70).bfloat16(), torch.randn(70, 48).bfloat16()
+    bad, good = (
+        Addend(torch.randn(rows, 8).bfloat16(), torch.randn(8, n), at, 0) for rows, n, at in ((10, 24, 0), (30, 48, 10))
+    )
+    outs = []
+    for value in (0.5, poison):
+        (bad.left if side == "left" else bad.right)[3, 5] = value
+        outs.append(torch.full((40, 48), torch.nan).bfloat16())
+        grouped_products([Product(left, right, outs[-1], addends=(bad, good))])
+    tame, wild = outs
+    rows, columns = (slice(3, 4), slice(0, 24)) if side == "left" else (slice(0, 10), slice(5, 6))
+    assert not wild[rows, columns].isfinite().any()
+    wild[rows, columns] = tame[rows, columns]
+    assert torch.equal(wild[10:], tame[10:])
+    assert torch.equal(wild[:, 24:], tame[:, 24:])
+    assert wild.isfinite().all()
 
 
 @needs_compiler

@@ -183,6 +183,19 @@ def test_one_that_diverges_leaves_and_the_others_end_as_alone(recipes: Recipes) 
     assert [run.result["stopped"] for run in again] == ["finished", "diverged", "finished"]
 
 
+@pytest.mark.parametrize("rate", [1e30, 1e39])
+def test_nor_does_it_reach_those_beside_it_in_bfloat16(recipes: Recipes, rate: float) -> None:
+    """In one pass, where adapters share tiles of a product: from values that are still finite, or are not."""
+    model, training = {"dtype": "bfloat16"}, {"tokens_per_pass": 2000}
+    poison = recipes("poison", model=model, training={**POISON, **training, "learning_rate": rate})
+    runs = quietly(*(recipes(name, model=model, training=training) for name in ("wide", "plus")), poison)
+    assert [run.result["stopped"] for run in runs] == ["finished", "finished", "diverged"]
+    for name, run in zip(("wide", "plus"), runs):
+        [alone] = quietly(recipes(name, "alone", model=model, training=training))
+        assert losses(run.folder) == pytest.approx(losses(alone.folder), rel=BF16_LOSSES), name
+        assert farthest(run.folder, alone.folder) < BF16_WEIGHTS, name
+
+
 def test_one_whose_validation_is_no_number_leaves(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the very start, where no checkpoint is due, and at a later one; a resume finds both ended."""
     import topwork.training.loop

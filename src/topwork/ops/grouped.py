@@ -9,7 +9,7 @@ their shapes: torch.mm starts each for itself, and oneDNN compiles a kernel for 
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,8 +23,12 @@ ON_AMX = 3
 """The kernel's level where it multiplies bf16 on AMX, and rounds what is fp32 beside it by itself."""
 
 
-MOST_ADDENDS, GRID = 30, 16
-"""Addends of a product, and where their columns may begin: native/grouped_amx.h."""
+MOST_ADDENDS, GRID = 126, 16
+"""Addends of a product, and where their columns may begin, and end before its own: native/grouped_amx.h."""
+MOST_PACKED = 1 << 24
+"""Values of right sides that AMX's kernel packs in one call, beside one product's columns of GRID."""
+MADE_APART, ADD, LINE = 3, 15, 17
+"""What the kernel answers where addends cannot join, where their lines say which, and how long a line is."""
 
 
 class Addend(NamedTuple):
@@ -84,12 +88,14 @@ def grouped_products(products: Sequence[Product]) -> None:
     for product in products:
         _check(product)
     library = native.compiled("grouped") if _native_runs(products) else None
-    more = [product for product in products if product.addends]
-    if more and not (library and _joins(library, more)):
-        for turn in _without_addends(products):
-            grouped_products(turn)
+    on_amx = library is not None and _on_amx(library)
+    apart = [_apart(product, on_amx) for product in products]
+    if any(apart):
+        _in_turns(products, apart)
     elif library is not None:
-        _native(library, products)
+        for call in _calls(products) if on_amx else [products]:
+            if wild := _native(library, call, on_amx):
+                _in_turns(call, wild)
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.staged([products])[0]()
     else:
@@ -102,7 +108,17 @@ def multiplies_all(near: Tensor) -> bool:
     has compiled a kernel for a shape (5 ms for each product of each new length of a batch); here terms are addends,
     which save a walk through the output, and no sum depends on the number of threads, as oneDNN's do."""
     library = native.kernels("grouped", near) if near.dtype == torch.bfloat16 else None
-    return library is not None and bool(library.topwork_grouped_level() == ON_AMX)
+    return library is not None and _on_amx(library)
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] right [k, n], by torch but for what it does not keep apart: on AMX oneDNN (3.12) lets a row of bf16
+    that is not finite reach the row before it where k is odd."""
+    if left.shape[1] % 2 and left.dtype == right.dtype and multiplies_all(left):
+        out = left.new_empty(left.shape[0], right.shape[1])
+        grouped_products([Product(left, right, out)])
+        return out
+    return torch.mm(left, right)
 
 
 def rows_stand_alone(near: Tensor) -> bool:
@@ -126,25 +142,70 @@ def _part(out: Tensor, addend: Addend) -> Tensor:
     return out[addend.row : addend.row + len(addend.left), addend.column : addend.column + addend.right.shape[1]]
 
 
-def _without_addends(products: Sequence[Product]) -> list[list[Product]]:
-    """The same as lists of products alone, to be made one list after the other: addends first, since of what is added
-    to an output that is rounded already little would be left."""
-    turns: list[list[Product]] = []
-    for out, beta, addends in ((product.out, product.beta, product.addends) for product in products):
-        if addends and not beta:
-            out.zero_()
-        turns.extend([] for _ in range(len(addends) - len(turns)))
-        for turn, x in zip(turns, addends):
-            turn.append(Product(x.left, x.right, _part(out, x), x.alpha, 1))
-    turns.append([product._replace(beta=1, addends=()) if product.addends else product for product in products])
-    return turns
+def _apart(product: Product, on_amx: bool) -> tuple[Addend, ...]:
+    """The addends that the kernel cannot add to a product's sums."""
+    if not (product.addends and on_amx and product.left.dtype == torch.bfloat16):
+        return product.addends
+    joining = []
+    for addend in product.addends:
+        end = addend.column + addend.right.shape[1]
+        if addend.column % GRID == 0 and (end % GRID == 0 or end == product.out.shape[1]):
+            joining.append(addend)
+    if len(joining) == len(product.addends) <= MOST_ADDENDS:
+        return ()
+    joining = joining[:MOST_ADDENDS]
+    return tuple(addend for addend in product.addends if not any(addend is one for one in joining))
 
 
-def _joins(library: ctypes.CDLL, products: Sequence[Product]) -> bool:
-    """Whether the kernel adds these products' addends to their sums."""
-    plain = all(product.left.dtype == torch.bfloat16 and len(product.addends) <= MOST_ADDENDS for product in products)
-    on_grid = all(addend.column % GRID == 0 for product in products for addend in product.addends)
-    return plain and on_grid and bool(library.topwork_grouped_level() == ON_AMX)
+def _in_turns(products: Sequence[Product], apart: Sequence[Sequence[Addend]]) -> None:
+    """The same with some addends of each as products of their own. They come first, since of what is added to an output
+    that is rounded already little would be left."""
+    turns: list[list[Product]] = [[] for _ in range(max(map(len, apart)))]
+    last = []
+    for product, own in zip(products, apart):
+        if own and not product.beta:
+            product.out.zero_()
+        for turn, x in zip(turns, own):
+            turn.append(Product(x.left, x.right, _part(product.out, x), x.alpha, 1))
+        joining = tuple(x for x in product.addends if not any(x is one for one in own))
+        last.append(product._replace(beta=1, addends=joining) if own else product)
+    for turn in (*turns, last):
+        grouped_products(turn)
+
+
+def _calls(products: Sequence[Product]) -> Sequence[Sequence[Product]]:
+    """Products, cut by columns where right sides are large, as calls that pack no more than MOST_PACKED values."""
+    sizes = [product.right.numel() for product in products]
+    if sum(sizes) <= MOST_PACKED:
+        return [products]
+    calls: list[list[Product]] = [[]]
+    room = MOST_PACKED
+    for product, size in zip(products, sizes):
+        k, n = product.right.shape
+        step = n if size <= MOST_PACKED else max(GRID, MOST_PACKED // k // GRID * GRID)
+        for start in range(0, n, step):
+            part = _columns(product, start, min(start + step, n))
+            if part.right.numel() > room and calls[-1]:
+                calls.append([])
+                room = MOST_PACKED
+            calls[-1].append(part)
+            room -= part.right.numel()
+    return calls
+
+
+def _columns(product: Product, start: int, stop: int) -> Product:
+    """Some of a product's columns."""
+    addends = []
+    for x in product.addends:
+        first, last = max(x.column, start), min(x.column + x.right.shape[1], stop)
+        if first < last:
+            addends.append(x._replace(right=x.right[:, first - x.column : last - x.column], column=first - start))
+    own = slice(start, stop)
+    return product._replace(right=product.right[:, own], out=product.out[:, own], addends=tuple(addends))
+
+
+def _on_amx(library: ctypes.CDLL) -> bool:
+    return bool(library.topwork_grouped_level() == ON_AMX)
 
 
 def _of_one_type(product: Product) -> Product:
@@ -209,9 +270,10 @@ def _native_runs(products: Sequence[Product]) -> bool:
     )
 
 
-def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
-    """The kernel sees bare memory: shapes are checked, strides are here."""
-    if library.topwork_grouped_level() != ON_AMX:
+def _native(library: ctypes.CDLL, products: Sequence[Product], on_amx: bool) -> list[list[Addend]]:
+    """The kernel sees bare memory: shapes are checked, strides are here. Empty, or of each product the addends that
+    have to be made apart; then nothing was written."""
+    if not on_amx:
         products = [_of_one_type(product) for product in products]
     numbers: list[int] = []
     alphas: list[float] = []
@@ -228,8 +290,21 @@ def _native(library: ctypes.CDLL, products: Sequence[Product]) -> None:
             alphas.append(addend.alpha)
     table, factors = array("q", numbers), array("d", alphas)
     addresses = table.buffer_info()[0], factors.buffer_info()[0]
-    if library.topwork_grouped_products(*addresses, len(alphas), torch.get_num_threads()):
+    failed = library.topwork_grouped_products(*addresses, len(alphas), torch.get_num_threads())
+    if failed == MADE_APART:
+        return _marked(products, table[ADD::LINE])
+    if failed:
         raise MemoryError(f"no memory for {len(products)} products")
+    return []
+
+
+def _marked(products: Sequence[Product], marks: Iterable[int]) -> list[list[Addend]]:
+    """Of each product the addends with a mark; a product's own line comes before theirs."""
+    rest, found = iter(marks), []
+    for product in products:
+        next(rest)
+        found.append([addend for addend in product.addends if next(rest)])
+    return found
 
 
 def _line(

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.context import scratch_empty, scratch_scope
 from topwork.ops.gain import multiply_
-from topwork.ops.grouped import multiplies_all
+from topwork.ops.grouped import multiplied, multiplies_all
 from topwork.ops.native import load as native
 from topwork.ops.triton import load as triton
 
@@ -72,7 +72,7 @@ def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
         return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
 
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    back = None if learns else lambda slope: slope @ weight
+    back = None if learns else lambda slope: multiplied(slope, weight)
     return Head(len(weight), lambda rows, _: torch.nn.functional.linear(rows, weight, bias), back, into)
 
 

@@ -407,12 +407,14 @@ static int run_pieces(const Product *products, const double *alphas, int64_t cou
 // k, n; kinds of left, of right and of the output; whether to add; how many lines behind it are addends. Both kinds are
 // one, and there are no addends, but for bf16 on AMX, beside which the right side may be fp32. Turned products (whose
 // columns are contiguous) are allowed everywhere.
-// Returns 0, or 1 when memory ran out, before anything was written; 2 where the system does not permit AMX.
+// Returns 0, or before anything was written 1 when memory ran out, 2 where the system does not permit AMX, 3 where an
+// addend has to be made apart: its line has 1 for `add` then (grouped_amx.h).
 int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
   for (int64_t i = 0; i < count; i += 1 + products[i].addends) turn(products + i);
 #ifdef AMX
   if (!amx_permitted()) return 2;
-  if (run_blocks(products, alphas, count, threads)) return 1;
+  int failed = run_blocks(products, alphas, count, threads);
+  if (failed) return failed;
 #endif
   return run_pieces(products, alphas, count, threads);
 }

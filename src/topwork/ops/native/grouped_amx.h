@@ -22,13 +22,18 @@
 static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
 // A product may have addends (so many lines behind it in the table): products whose sums join its own before these are
-// rounded. An addend's `out` is no address but its place in the product's out, `row` and `column`, a multiple of 16.
+// rounded, behind all of its own. An addend's `out` is no address but its place in the product's out, `row` and `column`,
+// a multiple of 16; so is its end, if it is not the product's.
+//
+// Rows beside an addend's that share tiles with it go along as zeros, and zero times what is not finite is NaN. So an addend
+// whose right side is not finite, of some of the product's rows, has no place here: its line's `add` tells.
 
 // A product or an addend, and where its right side is packed if that is done once, for all pieces.
 typedef struct {
   const Product *of;
   float alpha;  // a product's waits until its sums are rounded, an addend's is packed with its right side
-  int addend, shared;
+  int addend, shared, some_rows;  // some_rows: it has not all of the product's
+  int wild;                       // an addend of some rows whose right side is not finite
   int64_t at;  // in Room.packed: [tiles of columns][tiles of units][16][16]
 } Side;
 
@@ -159,7 +164,7 @@ typedef struct {
   const float *packed;
 } Room;
 
-enum { TALLEST = 4 * SIDE, MOST_ADDENDS = 30 };  // rows of the tallest shape of sums; addends of a product
+enum { TALLEST = 4 * SIDE, MOST_ADDENDS = 126 };  // rows of the tallest shape of sums; addends of a product
 
 // Units of the summed axis in a block of this side.
 static int64_t block_units(const Side *side) { return side->shared ? DEEP : SHALLOW; }
@@ -264,8 +269,8 @@ static int64_t added_lines(const Block *b, const Room *room, int64_t r, int64_t 
     float *lines = room->lines + used;
     pack_lines(p, row, rows, 0, deep, lines, SIDE * deep);
     used += SIDE * sides(rows) * SIDE * deep;
-    const float *right = room->packed + side->at - first * deep * SIDES;  // so that tile 0 is the block's first
-    to[found++] = (Added){{lines, right, SIDE * deep, SIDE, deep * SIDES, deep}, first, first + sides(p->n)};
+    to[found++] = (Added){{lines, room->packed + side->at, SIDE * deep, SIDE, deep * SIDES, deep}, first,
+                          first + sides(p->n)};
   }
   return found;
 }
@@ -278,7 +283,7 @@ static int64_t added_stretches(const Added *added, int64_t count, int64_t t, int
     else if (added[i].stop > t) *wide = least(*wide, added[i].stop - t);
     if (added[i].first > t || added[i].stop <= t) continue;
     to[found] = added[i].lines;
-    to[found++].b += t * added[i].lines.across;
+    to[found++].b += (t - added[i].first) * added[i].lines.across;
   }
   return found;
 }
@@ -293,8 +298,8 @@ static void multiply_group(const Lines *l, const Added *added, int64_t addends, 
     for (int64_t t = from, wide; t < until; t += wide) {
       Stretch part[2 + MOST_ADDENDS];
       wide = least(per, until - t);
-      int64_t count = stop == l->steps ? added_stretches(added, addends, t, &wide, part) : 0;
-      count += cut_stretches(l, step, stop, right + t * across, across, part + count);
+      int64_t count = cut_stretches(l, step, stop, right + t * across, across, part);
+      if (stop == l->steps) count += added_stretches(added, addends, t, &wide, part + count);
       multiply_tiles(high, wide, part, count, sums + SIDE * (t - from), ld, add || step);
     }
   }
@@ -364,7 +369,8 @@ static int64_t cut_blocks(const Product *products, const double *alphas, int64_t
     if (p->kind != BF16) continue;
     for (int64_t j = i; j < next; j++) {
       const Product *q = products + j;
-      all[j] = (Side){q, (float)alphas[j], j > i, j > i || q->m > MANY, *floats};
+      int addend = j > i, shared = addend || q->m > MANY;
+      all[j] = (Side){q, (float)alphas[j], addend, shared, addend && q->m < p->m, 0, *floats};
       if (all[j].shared) *floats += sides(q->n) * sides(steps_of(q)) * SIDES;
     }
     if (all[i].shared) {
@@ -378,21 +384,34 @@ static int64_t cut_blocks(const Product *products, const double *alphas, int64_t
   return found;
 }
 
+// Whether one of `count` units holds a bf16 that is infinite or not a number.
+static int not_finite(const float *units, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t both;
+    memcpy(&both, units + i, 4);
+    found |= ((both & 0x7f80) == 0x7f80) | ((both & 0x7f800000) == 0x7f800000);
+  }
+  return found;
+}
+
 // Parts of all that is packed before the pieces: how many, or with `to` the one of that number is packed there. A part is
 // what lies together in memory: a row of tiles, or a pair of their columns.
-static int64_t pack_shared(const Side *all, int64_t count, int64_t number, float *to) {
+static int64_t pack_shared(Side *all, int64_t count, int64_t number, float *to) {
   int64_t before = 0;
   for (int64_t i = 0; i < count; i++) {
     const Product *p = all[i].of;
     if (!all[i].shared) continue;  // nor has a line of fp32 a side
     int64_t deep = sides(steps_of(p)), across = deep * SIDES, wide = sides(p->n), part = number - before;
-    int in_rows = p->right.column == 1 && deep >= wide / 2;
+    int in_rows = p->right.column == 1 && deep >= wide / 2 && !all[i].addend;
     int64_t parts = in_rows ? deep : (wide + 1) / 2;
     before += parts;
     if (!to || part >= parts) continue;
-    float *at = to + all[i].at, alpha = all[i].addend ? all[i].alpha : 1;
-    if (in_rows) pack_tiles(p, alpha, 0, wide, SIDE * part, 1, at + part * SIDES, across);
-    else pack_tiles(p, alpha, 2 * SIDE * part, least(2, wide - 2 * part), 0, deep, at + 2 * part * across, across);
+    float *at = to + all[i].at + part * (in_rows ? SIDES : 2 * across), alpha = all[i].addend ? all[i].alpha : 1;
+    int64_t pair = least(2, wide - 2 * part);
+    if (in_rows) pack_tiles(p, alpha, 0, wide, SIDE * part, 1, at, across);
+    else pack_tiles(p, alpha, 2 * SIDE * part, pair, 0, deep, at, across);
+    if (all[i].some_rows && not_finite(at, pair * across)) __atomic_store_n(&all[i].wild, 1, __ATOMIC_RELAXED);
     break;
   }
   return before;
@@ -426,7 +445,13 @@ static void give_back(float *at, int ours) {
   __atomic_store_n(&held.taken, 0, __ATOMIC_RELEASE);
 }
 
-static void run_threads(const Side *all, int64_t count, const Block *blocks, int64_t found, float *arena, int64_t floats,
+static int any_wild(const Side *all, int64_t count) {
+  for (int64_t i = 0; i < count; i++)
+    if (all[i].wild) return 1;
+  return 0;
+}
+
+static void run_threads(Side *all, int64_t count, const Block *blocks, int64_t found, float *arena, int64_t floats,
                         int64_t each, int64_t threads) {
   int64_t parts = pack_shared(all, count, 0, NULL);
 #pragma omp parallel num_threads(threads)
@@ -437,18 +462,21 @@ static void run_threads(const Side *all, int64_t count, const Block *blocks, int
     amx_begin();
 #pragma omp for schedule(dynamic, 2)
     for (int64_t t = 0; t < parts; t++) pack_shared(all, count, t, arena);
+    if (!any_wild(all, count)) {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < found; i++) run_block(blocks + i, &room);
+      for (int64_t i = 0; i < found; i++) run_block(blocks + i, &room);
+    }
     amx_end();
   }
 }
 
-// The products of bf16 of a table. 1 when memory ran out, before anything was written.
-static int run_blocks(const Product *products, const double *alphas, int64_t count, int64_t threads) {
+// The products of bf16 of a table. Before anything was written: 1 when memory ran out, 3 when there are wild addends, whose
+// lines then tell.
+static int run_blocks(Product *products, const double *alphas, int64_t count, int64_t threads) {
   int64_t floats, found, few = FEW;
   Side *all = calloc(most(count, 1), sizeof *all);
   Block *blocks = NULL;
-  int none = !all, ours = 0;
+  int failed = !all, ours = 0;
   if (all && (found = cut_blocks(products, alphas, count, few, all, NULL, &floats))) {
     while (found < threads * PER_THREAD && few > FEWEST)
       found = cut_blocks(products, alphas, count, few /= 2, all, NULL, &floats);
@@ -459,13 +487,15 @@ static int run_blocks(const Product *products, const double *alphas, int64_t cou
       int64_t each = room_of(blocks, found, NULL, &room);
       float *arena = borrow(floats + threads * each, &ours);
       if (arena) run_threads(all, count, blocks, found, arena, floats, each, threads);
-      none = !arena;
+      failed = !arena;
       give_back(arena, ours);
     } else {
-      none = 1;
+      failed = 1;
     }
   }
+  for (int64_t i = 0; all && !failed && i < count; i++) products[i].add |= all[i].wild;
+  if (all && !failed && any_wild(all, count)) failed = 3;
   free(all);
   free(blocks);
-  return none;
+  return failed;
 }
