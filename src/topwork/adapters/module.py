@@ -140,7 +140,8 @@ class AdaptedLayer(nn.Module):
 
     def projection(self) -> Projection | None:
         """Base and parts as one projection of the current batch; None where one of them is more than that."""
-        base, batch = projection_of(self.base_layer), current_batch()
+        base_layer, batch = self.base_layer, current_batch()
+        base = projection_of(base_layer)
         if base is None:
             return None
         terms: list[LowRank] = []
@@ -150,7 +151,7 @@ class AdaptedLayer(nn.Module):
         for segment in batch.segments:
             if (part := self.part(segment.adapter)) is None:
                 continue
-            fused = part.fused_terms(segment.start, segment.stop, self.base_layer)
+            fused = part.fused_terms(segment.start, segment.stop, base_layer)
             if fused is None:
                 return None
             dropout = self._dropout(part, batch, segment)

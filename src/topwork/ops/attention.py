@@ -69,10 +69,11 @@ def attention_backward(
     _check(query, key, value, bounds)
     _check_backward(grad, query, key, value, out, into)
     targets = into or _empty(query, key, value)
-    inputs, sink_grad = Inputs(query, key, value, bounds, rule, sinks), None
     if lse is not None and (library := _native(query, key, value, rule, sinks)):
         _native_backward(library, grad, (query, key, value), out, lse, bounds, rule, targets)
-    elif lse is not None and (kernel := chosen(inputs)):
+        return *targets, None
+    inputs = Inputs(query, key, value, bounds, rule, sinks)
+    if lse is not None and (kernel := chosen(inputs)):
         sink_grad = kernel.backward(inputs, grad, out, lse, targets)
     else:
         sink_grad = backward_reference(grad, query, key, value, out, bounds, rule, sinks, targets)
@@ -123,10 +124,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...]) -
 def _check_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, into: Sequence[Tensor] | None
 ) -> None:
-    expected = [(*query.shape[:2], value.shape[2])] * 2 + [tuple(x.shape) for x in (query, key, value)]
-    found = [tuple(x.shape) for x in (grad, out, *(into or (query, key, value)))]
+    shape = *query.shape[:2], value.shape[2]
+    expected = [shape, shape, query.shape, key.shape, value.shape]
+    found = [x.shape for x in (grad, out, *(into or (query, key, value)))]
     if found != expected:
-        raise ValueError(f"grad, out and gradients of shapes {found}, where {expected} are expected")
+        given, wanted = ([tuple(x) for x in shapes] for shapes in (found, expected))
+        raise ValueError(f"grad, out and gradients of shapes {given}, where {wanted} are expected")
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sinks: Tensor | None) -> ctypes.CDLL | None:
@@ -186,7 +189,7 @@ def _call(
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.dtype == dtype and x.device.type == "cpu" and x.stride(-1) == 1
+    return x.dtype == dtype and x.is_cpu and x.stride(-1) == 1
 
 
 def _by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,10 +48,11 @@ def gated_backward(
     else:
         _check(kind, gate, ("into[0]", into[0]), ("into[1]", into[1]))
     dgate, dup = into
-    if _fillable(dgate) and _fillable(dup) and (library := native.kernels("layer", gate)) is not None:
+    fillable = _fillable(dgate) and _fillable(dup)
+    if fillable and (library := native.kernels("layer", gate)) is not None:
         _backward_cpu(library, dh, gate, up, kind, dgate, dup)
         return into
-    if _fillable(dgate) and _fillable(dup) and (kernels := triton.kernels("layer", gate)) is not None:
+    if fillable and (kernels := triton.kernels("layer", gate)) is not None:
         kernels.gated_backward(dh, gate, up, kind, dgate, dup)
         return into
     for out, value in zip((dgate, dup), gated_backward_reference(dh, gate, up, kind)):

@@ -152,14 +152,15 @@ def add_and_norm_backward(
 def _library(norm: RmsNorm, branch: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
     """The C kernels, where they know types and memory: a stream in fp32, all beside it in bf16, nothing with gaps."""
     there = [branch, *(x for x in others if x is not None)]
-    fits = branch.dtype == torch.bfloat16 and norm.weight.is_contiguous() and norm.weight.device == branch.device
-    fits = fits and norm.weight.dtype in native.KINDS and norm.weight.shape == branch.shape[1:]
+    weight, values, device = norm.weight, branch.numel(), branch.device
+    fits = branch.dtype == torch.bfloat16 and weight.is_contiguous() and weight.device == device
+    fits = fits and weight.dtype in native.KINDS and weight.shape == branch.shape[1:]
     fits = fits and all(
-        x.numel() == branch.numel() and x.is_contiguous() and x.device == branch.device
+        x.numel() == values and x.is_contiguous() and x.device == device
         and x.dtype == (torch.float32 if x.ndim == 3 else torch.bfloat16)
         for x in there
     )  # fmt: skip
-    return native.kernels("layer", branch) if fits and branch.numel() else None
+    return native.kernels("layer", branch) if fits and values else None
 
 
 def add_and_round(
