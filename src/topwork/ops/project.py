@@ -197,8 +197,8 @@ def project(
     terms = [placed.term for bundle in bundles for placed in bundle.terms]
     learned = [*(term.a for term in terms), *(term.b for term in terms), *vectors.learned]
     base = placed if joined is None else _placed((joined,))
-    both = _Group(base, _made_here(x, base), bundles, vectors)
-    return _Project.apply(x, prologue, both, keeps, skip_forward, *learned)
+    whole = _Group(base, _made_here(x, base), bundles, vectors)
+    return _Project.apply(x, prologue, whole, keeps, skip_forward, *learned)
 
 
 Placed = list[tuple[Projection, slice]]
@@ -213,7 +213,12 @@ def _placed(group: Sequence[Projection]) -> Placed:
     return placed
 
 
+_NO_VECTORS = Vectors()
+
+
 def _vectors(placed: Placed) -> Vectors:
+    if not any(projection.input_gains or projection.shifts or projection.gains for projection, _ in placed):
+        return _NO_VECTORS
     return Vectors(
         tuple(gain for projection, _ in placed for gain in projection.input_gains),
         tuple(PlacedShift(shift, columns) for projection, columns in placed for shift in projection.shifts),
