@@ -163,6 +163,86 @@ def test_what_the_compiler_does_not_take_is_remembered_too(tmp_path: Path, monke
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("fails", "again"),
+    [
+        ("kill -9 $$", True),
+        ("echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", True),
+        ("echo 'error: could not write output file: No space left on device' >&2; exit 1", True),
+        ("echo \"cc: error: unrecognized command-line option '-mamx'\" >&2; exit 1", False),
+        ("[ $LC_ALL = C ] && echo \"cc1: error: bad value 'x' for '-march=' switch\" >&2; exit 1", False),
+    ],
+    ids=["killed", "ended", "full", "unknown", "told in English"],
+)
+def test_only_what_the_compiler_does_not_know_is_remembered_of_it_and_all_is_asked_once(
+    fails: str, again: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, asked = tmp_path / "cc", tmp_path / "asked"
+    fails = f'case "$*" in *-DFIRST*) echo >> {asked}; {fails};; esac'
+    script.write_text(f'#!/bin/sh\n{fails}\nexec {variants.compiler()} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(build, "variants", lambda _: [Variant("first", ("-DFIRST",)), USUAL])
+    monkeypatch.setattr(proof, "trial", Told(RIGHT))
+    for times in (1, 2 if again else 1):
+        found = built(NAME)
+        assert found.variant == USUAL
+        assert found.path is not None
+        assert found.path.parent == cache
+        ((_, refused),) = found.refused
+        assert "could not be compiled or loaded ()" not in str(refused)
+        assert asked.read_text() == "\n" * times
+
+
+@needs_compiler
+def test_a_compiler_without_an_end_is_not_asked_elsewhere(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    asked = []
+
+    def ends(command: list[str], **options: Any) -> None:
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(build, "variants", lambda _: [USUAL])
+    monkeypatch.setattr(build.subprocess, "run", ends)
+    assert built(NAME).loaded is None
+    assert len(asked) == 1
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("gcc: error: unrecognized command-line option '-mamx-nope'; did you mean '-mamx-tile'?", True),
+        ("cc1: error: bad value 'nonsense' for '-march=' switch\ncc1: note: valid arguments are: native", True),
+        ("cc1: error: unknown value 'nonsense' for '-march'", True),
+        ("cc1: error: attribute 'target' argument 'amx-zzz' is unknown", True),
+        ("/tmp/x.s: Assembler messages:\n/tmp/x.s:7: Error: no such instruction: `tilezero %tmm0'", True),
+        ("clang: error: unknown argument: '-fno-such-flag'", True),
+        ("clang: error: unsupported option '-fopenmp'", True),
+        ("clang: error: unsupported argument 'native' to option '-march='", True),
+        ("clang: error: the clang compiler does not support '-march=native'", True),
+        ("error: unknown target CPU 'nonsense'\nnote: valid target CPU values are: i386, native", True),
+        ("clang: error: invalid value 'x' in '-std=x'", True),
+        ("", False),
+        ("gcc: fatal error: Killed signal terminated program cc1\ncompilation terminated.", False),
+        ("cc1: out of memory allocating 65536 bytes after a total of 1024 bytes", False),
+        ("Cannot create temporary file in /tmp/: No space left on device", False),
+        ("x.c:1:1: fatal error: error writing to /tmp/x.s: No space left on device", False),
+        ("/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status", False),
+        ("/usr/bin/ld: /tmp/x.o: file not recognized: file truncated\ncollect2: error: ld returned 1", False),
+        ("x.c:3:1: error: unknown type name 'vecf'\ncc1: warning: unrecognized option '-Wx'", False),
+    ],
+)  # fmt: skip
+def test_what_compilers_say_of_what_they_do_not_know(said: str, expected: bool) -> None:
+    assert bool(build._NOT_TAKEN.search(said)) is expected
+
+
+@needs_compiler
 def test_another_kernel_torch_or_set_of_trials_is_another_proof(
     broken: Callable[..., Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ slower, and says so once.
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,14 @@ OFF = "TOPWORK_NO_NATIVE"
 MORE = "topwork doctor tells more"
 TOLD: set[str] = set()
 """Warnings that this process has had."""
+
+_NOT_TAKEN = re.compile(
+    r"\berror\b(?=.*(unrecogni[sz]ed|unknown|unsupported|not support|bad value|invalid))"
+    r"(?=.*([\s'`(=]-[a-z]|\btarget\b))"
+    r"|\berror: no such instruction",
+    re.IGNORECASE,
+)
+"""How gcc, clang and their assembler say, on one line, that they do not know an option, a target or an instruction."""
 
 
 class RefusedError(Exception):
@@ -121,11 +130,12 @@ def looked_up(name: str) -> Built:
 
 
 def _take(name: str, variant: Variant, found: Built) -> None:
-    """From the cache or, where that will not do, from temporary files."""
+    """From the cache or, where that cannot be written or run from, from temporary files. A compiler that fails in the
+    one fails in the other."""
     folder = cache_root() / "native"
     try:
         _loaded(name, variant, folder, found)
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
         instead = temporary_root() / "native"
         _loaded(name, variant, instead, found)
         found.elsewhere = f"the C kernels cannot be kept in {folder} ({told(error)}) and are in {instead}. {advice()}"
@@ -170,9 +180,11 @@ def _proved(name: str, variant: Variant, target: Path, under: str) -> tuple[proo
 
 
 def _keep_uncompiled(name: str, found: Built) -> None:
-    """What this compiler does not take, where it took another way, is not given to it at every start."""
+    """What this compiler does not take, where it took another way, is not given to it at every start. That it was
+    ended or a disk was full says nothing of a way."""
     for variant, refused in found.refused:
-        if isinstance(refused.__cause__, subprocess.CalledProcessError):
+        error = refused.__cause__
+        if isinstance(error, subprocess.CalledProcessError) and _NOT_TAKEN.search(error.stderr):
             asked = amx_refusal() if variant.amx else ""
             proof.keep(_path(name, cache_root() / "native", variant), _key(asked), False, str(refused))
 
@@ -203,7 +215,8 @@ def _build(name: str, target: Path, variant: Variant) -> None:
         print(f"compiling C kernels for this processor, once: {name}.c ...", file=sys.stderr, flush=True)
         subprocess.run(
             [*compiler().split(), *_flags(variant), str(written), "-o", str(made), "-lm"],
-            check=True, capture_output=True, text=True, timeout=300,
+            check=True, capture_output=True, text=True, errors="replace", timeout=300,
+            env={**os.environ, "LC_ALL": "C"},  # what it says is read
         )  # fmt: skip
         made.replace(target)
 
@@ -243,7 +256,7 @@ def _tell_all(name: str, found: Built) -> None:
 
 def told(error: Exception) -> str:
     """What the compiler or the system said, in a line."""
-    said = error.stderr if isinstance(error, subprocess.CalledProcessError) else why(error)
+    said = (error.stderr or str(error)) if isinstance(error, subprocess.CalledProcessError) else why(error)
     return " ".join(said.split())[-300:]
 
 
