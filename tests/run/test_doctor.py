@@ -223,6 +223,51 @@ def test_secrets_are_not_told() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name", ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "Ftp_Proxy"]
+)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("user:secret@proxy:3128", "…@proxy:3128"),
+        ("secret@proxy", "…@proxy"),
+        ("http://user:secret@proxy:3128/", "http://…@proxy:3128/"),
+        ("http://user:secret@secret@proxy", "http://…@proxy"),
+        ("user:secret@secret@proxy", "…@proxy"),
+        ("http://user:secret/secret@proxy", "http://…@proxy"),
+        ("http://user:secret secret@proxy", "http://…@proxy"),
+        ("user:secret://secret@proxy", "…@proxy"),
+        ("socks5h://:secret@[::1]:1080", "socks5h://…@[::1]:1080"),
+        ("http://proxy:3128", "http://proxy:3128"),
+        ("proxy:3128", "proxy:3128"),
+    ],
+)
+def test_of_a_proxy_neither_user_nor_password_is_told(name: str, value: str, expected: str) -> None:
+    assert software.environment({name: value}) == {name: expected}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("https://user:secret@mirror/simple", "https://…@mirror/simple"),
+        ("https://user:secret@secret@mirror/simple", "https://…@mirror/simple"),
+        ("https://user:secret/secret@mirror", "https://…@mirror"),
+        ("https://secret@mirror https://me:secret@other", "https://…@mirror https://…@other"),
+        ("user:secret@mirror", "…@mirror"),
+        ("https://mirror:8080/simple", "https://mirror:8080/simple"),
+        ("/opt/gcc@12/lib:/opt/openssl@3/lib", "/opt/gcc@12/lib:/opt/openssl@3/lib"),
+    ],
+)
+def test_nor_of_another_address(value: str, expected: str) -> None:
+    for name in ("HF_ENDPOINT", "TORCH_INDEX_URL", "LD_LIBRARY_PATH"):
+        assert software.environment({name: value}) == {name: expected}
+
+
+def test_hosts_without_a_proxy_are_told() -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        assert software.environment({name: "localhost,.here"}) == {name: "localhost,.here"}
+
+
 def test_every_variable_that_topwork_reads_is_told() -> None:
     for name in ("TOPWORK_CACHE", "TOPWORK_AMX", "TOPWORK_MARCH", "TOPWORK_NO_NATIVE", "TOPWORK_ATTENTION", "CC"):
         assert software.environment({name: "x"}) == {name: "x"}

@@ -18,16 +18,21 @@ READ = (
 )  # fmt: skip
 """How the variables begin that Topwork reads, or what it stands on."""
 READ_TOO = (
-    "CC", "LD_PRELOAD", "LD_LIBRARY_PATH", "TMPDIR", "XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy",
-    "https_proxy", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+    "CC", "LD_PRELOAD", "LD_LIBRARY_PATH", "TMPDIR", "XDG_CACHE_HOME", "RANK", "WORLD_SIZE", "LOCAL_RANK",
 )  # fmt: skip
+PROXY = "_proxy"
+"""How names of proxies end, in capitals too."""
 OURS = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """What the command line sets itself where nobody else did."""
 SET = "set"
 """In the place of what is nobody's business."""
 
 _SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|AUTH|CREDENTIAL|COOKIE", re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_IN_URL = re.compile(r"(?<=://)\S+(?=@)|(?<!\S)[^\s/:@]+:(?!//)\S+(?=@)")
+"""User and password, behind a scheme or as `user:password@host`. A password may have an @ or a slash of its own, so all
+up to the last @ is one."""
+_IN_PROXY = re.compile(r"^(\s*[a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
+"""The same of a proxy, where whatever stands before the host is nobody's business."""
 
 
 def versions() -> dict[str, str | None]:
@@ -52,12 +57,19 @@ def system() -> dict[str, str]:
 def environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables that are set and read, in order; of secrets that they are set, of addresses no user and password."""
     given = os.environ if given is None else given
-    found = {name: value for name, value in given.items() if name.startswith(READ) or name in READ_TOO}
     return {
-        name: SET if _SECRET.search(name) else _IN_URL.sub("…", value)
-        for name, value in sorted(found.items())
-        if OURS.get(name) != value
+        name: SET if _SECRET.search(name) else _without_users(name, value)
+        for name, value in sorted(given.items())
+        if (name.startswith(READ) or name in READ_TOO or _of_proxy(name)) and OURS.get(name) != value
     }
+
+
+def _of_proxy(name: str) -> bool:
+    return name.lower().endswith(PROXY)
+
+
+def _without_users(name: str, value: str) -> str:
+    return _IN_PROXY.sub(r"\1…@", value) if _of_proxy(name) else _IN_URL.sub("…", value)
 
 
 def _installed(name: str) -> str | None:
