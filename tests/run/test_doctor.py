@@ -61,7 +61,7 @@ def test_what_stands_where_nothing_was_compiled(topwork: Command, cache: Path) -
     said = topwork("doctor", "--quick")
     titles = [line for line in said.out.splitlines() if line in SECTIONS]
     assert titles == list(SECTIONS)
-    for name in ("topwork", "python", "torch", "transformers", "tokenizers", "safetensors"):
+    for name in ("topwork", "python", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"):
         assert any(line.split()[:1] == [name] for line in said.out.splitlines()), name
     assert "not compiled and tried yet: logprobs; topwork doctor without --quick does that" in said.out
     assert "loading torch" in said.err
@@ -160,6 +160,26 @@ def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "torch cannot be imported (ModuleNotFoundError" in wrong(report)
     assert "GPU" not in report.as_text().splitlines()
     json.dumps(report.as_json())
+
+
+def test_a_hub_that_cannot_be_imported(topwork: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for damaged in ("huggingface_hub", "huggingface_hub.constants"):
+        with monkeypatch.context() as changed:
+            changed.setitem(sys.modules, damaged, None)
+            said = topwork("doctor", "--quick")
+        assert said.code == 1
+        assert "wrong: huggingface_hub cannot be imported (ModuleNotFoundError" in said.out
+        assert "Hub's cache" not in said.out
+        assert "logprobs.c" in said.out
+
+
+def test_a_compiler_that_is_named_with_spaces_alone_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    usual = doctor(quick=True).facts["compiler"]
+    monkeypatch.setenv("CC", " ")
+    report = doctor(quick=True)
+    assert report.facts["compiler"] == usual
+    assert not report.kernels[0].error or usual["command"] is None
 
 
 FACTS: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,17 @@ class Report:
 def doctor(quick: bool = False, again: bool = False, log: Callable[[str], None] = lambda _: None) -> Report:
     """Look at everything. Kernels that were not compiled and tried yet are, unless `quick`; with `again` those too that
     were refused before. Asks nothing of any network."""
+    without_torch, without_hub = [*_not_imported("torch")], [*_not_imported("huggingface_hub", "constants")]
     facts: dict[str, Any] = {
         "versions": software.versions(),
         "system": software.system(),
         "processor": machine.processor(),
         "memory": machine.memory(),
-        "disks": _disks(),
+        "disks": _disks(hub=not without_hub),
         "compiler": machine.compiler(),
     }
-    problems, found = [*_without_torch()], []
-    if not problems:
+    problems, found = [*without_torch, *without_hub], []
+    if not without_torch:
         facts["threads"], facts["gpu"] = machine.threads(), machine.cards()
         log("looking at the C kernels" if quick else "compiling and trying C kernels, where that was not done yet")
         try:
@@ -88,21 +90,27 @@ def doctor(quick: bool = False, again: bool = False, log: Callable[[str], None] 
     return Report(facts, found, [*problems, *_problems(facts, found)], list(_notes(facts, found)))
 
 
-def _disks() -> list[dict[str, Any]]:
-    from huggingface_hub import constants
+def _disks(hub: bool) -> list[dict[str, Any]]:
+    """Of the caches; where the Hub's is, its own package knows."""
+    disks = [machine.disk("cache", cache_root())]
+    if hub:
+        from huggingface_hub import constants
 
-    return [machine.disk("cache", cache_root()), machine.disk("Hub's cache", Path(constants.HF_HUB_CACHE))]
+        disks.append(machine.disk("Hub's cache", Path(constants.HF_HUB_CACHE)))
+    return disks
 
 
 # What is wrong
 
 
-def _without_torch() -> Iterator[Problem]:
+def _not_imported(name: str, *modules: str) -> Iterator[Problem]:
     try:
-        import torch  # noqa: F401
+        import_module(name)
+        for module in modules:
+            import_module(f"{name}.{module}")
     except Exception as error:  # damaged, in whatever way
         said = " ".join(str(error).split())[:300]
-        yield Problem(f"torch cannot be imported ({type(error).__name__}: {said})", "install torch anew")
+        yield Problem(f"{name} cannot be imported ({type(error).__name__}: {said})", f"install {name} anew")
 
 
 def _problems(facts: Mapping[str, Any], found: list[Kernel]) -> Iterator[Problem]:

@@ -88,8 +88,9 @@ def sources(name: str) -> dict[str, bytes]:
 
 
 def compiler() -> str:
-    """The C compiler's command: what CC says, or the first that is here. Raises OSError where there is none."""
-    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    """The C compiler's command: what CC says, or the first that is here; a CC of spaces says nothing. Raises OSError
+    where there is none."""
+    found = os.environ.get("CC", "").strip() or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if found is None:
         raise OSError("no C compiler was found")
     return found

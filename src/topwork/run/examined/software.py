@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import topwork
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors")
-OTHERS = ("datasets", "huggingface_hub", "numpy", "peft", "bitsandbytes", "triton", "flash_attn", "gguf", "vllm")
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+OTHERS = ("datasets", "numpy", "peft", "bitsandbytes", "triton", "flash_attn", "gguf", "vllm")
 """Told where they are there."""
 READ = (
     "TOPWORK_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_",
