@@ -15,6 +15,7 @@ from reference.compiler import needs_compiler
 from run.fixtures import Said
 from topwork.ops.native import build, load, proof
 from topwork.ops.native.proof import Verdict
+from topwork.ops.native.variants import Variant
 from topwork.run import doctor as module
 from topwork.run.doctor import Report, doctor
 from topwork.run.examined import machine, software
@@ -26,9 +27,11 @@ SECTIONS = ("versions", "system", "processor", "memory", "disks", "GPU", "kernel
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty one; one small file of kernels; nothing chosen in the environment, and no network."""
+    """An empty one, and no temporary files; one small file of kernels; nothing chosen in the environment, and no
+    network."""
     for name in (build.OFF, build.MARCH, build.AMX):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(load, "SIGNATURES", {"logprobs": load.SIGNATURES["logprobs"]})
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
@@ -103,6 +106,37 @@ def test_what_was_refused_is_told_with_its_reason_and_tried_again_where_asked(mo
     monkeypatch.setattr(proof, "trial", told(Verdict("right")))
     assert doctor(again=True).kernels[0].compiled == "for this processor"
     assert "logprobs" not in wrong(doctor(quick=True))
+
+
+@needs_compiler
+def test_kernels_among_temporary_files_are_seen_and_tried_again_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("TOPWORK_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(proof, "trial", told(Verdict("refused", "computes wrong sums"), Verdict("right")))
+    first = doctor().kernels[0]
+    assert first.compiled is not None
+    assert Path(str(first.path)).is_relative_to(tmp_path / f"topwork-{os.getuid()}")
+    (kernel,) = doctor(quick=True).kernels
+    assert (kernel.compiled, kernel.path, kernel.proved) == (first.compiled, first.path, first.proved)
+    assert [refused.why for refused in kernel.refused] == ["computes wrong sums"]
+    assert f"it lies in {Path(str(first.path)).parent}, for want of a cache" in kernel.note
+    monkeypatch.setattr(proof, "trial", told(Verdict("right")))
+    assert doctor(again=True).kernels[0].compiled == "for this processor"
+    assert doctor(quick=True).kernels[0].refused == ()
+
+
+@needs_compiler
+def test_all_that_was_refused_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind a way of which nothing is known: the operating system may have begun to allow AMX."""
+    ways = [Variant(name, (f"-D{name}",)) for name in ("one", "two", "three")]
+    monkeypatch.setattr(build, "variants", lambda _: ways[1:])
+    monkeypatch.setattr(proof, "trial", told(Verdict("refused", "is wrong"), Verdict("right")))
+    assert doctor().kernels[0].compiled == "three"
+    monkeypatch.setattr(build, "variants", lambda _: ways)
+    monkeypatch.setattr(proof, "trial", told(Verdict("refused", "is wrong"), Verdict("right")))
+    assert doctor(again=True).kernels[0].compiled == "two"
 
 
 def test_options_that_contradict_each_other(topwork: Command) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,19 +115,36 @@ def built(name: str) -> Built:
 
 
 def looked_up(name: str) -> Built:
-    """What the cache knows of a file: nothing is compiled, tried or loaded."""
+    """What the cache or, where nothing stands there, the folder for temporary files knows of a file: nothing is
+    compiled, tried or loaded."""
     found = Built()
     for variant in variants(name):
-        target = _path(name, cache_root() / "native", variant)
-        mark = proof.kept(target, _key(amx_refusal() if variant.amx else ""))
-        if mark is None:
+        target, mark = next(_marks(name, variant), (None, None))
+        if target is None or mark is None:
             found.note = "was not compiled and tried yet"
             return found
         if mark.right:
             found.variant, found.path, found.mark = variant, target, mark
+            if target.parent != cache_root() / "native":
+                found.elsewhere = f"it lies in {target.parent}, for want of a cache that may be written and run from"
             return found
         found.refused.append((variant, RefusedError(mark.why, mark)))
     return found
+
+
+def refusals(name: str) -> Iterator[proof.Mark]:
+    """The marks of all that was refused of a file, wherever they are."""
+    for variant in variants(name):
+        yield from (mark for _, mark in _marks(name, variant) if not mark.right)
+
+
+def _marks(name: str, variant: Variant) -> Iterator[tuple[Path, proof.Mark]]:
+    """Of one way to compile a file, with where its library is: of the cache, then of temporary files."""
+    under = _key(amx_refusal() if variant.amx else "")
+    for root in (cache_root, temporary_root):
+        target = _path(name, root() / "native", variant)
+        if (mark := proof.kept(target, under)) is not None:
+            yield target, mark
 
 
 def _take(name: str, variant: Variant, found: Built) -> None:

@@ -79,6 +79,5 @@ def forget(name: str) -> None:
     """Leave no mark of what was refused of a file."""
     from topwork.ops.native import build
 
-    for _, refused in build.looked_up(name).refused:
-        if refused.known is not None:
-            refused.known.path.unlink(missing_ok=True)
+    for mark in build.refusals(name):
+        mark.path.unlink(missing_ok=True)
