@@ -232,8 +232,7 @@ CARD = {"cards": [], "torch_built_for": "CUDA 12.8", "driver": None, "seen": Tru
         ({}, ""),
         ({"versions": {**FACTS["versions"], "transformers": None}}, "transformers is not installed"),
         ({"disks": [{**FACTS["disks"][0], "free_bytes": 10**6}]}, "the disk of the cache (/c) has 1 MB left"),
-        ({"processor": {"quota_cores": 8.0}}, ""),
-        ({"processor": {"quota_cores": 1.5}}, "torch would use 8 threads, where this container has 1.5 cores' time"),
+        ({"processor": {"quota_cores": 1.5}}, ""),
         ({"gpu": CARD}, "has an NVIDIA GPU that torch cannot use: its driver is not loaded"),
         ({"gpu": {**CARD, "driver": "550.1", "why": "too old"}}, "has an NVIDIA GPU that torch cannot use (too old)"),
         ({"gpu": {**CARD, "torch_built_for": "CPUs alone"}}, "has an NVIDIA GPU, and torch is built for CPUs alone"),
@@ -251,6 +250,15 @@ def test_a_gpu_build_without_any_gpu_is_told_and_no_fault() -> None:
     notes = list(module._notes({**FACTS, "gpu": {**CARD, "seen": False}}, []))
     assert notes == ["torch is built for CUDA 12.8, and no GPU is seen here; everything runs on the processor"]
     assert list(module._notes({**FACTS, "gpu": {**CARD, "seen": False, "torch_built_for": "CPUs alone"}}, [])) == []
+
+
+@pytest.mark.parametrize(("quota", "told"), [(None, False), (8.0, False), (7.5, False), (1.5, True)])
+def test_more_threads_than_a_container_has_time_for_are_told_and_no_fault(quota: float | None, told: bool) -> None:
+    notes = list(module._notes({**FACTS, "processor": {"quota_cores": quota}}, []))
+    assert len(notes) == int(told)
+    if told:
+        assert "torch would use 8 threads, where this container has 1.5 cores' time" in notes[0]
+        assert "OMP_NUM_THREADS=2" in notes[0]
 
 
 def test_amx_that_is_refused_by_the_system_has_a_cure_of_its_own() -> None:

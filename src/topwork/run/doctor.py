@@ -125,7 +125,6 @@ def _problems(facts: Mapping[str, Any], found: list[Kernel]) -> Iterator[Problem
         )
     yield from _of_kernels(found, facts["compiler"]["version"] is not None)
     yield from _of_disks(facts["disks"])
-    yield from _of_threads(facts)
     yield from _of_cards(facts.get("gpu"))
 
 
@@ -155,15 +154,6 @@ def _of_disks(disks: list[dict[str, Any]]) -> Iterator[Problem]:
             )
 
 
-def _of_threads(facts: Mapping[str, Any]) -> Iterator[Problem]:
-    quota, threads = facts["processor"]["quota_cores"], facts.get("threads")
-    if quota is not None and threads is not None and threads > math.ceil(quota):
-        yield Problem(
-            f"torch would use {threads} threads, where this container has {quota:g} cores' time: they stop one another",
-            f"export OMP_NUM_THREADS={math.ceil(quota)}",
-        )
-
-
 def _of_cards(gpu: Mapping[str, Any] | None) -> Iterator[Problem]:
     if gpu is None or gpu["cards"] or not gpu["seen"]:
         return
@@ -185,9 +175,19 @@ def _notes(facts: Mapping[str, Any], found: list[Kernel]) -> Iterator[str]:
     gpu = facts.get("gpu")
     if gpu is not None and not gpu["seen"] and not gpu["cards"] and gpu["torch_built_for"] != "CPUs alone":
         yield f"torch is built for {gpu['torch_built_for']}, and no GPU is seen here; everything runs on the processor"
+    yield from _of_threads(facts)
     missing = [kernel.name for kernel in found if "not compiled and tried yet" in kernel.note]
     if missing:
         yield f"not compiled and tried yet: {', '.join(missing)}; topwork doctor without --quick does that"
+
+
+def _of_threads(facts: Mapping[str, Any]) -> Iterator[str]:
+    quota, threads = facts["processor"]["quota_cores"], facts.get("threads")
+    if quota is not None and threads is not None and threads > (most := math.ceil(quota)):
+        yield (
+            f"torch would use {threads} threads, where this container has {quota:g} cores' time; what trains, "
+            f"evaluates and generates takes no more than {most} by itself, OMP_NUM_THREADS={most} says so to all else"
+        )
 
 
 # As text
