@@ -156,6 +156,19 @@ def test_after_a_long_while_waits_are_short_again() -> None:
     assert [count for _, count, _ in machine.steps(choice, FIRST_WAIT_SECONDS + 1)] == [2]
 
 
+def test_a_trial_that_goes_wrong_in_several_looks_is_one() -> None:
+    machine = Machine(cpus=4, busy=2.0)
+    choice = chosen(machine, 4)
+    machine.steps(choice, 5.0)
+    for wait in (1, 2, 4, 8):  # each trial doubles it once
+        machine.busy = 0.0
+        assert machine.steps(choice, wait - 1.0) == []
+        assert [count for _, count, _ in machine.steps(choice, 1.0)] == [4]
+        for busy, left in ((1.0, 3), (2.0, 2)):
+            machine.busy = busy
+            assert [count for _, count, _ in machine.steps(choice, 3.0)] == [left]
+
+
 def test_many_cores_lose_as_many_threads_as_are_busy() -> None:
     machine = Machine(cpus=8)
     choice = chosen(machine, 8)

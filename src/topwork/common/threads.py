@@ -88,8 +88,9 @@ class ThreadChoice:
         if wanted > before:
             self._rose = now
             return f"{_cores_free(wanted, self.most)}: {counted(wanted)} instead of {before}"
-        in_vain = self._rose is not None and now - self._rose < SOON_SECONDS
-        self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS) if in_vain else FIRST_WAIT_SECONDS
+        if self._rose is not None:  # a trial is judged once: what it showed may take several looks to be seen whole
+            in_vain, self._rose = now - self._rose < SOON_SECONDS, None
+            self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS) if in_vain else FIRST_WAIT_SECONDS
         return f"{_busy(load)}: {counted(wanted)} instead of {before}"
 
 
