@@ -99,11 +99,18 @@ def test_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_counters_of_the_usable_cpus_alone(tmp_path: Path) -> None:
     lines = ["cpu0 100 10 50 1000 20 5 5 30 9 9", "cpu1 7 0 0 300 0 0 0 0 0 0", "cpu2 9 9 9 9 9 9 9 9 0 0"]
-    found = usage(stat(tmp_path, *lines), [0, 1, 3])
+    found = usage(stat(tmp_path, *lines), [0, 1])
     assert found is not None
     assert (found.cpus, found.counted) == (2, pytest.approx(12.20 + 3.07))
     assert (found.idle, found.stolen) == (pytest.approx(10.2 + 3.0), pytest.approx(0.3))
     assert found.own > 0
+
+
+def test_where_some_of_the_cpus_are_not_counted_nothing_is_known(tmp_path: Path) -> None:
+    """As in a container that may use the host's CPUs 2 to 5, and counts them from 0."""
+    root = stat(tmp_path, *(f"cpu{cpu} 7 0 0 300 0 0 0 0 0 0" for cpu in range(4)))
+    assert usage(root, range(2, 6)) is None
+    assert usage(root, range(4)) is not None
 
 
 def test_an_old_kernel_counts_less(tmp_path: Path) -> None:

@@ -87,10 +87,12 @@ class Load:
 
 
 def usage(root: Path = Path("/"), cpus: Iterable[int] | None = None) -> Usage | None:
-    """The counters now, of the usable CPUs unless others are named; None where nothing counts."""
+    """The counters now, of the usable CPUs unless others are named; None where not all of them are counted. A
+    container's own /proc/stat (lxcfs) numbers CPUs from 0, whatever the host's numbers are that affinity has."""
     wanted = {f"cpu{cpu}" for cpu in (usable_cpus() if cpus is None else cpus)}
     lines = (line.split() for line in _text(root / "proc/stat").splitlines())
-    return _usage([line for line in lines if line and line[0] in wanted])
+    found = [line for line in lines if line and line[0] in wanted]
+    return _usage(found) if len(found) == len(wanted) else None
 
 
 def _usage(lines: list[list[str]]) -> Usage | None:
