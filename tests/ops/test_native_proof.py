@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -383,6 +384,29 @@ def test_a_mark_stands_elsewhere_where_the_cache_cannot_be_written(
         assert found.mark is not None
         assert found.mark.path.parent == temporary_root() / "native"
     assert tried.verdicts == []
+
+
+@needs_compiler
+def test_the_folders_of_compiles_that_were_killed_are_removed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old ones, and nothing else."""
+    monkeypatch.setattr(proof, "trial", Told(RIGHT))
+    dead, running, others = cache / "tmpab_cd3ef", cache / "tmpabcdefgh", tmp_path / "others"
+    kept = [running, others, cache / "tmp", cache / "tmpabc", cache / "tmpabcdefghi", cache / "rows"]
+    for folder in (dead, *kept):
+        folder.mkdir(parents=True)
+        (folder / "x.c").write_text("x")
+    (cache / "tmpzzzzzzzz").symlink_to(others)
+    (cache / "tmpyyyyyyyy").write_text("a file")
+    long_ago = time.time() - build.LEFT_SECONDS - 60
+    for path in (dead, *kept[1:], cache / "tmpzzzzzzzz", cache / "tmpyyyyyyyy"):
+        os.utime(path, (long_ago, long_ago), follow_symlinks=False)
+    assert built(NAME).loaded is not None
+    assert not dead.exists()
+    assert all((folder / "x.c").exists() for folder in kept)
+    assert (cache / "tmpzzzzzzzz" / "x.c").exists()
+    assert (cache / "tmpyyyyyyyy").exists()
 
 
 @needs_compiler

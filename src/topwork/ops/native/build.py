@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,7 +36,11 @@ OFF = "TOPWORK_NO_NATIVE"
 MORE = "topwork doctor tells more"
 TOLD: set[str] = set()
 """Warnings that this process has had."""
+LEFT_SECONDS = 3600.0
+"""Where a compile's folder is older, the process that made it was killed: a compile is given five minutes."""
 
+_OF_COMPILE = "tmp" + 8 * "[a-z0-9_]"
+"""The names that `tempfile` gives."""
 _NOT_TAKEN = re.compile(
     r"\berror\b(?=.*(unrecogni[sz]ed|unknown|unsupported|not support|bad value|invalid))"
     r"(?=.*([\s'`(=]-[a-z]|\btarget\b))"
@@ -226,6 +231,7 @@ def _path(name: str, folder: Path, variant: Variant | None = None) -> Path:
 def _build(name: str, target: Path, variant: Variant) -> None:
     """Compile aside and move, so that two processes cannot disturb each other."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         written, made = Path(work) / f"{name}.c", Path(work) / f"{name}.so"
         for file, source in sources(name).items():
@@ -237,6 +243,14 @@ def _build(name: str, target: Path, variant: Variant) -> None:
             env={**os.environ, "LC_ALL": "C"},  # what it says is read
         )  # fmt: skip
         made.replace(target)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the folders of compiles that were killed. What cannot be removed stays."""
+    for left in folder.glob(_OF_COMPILE):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > LEFT_SECONDS and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
 
 
 def _flags(variant: Variant) -> tuple[str, ...]:
