@@ -16,6 +16,7 @@ from topwork.models.base import Base
 from topwork.ops.batch import Batch
 from topwork.ops.threads import Threads
 from topwork.training.checkpoint import TrainState, checkpoint_step, read_state
+from topwork.training.collector import looked_through_once
 from topwork.training.interrupts import Interrupts
 from topwork.training.passes import step_passes
 from topwork.training.smaller import PassSize
@@ -70,8 +71,9 @@ class Loop:
         with nullcontext(interrupts) if interrupts is not None else Interrupts() as asked:
             try:
                 self._begin(stop_at, asked)
-                while not asked.asked and (active := self._active(stop_at)):
-                    self._round(active, stop_at, asked)
+                with looked_through_once():
+                    while not asked.asked and (active := self._active(stop_at)):
+                        self._round(active, stop_at, asked)
             finally:
                 if self.base.workspace is not None:
                     self.base.workspace.release()
