@@ -252,6 +252,18 @@ def test_a_common_factor_is_not_rounded(dtype: torch.dtype) -> None:
     assert relative(shared, whole.double() / 61.3) < torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("vocabulary", [96, 97])
+def test_a_row_that_is_not_finite_keeps_its_gradient_to_itself(vocabulary: int) -> None:
+    """Of an adapter that diverges, beside others' rows (on AMX torch's own product lets it reach the row before)."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(200, 32).bfloat16(), torch.randint(vocabulary, (200,))
+    hidden[100:] = torch.nan
+    head = dense_head(torch.randn(vocabulary, 32).bfloat16())
+    _, grads = logprobs._in_chunks(hidden, head, targets, LogitRule(), torch.ones(200))
+    assert grads[:100].isfinite().all()
+    assert grads[100:].isnan().all()
+
+
 def test_lengths_that_differ_are_refused() -> None:
     hidden, weight, targets, _, _ = inputs(bias=False)
     with pytest.raises(ValueError, match="37 hidden states for 36 targets"):
