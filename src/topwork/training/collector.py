@@ -15,9 +15,13 @@ def looked_through_once() -> Iterator[None]:
     nobody holds them, but for cycles, which wait for the end.
     """
 
+    frozen = False
+
     def freeze(phase: str, info: dict[str, Any]) -> None:
-        if phase == "stop" and info["generation"] == 2 and not gc.get_freeze_count():
+        nonlocal frozen
+        if phase == "stop" and info["generation"] == 2 and not frozen:
             gc.freeze()
+            frozen = True
 
     if gc.get_freeze_count():  # somebody else's, and to thaw it is not ours
         yield
