@@ -169,11 +169,10 @@ def test_what_the_compiler_does_not_take_is_remembered_too(tmp_path: Path, monke
     [
         ("kill -9 $$", True),
         ("echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", True),
-        ("echo 'error: could not write output file: No space left on device' >&2; exit 1", True),
         ("echo \"cc: error: unrecognized command-line option '-mamx'\" >&2; exit 1", False),
         ("[ $LC_ALL = C ] && echo \"cc1: error: bad value 'x' for '-march=' switch\" >&2; exit 1", False),
     ],
-    ids=["killed", "ended", "full", "unknown", "told in English"],
+    ids=["killed", "ended", "unknown", "told in English"],
 )
 def test_only_what_the_compiler_does_not_know_is_remembered_of_it_and_all_is_asked_once(
     fails: str, again: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +194,25 @@ def test_only_what_the_compiler_does_not_know_is_remembered_of_it_and_all_is_ask
         ((_, refused),) = found.refused
         assert "could not be compiled or loaded ()" not in str(refused)
         assert asked.read_text() == "\n" * times
+
+
+@needs_compiler
+def test_a_compiler_without_room_in_the_cache_has_it_elsewhere(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "cc"
+    full = f'case "$*" in *{cache}*) echo "ld: final link failed: No space left on device" >&2; exit 1;; esac'
+    script.write_text(f'#!/bin/sh\n{full}\nexec {variants.compiler()} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(build, "temporary_root", lambda: tmp_path / "other")
+    monkeypatch.setattr(build, "variants", lambda _: [USUAL])
+    monkeypatch.setattr(proof, "trial", Told(RIGHT))
+    found = built(NAME)
+    assert found.loaded is not None
+    assert found.path is not None
+    assert found.path.parent == tmp_path / "other" / "native"
+    assert "No space left" in found.elsewhere
 
 
 @needs_compiler

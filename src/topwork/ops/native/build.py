@@ -48,6 +48,8 @@ _NOT_TAKEN = re.compile(
     re.IGNORECASE,
 )
 """How gcc, clang and their assembler say, on one line, that they do not know an option, a target or an instruction."""
+_NO_ROOM = re.compile(r"no space left|quota exceeded|file too large", re.IGNORECASE)
+"""How they pass on that a disk is full."""
 
 
 class RefusedError(Exception):
@@ -154,11 +156,13 @@ def _marks(name: str, variant: Variant) -> Iterator[tuple[Path, proof.Mark]]:
 
 def _take(name: str, variant: Variant, found: Built) -> None:
     """From the cache or, where that cannot be written or run from, from temporary files. A compiler that fails in the
-    one fails in the other."""
+    one fails in the other, but for want of room."""
     folder = cache_root() / "native"
     try:
         _loaded(name, variant, folder, found)
-    except OSError as error:
+    except (OSError, subprocess.CalledProcessError) as error:
+        if isinstance(error, subprocess.CalledProcessError) and not _NO_ROOM.search(error.stderr):
+            raise
         instead = temporary_root() / "native"
         _loaded(name, variant, instead, found)
         found.elsewhere = f"the C kernels cannot be kept in {folder} ({told(error)}) and are in {instead}. {advice()}"
