@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,14 @@ def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(load, "compiled", lambda _: None)
     elif load.compiled("layer") is None:
         pytest.skip("no C compiler")
+
+
+@pytest.fixture
+def nan_where_nothing_was_written() -> Iterator[None]:
+    """Memory that torch hands out is not a number before it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

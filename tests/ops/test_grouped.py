@@ -308,6 +308,35 @@ def test_nor_does_a_neighbour_whose_terms_are_made_apart(
         assert torch.equal(one.out, alone)
 
 
+@pytest.mark.parametrize("most", [1, 600, 3000, 1 << 20])
+def test_no_call_packs_more_than_it_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one product's columns of the grid; all columns are there once, with their terms."""
+    monkeypatch.setattr(grouped, "MOST_PACKED", most)
+    term = Addend(torch.ones(5, 2), torch.randn(2, 30), 0, 16)
+    products = [
+        Product(torch.ones(5, k), torch.randn(k, n), torch.zeros(5, n)) for k, n in ((20, 100), (8, 0), (50, 64))
+    ]
+    products[0] = products[0]._replace(addends=(term,))
+    calls = grouped._calls(products)
+    for call in calls:
+        assert sum(part.right.numel() for part in call) <= most or [part.right.shape[1] <= 16 for part in call] == [
+            True
+        ]
+    for product in products:
+        for part in (part for call in calls for part in call if part.left is product.left):
+            part.out.add_(exact(part))
+        assert not product.out.numel() or relative(product.out, exact(product)) < 1e-6
+
+
+@pytest.mark.parametrize("count", [126, 127, 300])
+def test_one_addend_many_times(count: int, backend: str) -> None:
+    left, right = torch.randn(20, 40).bfloat16(), torch.randn(40, 32).bfloat16()
+    term = Addend(torch.full((20, 1), 0.5).bfloat16(), torch.full((1, 32), 0.25), 0, 0)
+    out = torch.empty(20, 32)
+    grouped_products([Product(left, right, out, addends=(term,) * count)])
+    assert relative(out, left.double() @ right.double() + count / 8) < ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("k", [64, 65])
 def test_nor_does_a_row_that_is_not_finite_reach_the_one_before_it(k: int) -> None:
     """As torch's own product lets it on AMX where k is odd."""

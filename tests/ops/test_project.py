@@ -18,6 +18,7 @@ from topwork.ops.grouped import Product, grouped_products
 from topwork.ops.packed import pack_4bit, pack_int8
 from topwork.ops.project import Identity, Projection, RmsNorm, project, projection_of
 
+pytestmark = pytest.mark.usefixtures("nan_where_nothing_was_written")
 OUTPUTS = {"one": [17], "three": [24, 8, 9]}
 
 
@@ -167,6 +168,22 @@ def test_dropout_is_what_autograd_makes_of_it(dtype: torch.dtype) -> None:
         results.append([y.detach(), *torch.autograd.grad(y, [given, *masters(group)], dy.to(y.dtype))])
     for one, other in zip(*results, strict=True):
         assert relative(one, other) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_dropout_on_some_rows_alone() -> None:
+    torch.manual_seed(0)
+    draws = torch.randint(0, 2**32, (T,))
+    (layer,) = a_group([12], [(4, 11)])
+    (term,) = layer.terms
+    group = [replace(layer, terms=(replace(term, dropout=Dropout(0.4, 7, draws[4:11])),))]
+    x, dy = torch.randn(T, IN), torch.randn(T, 12)
+    results = []
+    for run in (project, with_masks):
+        given = x.clone().requires_grad_()
+        y = run(given, group)
+        results.append([y.detach(), *torch.autograd.grad(y, [given, *masters(group)], dy.to(y.dtype))])
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < 2e-6
 
 
 def with_masks(x: Tensor, group: Sequence[Projection]) -> Tensor:

@@ -12,6 +12,7 @@ from reference.measure import relative
 from topwork.ops.project import Identity, Projection, project
 from topwork.ops.vectors import Gain, Shift
 
+pytestmark = pytest.mark.usefixtures("nan_where_nothing_was_written")
 GAINS: dict[str, list[tuple[int, int]]] = {
     "all rows": [(0, T)],
     "some rows": [(4, 11), (17, T)],

@@ -66,6 +66,8 @@ def staged(stages: Sequence[Sequence[Product]]) -> list[Stage]:
     kernels = triton.kernels("grouped", products[0].left) if products else None
     if kernels is not None and not all(1 in x.stride() for product in products for x in product[:2]):
         kernels = None  # what has no contiguous axis is copied when it is time
+    if any(product.addends for product in products):
+        kernels = None  # which know of none
     if kernels is None or (_native_runs(products) and native.compiled("grouped") is not None):
         return [partial(grouped_products, stage) for stage in stages]
     for product in products:
@@ -142,33 +144,34 @@ def _part(out: Tensor, addend: Addend) -> Tensor:
     return out[addend.row : addend.row + len(addend.left), addend.column : addend.column + addend.right.shape[1]]
 
 
-def _apart(product: Product, on_amx: bool) -> tuple[Addend, ...]:
-    """The addends that the kernel cannot add to a product's sums."""
+def _apart(product: Product, on_amx: bool) -> list[int]:
+    """Which of its addends the kernel cannot add to a product's sums."""
     if not (product.addends and on_amx and product.left.dtype == torch.bfloat16):
-        return product.addends
-    joining = []
-    for addend in product.addends:
+        return list(range(len(product.addends)))
+    joining, apart = 0, []
+    for number, addend in enumerate(product.addends):
         end = addend.column + addend.right.shape[1]
-        if addend.column % GRID == 0 and (end % GRID == 0 or end == product.out.shape[1]):
-            joining.append(addend)
-    if len(joining) == len(product.addends) <= MOST_ADDENDS:
-        return ()
-    joining = joining[:MOST_ADDENDS]
-    return tuple(addend for addend in product.addends if not any(addend is one for one in joining))
+        on_grid = addend.column % GRID == 0 and (end % GRID == 0 or end == product.out.shape[1])
+        if on_grid and joining < MOST_ADDENDS:
+            joining += 1
+        else:
+            apart.append(number)
+    return apart
 
 
-def _in_turns(products: Sequence[Product], apart: Sequence[Sequence[Addend]]) -> None:
+def _in_turns(products: Sequence[Product], apart: Sequence[Sequence[int]]) -> None:
     """The same with some addends of each as products of their own. They come first, since of what is added to an output
     that is rounded already little would be left."""
     turns: list[list[Product]] = [[] for _ in range(max(map(len, apart)))]
     last = []
-    for product, own in zip(products, apart):
-        if own and not product.beta:
+    for product, numbers in zip(products, apart):
+        if numbers and not product.beta:
             product.out.zero_()
-        for turn, x in zip(turns, own):
+        for turn, number in zip(turns, numbers):
+            x = product.addends[number]
             turn.append(Product(x.left, x.right, _part(product.out, x), x.alpha, 1))
-        joining = tuple(x for x in product.addends if not any(x is one for one in own))
-        last.append(product._replace(beta=1, addends=joining) if own else product)
+        joining = tuple(x for number, x in enumerate(product.addends) if number not in numbers)
+        last.append(product._replace(beta=1, addends=joining) if numbers else product)
     for turn in (*turns, last):
         grouped_products(turn)
 
@@ -183,7 +186,7 @@ def _calls(products: Sequence[Product]) -> Sequence[Sequence[Product]]:
     for product, size in zip(products, sizes):
         k, n = product.right.shape
         step = n if size <= MOST_PACKED else max(GRID, MOST_PACKED // k // GRID * GRID)
-        for start in range(0, n, step):
+        for start in range(0, n, step or 1):
             part = _columns(product, start, min(start + step, n))
             if part.right.numel() > room and calls[-1]:
                 calls.append([])
@@ -270,9 +273,9 @@ def _native_runs(products: Sequence[Product]) -> bool:
     )
 
 
-def _native(library: ctypes.CDLL, products: Sequence[Product], on_amx: bool) -> list[list[Addend]]:
-    """The kernel sees bare memory: shapes are checked, strides are here. Empty, or of each product the addends that
-    have to be made apart; then nothing was written."""
+def _native(library: ctypes.CDLL, products: Sequence[Product], on_amx: bool) -> list[list[int]]:
+    """The kernel sees bare memory: shapes are checked, strides are here. Empty, or of each product which addends have
+    to be made apart; then nothing was written."""
     if not on_amx:
         products = [_of_one_type(product) for product in products]
     numbers: list[int] = []
@@ -298,12 +301,12 @@ def _native(library: ctypes.CDLL, products: Sequence[Product], on_amx: bool) -> 
     return []
 
 
-def _marked(products: Sequence[Product], marks: Iterable[int]) -> list[list[Addend]]:
-    """Of each product the addends with a mark; a product's own line comes before theirs."""
+def _marked(products: Sequence[Product], marks: Iterable[int]) -> list[list[int]]:
+    """Which of each product's addends have a mark; its own line comes before theirs."""
     rest, found = iter(marks), []
     for product in products:
         next(rest)
-        found.append([addend for addend in product.addends if next(rest)])
+        found.append([number for number in range(len(product.addends)) if next(rest)])
     return found
 
 
