@@ -18,8 +18,7 @@ class Row:
     family, values  the base it is tried on, and its config's values
     fresh           how far a fresh adapter may be from the base in fp32, relative; 0.0 is bit for bit, and None says
                     that a fresh one is not the base (prefix and prompt tuning)
-    fresh_bf16      the same in bf16. Trained head norms take attention to plain modules, which round in other places;
-                    layers with a bias that stays frozen are rounded once more beside terms (docs/decisions/0030)
+    fresh_bf16      the same in bf16. Trained head norms take attention to plain modules, which round in other places
     merges          whether it can be folded into the weights; where not, merging is to be refused
     quantized       whether it can stand on an NF4 base; `dense`, whether on a dense one
     """
@@ -54,7 +53,7 @@ ROWS: dict[str, Row] = {
     "biases of targets and of b": Row(lora(bias="lora_only", lora_bias=True, lora_dropout=0.2), "gpt2"),
     "biases beside dora": Row(lora(use_dora=True, bias="all"), "qwen2"),
     "b's bias where none can hold it": Row(
-        lora(target_modules=["q_proj", "o_proj"], lora_bias=True), "qwen2", merges=False, fresh_bf16=2e-2
+        lora(target_modules=["q_proj", "o_proj"], lora_bias=True), "qwen2", merges=False
     ),
     "pissa": Row(lora(init_lora_weights="pissa")),
     "olora": Row(lora(init_lora_weights="olora", use_rslora=True), "gpt2"),

@@ -79,7 +79,7 @@ def in_bfloat16(group: Sequence[Projection], kind: str, b_times: float) -> list[
     for p in group:
         weight = p.weight.bfloat16()  # type: ignore[union-attr]
         terms = tuple(replace(t, b=(b_times * t.b.detach()).requires_grad_()) for t in p.terms)
-        bias = None if p.bias is None else p.bias.bfloat16()
+        bias = None if p.bias is None else (0.01 * p.bias).bfloat16()  # on top of a large one a term would be lost
         held = pack_4bit(weight, "nf4", 64, True) if kind == "nf4" else weight
         changed.append(replace(p, weight=held, bias=bias, terms=terms))
     return changed

@@ -83,21 +83,23 @@ def bundled(terms: Iterable[tuple[LowRank, slice]]) -> tuple[Bundle, ...]:
     )
 
 
-def inner_products(n: Tensor, bundles: Sequence[Bundle], out: Tensor | None = None) -> list[Tensor]:
+def inner_products(
+    n: Tensor, bundles: Sequence[Bundle], out: Tensor | None = None, held: bool = False
+) -> list[Tensor]:  # fmt: skip
     """Each bundle's S [rows, R], which the backward pass needs; with `out` [T, outputs] that is made of every term, and
-    zero where there is none."""
+    zero where there is none, or is added to where something is `held` there."""
     inner, products = [], []
     for bundle, a in zip(bundles, stacked(bundles)):
         rows = bundle.input(n)
         inner.append(saved_empty(n, rows.shape[0], a.shape[0]))
         products.append(Product(rows, a.t(), inner[-1]))
-    _run([products, *(() if out is None else _written(bundles, inner, out))])
+    _run([products, *(() if out is None else _written(bundles, inner, out, held))])
     return inner
 
 
-def write_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> None:
+def write_terms(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor, held: bool = False) -> None:
     """The latter alone, from each bundle's S."""
-    _run(_written(bundles, inner, out))
+    _run(_written(bundles, inner, out, held))
 
 
 def _run(stages: Sequence[Sequence[Product]]) -> None:
@@ -105,13 +107,13 @@ def _run(stages: Sequence[Sequence[Product]]) -> None:
         stage()
 
 
-def _written(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor) -> list[list[Product]]:
+def _written(bundles: Sequence[Bundle], inner: Sequence[Tensor], out: Tensor, held: bool) -> list[list[Product]]:
     added = []
     for bundle, s in zip(bundles, inner):
         for (term, columns), own in zip(bundle.terms, bundle.by_term(s, 1)):
             product = Product(own, term.b.t(), out[bundle.rows, columns], term.scaling, 1)
             added.append(((bundle.rows.start, bundle.rows.stop, columns.start), product))
-    return _fresh(_turns(added), out)
+    return _turns(added) if held else _fresh(_turns(added), out)
 
 
 def _fresh(turns: list[list[Product]], out: Tensor) -> list[list[Product]]:

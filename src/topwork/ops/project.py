@@ -3,7 +3,7 @@ hand.
 
     n = prologue(x)                                    computed again going backward, never kept
     S = n A'                                           one product for all A of the group, kept (r values a token)
-    y = [s1 S1 B1' + n W1' + b1 | ... + n W2' + ...]   one buffer, so what follows takes its parts without a copy
+    y = [b1 + s1 S1 B1' + n W1' | ... + n W2' + ...]   one buffer, so what follows takes its parts without a copy
 
     G = s dy B    dA = G' n    dB = s dy' S    dn = dy W + G A        dy B is computed once and serves dA and dn
 
@@ -272,7 +272,8 @@ class _Project(torch.autograd.Function):
             shape = n.shape[0], group.outputs
             keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
-            inner = inner_products(n, group.bundles, out if group.terms_first and not skip_forward else None)
+            into = out if group.terms_first and not skip_forward else None
+            inner = inner_products(n, group.bundles, into, into is not None and _begun(group.base, into))
             if skip_forward:
                 out.zero_()
             else:
@@ -294,7 +295,7 @@ class _Project(torch.autograd.Function):
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
                 if group.terms_first:
-                    write_terms(group.bundles, inner, out)
+                    write_terms(group.bundles, inner, out, _begun(group.base, out))
                 _write(group, vectors.scaled(prologue.recompute(kept), kept[0]), inner, out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _room_for_gradient(dout, group, prologue) if wants_x or vectors.inputs else None
@@ -339,17 +340,24 @@ def _biases(n: Tensor, layer: Projection) -> tuple[Addend, ...]:
     return (Addend(n.new_ones(1, 1).expand(n.shape[0], 1), layer.bias[None], 0, 0),)
 
 
+def _begun(base: Placed, out: Tensor) -> bool:
+    """Whether there are biases, with which `out` begins then, and zeros beside them: so a term is rounded with its bias
+    and not lost on a product, and no term at all leaves what the base alone would be, to the bit."""
+    if all(projection.bias is None for projection, _ in base):
+        return False
+    for projection, columns in base:
+        out[:, columns] = 0 if projection.bias is None else projection.bias
+    return True
+
+
 def _base_products(n: Tensor, base: Placed, out: Tensor, add: bool) -> None:
-    """Products and biases of all layers; with `add` on top of what `out` holds, which is rounded with each product, and
-    biases come last, since on top of them little of a term would be left."""
+    """Products and biases of all layers; with `add` products on top of what `out` holds, which is rounded with each."""
     for projection, columns in base:
         part, bias = out[:, columns], projection.bias
         if isinstance(projection.weight, Packed):
-            write_output(n, projection.weight, bias, part, add)
+            write_output(n, projection.weight, None if add else bias, part, add)
         elif add:
             part.addmm_(n, projection.weight.t())
-            if bias is not None:
-                part.add_(bias)
         elif bias is None:
             torch.mm(n, projection.weight.t(), out=part)
         else:

@@ -35,7 +35,7 @@ def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
 
 def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add: bool = False) -> None:
     """x [n, in] -> y [n, out], whose rows may lie in a wider buffer; with `add` on top of what y holds, which is
-    rounded with the product before the bias comes."""
+    rounded with the product, and without a bias."""
     outputs, inputs = weight.shape
     step = _panel(weight, inputs, x)
     for start in range(0, outputs, step):
@@ -49,8 +49,6 @@ def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add:
             else:
                 torch.addmm(bias[rows], x, panel, out=y[:, rows])
             del panel
-    if add and bias is not None:
-        y.add_(bias)
 
 
 def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: bool = False) -> Tensor:
