@@ -176,8 +176,7 @@ def term_gradients(
         whole = Product(dy, weight, dn, beta=int(bool(shares)), addends=tuple(joined))
         if not shares:
             second.insert(0, whole)
-    for stage in staged([first, [*second, *(turns[0] if turns else ())], *turns[1:]]):
-        stage()
+    _run([first, [*second, *(turns[0] if turns else ())], *turns[1:]])
     if dn is not None:
         for rows, dropout, share in shares:
             drop(share, dropout, dn[rows], add=not whole_share)
