@@ -113,14 +113,14 @@ def multiplies_all(near: Tensor) -> bool:
     return library is not None and _on_amx(library)
 
 
-def multiplied(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] right [k, n], by torch but for what it does not keep apart: on AMX oneDNN (3.12) lets a row of bf16
-    that is not finite reach the row before it where k is odd."""
+def multiplied(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left [m, k] right [k, n], written to `out` where given, by torch but for what it does not keep apart: on AMX
+    oneDNN (3.12) lets a row of bf16 that is not finite reach the row before it where k is odd."""
     if left.shape[1] % 2 and left.dtype == right.dtype and multiplies_all(left):
-        out = left.new_empty(left.shape[0], right.shape[1])
+        out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
         grouped_products([Product(left, right, out)])
         return out
-    return torch.mm(left, right)
+    return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
 
 
 def rows_stand_alone(near: Tensor) -> bool:

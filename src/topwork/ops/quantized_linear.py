@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.context import scratch_scope
+from topwork.ops.grouped import multiplied
 from topwork.ops.packed import Packed
 
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -64,7 +65,7 @@ def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: 
             if add:
                 flat_dx[:, columns].addmm_(flat_dy, panel)
             else:
-                torch.mm(flat_dy, panel, out=flat_dx[:, columns])
+                multiplied(flat_dy, panel, flat_dx[:, columns])
             del panel
     return dx
 
