@@ -169,7 +169,7 @@ def test_each_axis_long(axis: int, long: int) -> None:
 def test_sums_over_more_than_one_block_of_amx_with_addends(
     rows: int, k: int, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where its right side is packed once for all rows, and where each piece packs its own."""
+    """With many rows and with few, which have slabs of other lengths."""
     library, _ = older_build("grouped")
     monkeypatch.setattr(load, "compiled", lambda _: library)
     torch.manual_seed(0)
@@ -291,10 +291,30 @@ def test_terms_are_added_behind_all_of_a_products_own_sums(
     assert torch.equal(part.out, whole.out[1:])
 
 
+@pytest.mark.parametrize("k", [90, 2100])
+def test_nor_do_threads_that_help_each_other(k: int, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few columns to share out, so that several take rows of the same; a long k goes in slabs, with more rows at a
+    time where fewer threads are."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    threads, results = torch.get_num_threads(), []
+    left, right = torch.randn(600, k).bfloat16(), torch.randn(k, 150).bfloat16()
+    terms = (Addend(torch.randn(300, 8).bfloat16(), torch.randn(8, 64), 250, 64),)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(torch.full((600, 150), torch.nan))
+        grouped_products([Product(left, right, results[-1], addends=terms)])
+    torch.set_num_threads(threads)
+    assert_right([Product(left, right, results[0], addends=terms)])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_nor_does_a_neighbour_whose_terms_are_made_apart(
     older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose columns lie off the grid, and right sides too large for one call."""
+    """One whose columns lie off the grid."""
     library, _ = older_build("grouped")
     monkeypatch.setattr(load, "compiled", lambda _: library)
     torch.manual_seed(0)
@@ -302,30 +322,8 @@ def test_nor_does_a_neighbour_whose_terms_are_made_apart(
     off = other._replace(addends=(Addend(torch.randn(9, 8).bfloat16(), torch.randn(8, 20), 5, 3),))
     grouped_products([one])
     alone = one.out.clone()
-    for most in (grouped.MOST_PACKED, 32 * 96, 1):
-        monkeypatch.setattr(grouped, "MOST_PACKED", most)
-        grouped_products([off, one])
-        assert torch.equal(one.out, alone)
-
-
-@pytest.mark.parametrize("most", [1, 600, 3000, 1 << 20])
-def test_no_call_packs_more_than_it_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for one product's columns of the grid; all columns are there once, with their terms."""
-    monkeypatch.setattr(grouped, "MOST_PACKED", most)
-    term = Addend(torch.ones(5, 2), torch.randn(2, 30), 0, 16)
-    products = [
-        Product(torch.ones(5, k), torch.randn(k, n), torch.zeros(5, n)) for k, n in ((20, 100), (8, 0), (50, 64))
-    ]
-    products[0] = products[0]._replace(addends=(term,))
-    calls = grouped._calls(products)
-    for call in calls:
-        assert sum(part.right.numel() for part in call) <= most or [part.right.shape[1] <= 16 for part in call] == [
-            True
-        ]
-    for product in products:
-        for part in (part for call in calls for part in call if part.left is product.left):
-            part.out.add_(exact(part))
-        assert not product.out.numel() or relative(product.out, exact(product)) < 1e-6
+    grouped_products([off, one])
+    assert torch.equal(one.out, alone)
 
 
 @pytest.mark.parametrize("count", [126, 127, 300])

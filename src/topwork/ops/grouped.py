@@ -25,8 +25,6 @@ ON_AMX = 3
 
 MOST_ADDENDS, GRID = 126, 16
 """Addends of a product, and where their columns may begin, and end before its own: native/grouped_amx.h."""
-MOST_PACKED = 1 << 24
-"""Values of right sides that AMX's kernel packs in one call, beside one product's columns of GRID."""
 MADE_APART, ADD, LINE = 3, 15, 17
 """What the kernel answers where addends cannot join, where their lines say which, and how long a line is."""
 
@@ -95,9 +93,8 @@ def grouped_products(products: Sequence[Product]) -> None:
     if any(apart):
         _in_turns(products, apart)
     elif library is not None:
-        for call in _calls(products) if on_amx else [products]:
-            if wild := _native(library, call, on_amx):
-                _in_turns(call, wild)
+        if wild := _native(library, products, on_amx):
+            _in_turns(products, wild)
     elif kernels := triton.kernels("grouped", products[0].left):
         kernels.staged([products])[0]()
     else:
@@ -106,17 +103,17 @@ def grouped_products(products: Sequence[Product]) -> None:
 
 
 def multiplies_all(near: Tensor) -> bool:
-    """Whether a base's own products are best made here: bf16 on AMX. oneDNN is up to a quarter faster there, once it
-    has compiled a kernel for a shape (5 ms for each product of each new length of a batch); here terms are addends,
+    """Whether a base's own products are best made here: bf16 on AMX. oneDNN is no faster there (docs/log.md),
+    and compiles a kernel for a shape (5 ms for each product of each new length of a batch); here terms are addends,
     which save a walk through the output, and no sum depends on the number of threads, as oneDNN's do."""
     library = native.kernels("grouped", near) if near.dtype == torch.bfloat16 else None
     return library is not None and _on_amx(library)
 
 
 def multiplied(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left [m, k] right [k, n], written to `out` where given, by torch but for what it does not keep apart: on AMX
-    oneDNN (3.12) lets a row of bf16 that is not finite reach the row before it where k is odd."""
-    if left.shape[1] % 2 and left.dtype == right.dtype and multiplies_all(left):
+    """left [m, k] right [k, n], written to `out` where given: here where `multiplies_all`, else by torch. (On AMX
+    oneDNN 3.12 lets a row of bf16 that is not finite reach the row before it where k is odd.)"""
+    if left.dtype == right.dtype and multiplies_all(left):
         out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
         grouped_products([Product(left, right, out)])
         return out
@@ -174,37 +171,6 @@ def _in_turns(products: Sequence[Product], apart: Sequence[Sequence[int]]) -> No
         last.append(product._replace(beta=1, addends=joining) if numbers else product)
     for turn in (*turns, last):
         grouped_products(turn)
-
-
-def _calls(products: Sequence[Product]) -> Sequence[Sequence[Product]]:
-    """Products, cut by columns where right sides are large, as calls that pack no more than MOST_PACKED values."""
-    sizes = [product.right.numel() for product in products]
-    if sum(sizes) <= MOST_PACKED:
-        return [products]
-    calls: list[list[Product]] = [[]]
-    room = MOST_PACKED
-    for product, size in zip(products, sizes):
-        k, n = product.right.shape
-        step = n if size <= MOST_PACKED else max(GRID, MOST_PACKED // k // GRID * GRID)
-        for start in range(0, n, step or 1):
-            part = _columns(product, start, min(start + step, n))
-            if part.right.numel() > room and calls[-1]:
-                calls.append([])
-                room = MOST_PACKED
-            calls[-1].append(part)
-            room -= part.right.numel()
-    return calls
-
-
-def _columns(product: Product, start: int, stop: int) -> Product:
-    """Some of a product's columns."""
-    addends = []
-    for x in product.addends:
-        first, last = max(x.column, start), min(x.column + x.right.shape[1], stop)
-        if first < last:
-            addends.append(x._replace(right=x.right[:, first - x.column : last - x.column], column=first - start))
-    own = slice(start, stop)
-    return product._replace(right=product.right[:, own], out=product.out[:, own], addends=tuple(addends))
 
 
 def _on_amx(library: ctypes.CDLL) -> bool:

@@ -69,7 +69,7 @@ def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
     """From a weight [V, d] and a bias [V]; where one of them is trained, autograd gives its gradient."""
 
     def into(rows: Tensor, out: Tensor) -> Tensor:
-        return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+        return multiplied(rows, weight.t(), out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
 
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     back = None if learns else lambda slope: multiplied(slope, weight)

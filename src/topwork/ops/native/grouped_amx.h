@@ -1,22 +1,29 @@
 // Products of bf16 on AMX's tiles, for grouped.c. As there, a piece is a block of rows and columns of one product, and
 // goes along the summed axis in blocks. What differs:
 //
-// The right side is packed into tiles, [16 columns][16 units][16][16], one behind the other. Where a product has many
-// rows it is packed once for all of its pieces, before them; else each piece packs its own. The left side is read where
-// it stands, whatever its distance of rows, but for what fills no tile.
+// The right side is packed into tiles, [16 columns][16 units][16][16], one behind the other: some columns of it, a panel,
+// by the thread that multiplies it with all rows, so that it never leaves the core's own cache. A thread that has none
+// left helps with another's, and packs that for itself. Where the summed axis is too long for that, a panel is packed a
+// slab of it at a time, and the sums of many rows are in the cache meanwhile. The left side is read where it stands,
+// whatever its distance of rows, but for what fills no tile.
 
 #pragma once
 
-#define DEEP 1536      // units of the summed axis in a block: a multiple of 16
-#define HIGH 128       // rows of a piece
-#define PANEL 262144   // floats of a piece's right side, which should stay in the core's second cache
+#define LONG 1024      // units of the summed axis, beyond which it goes in slabs
+#define SLAB 512       // units of a slab: a multiple of 16
+#define TALL_SUMS 1024  // rows whose sums are held meanwhile
+#define BROAD_SUMS 288  // and their columns
+#define HIGH 128       // rows of a piece elsewhere
+#define PANEL 262144   // floats of a panel, which should stay in the core's second cache
+#define NARROW 128     // columns of a panel, at least, where it is cut for the threads
+#define WORTH 256      // rows left of a panel for which another thread packs it too
 #define MOST_HELD (16 << 20)  // floats kept for the next call
-#define GROUP 4         // tiles of columns that go along the summed axis together
+#define GROUP 8         // tiles of columns that go along the summed axis together
 #define MOST_STEPS 9    // tiles of the summed axis that they go at a time
-#define FEW 256        // columns of a piece with few rows
-#define SHALLOW 128    // units of it where a piece packs its own right side
+#define FEW 256        // columns of a panel with few rows
+#define SHALLOW 128    // units of a slab with few rows
 #define FEWEST 64       // of them, where there would be too few pieces for the threads
-#define MANY 64        // rows from which a product's right side is packed once for all
+#define MANY 64        // rows from which a panel is packed once for all
 #define SIDES 256   // floats of a tile
 
 static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
@@ -28,13 +35,13 @@ static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
 // Rows beside an addend's that share tiles with it go along as zeros, and zero times what is not finite is NaN. So an addend
 // whose right side is not finite, of some of the product's rows, has no place here: its line's `add` tells.
 
-// A product or an addend, and where its right side is packed if that is done once, for all pieces.
+// A product or an addend; an addend's right side is packed before all pieces, for all of them.
 typedef struct {
   const Product *of;
   float alpha;  // a product's waits until its sums are rounded, an addend's is packed with its right side
-  int addend, shared, some_rows;  // some_rows: it has not all of the product's
-  int wild;                       // an addend of some rows whose right side is not finite
-  int64_t at;  // in Room.packed: [tiles of columns][tiles of units][16][16]
+  int addend, some_rows;  // some_rows: it has not all of the product's
+  int wild;               // an addend of some rows whose right side is not finite
+  int64_t at;  // in Room.addends: [tiles of columns][tiles of units][16][16]
 } Side;
 
 // ---- the right side ------------------------------------------------------------------------------------------------
@@ -119,6 +126,15 @@ static void pack_tiles(const Product *p, float alpha, int64_t column, int64_t wi
     }
 }
 
+// The same, as it lies together in memory: rows of the right side one after the other, or a pair of tiles of columns.
+static void pack_panel(const Product *p, int64_t column, int64_t wide, int64_t unit, int64_t deep, float *to) {
+  int64_t across = deep * SIDES;
+  if (p->right.column == 1) pack_tiles(p, 1, column, wide, unit, deep, to, across);
+  else
+    for (int64_t t = 0; t < wide; t += 2)
+      pack_tiles(p, 1, column + SIDE * t, least(2, wide - t), unit, deep, to + t * across, across);
+}
+
 // ---- the left side -------------------------------------------------------------------------------------------------
 
 // Rows [row, row + rows) and units [unit, unit + 16 deep) to rows of `ld`, up to whole tiles; zeros beyond the left side,
@@ -159,36 +175,47 @@ typedef struct {
   int64_t row, rows, column, columns;
 } Block;
 
+// Some columns of a product, whose rows are taken in pieces; `next` is the first that nobody has taken.
+typedef struct {
+  const Side *side;
+  int64_t column, columns, high, next;
+} Panel;
+
 typedef struct {
   float *left, *edge, *lines, *right, *sums;
-  const float *packed;
+  const float *addends;
 } Room;
 
 enum { TALLEST = 4 * SIDE, MOST_ADDENDS = 126 };  // rows of the tallest shape of sums; addends of a product
 
-// Units of the summed axis in a block of this side.
-static int64_t block_units(const Side *side) { return side->shared ? DEEP : SHALLOW; }
+// Whether a panel is packed once, with all of its units, and not in slabs for every piece.
+static int packs_once(const Product *p) { return p->m > MANY && steps_of(p) <= LONG; }
 
-// Whether the sums of all of a block's columns are kept until its last unit; else those of a group are.
-static int holds_sums(const Side *side) {
-  const Product *p = side->of;
-  return steps_of(p) > block_units(side) || p->out.column != 1 || !p->k;
+// Units of the summed axis in a block.
+static int64_t block_units(const Product *p) {
+  if (packs_once(p)) return LONG;
+  return p->m > MANY ? SLAB : SHALLOW;
 }
 
-// The parts of an arena that are large enough for a block; how long it must be.
-static int64_t room_of(const Block *blocks, int64_t count, float *arena, Room *room) {
+// Whether the sums of all of a block's columns are kept until its last unit; else those of a group are.
+static int holds_sums(const Product *p) {
+  return steps_of(p) > block_units(p) || p->out.column != 1 || !p->k;
+}
+
+// The parts of an arena that are large enough for a piece of any panel; how long it must be.
+static int64_t room_of(const Panel *panels, int64_t count, float *arena, Room *room) {
   int64_t left = 0, lines = 0, right = 0, sums = 0, used = 0;
   for (int64_t i = 0; i < count; i++) {
-    const Block *b = blocks + i;
-    const Product *p = b->side->of;
-    int64_t deep = SIDE * sides(least(DEEP, steps_of(p))), columns = SIDE * sides(b->columns);
-    if (!stands_for_tiles(p)) left = most(left, SIDE * sides(b->rows) * deep);
+    const Panel *panel = panels + i;
+    const Product *p = panel->side->of;
+    int64_t deep = SIDE * sides(least(block_units(p), steps_of(p))), columns = SIDE * sides(panel->columns);
+    if (!stands_for_tiles(p)) left = most(left, SIDE * sides(panel->high) * deep);
     else left = most(left, TALLEST * deep);
     int64_t units = 0;
     for (int64_t t = 1; t <= p->addends; t++) units += SIDE * sides(steps_of(p + t));
     lines = most(lines, TALLEST * units);
-    if (!b->side->shared) right = most(right, columns * deep);
-    sums = most(sums, holds_sums(b->side) ? SIDE * sides(b->rows) * columns : TALLEST * SIDE * GROUP);
+    right = most(right, columns * deep);
+    sums = most(sums, holds_sums(p) ? SIDE * sides(panel->high) * columns : TALLEST * SIDE * GROUP);
   }
   room->left = take(arena, &used, left);
   room->edge = take(arena, &used, TALLEST * SIDE);
@@ -269,7 +296,7 @@ static int64_t added_lines(const Block *b, const Room *room, int64_t r, int64_t 
     float *lines = room->lines + used;
     pack_lines(p, row, rows, 0, deep, lines, SIDE * deep);
     used += SIDE * sides(rows) * SIDE * deep;
-    to[found++] = (Added){{lines, room->packed + side->at, SIDE * deep, SIDE, deep * SIDES, deep}, first,
+    to[found++] = (Added){{lines, room->addends + side->at, SIDE * deep, SIDE, deep * SIDES, deep}, first,
                           first + sides(p->n)};
   }
   return found;
@@ -330,23 +357,17 @@ static void multiply_block(const Block *b, const Room *room, const float *right,
 
 static void run_block(const Block *b, const Room *room) {
   const Product *p = b->side->of;
-  int64_t all = steps_of(p), width = sides(b->columns), longest = block_units(b->side);
-  int keep = holds_sums(b->side);
+  int64_t all = steps_of(p), width = sides(b->columns), longest = block_units(p);
+  int keep = holds_sums(p);
   if (!all) {
     memset(room->sums, 0, SIDE * sides(b->rows) * SIDE * width * 4);
     if (p->out.column == 1) finish_block(b, 0, b->rows, 0, b->columns, room->sums, SIDE * width);
   }
   for (int64_t unit = 0; unit < all; unit += longest) {
     int64_t units = least(longest, all - unit), deep = sides(units), across = deep * SIDES;
-    const float *right = room->right;
-    if (b->side->shared) {
-      across = sides(all) * SIDES;
-      right = room->packed + b->side->at + b->column / SIDE * across + unit / SIDE * SIDES;
-    } else {
-      pack_tiles(p, 1, b->column, width, unit, deep, room->right, across);
-    }
+    if (!packs_once(p)) pack_panel(p, b->column, width, unit, deep, room->right);
     if (!stands_for_tiles(p)) pack_lines(p, b->row, b->rows, unit, deep, room->left, SIDE * deep);
-    multiply_block(b, room, right, across, unit, units, keep);
+    multiply_block(b, room, room->right, across, unit, units, keep);
   }
   if (p->out.column != 1) {
     Piece piece = {p, b->side->alpha, b->row, b->rows, b->column, b->columns};
@@ -354,32 +375,60 @@ static void run_block(const Block *b, const Room *room) {
   }
 }
 
+// ---- a panel -------------------------------------------------------------------------------------------------------
+
+// Pieces of a panel until there are none left, or so few that they are not worth packing what others have packed.
+static void run_panel(Panel *panel, const Room *room, int begun) {
+  const Product *p = panel->side->of;
+  int packed = !packs_once(p);
+  if (begun && !packed && p->m - __atomic_load_n(&panel->next, __ATOMIC_RELAXED) < WORTH) return;
+  for (;;) {
+    int64_t row = __atomic_fetch_add(&panel->next, panel->high, __ATOMIC_RELAXED);
+    if (row >= p->m) return;
+    if (!packed) pack_panel(p, panel->column, sides(panel->columns), 0, sides(steps_of(p)), room->right);
+    packed = 1;
+    Block b = {panel->side, row, least(panel->high, p->m - row), panel->column, panel->columns};
+    run_block(&b, room);
+  }
+}
+
 // ---- all of them ---------------------------------------------------------------------------------------------------
 
-// The products of bf16 as pieces, written to `blocks` where there is room for them; how many, and how many floats are
-// packed before them.
-static int64_t cut_blocks(const Product *products, const double *alphas, int64_t count, int64_t few, Side *all,
-                          Block *blocks, int64_t *floats) {
+// Columns of a product's panels: few enough for the cache, and for all threads to have some.
+static int64_t panel_columns(const Product *p, int64_t threads, int64_t few) {
+  if (p->m <= MANY) return few;
+  int64_t most_columns = packs_once(p) ? most(1, PANEL / most(SIDE, SIDE * sides(steps_of(p)))) : BROAD_SUMS;
+  int64_t need = most(1, (p->n + most_columns - 1) / most_columns);
+  int64_t cuts = least((need + threads - 1) / threads * threads, most(need, p->n / NARROW));
+  return 2 * SIDE * sides((p->n + 2 * cuts - 1) / (2 * cuts));
+}
+
+// Rows of a panel's pieces, all alike.
+static int64_t piece_rows(const Product *p, int64_t threads, int64_t columns) {
+  int64_t panels = (p->n + columns - 1) / columns, pieces = (p->m + HIGH - 1) / HIGH;
+  if (p->m > MANY && !packs_once(p) && stands_for_tiles(p))
+    pieces = least(pieces, most((p->m + TALL_SUMS - 1) / TALL_SUMS, (2 * threads + panels - 1) / panels));
+  return SIDE * sides((p->m + most(pieces, 1) - 1) / most(pieces, 1));
+}
+
+// The panels of the products of bf16, written to `panels` where there is room for them; how many, and how many pieces
+// and how many floats of packed addends.
+static int64_t cut_panels(const Product *products, const double *alphas, int64_t count, int64_t threads, int64_t few,
+                          Side *all, Panel *panels, int64_t *pieces, int64_t *floats) {
   int64_t found = 0;
-  *floats = 0;
+  *floats = *pieces = 0;
   for (int64_t i = 0, next; i < count; i = next) {
     const Product *p = products + i;
-    int64_t high = p->m > HIGH ? HIGH : most(p->m, 1), broad = few;
+    int64_t columns = panel_columns(p, threads, few), high = most(SIDE, piece_rows(p, threads, columns));
     next = i + 1 + p->addends;
     if (p->kind != BF16) continue;
     for (int64_t j = i; j < next; j++) {
       const Product *q = products + j;
-      int addend = j > i, shared = addend || q->m > MANY;
-      all[j] = (Side){q, (float)alphas[j], addend, shared, addend && q->m < p->m, 0, *floats};
-      if (all[j].shared) *floats += sides(q->n) * sides(steps_of(q)) * SIDES;
+      all[j] = (Side){q, (float)alphas[j], j > i, j > i && q->m < p->m, 0, *floats};
+      if (all[j].addend) *floats += sides(q->n) * sides(steps_of(q)) * SIDES;
     }
-    if (all[i].shared) {
-      int64_t size = p->n * SIDE * sides(least(DEEP, steps_of(p))), cuts = most(1, (size + PANEL - 1) / PANEL);
-      broad = 2 * SIDE * sides((p->n + 2 * cuts - 1) / (2 * cuts));
-    }
-    for (int64_t c = 0; c < p->n; c += broad)  // all rows of some columns, whose right side is in the cache then
-      for (int64_t r = 0; r < p->m; r += high, found++)
-        if (blocks) blocks[found] = (Block){all + i, r, least(high, p->m - r), c, least(broad, p->n - c)};
+    for (int64_t c = 0; c < p->n; c += columns, found++, *pieces += (p->m + high - 1) / high)
+      if (panels) panels[found] = (Panel){all + i, c, least(columns, p->n - c), high, 0};
   }
   return found;
 }
@@ -395,22 +444,18 @@ static int not_finite(const float *units, int64_t count) {
   return found;
 }
 
-// Parts of all that is packed before the pieces: how many, or with `to` the one of that number is packed there. A part is
-// what lies together in memory: a row of tiles, or a pair of their columns.
-static int64_t pack_shared(Side *all, int64_t count, int64_t number, float *to) {
+// Pairs of the addends' tiles of columns: how many, or with `to` the one of that number is packed there.
+static int64_t pack_addends(Side *all, int64_t count, int64_t number, float *to) {
   int64_t before = 0;
   for (int64_t i = 0; i < count; i++) {
+    if (!all[i].addend) continue;
     const Product *p = all[i].of;
-    if (!all[i].shared) continue;  // nor has a line of fp32 a side
-    int64_t deep = sides(steps_of(p)), across = deep * SIDES, wide = sides(p->n), part = number - before;
-    int in_rows = p->right.column == 1 && deep >= wide / 2 && !all[i].addend;
-    int64_t parts = in_rows ? deep : (wide + 1) / 2;
-    before += parts;
-    if (!to || part >= parts) continue;
-    float *at = to + all[i].at + part * (in_rows ? SIDES : 2 * across), alpha = all[i].addend ? all[i].alpha : 1;
-    int64_t pair = least(2, wide - 2 * part);
-    if (in_rows) pack_tiles(p, alpha, 0, wide, SIDE * part, 1, at, across);
-    else pack_tiles(p, alpha, 2 * SIDE * part, pair, 0, deep, at, across);
+    int64_t deep = sides(steps_of(p)), wide = sides(p->n), part = number - before, pairs = (wide + 1) / 2;
+    before += pairs;
+    if (!to || part >= pairs) continue;
+    int64_t pair = least(2, wide - 2 * part), across = deep * SIDES;
+    float *at = to + all[i].at + 2 * part * across;
+    pack_tiles(p, all[i].alpha, 2 * SIDE * part, pair, 0, deep, at, across);
     if (all[i].some_rows && not_finite(at, pair * across)) __atomic_store_n(&all[i].wild, 1, __ATOMIC_RELAXED);
     break;
   }
@@ -451,20 +496,23 @@ static int any_wild(const Side *all, int64_t count) {
   return 0;
 }
 
-static void run_threads(Side *all, int64_t count, const Block *blocks, int64_t found, float *arena, int64_t floats,
+static void run_threads(Side *all, int64_t count, Panel *panels, int64_t found, float *arena, int64_t floats,
                         int64_t each, int64_t threads) {
-  int64_t parts = pack_shared(all, count, 0, NULL);
+  int64_t pairs = pack_addends(all, count, 0, NULL), untouched = 0;
 #pragma omp parallel num_threads(threads)
   {
     Room room;
-    room_of(blocks, found, arena + floats + omp_get_thread_num() * each, &room);
-    room.packed = arena;
+    room_of(panels, found, arena + floats + omp_get_thread_num() * each, &room);
+    room.addends = arena;
     amx_begin();
+    if (pairs) {
 #pragma omp for schedule(dynamic, 2)
-    for (int64_t t = 0; t < parts; t++) pack_shared(all, count, t, arena);
+      for (int64_t t = 0; t < pairs; t++) pack_addends(all, count, t, arena);
+    }
     if (!any_wild(all, count)) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < found; i++) run_block(blocks + i, &room);
+      int64_t i;
+      while ((i = __atomic_fetch_add(&untouched, 1, __ATOMIC_RELAXED)) < found) run_panel(panels + i, &room, 0);
+      for (i = 0; i < found; i++) run_panel(panels + i, &room, 1);
     }
     amx_end();
   }
@@ -473,20 +521,20 @@ static void run_threads(Side *all, int64_t count, const Block *blocks, int64_t f
 // The products of bf16 of a table. Before anything was written: 1 when memory ran out, 3 when there are wild addends, whose
 // lines then tell.
 static int run_blocks(Product *products, const double *alphas, int64_t count, int64_t threads) {
-  int64_t floats, found, few = FEW;
+  int64_t floats, pieces, found, few = FEW;
   Side *all = calloc(most(count, 1), sizeof *all);
-  Block *blocks = NULL;
+  Panel *panels = NULL;
   int failed = !all, ours = 0;
-  if (all && (found = cut_blocks(products, alphas, count, few, all, NULL, &floats))) {
-    while (found < threads * PER_THREAD && few > FEWEST)
-      found = cut_blocks(products, alphas, count, few /= 2, all, NULL, &floats);
-    threads = least(threads, found);
-    if ((blocks = malloc(found * sizeof *blocks))) {
+  if (all && (found = cut_panels(products, alphas, count, threads, few, all, NULL, &pieces, &floats))) {
+    while (pieces < threads * PER_THREAD && few > FEWEST)
+      found = cut_panels(products, alphas, count, threads, few /= 2, all, NULL, &pieces, &floats);
+    threads = most(1, least(threads, pieces));
+    if ((panels = malloc(found * sizeof *panels))) {
       Room room;
-      cut_blocks(products, alphas, count, few, all, blocks, &floats);
-      int64_t each = room_of(blocks, found, NULL, &room);
+      cut_panels(products, alphas, count, threads, few, all, panels, &pieces, &floats);
+      int64_t each = room_of(panels, found, NULL, &room);
       float *arena = borrow(floats + threads * each, &ours);
-      if (arena) run_threads(all, count, blocks, found, arena, floats, each, threads);
+      if (arena) run_threads(all, count, panels, found, arena, floats, each, threads);
       failed = !arena;
       give_back(arena, ours);
     } else {
@@ -496,6 +544,6 @@ static int run_blocks(Product *products, const double *alphas, int64_t count, in
   for (int64_t i = 0; all && !failed && i < count; i++) products[i].add |= all[i].wild;
   if (all && !failed && any_wild(all, count)) failed = 3;
   free(all);
-  free(blocks);
+  free(panels);
   return failed;
 }

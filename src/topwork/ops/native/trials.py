@@ -42,7 +42,8 @@ ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far a result may be off that is rounded once: `Case.far`."""
 ATTENDED = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """In bf16 probabilities and their gradients are rounded on the way."""
-SHAPES = ((1, 1, 1), (5, 17, 33), (16, 16, 32), (33, 64, 16), (65, 130, 48), (130, 16, 97), (20, 31, 530), (70, 3, 64))
+SHAPES = ((1, 1, 1), (5, 17, 33), (16, 16, 32), (33, 64, 16), (65, 130, 48), (130, 16, 97), (20, 31, 530), (70, 3, 64),
+          (70, 40, 2100))  # fmt: skip
 """m, n and k of products: below, at and beyond what tiles and panels hold."""
 
 
@@ -96,7 +97,7 @@ def grouped() -> list[Case]:
         names.append(f"a product of {' × '.join(map(str, shape))} of bf16 beside fp32")
         given.append(_with_addend(*shape))
         names.append(f"a product of {' × '.join(map(str, shape))} with an addend")
-    truth = [product._replace(out=product.out.float()) for product in given]
+    truth = [product._replace(out=product.out.to(torch.float32, copy=True)) for product in given]
     grouped_products_reference(truth)
     grouped_products(given)
     return [Case(name, mine.out, its.out, ROUNDED[mine.out.dtype]) for name, mine, its in zip(names, given, truth)]
