@@ -114,8 +114,16 @@ def test_views_and_places_to_write_into(layer_backend, kind: str, dtype: torch.d
     gated_backward(dh.T.contiguous().T, gate, up, kind, into=turned)
     assert all(alike(*pair) for pair in zip(turned, expected)), "values that do not lie side by side"
 
-    gated_backward(dh, gate, up, kind, into=(gate, up))
+    once = gated(gate, up, kind)
+    for again in (torch.empty(6, 40, dtype=dtype), torch.empty(40, 6, dtype=dtype).T):
+        found = gated_backward(dh, gate, up, kind, h=again)
+        assert alike(again, once)
+        assert all(alike(*pair) for pair in zip(found, expected))
+
+    again = torch.empty(6, 40, dtype=dtype)
+    gated_backward(dh, gate, up, kind, (gate, up), again)
     assert alike(both, torch.cat(expected, 1)), "over gate and up themselves"
+    assert alike(again, once), "the unit's output before they are overwritten"
 
 
 def test_a_new_pair_is_one_buffer(layer_backend) -> None:

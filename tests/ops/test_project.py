@@ -16,7 +16,8 @@ from topwork.ops.bundles import bundled
 from topwork.ops.dropout import Dropout, stays
 from topwork.ops.grouped import Product, grouped_products
 from topwork.ops.packed import pack_4bit, pack_int8
-from topwork.ops.project import Identity, Projection, RmsNorm, project, projection_of
+from topwork.ops.project import Projection, project, projection_of
+from topwork.ops.prologues import Identity, RmsNorm
 
 pytestmark = pytest.mark.usefixtures("nan_where_nothing_was_written")
 OUTPUTS = {"one": [17], "three": [24, 8, 9]}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from topwork.ops import residual
 from topwork.ops.native import load
-from topwork.ops.project import RmsNorm, normed
+from topwork.ops.prologues import RmsNorm, normed
 from topwork.ops.residual import add_and_round, add_and_round_reference, residual_branch, residual_norm
 
 SHAPES = [(1, 1), (5, 3), (7, 576), (40, 1030), (0, 8), (3, 4096)]

@@ -136,22 +136,19 @@ def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) 
 
 
 def term_gradients(
-    n: Tensor, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None,
+    n: Tensor | None, bundles: Sequence[Bundle], inner: Sequence[Tensor], dy: Tensor, dn: Tensor | None,
     weight: Tensor | None = None, held: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The gradients of every A and of every B, bundle by bundle. dn [T, in], where there is one, becomes the terms'
-    share; with `weight` [outputs, in] dy weight and that share, rounded once; where something is `held` there already,
-    that and their share."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """The gradients of every A (none without n [T, in]: `a_gradients`) and of every B, bundle by bundle, and each bundle's
+    G [rows, R]. dn [T, in], where there is one, becomes the terms' share; with `weight` [outputs, in] dy weight and that
+    share, rounded once; where something is `held` there already, that and their share."""
     g = [scratch_empty(s, *s.shape) for s in inner]
-    first, second, third = [], [], []
-    all_da: list[Tensor] = []
+    first, third = [], []
+    second, all_da = ([], []) if n is None else _of_a(n, bundles, g)
     all_db: list[Tensor] = []
     shares: list[tuple[slice, Dropout, Tensor]] = []
     joined: list[Addend] = []
     for bundle, s, slopes, a in zip(bundles, inner, g, stacked(bundles)):
-        da = a.new_empty(a.shape)
-        second.append(Product(slopes.t(), bundle.input(n), da))
-        all_da += bundle.by_term(da, 0)
         parts = zip(bundle.terms, bundle.by_term(s, 1), bundle.by_term(slopes, 1))
         for (term, columns), own_s, own_slopes in parts:
             own, db = dy[bundle.rows, columns], torch.empty_like(term.b)
@@ -169,7 +166,7 @@ def term_gradients(
             product = Product(slopes, a, dn[bundle.rows], beta=1)
             third.append(((bundle.rows.start, bundle.rows.stop), product))
     turns = _turns(third)
-    whole_share = not (held or third) and [len(share) for _, _, share in shares] == [len(n)]
+    whole_share = not (held or third) and [len(share) for _, _, share in shares] == [len(dy)]
     if dn is not None and not held and (third or shares) and not whole_share:
         turns = _fresh(turns, dn)
     if dn is not None and weight is not None:
@@ -182,7 +179,24 @@ def term_gradients(
             drop(share, dropout, dn[rows], add=not whole_share)
         if weight is not None and shares:
             grouped_products([whole])
-    return all_da, all_db
+    return all_da, all_db, g
+
+
+def a_gradients(n: Tensor, bundles: Sequence[Bundle], g: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of every A from each bundle's G, where n is at hand only later."""
+    products, all_da = _of_a(n, bundles, g)
+    grouped_products(products)
+    return all_da
+
+
+def _of_a(n: Tensor, bundles: Sequence[Bundle], g: Sequence[Tensor]) -> tuple[list[Product], list[Tensor]]:
+    products: list[Product] = []
+    all_da: list[Tensor] = []
+    for bundle, slopes in zip(bundles, g):
+        da = n.new_empty(bundle.rank, n.shape[1], dtype=bundle.terms[0].term.a.dtype)
+        products.append(Product(slopes.t(), bundle.input(n), da))
+        all_da += bundle.by_term(da, 0)
+    return products, all_da
 
 
 def _turns(added: Sequence[tuple[tuple[int, ...], Product]]) -> list[list[Product]]:

@@ -37,10 +37,12 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, kind: str, into: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, into: tuple[Tensor, Tensor] | None = None,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dgate and dup [T, f] from dh [T, f]: the tensors of `into`, which may be halves of one buffer or gate and up
-    themselves, or else the halves of a new [T, 2 f]."""
+    themselves, or else the halves of a new [T, 2 f]. Contiguous `h` [T, f] becomes `gated` once more, to the bit: going
+    backward both are wanted, and read the same."""
     _check(kind, gate, ("up", up), ("dh", dh))
     if into is None:
         both, f = gate.new_empty(gate.shape[0], 2 * gate.shape[1]), gate.shape[1]
@@ -48,10 +50,14 @@ def gated_backward(
     else:
         _check(kind, gate, ("into[0]", into[0]), ("into[1]", into[1]))
     dgate, dup = into
-    fillable = _fillable(dgate) and _fillable(dup)
+    if h is not None:
+        _check(kind, gate, ("h", h))
+    fillable = _fillable(dgate) and _fillable(dup) and (h is None or h.is_contiguous())
     if fillable and (library := native.kernels("layer", gate)) is not None:
-        _backward_cpu(library, dh, gate, up, kind, dgate, dup)
+        _backward_cpu(library, dh, gate, up, kind, dgate, dup, h)
         return into
+    if h is not None:
+        h.copy_(gated(gate, up, kind))
     if fillable and (kernels := triton.kernels("layer", gate)) is not None:
         kernels.gated_backward(dh, gate, up, kind, dgate, dup)
         return into
@@ -82,13 +88,14 @@ def _gated_cpu(library: ctypes.CDLL, gate: Tensor, up: Tensor, kind: str) -> Ten
 
 
 def _backward_cpu(
-    library: ctypes.CDLL, dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tensor, dup: Tensor
+    library: ctypes.CDLL, dh: Tensor, gate: Tensor, up: Tensor, kind: str, dgate: Tensor, dup: Tensor, h: Tensor | None
 ) -> None:
     dh, gate, up = _rows(dh), _rows(gate), _rows(up)
     rows, f = gate.shape
     library.topwork_gated_backward(
         dh.data_ptr(), dh.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows, f,
-        dgate.data_ptr(), dgate.stride(0), dup.data_ptr(), dup.stride(0), _mode(gate, kind), torch.get_num_threads(),
+        dgate.data_ptr(), dgate.stride(0), dup.data_ptr(), dup.stride(0), None if h is None else h.data_ptr(),
+        _mode(gate, kind), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -22,17 +22,25 @@ plain-torch truth is `adapters/methods/lora/lora.py`'s `forward`, which autograd
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from topwork.ops.bundles import Bundle, LowRank, addends, bundled, inner_products, term_gradients, write_terms
+from topwork.ops.bundles import (
+    Bundle,
+    LowRank,
+    a_gradients,
+    addends,
+    bundled,
+    inner_products,
+    term_gradients,
+    write_terms,
+)
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
-from topwork.ops.gated import gated, gated_backward
 from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
-from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 from topwork.ops.packed import Packed
+from topwork.ops.prologues import Identity, Prologue
 from topwork.ops.quantized_linear import input_gradient, write_output
 from topwork.ops.vectors import Gain, PlacedGain, PlacedShift, Shift, Vectors
 
@@ -52,114 +60,6 @@ class Projection:
     @property
     def outputs(self) -> int:
         return int(self.weight.shape[0])
-
-
-class Prologue(Protocol):
-    """x [T, k] -> n [T, in], and what is kept of it."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
-        """The same n, to the bit."""
-        ...
-
-    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """dx from dn, which may be overwritten."""
-        ...
-
-
-@dataclass(frozen=True)
-class Identity:
-    """n = x. `hands_back` where its gradient is used up before the next such one is made."""
-
-    hands_back: bool = False
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return x, (x,)
-
-    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
-        return kept[0]
-
-    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
-        return dn
-
-
-@dataclass(frozen=True)
-class RmsNorm:
-    """n = norm(x) * weight, as `ops/norm.py` has it; keeps x and one number a row. `hands_back` as in Identity."""
-
-    weight: Tensor
-    eps: float
-    unit_offset: bool = False
-    hands_back: bool = False
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        n, rstd = rms_norm(x, self.weight, self.eps, self.unit_offset)
-        return n, (x, rstd)
-
-    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
-        x, rstd = kept
-        return rms_normalized(x, self.weight, rstd, self.unit_offset)
-
-    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        x, rstd = kept
-        into = handback_empty(x, *x.shape) if self.hands_back else None
-        return rms_norm_backward(dn, x, self.weight, rstd, self.unit_offset, into)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Normed(Identity):
-    """n = x, which `norm` made of `of` [T, in] with the numbers rstd [T]: they are kept in its place."""
-
-    norm: RmsNorm
-    of: Tensor
-    rstd: Tensor
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return x, (self.of, self.rstd)
-
-    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
-        return self.norm.recompute(kept)
-
-
-@dataclass(frozen=True)
-class Gated:
-    """n = act(gate) * up for x = [gate | up]."""
-
-    kind: str
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.recompute((x,)), (x,)
-
-    def recompute(self, kept: tuple[Tensor, ...]) -> Tensor:
-        gate, up = kept[0].chunk(2, -1)
-        return gated(gate, up, self.kind)
-
-    def backward(self, dn: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        (x,) = kept
-        gate, up = x.chunk(2, -1)
-        dx = handoff_empty(x, *x.shape)
-        dgate, dup = dx.chunk(2, -1)
-        gated_backward(dn, gate, up, self.kind, into=(dgate, dup))
-        return dx
-
-
-class _Normed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
-        n, kept = norm.forward(x)
-        ctx.norm = norm
-        ctx.save_for_backward(*kept)
-        return n
-
-    @staticmethod
-    def backward(ctx, dn):  # type: ignore[no-untyped-def]
-        return ctx.norm.backward(dn, ctx.saved_tensors), None
-
-
-def normed(x: Tensor, norm: Prologue) -> Tensor:
-    """A prologue alone, x [T, k] -> [T, in], where what comes next is no group of projections."""
-    return _Normed.apply(x, norm)
 
 
 def projection_of(module: nn.Module | None) -> Projection | None:
@@ -299,19 +199,22 @@ class _Project(torch.autograd.Function):
                 _write(group, vectors.scaled(prologue.recompute(kept), kept[0]), inner, out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _room_for_gradient(dout, group, prologue) if wants_x or vectors.inputs else None
+            late = prologue.late_input(kept) if inner and wants_x and not vectors.inputs else None
             weight = _weight_with_terms(group) if inner and not vectors.inputs else None
             base_first = bool(vectors.inputs) or not inner
             if dn is not None and base_first:
                 _base_gradient(dout, group.base, dn)
             if inner or vectors.inputs:
-                n = prologue.recompute(kept)
-                of_inputs = vectors.input_gradients_(n, dn)
+                n = prologue.recompute(kept) if late is None else None
+                of_inputs = vectors.input_gradients_(n, dn) if n is not None else []
                 into = dn if wants_x else None
-                all_da, all_db = term_gradients(n, group.bundles, inner, dout, into, weight, base_first)
+                all_da, all_db, g = term_gradients(n, group.bundles, inner, dout, into, weight, base_first)
                 del n
             if dn is not None and weight is None and not base_first:
                 _base_gradient(dout, group.base, dn, add=True)
-            dx = prologue.backward(dn, kept) if wants_x else None
+            dx = prologue.backward(dn, kept, late) if wants_x else None
+            if late is not None:
+                all_da = a_gradients(late, group.bundles, g)
         return dx, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 

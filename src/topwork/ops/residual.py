@@ -18,7 +18,7 @@ from torch import Tensor
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty
 from topwork.ops.native import load as native
 from topwork.ops.norm import norm_mode, rms_norm, rms_norm_backward
-from topwork.ops.project import Normed, RmsNorm
+from topwork.ops.prologues import Normed, RmsNorm
 from topwork.ops.rows import rows_at_once
 from topwork.ops.triton import load as triton
 

@@ -275,10 +275,11 @@ void topwork_drop(
 
 // ---- gated unit -----------------------------------------------------------------------------------------------------
 
-// Each value is read before it is written: dgate and dup may be gate and up themselves.
+// Each value is read before it is written: dgate and dup may be gate and up themselves. h, where it is not NULL, is the
+// unit's own output again.
 INLINE void gate_slope_row(
     const void *dh, int64_t dh_by, const void *gate, int64_t gate_by, const void *up, int64_t up_by, int64_t f,
-    void *dgate, void *dup, int kind, int act) {
+    void *dgate, void *dup, void *h, int kind, int act) {
 #define BODY(i, n)                                                                               \
   {                                                                                              \
     ask(dh, i, f, dh_by, kind), ask(gate, i, f, gate_by, kind), ask(up, i, f, up_by, kind);      \
@@ -286,6 +287,7 @@ INLINE void gate_slope_row(
     Activation a = activation(x, act, kind);                                                     \
     store(dgate, i, n, kind, d * u * a.slope);                                                   \
     store(dup, i, n, kind, d * (x * a.share));                                                   \
+    if (h) store(h, i, n, kind, rounded(x * a.share, kind) * u);                                 \
   }
   EACH(f, BODY);
 #undef BODY
@@ -318,13 +320,14 @@ void topwork_gated(
 
 void topwork_gated_backward(
     const void *dh, int64_t dh_stride, const void *gate, int64_t gate_stride, const void *up, int64_t up_stride,
-    int64_t rows, int64_t f, void *dgate, int64_t dgate_stride, void *dup, int64_t dup_stride, int mode, int threads) {
+    int64_t rows, int64_t f, void *dgate, int64_t dgate_stride, void *dup, int64_t dup_stride, void *h, int mode,
+    int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * f > LITTLE)
   for (int64_t r = 0; r < rows; r++) {
 #define CALL(kind, act)                                                                                       \
   gate_slope_row(at(dh, r * dh_stride, kind), dh_stride, at(gate, r * gate_stride, kind), gate_stride,        \
                  at(up, r * up_stride, kind), up_stride, f, at(dgate, r * dgate_stride, kind),                \
-                 at(dup, r * dup_stride, kind), kind, act)
+                 at(dup, r * dup_stride, kind), h ? at(h, r * f, kind) : NULL, kind, act)
     BY_ACTIVATION(CALL)
 #undef CALL
   }

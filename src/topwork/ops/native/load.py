@@ -54,7 +54,7 @@ SIGNATURES = {
         "topwork_gain_backward": Signature([*[_AT, _LONG] * 2, _LONG, _LONG, *[_AT] * 3, _LONG, _INT, _INT]),
         "topwork_drop": Signature([*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _UINT, _UINT, _FLOAT, _INT, _INT]),
         "topwork_gated": Signature([*[_AT, _LONG] * 2, _LONG, _LONG, _AT, _INT, _INT]),
-        "topwork_gated_backward": Signature([*[_AT, _LONG] * 3, _LONG, _LONG, *[_AT, _LONG] * 2, _INT, _INT]),
+        "topwork_gated_backward": Signature([*[_AT, _LONG] * 3, _LONG, _LONG, *[_AT, _LONG] * 2, _AT, _INT, _INT]),
     },
     "logprobs": {
         "topwork_logprob_slope": Signature([_AT, *[_LONG] * 3, _INT, _AT, _AT, _FLOAT, _AT, _INT]),

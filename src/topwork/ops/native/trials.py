@@ -27,7 +27,7 @@ from topwork.ops.norm import (
     rms_normalized,
 )
 from topwork.ops.packed import pack_4bit, pack_int8
-from topwork.ops.project import RmsNorm
+from topwork.ops.prologues import RmsNorm
 from topwork.ops.quantize import (
     code_of,
     dequantize_4bit_reference,
@@ -164,8 +164,10 @@ def _gated(dtype: torch.dtype, width: int) -> list[Case]:
     cases = []
     for kind in KINDS:
         dh, gate, up = (_random(5, width).to(dtype) for _ in range(3))
-        found = (gated(gate, up, kind), *gated_backward(dh, gate, up, kind))
-        expected = (gated_reference(gate, up, kind), *gated_backward_reference(dh, gate, up, kind))
+        again = torch.full_like(gate, torch.nan)
+        found = (gated(gate, up, kind), *gated_backward(dh, gate, up, kind, h=again), again)
+        h = gated_reference(gate, up, kind)
+        expected = (h, *gated_backward_reference(dh, gate, up, kind), h)
         cases += _cases(f"gated units ({kind})", dtype, found, expected)
     return cases
 
