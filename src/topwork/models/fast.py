@@ -241,17 +241,18 @@ class FastLayer(GradientCheckpointingLayer):
             return x, (found[0] if isinstance(found, tuple) else found)[0]
         group = self._group(mlp, part.inputs)
         x, given, prologue = self._branch(x, dtype, before, group, y, in_place)
-        return x, self._down(self._products(given, prologue, group), mlp, part)
+        unit = Gated(part.activation, in_place=not group.has_gains)
+        return x, self._down(self._products(given, prologue, group), mlp, unit)
 
-    def _down(self, buffer: Tensor, mlp: nn.Module, part: MlpPart) -> Tensor:
+    def _down(self, buffer: Tensor, mlp: nn.Module, unit: Gated) -> Tensor:
         """The gated unit and what comes after it."""
         linear = mlp.get_submodule("down_proj")
         down = projection_of(linear)
         if down is not None:
             norm_follows = self.wiring.after_mlp is not None  # else it goes into a sum, and no gradient needs its value
             skip = current().recomputing and not norm_follows and not down.gains
-            return project(buffer, (down,), Gated(part.activation), norm_follows, skip)
-        return _bare(linear)(normed(buffer, Gated(part.activation)))
+            return project(buffer, (down,), unit, norm_follows, skip)
+        return _bare(linear)(normed(buffer, unit))
 
     def _products(self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", keeps: bool = True) -> Tensor:
         """Linear layers side by side after a prologue; where one is more than a projection, they run as modules."""

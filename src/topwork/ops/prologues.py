@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from topwork.ops.context import handback_empty, handoff_empty, scratch_empty
+from topwork.ops.context import handback_empty, handoff_empty, has_workspace, scratch_empty
 from topwork.ops.gated import gated, gated_backward
 from topwork.ops.norm import rms_norm, rms_norm_backward, rms_normalized
 
@@ -92,9 +92,11 @@ class Normed(Identity):
 
 @dataclass(frozen=True)
 class Gated:
-    """n = act(gate) * up for x = [gate | up]."""
+    """n = act(gate) * up for x = [gate | up]. `in_place`: whoever made x does not look at it again, so that in a
+    training pass the gradient takes its place, where it lies in the cache already."""
 
     kind: str
+    in_place: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.recompute((x,)), (x,)
@@ -110,7 +112,7 @@ class Gated:
     def backward(self, dn: Tensor, kept: tuple[Tensor, ...], n: Tensor | None = None) -> Tensor:
         (x,) = kept
         gate, up = x.chunk(2, -1)
-        dx = handoff_empty(x, *x.shape)
+        dx = x.detach() if self.in_place and has_workspace(x) else handoff_empty(x, *x.shape)
         dgate, dup = dx.chunk(2, -1)
         gated_backward(dn, gate, up, self.kind, (dgate, dup), n)
         return dx

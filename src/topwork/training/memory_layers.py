@@ -214,7 +214,8 @@ def fast_mlp(layer: Layer, rows: int) -> Need:
     saved += rows * 4 * (layer.norm_precedes + follows)
     scratch = rows * e * (f * 2 * drops + layer.terms(DOWN))
     heap, passing = (0, rows * e * d * follows) if narrow else (4 * d * rows, rows * e * d)
-    return Need(saved, heap, scratch, rows * e * max(d, 2 * f), passing, handback=rows * e * d * narrow)
+    on_its_way = 2 * f if layer.gains(GATES) else 0  # else a gradient takes the place of what it is one of
+    return Need(saved, heap, scratch, rows * e * max(d, on_its_way), passing, handback=rows * e * d * narrow)
 
 
 def total(needs: Iterable[Need]) -> Need:

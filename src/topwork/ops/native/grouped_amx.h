@@ -20,7 +20,7 @@
 #define MOST_HELD (16 << 20)  // floats kept for the next call
 #define GROUP 8         // tiles of columns that go along the summed axis together
 #define MOST_STEPS 9    // tiles of the summed axis that they go at a time
-#define FEW 256        // columns of a panel with few rows
+#define FEW 384        // columns of a panel with few rows: the longer what is read of a row, the faster memory hands it over
 #define SHALLOW 128    // units of a slab with few rows
 #define FEWEST 64       // of them, where there would be too few pieces for the threads
 #define MANY 64        // rows from which a panel is packed once for all
@@ -89,20 +89,23 @@ static void pack_tile(const Product *p, float alpha, int64_t column, int64_t uni
 }
 
 #if defined(WIDE)
-// Two tiles side by side that lie within a right side whose rows are contiguous, from whole cache lines; the second
-// follows the first at `across`.
-static void pack_two(const Product *p, int64_t column, int64_t unit, float *to, int64_t across) {
+// A row of tiles that lies within a right side whose rows are contiguous, two tiles at a time from whole cache lines; a
+// tile follows the one before it at `across`.
+static void pack_row_of_tiles(const Product *p, int64_t column, int64_t wide, int64_t unit, float *to, int64_t across) {
   const char *at = value_at(p->right, 2 * unit, column, BF16);
   __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
                                  35, 3, 34, 2, 33, 1, 32, 0);
   __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
   int64_t by = p->right.row * 2;
-  for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
-    __builtin_prefetch(at + 32 * by, 0, 2), __builtin_prefetch(at + 33 * by, 0, 2);  // the next tile's
-    __m512i upper = _mm512_loadu_si512(at), lower = _mm512_loadu_si512(at + by);
-    _mm512_store_si512(to + SIDE * s, _mm512_permutex2var_epi16(upper, mix, lower));
-    _mm512_store_si512(to + across + SIDE * s, _mm512_permutex2var_epi16(upper, above, lower));
-  }
+  for (int64_t s = 0; s < SIDE; s++, at += 2 * by)
+    for (int64_t t = 0; t < wide; t += 2) {
+      const char *here = at + 32 * t;
+      float *tile = to + t * across + SIDE * s;
+      __builtin_prefetch(here + 16 * by, 0, 2), __builtin_prefetch(here + 17 * by, 0, 2);
+      __m512i upper = _mm512_loadu_si512(here), lower = _mm512_loadu_si512(here + by);
+      _mm512_store_si512(tile, _mm512_permutex2var_epi16(upper, mix, lower));
+      _mm512_store_si512(tile + across, _mm512_permutex2var_epi16(upper, above, lower));
+    }
 }
 #endif
 
@@ -110,20 +113,16 @@ static void pack_two(const Product *p, int64_t column, int64_t unit, float *to, 
 // further on. Rows that are contiguous are read as they follow each other.
 static void pack_tiles(const Product *p, float alpha, int64_t column, int64_t wide, int64_t unit, int64_t deep,
                        float *to, int64_t across) {
-  int whole = 0;
-  for (int64_t d = 0; d < deep; d++)
-    for (int64_t t = 0; t < wide; t += 1 + whole) {
-      float *tile = to + t * across + d * SIDES;
+  for (int64_t d = 0; d < deep; d++) {
+    int64_t t = 0;
 #if defined(WIDE)
-      whole = alpha == 1 && p->right_kind == BF16 && p->right.column == 1 && t + 1 < wide && column + SIDE * (t + 2) <= p->n &&
-              2 * (unit + SIDE * (d + 1)) <= p->k;
-      if (whole) {
-        pack_two(p, column + SIDE * t, unit + SIDE * d, tile, across);
-        continue;
-      }
-#endif
-      pack_tile(p, alpha, column + SIDE * t, unit + SIDE * d, tile);
+    if (alpha == 1 && p->right_kind == BF16 && p->right.column == 1 && 2 * (unit + SIDE * (d + 1)) <= p->k) {
+      t = 2 * least(wide / 2, (p->n - column) / (2 * SIDE));
+      pack_row_of_tiles(p, column, t, unit + SIDE * d, to + d * SIDES, across);
     }
+#endif
+    for (; t < wide; t++) pack_tile(p, alpha, column + SIDE * t, unit + SIDE * d, to + t * across + d * SIDES);
+  }
 }
 
 // The same, as it lies together in memory: rows of the right side one after the other, or a pair of tiles of columns.
@@ -526,7 +525,7 @@ static int run_blocks(Product *products, const double *alphas, int64_t count, in
   Panel *panels = NULL;
   int failed = !all, ours = 0;
   if (all && (found = cut_panels(products, alphas, count, threads, few, all, NULL, &pieces, &floats))) {
-    while (pieces < threads * PER_THREAD && few > FEWEST)
+    while (pieces < 2 * threads && few > FEWEST)
       found = cut_panels(products, alphas, count, threads, few /= 2, all, NULL, &pieces, &floats);
     threads = most(1, least(threads, pieces));
     if ((panels = malloc(found * sizeof *panels))) {
