@@ -15,6 +15,14 @@ from reference.compiler import COMPILER, FEATURES, OLDER, OlderBuild, build_olde
 from topwork.ops.native import load
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """However many a test sets, the next one, perhaps of another folder, has as many as before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["native", "truth"])
 def layer_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test that takes this runs on the C kernels, where there are any, and on plain torch."""
