@@ -291,6 +291,18 @@ def test_terms_are_added_behind_all_of_a_products_own_sums(
     assert torch.equal(part.out, whole.out[1:])
 
 
+def test_nor_do_more_threads_than_pieces(older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are cut for the threads that there are, though not all of them have something to do."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.set_num_threads(10)
+    for k, n in ((2016, 2590), (96, 40)):
+        left, right = torch.randn(65, k).bfloat16(), torch.randn(k, n).bfloat16()
+        out = torch.full((65, n), torch.nan)
+        grouped_products([Product(left, right, out)])
+        assert relative(out, torch.mm(left.float(), right.float())) < ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("k", [90, 2100])
 def test_nor_do_threads_that_help_each_other(k: int, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few columns to share out, so that several take rows of the same; a long k goes in slabs, with more rows at a

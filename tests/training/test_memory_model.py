@@ -103,6 +103,24 @@ def test_of_a_checkpointed_layer_what_it_was_given_is_kept(family: str, count: i
     assert found == pytest.approx(expected, rel=0.05)
 
 
+def test_without_a_workspace_a_gated_units_gradient_has_memory_of_its_own() -> None:
+    """A checkpointed layer has none, nor has a GPU; and beside gains, which look at gate and up again, it is not in
+    place."""
+    structure, shape = structure_of(tiny_base("llama", **WIDE).module, fast=True), PassShape(40, 40, 40)
+
+    def handed_on(options: dict[str, Any], again: bool, **more: Any) -> int:
+        adapter = AdapterConfig(**options)
+        member = Member(adapter, "adamw", tensor_sizes(structure, adapter))
+        setup = Setup(structure, "bfloat16", QuantizationConfig(), (member,), **more)
+        return layer_need(layers_of(setup)[0], shape, again).handoff
+
+    both = 40 * 2 * 2 * WIDE["intermediate_size"]
+    assert handed_on(LORA, again=False) < both
+    assert handed_on(LORA, again=True) == both
+    assert handed_on(LORA, again=False, device="cuda") == both
+    assert handed_on(METHODS["DoRA"], again=False) == both
+
+
 @pytest.mark.parametrize("options", [LORA, METHODS["dropout"], METHODS["DoRA"], METHODS["IA3"]], ids=str)
 @pytest.mark.skipif(not NATIVE, reason="plain torch writes to memory of its own")
 def test_a_passs_blocks_are_what_the_formula_says(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,8 +140,8 @@ def term_gradients(
     weight: Tensor | None = None, held: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of every A (none without n [T, in]: `a_gradients`) and of every B, bundle by bundle, and each
-    bundle's G [rows, R]. dn [T, in], where there is one, becomes the terms' share; with `weight` [outputs, in] dy weight
-    and that share, rounded once; where something is `held` there already, that and their share."""
+    bundle's G [rows, R]. dn [T, in], where there is one, becomes the terms' share; with `weight` [outputs, in] dy
+    weight and that share, rounded once; where something is `held` there already, that and their share."""
     g = [scratch_empty(s, *s.shape) for s in inner]
     first, third = [], []
     second, all_da = ([], []) if n is None else _of_a(n, bundles, g)

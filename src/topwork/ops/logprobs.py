@@ -121,7 +121,7 @@ def _in_chunks(
     chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
     size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
     if multiplies_all(hidden):  # a size met for the first time costs oneDNN as much as some rows more
-        size = min(-(-size // GRAIN) * GRAIN, len(targets))
+        size = min(-(-size // GRAIN) * GRAIN, len(targets))  # where a head is packed, or has a bias
     into, back = head.products_into, None if gradient is None else head.input_gradient
     with scratch_scope():
         buffer = None if into is None else scratch_empty(hidden, size, head.vocabulary)

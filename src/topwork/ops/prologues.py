@@ -107,7 +107,7 @@ class Gated:
 
     def late_input(self, kept: tuple[Tensor, ...]) -> Tensor | None:
         (x,) = kept
-        return scratch_empty(x, x.shape[0], x.shape[1] // 2) if x.is_cpu else None
+        return scratch_empty(x, x.shape[0], x.shape[1] // 2) if has_workspace(x) else None  # else dn is in the way
 
     def backward(self, dn: Tensor, kept: tuple[Tensor, ...], n: Tensor | None = None) -> Tensor:
         (x,) = kept

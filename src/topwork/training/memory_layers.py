@@ -205,8 +205,8 @@ def fast_attention(layer: Layer, tokens: int, rows: int) -> Need:
     return Need(saved, heap, scratch, tokens * e * max(d, q + 2 * kv), passing, handback=back * narrow)
 
 
-def fast_mlp(layer: Layer, rows: int) -> Need:
-    """The second half."""
+def fast_mlp(layer: Layer, rows: int, in_workspace: bool) -> Need:
+    """The second half; `in_workspace`: the pass's own, which a layer that runs again and a GPU have not."""
     (d, _, _, f), e = layer.widths, layer.setup.value_bytes
     narrow, follows, drops = e == 2, layer.norm_follows, 1 + layer.drops
     keeps_product = follows or (layer.gains(DOWN) and f > d)
@@ -214,7 +214,8 @@ def fast_mlp(layer: Layer, rows: int) -> Need:
     saved += rows * 4 * (layer.norm_precedes + follows)
     scratch = rows * e * (f * 2 * drops + layer.terms(DOWN))
     heap, passing = (0, rows * e * d * follows) if narrow else (4 * d * rows, rows * e * d)
-    on_its_way = 2 * f if layer.gains(GATES) else 0  # else a gradient takes the place of what it is one of
+    in_place = in_workspace and not layer.gains(GATES)  # the gradient takes the place of what it is one of
+    on_its_way = 0 if in_place else 2 * f
     return Need(saved, heap, scratch, rows * e * max(d, on_its_way), passing, handback=rows * e * d * narrow)
 
 

@@ -140,12 +140,12 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     """What a pass takes at its end, of all layers."""
     s, e = setup.structure, setup.value_bytes
     layers = layers_of(setup)
-    known: dict[tuple[int, bool], Need] = {}
+    known: dict[tuple[int, bool, bool], Need] = {}
     needs = []
-    for layer, kind in zip(layers, kinds_of(setup)):
-        key = kind, layer is layers[-1]
+    for number, (layer, kind) in enumerate(zip(layers, kinds_of(setup))):
+        key = kind, layer is layers[-1], number < checkpointed_layers
         if key not in known:
-            known[key] = layer_need(layer, shape)
+            known[key] = layer_need(layer, shape, again=key[2])
         needs.append(known[key])
     kept = total(needs[checkpointed_layers:])
     boundary = shape.tokens * boundary_bytes(s, e)
@@ -162,8 +162,8 @@ def _whole(need: Need) -> int:
     return need.saved + need.heap + need.scratch + need.handoff + need.handback
 
 
-def layer_need(layer: Layer, shape: PassShape) -> Need:
-    """Of one decoder layer."""
+def layer_need(layer: Layer, shape: PassShape, again: bool = False) -> Need:
+    """Of one decoder layer, or of one that is run again going backward."""
     setup, tokens = layer.setup, shape.tokens
     last = layer.number == setup.structure.layers - 1
     if not layer.fast_attention:
@@ -171,7 +171,8 @@ def layer_need(layer: Layer, shape: PassShape) -> Need:
     rows = shape.learned_tokens if last and setup.structure.fast else tokens
     if any(map(runs_modules, setup.members)):
         return mixed_layer(layer, tokens, rows)
-    return fast_attention(layer, tokens, rows) + (experts(layer, rows) if layer.experts else fast_mlp(layer, rows))
+    attention, in_workspace = fast_attention(layer, tokens, rows), setup.device == "cpu" and not again
+    return attention + (experts(layer, rows) if layer.experts else fast_mlp(layer, rows, in_workspace))
 
 
 def _around(setup: Setup, shape: PassShape) -> int:

@@ -527,13 +527,12 @@ static int run_blocks(Product *products, const double *alphas, int64_t count, in
   if (all && (found = cut_panels(products, alphas, count, threads, few, all, NULL, &pieces, &floats))) {
     while (pieces < 2 * threads && few > FEWEST)
       found = cut_panels(products, alphas, count, threads, few /= 2, all, NULL, &pieces, &floats);
-    threads = most(1, least(threads, pieces));
     if ((panels = malloc(found * sizeof *panels))) {
       Room room;
-      cut_panels(products, alphas, count, threads, few, all, panels, &pieces, &floats);
-      int64_t each = room_of(panels, found, NULL, &room);
-      float *arena = borrow(floats + threads * each, &ours);
-      if (arena) run_threads(all, count, panels, found, arena, floats, each, threads);
+      cut_panels(products, alphas, count, threads, few, all, panels, &pieces, &floats);  // for as many threads as above
+      int64_t each = room_of(panels, found, NULL, &room), some = most(1, least(threads, pieces));
+      float *arena = borrow(floats + some * each, &ours);
+      if (arena) run_threads(all, count, panels, found, arena, floats, each, some);
       failed = !arena;
       give_back(arena, ours);
     } else {
