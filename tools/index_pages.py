@@ -49,6 +49,7 @@ COMMANDS = {
     "loading": "loading.py",
     "loss": "loss.py",
     "loss_curves": "loss_curves.py --side-by-side",
+    "loss_curves_amx": "loss_curves.py --steps 200 --batch 2 --seeds 1",
     "loss_curves_fp32": "loss_curves.py --batch 1 --peers peft_loop_fp32",
     "many_adapters": "many_adapters.py --rounds 6",
     "many_adapters_banking77": "many_adapters.py --rows banking77 --rounds 8",
