@@ -103,9 +103,10 @@ def grouped_products(products: Sequence[Product]) -> None:
 
 
 def multiplies_all(near: Tensor) -> bool:
-    """Whether a base's own products are best made here: bf16 on AMX. oneDNN is no faster there (docs/log.md),
-    and compiles a kernel for a shape (5 ms for each product of each new length of a batch); here terms are addends,
-    which save a walk through the output, and no sum depends on the number of threads, as oneDNN's do."""
+    """Whether a base's own products are best made here: bf16 on AMX. oneDNN is as fast there, up to a quarter faster at
+    some shapes and slower at others (docs/log.md), and compiles a kernel for each that it has not met (5 ms for each
+    product of each new length of a batch); here terms are addends, which save a walk through the output, and no sum
+    depends on the number of threads, as oneDNN's do."""
     library = native.kernels("grouped", near) if near.dtype == torch.bfloat16 else None
     return library is not None and _on_amx(library)
 

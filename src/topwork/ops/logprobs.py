@@ -120,8 +120,8 @@ def _in_chunks(
     weights = torch.zeros_like(logps) if gradient is None else gradient.float()
     chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
     size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
-    if multiplies_all(hidden):  # a size met for the first time costs oneDNN as much as some rows more
-        size = min(-(-size // GRAIN) * GRAIN, len(targets))  # where a head is packed, or has a bias
+    if multiplies_all(hidden):  # for a head that is packed or has a bias: a new size costs oneDNN more than some rows
+        size = min(-(-size // GRAIN) * GRAIN, len(targets))
     into, back = head.products_into, None if gradient is None else head.input_gradient
     with scratch_scope():
         buffer = None if into is None else scratch_empty(hidden, size, head.vocabulary)

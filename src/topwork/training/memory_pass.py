@@ -143,9 +143,10 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
     known: dict[tuple[int, bool, bool], Need] = {}
     needs = []
     for number, (layer, kind) in enumerate(zip(layers, kinds_of(setup))):
-        key = kind, layer is layers[-1], number < checkpointed_layers
+        runs_again = number < checkpointed_layers
+        key = kind, layer is layers[-1], runs_again
         if key not in known:
-            known[key] = layer_need(layer, shape, again=key[2])
+            known[key] = layer_need(layer, shape, runs_again)
         needs.append(known[key])
     kept = total(needs[checkpointed_layers:])
     boundary = shape.tokens * boundary_bytes(s, e)
