@@ -22,6 +22,7 @@ COMMANDS = {
     "against_ff1d0f1": "against.py ff1d0f1 --pairs 16 --kinds dora,nf4 --processes 3",
     "against_ff1d0f1_first": "against.py ff1d0f1 --pairs 14 --kinds lora,dora --processes 1",
     "against_247651f": "against.py 247651f --pairs 8 --kinds lora --processes 1",
+    "against_d8d824c": "against.py d8d824c --kinds lora,nf4 --pairs 12 --processes 1",
     "attention": "attention.py",
     "banking77": "banking77.py score",
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",

@@ -16,6 +16,7 @@
 #define HIGH 128       // rows of a piece elsewhere
 #define PANEL 262144   // floats of a panel, which should stay in the core's second cache
 #define NARROW 128     // columns of a panel, at least, where it is cut for the threads
+#define LITTLE_PACKED 65536  // floats of a right side that is not cut for the threads
 #define WORTH 256      // rows left of a panel for which another thread packs it too
 #define MOST_HELD (16 << 20)  // floats kept for the next call
 #define GROUP 8         // tiles of columns that go along the summed axis together
@@ -393,12 +394,14 @@ static void run_panel(Panel *panel, const Room *room, int begun) {
 
 // ---- all of them ---------------------------------------------------------------------------------------------------
 
-// Columns of a product's panels: few enough for the cache, and for all threads to have some.
+// Columns of a product's panels: few enough for the cache, and for all threads to have some; but a right side that is
+// packed in no time stays whole, since long rows are written faster than short ones.
 static int64_t panel_columns(const Product *p, int64_t threads, int64_t few) {
   if (p->m <= MANY) return few;
   int64_t most_columns = packs_once(p) ? most(1, PANEL / most(SIDE, SIDE * sides(steps_of(p)))) : BROAD_SUMS;
   int64_t need = most(1, (p->n + most_columns - 1) / most_columns);
-  int64_t cuts = least((need + threads - 1) / threads * threads, most(need, p->n / NARROW));
+  int64_t little = packs_once(p) && p->n * SIDE * sides(steps_of(p)) <= LITTLE_PACKED;
+  int64_t cuts = little ? 1 : least((need + threads - 1) / threads * threads, most(need, p->n / NARROW));
   return 2 * SIDE * sides((p->n + 2 * cuts - 1) / (2 * cuts));
 }
 
