@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
+from topwork.ops.feedforward import feedforward, feedforward_of
 from topwork.ops.project import Projection, project, projection_of
 from topwork.ops.prologues import Gated, Identity, RmsNorm, normed
 from topwork.ops.residual import residual_branch, residual_norm, residual_sum
@@ -241,26 +242,24 @@ class FastLayer(GradientCheckpointingLayer):
             return x, (found[0] if isinstance(found, tuple) else found)[0]
         group = self._group(mlp, part.inputs)
         x, given, prologue = self._branch(x, dtype, before, group, y, in_place)
-        unit = Gated(part.activation, in_place=not group.has_gains)
-        return x, self._down(self._products(given, prologue, group), mlp, unit)
-
-    def _down(self, buffer: Tensor, mlp: nn.Module, unit: Gated) -> Tensor:
-        """The gated unit and what comes after it."""
         linear = mlp.get_submodule("down_proj")
-        down = projection_of(linear)
-        if down is not None:
-            norm_follows = self.wiring.after_mlp is not None  # else it goes into a sum, and no gradient needs its value
-            skip = current().recomputing and not norm_follows and not down.gains
-            return project(buffer, (down,), unit, norm_follows, skip)
-        return _bare(linear)(normed(buffer, unit))
+        down, norm_follows = projection_of(linear), self.wiring.after_mlp is not None
+        # without a norm the output goes into a sum, and no gradient needs its value
+        skip = current().recomputing and not norm_follows and down is not None and not down.gains
+        whole = feedforward_of(given, group.projections or (), down, part.activation)
+        if whole is not None:
+            return x, feedforward(given, whole, _handing_back(given, prologue), norm_follows, skip)
+        unit = Gated(part.activation, in_place=not group.has_gains)
+        buffer = self._products(given, prologue, group)
+        if down is None:
+            return x, _bare(linear)(normed(buffer, unit))
+        return x, project(buffer, (down,), unit, norm_follows, skip)
 
     def _products(self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", keeps: bool = True) -> Tensor:
         """Linear layers side by side after a prologue; where one is more than a projection, they run as modules."""
         if group.projections is None:
             return torch.cat([module(x) for module in group.modules], -1)
-        if x.dtype != torch.float32 and not prologue.hands_back:
-            prologue = replace(prologue, hands_back=True)  # in fp32 the branch's gradient becomes the stream's
-        return project(x, group.projections, prologue, keeps, joined=group.joined)
+        return project(x, group.projections, _handing_back(x, prologue), keeps, joined=group.joined)
 
     def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
         """Linear layers by name, for the current batch."""
@@ -291,6 +290,11 @@ class FastLayer(GradientCheckpointingLayer):
             return None
         module = _bare(getattr(self, name))
         return RmsNorm(module.weight, found.eps, found.unit_offset) if found.is_still(module) else None  # type: ignore[arg-type]
+
+
+def _handing_back(x: Tensor, prologue: Identity | RmsNorm) -> Identity | RmsNorm:
+    """Of what stands at a branch's beginning: in fp32 its gradient becomes the stream's."""
+    return prologue if x.dtype == torch.float32 or prologue.hands_back else replace(prologue, hands_back=True)
 
 
 def goes_backward(layer: nn.Module, hidden: Tensor) -> bool:

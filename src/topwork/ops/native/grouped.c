@@ -11,6 +11,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "matrix.h"
 #include "tile.h"
 
 #define ROWS 192       // of a piece: a multiple of TALL and 16
@@ -65,11 +66,6 @@ static Tile tallest(int pair, int64_t rows, int64_t vectors, int64_t *height) {
 // ---- the table of products -----------------------------------------------------------------------------------------
 
 typedef struct {
-  char *at;
-  int64_t row, column;  // from one to the next, in values
-} Matrix;
-
-typedef struct {
   Matrix left, right, out;
   int64_t m, k, n, kind, right_kind, out_kind, add, addends;
 } Product;  // as the table has it: all are 64 bits wide
@@ -80,7 +76,6 @@ typedef struct {
   int64_t row, rows, column, columns;
 } Piece;
 
-static inline int64_t bytes_of(int64_t kind) { return kind == BF16 ? 2 : 4; }
 static inline int pair_of(const Product *p) {
 #ifdef PAIRS
   return p->kind == BF16;
@@ -97,9 +92,6 @@ static inline int tiled(const Product *p) {
 #endif
 }
 static inline int64_t steps_of(const Product *p) { return pair_of(p) ? (p->k + 1) / 2 : p->k; }
-static inline const char *value_at(Matrix x, int64_t row, int64_t column, int64_t kind) {
-  return x.at + (row * x.row + column * x.column) * bytes_of(kind);
-}
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@
 // whatever its distance of rows, but for what fills no tile.
 
 #pragma once
+#include "held.h"
+#include "right_amx.h"
 
 #define LONG 1024      // units of the summed axis, beyond which it goes in slabs
 #define SLAB 512       // units of a slab: a multiple of 16
@@ -18,16 +20,12 @@
 #define NARROW 128     // columns of a panel, at least, where it is cut for the threads
 #define LITTLE_PACKED 65536  // floats of a right side that is not cut for the threads
 #define WORTH 256      // rows left of a panel for which another thread packs it too
-#define MOST_HELD (16 << 20)  // floats kept for the next call
 #define GROUP 8         // tiles of columns that go along the summed axis together
 #define MOST_STEPS 9    // tiles of the summed axis that they go at a time
 #define FEW 384        // columns of a panel with few rows: the longer what is read of a row, the faster memory hands it over
 #define SHALLOW 128    // units of a slab with few rows
 #define FEWEST 64       // of them, where there would be too few pieces for the threads
 #define MANY 64        // rows from which a panel is packed once for all
-#define SIDES 256   // floats of a tile
-
-static inline int64_t sides(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
 // A product may have addends (so many lines behind it in the table): products whose sums join its own before these are
 // rounded, behind all of its own. An addend's `out` is no address but its place in the product's out, `row` and `column`,
@@ -47,92 +45,16 @@ typedef struct {
 
 // ---- the right side ------------------------------------------------------------------------------------------------
 
-// `count` values from `at` on as bf16, times alpha, rounded again: what was bf16 before gives the same. Zeros up to 16.
-INLINE void narrow16(const char *at, int64_t count, int64_t kind, float alpha, uint16_t *to) {
-  for (int64_t i = 0; i < 16; i += LANES) {
-    int64_t some = least(LANES, count - i);
-    vech small = to_bf16(some > 0 ? rounded(load(at, i, some, (int)kind), BF16) * vall(alpha) : vall(0));
-    memcpy(to + i, &small, sizeof small);
-  }
-}
+static inline Right right_of(const Product *p) { return (Right){p->right, p->k, p->n, p->right_kind}; }
 
-// One tile: columns [column, column + 16) and units [unit, unit + 16) of a right side times alpha, zeros beyond it.
-static void pack_tile(const Product *p, float alpha, int64_t column, int64_t unit, float *to) {
-  int64_t count = least(SIDE, p->n - column), from = 2 * unit, some = least(32, p->k - from);
-  int64_t size = bytes_of(p->right_kind);
-  int plain = p->right_kind == BF16 && alpha == 1;
-  const char *at = value_at(p->right, from, column, p->right_kind);
-  if (p->right.column == 1) {
-    int64_t by = p->right.row * size;
-    for (int64_t s = 0; s < SIDE; s++, at += 2 * by) {
-      uint16_t two[2][16] __attribute__((aligned(32)));
-      if (plain && count == SIDE && 2 * s + 1 < some) {
-        pair_rows((const uint16_t *)at, (const uint16_t *)(at + by), SIDE, to + SIDE * s);
-        continue;
-      }
-      for (int64_t half = 0; half < 2; half++)
-        narrow16(at + half * by, 2 * s + half < some ? count : 0, p->right_kind, alpha, two[half]);
-      pair_rows(two[0], two[1], SIDE, to + SIDE * s);
-    }
-    return;
-  }
-  int64_t by = p->right.column * size;
-  if (plain && some == 32 && by % 4 == 0) {
-    for (int64_t c = 2 * SIDE; c < 3 * SIDE; c++) __builtin_prefetch(at + c * by, 0, 2);  // the next pair's
-    transpose_block((const Unit *)at, by / 4, count, SIDE, to, SIDE);
-    return;
-  }
-  uint16_t rows[16][32] __attribute__((aligned(64)));
-  for (int64_t c = 0; c < SIDE; c++)
-    for (int64_t half = 0; half < 32; half += 16)
-      narrow16(at + c * by + half * size, c < count ? least(16, some - half) : 0, p->right_kind, alpha, rows[c] + half);
-  transpose_block((const Unit *)rows, SIDE, SIDE, SIDE, to, SIDE);
-}
-
-#if defined(WIDE)
-// A row of tiles that lies within a right side whose rows are contiguous, two tiles at a time from whole cache lines; a
-// tile follows the one before it at `across`.
-static void pack_row_of_tiles(const Product *p, int64_t column, int64_t wide, int64_t unit, float *to, int64_t across) {
-  const char *at = value_at(p->right, 2 * unit, column, BF16);
-  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                 35, 3, 34, 2, 33, 1, 32, 0);
-  __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
-  int64_t by = p->right.row * 2;
-  for (int64_t s = 0; s < SIDE; s++, at += 2 * by)
-    for (int64_t t = 0; t < wide; t += 2) {
-      const char *here = at + 32 * t;
-      float *tile = to + t * across + SIDE * s;
-      __builtin_prefetch(here + 16 * by, 0, 2), __builtin_prefetch(here + 17 * by, 0, 2);
-      __m512i upper = _mm512_loadu_si512(here), lower = _mm512_loadu_si512(here + by);
-      _mm512_store_si512(tile, _mm512_permutex2var_epi16(upper, mix, lower));
-      _mm512_store_si512(tile + across, _mm512_permutex2var_epi16(upper, above, lower));
-    }
-}
-#endif
-
-// The tiles of columns [column, column + 16 wide) and units [unit, unit + 16 deep), those of the next columns `across`
-// further on. Rows that are contiguous are read as they follow each other.
-static void pack_tiles(const Product *p, float alpha, int64_t column, int64_t wide, int64_t unit, int64_t deep,
-                       float *to, int64_t across) {
-  for (int64_t d = 0; d < deep; d++) {
-    int64_t t = 0;
-#if defined(WIDE)
-    if (alpha == 1 && p->right_kind == BF16 && p->right.column == 1 && 2 * (unit + SIDE * (d + 1)) <= p->k) {
-      t = 2 * least(wide / 2, (p->n - column) / (2 * SIDE));
-      pack_row_of_tiles(p, column, t, unit + SIDE * d, to + d * SIDES, across);
-    }
-#endif
-    for (; t < wide; t++) pack_tile(p, alpha, column + SIDE * t, unit + SIDE * d, to + t * across + d * SIDES);
-  }
-}
-
-// The same, as it lies together in memory: rows of the right side one after the other, or a pair of tiles of columns.
+// Tiles of a right side, as it lies together in memory: rows one after the other, or a pair of tiles of columns.
 static void pack_panel(const Product *p, int64_t column, int64_t wide, int64_t unit, int64_t deep, float *to) {
   int64_t across = deep * SIDES;
-  if (p->right.column == 1) pack_tiles(p, 1, column, wide, unit, deep, to, across);
+  Right right = right_of(p);
+  if (p->right.column == 1) pack_tiles(&right, 1, column, wide, unit, deep, to, across);
   else
     for (int64_t t = 0; t < wide; t += 2)
-      pack_tiles(p, 1, column + SIDE * t, least(2, wide - t), unit, deep, to + t * across, across);
+      pack_tiles(&right, 1, column + SIDE * t, least(2, wide - t), unit, deep, to + t * across, across);
 }
 
 // ---- the left side -------------------------------------------------------------------------------------------------
@@ -457,39 +379,12 @@ static int64_t pack_addends(Side *all, int64_t count, int64_t number, float *to)
     if (!to || part >= pairs) continue;
     int64_t pair = least(2, wide - 2 * part), across = deep * SIDES;
     float *at = to + all[i].at + 2 * part * across;
-    pack_tiles(p, all[i].alpha, 2 * SIDE * part, pair, 0, deep, at, across);
+    Right right = right_of(p);
+    pack_tiles(&right, all[i].alpha, 2 * SIDE * part, pair, 0, deep, at, across);
     if (all[i].some_rows && not_finite(at, pair * across)) __atomic_store_n(&all[i].wild, 1, __ATOMIC_RELAXED);
     break;
   }
   return before;
-}
-
-// Memory that stays from call to call: new pages would cost as much as the products of a small call. One call has it at
-// a time; another that comes meanwhile brings its own.
-static struct {
-  int taken;
-  float *at;
-  int64_t floats;
-} held;
-
-static float *borrow(int64_t floats, int *ours) {
-  *ours = !__atomic_exchange_n(&held.taken, 1, __ATOMIC_ACQUIRE);
-  if (!*ours) return aligned_alloc(64, floats * 4);
-  if (held.floats < floats) {
-    free(held.at);
-    held.at = aligned_alloc(64, floats * 4);
-    held.floats = held.at ? floats : 0;
-  }
-  return held.at;
-}
-
-static void give_back(float *at, int ours) {
-  if (!ours) {
-    free(at);
-    return;
-  }
-  if (held.floats > MOST_HELD) free(held.at), held.at = NULL, held.floats = 0;
-  __atomic_store_n(&held.taken, 0, __ATOMIC_RELEASE);
 }
 
 static int any_wild(const Side *all, int64_t count) {

@@ -39,6 +39,10 @@ SIGNATURES = {
         "topwork_decode": Signature([_AT, _LONG, _AT, _LONG], _INT),
         "topwork_decode_sizes": Signature([_LONG], _LONG),
     },
+    "feedforward": {
+        "topwork_feedforward": Signature([_AT, _AT, _LONG, _LONG, _LONG], _INT),
+        "topwork_feedforward_level": Signature([], _INT),
+    },
     "grouped": {
         "topwork_grouped_products": Signature([_AT, _AT, _LONG, _LONG], _INT),
         "topwork_grouped_level": Signature([], _INT),

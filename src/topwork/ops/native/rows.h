@@ -154,3 +154,21 @@ INLINE void gate_row(
   EACH(f, BODY);
 #undef BODY
 }
+
+// Each value is read before it is written: dgate and dup may be gate and up themselves. h, where it is not NULL, is the
+// unit's own output again.
+INLINE void gate_slope_row(
+    const void *dh, int64_t dh_by, const void *gate, int64_t gate_by, const void *up, int64_t up_by, int64_t f,
+    void *dgate, void *dup, void *h, int kind, int act) {
+#define BODY(i, n)                                                                               \
+  {                                                                                              \
+    ask(dh, i, f, dh_by, kind), ask(gate, i, f, gate_by, kind), ask(up, i, f, up_by, kind);      \
+    vecf x = load(gate, i, n, kind), u = load(up, i, n, kind), d = load(dh, i, n, kind);         \
+    Activation a = activation(x, act, kind);                                                     \
+    store(dgate, i, n, kind, d * u * a.slope);                                                   \
+    store(dup, i, n, kind, d * (x * a.share));                                                   \
+    if (h) store(h, i, n, kind, rounded(x * a.share, kind) * u);                                 \
+  }
+  EACH(f, BODY);
+#undef BODY
+}
