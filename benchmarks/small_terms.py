@@ -43,9 +43,9 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 def written_after(group: Any, n: Any, inner: Any, out: Any) -> None:
     """As `ops/project.py` writes a group's outputs, but for the order: products are rounded, then terms are added."""
-    from topwork.ops import project
+    from topwork.ops import project, projection
 
-    project._base_products(n, group.base, out, add=False)
+    projection.base_products(n, group.base, out, add=False)
     if group.bundles:
         terms = out.new_empty(out.shape)
         project.write_terms(group.bundles, inner, terms)
@@ -58,6 +58,7 @@ def main() -> None:
     import torch
     from peers.topwork_step import open_adapted, read_examples
 
+    from topwork.models import fast
     from topwork.ops import project
 
     trained = open_adapted(model_argument(given.model), 16, 32, nf4=given.quantized, others=[])
@@ -68,7 +69,7 @@ def main() -> None:
     (first,), (second,) = (trained.passes(examples[at : at + given.rows], 1 << 20) for at in (0, given.rows))
     learner = trained.learner(next(iter(trained.adapters.configs)))
     masters = [master for group in learner.optimizer.param_groups for master in group["params"]]
-    apart = {"multiplies_all": lambda _: False}
+    apart, single = {"multiplies_all": lambda _: False}, {"feedforward_of": lambda *_: None}
 
     def loss() -> float:
         """Without an update."""
@@ -78,11 +79,12 @@ def main() -> None:
 
     found = {"before the step, bf16": loss()}
     trained.steps([learner], [first])
-    if project.multiplies_all(trained.base.module.get_input_embeddings().weight) and not given.quantized:
+    if project.multiplies_all(trained.base.module.get_input_embeddings().weight):
         found["joined to the product's sums, bf16"] = loss()
-    with replaced(project, **apart):
+    with replaced(project, **apart), replaced(fast, **single):
         found["first, and the product added to them, bf16"] = loss()
-    with replaced(project, **apart, _write=written_after), replaced(project._Group, terms_first=False):
+    after = {**apart, "_write": written_after}
+    with replaced(project, **after), replaced(project._Group, terms_first=False), replaced(fast, **single):
         found["added to the rounded product, bf16"] = loss()
     trained.base.module.float()
     found["fp32"] = loss()

@@ -159,8 +159,8 @@ def test_gradients_in_other_families(kind: str, family: str, held: Bases) -> Non
 def test_in_bfloat16_the_gradients_are_the_twins_bit_for_bit(
     kind: str, held: Bases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One panel holds each of these weights, so the same products are rounded in the same way; on AMX a dense weight's
-    would be made with its terms."""
+    """One panel holds each of these weights, so the same products are rounded in the same way; on AMX those of dense
+    weights with one input would be one product."""
     monkeypatch.setattr(project, "multiplies_all", lambda _: False)
     found, expected = (
         gradients(base, added(base, a=CONFIG), "a")

@@ -19,7 +19,7 @@ from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
-from topwork.ops import project
+from topwork.ops import project, projection
 from topwork.ops.batch import Batch, Segment, batch_of
 from topwork.ops.context import running
 from topwork.ops.logprobs import LogitRule
@@ -201,11 +201,12 @@ def packed(linear: nn.Linear) -> QuantizedLinear:
 def test_a_base_in_four_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[int] = []
 
-    def counted(*given: Any) -> None:
+    def counted(*given: Any, **more: Any) -> None:
         products.append(1)
-        write_output(*given)
+        write_output(*given, **more)
 
-    monkeypatch.setattr(project, "write_output", counted)
+    for module in (project, projection):
+        monkeypatch.setattr(module, "write_output", counted)
     base, adapters = adapted(dropout=0.1, dtype=dtype)
     for module in list(base.module.modules()):
         if isinstance(module, AdaptedLayer):

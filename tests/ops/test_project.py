@@ -12,11 +12,13 @@ from reference.groups import IN, PROLOGUES, SEGMENTS, T, a_group, an_input, both
 from reference.kept import kept_by
 from reference.measure import relative
 from topwork.ops import project as ops_project
+from topwork.ops import projection as ops_projection
 from topwork.ops.bundles import bundled
 from topwork.ops.dropout import Dropout, stays
 from topwork.ops.grouped import Product, grouped_products
 from topwork.ops.packed import pack_4bit, pack_int8
-from topwork.ops.project import Projection, project, projection_of
+from topwork.ops.project import project
+from topwork.ops.projection import Projection, projection_of
 from topwork.ops.prologues import Identity, RmsNorm
 
 pytestmark = pytest.mark.usefixtures("nan_where_nothing_was_written")
@@ -62,10 +64,13 @@ def test_terms_and_biases_as_addends_of_the_base_product(
         grouped_products(products)
 
     monkeypatch.setattr(ops_project, "multiplies_all", lambda _: True)
-    monkeypatch.setattr(ops_project, "grouped_products", spied)
+    for module in (ops_project, ops_projection):
+        monkeypatch.setattr(module, "grouped_products", spied)
     group = a_group(outputs, SEGMENTS["two adapters"], bias)
     found, expected = both(an_input(PROLOGUES[prologue]), group, PROLOGUES[prologue])
-    assert sum(met) == sum(len(projection.terms) + bias for projection in group)
+    forward = sum(len(projection.terms) + bias for projection in group)
+    backward = len(SEGMENTS["two adapters"]) if len(group) > 1 else 0  # one layer's are with A's and B's gradients
+    assert sum(met) == forward + backward
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other, 1e-30) < 3e-6
 

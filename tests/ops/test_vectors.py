@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from reference.groups import IN, PROLOGUES, SEGMENTS, T, a_group, an_input, both, masters
 from reference.measure import relative
-from topwork.ops.project import Projection, project
+from topwork.ops.project import project
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import Identity
 from topwork.ops.vectors import Gain, Shift
 

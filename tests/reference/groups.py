@@ -9,7 +9,8 @@ from torch import Tensor
 
 from topwork.ops.bundles import LowRank
 from topwork.ops.packed import Packed
-from topwork.ops.project import Projection, project
+from topwork.ops.project import project
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import Gated, Identity, Prologue, RmsNorm
 from topwork.ops.vectors import Gain, Shift
 

@@ -18,7 +18,7 @@ from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
 from topwork.ops.context import current_batch
 from topwork.ops.dropout import Dropout, dropped
-from topwork.ops.project import Projection, projection_of
+from topwork.ops.projection import Projection, projection_of
 from topwork.ops.vectors import Gain, Shift
 
 

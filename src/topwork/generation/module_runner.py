@@ -39,7 +39,7 @@ from topwork.ops.context import PassContext, Virtual
 from topwork.ops.grouped import rows_stand_alone
 from topwork.ops.host import sent
 from topwork.ops.paged_attention import PagedRows, Span, attend_paged
-from topwork.ops.project import projection_of
+from topwork.ops.projection import projection_of
 
 PASS_ROWS = {"cpu": 32, "cuda": 256}
 """Rows of a pass, by device type: on a CPU so many take little longer than reading the weights; on a GPU a guess."""

@@ -20,7 +20,8 @@ from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
 from topwork.ops.feedforward import feedforward, feedforward_of
-from topwork.ops.project import Projection, project, projection_of
+from topwork.ops.project import project
+from topwork.ops.projection import Projection, projection_of
 from topwork.ops.prologues import Gated, Identity, RmsNorm, normed
 from topwork.ops.residual import residual_branch, residual_norm, residual_sum
 from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention

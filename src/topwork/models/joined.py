@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.common.mapped import let_go
-from topwork.ops.project import Projection
+from topwork.ops.projection import Projection
 
 
 @dataclass(frozen=True)

@@ -126,12 +126,21 @@ def _fresh(turns: list[list[Product]], out: Tensor) -> list[list[Product]]:
 
 
 def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
-    """The terms of a projection that has these columns of the group's output, to be added to its product."""
+    """What the terms add to these columns of the group's output, for the product that makes them."""
+    found = []
+    for bundle, s in zip(bundles, inner):
+        for (term, there), own in zip(bundle.terms, bundle.by_term(s, 1)):
+            first, stop = max(there.start, columns.start), min(there.stop, columns.stop)
+            if first < stop:
+                b = term.b if stop - first == len(term.b) else term.b[first - there.start : stop - there.start]
+                found.append(Addend(own, b.t(), bundle.rows.start, first - columns.start, term.scaling))
+    return tuple(found)
+
+
+def gradient_addends(bundles: Sequence[Bundle], g: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
+    """The same of the input's gradient, from each bundle's G: of bundles without dropout."""
     return tuple(
-        Addend(own, term.b.t(), bundle.rows.start, there.start - columns.start, term.scaling)
-        for bundle, s in zip(bundles, inner)
-        for (term, there), own in zip(bundle.terms, bundle.by_term(s, 1))
-        if columns.start <= there.start < columns.stop
+        Addend(slopes, a[:, columns], bundle.rows.start, 0) for bundle, slopes, a in zip(bundles, g, stacked(bundles))
     )
 
 

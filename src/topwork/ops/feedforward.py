@@ -23,7 +23,8 @@ from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scra
 from topwork.ops.gated import KINDS, gated_backward_reference, gated_reference
 from topwork.ops.grouped import ON_AMX, multiplies_all
 from topwork.ops.native import load as native
-from topwork.ops.project import Projection
+from topwork.ops.packed import Packed
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import Identity, Normed, Prologue, RmsNorm
 
 GATE, UP, DOWN = range(3)
@@ -37,6 +38,9 @@ machine's processors (whatever the number of threads is now, which no gradient s
 fast."""
 MOST_TOGETHER = 24
 """Terms that a row may have."""
+MOST_OPENED = 32 << 20
+"""Bytes of a layer's packed weights that are made dense together: the larger a layer, the less its products wait for
+memory."""
 NOT_ON_AMX = 2
 """The kernel's answer where it is not compiled for it."""
 
@@ -52,7 +56,7 @@ class Placed(NamedTuple):
 class FeedForward:
     """Frozen weights of gate, up [f, d] and down [d, f], what adapters add to their products, and the unit's kind."""
 
-    weights: tuple[Tensor, Tensor, Tensor]
+    weights: tuple[Tensor | Packed, ...]
     terms: tuple[Placed, ...]
     kind: str
 
@@ -60,20 +64,23 @@ class FeedForward:
     def features(self) -> int:
         return int(self.weights[DOWN].shape[1])
 
+    def dense(self, dtype: torch.dtype) -> list[Tensor]:
+        """The weights; of packed ones what they stand for, gone when `scratch_scope` ends."""
+        return [w.dense().to(dtype) if isinstance(w, Packed) else w for w in self.weights]
+
 
 def feedforward_of(x: Tensor, group: Sequence[Projection], down: Projection | None, kind: str) -> FeedForward | None:
     """The layer of gate, up and down for x [T, d], where it is best made in one step: else None."""
     if len(group) != 2 or down is None or not multiplies_all(x) or not _on_amx(x):
         return None
     layers = (*group, down)
-    weights = tuple(layer.weight for layer in layers if isinstance(layer.weight, Tensor))
-    if len(weights) < len(layers) or not all(map(_plain, layers)) or not all(_fits(weight, x) for weight in weights):
+    weights = tuple(layer.weight for layer in layers)
+    if not all(map(_plain, layers)) or not all(_fits(weight, x) for weight in weights) or not _openable(weights):
         return None
     terms = tuple(Placed(term, part) for part, layer in enumerate(layers) for term in layer.terms)
     if not all(map(_plain_term, (term for term, _ in terms))) or not _dense_rows(len(x), terms):
         return None
-    gate, up, last = weights
-    return FeedForward((gate, up, last), terms, kind)
+    return FeedForward(weights, terms, kind)
 
 
 def _on_amx(x: Tensor) -> bool:
@@ -86,8 +93,14 @@ def _plain(layer: Projection) -> bool:
     return layer.bias is None and not (layer.gains or layer.shifts or layer.input_gains)
 
 
-def _fits(weight: Tensor, x: Tensor) -> bool:
-    return weight.dtype == x.dtype and weight.stride(1) == 1 and all(size % GRID == 0 for size in weight.shape)
+def _fits(weight: Tensor | Packed, x: Tensor) -> bool:
+    stands = isinstance(weight, Packed) or (weight.dtype == x.dtype and weight.stride(1) == 1)
+    return stands and all(size % GRID == 0 for size in weight.shape)
+
+
+def _openable(weights: Sequence[Tensor | Packed]) -> bool:
+    """Whether what is packed is little enough to be made dense all at once."""
+    return sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed)) <= MOST_OPENED
 
 
 def _plain_term(term: LowRank) -> bool:
@@ -192,10 +205,10 @@ def run_backward(
 
 def feedforward_reference(layer: FeedForward, n: Tensor) -> list[Tensor]:
     """The truth of `run_forward` in fp32, rounded where that rounds: both, y and each S."""
-    f, inner = layer.features, [n.new_empty(0)] * len(layer.terms)
+    f, inner, weights = layer.features, [n.new_empty(0)] * len(layer.terms), layer.dense(n.dtype)
 
     def product(x: Tensor, part: int) -> Tensor:
-        y = x.float() @ layer.weights[part].float().t()
+        y = x.float() @ weights[part].float().t()
         for number, (term, its) in enumerate(layer.terms):
             if its == part:
                 rows = slice(term.start, term.stop)
@@ -211,12 +224,12 @@ def feedforward_backward_reference(
     layer: FeedForward, dy: Tensor, both: Tensor, inner: Sequence[Tensor], n: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The truth of `run_backward`, with dn first."""
-    f, dtype = layer.features, dy.dtype
+    f, dtype, weights = layer.features, dy.dtype, layer.dense(dy.dtype)
     gate, up = both[:, :f], both[:, f:]
     h, g = gated_reference(gate, up, layer.kind).float(), [dy.new_empty(0)] * len(layer.terms)
 
     def back(dout: Tensor, part: int) -> Tensor:
-        dx = dout.float() @ layer.weights[part].float()
+        dx = dout.float() @ weights[part].float()
         for number, (term, its) in enumerate(layer.terms):
             if its == part:
                 rows = slice(term.start, term.stop)
@@ -271,8 +284,9 @@ def _run(
     memory."""
     given = _by_rows(given)
     (rows, d), f = given.shape, layer.features
+    weights = layer.dense(given.dtype)
     table = LAYER.pack(
-        *(weight.data_ptr() for weight in layer.weights), *(weight.stride(0) for weight in layer.weights),
+        *(weight.data_ptr() for weight in weights), *(weight.stride(0) for weight in weights),
         given.data_ptr(), given.stride(0), 0 if both is None else both.data_ptr(), 0 if out is None else out.data_ptr(),
         2 * f, d, rows, d, f, KINDS.index(layer.kind), *_told(source),
     )  # fmt: skip

@@ -20,19 +20,19 @@ G A loses the same. LoRA costs six small products (two forward, four backward), 
 plain-torch truth is `adapters/methods/lora/lora.py`'s `forward`, which autograd differentiates.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from topwork.ops.bundles import (
     Bundle,
-    LowRank,
     a_gradients,
     addends,
     bundled,
+    gradient_addends,
     inner_products,
     term_gradients,
     write_terms,
@@ -40,37 +40,10 @@ from topwork.ops.bundles import (
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
 from topwork.ops.packed import Packed
+from topwork.ops.projection import Placed, Projection, base_gradient, base_products, begun, biases, side_by_side
 from topwork.ops.prologues import Identity, Prologue
-from topwork.ops.quantized_linear import input_gradient, write_output
-from topwork.ops.vectors import Gain, PlacedGain, PlacedShift, Shift, Vectors
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One linear layer: frozen weight [out, in], bias [out], what adapters multiply its inputs by, add to its product,
-    and multiply that by. No row has more than one gain on either side."""
-
-    weight: Tensor | Packed
-    bias: Tensor | None = None
-    terms: tuple[LowRank, ...] = ()
-    gains: tuple[Gain, ...] = ()
-    shifts: tuple[Shift, ...] = ()
-    input_gains: tuple[Gain, ...] = ()
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[0])
-
-
-def projection_of(module: nn.Module | None) -> Projection | None:
-    """What a module adds up to as a frozen linear layer with adapters' parts for the current batch; None where it is
-    more than that. Modules other than nn.Linear tell by a method `projection()`."""
-    if type(module) is nn.Linear:
-        weight, bias = module.weight, module.bias
-        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-        return None if learns else Projection(weight, bias)
-    tell: Callable[[], Projection | None] | None = getattr(module, "projection", None)
-    return tell() if tell is not None else None
+from topwork.ops.quantized_linear import write_output
+from topwork.ops.vectors import PlacedGain, PlacedShift, Vectors
 
 
 def project(
@@ -89,28 +62,16 @@ def project(
     whose output no gradient needs; gains need theirs. The backward pass is the same. `joined` is the weights and the
     biases of the whole group, dense and behind one another, where somebody holds them so: one product for all.
     """
-    placed = _placed(group)
+    placed = side_by_side(group)
     bundles = bundled((term, columns) for projection, columns in placed for term in projection.terms)
     vectors = _vectors(placed)
     assert not (skip_forward and vectors.gains), "the gradient of a gain needs the product"
     assert len(group) == 1 or not vectors.inputs, "a group has one input, and a gain on it is one projection's"
     terms = [placed.term for bundle in bundles for placed in bundle.terms]
     learned = [*(term.a for term in terms), *(term.b for term in terms), *vectors.learned]
-    base = placed if joined is None else _placed((joined,))
+    base = placed if joined is None else side_by_side((joined,))
     whole = _Group(base, _made_here(x, base), bundles, vectors)
     return _Project.apply(x, prologue, whole, keeps, skip_forward, *learned)
-
-
-Placed = list[tuple[Projection, slice]]
-"""Projections side by side, each with its columns in the group's output."""
-
-
-def _placed(group: Sequence[Projection]) -> Placed:
-    placed, at = [], 0
-    for projection in group:
-        placed.append((projection, slice(at, at + projection.outputs)))
-        at += projection.outputs
-    return placed
 
 
 _NO_VECTORS = Vectors()
@@ -131,11 +92,11 @@ def _vectors(placed: Placed) -> Vectors:
 
 
 class _Group(NamedTuple):
-    """A group as both passes take it: its frozen layers, their weights where all are multiplied by `grouped_products`,
-    which adds the terms on the way, and what adapters have there."""
+    """A group as both passes take it: its frozen layers, whether all are multiplied by `grouped_products`, which adds
+    the terms on the way, and what adapters have there."""
 
     base: Placed
-    weights: list[Tensor] | None
+    joins: bool
     bundles: tuple[Bundle, ...]
     vectors: Vectors
 
@@ -143,7 +104,7 @@ class _Group(NamedTuple):
     def terms_first(self) -> bool:
         """Whether the output is made of the terms first, and the base's products are added to them: a term added to an
         output that is rounded already is lost where it is less than half of what this resolves."""
-        return self.weights is None and bool(self.bundles)
+        return not self.joins and bool(self.bundles)
 
     @property
     def inputs(self) -> int:
@@ -154,12 +115,9 @@ class _Group(NamedTuple):
         return int(self.base[-1][1].stop)
 
 
-def _made_here(x: Tensor, base: Placed) -> list[Tensor] | None:
-    """The weights of these layers, where they are dense, of x's type, and better multiplied here."""
-    if not multiplies_all(x):
-        return None
-    weights = [layer.weight for layer, _ in base if isinstance(layer.weight, Tensor)]
-    return weights if len(weights) == len(base) and all(weight.dtype == x.dtype for weight in weights) else None
+def _made_here(x: Tensor, base: Placed) -> bool:
+    """Whether these layers are better multiplied here: those that are packed or of x's type."""
+    return multiplies_all(x) and all(isinstance(w := layer.weight, Packed) or w.dtype == x.dtype for layer, _ in base)
 
 
 class _Project(torch.autograd.Function):
@@ -173,7 +131,7 @@ class _Project(torch.autograd.Function):
             keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
             out = (saved_empty if keeps else handoff_empty)(n, *shape)
             into = out if group.terms_first and not skip_forward else None
-            inner = inner_products(n, group.bundles, into, into is not None and _begun(group.base, into))
+            inner = inner_products(n, group.bundles, into, into is not None and begun(group.base, into))
             if skip_forward:
                 out.zero_()
             else:
@@ -195,76 +153,58 @@ class _Project(torch.autograd.Function):
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)
                 if group.terms_first:
-                    write_terms(group.bundles, inner, out, _begun(group.base, out))
+                    write_terms(group.bundles, inner, out, begun(group.base, out))
                 _write(group, vectors.scaled(prologue.recompute(kept), kept[0]), inner, out)
             dout, of_outputs = vectors.output_gradients_(dout, out)
             dn = _room_for_gradient(dout, group, prologue) if wants_x or vectors.inputs else None
             late = prologue.late_input(kept) if inner and wants_x and not vectors.inputs else None
-            weight = _weight_with_terms(group) if inner and not vectors.inputs else None
+            weight, with_last = _where_terms_join(group) if inner and not vectors.inputs else (None, False)
             base_first = bool(vectors.inputs) or not inner
             if dn is not None and base_first:
-                _base_gradient(dout, group.base, dn)
+                base_gradient(dout, group.base, dn, group.joins)
             if inner or vectors.inputs:
                 n = prologue.recompute(kept) if late is None else None
                 of_inputs = vectors.input_gradients_(n, dn) if n is not None else []
-                into = dn if wants_x else None
+                into = dn if wants_x and not with_last else None
                 all_da, all_db, g = term_gradients(n, group.bundles, inner, dout, into, weight, base_first)
                 del n
             if dn is not None and weight is None and not base_first:
-                _base_gradient(dout, group.base, dn, add=True)
+                terms = partial(gradient_addends, group.bundles, g) if with_last else None
+                base_gradient(dout, group.base, dn, group.joins, not with_last, terms)
             dx = prologue.backward(dn, kept, late) if wants_x else None
             if late is not None:
                 all_da = a_gradients(late, group.bundles, g)
         return dx, None, None, None, None, *all_da, *all_db, *of_inputs, *of_outputs
 
 
-def _weight_with_terms(group: _Group) -> Tensor | None:
-    """The weight of all outputs, where its gradient's product takes the terms' along."""
-    return group.weights[0] if group.weights is not None and len(group.weights) == 1 else None
+def _where_terms_join(group: _Group) -> tuple[Tensor | None, bool]:
+    """Which product of the input's gradient takes the terms' along before it is rounded: that with the one weight, in
+    one call with the gradients of A and B; else the last layer's, or none."""
+    if not group.joins:
+        return None, False
+    if len(group.base) == 1 and isinstance(weight := group.base[0][0].weight, Tensor):
+        return weight, False
+    return None, all(bundle.dropout is None for bundle in group.bundles)
 
 
 def _write(group: _Group, n: Tensor, inner: Sequence[Tensor], out: Tensor) -> None:
     """The outputs of a group, from n as the base sees it and each bundle's S; `out` holds the terms where these come
     first."""
-    if group.weights is not None:
-        grouped_products([
-            Product(n, weight.t(), out[:, at], addends=(*_biases(n, layer), *addends(group.bundles, inner, at)))
-            for weight, (layer, at) in zip(group.weights, group.base)
-        ])  # fmt: skip
-    else:
-        _base_products(n, group.base, out, group.terms_first)
-    group.vectors.change_(out)
+    if not group.joins:
+        base_products(n, group.base, out, group.terms_first)
+    dense: list[Product] = []
+    for layer, at in group.base if group.joins else ():
 
+        def added(rows: slice, layer: Projection = layer, at: slice = at) -> tuple[Addend, ...]:
+            columns = slice(at.start + rows.start, at.start + rows.stop)
+            return (*biases(n, layer, rows), *addends(group.bundles, inner, columns))
 
-def _biases(n: Tensor, layer: Projection) -> tuple[Addend, ...]:
-    """A layer's bias as an addend of its product: 1 bias'."""
-    if layer.bias is None:
-        return ()
-    return (Addend(n.new_ones(1, 1).expand(n.shape[0], 1), layer.bias[None], 0, 0),)
-
-
-def _begun(base: Placed, out: Tensor) -> bool:
-    """Whether there are biases, with which `out` begins then, and zeros beside them: so a term is rounded with its bias
-    and not lost on a product, and no term at all leaves what the base alone would be, to the bit."""
-    if all(projection.bias is None for projection, _ in base):
-        return False
-    for projection, columns in base:
-        out[:, columns] = 0 if projection.bias is None else projection.bias
-    return True
-
-
-def _base_products(n: Tensor, base: Placed, out: Tensor, add: bool) -> None:
-    """Products and biases of all layers; with `add` products on top of what `out` holds, which is rounded with each."""
-    for projection, columns in base:
-        part, bias = out[:, columns], projection.bias
-        if isinstance(projection.weight, Packed):
-            write_output(n, projection.weight, None if add else bias, part, add)
-        elif add:
-            part.addmm_(n, projection.weight.t())
-        elif bias is None:
-            torch.mm(n, projection.weight.t(), out=part)
+        if isinstance(layer.weight, Packed):
+            write_output(n, layer.weight, None, out[:, at], terms=added)
         else:
-            torch.addmm(bias, n, projection.weight.t(), out=part)
+            dense.append(Product(n, layer.weight.t(), out[:, at], addends=added(slice(0, layer.outputs))))
+    grouped_products(dense)
+    group.vectors.change_(out)
 
 
 def _room_for_gradient(dout: Tensor, group: _Group, prologue: Prologue) -> Tensor:
@@ -273,21 +213,6 @@ def _room_for_gradient(dout: Tensor, group: _Group, prologue: Prologue) -> Tenso
     if not isinstance(prologue, Identity):
         return scratch_empty(dout, *shape)
     return handback_empty(dout, *shape) if prologue.hands_back else dout.new_empty(shape)
-
-
-def _base_gradient(dout: Tensor, base: Placed, dn: Tensor, add: bool = False) -> None:
-    """dn [T, in] = dout W of the whole group; with `add` on top of what dn holds."""
-    for projection, columns in base:
-        part = dout[:, columns]
-        if isinstance(projection.weight, Packed):
-            input_gradient(part, projection.weight, dn, add)
-        elif multiplies_all(dn) and projection.weight.dtype == dn.dtype:
-            grouped_products([Product(part, projection.weight, dn, beta=int(add))])
-        elif add:
-            dn.addmm_(part, projection.weight)
-        else:
-            torch.mm(part, projection.weight, out=dn)
-        add = True
 
 
 def _split(tensors: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

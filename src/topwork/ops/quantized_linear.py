@@ -8,13 +8,14 @@ has no gradient.
 A panel comes in the type that W was quantized from and is then taken to x's, as bitsandbytes does it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from topwork.ops.context import scratch_scope
-from topwork.ops.grouped import multiplied
+from topwork.ops.grouped import Addend, Product, grouped_products, multiplied
 from topwork.ops.packed import Packed
 
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -34,16 +35,24 @@ def output(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add: bool = False) -> None:
+Terms = Callable[[slice], tuple[Addend, ...]]
+"""What is added to a product, for some of its columns."""
+
+
+def write_output(
+    x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add: bool = False, terms: Terms | None = None
+) -> None:
     """x [n, in] -> y [n, out], whose rows may lie in a wider buffer; with `add` on top of what y holds, which is
-    rounded with the product, and without a bias."""
+    rounded with the product, and without a bias. `terms` (and the bias among them) are added before it is rounded."""
     outputs, inputs = weight.shape
     step = _panel(weight, inputs, x)
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
         with scratch_scope():  # one panel at a time
             panel = weight.panel(rows, slice(0, inputs)).to(x.dtype).t()
-            if add:
+            if terms is not None:
+                grouped_products([Product(x, panel, y[:, rows], addends=terms(rows))])
+            elif add:
                 y[:, rows].addmm_(x, panel)
             elif bias is None:
                 torch.mm(x, panel, out=y[:, rows])
@@ -52,8 +61,11 @@ def write_output(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, add:
             del panel
 
 
-def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: bool = False) -> Tensor:
-    """dy [..., out] -> dy W [..., in]: panels of columns; written to `into` [n, in] or added to it where given."""
+def input_gradient(
+    dy: Tensor, weight: Packed, into: Tensor | None = None, add: bool = False, terms: Terms | None = None
+) -> Tensor:
+    """dy [..., out] -> dy W [..., in]: panels of columns; written to `into` [n, in] or added to it where given.
+    `terms` are added before it is rounded."""
     outputs, inputs = weight.shape
     step = _panel(weight, outputs, dy)
     dx = dy.new_empty(*dy.shape[:-1], inputs) if into is None else into
@@ -62,7 +74,10 @@ def input_gradient(dy: Tensor, weight: Packed, into: Tensor | None = None, add: 
         columns = slice(start, min(start + step, inputs))
         with scratch_scope():  # one panel at a time
             panel = weight.panel(slice(0, outputs), columns).to(dy.dtype)
-            if add:
+            if terms is not None:
+                product = Product(flat_dy, panel, flat_dx[:, columns], beta=int(add), addends=terms(columns))
+                grouped_products([product])
+            elif add:
                 flat_dx[:, columns].addmm_(flat_dy, panel)
             else:
                 multiplied(flat_dy, panel, flat_dx[:, columns])

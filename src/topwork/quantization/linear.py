@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from topwork.ops.packed import Packed
-from topwork.ops.project import Projection
+from topwork.ops.projection import Projection
 from topwork.ops.quantized_linear import input_gradient, quantized_linear, write_output
 
 
