@@ -205,8 +205,8 @@ def test_a_base_in_four_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         products.append(1)
         write_output(*given, **more)
 
-    for module in (project, projection):
-        monkeypatch.setattr(module, "write_output", counted)
+    for place in (project, projection):
+        monkeypatch.setattr(place, "write_output", counted)
     base, adapters = adapted(dropout=0.1, dtype=dtype)
     for module in list(base.module.modules()):
         if isinstance(module, AdaptedLayer):

@@ -11,14 +11,16 @@ from reference.kept import kept_bytes_per_token as measured_per_token
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
 from topwork.adapters.sizes import tensor_sizes
+from topwork.models import fast
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.config import ModelConfig
 from topwork.models.recognise import is_fast
 from topwork.models.structure_of import structure_of
 from topwork.objectives.sft import Sft
-from topwork.ops import workspace
+from topwork.ops import feedforward, workspace
 from topwork.plan.base import structure_named
 from topwork.quantization.config import QuantizationConfig
+from topwork.training import memory_pass
 from topwork.training.memory import PassShape, Setup, peak
 from topwork.training.memory_layers import given_bytes, layers_of, total
 from topwork.training.memory_pass import copies_gradient_bytes, layer_need, logits_bytes, pass_need
@@ -126,6 +128,7 @@ def test_without_a_workspace_a_gated_units_gradient_has_memory_of_its_own() -> N
 def test_a_passs_blocks_are_what_the_formula_says(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a step's pass, which hold what hooks do not see, too; a chunk of logits lies in the scratch."""
     monkeypatch.setattr(workspace, "LEAST_BLOCK", 1)
+    monkeypatch.setattr(fast, "feedforward_of", lambda *_: None)  # on AMX: its gated units' outputs are in no block
     base, adapter = tiny_base("llama", **WIDE, dtype=torch.bfloat16), AdapterConfig(**options)
     structure = structure_of(base.module, is_fast(base.module))
     adapters = added(base, a=adapter)
@@ -141,6 +144,18 @@ def test_a_passs_blocks_are_what_the_formula_says(options: dict[str, Any], monke
     assert sum(map(len, own._saved)) == pytest.approx(need.saved, rel=0.02)
     found = [sum(map(len, blocks)) for blocks in (own._scratch, own._handoff, own._handback)]
     assert found == pytest.approx([max(need.scratch, logits), need.handoff, need.handback], rel=0.1)
+
+
+def test_a_small_layers_packed_weights_are_dense_together() -> None:
+    assert memory_pass.OPENED_BYTES == feedforward.MOST_OPENED
+    structure, adapter = structure_named(ModelConfig(model_name_or_path="smollm2-135m")), AdapterConfig(**LORA)
+    member, shape = Member(adapter, "adamw", tensor_sizes(structure, adapter)), PassShape(512, 256, 512)
+    for device, dtype, expected in (("cpu", "bfloat16", 3 * 576 * 1536 * 2), ("cpu", "float32", 2 << 20)):
+        bare, packed = (
+            pass_need(Setup(structure, dtype, QuantizationConfig(load_in_4bit=four), (member,), device), shape, 0)  # type: ignore[arg-type]
+            for four in (False, True)
+        )
+        assert packed.scratch - bare.scratch == expected
 
 
 def test_a_gpus_process_is_cudas_context_where_nobody_measured_it() -> None:

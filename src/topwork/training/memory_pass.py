@@ -31,6 +31,8 @@ CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda
 """`ops/logprobs.py`'s."""
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """`ops/quantized_linear.py`'s: what of a packed weight is dense at a time."""
+OPENED_BYTES = 32 << 20
+"""`ops/feedforward.py`'s: what of a feed-forward layer's packed weights may be dense together, on AMX."""
 
 Parts = dict[Part, int]
 
@@ -154,9 +156,17 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
         again = max(needs[:checkpointed_layers], key=_whole)
         given = shape.tokens * given_bytes(s, e, checkpointed_layers)
         kept = kept + Need(0, given, 0, 0, _whole(again) + again.passing, again.heap)
-    panel = PANEL_BYTES[setup.device] if setup.quantization.active else 0
+    panel = max(PANEL_BYTES[setup.device], _opened(setup)) if setup.quantization.active else 0
     attention = written_out_attention(setup, shape)
     return kept + Need(0, boundary + _around(setup, shape), kept.scratch + panel, 0, kept.passing + attention)
+
+
+def _opened(setup: Setup) -> int:
+    """The packed weights of a feed-forward layer that are made dense together; planned wherever it may be so."""
+    if setup.device != "cpu" or not setup.structure.fast or setup.value_bytes != 2:
+        return 0
+    sizes = (3 * 2 * layer.widths[0] * layer.widths[3] for layer in layers_of(setup))
+    return max((size for size in sizes if size <= OPENED_BYTES), default=0)
 
 
 def _whole(need: Need) -> int:
