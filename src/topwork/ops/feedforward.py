@@ -38,6 +38,8 @@ machine's processors (whatever the number of threads is now, which no gradient s
 fast."""
 MOST_TOGETHER = 24
 """Terms that a row may have."""
+MOST_WEIGHTS = 8 << 20
+"""Bytes of a layer's dense weights, from which single products are faster (benchmarks/feedforward.py)."""
 MOST_OPENED = 32 << 20
 """Bytes of a layer's packed weights that are made dense together: the larger a layer, the less its products wait for
 memory."""
@@ -100,7 +102,8 @@ def _fits(weight: Tensor | Packed, x: Tensor) -> bool:
 
 def _openable(weights: Sequence[Tensor | Packed]) -> bool:
     """Whether what is packed is little enough to be made dense all at once."""
-    return sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed)) <= MOST_OPENED
+    size = sum(2 * w.shape[0] * w.shape[1] for w in weights)
+    return size <= (MOST_OPENED if any(isinstance(w, Packed) for w in weights) else MOST_WEIGHTS)
 
 
 def _plain_term(term: LowRank) -> bool:

@@ -153,8 +153,8 @@ APART void multiply_one(const Stretch *s, int64_t count, float *sums, int64_t ld
   amx_stretches(2, 1, s, count, sums, ld, add);
 }
 
-// Rows that are read or written when a product is done, `lines` cache lines of each: they stand far apart, which no
-// processor foresees, and are asked for while it runs.
+// Rows that are read when a product is done, `lines` cache lines of each: they stand far apart, which no processor
+// foresees, and are asked for while it runs.
 typedef struct {
   const char *at;
   int64_t by, rows, lines;
@@ -165,7 +165,7 @@ enum { AT_ONCE = 2 };  // rows of each that are asked for between two tiles of c
 static void ask_for(Ahead *ahead, int64_t count) {
   for (int64_t i = 0; i < count; i++)
     for (int64_t r = 0; r < AT_ONCE && ahead[i].rows > 0; r++, ahead[i].rows--, ahead[i].at += ahead[i].by)
-      for (int64_t c = 0; c < ahead[i].lines; c++) __builtin_prefetch(ahead[i].at + 64 * c, 1);
+      for (int64_t c = 0; c < ahead[i].lines; c++) __builtin_prefetch(ahead[i].at + 64 * c);
 }
 
 // sums [STRIP, 16 wide]: the factors' products, one after the other, STEPS tiles of the summed axis at a time.
@@ -231,7 +231,7 @@ static int64_t depth(const Term *t) { return sides((t->r + 1) / 2); }  // tiles 
 typedef struct {
   uint16_t *in, *both, *h, *line;  // [ROWS, d], [ROWS, 2 f] going backward, [ROWS, f] going forward, a row
   float *sums, *more;              // [STRIP, 16 WIDTH]
-  float *pairs[PARTS];             // of h, gate's and up's gradient: [WIDTH][ROWS / 32][16][16]; the first also of dy
+  float *pairs[PARTS];             // of gate's and up's gradient and of h: [WIDTH][ROWS / 32][16][16]; the first of dy, n
   float *terms;                    // of Actives
 } Room;
 
@@ -322,7 +322,7 @@ static void copy_rows(const uint16_t *from, int64_t by, const Block *b, int64_t 
   memset(to + b->rows * count, 0, 2 * count * (STRIP * b->strips - b->rows));
 }
 
-// inner = round(alpha left two[0]) of an active term for a block, kept in `to` [.., r] too, if that is not NULL.
+// inner = round(alpha left two[0]) of a term for a block, and in `to`, the term's own [.., r], if that is not NULL.
 static void make_inner(const Block *b, const Room *room, const Active *a, const uint16_t *left, int64_t by, double alpha,
                        uint16_t *to) {
   int64_t r = a->term->r, wide = a->two->wide, ld = 2 * SIDE * depth(a->term);
@@ -340,7 +340,7 @@ static void make_inner(const Block *b, const Room *room, const Active *a, const 
     }
 }
 
-// [ROWS, 32 deep] with two rows a unit, turned: to [r up to 16, UNITS].
+// Rows of 32 deep values, two rows a unit, turned: to [r up to 16, UNITS].
 static void turn(const uint16_t *from, int64_t deep, int64_t r, int64_t strips, float *to) {
   float spare[SIDES] __attribute__((aligned(64)));
   int64_t ld = 2 * SIDE * deep;
