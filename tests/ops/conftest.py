@@ -1,5 +1,6 @@
 """What tests of kernels share."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from reference.compiler import COMPILER, FEATURES, OLDER, OlderBuild, build_older
+from reference.compiler import COMPILER, FEATURES, OLDER, WITH_AMX, OlderBuild, build_kernel, build_older
+from topwork.ops import feedforward
 from topwork.ops.native import load
 
 
@@ -80,3 +82,32 @@ def older_build(request: pytest.FixtureRequest, tmp_path: Path) -> OlderBuild:
     if "-mno-" in request.param and "avx512bw" not in FEATURES:
         pytest.skip("needs a processor with more to switch off")
     return lambda name: build_older(name, request.param, tmp_path)
+
+
+Kernels = Callable[[str], ctypes.CDLL | None]
+
+
+@pytest.fixture(scope="session", params=WITH_AMX, ids=lambda how: how or "as it is here")
+def amx_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """What loads kernels that are made for AMX, the processor's own or emulated."""
+    if COMPILER is None:
+        pytest.skip("needs a C compiler")
+    if not request.param:
+        library = load.compiled("feedforward")
+        if library is None or library.topwork_feedforward_level() != 3:
+            pytest.skip("needs a processor with AMX, and kernels that may use it")
+        return load.compiled
+    if "-mno-" in request.param and "avx512bw" not in FEATURES:
+        pytest.skip("needs a processor with more to switch off")
+    folder, usual = tmp_path_factory.mktemp("with_amx"), load.compiled
+    own = {name: build_kernel(name, request.param, folder) for name in ("feedforward", "grouped", "layer")}
+    return lambda name: own.get(name) or usual(name)
+
+
+@pytest.fixture
+def on_amx(amx_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feed-forward kernel itself, without the plain torch that would stand in for it, on one processor."""
+    monkeypatch.setattr(load, "compiled", amx_kernels)
+    monkeypatch.setattr(feedforward, "feedforward_reference", None)
+    monkeypatch.setattr(feedforward, "feedforward_backward_reference", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)

@@ -30,6 +30,8 @@ OLDER = {
     f"-DNO_AMX {NARROW}": 0,
 }
 """How else a kernel is compiled -> the level that it then says."""
+WITH_AMX = ("", "-DEMULATE_AMX", f"-DEMULATE_AMX {NARROW}")
+"""How else than for this processor a kernel is compiled to have AMX."""
 OlderBuild = Callable[[str], tuple[ctypes.CDLL, int]]
 
 
