@@ -1,6 +1,5 @@
 """When a feed-forward layer is made in one step, and that autograd, workspaces and checkpoints see no difference."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -21,7 +20,7 @@ from topwork.ops.dropout import Dropout
 from topwork.ops.feedforward import GATE, UP
 from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit
-from topwork.ops.project import Projection
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import Identity, Prologue, RmsNorm
 from topwork.ops.vectors import Gain, Shift
 from topwork.ops.workspace import Workspace
@@ -51,6 +50,21 @@ def test_a_workspace_changes_nothing(prologue: Prologue, skip_forward: bool, on_
     y = module.feedforward(x, layer, prologue)
     for one, its in zip(torch.autograd.grad(y.sum(), learned(layer)), expected[2:], strict=True):
         assert one.shape == its.shape, "of a gradient that was expanded"
+
+
+def test_packed_weights_are_what_they_stand_for(on_amx) -> None:
+    layer, (x, dy) = drawn(CASES[5]), rows_of(CASES[5])
+    packed = replace(layer, weights=tuple(pack_4bit(w, "nf4", 32, True) for w in layer.weights))
+    dense = replace(
+        layer, weights=(*torch.cat(packed.dense(x.dtype)[:2]).split(layer.features), packed.dense(x.dtype)[2])
+    )
+    results = []
+    for each in (packed, dense):
+        leaf = x.clone().requires_grad_()
+        with training_pass(Workspace()):
+            y = module.feedforward(leaf, each)
+            results.append([tensor.clone() for tensor in (y, *torch.autograd.grad(y, (leaf, *learned(each)), dy))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_what_learns_may_not_change_before_the_gradient(on_amx) -> None:
@@ -92,11 +106,6 @@ NOT_FOR_IT: dict[str, dict[str, object]] = {
     "a weight in fp32": {"weight": torch.zeros(96, 64)},
     "a weight in fp16": {"weight": torch.zeros(96, 64).half()},
     "a turned weight": {"weight": torch.zeros(64, 96).bfloat16().t()},
-    "a packed weight": {"weight": pack_4bit(torch.zeros(96, 64), "nf4", 64, True)},
-    "features off the grid": {"weight": torch.zeros(80, 64).bfloat16()},
-    "inputs off the grid": {"weight": torch.zeros(96, 48).bfloat16()},
-    "few rows for many segments": {"terms": tuple(low(*at) for at in ((0, 60), (60, 120), (120, 180)))},
-    "25 terms of a row": {"terms": (low(0, 192),) * 25},
 }
 
 
@@ -107,18 +116,16 @@ def test_what_it_is_not_for(why: str, on_amx) -> None:
 
 def test_what_it_is_for(on_amx, monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_at_once({})
-    assert best_at_once({"terms": (low(0, 192),) * 24})
-    assert best_at_once({"terms": (low(0, 192),) * 12}, UP)
-    assert best_at_once({"terms": tuple(low(*at) for at in ((0, 60), (60, 192)))})
-    for x in (torch.zeros(192, 64), torch.zeros(192, 64).half(), torch.zeros(63, 64).bfloat16()):
+    assert best_at_once({"terms": (low(0, 192),) * 30}, UP)
+    packed = {"weight": pack_4bit(torch.zeros(96, 64), "nf4", 64, True)}
+    assert best_at_once(packed)
+    monkeypatch.setattr(module, "MOST_OPENED", 2 * 96 * 64 - 1)
+    assert not best_at_once(packed)
+    for x in (torch.zeros(192, 64), torch.zeros(192, 64).half()):
         assert not best_at_once({}, x=x)
     given = torch.zeros(192, 64).bfloat16()
     assert module.feedforward_of(given, GATE_UP_DOWN, GATE_UP_DOWN[2], "silu") is None
     assert module.feedforward_of(given, GATE_UP_DOWN[:2], None, "silu") is None
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    assert not best_at_once({})
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert best_at_once({})
 
 
 def test_nor_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +134,6 @@ def test_nor_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_has_the_same_gradients_whatever_is_checkpointed(on_amx, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
     base = tiny_base(dtype=torch.bfloat16)
     adapters, batch, calls = Adapters(base.module), learning_batch(sequences(), "a"), []
     adapters.add("a", AdapterConfig(r=4))

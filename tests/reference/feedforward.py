@@ -8,7 +8,8 @@ from torch import Tensor
 
 from topwork.ops.bundles import LowRank
 from topwork.ops.feedforward import DOWN, GATE, UP, FeedForward, Placed, Source, run_backward, run_forward
-from topwork.ops.project import Projection, project
+from topwork.ops.project import project
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import Gated, Identity, Prologue
 
 PARTS = (GATE, UP, DOWN)
@@ -41,6 +42,7 @@ CASES = [
     Case(290, 64, 96, (*everywhere(0, 101, 16), *everywhere(101, 102, 5), *everywhere(102, 270, 40))),
     Case(75, 96, 288, (*everywhere(0, 75, 16), *everywhere(0, 75, 5))),
     Case(65, 32, 64, ((0, 65, GATE, 150), (3, 64, UP, 16), (0, 65, DOWN, 150)), "gelu"),
+    Case(77, 33, 47, everywhere(3, 70, 7)),
 ]
 OVERLAPPING = [
     Case(200, 64, 96, (*everywhere(0, 130, 5), *everywhere(70, 200, 16))),
@@ -50,14 +52,15 @@ OVERLAPPING = [
 
 def drawn(case: Case, scaling: float = 0.37) -> FeedForward:
     torch.manual_seed(case.rows)
-    weights = [torch.randn(of) / of[1] ** 0.5 for of in ((case.f, case.d), (case.f, case.d), (case.d, case.f))]
-    gate, up, down = (weight.bfloat16() for weight in weights)
+    both, down = ((torch.randn(of) / of[1] ** 0.5).bfloat16() for of in ((2 * case.f, case.d), (case.d, case.f)))
+    gate, up = both.split(case.f)
+    weights = (gate, up, down)
     terms = []
     for start, stop, part, r in case.terms:
         outputs, inputs = weights[part].shape
         a, b = torch.randn(r, inputs) / inputs**0.5, torch.randn(outputs, r) / r**0.5
         terms.append(Placed(LowRank(start, stop, a.requires_grad_(), b.requires_grad_(), scaling), part))
-    return FeedForward((gate, up, down), tuple(terms), case.kind)
+    return FeedForward(weights, tuple(terms), case.kind)
 
 
 def rows_of(case: Case, count: int = 2) -> list[Tensor]:

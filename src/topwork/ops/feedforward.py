@@ -2,24 +2,28 @@
 
     n = prologue(x)    gate = n Wg' + s S B'    up alike    h = act(gate) * up    y = h Wd' + s S B'
 
-What `project` does in two groups with a gated unit between them. Where the processor has AMX (native/feedforward.c) a
-block of rows goes all the way while the caches have it: h, its gradient, and those of gate and up never go to memory.
-Outputs and the input's gradient are those of the single products to the bit; the gradients of A and B sum rows in
-another order.
+What `project` does in two groups with a gated unit between them, in the same stages, by one call of C each way
+(native/feedforward.c), where a processor has AMX and all of it is C's. The way through Python between the products of
+small layers takes as long as some of them.
 """
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from topwork.ops.bundles import LowRank
-from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
+from topwork.ops.context import (
+    handback_empty,
+    handoff_empty,
+    has_workspace,
+    saved_empty,
+    scratch_empty,
+    scratch_scope,
+)
 from topwork.ops.gated import KINDS, gated_backward_reference, gated_reference
 from topwork.ops.grouped import ON_AMX, multiplies_all
 from topwork.ops.native import load as native
@@ -28,21 +32,10 @@ from topwork.ops.projection import Projection
 from topwork.ops.prologues import Identity, Normed, Prologue, RmsNorm
 
 GATE, UP, DOWN = range(3)
-LAYER, TERM = struct.Struct("22q"), struct.Struct("9qd")
+LAYER, TERM = struct.Struct("32q"), struct.Struct("10qd")
 """As feedforward.c has a layer and a term."""
-GRID = 32
-"""What the layer's inputs and features are whole numbers of, for tiles of AMX."""
-FEWEST_ROWS = 64
-"""A block of rows reads all packed weights, and belongs to one thread: with fewer of the same terms, or for each of the
-machine's processors (whatever the number of threads is now, which no gradient shall depend on), single products are as
-fast."""
-MOST_TOGETHER = 24
-"""Terms that a row may have."""
-MOST_WEIGHTS = 8 << 20
-"""Bytes of a layer's dense weights, from which single products are faster (benchmarks/feedforward.py)."""
 MOST_OPENED = 32 << 20
-"""Bytes of a layer's packed weights that are made dense together: the larger a layer, the less its products wait for
-memory."""
+"""Bytes of a layer's packed weights that are made dense together: panels of larger ones are not worth less."""
 NOT_ON_AMX = 2
 """The kernel's answer where it is not compiled for it."""
 
@@ -80,7 +73,7 @@ def feedforward_of(x: Tensor, group: Sequence[Projection], down: Projection | No
     if not all(map(_plain, layers)) or not all(_fits(weight, x) for weight in weights) or not _openable(weights):
         return None
     terms = tuple(Placed(term, part) for part, layer in enumerate(layers) for term in layer.terms)
-    if not all(map(_plain_term, (term for term, _ in terms))) or not _dense_rows(len(x), terms):
+    if not all(map(_plain_term, (term for term, _ in terms))):
         return None
     return FeedForward(weights, terms, kind)
 
@@ -96,26 +89,16 @@ def _plain(layer: Projection) -> bool:
 
 
 def _fits(weight: Tensor | Packed, x: Tensor) -> bool:
-    stands = isinstance(weight, Packed) or (weight.dtype == x.dtype and weight.stride(1) == 1)
-    return stands and all(size % GRID == 0 for size in weight.shape)
+    return isinstance(weight, Packed) or (weight.dtype == x.dtype and weight.stride(1) == 1)
 
 
 def _openable(weights: Sequence[Tensor | Packed]) -> bool:
     """Whether what is packed is little enough to be made dense all at once."""
-    size = sum(2 * w.shape[0] * w.shape[1] for w in weights)
-    return size <= (MOST_OPENED if any(isinstance(w, Packed) for w in weights) else MOST_WEIGHTS)
+    return sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed)) <= MOST_OPENED
 
 
 def _plain_term(term: LowRank) -> bool:
     return term.dropout is None and all(x.dtype == torch.float32 and x.is_contiguous() for x in (term.a, term.b))
-
-
-def _dense_rows(rows: int, terms: Sequence[Placed]) -> bool:
-    """Whether rows with the same terms are many, and their terms few."""
-    bounds = sorted({0, rows, *chain.from_iterable((term.start, term.stop) for term, _ in terms)})
-    if rows < FEWEST_ROWS * max(len(bounds) - 1, os.cpu_count() or 1):
-        return False
-    return all(sum(term.start <= at < term.stop for term, _ in terms) <= MOST_TOGETHER for at in bounds)
 
 
 def feedforward(
@@ -136,7 +119,7 @@ class _FeedForward(torch.autograd.Function):
             out = (saved_empty if keeps else handoff_empty)(n, *n.shape)
             both = saved_empty(n, len(n), 2 * layer.features) if wanted else None
             inner = [saved_empty(n, term.stop - term.start, len(term.a)) for term, _ in layer.terms] if wanted else []
-            run_forward(layer, n, both, inner, None if skip_forward else out)
+            run_forward(layer, _by_rows(n), both, inner, None if skip_forward else out)
             if skip_forward:
                 out.zero_()
         ctx.counts = len(kept), len(inner)
@@ -150,7 +133,8 @@ class _FeedForward(torch.autograd.Function):
         kept, both, inner = (saved := ctx.saved_tensors)[:before], saved[before], saved[before + 1 :][:terms]
         with scratch_scope():
             dn = _room_for_gradient(dout, prologue) if ctx.needs_input_grad[0] else None
-            all_da, all_db = run_backward(layer, dout, both, inner, dn, _source(prologue, kept))
+            in_place = has_workspace(both)  # nobody looks at it again
+            all_da, all_db = run_backward(layer, dout, both, inner, dn, _source(prologue, kept), in_place)
             dx = None if dn is None else prologue.backward(dn, kept)
         return dx, None, None, None, None, None, *all_da, *all_db
 
@@ -160,10 +144,12 @@ def run_forward(
 ) -> None:  # fmt: skip
     """From n [T, d] [gate | up] [T, 2 f], each term's S [rows, r], and y [T, d]: contiguous, or left out (none in
     `inner`)."""
-    lines = [_line(placed, inner[number] if inner else None) for number, placed in enumerate(layer.terms)]
-    if not _run(layer, n, both, out, lines):
-        found = feedforward_reference(layer, n)
-        for into, value in zip((both, out, *inner), found):
+    rows, f = len(n), layer.features
+    both = scratch_empty(n, rows, 2 * f) if both is None else both
+    inner = inner or [scratch_empty(n, term.stop - term.start, len(term.a)) for term, _ in layer.terms]
+    lines = [_line(placed, s) for placed, s in zip(layer.terms, inner)]
+    if not _run(layer, lines, n=n, both=both, h=scratch_empty(n, rows, f), y=out):
+        for into, value in zip((both, out, *inner), feedforward_reference(layer, n)):
             if into is not None:
                 into.copy_(value)
 
@@ -189,14 +175,19 @@ def _source(prologue: Prologue, kept: tuple[Tensor, ...]) -> Source:
 
 
 def run_backward(
-    layer: FeedForward, dy: Tensor, both: Tensor, inner: Sequence[Tensor], dn: Tensor | None, source: Source
-) -> tuple[list[Tensor], list[Tensor]]:
+    layer: FeedForward, dy: Tensor, both: Tensor, inner: Sequence[Tensor], dn: Tensor | None, source: Source,
+    in_place: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """From dy [T, d] and what `run_forward` wrote the gradients of each term's A and B, and dn [T, d] where there is
-    one."""
+    one. With `in_place` the gradient of gate and up takes their place."""
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
-    lines = [_line(*of) for of in zip(layer.terms, inner, all_da, all_db)]
-    if not _run(layer, dy, both, dn, lines, source):
+    g = [scratch_empty(s, *s.shape) for s in inner]
+    lines = [_line(*of) for of in zip(layer.terms, inner, g, all_da, all_db)]
+    dh, h = (scratch_empty(dy, len(dy), layer.features) for _ in range(2))
+    dboth = both if in_place else scratch_empty(dy, *both.shape)
+    n = None if source.norm is None else scratch_empty(dy, *dy.shape)
+    if not _run(layer, lines, source, n=n, both=both, h=h, dy=_by_rows(dy), dh=dh, dboth=dboth, dn=dn):
         value, *found = feedforward_backward_reference(layer, dy, both, inner, source.made())
         if dn is not None:
             dn.copy_(value)
@@ -257,10 +248,12 @@ def _room_for_gradient(dout: Tensor, prologue: Prologue) -> Tensor:
     return handback_empty(dout, *dout.shape) if prologue.hands_back else torch.empty_like(dout)
 
 
-def _line(placed: Placed, s: Tensor | None, da: Tensor | None = None, db: Tensor | None = None) -> bytes:
+def _line(
+    placed: Placed, s: Tensor, g: Tensor | None = None, da: Tensor | None = None, db: Tensor | None = None
+) -> bytes:
     """A term as the kernel has it."""
     term, part = placed
-    addresses = [0 if x is None else x.data_ptr() for x in (term.a, term.b, s, da, db)]
+    addresses = [0 if x is None else x.data_ptr() for x in (term.a, term.b, s, g, da, db)]
     return TERM.pack(*addresses, len(term.a), term.start, term.stop, part, term.scaling)
 
 
@@ -268,38 +261,31 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _told(source: Source | None) -> tuple[int, ...]:
-    """As the kernel has it."""
-    if source is None:
-        return (0,) * 6
-    x, norm, rstd = source
-    if norm is None or rstd is None:
-        return x.data_ptr(), x.stride(0), 0, 0, 0, 0
-    kind = native.KINDS[norm.weight.dtype]
-    return x.data_ptr(), x.stride(0), rstd.data_ptr(), norm.weight.data_ptr(), kind, int(norm.unit_offset)
+VALUES = ("n", "both", "h", "y", "dy", "dh", "dboth", "dn")
+"""A layer's tensors as the kernel has them, behind its weights; what n is made of comes last."""
 
 
-def _run(
-    layer: FeedForward, given: Tensor, both: Tensor | None, out: Tensor | None, lines: Sequence[bytes],
-    source: Source | None = None,
-) -> bool:  # fmt: skip
-    """`given` and `out` are n and y or, with the source of n, dy and dn. Whether the kernel did it, which sees bare
+def _run(layer: FeedForward, lines: Sequence[bytes], source: Source | None = None, **given: Tensor | None) -> bool:
+    """Forward or, with the source of n, backward, over tensors of VALUES. Whether the kernel did it, which sees bare
     memory."""
-    given = _by_rows(given)
-    (rows, d), f = given.shape, layer.features
-    weights = layer.dense(given.dtype)
-    table = LAYER.pack(
-        *(weight.data_ptr() for weight in weights), *(weight.stride(0) for weight in weights),
-        given.data_ptr(), given.stride(0), 0 if both is None else both.data_ptr(), 0 if out is None else out.data_ptr(),
-        2 * f, d, rows, d, f, KINDS.index(layer.kind), *_told(source),
-    )  # fmt: skip
-    library = native.kernels("feedforward", given) if given.dtype == torch.bfloat16 else None
+    like = given["both"]
+    assert like is not None
+    library = native.kernels("feedforward", like) if like.dtype == torch.bfloat16 else None
     if library is None:
         return False
+    x, norm, rstd = source or (None, None, None)
+    weights = layer.dense(like.dtype)
+    f, d = weights[GATE].shape
+    values = [*weights, *(given.get(name) for name in VALUES), x]
+    norms = (0, 0, 0, 0)
+    if norm is not None and rstd is not None:
+        norms = rstd.data_ptr(), norm.weight.data_ptr(), native.KINDS[norm.weight.dtype], int(norm.unit_offset)
+    numbers = [number for v in values for number in ((0, 0) if v is None else (v.data_ptr(), v.stride(0)))]
+    table = LAYER.pack(*numbers, len(like), d, f, KINDS.index(layer.kind), *norms)
     threads = torch.get_num_threads()
     failed = library.topwork_feedforward(table, b"".join(lines), len(lines), int(source is not None), threads)
     if failed == NOT_ON_AMX:
         return False
     if failed:
-        raise MemoryError(f"no memory for a feed-forward layer of {rows} rows")
+        raise MemoryError(f"no memory for a feed-forward layer of {len(like)} rows")
     return True
