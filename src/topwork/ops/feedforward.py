@@ -186,7 +186,7 @@ def run_backward(
     lines = [_line(*of) for of in zip(layer.terms, inner, g, all_da, all_db)]
     dh, h = (scratch_empty(dy, len(dy), layer.features) for _ in range(2))
     dboth = both if in_place else scratch_empty(dy, *both.shape)
-    n = None if source.norm is None else scratch_empty(dy, *dy.shape)
+    n = None if source.norm is None else _within(dh, dy)  # made when dh is used up
     if not _run(layer, lines, source, n=n, both=both, h=h, dy=_by_rows(dy), dh=dh, dboth=dboth, dn=dn):
         value, *found = feedforward_backward_reference(layer, dy, both, inner, source.made())
         if dn is not None:
@@ -195,6 +195,12 @@ def run_backward(
             for mine, its in zip(into, values):
                 mine.copy_(its)
     return all_da, all_db
+
+
+def _within(room: Tensor, like: Tensor) -> Tensor:
+    """A tensor of another's shape, in memory that is free by then if it is large enough."""
+    whole = room.view(-1)
+    return whole[: like.numel()].view(like.shape) if whole.numel() >= like.numel() else scratch_empty(like, *like.shape)
 
 
 def feedforward_reference(layer: FeedForward, n: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ typedef struct {
 
 // n [rows, d], both [rows, 2 f] = gate | up, h [rows, f], y [rows, d], which may be NULL; all bf16. Going backward dy, dh
 // [rows, f], dboth (which may be both) and dn, which may be NULL. There n is made again from x and its norm's numbers rstd
-// [rows] and weight [d], or it is x where rstd is NULL.
+// [rows] and weight [d], in memory that may be dh's; or it is x, where rstd is NULL.
 typedef struct {
   Values weight[PARTS];  // gate and up [f, d], down [d, f]
   Values n, both, h, y, dy, dh, dboth, dn, x;
