@@ -2,15 +2,15 @@
 //
 //     gate = n Wg' + s S B'    up alike    h = act(gate) * up    y = h Wd' + s S B'    S = n A' or h A'
 //
-// The products are those of grouped.c, in the stages that ops/project.py has, and the unit is layer.c's: sums, roundings
-// and bits are theirs. What a call of its own saves is the way through Python between ten of them.
+// The products are those of grouped.c, in the stages that ops/project.py has, and the unit is layer.c's: sums and
+// roundings are theirs. What a call of its own saves is the way through Python between ten of them.
 
 #include "grouped.c"
 #include "rows.h"
 
 enum { GATE, UP, DOWN, PARTS };
 
-// ---- what a call is given: all numbers are 64 bits wide --------------------------------------------------------------
+// ---- what a call is given: all numbers are 64 bits wide ------------------------------------------------------------
 
 // Rows of values that lie side by side.
 typedef struct {
@@ -18,9 +18,9 @@ typedef struct {
   int64_t by;
 } Values;
 
-// n [rows, d], both [rows, 2 f] = gate | up, h [rows, f], y [rows, d], which may be NULL; all bf16. Going backward dy, dh
-// [rows, f], dboth (which may be both) and dn, which may be NULL. There n is made again from x and its norm's numbers rstd
-// [rows] and weight [d], in memory that may be dh's; or it is x, where rstd is NULL.
+// n [rows, d], both [rows, 2 f] = gate | up, h [rows, f], y [rows, d], which may be NULL; all bf16. Going backward dy,
+// dh [rows, f], dboth (which may be both) and dn, which may be NULL. There n is made again from x and its norm's numbers
+// rstd [rows] and weight [d], in memory that may be dh's; or it is x, where rstd is NULL.
 typedef struct {
   Values weight[PARTS];  // gate and up [f, d], down [d, f]
   Values n, both, h, y, dy, dh, dboth, dn, x;
@@ -38,7 +38,7 @@ typedef struct {
   double scaling;
 } Term;
 
-// ---- stages of products ----------------------------------------------------------------------------------------------
+// ---- stages of products --------------------------------------------------------------------------------------------
 
 typedef struct {
   const Layer *layer;
@@ -64,8 +64,8 @@ static Product *put(Call *c, Matrix left, Matrix right, Matrix out, int64_t m, i
   return c->lines + c->used++;
 }
 
-// The addends of a stage that have a mark (grouped.c's answer 3), as products of their own before those that they belong
-// to: what is not finite in them stays in their own rows.
+// The addends of a stage that have a mark (grouped.c's answer 3), as products of their own before those that they
+// belong to: what is not finite in them stays in their own rows.
 static int make_apart(Call *c, int64_t count) {
   int64_t kept = 0, failed = 0;
   for (int64_t i = 0, next; i < count && !failed; i = next) {
@@ -109,7 +109,8 @@ static void put_inner(Call *c, int first, int last, Values x, int gradient) {
   }
 }
 
-// The terms of a part as addends of the product `of`: s S B' or, with `gradient`, G A. `column`: where its columns begin in it.
+// The terms of a part as addends of the product `of`: s S B' or, with `gradient`, G A. `column`: where its columns begin
+// in it.
 static void put_addends(Call *c, Product *of, int part, int64_t column, int gradient) {
   for (int64_t i = 0; i < c->count; i++) {
     const Term *t = c->terms + i;
@@ -141,7 +142,7 @@ static int joined(const Layer *l) {
          l->weight[UP].by == l->weight[GATE].by;
 }
 
-// ---- the layer ---------------------------------------------------------------------------------------------------------
+// ---- the layer -----------------------------------------------------------------------------------------------------
 
 static void run_unit(const Layer *l, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -198,8 +199,8 @@ static int forward(Call *c) {
   run_unit(l, c->threads);
   put_inner(c, DOWN, DOWN, l->h, 0);
   if ((failed = run_stage(c)) || !l->y.at) return failed;
-  put_addends(c, put(c, rows_of(l->h, 0), turned(rows_of(l->weight[DOWN], 0)), rows_of(l->y, 0), l->rows, l->f, l->d, 1),
-              DOWN, 0, 0);
+  Matrix right = turned(rows_of(l->weight[DOWN], 0));
+  put_addends(c, put(c, rows_of(l->h, 0), right, rows_of(l->y, 0), l->rows, l->f, l->d, 1), DOWN, 0, 0);
   return run_stage(c);
 }
 
@@ -209,8 +210,8 @@ static int backward(Call *c) {
   int both = joined(l), failed;
   put_inner(c, DOWN, DOWN, l->dy, 1);
   if ((failed = run_stage(c))) return failed;
-  put_addends(c, put(c, rows_of(l->dy, 0), rows_of(l->weight[DOWN], 0), rows_of(l->dh, 0), l->rows, l->d, l->f, 1), DOWN, 0,
-              1);
+  Matrix right = rows_of(l->weight[DOWN], 0);
+  put_addends(c, put(c, rows_of(l->dy, 0), right, rows_of(l->dh, 0), l->rows, l->d, l->f, 1), DOWN, 0, 1);
   put_masters(c, DOWN, l->dy, 0);
   if ((failed = run_stage(c))) return failed;
   run_slopes(l, c->threads);
@@ -233,8 +234,8 @@ static int backward(Call *c) {
   return run_stage(c);
 }
 
-// A layer, and its terms where they are shaped like that; forward, or with `back` backward. 0; 1 when memory ran out; or 2
-// before anything was written, where this is not compiled for AMX or the system does not permit it.
+// A layer, and its terms where they are shaped like that; forward, or with `back` backward. 0; 1 when memory ran out; or
+// 2 before anything was written, where this is not compiled for AMX or the system does not permit it.
 int topwork_feedforward(const void *layer, const void *terms, int64_t count, int64_t back, int64_t threads) {
 #ifdef AMX
   if (!amx_permitted()) return 2;
