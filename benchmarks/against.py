@@ -1,6 +1,6 @@
 """A training step of this tree beside the same step of another commit, step by step in turns.
 
-    python benchmarks/against.py COMMIT [--pairs 24] [--kinds lora,nf4,dora] [--out OUT] --data-dir DATA
+    python benchmarks/against.py COMMIT [--pairs 24] [--kinds lora,nf4,dora] [--new-lengths] [--out OUT] --data-dir DATA
         [--rows gsm8k|banking77] [--tokens 2048] [--ranks 16] [--model smollm2-135m]
 
 For a change of a few per cent, which a machine that other work shares hides from runs one after the other: two
@@ -16,11 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from statistics import median, quantiles
 from typing import IO, Any
 
-from common import BENCHMARKS, peak_mib, surroundings, surroundings_text, threads, write_record
+from common import (
+    BENCHMARKS,
+    peak_mib,
+    read_rows,
+    surroundings,
+    surroundings_text,
+    threads,
+    write_chats,
+    write_record,
+)
 
 PEAK_STEPS = 4
 PAUSE = 0.03
@@ -34,10 +45,11 @@ def main() -> None:
     parser.add_argument("--kinds", default="lora", help="comma-separated, of lora, nf4, dora")
     parser.add_argument("--processes", type=int, default=3, help="fresh ones for each kind's peak")
     parser.add_argument("--out", type=Path, help="the record's path without its ending; left out, it is only printed")
+    parser.add_argument("--new-lengths", action="store_true", help="other rows every step, 8 of them in a pass")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given, options = parser.parse_known_args()
     if given.worker:
-        work(given.worker, options)
+        work(given.worker, options, given.new_lengths)
         return
     root, found = BENCHMARKS.parent, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +64,7 @@ def main() -> None:
             git(root, "worktree", "remove", "--force", str(other))
     if given.out:
         at = options.index("--data-dir") if "--data-dir" in options else len(options)  # a place, and no option
-        told = [*options[:at], *options[at + 2 :]]
+        told = [*options[:at], *options[at + 2 :], *(["--new-lengths"] if given.new_lengths else [])]
         record = {"commit": given.commit, "options": told, "kinds": found, "surroundings": surroundings()}
         write_record(given.out, record, text(record))
 
@@ -95,7 +107,11 @@ def text(record: dict[str, Any]) -> str:
     """The record for people."""
     commit = record["commit"]
     lines = [f"- {kind}: {line(found, commit)}" for kind, found in record["kinds"].items()]
-    return "\n".join([f"# A step beside {commit}'s", "", *lines, "", surroundings_text(record["surroundings"])]) + "\n"
+    lengths = ", of other rows every time" if "--new-lengths" in record["options"] else ""
+    return (
+        "\n".join([f"# A step beside {commit}'s{lengths}", "", *lines, "", surroundings_text(record["surroundings"])])
+        + "\n"
+    )
 
 
 def git(root: Path, *command: str) -> None:
@@ -136,23 +152,37 @@ def said(stream: IO[str] | None) -> dict[str, float]:
     raise SystemExit("a worker ended; what it said stands above")
 
 
-def work(kind: str, options: list[str]) -> None:
+def work(kind: str, options: list[str], new_lengths: bool) -> None:
     """A step for every line that comes in."""
     from profile_step import WARM_UP, arguments, prepared
 
     sys.argv[1:] = [*options, "--quantized"] if kind == "nf4" else options
-    trained, batch = prepared(arguments())
+    given = arguments()
+    trained, batch = prepared(given)
+    batches = of_new_lengths(trained, given) if new_lengths else repeat(batch)
     if kind == "dora":
         with_dora(trained)
     learners = [trained.learner(name) for name in trained.adapters.configs]
     for _ in range(WARM_UP):
-        trained.steps(learners, [batch])
+        trained.steps(learners, [next(batches)])
     print("{}", flush=True)
-    for _ in sys.stdin:
+    for _, batch in zip(sys.stdin, batches):
         start = time.perf_counter()
         results = trained.steps(learners, [batch])
         seconds = time.perf_counter() - start
         print(json.dumps({"seconds": seconds, "loss": results[-1].loss, "peak_mib": peak_mib()}), flush=True)
+
+
+def of_new_lengths(trained: Any, given: Any) -> Iterator[Any]:
+    """Pass after pass of the next eight rows."""
+    from peers.topwork_step import read_examples
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        write_chats(rows, read_rows(given.rows, given.data_dir))
+        examples = read_examples(trained.base, str(rows), 512)
+    for at in range(0, len(examples), 8):
+        yield from trained.passes(examples[at : at + 8], 1 << 20)
 
 
 def with_dora(trained: Any) -> None:

@@ -23,6 +23,10 @@ COMMANDS = {
     "against_ff1d0f1_first": "against.py ff1d0f1 --pairs 14 --kinds lora,dora --processes 1",
     "against_247651f": "against.py 247651f --pairs 8 --kinds lora --processes 1",
     "against_d8d824c": "against.py d8d824c --kinds lora,nf4 --pairs 12 --processes 1",
+    "against_e8061a0": "against.py e8061a0 --kinds lora,nf4 --pairs 16 --processes 1",
+    "against_e8061a0_banking77": "against.py e8061a0 --rows banking77 --tokens 512 --kinds lora,nf4 --pairs 40 "
+    "--processes 1",
+    "against_e8061a0_new_lengths": "against.py e8061a0 --new-lengths --kinds lora,nf4 --pairs 20 --processes 1",
     "attention": "attention.py",
     "banking77": "banking77.py score",
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",
@@ -36,6 +40,7 @@ COMMANDS = {
     "container_memory": "container_memory.py --limits 1350,1200,1000,900 --addresses 2200 --data 900 --steps 1 "
     "--before SRC (BEFORE: 6cefe2f)",
     "elementwise": "elementwise.py",
+    "feedforward": "feedforward.py --rounds 7 --layers 12",
     "gguf_export": "gguf_export.py",
     "imported_examples": "imported_examples.py FOLDER",
     "gradients": "gradients.py",

@@ -18,6 +18,7 @@ from topwork.ops.bundles import LowRank
 from topwork.ops.context import training_pass
 from topwork.ops.dropout import Dropout
 from topwork.ops.feedforward import GATE, UP
+from topwork.ops.grouped import MOST_ADDENDS
 from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit
 from topwork.ops.projection import Projection
@@ -55,16 +56,34 @@ def test_a_workspace_changes_nothing(prologue: Prologue, skip_forward: bool, on_
 def test_packed_weights_are_what_they_stand_for(on_amx) -> None:
     layer, (x, dy) = drawn(CASES[5]), rows_of(CASES[5])
     packed = replace(layer, weights=tuple(pack_4bit(w, "nf4", 32, True) for w in layer.weights))
-    dense = replace(
-        layer, weights=(*torch.cat(packed.dense(x.dtype)[:2]).split(layer.features), packed.dense(x.dtype)[2])
-    )
+    gate, up, down = packed.dense()
+    dense = replace(layer, weights=(*torch.cat([gate, up]).split(layer.features), down))
     results = []
-    for each in (packed, dense):
+    for each, memory in ((dense, None), (packed, None), (packed, Workspace())):
         leaf = x.clone().requires_grad_()
-        with training_pass(Workspace()):
+        with training_pass(memory):
             y = module.feedforward(leaf, each)
             results.append([tensor.clone() for tensor in (y, *torch.autograd.grad(y, (leaf, *learned(each)), dy))])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for found in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], found, strict=True))
+
+
+def test_a_gradient_of_turned_rows_is_that_of_others(on_amx) -> None:
+    layer, (x, dy) = drawn(CASES[5]), rows_of(CASES[5])
+    found = []
+    for grad in (dy, dy.t().contiguous().t()):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(module.feedforward(leaf, layer), (leaf, *learned(layer)), grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    layer, (x, _) = drawn(CASES[5]), rows_of(CASES[5])
+    gate, up, down = layer.weights
+    turned = replace(layer, weights=(gate, up, down.t()))
+    for wrong, rows in ((turned, x), (layer, x[:149])):
+        with pytest.raises(ValueError, match="are expected"):
+            module.feedforward(rows, wrong)
 
 
 def test_what_learns_may_not_change_before_the_gradient(on_amx) -> None:
@@ -105,6 +124,7 @@ NOT_FOR_IT: dict[str, dict[str, object]] = {
     "a turned B": {"terms": (low(0, 192, b=torch.zeros(4, 96).t()),)},
     "a weight in fp32": {"weight": torch.zeros(96, 64)},
     "a weight in fp16": {"weight": torch.zeros(96, 64).half()},
+    "a weight packed from fp32": {"weight": pack_4bit(torch.zeros(96, 64), "nf4", 64, True)},
     "a turned weight": {"weight": torch.zeros(64, 96).bfloat16().t()},
 }
 
@@ -116,8 +136,9 @@ def test_what_it_is_not_for(why: str, on_amx) -> None:
 
 def test_what_it_is_for(on_amx, monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_at_once({})
-    assert best_at_once({"terms": (low(0, 192),) * 30}, UP)
-    packed = {"weight": pack_4bit(torch.zeros(96, 64), "nf4", 64, True)}
+    assert best_at_once({"terms": (low(0, 192),) * MOST_ADDENDS}, UP)
+    assert not best_at_once({"terms": (low(0, 192),) * (MOST_ADDENDS + 1)}, UP)
+    packed = {"weight": pack_4bit(torch.zeros(96, 64).bfloat16(), "nf4", 64, True)}
     assert best_at_once(packed)
     monkeypatch.setattr(module, "MOST_OPENED", 2 * 96 * 64 - 1)
     assert not best_at_once(packed)

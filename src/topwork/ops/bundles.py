@@ -137,11 +137,11 @@ def addends(bundles: Sequence[Bundle], inner: Sequence[Tensor], columns: slice) 
     return tuple(found)
 
 
-def gradient_addends(bundles: Sequence[Bundle], g: Sequence[Tensor], columns: slice) -> tuple[Addend, ...]:
-    """The same of the input's gradient, from each bundle's G: of bundles without dropout."""
-    return tuple(
-        Addend(slopes, a[:, columns], bundle.rows.start, 0) for bundle, slopes, a in zip(bundles, g, stacked(bundles))
-    )
+def gradient_addends(
+    bundles: Sequence[Bundle], g: Sequence[Tensor], all_a: Sequence[Tensor], columns: slice
+) -> tuple[Addend, ...]:
+    """The same of the input's gradient, from each bundle's G and stacked A: of bundles without dropout."""
+    return tuple(Addend(slopes, a[:, columns], bundle.rows.start, 0) for bundle, slopes, a in zip(bundles, g, all_a))
 
 
 def term_gradients(

@@ -25,7 +25,7 @@ from topwork.ops.context import (
     scratch_scope,
 )
 from topwork.ops.gated import KINDS, gated_backward_reference, gated_reference
-from topwork.ops.grouped import ON_AMX, multiplies_all
+from topwork.ops.grouped import MOST_ADDENDS, ON_AMX, multiplies_all
 from topwork.ops.native import load as native
 from topwork.ops.packed import Packed
 from topwork.ops.projection import Projection
@@ -59,9 +59,17 @@ class FeedForward:
     def features(self) -> int:
         return int(self.weights[DOWN].shape[1])
 
-    def dense(self, dtype: torch.dtype) -> list[Tensor]:
-        """The weights; of packed ones what they stand for, gone when `scratch_scope` ends."""
-        return [w.dense().to(dtype) if isinstance(w, Packed) else w for w in self.weights]
+    def dense(self) -> list[Tensor]:
+        """The weights; of packed ones what they stand for, inside of `scratch_scope` gone when that ends. Gate's and
+        up's then lie behind one another: how the input's gradient is rounded must not depend on where memory was."""
+        gate, up, down = self.weights
+        if isinstance(gate, Packed) and isinstance(up, Packed):
+            both = scratch_empty(gate.codes, 2 * self.features, gate.shape[1], dtype=gate.dtype)
+            halves = both.split(self.features)
+            for packed, half in zip((gate, up), halves):
+                packed.write(half)
+            return [*halves, _opened(down)]
+        return [_opened(gate), _opened(up), _opened(down)]
 
 
 def feedforward_of(x: Tensor, group: Sequence[Projection], down: Projection | None, kind: str) -> FeedForward | None:
@@ -73,9 +81,18 @@ def feedforward_of(x: Tensor, group: Sequence[Projection], down: Projection | No
     if not all(map(_plain, layers)) or not all(_fits(weight, x) for weight in weights) or not _openable(weights):
         return None
     terms = tuple(Placed(term, part) for part, layer in enumerate(layers) for term in layer.terms)
-    if not all(map(_plain_term, (term for term, _ in terms))):
+    together = sum(part != DOWN for _, part in terms)
+    if max(together, len(terms) - together) > MOST_ADDENDS or not all(_plain_term(term) for term, _ in terms):
         return None
     return FeedForward(weights, terms, kind)
+
+
+def _opened(weight: Tensor | Packed) -> Tensor:
+    if not isinstance(weight, Packed):
+        return weight
+    out = scratch_empty(weight.codes, *weight.shape, dtype=weight.dtype)
+    weight.write(out)
+    return out
 
 
 def _on_amx(x: Tensor) -> bool:
@@ -89,7 +106,7 @@ def _plain(layer: Projection) -> bool:
 
 
 def _fits(weight: Tensor | Packed, x: Tensor) -> bool:
-    return isinstance(weight, Packed) or (weight.dtype == x.dtype and weight.stride(1) == 1)
+    return weight.dtype == x.dtype and (isinstance(weight, Packed) or weight.stride(1) == 1)
 
 
 def _openable(weights: Sequence[Tensor | Packed]) -> bool:
@@ -105,9 +122,27 @@ def feedforward(
     x: Tensor, layer: FeedForward, prologue: Prologue = Identity(), keeps: bool = True, skip_forward: bool = False
 ) -> Tensor:
     """x [T, k] -> y [T, d]; `keeps` and `skip_forward` as `project` has them."""
+    _check(x, layer)
     learned = [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *learned))
     return _FeedForward.apply(x, prologue, layer, keeps, skip_forward, wanted, *learned)
+
+
+def _check(x: Tensor, layer: FeedForward) -> None:
+    """Raises ValueError for what does not belong together: the kernel sees bare memory."""
+    gate, up, down = ((int(w.shape[0]), int(w.shape[1])) for w in layer.weights)
+    if up != gate or down != gate[::-1] or not x.is_cpu:
+        raise ValueError(
+            f"gate {gate}, up {up} and down {down} on {x.device}, where [f, d] twice and [d, f] are expected"
+        )
+    for term, part in layer.terms:
+        outputs, inputs = down if part == DOWN else gate
+        r = len(term.a)
+        if term.a.shape != (r, inputs) or term.b.shape != (outputs, r) or not 0 <= term.start <= term.stop <= len(x):
+            raise ValueError(
+                f"a term of rows {term.start}:{term.stop} with A {tuple(term.a.shape)} and B {tuple(term.b.shape)}, "
+                f"where rows of {len(x)}, {inputs} inputs and {outputs} outputs are expected"
+            )
 
 
 class _FeedForward(torch.autograd.Function):
@@ -169,7 +204,7 @@ class Source(NamedTuple):
 
 def _source(prologue: Prologue, kept: tuple[Tensor, ...]) -> Source:
     norm = prologue.norm if isinstance(prologue, Normed) else prologue
-    if isinstance(norm, RmsNorm):
+    if isinstance(norm, RmsNorm) and norm.weight.dtype in native.KINDS and norm.weight.is_contiguous():
         return Source(_by_rows(kept[0]), norm, kept[1])
     return Source(_by_rows(prologue.recompute(kept)))
 
@@ -205,7 +240,7 @@ def _within(room: Tensor, like: Tensor) -> Tensor:
 
 def feedforward_reference(layer: FeedForward, n: Tensor) -> list[Tensor]:
     """The truth of `run_forward` in fp32, rounded where that rounds: both, y and each S."""
-    f, inner, weights = layer.features, [n.new_empty(0)] * len(layer.terms), layer.dense(n.dtype)
+    f, inner, weights = layer.features, [n.new_empty(0)] * len(layer.terms), layer.dense()
 
     def product(x: Tensor, part: int) -> Tensor:
         y = x.float() @ weights[part].float().t()
@@ -224,7 +259,7 @@ def feedforward_backward_reference(
     layer: FeedForward, dy: Tensor, both: Tensor, inner: Sequence[Tensor], n: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The truth of `run_backward`, with dn first."""
-    f, dtype, weights = layer.features, dy.dtype, layer.dense(dy.dtype)
+    f, dtype, weights = layer.features, dy.dtype, layer.dense()
     gate, up = both[:, :f], both[:, f:]
     h, g = gated_reference(gate, up, layer.kind).float(), [dy.new_empty(0)] * len(layer.terms)
 
@@ -251,7 +286,7 @@ def _room_for_gradient(dout: Tensor, prologue: Prologue) -> Tensor:
     """For dn [T, d]; where there is a prologue, nobody else takes it further."""
     if not isinstance(prologue, Identity):
         return scratch_empty(dout, *dout.shape)
-    return handback_empty(dout, *dout.shape) if prologue.hands_back else torch.empty_like(dout)
+    return handback_empty(dout, *dout.shape) if prologue.hands_back else dout.new_empty(dout.shape)
 
 
 def _line(
@@ -280,7 +315,7 @@ def _run(layer: FeedForward, lines: Sequence[bytes], source: Source | None = Non
     if library is None:
         return False
     x, norm, rstd = source or (None, None, None)
-    weights = layer.dense(like.dtype)
+    weights = layer.dense()
     f, d = weights[GATE].shape
     values = [*weights, *(given.get(name) for name in VALUES), x]
     norms = (0, 0, 0, 0)

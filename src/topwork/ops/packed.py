@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from topwork.ops.blockwise8 import dequantize_blockwise, dynamic_map, quantize_blockwise, rounding_table
-from topwork.ops.quantize import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8, rows_4bit
+from topwork.ops.quantize import (
+    dequantize_4bit,
+    dequantize_4bit_cpu,
+    dequantize_int8,
+    dequantize_int8_cpu,
+    quantize_4bit,
+    quantize_int8,
+    rows_4bit,
+)
 
 NESTED_BLOCK = 256
 """Constants that share one constant of their own, with double quantization."""
@@ -50,6 +58,16 @@ class Packed:
 
     def rows(self, index: Tensor) -> Tensor:
         """Chosen rows [n, in] of the weight, dense, in `dtype`."""
+        raise NotImplementedError
+
+    def write(self, out: Tensor) -> None:
+        """The whole weight, dense, to contiguous out [out, in] of `dtype` on its CPU."""
+        found = self._written(out)
+        if found is not out:
+            out.copy_(found)
+
+    def _written(self, out: Tensor) -> Tensor:
+        """To `out`, or elsewhere."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -90,6 +108,12 @@ class Packed4bit(Packed):
             rows.start, rows.stop, columns.start, columns.stop, self.dtype,
         )  # fmt: skip
 
+    def _written(self, out: Tensor) -> Tensor:
+        return dequantize_4bit_cpu(
+            self.codes, self.absmax, self.nested_absmax, self.nested_code, self.offset, self.quant_type,
+            self.block_size, self.shape[1], 0, self.shape[0], 0, self.shape[1], self.dtype, out,
+        )  # fmt: skip
+
     def rows(self, index: Tensor) -> Tensor:
         return rows_4bit(
             index, slice(0, self.shape[1]), self.codes, self.absmax, self.nested_absmax, self.nested_code, self.offset,
@@ -109,6 +133,9 @@ class PackedInt8(Packed):
         return dequantize_int8(
             self.codes, self.absmax, rows.start, rows.stop, columns.start, columns.stop, self.dtype
         )  # fmt: skip
+
+    def _written(self, out: Tensor) -> Tensor:
+        return dequantize_int8_cpu(self.codes, self.absmax, 0, self.shape[0], 0, self.shape[1], self.dtype, out)
 
     def rows(self, index: Tensor) -> Tensor:
         chosen = PackedInt8(self.codes[index], self.absmax[index], (len(index), self.shape[1]), self.dtype)

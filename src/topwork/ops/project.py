@@ -34,6 +34,7 @@ from topwork.ops.bundles import (
     bundled,
     gradient_addends,
     inner_products,
+    stacked,
     term_gradients,
     write_terms,
 )
@@ -117,7 +118,12 @@ class _Group(NamedTuple):
 
 def _made_here(x: Tensor, base: Placed) -> bool:
     """Whether these layers are better multiplied here: those that are packed or of x's type."""
-    return multiplies_all(x) and all(isinstance(w := layer.weight, Packed) or w.dtype == x.dtype for layer, _ in base)
+
+    def fits(layer: Projection) -> bool:
+        bias = layer.bias is None or layer.bias.dtype in (x.dtype, torch.float32)
+        return bias and (isinstance(layer.weight, Packed) or layer.weight.dtype == x.dtype)
+
+    return multiplies_all(x) and all(fits(layer) for layer, _ in base)
 
 
 class _Project(torch.autograd.Function):
@@ -169,7 +175,7 @@ class _Project(torch.autograd.Function):
                 all_da, all_db, g = term_gradients(n, group.bundles, inner, dout, into, weight, base_first)
                 del n
             if dn is not None and weight is None and not base_first:
-                terms = partial(gradient_addends, group.bundles, g) if with_last else None
+                terms = partial(gradient_addends, group.bundles, g, stacked(group.bundles)) if with_last else None
                 base_gradient(dout, group.base, dn, group.joins, not with_last, terms)
             dx = prologue.backward(dn, kept, late) if wants_x else None
             if late is not None:

@@ -155,11 +155,12 @@ def dequantize_int8_reference(
     return (codes[row:row_stop, column:column_stop] * absmax[row:row_stop, None] * _BY_127).to(dtype)
 
 
-def _dequantize_4bit_cpu(
+def dequantize_4bit_cpu(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: float,
     quant_type: str, block_size: int, in_features: int, row: int, row_stop: int, column: int, column_stop: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, into: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """`dequantize_4bit` on a CPU, where it may be written to contiguous memory that is given."""
     library = native.compiled("quantize4")
     if library is None and triton.INTERPRETED:
         return _dequantize_4bit_cuda(
@@ -173,7 +174,7 @@ def _dequantize_4bit_cpu(
             row, row_stop, column, column_stop, dtype,
         )  # fmt: skip
     _check_bounds(codes.numel() * 2, in_features, row, row_stop, column, column_stop)
-    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
+    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype) if into is None else into
     library.topwork_dequantize_4bit(
         codes.data_ptr(), absmax.data_ptr(), None if nested_absmax is None else nested_absmax.data_ptr(),
         None if nested_code is None else nested_code.data_ptr(), offset, _code_on(quant_type, codes.device).data_ptr(),
@@ -183,16 +184,18 @@ def _dequantize_4bit_cpu(
     return out
 
 
-def _dequantize_int8_cpu(
-    codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_int8_cpu(
+    codes: Tensor, absmax: Tensor, row: int, row_stop: int, column: int, column_stop: int, dtype: torch.dtype,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same of `dequantize_int8`."""
     library = native.compiled("quantize4")
     if library is None and triton.INTERPRETED:
         return _dequantize_int8_cuda(codes, absmax, row, row_stop, column, column_stop, dtype)
     if library is None or not _plain_int8(codes, absmax, dtype):
         return dequantize_int8_reference(codes, absmax, row, row_stop, column, column_stop, dtype)
     _check_bounds(codes.numel(), codes.shape[1], row, row_stop, column, column_stop)
-    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype)
+    out = scratch_empty(codes, row_stop - row, column_stop - column, dtype=dtype) if into is None else into
     library.topwork_dequantize_int8(
         codes.data_ptr(), absmax.data_ptr(), codes.shape[1], row, row_stop - row, column, column_stop - column,
         FLOATS.index(dtype), out.data_ptr(), torch.get_num_threads(),
@@ -289,8 +292,8 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("dequantize_4bit", dequantize_4bit_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize_int8", dequantize_int8_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
-_LIBRARY.impl("dequantize_int8", _dequantize_int8_cpu, "CPU")
+_LIBRARY.impl("dequantize_4bit", dequantize_4bit_cpu, "CPU")
+_LIBRARY.impl("dequantize_int8", dequantize_int8_cpu, "CPU")
 _LIBRARY.impl("dequantize_4bit", _dequantize_4bit_cuda, "CUDA")
 _LIBRARY.impl("dequantize_int8", _dequantize_int8_cuda, "CUDA")
 

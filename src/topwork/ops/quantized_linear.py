@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.context import scratch_scope
-from topwork.ops.grouped import Addend, Product, grouped_products, multiplied
+from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
 from topwork.ops.packed import Packed
 
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -74,13 +74,13 @@ def input_gradient(
         columns = slice(start, min(start + step, inputs))
         with scratch_scope():  # one panel at a time
             panel = weight.panel(slice(0, outputs), columns).to(dy.dtype)
-            if terms is not None:
-                product = Product(flat_dy, panel, flat_dx[:, columns], beta=int(add), addends=terms(columns))
-                grouped_products([product])
+            if terms is not None or multiplies_all(flat_dy):
+                added = () if terms is None else terms(columns)
+                grouped_products([Product(flat_dy, panel, flat_dx[:, columns], beta=int(add), addends=added)])
             elif add:
                 flat_dx[:, columns].addmm_(flat_dy, panel)
             else:
-                multiplied(flat_dy, panel, flat_dx[:, columns])
+                torch.mm(flat_dy, panel, out=flat_dx[:, columns])
             del panel
     return dx
 

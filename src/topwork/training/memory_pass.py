@@ -165,7 +165,11 @@ def _opened(setup: Setup) -> int:
     """The packed weights of a feed-forward layer that are made dense together; planned wherever it may be so."""
     if setup.device != "cpu" or not setup.structure.fast or setup.value_bytes != 2:
         return 0
-    sizes = (3 * 2 * layer.widths[0] * layer.widths[3] for layer in layers_of(setup))
+    packed = packed_layers(setup.structure, setup.quantization)
+    sizes = (
+        sum(2 * module.weights for name, module in layer.modules.items() if "mlp." in name and module.path in packed)
+        for layer in layers_of(setup)
+    )
     return max((size for size in sizes if size <= OPENED_BYTES), default=0)
 
 

@@ -114,7 +114,7 @@ static void put_inner(Call *c, int first, int last, Values x, int gradient) {
 static void put_addends(Call *c, Product *of, int part, int64_t column, int gradient) {
   for (int64_t i = 0; i < c->count; i++) {
     const Term *t = c->terms + i;
-    if (t->part != part) continue;
+    if (t->part != part || t->start >= t->stop) continue;
     int64_t n = gradient ? inputs_of(c->layer, t) : outputs_of(c->layer, t);
     Matrix right = gradient ? dense(t->a, n) : turned(dense(t->b, t->r)), at = {NULL, t->start, column};
     Product *line = put(c, dense(gradient ? t->g : t->s, t->r), right, at, rows_of_term(t), t->r, n,
@@ -145,7 +145,7 @@ static int joined(const Layer *l) {
 // ---- the layer -----------------------------------------------------------------------------------------------------
 
 static void run_unit(const Layer *l, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (l->rows * l->f > LITTLE)
   for (int64_t r = 0; r < l->rows; r++) {
     const char *gate = l->both.at + 2 * r * l->both.by, *up = gate + 2 * l->f;
     void *h = l->h.at + 2 * r * l->h.by;
@@ -156,7 +156,7 @@ static void run_unit(const Layer *l, int64_t threads) {
 }
 
 static void run_slopes(const Layer *l, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (l->rows * l->f > LITTLE)
   for (int64_t r = 0; r < l->rows; r++) {
     const char *dh = l->dh.at + 2 * r * l->dh.by, *gate = l->both.at + 2 * r * l->both.by, *up = gate + 2 * l->f;
     char *dgate = l->dboth.at + 2 * r * l->dboth.by, *dup = dgate + 2 * l->f, *h = l->h.at + 2 * r * l->h.by;
@@ -171,7 +171,7 @@ static void run_slopes(const Layer *l, int64_t threads) {
 
 // n from x and its norm's numbers, to where n stands.
 static void run_norm(const Layer *l, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (l->rows * l->d > LITTLE)
   for (int64_t r = 0; r < l->rows; r++) {
     const char *x = l->x.at + 2 * r * l->x.by;
     char *n = l->n.at + 2 * r * l->n.by;

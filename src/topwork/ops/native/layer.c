@@ -10,8 +10,6 @@
 
 #include "rows.h"
 
-#define LITTLE 32768  // values: below, waking other threads costs more than they save
-
 // ---- RMS norm -------------------------------------------------------------------------------------------------------
 
 // A view [rows / heads, heads, d] of rows whose values lie side by side.

@@ -4,6 +4,7 @@
 #pragma once
 #include "simd.h"
 
+#define LITTLE 32768  // values: below, waking other threads costs more than they save
 #define ONE ((vecf){} + 1.0f)
 #define EACH(count, body)                                      \
   do {                                                         \
