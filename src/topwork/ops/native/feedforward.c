@@ -83,16 +83,16 @@ static int make_apart(Call *c, int64_t count) {
       for (int64_t r = 0; r < to->m && !begun; r++) memset(to->out.at + 2 * r * to->out.row, 0, 2 * to->n);
       begun = to->add = 1;
       q.out = (Matrix){(char *)value_at(to->out, q.out.row, q.out.column, BF16), to->out.row, 1}, q.out_kind = BF16;
-      failed = topwork_grouped_products(&q, &alpha, 1, c->threads);
+      failed = multiply_table(&q, &alpha, 1, c->threads);
     }
   }
-  return failed ? (int)failed : topwork_grouped_products(c->lines, c->alphas, kept, c->threads);
+  return failed ? (int)failed : multiply_table(c->lines, c->alphas, kept, c->threads);
 }
 
 static int run_stage(Call *c) {
   int64_t count = c->used;
   c->used = 0;
-  int failed = count ? topwork_grouped_products(c->lines, c->alphas, count, c->threads) : 0;
+  int failed = count ? multiply_table(c->lines, c->alphas, count, c->threads) : 0;
   return failed == 3 ? make_apart(c, count) : failed;
 }
 

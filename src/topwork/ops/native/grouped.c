@@ -401,7 +401,7 @@ static int run_pieces(const Product *products, const double *alphas, int64_t cou
 // columns are contiguous) are allowed everywhere.
 // Returns 0, or before anything was written 1 when memory ran out, 2 where the system does not permit AMX, 3 where an
 // addend has to be made apart: its line has 1 for `add` then (grouped_amx.h).
-int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
+static int multiply_table(Product *products, const double *alphas, int64_t count, int64_t threads) {
   for (int64_t i = 0; i < count; i += 1 + products[i].addends) turn(products + i);
 #ifdef AMX
   if (!amx_permitted()) return 2;
@@ -409,6 +409,10 @@ int topwork_grouped_products(Product *products, const double *alphas, int64_t co
   if (failed) return failed;
 #endif
   return run_pieces(products, alphas, count, threads);
+}
+
+int topwork_grouped_products(Product *products, const double *alphas, int64_t count, int64_t threads) {
+  return multiply_table(products, alphas, count, threads);
 }
 
 int topwork_grouped_level(void) { return LEVEL; }
