@@ -24,8 +24,8 @@ COMMANDS = {
     "against_247651f": "against.py 247651f --pairs 8 --kinds lora --processes 1",
     "against_d8d824c": "against.py d8d824c --kinds lora,nf4 --pairs 12 --processes 1",
     "against_e8061a0": "against.py e8061a0 --kinds lora,nf4 --pairs 16 --processes 1",
-    "against_e8061a0_banking77": "against.py e8061a0 --rows banking77 --tokens 512 --kinds lora,nf4 --pairs 40 "
-    "--processes 1",
+    "against_e8061a0_banking77": "against.py e8061a0 --kinds lora,nf4 --pairs 40 --processes 1 "
+    "(512 tokens of banking77)",
     "against_e8061a0_new_lengths": "against.py e8061a0 --new-lengths --kinds lora,nf4 --pairs 20 --processes 1",
     "attention": "attention.py",
     "banking77": "banking77.py score",
