@@ -160,7 +160,7 @@ def test_we_write_a_lora_and_peft_reads(
     except AdapterError:  # nothing of it is there, or pissa at an embedding
         assume(False)
     own = logits(base, batch_of(sequences()[:1], "a"))
-    assert relative(by_peft(folder), own) < 1e-4  # an alpha of 50 on most layers makes 3e-5 of what fp32 rounds
+    assert relative(by_peft(folder), own) < 1e-5
     assert torch.equal(ours(folder), own) or (init in ("pissa", "olora") and relative(ours(folder), own) < 1e-5)
     said = json.loads((folder / "adapter_config.json").read_text())
     paths = [path for path, part in adapters.parts("a").items() if part.setting is not None]
