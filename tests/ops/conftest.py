@@ -93,14 +93,14 @@ def amx_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if COMPILER is None:
         pytest.skip("needs a C compiler")
     if not request.param:
-        library = load.compiled("feedforward")
-        if library is None or library.topwork_feedforward_level() != 3:
+        library = load.compiled("decoder")
+        if library is None or library.topwork_decoder_level() != 3:
             pytest.skip("needs a processor with AMX, and kernels that may use it")
         return load.compiled
     if "-mno-" in request.param and "avx512bw" not in FEATURES:
         pytest.skip("needs a processor with more to switch off")
     folder, usual = tmp_path_factory.mktemp("with_amx"), load.compiled
-    own = {name: build_kernel(name, request.param, folder) for name in ("feedforward", "grouped", "layer")}
+    own = {name: build_kernel(name, request.param, folder) for name in ("decoder", "grouped", "layer")}
     return lambda name: own.get(name) or usual(name)
 
 
@@ -110,4 +110,3 @@ def on_amx(amx_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "compiled", amx_kernels)
     monkeypatch.setattr(feedforward, "feedforward_reference", None)
     monkeypatch.setattr(feedforward, "feedforward_backward_reference", None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)

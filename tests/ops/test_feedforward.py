@@ -54,9 +54,9 @@ def test_plain_torch_is_it_too(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_build_is_right(older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not made for AMX leaves all of it to plain torch."""
-    library, level = older_build("feedforward")
-    assert library.topwork_feedforward_level() == level
-    monkeypatch.setattr(load, "compiled", lambda name: library if name == "feedforward" else None)
+    library, level = older_build("decoder")
+    assert library.topwork_decoder_level() == level
+    monkeypatch.setattr(load, "compiled", lambda name: library if name == "decoder" else None)
     if level == 3:
         monkeypatch.setattr(module, "feedforward_reference", None)
     n, dy = rows_of(CASES[5])

@@ -14,6 +14,7 @@ from topwork.adapters.graft import Adapters
 from topwork.models import fast
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.ops import feedforward as module
+from topwork.ops import parts
 from topwork.ops.bundles import LowRank
 from topwork.ops.context import training_pass
 from topwork.ops.dropout import Dropout
@@ -140,7 +141,7 @@ def test_what_it_is_for(on_amx, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not best_at_once({"terms": (low(0, 192),) * (MOST_ADDENDS + 1)}, UP)
     packed = {"weight": pack_4bit(torch.zeros(96, 64).bfloat16(), "nf4", 64, True)}
     assert best_at_once(packed)
-    monkeypatch.setattr(module, "MOST_OPENED", 2 * 96 * 64 - 1)
+    monkeypatch.setattr(parts, "MOST_OPENED", 2 * 96 * 64 - 1)
     assert not best_at_once(packed)
     for x in (torch.zeros(192, 64), torch.zeros(192, 64).half()):
         assert not best_at_once({}, x=x)

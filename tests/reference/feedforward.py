@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.bundles import LowRank
-from topwork.ops.feedforward import DOWN, GATE, UP, FeedForward, Placed, Source, run_backward, run_forward
+from topwork.ops.feedforward import DOWN, GATE, UP, FeedForward, Source, run_backward, run_forward
+from topwork.ops.parts import Placed
 from topwork.ops.project import project
 from topwork.ops.projection import Projection
 from topwork.ops.prologues import Gated, Identity, Prologue

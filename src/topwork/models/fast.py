@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
+from topwork.ops.decoder_layer import DecoderLayer, decoder_layer, decoder_layer_of
 from topwork.ops.feedforward import feedforward, feedforward_of
 from topwork.ops.project import project
 from topwork.ops.projection import Projection, projection_of
@@ -177,6 +178,9 @@ class FastLayer(GradientCheckpointingLayer):
         part, attention = self.attention_part, _bare(self.self_attn)
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
+        if in_place and (whole := self._whole(x)) is not None:
+            x = decoder_layer(x, whole, self._turns(position_embeddings), batch.cu_seqlens)
+            return x if self.is_last or self.before_another else x.to(dtype)
         before = self.wiring.before_attention
         if part is not None and part.fits(attention):
             group = self._group(attention, part.inputs)
@@ -207,6 +211,39 @@ class FastLayer(GradientCheckpointingLayer):
         name = self.wiring.before_attention or self.wiring.after_attention
         return getattr(self, str(name)).weight.dtype
 
+    def _whole(self, x: Tensor) -> DecoderLayer | None:
+        """All of it, where that is best made in one step."""
+        part, gated, wiring, context = self.attention_part, self.mlp_part, self.wiring, current()
+        if part is None or gated is None or wiring.after_attention or wiring.after_mlp or context.virtual:
+            return None
+        if (self.is_last and current_batch().output_positions is not None) or context.cache is not None:
+            return None
+        first, second = self._norm(wiring.before_attention), self._norm(wiring.before_mlp)
+        attention, mlp = _bare(self.self_attn), _bare(self.mlp)
+        if (
+            first is None
+            or second is None
+            or not part.fits(attention)
+            or not all(hasattr(mlp, name) for name in gated.inputs)
+        ):
+            return None
+        modules = [getattr(attention, name) for name in (*part.inputs, "o_proj")]
+        modules += [getattr(mlp, name) for name in (*gated.inputs, "down_proj")]
+        layers = []
+        for module in modules:
+            if (projection := projection_of(module)) is None:
+                return None
+            layers.append(projection)
+        *inputs, output = layers[: len(part.inputs) + 1]
+        *gates, down = layers[len(part.inputs) + 1 :]
+        how = part.how(attention, restores=False)
+        return decoder_layer_of(x, inputs, output, gates, down, (first, second), how, gated.activation, self.multiplier)
+
+    def _turns(self, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [T, R] of its rotary positions."""
+        turns = self.attention_part is not None and self.attention_part.rotary and rotary is not None
+        return (rotary[0][0], rotary[1][0]) if turns and rotary is not None else None
+
     def _branch(
         self, x: Tensor, dtype: torch.dtype, before: str | None, group: "_Group", y: Tensor | None = None,
         in_place: bool = False,
@@ -226,7 +263,7 @@ class FastLayer(GradientCheckpointingLayer):
     ) -> Tensor:  # fmt: skip
         """The attention's output before its last projection [T, H * D]."""
         buffer = self._products(x, prologue, group)
-        turns = (rotary[0][0], rotary[1][0]) if part.rotary and rotary is not None else None
+        turns = self._turns(rotary)
         context, how = current(), part.how(attention, restores=group.has_gains)
         prefixes = context.prefixes(attention.layer_idx) if context.virtual else ()  # type: ignore[arg-type]
         if context.cache is None:

@@ -178,7 +178,7 @@ def _call(
 ) -> None:
     """The kernel sees bare memory: all tensors are `_plain`, their shapes checked; query and key come first."""
     (tokens, heads, size), key_heads = tensors[0].shape, tensors[1].shape[1]
-    spans, sequences = _spans(bounds)
+    spans, sequences = spans_of(bounds)
     kind, threads = native.KINDS[tensors[0].dtype], torch.get_num_threads()
     shape = array("q", (sequences, tokens, heads, key_heads, size, rule.window or 0, kind, threads))
     strides = array("q", [step for x in tensors for step in x.stride()[:2]])
@@ -197,7 +197,7 @@ def _by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _spans(bounds: tuple[int, ...]) -> "tuple[array[int], int]":
+def spans_of(bounds: tuple[int, ...]) -> "tuple[array[int], int]":
     """(start, length) of the sequences that hold tokens, the longest first, so that threads end together; their number.
     Kept, because every layer of a pass asks for the same ones."""
     spans = [(start, stop - start) for start, stop in zip(bounds, bounds[1:]) if stop > start]

@@ -3,7 +3,7 @@
     n = prologue(x)    gate = n Wg' + s S B'    up alike    h = act(gate) * up    y = h Wd' + s S B'
 
 What `project` does in two groups with a gated unit between them, in the same stages, by one call of C each way
-(native/feedforward.c), where a processor has AMX and all of it is C's. The way through Python between the products of
+(native/feedforward.h), where a processor has AMX and all of it is C's. The way through Python between the products of
 small layers takes as long as some of them.
 """
 
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topwork.ops.bundles import LowRank
 from topwork.ops.context import (
     handback_empty,
     handoff_empty,
@@ -25,26 +24,17 @@ from topwork.ops.context import (
     scratch_scope,
 )
 from topwork.ops.gated import KINDS, gated_backward_reference, gated_reference
-from topwork.ops.grouped import MOST_ADDENDS, ON_AMX, multiplies_all
+from topwork.ops.grouped import multiplies_all
 from topwork.ops.native import load as native
+from topwork.ops.norm import norm_mode
 from topwork.ops.packed import Packed
+from topwork.ops.parts import NOT_ON_AMX, Placed, check_terms, on_amx, opened, part_lines, placed_terms, term_line
 from topwork.ops.projection import Projection
 from topwork.ops.prologues import Identity, Normed, Prologue, RmsNorm
 
 GATE, UP, DOWN = range(3)
-LAYER, TERM = struct.Struct("32q"), struct.Struct("10qd")
-"""As feedforward.c has a layer and a term."""
-MOST_OPENED = 32 << 20
-"""Bytes of a layer's packed weights that are made dense together: panels of larger ones are not worth less."""
-NOT_ON_AMX = 2
-"""The kernel's answer where it is not compiled for it."""
-
-
-class Placed(NamedTuple):
-    """A term, and the projection that it is added to."""
-
-    term: LowRank
-    part: int
+LAYER = struct.Struct("24q")
+"""As feedforward.h has a layer."""
 
 
 @dataclass(frozen=True)
@@ -60,62 +50,18 @@ class FeedForward:
         return int(self.weights[DOWN].shape[1])
 
     def dense(self) -> list[Tensor]:
-        """The weights; of packed ones what they stand for, inside of `scratch_scope` gone when that ends. Gate's and
-        up's then lie behind one another: how the input's gradient is rounded must not depend on where memory was."""
-        gate, up, down = self.weights
-        if isinstance(gate, Packed) and isinstance(up, Packed):
-            both = scratch_empty(gate.codes, 2 * self.features, gate.shape[1], dtype=gate.dtype)
-            halves = both.split(self.features)
-            for packed, half in zip((gate, up), halves):
-                packed.write(half)
-            return [*halves, _opened(down)]
-        return [_opened(gate), _opened(up), _opened(down)]
+        """The weights, packed ones opened."""
+        return [*opened(self.weights[:DOWN]), *opened(self.weights[DOWN:])]
 
 
 def feedforward_of(x: Tensor, group: Sequence[Projection], down: Projection | None, kind: str) -> FeedForward | None:
     """The layer of gate, up and down for x [T, d], where it is best made in one step: else None."""
-    if len(group) != 2 or down is None or not multiplies_all(x) or not _on_amx(x):
+    if len(group) != 2 or down is None or not multiplies_all(x) or not on_amx():
         return None
     layers = (*group, down)
-    weights = tuple(layer.weight for layer in layers)
-    if not all(map(_plain, layers)) or not all(_fits(weight, x) for weight in weights) or not _openable(weights):
+    if any(layer.bias is not None for layer in layers) or (terms := placed_terms((group, (down,)), x.dtype)) is None:
         return None
-    terms = tuple(Placed(term, part) for part, layer in enumerate(layers) for term in layer.terms)
-    together = sum(part != DOWN for _, part in terms)
-    if max(together, len(terms) - together) > MOST_ADDENDS or not all(_plain_term(term) for term, _ in terms):
-        return None
-    return FeedForward(weights, terms, kind)
-
-
-def _opened(weight: Tensor | Packed) -> Tensor:
-    if not isinstance(weight, Packed):
-        return weight
-    out = scratch_empty(weight.codes, *weight.shape, dtype=weight.dtype)
-    weight.write(out)
-    return out
-
-
-def _on_amx(x: Tensor) -> bool:
-    library = native.kernels("feedforward", x)
-    return library is not None and bool(library.topwork_feedforward_level() == ON_AMX)
-
-
-def _plain(layer: Projection) -> bool:
-    """Whether it is a product and low-rank terms alone."""
-    return layer.bias is None and not (layer.gains or layer.shifts or layer.input_gains)
-
-
-def _fits(weight: Tensor | Packed, x: Tensor) -> bool:
-    return weight.dtype == x.dtype and (isinstance(weight, Packed) or weight.stride(1) == 1)
-
-
-def _openable(weights: Sequence[Tensor | Packed]) -> bool:
-    """Whether what is packed is little enough to be made dense all at once."""
-    return sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed)) <= MOST_OPENED
-
-
-def _plain_term(term: LowRank) -> bool:
-    return term.dropout is None and all(x.dtype == torch.float32 and x.is_contiguous() for x in (term.a, term.b))
+    return FeedForward(tuple(layer.weight for layer in layers), terms, kind)
 
 
 def feedforward(
@@ -135,14 +81,7 @@ def _check(x: Tensor, layer: FeedForward) -> None:
         raise ValueError(
             f"gate {gate}, up {up} and down {down} on {x.device}, where [f, d] twice and [d, f] are expected"
         )
-    for term, part in layer.terms:
-        outputs, inputs = down if part == DOWN else gate
-        r = len(term.a)
-        if term.a.shape != (r, inputs) or term.b.shape != (outputs, r) or not 0 <= term.start <= term.stop <= len(x):
-            raise ValueError(
-                f"a term of rows {term.start}:{term.stop} with A {tuple(term.a.shape)} and B {tuple(term.b.shape)}, "
-                f"where rows of {len(x)}, {inputs} inputs and {outputs} outputs are expected"
-            )
+    check_terms(layer.terms, (gate, up, down), len(x))
 
 
 class _FeedForward(torch.autograd.Function):
@@ -182,7 +121,7 @@ def run_forward(
     rows, f = len(n), layer.features
     both = scratch_empty(n, rows, 2 * f) if both is None else both
     inner = inner or [scratch_empty(n, term.stop - term.start, len(term.a)) for term, _ in layer.terms]
-    lines = [_line(placed, s) for placed, s in zip(layer.terms, inner)]
+    lines = [term_line(placed, s.data_ptr()) for placed, s in zip(layer.terms, inner)]
     if not _run(layer, lines, n=n, both=both, h=scratch_empty(n, rows, f), y=out):
         for into, value in zip((both, out, *inner), feedforward_reference(layer, n)):
             if into is not None:
@@ -218,7 +157,10 @@ def run_backward(
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
     g = [scratch_empty(s, *s.shape) for s in inner]
-    lines = [_line(*of) for of in zip(layer.terms, inner, g, all_da, all_db)]
+    lines = [
+        term_line(placed, s.data_ptr(), its.data_ptr(), da, db)
+        for placed, s, its, da, db in zip(layer.terms, inner, g, all_da, all_db)
+    ]
     dh, h = (scratch_empty(dy, len(dy), layer.features) for _ in range(2))
     dboth = both if in_place else scratch_empty(dy, *both.shape)
     n = None if source.norm is None else _within(dh, dy)  # made when dh is used up
@@ -289,21 +231,12 @@ def _room_for_gradient(dout: Tensor, prologue: Prologue) -> Tensor:
     return handback_empty(dout, *dout.shape) if prologue.hands_back else dout.new_empty(dout.shape)
 
 
-def _line(
-    placed: Placed, s: Tensor, g: Tensor | None = None, da: Tensor | None = None, db: Tensor | None = None
-) -> bytes:
-    """A term as the kernel has it."""
-    term, part = placed
-    addresses = [0 if x is None else x.data_ptr() for x in (term.a, term.b, s, g, da, db)]
-    return TERM.pack(*addresses, len(term.a), term.start, term.stop, part, term.scaling)
-
-
 def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 VALUES = ("n", "both", "h", "y", "dy", "dh", "dboth", "dn")
-"""A layer's tensors as the kernel has them, behind its weights; what n is made of comes last."""
+"""A layer's tensors as the kernel has them; what n is made of comes last."""
 
 
 def _run(layer: FeedForward, lines: Sequence[bytes], source: Source | None = None, **given: Tensor | None) -> bool:
@@ -311,20 +244,22 @@ def _run(layer: FeedForward, lines: Sequence[bytes], source: Source | None = Non
     memory."""
     like = given["both"]
     assert like is not None
-    library = native.kernels("feedforward", like) if like.dtype == torch.bfloat16 else None
+    library = native.kernels("decoder", like) if like.dtype == torch.bfloat16 else None
     if library is None:
         return False
     x, norm, rstd = source or (None, None, None)
-    weights = layer.dense()
-    f, d = weights[GATE].shape
-    values = [*weights, *(given.get(name) for name in VALUES), x]
-    norms = (0, 0, 0, 0)
-    if norm is not None and rstd is not None:
-        norms = rstd.data_ptr(), norm.weight.data_ptr(), native.KINDS[norm.weight.dtype], int(norm.unit_offset)
+    gate, up, down = layer.dense()
+    f, d = gate.shape
+    values = [*(given.get(name) for name in VALUES), x]
+    norms = (0, 0, 0)
+    if norm is not None and rstd is not None and x is not None:
+        norms = rstd.data_ptr(), norm.weight.data_ptr(), norm_mode(x, norm.weight, norm.unit_offset)
     numbers = [number for v in values for number in ((0, 0) if v is None else (v.data_ptr(), v.stride(0)))]
-    table = LAYER.pack(*numbers, len(like), d, f, KINDS.index(layer.kind), *norms)
-    threads = torch.get_num_threads()
-    failed = library.topwork_feedforward(table, b"".join(lines), len(lines), int(source is not None), threads)
+    table = LAYER.pack(*numbers, f, d, KINDS.index(layer.kind), *norms)
+    parts = b"".join([*part_lines((gate, up)), *part_lines((down,))])
+    failed = library.topwork_feedforward(
+        parts, table, len(like), b"".join(lines), len(lines), int(source is not None), torch.get_num_threads()
+    )
     if failed == NOT_ON_AMX:
         return False
     if failed:

@@ -39,9 +39,10 @@ SIGNATURES = {
         "topwork_decode": Signature([_AT, _LONG, _AT, _LONG], _INT),
         "topwork_decode_sizes": Signature([_LONG], _LONG),
     },
-    "feedforward": {
-        "topwork_feedforward": Signature([_AT, _AT, _LONG, _LONG, _LONG], _INT),
-        "topwork_feedforward_level": Signature([], _INT),
+    "decoder": {
+        "topwork_feedforward": Signature([_AT, _AT, _LONG, _AT, *[_LONG] * 3], _INT),
+        "topwork_decoder_layer": Signature([*[_AT] * 4, *[_LONG] * 3], _INT),
+        "topwork_decoder_level": Signature([], _INT),
     },
     "grouped": {
         "topwork_grouped_products": Signature([_AT, _AT, _LONG, _LONG], _INT),

@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 300.0
 """How long the process may take with importing torch."""
 READY = "ready"
 """What it says once torch is there."""
-TRIALS = ("prove.py", "trials.py", "trials_decode.py")
+TRIALS = ("prove.py", "trials.py", "trials_decode.py", "trials_decoder.py")
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU")
 """Signals that others send, the system where memory ends: they tell nothing of the kernel."""
 _NO_THREADS = "Resource temporarily unavailable"

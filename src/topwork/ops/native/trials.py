@@ -13,22 +13,13 @@ from torch import Tensor
 
 from topwork.ops.attention import attention_backward, attention_forward
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
-from topwork.ops.bundles import LowRank
 from topwork.ops.dropout import Dropout, drop, drop_reference
-from topwork.ops.feedforward import (
-    FeedForward,
-    Placed,
-    Source,
-    feedforward_backward_reference,
-    feedforward_reference,
-    run_backward,
-    run_forward,
-)
 from topwork.ops.gain import gain_gradients_, gain_sums_reference_, multiply_, multiply_reference_
 from topwork.ops.gated import KINDS, gated, gated_backward, gated_backward_reference, gated_reference
 from topwork.ops.grouped import Addend, Product, grouped_products, grouped_products_reference
 from topwork.ops.logprobs import logprob_slope_, logprob_slope_reference
 from topwork.ops.native.trials_decode import decode
+from topwork.ops.native.trials_decoder import decoder
 from topwork.ops.norm import (
     rms_norm,
     rms_norm_backward,
@@ -133,31 +124,6 @@ def _with_addend(m: int, n: int, k: int) -> Product:
     row, column = m // 2, n // 32 * 16
     addend = Addend(_random(m - row, 8).bfloat16(), _random(n - column, 8).t(), row, column, 0.5)
     return Product(_random(m, k).bfloat16(), _random(k, n).bfloat16(), torch.empty(m, n), addends=(addend,))
-
-
-def feedforward() -> list[Case]:
-    """Layers with terms for some of their rows, forward and backward."""
-    cases = []
-    for rows, d, f, r, kind in ((1, 32, 64, 3, "silu"), (150, 96, 160, 16, "gelu_tanh"), (290, 64, 128, 40, "gelu")):
-        gate, up, down = weights = [(_random(*of) / of[1] ** 0.5).bfloat16() for of in ((f, d), (f, d), (d, f))]
-        terms = [
-            LowRank(rows // 4, rows, _random(r, w.shape[1]) / w.shape[1] ** 0.5, _random(len(w), r) / 8, 0.5)
-            for w in weights
-        ]
-        placed = tuple(Placed(term, part) for part, term in enumerate(terms))
-        made = FeedForward((gate, up, down), placed, kind)
-        n, dy = _random(rows, d).bfloat16(), _random(rows, d).bfloat16()
-        both, y, dn = (torch.full((rows, k), torch.nan).bfloat16() for k in (2 * f, d, d))
-        inner = [torch.full((rows - rows // 4, r), torch.nan).bfloat16() for _ in terms]
-        run_forward(made, n, both, inner, y)
-        cases += _cases("feed-forward layers", torch.bfloat16, (both, y, *inner), feedforward_reference(made, n))
-        norm = RmsNorm(_random(d).to(torch.bfloat16 if rows > 200 else torch.float32), 1e-5, unit_offset=rows > 100)
-        source = Source(n, norm, rms_norm(n, norm.weight, norm.eps, norm.unit_offset)[1]) if rows > 1 else Source(n)
-        all_da, all_db = run_backward(made, dy, both, inner, dn, source)
-        its_dn, its_da, its_db = feedforward_backward_reference(made, dy, both, inner, source.made())
-        found, expected = (dn, *all_da, *all_db), (its_dn, *its_da, *its_db)
-        cases += [Case("their gradients", mine, its, ROUNDED[torch.bfloat16]) for mine, its in zip(found, expected)]
-    return cases
 
 
 def layer() -> list[Case]:
@@ -320,11 +286,15 @@ def _cases(what: str, dtype: torch.dtype, found: "list[Tensor] | tuple[Tensor, .
 
 
 def _decoded() -> list[Case]:
-    return [Case(what, found, expected, limit) for what, found, expected, limit in decode()]
+    return [Case(*found) for found in decode()]
+
+
+def _decoder() -> list[Case]:
+    return [Case(*found) for found in decoder()]
 
 
 TRIALS: dict[str, Callable[[], list[Case]]] = {
-    "attention": attention, "decode": _decoded, "feedforward": feedforward, "grouped": grouped, "layer": layer,
+    "attention": attention, "decode": _decoded, "decoder": _decoder, "grouped": grouped, "layer": layer,
     "logprobs": logprobs, "quantize4": quantize4,
 }  # fmt: skip
 """Of each C file; tests/ops/test_native_proof.py sees that every function is called."""

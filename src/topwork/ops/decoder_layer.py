@@ -1,0 +1,287 @@
+"""A decoder layer with the low-rank terms of its adapters as one step, forward and backward.
+
+    q k v = norm(x) W' + b + s S B'    o = attention(rotated q, k, v)    x' = x + m (o Wo' + ...)
+    x'' = x' + m feedforward(norm(x'))
+
+What `residual_norm`, `project`, `self_attention` and `feedforward` do one after the other, in the same stages, by one
+call of C each way (native/decoder.c), where a processor has AMX and all of it is C's. It is for training passes, whose
+stream is overwritten. The way through Python between the products of a small layer takes longer than some of them.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topwork.ops.attention import NATIVE_SIZES, spans_of
+from topwork.ops.context import saved_empty, scratch_empty, scratch_scope
+from topwork.ops.gated import KINDS
+from topwork.ops.grouped import multiplies_all
+from topwork.ops.native import load as native
+from topwork.ops.packed import Packed
+from topwork.ops.parts import NOT_ON_AMX, Placed, check_terms, on_amx, opened, part_lines, placed_terms, term_line
+from topwork.ops.project import project
+from topwork.ops.projection import Projection
+from topwork.ops.prologues import Gated, RmsNorm
+from topwork.ops.residual import residual_norm, residual_sum
+from topwork.ops.self_attention import SelfAttention, self_attention
+
+GROUPS = slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)
+"""Parts with one input: gate and up, down, the attention's inputs, its output."""
+LAYER, FACTORS = struct.Struct("35q"), struct.Struct("4d")
+"""As decoder.c has a layer and its factors."""
+Rotary = tuple[Tensor, Tensor] | None
+Functions = tuple[int, int]
+"""Addresses of the attention's, forward and backward."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Gate, up, down, queries, keys, values and the attention's output by their frozen weights and biases, what
+    adapters add to their products, and what stands between them: norms before the attention and before the feed-forward
+    half, and the factor of what goes back into the stream."""
+
+    weights: tuple[Tensor | Packed, ...]
+    biases: tuple[Tensor | None, ...]
+    terms: tuple[Placed, ...]
+    attention: SelfAttention
+    norms: tuple[RmsNorm, RmsNorm]
+    kind: str
+    multiplier: float
+
+    @property
+    def features(self) -> int:
+        return int(self.weights[0].shape[0])
+
+    @property
+    def hidden(self) -> int:
+        return int(self.weights[0].shape[1])
+
+
+def decoder_layer_of(
+    x: Tensor, inputs: Sequence[Projection], output: Projection, gates: Sequence[Projection], down: Projection,
+    norms: tuple[RmsNorm, RmsNorm], attention: SelfAttention, kind: str, multiplier: float,
+) -> DecoderLayer | None:  # fmt: skip
+    """The layer for a stream x [1, T, d] in fp32, where it is best made in one step: else None."""
+    if len(inputs) != 3 or len(gates) != 2 or not _stands_alone(x) or not _known(attention, norms):
+        return None
+    near = norms[0].weight
+    groups = gates, (down,), inputs, (output,)
+    if not multiplies_all(near) or not on_amx() or (terms := placed_terms(groups, near.dtype)) is None:
+        return None
+    layers = (*gates, down, *inputs, output)
+    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+    return DecoderLayer(weights, biases, terms, attention, norms, kind, multiplier)
+
+
+def _stands_alone(x: Tensor) -> bool:
+    """Whether a stream can be overwritten by a kernel."""
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0 and not x._is_view()
+
+
+def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
+    """Whether all that stands between products is C's."""
+    rule = attention.rule
+    usual = attention.norms is None and attention.sinks is None and not attention.restores and rule.softcap is None
+    fits = attention.heads.size in NATIVE_SIZES and rule.scale > 0 and (rule.window is None or rule.window > 0)
+    plain = all(norm.weight.dtype in native.KINDS and norm.weight.is_contiguous() for norm in norms)
+    return usual and fits and plain and native.compiled("attention") is not None
+
+
+def decoder_layer(x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...]) -> Tensor:
+    """x [1, T, d], which is overwritten, to the next layer's. rotary is cos and sin [T, R] each, bounds a batch's."""
+    if rotary is not None and not all(table.stride(1) == 1 for table in rotary):
+        rotary = rotary[0].contiguous(), rotary[1].contiguous()
+    _check(x, layer, rotary, bounds)
+    learned = [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
+    return _DecoderLayer.apply(x, layer, rotary, bounds, *learned)
+
+
+def _check(
+    x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...]
+) -> None:  # fmt: skip
+    """Raises ValueError for what does not belong together: the kernel sees bare memory."""
+    f, d, heads = layer.features, layer.hidden, layer.attention.heads
+    own, others = heads.queries * heads.size, heads.keys * heads.size
+    sizes = [(int(w.shape[0]), int(w.shape[1])) for w in layer.weights]
+    expected = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
+    if sizes != expected or not _stands_alone(x) or x.shape != (1, bounds[-1], d) or bounds[0]:
+        raise ValueError(
+            f"layers {sizes} for x {native.told(x)} of {bounds[0]} to {bounds[-1]} rows, where {expected} and "
+            f"[1, T, {d}] in fp32 are expected"
+        )
+    if any(len(bias) != size for bias, (size, _) in zip(layer.biases, sizes) if bias is not None):
+        raise ValueError(f"biases of other lengths than layers {sizes}")
+    if any(norm.weight.shape != (d,) for norm in layer.norms):
+        raise ValueError(f"norms of other widths than {d}")
+    if rotary is not None:
+        cos, sin = rotary
+        alike = cos.shape == sin.shape and cos.dtype == sin.dtype and cos.stride() == sin.stride()
+        if not alike or cos.dtype not in native.KINDS or len(cos) != x.shape[1] or cos.shape[1] > heads.size:
+            raise ValueError(
+                f"cos is {native.told(cos)} and sin {native.told(sin)}, expected two alike, "
+                f"[{x.shape[1]}, up to {heads.size}]"
+            )
+    check_terms(layer.terms, sizes, x.shape[1])
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer, rotary, bounds, *learned):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x)
+        ctx.layer, ctx.rotary, ctx.bounds = layer, rotary, bounds
+        kept = run_forward(layer, x, rotary, bounds, attention_functions())
+        ctx.save_for_backward(kept, *learned)  # with what learns, which torch refuses changed
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return (None,) * (4 + 2 * len(ctx.layer.terms))
+        kept, *_ = ctx.saved_tensors
+        dx, wants = grad.contiguous(), ctx.needs_input_grad[0]
+        given = ctx.layer, dx, kept, ctx.rotary, ctx.bounds, attention_functions()
+        all_da, all_db = run_backward(*given, wants)
+        return dx if wants else None, None, None, None, *all_da, *all_db
+
+
+def run_forward(
+    layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions
+) -> Tensor:  # fmt: skip
+    """Takes x through the layer, and gives what the backward pass needs, in one block."""
+    places = _places(layer, x.shape[1])
+    inner, end = _rows_of_terms(layer, places.kept_end)
+    kept = saved_empty(x, end, dtype=torch.uint8)
+    at = kept.data_ptr()
+    lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
+    with scratch_scope():
+        scratch = scratch_empty(x, places.scratch_end, dtype=torch.uint8)
+        _run(layer, x, places, at, scratch.data_ptr(), rotary, bounds, attention, lines)
+    return kept
+
+
+def run_backward(
+    layer: DecoderLayer, dx: Tensor, kept: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions,
+    wants: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The gradients of each term's A and B; where it is wanted, the stream's takes the place of dx."""
+    places, at = _places(layer, dx.shape[1]), kept.data_ptr()
+    inner, _ = _rows_of_terms(layer, places.kept_end)
+    slopes, end = _rows_of_terms(layer, places.scratch_end)
+    all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
+    all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
+    with scratch_scope():
+        scratch = scratch_empty(dx, end, dtype=torch.uint8)
+        room = scratch.data_ptr()
+        lines = [
+            term_line(placed, at + s, room + g, da, db)
+            for placed, s, g, da, db in zip(layer.terms, inner, slopes, all_da, all_db)
+        ]
+        _run(layer, dx, places, at, room, rotary, bounds, attention, lines, back=True, wants=wants)
+    return all_da, all_db
+
+
+class _Places(NamedTuple):
+    """Where in a block each of what is kept stands (x rounded and its norm's numbers before either half, q k v, the
+    attention's output and lse, gate and up), where each of what is needed for a moment (n, y and two rooms), and where
+    that ends; bytes."""
+
+    kept: tuple[int, ...]
+    kept_end: int
+    scratch: tuple[int, ...]
+    scratch_end: int
+
+
+def _places(layer: DecoderLayer, rows: int) -> _Places:
+    heads = layer.attention.heads
+    return _placed(rows, layer.hidden, layer.features, heads.queries, heads.queries * heads.size, heads.width)
+
+
+@lru_cache(maxsize=64)
+def _placed(rows: int, d: int, f: int, heads: int, own: int, width: int) -> _Places:
+    """Kept, because all layers of a pass are alike."""
+    of_row = [2 * d, 2 * d, 4, 4, 2 * width, 2 * own, 4 * heads, 4 * f]
+    *kept, kept_end = _one_behind_another([rows * size for size in of_row])
+    rooms = [2 * d, 2 * d, 2 * max(f, own + d), 2 * max(f, width)]
+    *scratch, scratch_end = _one_behind_another([rows * size for size in rooms])
+    return _Places(tuple(kept), kept_end, tuple(scratch), scratch_end)
+
+
+def _rows_of_terms(layer: DecoderLayer, start: int) -> tuple[list[int], int]:
+    """Where [rows, r] of each term stands, in 16 bits, and where they end."""
+    sizes = [2 * (term.stop - term.start) * term.a.shape[0] for term, _ in layer.terms]
+    *places, end = _one_behind_another(sizes, start)
+    return places, end
+
+
+def _one_behind_another(sizes: Sequence[int], start: int = 0) -> list[int]:
+    """Where each begins, and the end, in whole cache lines."""
+    return list(accumulate((-(-size // 64) * 64 for size in sizes), initial=start))
+
+
+def _run(
+    layer: DecoderLayer, x: Tensor, places: _Places, kept: int, scratch: int,
+    rotary: Rotary, bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
+    wants: bool = True,
+) -> None:  # fmt: skip
+    library = native.compiled("decoder")
+    assert library is not None
+    heads, rule, norms = layer.attention.heads, layer.attention.rule, layer.norms
+    spans, sequences = spans_of(bounds)
+    turns = (0, 0, 0, 0, 0)
+    if rotary is not None:
+        cos, sin = rotary
+        turns = cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.shape[1] // 2, native.KINDS[cos.dtype]
+    table = LAYER.pack(
+        x.shape[1], layer.hidden, layer.features, KINDS.index(layer.kind), *attention,
+        heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
+        x.data_ptr(), *(kept + place for place in places.kept), *(scratch + place for place in places.scratch),
+        *(norm.weight.data_ptr() for norm in norms),
+        *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(wants),
+    )  # fmt: skip
+    factors = FACTORS.pack(rule.scale, norms[0].eps, norms[1].eps, layer.multiplier)
+    weights = [opened(layer.weights[group]) for group in GROUPS]
+    parts = b"".join(line for own, group in zip(weights, GROUPS) for line in part_lines(own, layer.biases[group]))
+    failed = library.topwork_decoder_layer(
+        parts, table, factors, b"".join(lines), len(lines), int(back), torch.get_num_threads()
+    )
+    if failed == NOT_ON_AMX:
+        raise NotImplementedError("the kernel of decoder layers is not made for AMX: ask `decoder_layer_of` first")
+    if failed:
+        raise MemoryError(f"no memory for a decoder layer of {x.shape[1]} rows")
+
+
+def attention_functions() -> Functions:
+    """attention.c's, which decoder.c calls."""
+    library = native.compiled("attention")
+    assert library is not None
+    return _addresses(library)
+
+
+@lru_cache(maxsize=4)
+def _addresses(attention: ctypes.CDLL) -> Functions:
+    functions = attention.topwork_attention_forward, attention.topwork_attention_backward
+    forward, backward = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return forward, backward
+
+
+def in_single_steps(layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...]) -> Tensor:
+    """The truth: what other ops make of dense weights, one after the other."""
+    gate, up, down, query, key, value, output = (
+        Projection(weight, bias, tuple(term for term, its in layer.terms if its == part))
+        for part, (weight, bias) in enumerate(zip(layer.weights, layer.biases))
+    )
+    dtype, multiplier = gate.weight.dtype, layer.multiplier
+    total, n, prologue = residual_norm(x, layer.norms[0], dtype)
+    out = self_attention(project(n, (query, key, value), prologue), rotary, bounds, layer.attention)
+    y = project(out, (output,))
+    total, n, prologue = residual_norm(total, layer.norms[1], dtype, y, multiplier)
+    y = project(project(n, (gate, up), prologue), (down,), Gated(layer.kind))
+    return residual_sum(total, y, multiplier)
