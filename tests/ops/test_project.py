@@ -97,17 +97,21 @@ def test_terms_below_what_bfloat16_resolves_are_not_lost(
     kind: str, segments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an adapter brings in its first steps is less than the last bit of most outputs and gradients: rounded
-    together with the base's product it is there on average; added afterwards, a tenth of it would be."""
-    torch.manual_seed(0)
+    together with the base's product it is there on average; added afterwards, a tenth of it would be. A single draw's
+    share is 1.0 with a standard deviation of up to 0.4."""
     if kind.startswith("by torch"):
         monkeypatch.setattr(ops_project, "multiplies_all", lambda _: False)
-    group = in_bfloat16(a_group([192, 64], SEGMENTS[segments], bias="biased" in kind), kind, 3e-4)
-    x = torch.randn(T, IN).bfloat16()
-    (y, dx, *_), (true_y, true_dx, *_) = both(x, group, Identity())
-    (bare_y, bare_dx), (true_bare_y, true_bare_dx) = both(x, without_terms(group), Identity())
-    for found, bare, term in ((y, bare_y, true_y - true_bare_y), (dx, bare_dx, true_dx - true_bare_dx)):
-        share = float(((found.double() - bare.double()) * term).sum() / term.square().sum())
-        assert 0.5 < share < 1.6
+    shares: list[list[float]] = []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        group = in_bfloat16(a_group([192, 64], SEGMENTS[segments], bias="biased" in kind), kind, 3e-4)
+        x = torch.randn(T, IN).bfloat16()
+        (y, dx, *_), (true_y, true_dx, *_) = both(x, group, Identity())
+        (bare_y, bare_dx), (true_bare_y, true_bare_dx) = both(x, without_terms(group), Identity())
+        pairs = (y, bare_y, true_y - true_bare_y), (dx, bare_dx, true_dx - true_bare_dx)
+        shares.append([float(((a.double() - b.double()) * c).sum() / c.square().sum()) for a, b, c in pairs])
+    for share in zip(*shares):
+        assert 0.75 < sum(share) / len(share) < 1.25
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])

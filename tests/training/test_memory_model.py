@@ -16,7 +16,7 @@ from topwork.models.config import ModelConfig
 from topwork.models.recognise import is_fast
 from topwork.models.structure_of import structure_of
 from topwork.objectives.sft import Sft
-from topwork.ops import feedforward, workspace
+from topwork.ops import parts, workspace
 from topwork.plan.base import structure_named
 from topwork.quantization.config import QuantizationConfig
 from topwork.training import memory_pass
@@ -145,7 +145,7 @@ def test_a_passs_blocks_are_what_the_formula_says(options: dict[str, Any], monke
 
 
 def test_a_small_layers_packed_weights_are_dense_together() -> None:
-    assert memory_pass.OPENED_BYTES == feedforward.MOST_OPENED
+    assert memory_pass.OPENED_BYTES == parts.MOST_OPENED
     structure, adapter = structure_named(ModelConfig(model_name_or_path="smollm2-135m")), AdapterConfig(**LORA)
     member, shape = Member(adapter, "adamw", tensor_sizes(structure, adapter)), PassShape(512, 256, 512)
     for device, dtype, expected in (("cpu", "bfloat16", 3 * 576 * 1536 * 2), ("cpu", "float32", 2 << 20)):

@@ -51,9 +51,8 @@ def placed_terms(groups: Sequence[Sequence[Projection]], dtype: torch.dtype) -> 
         if len(found) - before + biases > MOST_ADDENDS:
             return None
         first += len(group)
-    weights = [layer.weight for group in groups for layer in group]
-    packed = sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed))
-    return tuple(found) if packed <= MOST_OPENED and all(_plain(term) for term, _ in found) else None
+    fits = openable([layer.weight for group in groups for layer in group])
+    return tuple(found) if fits and all(_plain(term) for term, _ in found) else None
 
 
 def _fits(layer: Projection, dtype: torch.dtype) -> bool:
@@ -76,6 +75,11 @@ def check_terms(terms: Iterable[Placed], sizes: Sequence[tuple[int, int]], rows:
                 f"a term of rows {term.start}:{term.stop} with A {tuple(term.a.shape)} and B {tuple(term.b.shape)}, "
                 f"where rows of {rows}, {inputs} inputs and {outputs} outputs are expected"
             )
+
+
+def openable(weights: Sequence[Tensor | Packed]) -> bool:
+    """Whether what is packed of them is little enough to be made dense all at once."""
+    return sum(2 * w.shape[0] * w.shape[1] for w in weights if isinstance(w, Packed)) <= MOST_OPENED
 
 
 def opened(group: Sequence[Tensor | Packed]) -> list[Tensor]:

@@ -41,6 +41,7 @@ from topwork.ops.bundles import (
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
 from topwork.ops.packed import Packed
+from topwork.ops.parts import openable, opened
 from topwork.ops.projection import Placed, Projection, base_gradient, base_products, begun, biases, side_by_side
 from topwork.ops.prologues import Identity, Prologue
 from topwork.ops.quantized_linear import write_output
@@ -107,6 +108,21 @@ class _Group(NamedTuple):
         output that is rounded already is lost where it is less than half of what this resolves."""
         return not self.joins and bool(self.bundles)
 
+    def opened(self) -> "_Group":
+        """With small packed weights dense and joined, inside of `scratch_scope`: one product, whose gradient is rounded
+        once, as that of dense ones is."""
+        weights = [projection.weight for projection, _ in self.base]
+        if not self.joins or not all(isinstance(weight, Packed) for weight in weights) or not openable(weights):
+            return self
+        first, *_ = opened(weights)
+        whole = first.as_strided((self.outputs, self.inputs), first.stride())
+        biases = [projection.bias for projection, _ in self.base]
+        given = next((bias for bias in biases if bias is not None), None)
+        if given is not None:
+            rows = [given.new_zeros(w.shape[0]) if bias is None else bias for w, bias in zip(weights, biases)]
+            return self._replace(base=side_by_side((Projection(whole, torch.cat(rows)),)))
+        return self._replace(base=side_by_side((Projection(whole),)))
+
     @property
     def inputs(self) -> int:
         return int(self.base[0][0].weight.shape[1])
@@ -132,6 +148,7 @@ class _Project(torch.autograd.Function):
         ctx.prologue, ctx.group = prologue, group
         gains = group.vectors.gains
         with scratch_scope():
+            group = group.opened()
             n, kept = prologue.forward(x)
             shape = n.shape[0], group.outputs
             keeps = keeps or (bool(gains) and n.shape[1] > shape[1])
@@ -150,11 +167,12 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         kept, inner, _ = _split(ctx.saved_tensors, *ctx.counts)
-        wants_x, prologue, group, vectors = ctx.needs_input_grad[0], ctx.prologue, ctx.group, ctx.group.vectors
+        wants_x, prologue, vectors = ctx.needs_input_grad[0], ctx.prologue, ctx.group.vectors
         all_da: list[Tensor] = []
         all_db: list[Tensor] = []
         of_inputs: list[Tensor] = []
         with scratch_scope():
+            group = ctx.group.opened()
             out, ctx.out = ctx.out, None
             if vectors.gains and out is None:
                 out = scratch_empty(dout, *dout.shape)

@@ -1,0 +1,338 @@
+"""Decoder layers in one step: the single steps to the bit, threads, memory and its borders, and when they are taken."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.families import added, learning_batch, sequences, tiny_base
+from reference.measure import relative
+from topwork.adapters.config import AdapterConfig
+from topwork.adapters.graft import Adapters
+from topwork.models import fast
+from topwork.models.base import Base
+from topwork.models.checkpointing import checkpoint_layers
+from topwork.ops import decoder_layer as module
+from topwork.ops import parts
+from topwork.ops.attention_reference import AttentionRule
+from topwork.ops.batch import Batch, Segment
+from topwork.ops.bundles import LowRank
+from topwork.ops.context import training_pass
+from topwork.ops.decoder_layer import DecoderLayer
+from topwork.ops.native import load
+from topwork.ops.packed import pack_4bit
+from topwork.ops.parts import Placed
+from topwork.ops.prologues import RmsNorm
+from topwork.ops.self_attention import Heads, SelfAttention
+from topwork.ops.workspace import Workspace
+
+BOUNDS = (0, 40, 40, 41, 97, 150)
+HALVES = torch.float32, torch.bfloat16
+
+
+def drawn(
+    heads: int = 4, key_heads: int = 2, size: int = 16, d: int = 96, f: int = 160, kind: str = "silu",
+    terms: tuple[tuple[int, int, int], ...] = ((0, 150, 32),), biases: torch.dtype | None = None,
+    window: int | None = None, norms: torch.dtype = torch.bfloat16, multiplier: float = 1.0,
+) -> DecoderLayer:  # fmt: skip
+    """Gate and up stand behind one another, and so do queries, keys and values; `terms` are start, stop and rank."""
+    torch.manual_seed(heads + d + f)
+    own, others = heads * size, key_heads * size
+    sizes = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
+    weights = [(torch.randn(n, k) / k**0.5).bfloat16() for n, k in sizes]
+    weights[:2] = torch.cat(weights[:2]).split(f)
+    weights[3:6] = torch.cat(weights[3:6]).split([own, others, others])
+    placed = [
+        Placed(LowRank(start, stop, _master(r, k), _master(n, r), 0.37), part)
+        for part, (n, k) in enumerate(sizes)
+        for start, stop, r in terms
+    ]
+    shifts = tuple(
+        None if biases is None or part < 3 else torch.randn(n).to(biases) for part, (n, _) in enumerate(sizes)
+    )
+    around = RmsNorm(torch.randn(d).to(norms), 1e-5), RmsNorm(torch.randn(d).to(norms), 1e-6, kind == "gelu")
+    attention = SelfAttention(Heads(heads, key_heads, size), AttentionRule(size**-0.5, window))
+    return DecoderLayer(tuple(weights), shifts, tuple(placed), attention, around, kind, multiplier)
+
+
+def _master(n: int, k: int) -> Tensor:
+    return (torch.randn(n, k) / k**0.5).requires_grad_()
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "one adapter": {},
+    "none": {"terms": ()},
+    "several": {"terms": ((0, 41, 32), (41, 97, 64), (100, 150, 32))},
+    "rows of two": {"terms": ((0, 120, 32), (30, 150, 32))},
+    "biases": {"biases": torch.bfloat16, "multiplier": 0.22},
+    "biases and norms in fp32": {"biases": torch.float32, "norms": torch.float32, "kind": "gelu"},
+    "a window": {"window": 9, "kind": "gelu_tanh"},
+    "wide heads": {"heads": 2, "key_heads": 1, "size": 112, "f": 32},
+    "no groups of heads": {"heads": 3, "key_heads": 3, "size": 32, "d": 64, "f": 48},
+}
+ALL = pytest.mark.parametrize("of", LAYERS)
+
+
+def given(layer: DecoderLayer) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """A stream, cos and sin, and a gradient."""
+    size = layer.attention.heads.size
+    x, dx = (torch.randn(1, BOUNDS[-1], layer.hidden) for _ in range(2))
+    angles = torch.randn(BOUNDS[-1], size // 2).repeat(1, 2)
+    return x, (angles.cos(), angles.sin()), dx
+
+
+def learned(layer: DecoderLayer) -> list[Tensor]:
+    return [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
+
+
+def results(layer: DecoderLayer, step: Callable[..., Tensor], wants: bool = True) -> list[Tensor]:
+    """The stream behind it, and the gradients of it (where it is wanted) and of all that learns."""
+    torch.manual_seed(1)
+    x, rotary, dx = given(layer)
+    leaf = x.requires_grad_(wants)
+    with training_pass(Workspace()):
+        y = step(leaf * 1.0, *rotary_first(layer, rotary))
+        wanted = [*([leaf] if wants else []), *learned(layer)]
+        return [y.detach().clone(), *(torch.autograd.grad(y, wanted, dx) if wanted else ())]
+
+
+def rotary_first(layer: DecoderLayer, rotary: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    return layer, rotary, BOUNDS
+
+
+def in_single_steps(x: Tensor, layer: DecoderLayer, rotary: Any, bounds: tuple[int, ...]) -> Tensor:
+    return module.in_single_steps(layer, x, rotary, bounds)
+
+
+@ALL
+def test_it_is_the_single_steps_to_the_bit(of: str, on_amx) -> None:
+    """But for sums that are made in another order where the layers' weights are multiplied apart, as they are there."""
+    layer = drawn(**LAYERS[of])
+    found, expected = results(layer, module.decoder_layer), results(layer, in_single_steps)
+    assert torch.equal(found[0], expected[0])
+    for mine, its in zip(found[1:], expected[1:], strict=True):
+        assert relative(mine, its) < 1e-2
+
+
+@ALL
+def test_the_number_of_threads_changes_nothing(of: str, on_amx) -> None:
+    layer, found = drawn(**LAYERS[of]), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(layer, module.decoder_layer))
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+def test_a_gradient_that_nobody_wants_changes_no_other(on_amx) -> None:
+    layer = drawn(**LAYERS["several"])
+    found, expected = (results(layer, module.decoder_layer, wants) for wants in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(found[1:], expected[2:], strict=True))
+
+
+def test_without_positions(on_amx) -> None:
+    layer = drawn()
+
+    def without(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, layer, _, bounds: step(x, layer, None, bounds)
+
+    found, expected = results(layer, without(module.decoder_layer)), results(layer, without(in_single_steps))
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], results(layer, module.decoder_layer)[0])
+
+
+def test_the_stream_is_overwritten_and_its_gradient_too(on_amx) -> None:
+    layer = drawn()
+    x, rotary, dx = given(layer)
+    stream = x.requires_grad_() * 1.0
+    with training_pass(Workspace()):
+        y = module.decoder_layer(stream, layer, rotary, BOUNDS)
+        (back,) = torch.autograd.grad(y, stream, dx)
+    assert y.data_ptr() == stream.data_ptr()
+    assert back.data_ptr() == dx.data_ptr()
+
+
+def test_packed_weights_are_what_they_stand_for(on_amx) -> None:
+    layer = drawn(**LAYERS["biases"])
+    packed = replace(layer, weights=tuple(pack_4bit(weight, "nf4", 32, True) for weight in layer.weights))
+    dense = replace(packed, weights=tuple(chain(*(parts.opened(packed.weights[group]) for group in module.GROUPS))))
+    found, expected = results(packed, module.decoder_layer), results(dense, module.decoder_layer)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_what_is_not_finite_stays_in_its_sequence(on_amx) -> None:
+    """An adapter that has diverged, beside another."""
+    layer = drawn(terms=((0, 41, 5), (41, 150, 16)))
+    expected = results(layer, module.decoder_layer)
+    with torch.no_grad():
+        for term, _ in layer.terms[::2]:
+            term.b[7, 1], term.a[1, 7] = torch.inf, torch.nan
+    found = results(layer, module.decoder_layer)
+    for mine, its in zip(found[:2], expected[:2]):
+        assert mine[0, :41].isnan().any()
+        assert relative(mine[0, 41:], its[0, 41:]) < 1e-2
+    half = len(layer.terms)
+    for number in (*range(1, half, 2), *range(half + 1, 2 * half, 2)):
+        assert relative(found[2 + number], expected[2 + number]) < 1e-2
+
+
+def test_only_its_own_memory_is_written(on_amx, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept and what is needed for a moment stand between borders, and are not a number at first."""
+    layer, rooms = drawn(**LAYERS["several"]), list[Tensor]()
+    expected = results(layer, module.decoder_layer)
+
+    def bordered(_: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        assert dtype == torch.uint8
+        rooms.append(torch.full((size + 512,), 255, dtype=dtype))
+        return rooms[-1][256:-256]
+
+    monkeypatch.setattr(module, "saved_empty", bordered)
+    monkeypatch.setattr(module, "scratch_empty", bordered)
+    found = results(layer, module.decoder_layer)
+    assert len(rooms) == 3
+    assert all((room[:256] == 255).all() and (room[-256:] == 255).all() for room in rooms)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_what_learns_may_not_change_before_the_gradient(on_amx) -> None:
+    layer = drawn()
+    x, rotary, _ = given(layer)
+    with training_pass(Workspace()):
+        y = module.decoder_layer(x, layer, rotary, BOUNDS)
+        with torch.no_grad():
+            layer.terms[0].term.a.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), learned(layer))
+
+
+def wrong() -> Iterator[Any]:
+    layer = drawn(**LAYERS["biases"])
+    x, (cos, sin), _ = given(layer)
+    gate, *others = layer.weights
+    norm, other = layer.norms
+    short = replace(layer.terms[0].term, stop=151)
+    yield "layers", (x, replace(layer, weights=(gate.t(), *others)), (cos, sin), BOUNDS)
+    yield "layers", (x[:, :-1].contiguous(), layer, (cos, sin), BOUNDS)
+    yield "layers", (x.double(), layer, (cos, sin), BOUNDS)
+    yield "layers", (x.transpose(1, 2).contiguous().transpose(1, 2), layer, (cos, sin), BOUNDS)
+    yield "biases", (x, replace(layer, biases=(None, None, None, torch.zeros(3), None, None, None)), (cos, sin), BOUNDS)
+    yield "norms", (x, replace(layer, norms=(replace(norm, weight=torch.ones(95)), other)), (cos, sin), BOUNDS)
+    yield "cos is", (x, layer, (cos, sin[:, :-2]), BOUNDS)
+    yield "cos is", (x, layer, (cos[:-1], sin[:-1]), BOUNDS)
+    yield "cos is", (x, layer, (cos.half(), sin.half()), BOUNDS)
+    yield "cos is", (x, layer, (cos.repeat(1, 2), sin.repeat(1, 2)), BOUNDS)
+    yield "a term of rows", (x, replace(layer, terms=(Placed(short, 0),)), (cos, sin), BOUNDS)
+
+
+@pytest.mark.parametrize("case", wrong(), ids=lambda case: case[0])
+def test_what_does_not_belong_together_is_refused(case: Any) -> None:
+    with pytest.raises(ValueError, match=case[0]):
+        module.decoder_layer(*case[1])
+
+
+# Models
+
+FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "llama": (1, {}),
+    "mistral": (2, {"num_hidden_layers": 3}),
+    "qwen2": (1, {}),
+    "granite": (1, {}),
+    "smollm3": (1, {}),
+    "qwen3": (0, {}),  # norms of heads
+    "olmo2": (0, {}),  # norms that follow
+    "gemma2": (0, {}),  # both, and scores that are capped
+    "phi3": (0, {}),  # one weight for queries, keys and values
+}
+"""How many layers are made in one step (the last one goes on with fewer rows), and values of the model."""
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[Base, Adapters]:
+    values = FAMILIES[family][1] if family in FAMILIES else {}
+    base = tiny_base(family, dtype=dtype, **values)
+    return base, added(base, a=AdapterConfig.model_validate({"r": 32, **options}), b=AdapterConfig(r=4))
+
+
+@pytest.fixture
+def calls(on_amx, monkeypatch: pytest.MonkeyPatch) -> list[DecoderLayer]:
+    """Of each layer that is made in one step."""
+    made: list[DecoderLayer] = []
+    monkeypatch.setattr(fast, "decoder_layer", lambda *of: made.append(of[1]) or module.decoder_layer(*of))
+    return made
+
+
+def gradients(base: Base, adapters: Adapters, batch: Batch, workspace: bool = True) -> list[Tensor]:
+    """Log-probabilities, and what they give all adapters of the batch."""
+    names = {segment.adapter for segment in batch.segments}
+    parameters = [x for name in sorted(filter(None, names)) for x in adapters.parameters(name).values()]
+    factor = -batch.labels.loss_weights
+    with training_pass(Workspace() if workspace else None):
+        values = base.log_probabilities(batch, factor)
+        return [values.detach().clone(), *torch.autograd.grad((factor * values).sum(), parameters)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("members", ["a", "ab"])
+def test_a_model_has_the_same_gradients(
+    family: str, members: str, calls: list[DecoderLayer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = adapted(family)
+    batch = learning_batch(sequences(), "a")
+    if members == "ab":
+        cuts = batch.cu_seqlens[0], batch.cu_seqlens[2], batch.cu_seqlens[-1]
+        batch = replace(batch, segments=tuple(Segment(*span, name) for span, name in zip(zip(cuts, cuts[1:]), "ab")))
+    found = gradients(base, adapters, batch)
+    assert len(calls) == FAMILIES[family][0]
+    calls.clear()
+    monkeypatch.setattr(fast, "decoder_layer_of", lambda *_: None)
+    expected = gradients(base, adapters, batch)
+    assert not calls
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "ia3": {"method": "ia3", "r": None},
+    "bitfit": {"method": "bitfit", "r": None},
+    "prefixes": {"method": "prefix", "r": None, "num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_it_is_not_for(name: str, calls: list[DecoderLayer]) -> None:
+    options = {key: value for key, value in OTHERWISE[name].items() if value is not None}
+    base = tiny_base("qwen2", dtype=torch.bfloat16)
+    options = options if "method" in options else {"r": 4, **options}
+    adapters = added(base, a=AdapterConfig.model_validate(options))
+    adapters.train("a")
+    gradients(base, adapters, learning_batch(sequences(), "a"))
+    assert not calls
+
+
+def test_nor_in_fp32_nor_without_a_workspace_nor_again(calls: list[DecoderLayer]) -> None:
+    batch = learning_batch(sequences(), "a")
+    gradients(*adapted(dtype=torch.float32), batch)
+    assert not calls
+    base, adapters = adapted()
+    gradients(base, adapters, batch, workspace=False)
+    with torch.no_grad():
+        base.log_probabilities(batch)
+    assert not calls
+    expected = gradients(base, adapters, batch)
+    assert len(calls) == 1
+    checkpoint_layers(base, 2)
+    found = gradients(base, adapters, batch)
+    assert len(calls) == 1
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
+
+
+def test_nor_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "compiled", lambda _: None)
+    monkeypatch.setattr(fast, "decoder_layer", None)
+    gradients(*adapted(), learning_batch(sequences(), "a"))
