@@ -11,10 +11,12 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from reference.families import alone, logits, randomise, sequences, tiny_model
+from reference.families import alone, logits, sequences, tiny_model
 from reference.measure import relative
 from topwork.adapters.config import AdapterConfig
 from topwork.adapters.graft import Adapters
@@ -28,6 +30,8 @@ from topwork.models.load import as_base
 from topwork.ops.batch import batch_of
 
 HERE = BaseId("owner/base", "sha256:one")
+NEAR = 3e-6
+"""What two right results may be apart; of 2776 drawn adapters the furthest were 7e-7."""
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LONGER = ["self_attn.v_proj", "1.mlp.up_proj", "model.layers.0.self_attn.o_proj"]
 KEYS = [
@@ -102,17 +106,28 @@ def possible(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def moved(parameter: Parameter, scaling: float) -> None:
+    """Of what a LoRA multiplies by s, 1 / s as much: an update a hundred times as large as the weight makes a model
+    that enlarges what fp32 rounds. Of 2100 adapters so drawn four were 1e-5 to 4e-4 apart, ours 5e-6 to 2e-4 and PEFT's
+    4e-6 to 3e-4 from float64. An s that is wrong by a hundredth at one layer now shows in all of 1394 tries; before,
+    32 of them were below the bound of 1e-5."""
+    size = 0.05 / max(1.0, scaling) if parameter.dim() == 2 else 0.05
+    parameter.add_(size * torch.randn(parameter.shape))
+
+
 def saved_by_peft(folder: Path, config: PeftConfig) -> None:
     config.task_type = "CAUSAL_LM"
     try:
         model = get_peft_model(copy.deepcopy(tiny()), config)
     except ValueError:  # nothing of it is there
         assume(False)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    scalings = {parameter: layer.scaling["default"] for layer in layers for parameter in layer.parameters()}
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                moved(parameter, scalings.get(parameter, 1.0))
     model.peft_config["default"].base_model_name_or_path = "owner/base"
     model.save_pretrained(folder)
 
@@ -125,7 +140,7 @@ def as_peft_reads(folder: Path) -> None:
         with pytest.raises(AdapterError, match="have rank"):
             ours(folder)
         return
-    assert relative(ours(folder), expected) < 1e-5
+    assert relative(ours(folder), expected) < NEAR
 
 
 DRAWN = settings(
@@ -154,14 +169,17 @@ def test_we_write_a_lora_and_peft_reads(
     values = possible(values)
     if init in ("pissa", "olora"):
         values["use_dora"] = False
+    if init == "olora":  # a reader subtracts s B0 A0, s times as large as the weight: by 6e-6 of rounding at s = 70
+        values["lora_alpha"] **= 0.5
+        values["alpha_pattern"] = {key: alpha**0.5 for key, alpha in values["alpha_pattern"].items()}
     try:
         config = settled(Adapters(base.module).bare().seen, AdapterConfig(**values, init_lora_weights=init))[0]
         adapters = written(base, folder, config)
     except AdapterError:  # nothing of it is there, or pissa at an embedding
         assume(False)
     own = logits(base, batch_of(sequences()[:1], "a"))
-    assert relative(by_peft(folder), own) < 1e-5
-    assert torch.equal(ours(folder), own) or (init in ("pissa", "olora") and relative(ours(folder), own) < 1e-5)
+    assert relative(by_peft(folder), own) < NEAR
+    assert torch.equal(ours(folder), own) or (init in ("pissa", "olora") and relative(ours(folder), own) < NEAR)
     said = json.loads((folder / "adapter_config.json").read_text())
     paths = [path for path, part in adapters.parts("a").items() if part.setting is not None]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -171,7 +189,11 @@ def test_we_write_a_lora_and_peft_reads(
 def written(base: Base, folder: Path, config: AdapterConfig) -> Adapters:
     adapters = Adapters(base.module)
     adapters.add("a", config)
-    randomise(adapters, "a")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part in adapters.parts("a").values():
+            for parameter in part.parameters():
+                moved(parameter, part.setting if isinstance(part.setting, float) else 1.0)
     write_adapter(folder, adapters, "a", HERE)
     return adapters
 
@@ -196,7 +218,7 @@ def test_ia3_both_ways(values: dict[str, Any], tmp_path_factory: pytest.TempPath
     base = here()
     config = settled(Adapters(base.module).bare().seen, AdapterConfig(method="ia3", **values))[0]
     written(base, mine, config)
-    assert relative(by_peft(mine), logits(base, batch_of(sequences()[:1], "a"))) < 1e-5
+    assert relative(by_peft(mine), logits(base, batch_of(sequences()[:1], "a"))) < NEAR
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -210,10 +232,10 @@ def test_virtual_tokens_both_ways(method: str, kind: type[Any], count: int, tmp_
             return model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, -given.shape[1] :]
 
     saved_by_peft(tmp_path / "theirs", kind(num_virtual_tokens=count))
-    assert relative(ours(tmp_path / "theirs"), seen(tmp_path / "theirs")) < 1e-5
+    assert relative(ours(tmp_path / "theirs"), seen(tmp_path / "theirs")) < NEAR
     base = here()
     written(base, tmp_path / "ours", AdapterConfig(method=method, num_virtual_tokens=count))
-    assert relative(seen(tmp_path / "ours"), logits(base, batch_of(sequences()[:1], "a"))) < 1e-5
+    assert relative(seen(tmp_path / "ours"), logits(base, batch_of(sequences()[:1], "a"))) < NEAR
 
 
 PATHS = [f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]

@@ -7,7 +7,14 @@ from typing import Any
 
 from topwork.adapters.config import OWN_TARGETS, BitFitConfig, FullConfig, Ia3Config, PrefixConfig, PromptConfig
 from topwork.adapters.places import Module, Places, Sizes
-from topwork.adapters.targets import choose_modules, excluded_modules, find_targets, linear_names, matching
+from topwork.adapters.targets import (
+    choose_modules,
+    excluded_modules,
+    find_targets,
+    linear_names,
+    matching,
+    named_modules,
+)
 from topwork.common.errors import AdapterError
 
 KEYS_VALUES = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv")
@@ -39,24 +46,25 @@ def ia3_sizes(base: Places, config: Ia3Config) -> Sizes:
 def ia3_targets(base: Places, config: Ia3Config) -> dict[str, bool]:
     """Path -> whether its inputs are scaled, of the modules that `config` names or that IA3 is meant for.
 
-    Raises AdapterError where a base has none that are known, or where `feedforward_modules` is no target.
+    Raises AdapterError where a base has none that are known, or where `feedforward_modules` is no target; where it was
+    one, but for what is left out, all scale their outputs, as in PEFT.
     """
     if config.targets == OWN_TARGETS:
         config = config.model_copy(update={"target_modules": own_names(base.by_path)})
     paths = [path for path in find_targets(base, config) if ".experts." not in path]
     asked = config.feedforward_modules
-    if asked is None:
-        last = set(matching(paths, list(MLP_LAST)))
-    elif isinstance(asked, str):
-        last = set(matching(paths, asked))
-    else:
-        last = {path for path in paths if path.endswith(tuple(asked))}
-    if asked and not last:
+    if asked and not _scaling_inputs(named := named_modules(base, config), asked):
         raise AdapterError(
-            f"feedforward_modules {asked!r} matches none of the {len(paths)} target modules (first {paths[0]}); name "
+            f"feedforward_modules {asked!r} matches none of the {len(named)} target modules (first {named[0]}); name "
             "some of target_modules, or leave it out for the MLP's last layers"
         )
+    last = set(matching(paths, list(MLP_LAST)) if asked is None else _scaling_inputs(paths, asked))
     return {path: path in last for path in paths}
+
+
+def _scaling_inputs(paths: Sequence[str], asked: str | list[str]) -> list[str]:
+    """Those that `feedforward_modules` means, a list by any ending, as in PEFT."""
+    return matching(paths, asked) if isinstance(asked, str) else [path for path in paths if path.endswith(tuple(asked))]
 
 
 def own_names(modules: Mapping[str, Module]) -> list[str]:

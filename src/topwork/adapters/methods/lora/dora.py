@@ -80,14 +80,17 @@ class Dora(Lora):
         return self.lora_magnitude_vector / self.lengths(base_layer)
 
     def forward(self, y: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor:
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        distance = (self.factor(base_layer) - 1).to(y.dtype)
+        """f is multiplied in fp32 and the product rounded once, as in `ops/gain.py`: as y + (f - 1) y a small f leaves
+        y's own rounding, which is 1 / f times as large beside f y."""
+        a, b, factor = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.factor(base_layer)
         inner = F.linear(x, a)
         updated = torch.addmm(y, inner, b.t(), alpha=self.scaling)
-        if not (self.dropout and self.training):
-            bias = getattr(base_layer, "bias", None)
-            return updated + (updated if bias is None else updated - bias) * distance
-        return updated + torch.addmm(product(base_layer, x), inner, b.t(), alpha=self.scaling) * distance
+        if self.dropout and self.training:
+            dropped = torch.addmm(product(base_layer, x), inner, b.t(), alpha=self.scaling)
+            return (updated + dropped * (factor - 1)).to(y.dtype)
+        bias = getattr(base_layer, "bias", None)
+        gained = updated * factor
+        return (gained if bias is None else gained - bias * (factor - 1)).to(y.dtype)
 
     def fused_terms(self, start: int, stop: int, base_layer: nn.Module) -> FusedTerms | None:
         if self.dropout and self.training:
