@@ -190,10 +190,10 @@ def test_only_its_own_memory_is_written(on_amx, monkeypatch: pytest.MonkeyPatch)
         rooms.append(torch.full((size + 512,), 255, dtype=dtype))
         return rooms[-1][256:-256]
 
-    monkeypatch.setattr(module, "saved_empty", bordered)
-    monkeypatch.setattr(module, "scratch_empty", bordered)
+    for name in ("saved_empty", "scratch_empty", "handoff_empty", "handback_empty"):
+        monkeypatch.setattr(module, name, bordered)
     found = results(layer, module.decoder_layer)
-    assert len(rooms) == 3
+    assert len(rooms) == 7
     assert all((room[:256] == 255).all() and (room[-256:] == 255).all() for room in rooms)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 

@@ -194,10 +194,11 @@ def handoff_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -
     return workspace.handoff(shape, dtype) if workspace else like.new_empty(shape, dtype=dtype)
 
 
-def handback_empty(like: Tensor, *shape: int) -> Tensor:
+def handback_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """The same for what a branch begins with, or its gradient, beside what is handed on."""
     workspace = _workspace_for(like)
-    return workspace.handback(shape, like.dtype) if workspace else like.new_empty(shape)
+    dtype = dtype or like.dtype
+    return workspace.handback(shape, dtype) if workspace else like.new_empty(shape, dtype=dtype)
 
 
 def _workspace_for(like: Tensor) -> Workspace | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.attention import NATIVE_SIZES, spans_of
-from topwork.ops.context import saved_empty, scratch_empty, scratch_scope
+from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.gated import KINDS
 from topwork.ops.grouped import multiplies_all
 from topwork.ops.native import load as native
@@ -32,6 +32,7 @@ from topwork.ops.prologues import Gated, RmsNorm
 from topwork.ops.residual import residual_norm, residual_sum
 from topwork.ops.self_attention import SelfAttention, self_attention
 
+DOWN = 2
 GROUPS = slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)
 """Parts with one input: gate and up, down, the attention's inputs, its output."""
 LAYER, FACTORS = struct.Struct("35q"), struct.Struct("4d")
@@ -157,13 +158,12 @@ def run_forward(
 ) -> Tensor:  # fmt: skip
     """Takes x through the layer, and gives what the backward pass needs, in one block."""
     places = _places(layer, x.shape[1])
-    inner, end = _rows_of_terms(layer, places.kept_end)
+    inner, end = _rows_of_terms(layer.terms, places.kept_end)
     kept = saved_empty(x, end, dtype=torch.uint8)
     at = kept.data_ptr()
     lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
     with scratch_scope():
-        scratch = scratch_empty(x, places.scratch_end, dtype=torch.uint8)
-        _run(layer, x, places, at, scratch.data_ptr(), rotary, bounds, attention, lines)
+        _run(layer, x, places, at, _rooms(x, places, 0), rotary, bounds, attention, lines)
     return kept
 
 
@@ -173,30 +173,32 @@ def run_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of each term's A and B; where it is wanted, the stream's takes the place of dx."""
     places, at = _places(layer, dx.shape[1]), kept.data_ptr()
-    inner, _ = _rows_of_terms(layer, places.kept_end)
-    slopes, end = _rows_of_terms(layer, places.scratch_end)
+    inner, _ = _rows_of_terms(layer.terms, places.kept_end)
+    halves = [_rows_of_terms([t for t in layer.terms if (t.part > DOWN) is late]) for late in (False, True)]
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
     with scratch_scope():
-        scratch = scratch_empty(dx, end, dtype=torch.uint8)
-        room = scratch.data_ptr()
+        rooms = _rooms(dx, places, max(end for _, end in halves))
+        slopes = [rooms.slopes + place for half, _ in halves for place in half]
         lines = [
-            term_line(placed, at + s, room + g, da, db)
+            term_line(placed, at + s, g, da, db)
             for placed, s, g, da, db in zip(layer.terms, inner, slopes, all_da, all_db)
         ]
-        _run(layer, dx, places, at, room, rotary, bounds, attention, lines, back=True, wants=wants)
+        _run(layer, dx, places, at, rooms, rotary, bounds, attention, lines, back=True, wants=wants)
     return all_da, all_db
 
 
 class _Places(NamedTuple):
-    """Where in a block each of what is kept stands (x rounded and its norm's numbers before either half, q k v, the
-    attention's output and lse, gate and up), where each of what is needed for a moment (n, y and two rooms), and where
-    that ends; bytes."""
+    """Of a layer's pass over some rows, in bytes: where in a block each of what is kept stands (x rounded and its
+    norm's numbers before either half, q k v, the attention's output and lse, gate and up) and ends; and how large the
+    memory is that it has for a moment, as decoder.c has it."""
 
     kept: tuple[int, ...]
     kept_end: int
-    scratch: tuple[int, ...]
-    scratch_end: int
+    back: int
+    on: int
+    room: int
+    h: int
 
 
 def _places(layer: DecoderLayer, rows: int) -> _Places:
@@ -209,26 +211,46 @@ def _placed(rows: int, d: int, f: int, heads: int, own: int, width: int) -> _Pla
     """Kept, because all layers of a pass are alike."""
     of_row = [2 * d, 2 * d, 4, 4, 2 * width, 2 * own, 4 * heads, 4 * f]
     *kept, kept_end = _one_behind_another([rows * size for size in of_row])
-    rooms = [2 * d, 2 * d, 2 * max(f, own + d), 2 * max(f, width)]
-    *scratch, scratch_end = _one_behind_another([rows * size for size in rooms])
-    return _Places(tuple(kept), kept_end, tuple(scratch), scratch_end)
+    rooms = (_in_lines(2 * rows * size) for size in (max(d, own), max(d, width), max(d, f), f))
+    return _Places(tuple(kept), kept_end, *rooms)
 
 
-def _rows_of_terms(layer: DecoderLayer, start: int) -> tuple[list[int], int]:
+class _Rooms(NamedTuple):
+    """Addresses of a layer's memory for a moment; the last is that of every G."""
+
+    back: int
+    on: int
+    room: int
+    h: int
+    slopes: int
+
+
+def _rooms(x: Tensor, places: _Places, slopes: int) -> _Rooms:
+    back, on = handback_empty(x, places.back, dtype=torch.uint8), handoff_empty(x, places.on, dtype=torch.uint8)
+    room = scratch_empty(x, places.room + places.h + slopes, dtype=torch.uint8).data_ptr()
+    return _Rooms(back.data_ptr(), on.data_ptr(), room, room + places.room, room + places.room + places.h)
+
+
+def _rows_of_terms(terms: Sequence[Placed], start: int = 0) -> tuple[list[int], int]:
     """Where [rows, r] of each term stands, in 16 bits, and where they end."""
-    sizes = [2 * (term.stop - term.start) * term.a.shape[0] for term, _ in layer.terms]
+    sizes = [2 * (term.stop - term.start) * term.a.shape[0] for term, _ in terms]
     *places, end = _one_behind_another(sizes, start)
     return places, end
 
 
 def _one_behind_another(sizes: Sequence[int], start: int = 0) -> list[int]:
-    """Where each begins, and the end, in whole cache lines."""
-    return list(accumulate((-(-size // 64) * 64 for size in sizes), initial=start))
+    """Where each begins, and the end."""
+    return list(accumulate(map(_in_lines, sizes), initial=start))
+
+
+def _in_lines(size: int) -> int:
+    """Bytes up to a whole cache line."""
+    return -(-size // 64) * 64
 
 
 def _run(
-    layer: DecoderLayer, x: Tensor, places: _Places, kept: int, scratch: int,
-    rotary: Rotary, bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
+    layer: DecoderLayer, x: Tensor, places: _Places, kept: int, rooms: _Rooms, rotary: Rotary,
+    bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
     wants: bool = True,
 ) -> None:  # fmt: skip
     library = native.compiled("decoder")
@@ -242,7 +264,7 @@ def _run(
     table = LAYER.pack(
         x.shape[1], layer.hidden, layer.features, KINDS.index(layer.kind), *attention,
         heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
-        x.data_ptr(), *(kept + place for place in places.kept), *(scratch + place for place in places.scratch),
+        x.data_ptr(), *(kept + place for place in places.kept), *rooms[:4],
         *(norm.weight.data_ptr() for norm in norms),
         *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(wants),
     )  # fmt: skip

@@ -212,7 +212,8 @@ def fast_mlp(layer: Layer, rows: int, in_workspace: bool) -> Need:
     keeps_product = follows or (layer.gains(DOWN) and f > d)
     saved = rows * (e * (d * narrow + 2 * f + layer.terms(GATES, DOWN) + d * keeps_product))
     saved += rows * 4 * (layer.norm_precedes + follows)
-    scratch = rows * e * (f * 2 * drops + layer.terms(GATES, DOWN))
+    slopes = max(layer.terms(GATES, DOWN), layer.terms(INPUTS, OUTPUT))  # of both halves, where they are one step
+    scratch = rows * e * (f * 2 * drops + slopes)
     heap, passing = (0, rows * e * d * follows) if narrow else (4 * d * rows, rows * e * d)
     in_place = in_workspace and not layer.gains(GATES)  # the gradient takes the place of what it is one of
     on_its_way = 0 if in_place else 2 * f

@@ -2,6 +2,10 @@
 
 from topwork.training.memory_held import adapter_bytes, base_bytes, packed_layers, state_bytes
 from topwork.training.memory_layers import (
+    DOWN,
+    GATES,
+    INPUTS,
+    OUTPUT,
     Layer,
     Need,
     boundary_bytes,
@@ -32,7 +36,7 @@ CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """`ops/quantized_linear.py`'s: what of a packed weight is dense at a time."""
 OPENED_BYTES = 32 << 20
-"""`ops/feedforward.py`'s: what of a feed-forward layer's packed weights may be dense together, on AMX."""
+"""`ops/parts.py`'s: what of a layer's packed weights may be dense together, on AMX."""
 
 Parts = dict[Part, int]
 
@@ -162,14 +166,18 @@ def pass_need(setup: Setup, shape: PassShape, checkpointed_layers: int) -> Need:
 
 
 def _opened(setup: Setup) -> int:
-    """The packed weights of a feed-forward layer that are made dense together; planned wherever it may be so."""
+    """The packed weights of a layer, or of a group of it, that are made dense together; planned wherever it may be
+    so."""
     if setup.device != "cpu" or not setup.structure.fast or setup.value_bytes != 2:
         return 0
     packed = packed_layers(setup.structure, setup.quantization)
-    sizes = (
-        sum(2 * module.weights for name, module in layer.modules.items() if "mlp." in name and module.path in packed)
-        for layer in layers_of(setup)
-    )
+    sizes = []
+    for layer in layers_of(setup):
+        groups = {
+            name: sum(2 * module.weights for module in layer.group(name) if module.path in packed)
+            for name in (INPUTS, OUTPUT, GATES, DOWN)
+        }
+        sizes += [*groups.values(), groups[GATES] + groups[DOWN], sum(groups.values())]
     return max((size for size in sizes if size <= OPENED_BYTES), default=0)
 
 

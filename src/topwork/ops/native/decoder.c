@@ -34,9 +34,9 @@ typedef struct {
   char *qkv, *out;
   float *lse;
   char *both;
-  // for the time of a call: n, going backward dn; y, going backward dy; [rows, max(f, heads size + d)], and [rows,
-  // max(f, width of q k v)]
-  char *n, *y, *room, *other;
+  // for the time of a call, each what another is done with: n, dn, attention's dout [rows, max(d, heads size)]; y, dy,
+  // the gradient of q k v [rows, max(d, width)]; going backward dh, n made again [rows, max(f, d)]; h [rows, f]
+  char *back, *on, *room, *h;
   const char *norm[2];
   int64_t norm_mode[2];
   int64_t wants;  // whether the gradient goes on behind the first norm
@@ -66,22 +66,22 @@ static int attend(const Decoder *l, float scale, char *grad, char *dqkv, int64_t
 // The feed-forward half, with n and y of the whole.
 static FeedForward half_of(const Decoder *l) {
   int64_t f = l->f, d = l->d;
-  Values both = {l->both, 2 * f}, h = {l->other, f}, y = {l->y, d};
-  return (FeedForward){.n = {l->n, d}, .both = both, .h = h, .y = y, .f = f, .d = d, .act = l->act};
+  Values both = {l->both, 2 * f}, h = {l->h, f}, y = {l->on, d};
+  return (FeedForward){.n = {l->back, d}, .both = both, .h = h, .y = y, .f = f, .d = d, .act = l->act};
 }
 
 static void add_and_norm(const Decoder *l, const Factors *by, const char *y, int half, int64_t threads) {
   topwork_add_and_norm(l->x, y, l->x, l->branch[half], (float)by->multiplier, l->rows, l->d, l->norm[half],
-                       (float)by->eps[half], l->rstd[half], l->n, (int)l->norm_mode[half], (int)threads);
+                       (float)by->eps[half], l->rstd[half], l->back, (int)l->norm_mode[half], (int)threads);
 }
 
 static void add_and_norm_backward(const Decoder *l, const Factors *by, char *dy, int half, int64_t threads) {
-  topwork_add_and_norm_backward(l->x, l->n, l->branch[half], l->rows, l->d, l->norm[half], l->rstd[half], l->x, dy,
+  topwork_add_and_norm_backward(l->x, l->back, l->branch[half], l->rows, l->d, l->norm[half], l->rstd[half], l->x, dy,
                                 (float)by->multiplier, (int)l->norm_mode[half], (int)threads);
 }
 
 static int forward(Call *c, const Decoder *l, const Factors *by) {
-  Values n = {l->n, l->d}, qkv = {l->qkv, width_of(l)}, out = {l->out, l->heads * l->size}, y = {l->y, l->d};
+  Values n = {l->back, l->d}, qkv = {l->qkv, width_of(l)}, out = {l->out, l->heads * l->size}, y = {l->on, l->d};
   FeedForward half = half_of(l);
   int failed;
   add_and_norm(l, by, NULL, 0, c->threads);
@@ -89,24 +89,24 @@ static int forward(Call *c, const Decoder *l, const Factors *by) {
   rotate(l, l->qkv, 0, c->threads);
   if ((failed = attend(l, (float)by->scale, NULL, NULL, c->threads))) return failed;
   if ((failed = group_forward(c, OUTPUTS, out, y))) return failed;
-  add_and_norm(l, by, l->y, 1, c->threads);
+  add_and_norm(l, by, l->on, 1, c->threads);
   if ((failed = feedforward_forward(c, &half))) return failed;
-  topwork_add_and_round(l->x, l->y, l->x, NULL, (float)by->multiplier, 1, l->rows * l->d, (int)c->threads);
+  topwork_add_and_round(l->x, l->on, l->x, NULL, (float)by->multiplier, 1, l->rows * l->d, (int)c->threads);
   return 0;
 }
 
 static int backward(Call *c, const Decoder *l, const Factors *by) {
   int64_t own = l->heads * l->size;
-  Values dy = {l->y, l->d}, out = {l->out, own}, dout = {l->room, own}, dqkv = {l->other, width_of(l)};
-  Values n = {l->room + 2 * l->rows * own, l->d}, dn = {l->wants ? l->n : NULL, l->d};
+  Values dy = {l->on, l->d}, out = {l->out, own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
+  Values n = {l->room, l->d}, dn = {l->wants ? l->back : NULL, l->d};
   FeedForward half = half_of(l);
   half.dy = dy, half.dh = (Values){l->room, l->f}, half.dboth = half.both, half.dn = half.n;
-  half.x = (Values){l->branch[1], l->d}, half.n.at = l->room;  // made again when dh is used up
+  half.x = (Values){l->branch[1], l->d}, half.n = n;  // made again when dh is used up
   half.rstd = l->rstd[1], half.norm = l->norm[1], half.norm_mode = l->norm_mode[1];
   int failed;
-  topwork_add_and_round(l->x, NULL, l->x, l->y, 1, (float)by->multiplier, l->rows * l->d, (int)c->threads);
+  topwork_add_and_round(l->x, NULL, l->x, l->on, 1, (float)by->multiplier, l->rows * l->d, (int)c->threads);
   if ((failed = feedforward_backward(c, &half))) return failed;
-  add_and_norm_backward(l, by, l->y, 1, c->threads);
+  add_and_norm_backward(l, by, l->on, 1, c->threads);
   put_slopes(c, OUTPUTS, dy);
   if ((failed = run_stage(c))) return failed;
   put_db(c, OUTPUTS, dy), put_da(c, OUTPUTS, out);
