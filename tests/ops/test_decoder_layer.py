@@ -31,7 +31,6 @@ from topwork.ops.self_attention import Heads, SelfAttention
 from topwork.ops.workspace import Workspace
 
 BOUNDS = (0, 40, 40, 41, 97, 150)
-HALVES = torch.float32, torch.bfloat16
 
 
 def drawn(
@@ -89,19 +88,17 @@ def learned(layer: DecoderLayer) -> list[Tensor]:
     return [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
 
 
-def results(layer: DecoderLayer, step: Callable[..., Tensor], wants: bool = True) -> list[Tensor]:
+def results(
+    layer: DecoderLayer, step: Callable[..., Tensor], wants: bool = True, memory: Workspace | None = None
+) -> list[Tensor]:
     """The stream behind it, and the gradients of it (where it is wanted) and of all that learns."""
     torch.manual_seed(1)
     x, rotary, dx = given(layer)
     leaf = x.requires_grad_(wants)
-    with training_pass(Workspace()):
-        y = step(leaf * 1.0, *rotary_first(layer, rotary))
+    with training_pass(memory):
+        y = step(leaf * 1.0, layer, rotary, BOUNDS)
         wanted = [*([leaf] if wants else []), *learned(layer)]
         return [y.detach().clone(), *(torch.autograd.grad(y, wanted, dx) if wanted else ())]
-
-
-def rotary_first(layer: DecoderLayer, rotary: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-    return layer, rotary, BOUNDS
 
 
 def in_single_steps(x: Tensor, layer: DecoderLayer, rotary: Any, bounds: tuple[int, ...]) -> Tensor:
@@ -125,6 +122,13 @@ def test_the_number_of_threads_changes_nothing(of: str, on_amx) -> None:
         torch.set_num_threads(threads)
         found.append(results(layer, module.decoder_layer))
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@ALL
+def test_a_workspace_changes_nothing(of: str, on_amx) -> None:
+    layer = drawn(**LAYERS[of])
+    found, expected = (results(layer, module.decoder_layer, memory=memory) for memory in (Workspace(), None))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_a_gradient_that_nobody_wants_changes_no_other(on_amx) -> None:

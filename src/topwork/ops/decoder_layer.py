@@ -163,7 +163,8 @@ def run_forward(
     at = kept.data_ptr()
     lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
     with scratch_scope():
-        _run(layer, x, places, at, _rooms(x, places, 0), rotary, bounds, attention, lines)
+        rooms = _rooms(x, places, 0)
+        _run(layer, x, places, at, rooms, rotary, bounds, attention, lines)
     return kept
 
 
@@ -216,19 +217,22 @@ def _placed(rows: int, d: int, f: int, heads: int, own: int, width: int) -> _Pla
 
 
 class _Rooms(NamedTuple):
-    """Addresses of a layer's memory for a moment; the last is that of every G."""
+    """A layer's memory for a moment, by address; the last is that of every G. `tensors` hold it."""
 
     back: int
     on: int
     room: int
     h: int
     slopes: int
+    tensors: tuple[Tensor, ...]
 
 
 def _rooms(x: Tensor, places: _Places, slopes: int) -> _Rooms:
     back, on = handback_empty(x, places.back, dtype=torch.uint8), handoff_empty(x, places.on, dtype=torch.uint8)
-    room = scratch_empty(x, places.room + places.h + slopes, dtype=torch.uint8).data_ptr()
-    return _Rooms(back.data_ptr(), on.data_ptr(), room, room + places.room, room + places.room + places.h)
+    own = scratch_empty(x, places.room + places.h + slopes, dtype=torch.uint8)
+    room = own.data_ptr()
+    h = room + places.room
+    return _Rooms(back.data_ptr(), on.data_ptr(), room, h, h + places.h, (back, on, own))
 
 
 def _rows_of_terms(terms: Sequence[Placed], start: int = 0) -> tuple[list[int], int]:
