@@ -116,29 +116,23 @@ def _updated(learners: Sequence[Learner], sums: Sequence[_Sum]) -> list[StepResu
     The one place where gradients meet their count: those of several devices would be added up here, before anything
     else is done with them. It is also the one where the host waits for a GPU.
     """
-    gradients = [_mean_gradients(learner, known) for learner, known in zip(learners, sums)]
+    gradients = [[x.grad for x in learner.parameters if x.grad is not None] for learner in learners]
     there = [[nn.utils.get_total_norm(own), *known.sums] for own, known in zip(gradients, sums)]
     numbers = iter(read([value for own in there for value in own]))
     results: list[StepResult | NonFiniteLossError] = []
     for learner, own, known in zip(learners, gradients, sums):
         norm, total, *figures = islice(numbers, 1 + len(known.sums))
+        norm, most = norm / (known.count or 1.0), learner.max_grad_norm
         means, finite = known.means([total, *figures]), math.isfinite(total) and math.isfinite(norm)
         if finite and known.count:
-            if learner.max_grad_norm and norm > learner.max_grad_norm:
-                torch._foreach_mul_(own, learner.max_grad_norm / (norm + 1e-6))
+            clipped = (norm + 1e-6) / most if most and norm > most else 1.0
+            torch._foreach_div_(own, known.count * clipped)
             learner.optimizer.step()
         learner.optimizer.zero_grad()
         done = StepResult(means.loss, norm, known.tokens, known.learned, means.metrics)
         failed = NonFiniteLossError(f"the loss is {means.loss} and the gradient's norm {norm}")
         results.append(done if finite else failed)
     return results
-
-
-def _mean_gradients(learner: Learner, known: _Sum) -> list[Tensor]:
-    gradients = [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
-    if known.count:
-        torch._foreach_div_(gradients, known.count)
-    return gradients
 
 
 @torch.no_grad()
