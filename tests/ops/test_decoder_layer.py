@@ -101,6 +101,10 @@ def results(
         return [y.detach().clone(), *(torch.autograd.grad(y, wanted, dx) if wanted else ())]
 
 
+def in_place(x: Tensor, layer: DecoderLayer, rotary: Any, bounds: tuple[int, ...]) -> Tensor:
+    return module.decoder_layer(x, layer, rotary, bounds, in_place=True)
+
+
 def in_single_steps(x: Tensor, layer: DecoderLayer, rotary: Any, bounds: tuple[int, ...]) -> Tensor:
     return module.in_single_steps(layer, x, rotary, bounds)
 
@@ -127,8 +131,12 @@ def test_the_number_of_threads_changes_nothing(of: str, on_amx) -> None:
 @ALL
 def test_a_workspace_changes_nothing(of: str, on_amx) -> None:
     layer = drawn(**LAYERS[of])
-    found, expected = (results(layer, module.decoder_layer, memory=memory) for memory in (Workspace(), None))
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    expected = results(layer, module.decoder_layer)
+    for found in (
+        results(layer, module.decoder_layer, memory=Workspace()),
+        results(layer, in_place, memory=Workspace()),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_a_gradient_that_nobody_wants_changes_no_other(on_amx) -> None:
@@ -149,12 +157,36 @@ def test_without_positions(on_amx) -> None:
     assert not torch.equal(found[0], results(layer, module.decoder_layer)[0])
 
 
-def test_the_stream_is_overwritten_and_its_gradient_too(on_amx) -> None:
+@ALL
+def test_a_layer_that_runs_again_may_leave_its_end_out(of: str, on_amx) -> None:
+    layer = drawn(**LAYERS[of])
+
+    def again(x: Tensor, *given: Any) -> Tensor:
+        return module.decoder_layer(x, *given, skip_forward=True)
+
+    found, expected = results(layer, again), results(layer, module.decoder_layer)
+    assert not torch.equal(found[0], expected[0])
+    assert all(torch.equal(*pair) for pair in zip(found[1:], expected[1:], strict=True))
+
+
+def test_what_it_is_given_stays_as_it_was(on_amx) -> None:
+    layer = drawn()
+    x, rotary, dx = given(layer)
+    before, gradient = x.clone(), dx.clone()
+    y = module.decoder_layer(x.requires_grad_(), layer, rotary, BOUNDS)
+    torch.autograd.grad(y, (x, *learned(layer)), dx)
+    assert torch.equal(x, before)
+    assert torch.equal(dx, gradient)
+    with torch.no_grad():
+        assert torch.equal(module.decoder_layer(x, layer, rotary, BOUNDS), y)
+
+
+def test_or_the_stream_is_overwritten_and_its_gradient_too(on_amx) -> None:
     layer = drawn()
     x, rotary, dx = given(layer)
     stream = x.requires_grad_() * 1.0
     with training_pass(Workspace()):
-        y = module.decoder_layer(stream, layer, rotary, BOUNDS)
+        y = module.decoder_layer(stream, layer, rotary, BOUNDS, in_place=True)
         (back,) = torch.autograd.grad(y, stream, dx)
     assert y.data_ptr() == stream.data_ptr()
     assert back.data_ptr() == dx.data_ptr()
@@ -318,22 +350,25 @@ def test_what_it_is_not_for(name: str, calls: list[DecoderLayer]) -> None:
     assert not calls
 
 
-def test_nor_in_fp32_nor_without_a_workspace_nor_again(calls: list[DecoderLayer]) -> None:
-    batch = learning_batch(sequences(), "a")
-    gradients(*adapted(dtype=torch.float32), batch)
+def test_nor_in_fp32(calls: list[DecoderLayer]) -> None:
+    gradients(*adapted(dtype=torch.float32), learning_batch(sequences(), "a"))
     assert not calls
-    base, adapters = adapted()
-    gradients(base, adapters, batch, workspace=False)
-    with torch.no_grad():
-        base.log_probabilities(batch)
-    assert not calls
+
+
+def test_workspaces_and_checkpoints_change_no_bit(calls: list[DecoderLayer]) -> None:
+    (base, adapters), batch = adapted("mistral"), learning_batch(sequences(), "a")
     expected = gradients(base, adapters, batch)
-    assert len(calls) == 1
-    checkpoint_layers(base, 2)
-    found = gradients(base, adapters, batch)
-    assert len(calls) == 1
-    assert torch.equal(found[0], expected[0])
-    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
+    assert len(calls) == 2
+    found = [gradients(base, adapters, batch, workspace=False)]
+    for layers, runs in ((1, 3), (3, 4)):
+        checkpoint_layers(base, layers)
+        calls.clear()
+        found.append(gradients(base, adapters, batch))
+        assert len(calls) == runs
+    for each in found:
+        assert all(torch.equal(*pair) for pair in zip(each, expected, strict=True))
+    with torch.no_grad():
+        assert torch.equal(base.log_probabilities(batch), expected[0])
 
 
 def test_nor_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,8 +178,9 @@ class FastLayer(GradientCheckpointingLayer):
         part, attention = self.attention_part, _bare(self.self_attn)
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
-        if in_place and (whole := self._whole(x)) is not None:
-            x = decoder_layer(x, whole, self._turns(position_embeddings), batch.cu_seqlens)
+        if (whole := self._whole(x)) is not None:
+            turns = self._turns(position_embeddings)
+            x = decoder_layer(x, whole, turns, batch.cu_seqlens, in_place, current().recomputing)
             return x if self.is_last or self.before_another else x.to(dtype)
         before = self.wiring.before_attention
         if part is not None and part.fits(attention):

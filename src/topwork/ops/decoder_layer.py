@@ -4,8 +4,8 @@
     x'' = x' + m feedforward(norm(x'))
 
 What `residual_norm`, `project`, `self_attention` and `feedforward` do one after the other, in the same stages, by one
-call of C each way (native/decoder.c), where a processor has AMX and all of it is C's. It is for training passes, whose
-stream is overwritten. The way through Python between the products of a small layer takes longer than some of them.
+call of C each way (native/decoder.c), where a processor has AMX and all of it is C's. The way through Python between
+the products of a small layer takes longer than some of them.
 """
 
 import ctypes
@@ -70,7 +70,7 @@ def decoder_layer_of(
     norms: tuple[RmsNorm, RmsNorm], attention: SelfAttention, kind: str, multiplier: float,
 ) -> DecoderLayer | None:  # fmt: skip
     """The layer for a stream x [1, T, d] in fp32, where it is best made in one step: else None."""
-    if len(inputs) != 3 or len(gates) != 2 or not _stands_alone(x) or not _known(attention, norms):
+    if len(inputs) != 3 or len(gates) != 2 or not _is_stream(x) or not _known(attention, norms):
         return None
     near = norms[0].weight
     groups = gates, (down,), inputs, (output,)
@@ -81,9 +81,8 @@ def decoder_layer_of(
     return DecoderLayer(weights, biases, terms, attention, norms, kind, multiplier)
 
 
-def _stands_alone(x: Tensor) -> bool:
-    """Whether a stream can be overwritten by a kernel."""
-    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0 and not x._is_view()
+def _is_stream(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0
 
 
 def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
@@ -95,13 +94,19 @@ def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
     return usual and fits and plain and native.compiled("attention") is not None
 
 
-def decoder_layer(x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...]) -> Tensor:
-    """x [1, T, d], which is overwritten, to the next layer's. rotary is cos and sin [T, R] each, bounds a batch's."""
+def decoder_layer(
+    x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...], in_place: bool = False,
+    skip_forward: bool = False,
+) -> Tensor:  # fmt: skip
+    """x [1, T, d] to the next layer's; rotary is cos and sin [T, R] each, bounds a batch's. With `in_place` it takes
+    x's place (a view's excepted), and its gradient that of the next layer's; the caller answers for it that nobody
+    needs those any more. With `skip_forward` the last product is left out and what is returned means nothing: for a
+    layer that runs again going backward."""
     if rotary is not None and not all(table.stride(1) == 1 for table in rotary):
         rotary = rotary[0].contiguous(), rotary[1].contiguous()
     _check(x, layer, rotary, bounds)
     learned = [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
-    return _DecoderLayer.apply(x, layer, rotary, bounds, *learned)
+    return _DecoderLayer.apply(x, layer, rotary, bounds, in_place and not x._is_view(), skip_forward, *learned)
 
 
 def _check(
@@ -112,7 +117,7 @@ def _check(
     own, others = heads.queries * heads.size, heads.keys * heads.size
     sizes = [(int(w.shape[0]), int(w.shape[1])) for w in layer.weights]
     expected = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
-    if sizes != expected or not _stands_alone(x) or x.shape != (1, bounds[-1], d) or bounds[0]:
+    if sizes != expected or not _is_stream(x) or x.shape != (1, bounds[-1], d) or bounds[0]:
         raise ValueError(
             f"layers {sizes} for x {native.told(x)} of {bounds[0]} to {bounds[-1]} rows, where {expected} and "
             f"[1, T, {d}] in fp32 are expected"
@@ -134,29 +139,32 @@ def _check(
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer, rotary, bounds, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, layer, rotary, bounds, in_place, skip_forward, *learned):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        ctx.mark_dirty(x)
-        ctx.layer, ctx.rotary, ctx.bounds = layer, rotary, bounds
-        kept = run_forward(layer, x, rotary, bounds, attention_functions())
+        if in_place:
+            ctx.mark_dirty(x)
+        y = x if in_place else x.clone()
+        ctx.layer, ctx.rotary, ctx.bounds, ctx.in_place = layer, rotary, bounds, in_place
+        kept = run_forward(layer, y, rotary, bounds, attention_functions(), skip_forward)
         ctx.save_for_backward(kept, *learned)  # with what learns, which torch refuses changed
-        return x
+        return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if grad is None:
-            return (None,) * (4 + 2 * len(ctx.layer.terms))
+            return (None,) * (6 + 2 * len(ctx.layer.terms))
         kept, *_ = ctx.saved_tensors
-        dx, wants = grad.contiguous(), ctx.needs_input_grad[0]
+        dx = grad.contiguous() if ctx.in_place else grad.clone(memory_format=torch.contiguous_format)
+        wants = ctx.needs_input_grad[0]
         given = ctx.layer, dx, kept, ctx.rotary, ctx.bounds, attention_functions()
         all_da, all_db = run_backward(*given, wants)
-        return dx if wants else None, None, None, None, *all_da, *all_db
+        return dx if wants else None, None, None, None, None, None, *all_da, *all_db
 
 
 def run_forward(
-    layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions
-) -> Tensor:  # fmt: skip
-    """Takes x through the layer, and gives what the backward pass needs, in one block."""
+    layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions, skips: bool = False
+) -> Tensor:
+    """Takes x through the layer (with `skips` not to its end), and gives what the backward pass needs, in one block."""
     places = _places(layer, x.shape[1])
     inner, end = _rows_of_terms(layer.terms, places.kept_end)
     kept = saved_empty(x, end, dtype=torch.uint8)
@@ -164,7 +172,7 @@ def run_forward(
     lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
     with scratch_scope():
         rooms = _rooms(x, places, 0)
-        _run(layer, x, places, at, rooms, rotary, bounds, attention, lines)
+        _run(layer, x, places, at, rooms, rotary, bounds, attention, lines, goes_on=not skips)
     return kept
 
 
@@ -185,7 +193,7 @@ def run_backward(
             term_line(placed, at + s, g, da, db)
             for placed, s, g, da, db in zip(layer.terms, inner, slopes, all_da, all_db)
         ]
-        _run(layer, dx, places, at, rooms, rotary, bounds, attention, lines, back=True, wants=wants)
+        _run(layer, dx, places, at, rooms, rotary, bounds, attention, lines, back=True, goes_on=wants)
     return all_da, all_db
 
 
@@ -255,7 +263,7 @@ def _in_lines(size: int) -> int:
 def _run(
     layer: DecoderLayer, x: Tensor, places: _Places, kept: int, rooms: _Rooms, rotary: Rotary,
     bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
-    wants: bool = True,
+    goes_on: bool = True,
 ) -> None:  # fmt: skip
     library = native.compiled("decoder")
     assert library is not None
@@ -270,7 +278,7 @@ def _run(
         heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
         x.data_ptr(), *(kept + place for place in places.kept), *rooms[:4],
         *(norm.weight.data_ptr() for norm in norms),
-        *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(wants),
+        *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(goes_on),
     )  # fmt: skip
     factors = FACTORS.pack(rule.scale, norms[0].eps, norms[1].eps, layer.multiplier)
     weights = [opened(layer.weights[group]) for group in GROUPS]

@@ -39,7 +39,7 @@ typedef struct {
   char *back, *on, *room, *h;
   const char *norm[2];
   int64_t norm_mode[2];
-  int64_t wants;  // whether the gradient goes on behind the first norm
+  int64_t goes_on;  // whether its sum is wanted, or going backward the stream's gradient
 } Decoder;
 
 typedef struct {
@@ -90,7 +90,8 @@ static int forward(Call *c, const Decoder *l, const Factors *by) {
   if ((failed = attend(l, (float)by->scale, NULL, NULL, c->threads))) return failed;
   if ((failed = group_forward(c, OUTPUTS, out, y))) return failed;
   add_and_norm(l, by, l->on, 1, c->threads);
-  if ((failed = feedforward_forward(c, &half))) return failed;
+  if (!l->goes_on) half.y.at = NULL;
+  if ((failed = feedforward_forward(c, &half)) || !l->goes_on) return failed;
   topwork_add_and_round(l->x, l->on, l->x, NULL, (float)by->multiplier, 1, l->rows * l->d, (int)c->threads);
   return 0;
 }
@@ -98,7 +99,7 @@ static int forward(Call *c, const Decoder *l, const Factors *by) {
 static int backward(Call *c, const Decoder *l, const Factors *by) {
   int64_t own = l->heads * l->size;
   Values dy = {l->on, l->d}, out = {l->out, own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
-  Values n = {l->room, l->d}, dn = {l->wants ? l->back : NULL, l->d};
+  Values n = {l->room, l->d}, dn = {l->goes_on ? l->back : NULL, l->d};
   FeedForward half = half_of(l);
   half.dy = dy, half.dh = (Values){l->room, l->f}, half.dboth = half.both, half.dn = half.n;
   half.x = (Values){l->branch[1], l->d}, half.n = n;  // made again when dh is used up
@@ -119,7 +120,7 @@ static int backward(Call *c, const Decoder *l, const Factors *by) {
   if ((failed = run_stage(c))) return failed;
   put_db(c, INPUTS, dqkv), put_da(c, INPUTS, n);
   if ((failed = group_backward(c, INPUTS, dqkv, dn))) return failed;
-  if (l->wants) add_and_norm_backward(l, by, NULL, 0, c->threads);
+  if (l->goes_on) add_and_norm_backward(l, by, NULL, 0, c->threads);
   return 0;
 }
 
