@@ -102,6 +102,20 @@ static inline void ask_for(const Job *job, const char *row) {
   for (int64_t c = 0; c < job->size * (job->kind == BF16 ? 2 : 4); c += 64) __builtin_prefetch(row + c);
 }
 
+// Rows that a strip will write when it is done: the first that was not asked for, and how many are left.
+typedef struct {
+  const char *at;
+  int64_t token, left;
+} Written;
+
+// Asks for a third of a strip's, between its products: stores that miss would hold up all that comes behind them, and
+// only so many misses can be under way at once.
+static void ask_to_write(const Job *job, Written *soon) {
+  int64_t bytes = job->size * (job->kind == BF16 ? 2 : 4), after = most(0, soon->left - (job->strip + 2) / 3);
+  for (; soon->left > after; soon->left--, soon->at += soon->token)
+    for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(soon->at + c, 1);
+}
+
 static void write_row(const Job *job, const float *from, char *to) {
   for (int64_t i = 0; i < job->size; i += LANES) store(to, i, LANES, job->kind, vloadf(from + i));
 }
@@ -288,6 +302,7 @@ INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
 typedef struct {
   float *keys, *turned_values, *spare;              // of all keys
   float *queries, *scores, *shares, *sums, *rows;   // of a strip
+  Written soon;                                     // of the output
   vecf peak[WIDEST / LANES], total[WIDEST / LANES]; // the largest score so far, as a power of two; sums of exponentials
 } Forward;
 
@@ -343,6 +358,7 @@ static void forward_chunk(const Job *job, Forward *f, int64_t n, int64_t at, int
   Strip s = strip_of(job, at, queries, job->keys, GROUP);
   int64_t strip = job->strip, per = job->per, ld = turned_ld(job, n);
   make_scores(job, &s, f->keys + j0 * job->width, f->queries, f->scores);
+  ask_to_write(job, &f->soon);
   for (int64_t v = 0; v < s.columns; v += LANES) {
     int64_t first = first_of(job, &s, at + v), stop = stop_of(&s, at + v);
     hide(job, f->scores + v, first, stop, at + v);
@@ -352,13 +368,16 @@ static void forward_chunk(const Job *job, Forward *f, int64_t n, int64_t at, int
     clear(f->shares + v, strip, LANES, stop / per, s.end / per);
     for (int64_t d = v; add && d < job->size * strip; d += strip) vstoref(f->sums + d, vloadf(f->sums + d) * shrink);
   }
+  ask_to_write(job, &f->soon);
   add_shares(job, &s, f->turned_values + j0 / job->keys * job->size * ld, ld, f->shares, f->sums, add);
+  ask_to_write(job, &f->soon);
 }
 
 static void forward_strip(const Job *job, Forward *f, int64_t start, int64_t n, int64_t head, int64_t i0) {
   int64_t count = least(job->strip, n - i0), begin = first_seen(job, i0 / GROUP * GROUP) / job->keys * job->keys;
   pack_rows(job, job->query, start + i0, head, count, count, f->rows);
   transpose(f->rows, job->width, count, job->width, f->queries, job->strip);
+  f->soon = (Written){row_of(job->out, start + i0, head), job->out.token, count};
   for (int v = 0; v < WIDEST / LANES; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
   for (int64_t j = begin; j < i0 + count; j += job->keys)
     forward_chunk(job, f, n, i0 - j, count, j, j > begin);
@@ -388,6 +407,7 @@ typedef struct {
   float *turned_rows, *turned_grads, *paired_rows, *paired_grads, *lse, *overlap, *dquery;  // of a block of queries
   float *share_rows, *dscore_rows;           // [keys, queries of a block], in units of queries
   float *scores, *dshares, *dscores, *rows;  // of a strip
+  Written soon;                              // of dquery
 } Backward;
 
 // From one row of shares to the next: no power of two, for those take each other's places in the cache.
@@ -483,11 +503,14 @@ APART void differentiate_keys(const Job *job, const Backward *b, int64_t q, int6
 static void backward_strip(const Job *job, Backward *b, int64_t n, int64_t q, const Strip *s, int64_t j0) {
   int64_t width = job->width, strip = job->strip, per = job->per, ld = turned_ld(job, n), row_ld = rows_ld(job, n);
   make_scores(job, s, b->keys + j0 * width, b->turned_rows + q * width, b->scores);
+  ask_to_write(job, &b->soon);
   make_scores(job, s, b->values + j0 * width, b->turned_grads + q * width, b->dshares);
+  ask_to_write(job, &b->soon);
   for (int64_t v = 0; v < s->columns; v += LANES) {
     int64_t first = first_of(job, s, s->at + v), stop = stop_of(s, s->at + v);
     hide(job, b->scores + v, first, stop, s->at + v);
     differentiate_keys(job, b, q + v, row_ld, first, stop);
+    ask_to_write(job, &b->soon);
     for (int after = 0; after < 2; after++) {
       int64_t from = after ? stop : s->from, to = after ? s->end : first;
       clear(b->dscores + v, strip, LANES, from / per, to / per);
@@ -502,8 +525,10 @@ static void backward_strip(const Job *job, Backward *b, int64_t n, int64_t q, co
   add_shares(job, s, b->turned_keys + j0 / job->keys * job->size * ld, ld, b->dscores, b->dquery + q * job->size, 1);
 }
 
-// Queries [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues.
-static void backward_block(const Job *job, Backward *b, int64_t n, int64_t i0, int64_t rows, int64_t j0, int64_t keys) {
+// Queries [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues. Where a strip meets itself
+// its dquery is whole, and is soon written.
+static void backward_block(const Job *job, Backward *b, int64_t start, int64_t n, int64_t head, int64_t i0,
+                           int64_t rows, int64_t j0, int64_t keys) {
   int64_t size = job->size, row_ld = rows_ld(job, n), per = job->per, at = i0 - j0, until = steps_of(job, rows) * per;
   for (int64_t q = most(0, -at) / job->strip * job->strip; q < until; q += job->strip) {
     if (q >= rows) {
@@ -512,6 +537,8 @@ static void backward_block(const Job *job, Backward *b, int64_t n, int64_t i0, i
       continue;
     }
     Strip s = strip_of(job, at + q, rows - q, keys, WINDOW_GRID);
+    int64_t token = start + i0 + q, whole = s.at < keys ? least(job->strip, rows - q) : 0;
+    b->soon = (Written){row_of(job->dquery, token, head), job->dquery.token, whole};
     if (s.from < s.keys) backward_strip(job, b, n, q, &s, j0);
   }
   for (int64_t k = 0; k < keys; k += job->tall) {
@@ -555,7 +582,7 @@ static void backward_unit(const Job *job, int64_t start, int64_t n, int64_t head
       int64_t rows = least(job->block, n - i);
       backward_load(job, &b, start + i, h, n, rows);
       for (int64_t j = first_seen(job, i) / job->keys * job->keys; j < i + rows; j += job->keys)
-        backward_block(job, &b, n, i, rows, j, least(job->keys, i + rows - j));
+        backward_block(job, &b, start, n, h, i, rows, j, least(job->keys, i + rows - j));
       for (int64_t q = 0; q < rows; q += job->strip) {
         int64_t own = least(job->strip, rows - q);
         turn_back(job, b.dquery + q * job->size, own, b.rows);
