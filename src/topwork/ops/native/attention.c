@@ -278,11 +278,6 @@ static inline void clear(float *rows, int64_t ld, int64_t n, int64_t from, int64
   for (int64_t r = from; r < to; r++) memset(rows + r * ld, 0, 4 * n);
 }
 
-// Turned sums of `count` queries as rows: to [count, size].
-static void turn_back(const Job *job, const float *sums, int64_t count, float *rows) {
-  transpose(sums, job->strip, job->size, count, rows, job->size);
-}
-
 // Units that pair two rows of fp32.
 INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
 #if defined(WIDE) && defined(__AVX512BF16__)
@@ -295,6 +290,38 @@ INLINE void pair_up(vecf upper, vecf lower, float *pairs) {
   first |= second << 16;
   memcpy(pairs, &first, sizeof first);
 #endif
+}
+
+// Turned sums of `count` queries, times `by` where it is not NULL, to their rows, which begin at `to`. They are rounded
+// first, so that half as much is turned.
+INLINE void turn_back_as(const int kind, const float *sums, int64_t strip, int64_t size, const vecf *by, int64_t count,
+                         char *to, int64_t token) {
+  const int per = kind == BF16 ? 2 : 1;
+  float units[16 * 16] __attribute__((aligned(64))), rows[16 * 16] __attribute__((aligned(64)));
+  for (int64_t q = 0; q < count; q += 16)
+    for (int64_t d = 0; d < size; d += 16 * per) {
+      int64_t own = least(16, (size - d) / per), some = least(16, count - q);
+      for (int64_t u = 0; u < own; u++)
+        for (int64_t v = 0; v < 16; v += LANES) {
+          const float *from = sums + (d + u * per) * strip + q + v;
+          vecf factor = by ? by[(q + v) / LANES] : vall(1), first = vloadf(from) * factor;
+          if (per == 2) pair_up(first, vloadf(from + strip) * factor, units + 16 * u + v);
+          else vstoref(units + 16 * u + v, first);
+        }
+      transpose_block(units, 16, own, some, rows, 16);
+      for (int64_t r = 0; r < some; r++) {
+        char *into = to + (q + r) * token + 4 * d / per;
+        memcpy(into, rows + 16 * r, 32);
+        if (own > 8) memcpy(into + 32, rows + 16 * r + 8, 32);
+      }
+    }
+}
+
+static void turn_back(const Job *job, const float *sums, const vecf *by, int64_t count, View x, int64_t token,
+                      int64_t head) {
+  char *to = row_of(x, token, head);
+  if (job->kind == BF16) turn_back_as(BF16, sums, job->strip, job->size, by, count, to, x.token);
+  else turn_back_as(F32, sums, job->strip, job->size, by, count, to, x.token);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -315,7 +342,7 @@ static int64_t forward_scratch(const Job *job, int64_t n, float *arena, Forward 
   f->scores = take(arena, &used, keys * job->strip);
   f->shares = take(arena, &used, keys * job->strip);
   f->sums = take(arena, &used, job->size * job->strip);
-  f->rows = take(arena, &used, job->strip * most(job->size, job->width));
+  f->rows = take(arena, &used, job->strip * job->width);
   return used;
 }
 
@@ -381,13 +408,12 @@ static void forward_strip(const Job *job, Forward *f, int64_t start, int64_t n, 
   for (int v = 0; v < WIDEST / LANES; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
   for (int64_t j = begin; j < i0 + count; j += job->keys)
     forward_chunk(job, f, n, i0 - j, count, j, j > begin);
-  turn_back(job, f->sums, count, f->rows);
-  for (int64_t r = 0; r < count; r++) {
-    float *row = f->rows + r * job->size, total = f->total[r / LANES][r % LANES];
-    for (int64_t d = 0; d < job->size; d += LANES) vstoref(row + d, vloadf(row + d) * vall(1 / total));
-    write_row(job, row, row_of(job->out, start + i0 + r, head));
-    job->lse[head * job->tokens + start + i0 + r] = (f->peak[r / LANES][r % LANES] + log2f(total)) * LN2;
-  }
+  vecf inverse[WIDEST / LANES];
+  for (int v = 0; v < WIDEST / LANES; v++) inverse[v] = vall(1) / f->total[v];
+  turn_back(job, f->sums, inverse, count, job->out, start + i0, head);
+  float *lse = job->lse + head * job->tokens + start + i0;
+  for (int64_t r = 0; r < count; r++)
+    lse[r] = (f->peak[r / LANES][r % LANES] + log2f(f->total[r / LANES][r % LANES])) * LN2;
 }
 
 static void forward_unit(const Job *job, int64_t start, int64_t n, int64_t head, int64_t count, float *arena) {
@@ -407,6 +433,7 @@ typedef struct {
   float *turned_rows, *turned_grads, *paired_rows, *paired_grads, *lse, *overlap, *dquery;  // of a block of queries
   float *share_rows, *dscore_rows;           // [keys, queries of a block], in units of queries
   float *scores, *dshares, *dscores, *rows;  // of a strip
+  uint64_t begun;                            // a bit for each strip of a block: whether its dquery holds sums
   Written soon;                              // of dquery
 } Backward;
 
@@ -435,7 +462,7 @@ static int64_t backward_scratch(const Job *job, int64_t n, float *arena, Backwar
   b->scores = take(arena, &used, keys * strip);
   b->dshares = take(arena, &used, keys * strip);
   b->dscores = take(arena, &used, keys * strip);
-  b->rows = take(arena, &used, block * most(size, width));
+  b->rows = take(arena, &used, block * width);
   return used;
 }
 
@@ -460,7 +487,7 @@ static void backward_load(const Job *job, Backward *b, int64_t token, int64_t he
     b->overlap[r] = vsumf(total);
     b->lse[r] = job->lse[head * job->tokens + token + r] * LOG2E;
   }
-  memset(b->dquery, 0, up(rows, strip) * job->size * 4);
+  b->begun = 0;
 }
 
 // Shares and score gradients of the keys [first, stop) and a vector of queries, from their scores, hidden where they
@@ -522,11 +549,13 @@ static void backward_strip(const Job *job, Backward *b, int64_t n, int64_t q, co
     clear(b->share_rows + (q + v) / per, row_ld, LANES / per, s->from, s->end);
     clear(b->dscore_rows + (q + v) / per, row_ld, LANES / per, s->from, s->end);
   }
-  add_shares(job, s, b->turned_keys + j0 / job->keys * job->size * ld, ld, b->dscores, b->dquery + q * job->size, 1);
+  int add = b->begun >> q / strip & 1;
+  b->begun |= (uint64_t)1 << q / strip;
+  add_shares(job, s, b->turned_keys + j0 / job->keys * job->size * ld, ld, b->dscores, b->dquery + q * job->size, add);
 }
 
 // Queries [i0, i0 + rows) against keys [j0, j0 + keys): adds to dquery, dkeys and dvalues. Where a strip meets itself
-// its dquery is whole, and is soon written.
+// its dquery is whole, and is written while it is near in the cache.
 static void backward_block(const Job *job, Backward *b, int64_t start, int64_t n, int64_t head, int64_t i0,
                            int64_t rows, int64_t j0, int64_t keys) {
   int64_t size = job->size, row_ld = rows_ld(job, n), per = job->per, at = i0 - j0, until = steps_of(job, rows) * per;
@@ -540,6 +569,7 @@ static void backward_block(const Job *job, Backward *b, int64_t start, int64_t n
     int64_t token = start + i0 + q, whole = s.at < keys ? least(job->strip, rows - q) : 0;
     b->soon = (Written){row_of(job->dquery, token, head), job->dquery.token, whole};
     if (s.from < s.keys) backward_strip(job, b, n, q, &s, j0);
+    turn_back(job, b->dquery + q * size, NULL, whole, job->dquery, token, head);
   }
   for (int64_t k = 0; k < keys; k += job->tall) {
     int64_t begin = most(0, k - at) / job->deep * job->deep, end = until;
@@ -583,12 +613,6 @@ static void backward_unit(const Job *job, int64_t start, int64_t n, int64_t head
       backward_load(job, &b, start + i, h, n, rows);
       for (int64_t j = first_seen(job, i) / job->keys * job->keys; j < i + rows; j += job->keys)
         backward_block(job, &b, start, n, h, i, rows, j, least(job->keys, i + rows - j));
-      for (int64_t q = 0; q < rows; q += job->strip) {
-        int64_t own = least(job->strip, rows - q);
-        turn_back(job, b.dquery + q * job->size, own, b.rows);
-        for (int64_t r = 0; r < own; r++)
-          write_row(job, b.rows + r * job->size, row_of(job->dquery, start + i + q + r, h));
-      }
     }
   backward_finish(job, &b, start, n, head, count < shared);
 }
