@@ -143,46 +143,65 @@ static inline int64_t steps_of(const Job *job, int64_t count) { return up(count,
 // to [even, width]: rows as units, zeros after the last of them.
 static void pack_rows(const Job *job, View x, int64_t token, int64_t head, int64_t rows, int64_t even, float *to) {
   int64_t width = job->width, own = job->size / job->per;
+  int pair = job->pair, kind = job->kind;
   for (int64_t r = 0; r < rows; r++, to += width) {
     const char *from = row_of(x, token + r, head);
     ask_for(job, from + AHEAD * x.token);
-    if (job->pair)
+    if (pair)
       for (int64_t c = 0; c < own; c += 8) memcpy(to + c, from + 4 * c, 32);
     else
-      for (int64_t c = 0; c < own; c += LANES) vstoref(to + c, load(from, c, LANES, job->kind));
+      for (int64_t c = 0; c < own; c += LANES) vstoref(to + c, load(from, c, LANES, kind));
     for (int64_t c = own; c < width; c += 8) memset(to + c, 0, 32);
   }
   memset(to, 0, (even - rows) * width * 4);
 }
 
-// Units that pair two rows, from units that pair two columns: column c of row pair k to to[c / PW * panel + k * ld +
+// Rows as units where they stand, `ld` from one to the next, or packed in `spare` where they need zeros or widening. As
+// many that follow them are asked for.
+static const Unit *units_of(const Job *job, View x, int64_t token, int64_t head, int64_t rows, int64_t even,
+                            float *spare, int64_t *ld) {
+  const char *from = row_of(x, token, head);
+  int whole = rows == even && job->width * job->per == job->size;
+  if (whole && x.token % 4 == 0 && job->pair == (job->kind == BF16)) {
+    for (int64_t r = 0; r < rows; r++) ask_for(job, from + (rows + r) * x.token);
+    *ld = x.token / 4;
+    return (const Unit *)from;
+  }
+  pack_rows(job, x, token, head, rows, even, spare);
+  *ld = job->width;
+  return spare;
+}
+
+// Units that pair two rows, from units that pair two columns: column c of row pair k to to[c / PW * panel + k * ld_to +
 // c % PW]. Without pairs the rows as they are.
-static void pack_pairs(const Job *job, const float *from, int64_t steps, float *to, int64_t ld, int64_t panel) {
-  int64_t width = job->width;
+static void pack_pairs(const Job *job, const Unit *from, int64_t ld, int64_t steps, float *to, int64_t ld_to,
+                       int64_t panel) {
+  int64_t size = job->size;
+  int pair = job->pair;
   for (int64_t k = 0; k < steps; k++)
-    for (int64_t c = 0; c < job->size; c += PW) {
-      float *into = to + c / PW * panel + k * ld;
-      int64_t count = least(PW, job->size - c);
-      if (job->pair) {
-        const uint16_t *upper = (const uint16_t *)(from + 2 * k * width) + c;
-        pair_rows(upper, upper + 2 * width, count, into);
+    for (int64_t c = 0; c < size; c += 16) {
+      float *into = to + c / PW * panel + k * ld_to + c % PW;
+      if (pair) {
+        const uint16_t *upper = (const uint16_t *)(from + 2 * k * ld) + c;
+        pair_rows(upper, upper + 2 * ld, 16, into);
       } else {
-        memcpy(into, from + k * width + c, 4 * count);
+        memcpy(into, from + k * ld + c, 64);
       }
     }
 }
 
 // to [columns, rows up to a multiple of 16] from [rows, columns]; zeros beyond the rows.
-static void transpose(const float *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
+static void transpose(const Unit *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r += 16)
     for (int64_t c = 0; c < columns; c += 16)
       transpose_block(from + r * ld + c, ld, rows - r, columns - c, to + c * ld_to + r, ld_to);
 }
 
-// Packed rows turned, in units that pair two rows: to [size, steps], rows of `ld`.
-static void turn_pairs(const Job *job, const float *rows, int64_t steps, float *spare, float *to, int64_t ld) {
-  if (job->pair) pack_pairs(job, rows, steps, spare, job->size, PW);
-  transpose(job->pair ? spare : rows, job->pair ? job->size : job->width, steps, job->size, to, ld);
+// Packed rows turned, in units that pair two rows: to [size, steps], rows of `ld_to`.
+static void turn_pairs(const Job *job, const Unit *rows, int64_t ld, int64_t steps, float *spare, float *to,
+                       int64_t ld_to) {
+  if (job->pair) pack_pairs(job, rows, ld, steps, spare, job->size, PW);
+  transpose(job->pair ? spare : rows, job->pair ? job->size : ld, steps, job->size, to, ld_to);
 }
 
 // Of the keys that go together: the distance of rows where they are turned, and the units that all of those take.
@@ -194,13 +213,14 @@ static inline int64_t turned_units(const Job *job, int64_t n) {
 // All n keys or values of a head: as rows [n, width], and turned, [size, keys] for each chunk. Either may be NULL.
 static void pack_keys(const Job *job, View x, int64_t start, int64_t head, int64_t n, float *rows, float *turned,
                       float *spare) {
-  int64_t ld = turned_ld(job, n);
+  int64_t ld = turned_ld(job, n), ld_packed = job->width;
   for (int64_t j = 0; j < n; j += GROUP) {
     int64_t count = least(GROUP, n - j);
-    float *packed = rows ? rows + j * job->width : spare;
-    pack_rows(job, x, start + j, head, count, GROUP, packed);
+    const Unit *packed = rows ? rows + j * job->width : spare;
+    if (rows) pack_rows(job, x, start + j, head, count, GROUP, rows + j * job->width);
+    else packed = units_of(job, x, start + j, head, count, GROUP, spare, &ld_packed);
     if (turned)
-      turn_pairs(job, packed, steps_of(job, count), spare + GROUP * job->width,
+      turn_pairs(job, packed, ld_packed, steps_of(job, count), spare + GROUP * job->width,
                  turned + j / job->keys * job->size * ld + j % job->keys / job->per, ld);
   }
 }
@@ -401,9 +421,9 @@ static void forward_chunk(const Job *job, Forward *f, int64_t n, int64_t at, int
 }
 
 static void forward_strip(const Job *job, Forward *f, int64_t start, int64_t n, int64_t head, int64_t i0) {
-  int64_t count = least(job->strip, n - i0), begin = first_seen(job, i0 / GROUP * GROUP) / job->keys * job->keys;
-  pack_rows(job, job->query, start + i0, head, count, count, f->rows);
-  transpose(f->rows, job->width, count, job->width, f->queries, job->strip);
+  int64_t count = least(job->strip, n - i0), begin = first_seen(job, i0 / GROUP * GROUP) / job->keys * job->keys, ld;
+  const Unit *rows = units_of(job, job->query, start + i0, head, count, count, f->rows, &ld);
+  transpose(rows, ld, count, job->width, f->queries, job->strip);
   f->soon = (Written){row_of(job->out, start + i0, head), job->out.token, count};
   for (int v = 0; v < WIDEST / LANES; v++) f->peak[v] = vall(-INFINITY), f->total[v] = vall(0);
   for (int64_t j = begin; j < i0 + count; j += job->keys)
@@ -462,21 +482,22 @@ static int64_t backward_scratch(const Job *job, int64_t n, float *arena, Backwar
   b->scores = take(arena, &used, keys * strip);
   b->dshares = take(arena, &used, keys * strip);
   b->dscores = take(arena, &used, keys * strip);
-  b->rows = take(arena, &used, block * width);
+  b->rows = take(arena, &used, strip * width);
   return used;
 }
 
 // Queries and gradients of a block: turned, strip by strip, and in pairs of rows.
 static void backward_load(const Job *job, Backward *b, int64_t token, int64_t head, int64_t n, int64_t rows) {
-  int64_t width = job->width, strip = job->strip, steps = steps_of(job, rows);
+  int64_t width = job->width, strip = job->strip, ld;
   View sources[2] = {job->query, job->grad};
   float *turned[2] = {b->turned_rows, b->turned_grads}, *paired[2] = {b->paired_rows, b->paired_grads};
-  for (int i = 0; i < 2; i++) {
-    pack_rows(job, sources[i], token, head, rows, up(rows, job->deep), b->rows);
-    for (int64_t q = 0; q < rows; q += strip)
-      transpose(b->rows + q * width, width, least(strip, rows - q), width, turned[i] + q * width, strip);
-    pack_pairs(job, b->rows, steps, paired[i], PW, paired_panel(job, n));
-  }
+  for (int64_t q = 0; q < rows; q += strip)
+    for (int i = 0; i < 2; i++) {
+      int64_t count = least(strip, rows - q);
+      const Unit *from = units_of(job, sources[i], token + q, head, count, up(count, job->deep), b->rows, &ld);
+      transpose(from, ld, count, width, turned[i] + q * width, strip);
+      pack_pairs(job, from, ld, steps_of(job, count), paired[i] + q / job->per * PW, PW, paired_panel(job, n));
+    }
   for (int64_t r = 0; r < up(rows, strip); r++) b->lse[r] = INFINITY, b->overlap[r] = 0;
   for (int64_t r = 0; r < rows; r++) {
     const char *grad = row_of(job->grad, token + r, head), *out = row_of(job->out, token + r, head);
