@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from topwork.models.joined import JoinedWeights, join
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
-from topwork.ops.decoder_layer import DecoderLayer, decoder_layer, decoder_layer_of
+from topwork.ops.decoder_layer import DecoderLayer, at_once, decoder_layer, decoder_layer_of
 from topwork.ops.feedforward import feedforward, feedforward_of
+from topwork.ops.parts import is_plain
 from topwork.ops.project import project
 from topwork.ops.projection import Projection, projection_of
 from topwork.ops.prologues import Gated, Identity, RmsNorm, normed
@@ -178,13 +179,14 @@ class FastLayer(GradientCheckpointingLayer):
         part, attention = self.attention_part, _bare(self.self_attn)
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
-        if (whole := self._whole(x)) is not None:
+        found: dict[nn.Module, Projection | None] = {}
+        if (whole := self._whole(x, found)) is not None:
             turns = self._turns(position_embeddings)
             x = decoder_layer(x, whole, turns, batch.cu_seqlens, in_place, current().recomputing)
             return x if self.is_last or self.before_another else x.to(dtype)
         before = self.wiring.before_attention
         if part is not None and part.fits(attention):
-            group = self._group(attention, part.inputs)
+            group = self._group(attention, part.inputs, found)
             x, given, prologue = self._branch(x, dtype, before, group, in_place=in_place)
             y = self._heads(given, prologue, group, position_embeddings, attention, part)
         else:
@@ -199,10 +201,10 @@ class FastLayer(GradientCheckpointingLayer):
             after = replace(current(), batch=batch).active()
         with after:
             if part is not None:
-                last = self._group(attention, ("o_proj",))
+                last = self._group(attention, ("o_proj",), found)
                 y = self._products(y, Identity(), last, self.wiring.after_attention is not None)
             y = self._normed(y, self.wiring.after_attention)
-            x, y = self._mlp(x, dtype, y, in_place)
+            x, y = self._mlp(x, dtype, y, in_place, found)
             y = self._normed(y, self.wiring.after_mlp)
             x = residual_sum(x, y, self.multiplier, in_place)
         return x if self.is_last or self.before_another else x.to(dtype)
@@ -212,33 +214,32 @@ class FastLayer(GradientCheckpointingLayer):
         name = self.wiring.before_attention or self.wiring.after_attention
         return getattr(self, str(name)).weight.dtype
 
-    def _whole(self, x: Tensor) -> DecoderLayer | None:
-        """All of it, where that is best made in one step."""
+    def _whole(self, x: Tensor, found: dict[nn.Module, Projection | None]) -> DecoderLayer | None:
+        """All of it, where that is best made in one step. What its linear layers add up to, as far as it was asked, is
+        `found` for the single steps: DoRA's costs a product."""
         part, gated, wiring, context = self.attention_part, self.mlp_part, self.wiring, current()
         if part is None or gated is None or wiring.after_attention or wiring.after_mlp or context.virtual:
             return None
         if (self.is_last and current_batch().output_positions is not None) or context.cache is not None:
             return None
         first, second = self._norm(wiring.before_attention), self._norm(wiring.before_mlp)
+        if first is None or second is None or not at_once(x, first.weight):
+            return None
         attention, mlp = _bare(self.self_attn), _bare(self.mlp)
-        if (
-            first is None
-            or second is None
-            or not part.fits(attention)
-            or not all(hasattr(mlp, name) for name in gated.inputs)
-        ):
+        if not part.fits(attention) or not all(hasattr(mlp, name) for name in gated.inputs):
             return None
         modules = [getattr(attention, name) for name in (*part.inputs, "o_proj")]
         modules += [getattr(mlp, name) for name in (*gated.inputs, "down_proj")]
         layers = []
         for module in modules:
-            if (projection := projection_of(module)) is None:
+            found[module] = layer = projection_of(module)
+            if layer is None or not is_plain(layer):
                 return None
-            layers.append(projection)
+            layers.append(layer)
         *inputs, output = layers[: len(part.inputs) + 1]
         *gates, down = layers[len(part.inputs) + 1 :]
         how = part.how(attention, restores=False)
-        return decoder_layer_of(x, inputs, output, gates, down, (first, second), how, gated.activation, self.multiplier)
+        return decoder_layer_of(inputs, output, gates, down, (first, second), how, gated.activation, self.multiplier)
 
     def _turns(self, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """cos and sin [T, R] of its rotary positions."""
@@ -272,17 +273,19 @@ class FastLayer(GradientCheckpointingLayer):
         q, k, v = rotated_parts(buffer, turns, how, prefixes)
         return context.cache.attend(attention, q, k, v, how.rule, how.sinks).flatten(1)
 
-    def _mlp(self, x: Tensor, dtype: torch.dtype, y: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+    def _mlp(
+        self, x: Tensor, dtype: torch.dtype, y: Tensor, in_place: bool, made: dict[nn.Module, Projection | None]
+    ) -> tuple[Tensor, Tensor]:
         """The stream with the attention's y, and the MLP's output."""
         part, before, mlp = self.mlp_part, self.wiring.before_mlp, _bare(self.mlp)
         if part is None or not all(hasattr(mlp, name) for name in part.inputs):
             x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
             found = mlp(self._normed(given, before)[None])
             return x, (found[0] if isinstance(found, tuple) else found)[0]
-        group = self._group(mlp, part.inputs)
+        group = self._group(mlp, part.inputs, made)
         x, given, prologue = self._branch(x, dtype, before, group, y, in_place)
         linear = mlp.get_submodule("down_proj")
-        down, norm_follows = projection_of(linear), self.wiring.after_mlp is not None
+        down, norm_follows = _projection_of(linear, made), self.wiring.after_mlp is not None
         # without a norm the output goes into a sum, and no gradient needs its value
         skip = current().recomputing and not norm_follows and down is not None and not down.gains
         whole = feedforward_of(given, group.projections or (), down, part.activation)
@@ -300,10 +303,10 @@ class FastLayer(GradientCheckpointingLayer):
             return torch.cat([module(x) for module in group.modules], -1)
         return project(x, group.projections, _handing_back(x, prologue), keeps, joined=group.joined)
 
-    def _group(self, parent: nn.Module, names: Sequence[str]) -> "_Group":
-        """Linear layers by name, for the current batch."""
+    def _group(self, parent: nn.Module, names: Sequence[str], made: dict[nn.Module, Projection | None]) -> "_Group":
+        """Linear layers by name, for the current batch; some are `made` already."""
         modules = [getattr(parent, name) for name in names]
-        found = [projection_of(module) for module in modules]
+        found = [_projection_of(module, made) for module in modules]
         projections = [projection for projection in found if projection is not None]
         others = len(modules) > 1 and any(projection.input_gains for projection in projections)  # see it without
         if len(projections) < len(modules) or others:
@@ -329,6 +332,10 @@ class FastLayer(GradientCheckpointingLayer):
             return None
         module = _bare(getattr(self, name))
         return RmsNorm(module.weight, found.eps, found.unit_offset) if found.is_still(module) else None  # type: ignore[arg-type]
+
+
+def _projection_of(module: nn.Module, made: dict[nn.Module, Projection | None]) -> Projection | None:
+    return made[module] if module in made else projection_of(module)
 
 
 def _handing_back(x: Tensor, prologue: Identity | RmsNorm) -> Identity | RmsNorm:

@@ -65,16 +65,20 @@ class DecoderLayer:
         return int(self.weights[0].shape[1])
 
 
+def at_once(x: Tensor, near: Tensor) -> bool:
+    """Whether a layer of a stream x [1, T, d], with weights like `near`, may be made in one step at all."""
+    return _is_stream(x) and multiplies_all(near) and on_amx() and native.compiled("attention") is not None
+
+
 def decoder_layer_of(
-    x: Tensor, inputs: Sequence[Projection], output: Projection, gates: Sequence[Projection], down: Projection,
+    inputs: Sequence[Projection], output: Projection, gates: Sequence[Projection], down: Projection,
     norms: tuple[RmsNorm, RmsNorm], attention: SelfAttention, kind: str, multiplier: float,
 ) -> DecoderLayer | None:  # fmt: skip
-    """The layer for a stream x [1, T, d] in fp32, where it is best made in one step: else None."""
-    if len(inputs) != 3 or len(gates) != 2 or not _is_stream(x) or not _known(attention, norms):
+    """The layer, where it may be made `at_once` and all of it is C's: else None."""
+    if len(inputs) != 3 or len(gates) != 2 or not _known(attention, norms):
         return None
-    near = norms[0].weight
     groups = gates, (down,), inputs, (output,)
-    if not multiplies_all(near) or not on_amx() or (terms := placed_terms(groups, near.dtype)) is None:
+    if (terms := placed_terms(groups, norms[0].weight.dtype)) is None:
         return None
     layers = (*gates, down, *inputs, output)
     weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
@@ -91,7 +95,7 @@ def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
     usual = attention.norms is None and attention.sinks is None and not attention.restores and rule.softcap is None
     fits = attention.heads.size in NATIVE_SIZES and rule.scale > 0 and (rule.window is None or rule.window > 0)
     plain = all(norm.weight.dtype in native.KINDS and norm.weight.is_contiguous() for norm in norms)
-    return usual and fits and plain and native.compiled("attention") is not None
+    return usual and fits and plain
 
 
 def decoder_layer(

@@ -44,7 +44,7 @@ def placed_terms(groups: Sequence[Sequence[Projection]], dtype: torch.dtype) -> 
     for group in groups:
         before, biases = len(found), 0
         for part, layer in enumerate(group, first):
-            if layer.gains or layer.shifts or layer.input_gains or not _fits(layer, dtype):
+            if not is_plain(layer) or not _fits(layer, dtype):
                 return None
             biases += layer.bias is not None
             found += (Placed(term, part) for term in layer.terms)
@@ -52,7 +52,7 @@ def placed_terms(groups: Sequence[Sequence[Projection]], dtype: torch.dtype) -> 
             return None
         first += len(group)
     fits = openable([layer.weight for group in groups for layer in group])
-    return tuple(found) if fits and all(_plain(term) for term, _ in found) else None
+    return tuple(found) if fits and all(_is_master(x) for term, _ in found for x in (term.a, term.b)) else None
 
 
 def _fits(layer: Projection, dtype: torch.dtype) -> bool:
@@ -62,8 +62,14 @@ def _fits(layer: Projection, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and (isinstance(weight, Packed) or weight.stride(1) == 1)
 
 
-def _plain(term: LowRank) -> bool:
-    return term.dropout is None and all(x.dtype == torch.float32 and x.is_contiguous() for x in (term.a, term.b))
+def is_plain(layer: Projection) -> bool:
+    """Whether it is a product and low-rank terms alone, whose A all see the same."""
+    learns_vectors = layer.gains or layer.shifts or layer.input_gains
+    return not learns_vectors and all(term.dropout is None for term in layer.terms)
+
+
+def _is_master(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def check_terms(terms: Iterable[Placed], sizes: Sequence[tuple[int, int]], rows: int) -> None:
