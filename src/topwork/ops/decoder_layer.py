@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -121,9 +121,16 @@ def _check(
     own, others = heads.queries * heads.size, heads.keys * heads.size
     sizes = [(int(w.shape[0]), int(w.shape[1])) for w in layer.weights]
     expected = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
-    if sizes != expected or not _is_stream(x) or x.shape != (1, bounds[-1], d) or bounds[0]:
+    if heads.size not in NATIVE_SIZES or heads.queries % heads.keys:
         raise ValueError(
-            f"layers {sizes} for x {native.told(x)} of {bounds[0]} to {bounds[-1]} rows, where {expected} and "
+            f"{heads.queries} heads of queries and {heads.keys} of keys, {heads.size} wide, where a multiple and a "
+            "width that the kernel knows are expected"
+        )
+    if bounds[0] or any(stop < start for start, stop in pairwise(bounds)):
+        raise ValueError(f"bounds {bounds} do not rise from 0 on")
+    if sizes != expected or not _is_stream(x) or x.shape != (1, bounds[-1], d):
+        raise ValueError(
+            f"layers {sizes} for x {native.told(x)} of {bounds[-1]} rows, where {expected} and "
             f"[1, T, {d}] in fp32 are expected"
         )
     if any(len(bias) != size for bias, (size, _) in zip(layer.biases, sizes) if bias is not None):
@@ -133,10 +140,11 @@ def _check(
     if rotary is not None:
         cos, sin = rotary
         alike = cos.shape == sin.shape and cos.dtype == sin.dtype and cos.stride() == sin.stride()
-        if not alike or cos.dtype not in native.KINDS or len(cos) != x.shape[1] or cos.shape[1] > heads.size:
+        fits = cos.ndim == 2 and len(cos) == x.shape[1] and cos.shape[1] <= heads.size and not cos.shape[1] % 2
+        if not (alike and fits) or cos.dtype not in native.KINDS:
             raise ValueError(
                 f"cos is {native.told(cos)} and sin {native.told(sin)}, expected two alike, "
-                f"[{x.shape[1]}, up to {heads.size}]"
+                f"[{x.shape[1]}, R] with even R <= {heads.size}"
             )
     check_terms(layer.terms, sizes, x.shape[1])
 
