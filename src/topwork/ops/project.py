@@ -39,7 +39,7 @@ from topwork.ops.bundles import (
     write_terms,
 )
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
-from topwork.ops.grouped import Addend, Product, grouped_products, multiplies_all
+from topwork.ops.grouped import GRID, Addend, Product, grouped_products, multiplies_all
 from topwork.ops.packed import Packed
 from topwork.ops.parts import openable, opened
 from topwork.ops.projection import Placed, Projection, base_gradient, base_products, begun, biases, side_by_side
@@ -110,9 +110,12 @@ class _Group(NamedTuple):
 
     def opened(self) -> "_Group":
         """With small packed weights dense and joined, inside of `scratch_scope`: one product, whose gradient is rounded
-        once, as that of dense ones is."""
+        once, as that of dense ones is. Not where some begin beside the grid that addends have: joined, their terms
+        would be rounded before the product is."""
         weights = [projection.weight for projection, _ in self.base]
         if not self.joins or not all(isinstance(weight, Packed) for weight in weights) or not openable(weights):
+            return self
+        if any(columns.start % GRID for _, columns in self.base):
             return self
         first, *_ = opened(weights)
         whole = first.as_strided((self.outputs, self.inputs), first.stride())
