@@ -16,6 +16,7 @@ from topwork.adapters.graft import Adapters
 from topwork.models import fast
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
+from topwork.models.fast import FastLayer
 from topwork.ops import decoder_layer as module
 from topwork.ops import parts
 from topwork.ops.attention_reference import AttentionRule
@@ -23,11 +24,15 @@ from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
 from topwork.ops.context import training_pass
 from topwork.ops.decoder_layer import DecoderLayer
+from topwork.ops.dropout import Dropout
+from topwork.ops.grouped import MOST_ADDENDS
 from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit
 from topwork.ops.parts import Placed
+from topwork.ops.projection import Projection
 from topwork.ops.prologues import RmsNorm
-from topwork.ops.self_attention import Heads, SelfAttention
+from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention
+from topwork.ops.vectors import Gain
 from topwork.ops.workspace import Workspace
 
 BOUNDS = (0, 40, 40, 41, 97, 150)
@@ -71,6 +76,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "biases and norms in fp32": {"biases": torch.float32, "norms": torch.float32, "kind": "gelu"},
     "a window": {"window": 9, "kind": "gelu_tanh"},
     "wide heads": {"heads": 2, "key_heads": 1, "size": 112, "f": 32},
+    "an inner width off the grid": {"f": 40, "biases": torch.bfloat16},
     "no groups of heads": {"heads": 3, "key_heads": 3, "size": 32, "d": 64, "f": 48},
 }
 ALL = pytest.mark.parametrize("of", LAYERS)
@@ -192,12 +198,32 @@ def test_or_the_stream_is_overwritten_and_its_gradient_too(on_amx) -> None:
     assert back.data_ptr() == dx.data_ptr()
 
 
+def test_a_gradient_may_have_been_expanded(on_amx) -> None:
+    layer = drawn()
+    x, rotary, _ = given(layer)
+    leaf = x.requires_grad_()
+    found = torch.autograd.grad(module.decoder_layer(leaf * 1.0, layer, rotary, BOUNDS).sum(), leaf)
+    ones = torch.ones(x.shape)
+    expected = torch.autograd.grad(module.decoder_layer(leaf * 1.0, layer, rotary, BOUNDS), leaf, ones)
+    assert torch.equal(*found, *expected)
+
+
 def test_packed_weights_are_what_they_stand_for(on_amx) -> None:
     layer = drawn(**LAYERS["biases"])
     packed = replace(layer, weights=tuple(pack_4bit(weight, "nf4", 32, True) for weight in layer.weights))
     dense = replace(packed, weights=tuple(chain(*(parts.opened(packed.weights[group]) for group in module.GROUPS))))
     found, expected = results(packed, module.decoder_layer), results(dense, module.decoder_layer)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("f", [40, 160])
+def test_packed_weights_give_what_single_steps_give(f: int, on_amx) -> None:
+    """Those join packed layers too, where all of their terms can be added before a sum is rounded."""
+    layer = drawn(f=f, d=64)
+    layer = replace(layer, weights=tuple(pack_4bit(weight, "nf4", 32, True) for weight in layer.weights))
+    found, expected = results(layer, module.decoder_layer), results(layer, in_single_steps)
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
 
 
 def test_what_is_not_finite_stays_in_its_sequence(on_amx) -> None:
@@ -245,6 +271,10 @@ def test_what_learns_may_not_change_before_the_gradient(on_amx) -> None:
             torch.autograd.grad(y.sum(), learned(layer))
 
 
+def with_heads(layer: DecoderLayer, heads: Heads) -> DecoderLayer:
+    return replace(layer, attention=replace(layer.attention, heads=heads))
+
+
 def wrong() -> Iterator[Any]:
     layer = drawn(**LAYERS["biases"])
     x, (cos, sin), _ = given(layer)
@@ -260,7 +290,12 @@ def wrong() -> Iterator[Any]:
     yield "cos is", (x, layer, (cos, sin[:, :-2]), BOUNDS)
     yield "cos is", (x, layer, (cos[:-1], sin[:-1]), BOUNDS)
     yield "cos is", (x, layer, (cos.half(), sin.half()), BOUNDS)
+    yield "cos is", (x, layer, (cos[:, :-1], sin[:, :-1]), BOUNDS)
     yield "cos is", (x, layer, (cos.repeat(1, 2), sin.repeat(1, 2)), BOUNDS)
+    yield "bounds", (x, layer, (cos, sin), (0, 150, 40, 150))
+    yield "bounds", (x, layer, (cos, sin), (1, 150))
+    yield "3 heads of queries", (x, with_heads(layer, Heads(3, 2, 16)), (cos, sin), BOUNDS)
+    yield "4 heads of queries", (x, with_heads(layer, Heads(4, 2, 24)), (cos, sin), BOUNDS)
     yield "a term of rows", (x, replace(layer, terms=(Placed(short, 0),)), (cos, sin), BOUNDS)
 
 
@@ -268,6 +303,66 @@ def wrong() -> Iterator[Any]:
 def test_what_does_not_belong_together_is_refused(case: Any) -> None:
     with pytest.raises(ValueError, match=case[0]):
         module.decoder_layer(*case[1])
+
+
+def asked(
+    change: Callable[[list[Projection]], object] = lambda _: None, attention: dict[str, Any] | None = None,
+    norm: torch.dtype = torch.bfloat16, stream: Callable[[Tensor], Tensor] = lambda x: x,
+) -> DecoderLayer | None:  # fmt: skip
+    """What is made of a layer of which something is otherwise."""
+    layer = drawn()
+    layers = [
+        Projection(weight, bias, tuple(term for term, its in layer.terms if its == part))
+        for part, (weight, bias) in enumerate(zip(layer.weights, layer.biases))
+    ]
+    change(layers)
+    gate, up, down, *inputs, output = layers
+    norms = tuple(replace(norm_, weight=norm_.weight.to(norm)) for norm_ in layer.norms)
+    how = replace(layer.attention, **(attention or {}))
+    x = stream(torch.randn(1, BOUNDS[-1], layer.hidden))
+    return module.decoder_layer_of(x, inputs, output, (gate, up), down, norms, how, "silu", 1.0)
+
+
+def put(part: int, **values: Any) -> Callable[[list[Projection]], object]:
+    return lambda layers: layers.__setitem__(part, replace(layers[part], **values))
+
+
+def dropping(layers: list[Projection]) -> None:
+    (term,) = layers[4].terms
+    layers[4] = replace(layers[4], terms=(replace(term, dropout=Dropout(0.1, 1, torch.zeros(150, dtype=torch.int64))),))
+
+
+def crowded(layers: list[Projection]) -> None:
+    layers[0] = replace(layers[0], bias=torch.zeros(160), terms=layers[0].terms * (MOST_ADDENDS - 1))
+
+
+ONES = torch.ones(64)
+NOT_FOR: dict[str, dict[str, Any]] = {
+    "norms of heads": {"attention": {"norms": (HeadNorm(torch.ones(16), 1e-5, False),) * 2}},
+    "sinks": {"attention": {"sinks": torch.zeros(4)}},
+    "what looks at its products again": {"attention": {"restores": True}},
+    "scores that are capped": {"attention": {"rule": AttentionRule(0.25, softcap=2.0)}},
+    "scores of no scale": {"attention": {"rule": AttentionRule(0.0)}},
+    "no window at all": {"attention": {"rule": AttentionRule(0.25, 0)}},
+    "heads of another width": {"attention": {"heads": Heads(4, 2, 24)}},
+    "norms in fp32": {"norm": torch.float32},
+    "a weight in fp32": {"change": put(6, weight=torch.zeros(96, 64))},
+    "a weight by columns": {"change": put(6, weight=torch.zeros(64, 96).bfloat16().t())},
+    "a bias in fp16": {"change": put(3, bias=torch.zeros(64).half())},
+    "a gain": {"change": put(3, gains=(Gain(0, 150, ONES),))},
+    "a gain on inputs": {"change": put(6, input_gains=(Gain(0, 150, ONES),))},
+    "dropout": {"change": dropping},
+    "more addends than fit": {"change": crowded},
+    "a view of a stream": {"stream": lambda x: x.view(1, 150, 96)},
+    "a stream with gaps": {"stream": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)},
+    "a stream in bf16": {"stream": lambda x: x.bfloat16()},
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOR)
+def test_layers_that_it_does_not_know(name: str, on_amx) -> None:
+    assert asked() is not None
+    assert asked(**NOT_FOR[name]) is None
 
 
 # Models
@@ -339,6 +434,14 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(("family", "values"), [("gemma2", {"attn_logit_softcapping": None}), ("olmo2", {})])
+def test_not_where_norms_follow(family: str, values: dict[str, Any], calls: list[DecoderLayer]) -> None:
+    base = tiny_base(family, dtype=torch.bfloat16, **values)
+    adapters = added(base, a=AdapterConfig(r=4))
+    gradients(base, adapters, learning_batch(sequences(), "a"))
+    assert not calls
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_what_it_is_not_for(name: str, calls: list[DecoderLayer]) -> None:
     options = {key: value for key, value in OTHERWISE[name].items() if value is not None}
@@ -369,6 +472,20 @@ def test_workspaces_and_checkpoints_change_no_bit(calls: list[DecoderLayer]) -> 
         assert all(torch.equal(*pair) for pair in zip(each, expected, strict=True))
     with torch.no_grad():
         assert torch.equal(base.log_probabilities(batch), expected[0])
+
+
+def test_a_plain_layer_is_handed_what_it_multiplies(calls: list[DecoderLayer], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapters = adapted()
+    batch, layer = learning_batch(sequences(), "a"), next(x for x in base.module.modules() if isinstance(x, FastLayer))
+    layer.before_another, types = False, list[torch.dtype]()
+    layer.register_forward_hook(lambda _, __, out: types.append(out.dtype))
+    found = gradients(base, adapters, batch)
+    assert len(calls) == 1
+    monkeypatch.setattr(fast, "decoder_layer_of", lambda *_: None)
+    expected = gradients(base, adapters, batch)
+    assert types == [torch.bfloat16] * 2
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found, expected, strict=True))
 
 
 def test_nor_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
