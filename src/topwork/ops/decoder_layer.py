@@ -156,13 +156,16 @@ class _DecoderLayer(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         y = x if in_place else x.clone()
-        ctx.layer, ctx.rotary, ctx.bounds, ctx.in_place = layer, rotary, bounds, in_place
+        ctx.layer, ctx.rotary, ctx.bounds, ctx.in_place, ctx.is_over = layer, rotary, bounds, in_place, False
         kept = run_forward(layer, y, rotary, bounds, attention_functions(), skip_forward)
         ctx.save_for_backward(kept, *learned)  # with what learns, which torch refuses changed
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if ctx.is_over:
+            raise RuntimeError("a decoder layer went backward already, and what it kept for that is overwritten")
+        ctx.is_over = True
         if grad is None:
             return (None,) * (6 + 2 * len(ctx.layer.terms))
         kept, *_ = ctx.saved_tensors
