@@ -3,8 +3,8 @@
 //     gate = n Wg' + s S B'    up alike    h = act(gate) * up    y = h Wd' + s S B'
 
 #pragma once
+#include "hot_rows.h"
 #include "layer.c"
-#include "terms.h"
 
 enum { GATE, UP, DOWN };
 static const Group GATES = {GATE, UP}, LAST = {DOWN, DOWN};
@@ -27,22 +27,84 @@ static int feedforward_forward(Call *c, const FeedForward *l) {
   return group_forward(c, LAST, l->h, l->y);
 }
 
+// The unit's gradient, and h again.
+static void unit_backward(const FeedForward *l, int64_t row, int64_t rows, int64_t threads) {
+  Values up = from_column(l->both, l->f), dup = from_column(l->dboth, l->f);
+  topwork_gated_backward(l->dh.at + 2 * row * l->dh.by, l->dh.by, l->both.at + 2 * row * l->both.by, l->both.by,
+                         up.at + 2 * row * up.by, up.by, rows, l->f, l->dboth.at + 2 * row * l->dboth.by, l->dboth.by,
+                         dup.at + 2 * row * dup.by, dup.by, l->h.at + 2 * row * l->f, 1 + 2 * (int)l->act,
+                         (int)threads);
+}
+
+#ifdef AMX
+// With it what its rows give to the terms: gates' G, their B's gradients, and that of down's A.
+static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
+  const Values x[] = {l->dboth, from_column(l->dboth, l->f), l->h};
+#pragma omp parallel num_threads(c->threads)
+  {
+    float *room = h->rooms + omp_get_thread_num() * h->room;
+    amx_begin();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < h->count; t++)
+      for (int64_t tile = 0; tile < h->terms[t].tiles && h->terms[t].part != DOWN; tile++)
+        pack_b(h, h->terms + t, tile);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t s = 0; s < h->stripes; s++) {
+      float *sums = h->sums + s * h->each;
+      memset(sums, 0, h->each * sizeof *sums);
+      for (int64_t row = s * STRIPE, until = least(c->rows, row + STRIPE), next; row < until; row = next) {
+        next = next_step(h, row, until);
+        unit_backward(l, row, next - row, 1);
+        hot_step(h, GATES, x, row, next - row, room, sums);
+      }
+    }
+    amx_end();
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < h->count * (h->f / HOT); n++) {
+      const HotTerm *t = h->terms + n / (h->f / HOT);
+      add_stripes(h, t, t->part == DOWN, n % (h->f / HOT) * HOT, n % (h->f / HOT) * HOT + HOT);
+    }
+  }
+}
+#endif
+
+// 1 where that was done, 0 where it is not worth while.
+static int hot_rows(Call *c, const FeedForward *l) {
+#ifdef AMX
+  HotRows h = {.terms = malloc(most(1, c->count) * sizeof *h.terms)};
+  int64_t floats = h.terms ? plan_hot_rows(c, GATES, DOWN, l->f, &h) : 0;
+  int ours = 0;
+  float *arena = floats ? borrow(floats, &ours) : NULL;
+  if (arena) {
+    h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.stripes * h.each;
+    run_hot_rows(c, l, &h);
+    give_back(arena, ours);
+  }
+  free(h.terms);
+  return arena != NULL;
+#else
+  (void)c, (void)l;
+  return 0;
+#endif
+}
+
 static int feedforward_backward(Call *c, const FeedForward *l) {
-  Values n = l->rstd ? l->n : l->x, up = from_column(l->both, l->f), dup = from_column(l->dboth, l->f);
+  Values n = l->rstd ? l->n : l->x;
   int failed;
   put_slopes(c, LAST, l->dy);
   if ((failed = run_stage(c))) return failed;
   put_db(c, LAST, l->dy);
   if ((failed = group_backward(c, LAST, l->dy, l->dh))) return failed;
-  topwork_gated_backward(l->dh.at, l->dh.by, l->both.at, l->both.by, up.at, up.by, c->rows, l->f, l->dboth.at,
-                         l->dboth.by, dup.at, dup.by, l->h.at, 1 + 2 * (int)l->act, c->threads);
+  if (!hot_rows(c, l)) {
+    unit_backward(l, 0, c->rows, c->threads);
+    put_da(c, LAST, l->h);
+    put_slopes(c, GATES, l->dboth);
+    if ((failed = run_stage(c))) return failed;
+    put_db(c, GATES, l->dboth);
+  }
   if (l->rstd)
     topwork_rms_norm(l->x.at, l->x.by, 0, c->rows, 1, l->d, l->norm, 0, 1, l->rstd, n.at, (int)l->norm_mode,
-                     c->threads);
-  put_da(c, LAST, l->h);
-  put_slopes(c, GATES, l->dboth);
-  if ((failed = run_stage(c))) return failed;
-  put_db(c, GATES, l->dboth);
+                     (int)c->threads);
   put_da(c, GATES, n);
   return group_backward(c, GATES, l->dboth, l->dn);
 }

@@ -1,0 +1,136 @@
+// What the rows of a feed-forward layer give to its terms' gradients, a few rows at a time while a core's cache has them:
+//
+//     G = round(s dgate B), dup alike        sums over rows of S' dgate and S' dup, for B's gradients, and of G' h, for A's
+//
+// Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes of
+// so many whatever the number of threads, and stripes in their order; G is what its product is to the bit.
+
+#pragma once
+#include "terms.h"
+
+#ifdef AMX
+
+enum { HOT = 32, STRIPE = 256, MOST_SUMS = 2 << 20 };  // rows of a step and of a stripe; floats of all stripes' sums
+
+// A term as a stripe has it.
+typedef struct {
+  const Term *of;
+  int64_t part, tiles;  // of sixteen ranks
+  int64_t b, sums;      // where B stands, packed into tiles; where in a stripe's sums [16 tiles, f] its own are
+} HotTerm;
+
+typedef struct {
+  HotTerm *terms;
+  int64_t count, f, stripes, each;  // each: floats of a stripe's sums
+  int64_t room;                     // of a thread's memory
+  float *packed, *sums, *rooms;
+} HotRows;
+
+// Floats that are needed for all of it, or 0 where it is not worth that much or f fills no tiles; `part` after the gates
+// is that whose inputs are h.
+static int64_t plan_hot_rows(const Call *c, Group gates, int part, int64_t f, HotRows *h) {
+  int64_t packed = 0;
+  h->f = f, h->count = 0, h->each = 0, h->stripes = (c->rows + STRIPE - 1) / STRIPE;
+  for (const Term *t = c->terms; t < c->terms + c->count; t++) {
+    if (!is_of(t, gates) && t->part != part) continue;
+    HotTerm *own = h->terms + h->count++;
+    *own = (HotTerm){t, t->part, sides(t->r), packed, h->each};
+    if (t->part != part) packed += own->tiles * SIDE * f / 2;
+    h->each += own->tiles * SIDE * f;
+  }
+  h->room = SIDE * f + HOT * f / 2 + 2 * SIDES + HOT * SIDE;
+  if (f % HOT || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
+  return packed + h->stripes * h->each + c->threads * h->room;
+}
+
+// Rows of 16 bits [count, r] from column `from` on, turned into a tile [16, 32], with zeros beyond them.
+static void turn_tile(const char *at, int64_t r, int64_t from, int64_t count, float *spare, float *to) {
+  int64_t some = least(SIDE, r - from);
+  memset(spare, 0, SIDES * sizeof *spare);
+  for (int64_t s = 0; 2 * s < count; s++) {
+    const uint16_t *upper = (const uint16_t *)at + 2 * s * r + from;
+    pair_rows(upper, 2 * s + 1 < count ? upper + r : NULL, some, spare + SIDE * s);
+  }
+  transpose_block(spare, SIDE, SIDE, SIDE, to, SIDE);
+}
+
+// sums [16 tiles, f] += left [count, r]' x, whose rows are packed in pairs.
+static void add_rows(const HotRows *h, const HotTerm *t, const char *left, int64_t count, const float *pairs,
+                     float *spare, float *sums) {
+  for (int64_t tile = 0; tile < t->tiles; tile++) {
+    turn_tile(left, t->of->r, SIDE * tile, count, spare, spare + SIDES);
+    for (int64_t n = 0; n < h->f / SIDE; n += 2) {
+      Stretch part = {spare + SIDES, pairs + n * SIDES, SIDE, SIDE, SIDES, 1};
+      multiply_tiles(1, 2, &part, 1, sums + t->sums + SIDE * (tile * h->f + n), h->f, 1);
+    }
+  }
+}
+
+// G of `count` rows of x, which stand where `lines` are unless these fill no tiles.
+static void slopes_of_rows(const HotRows *h, const HotTerm *t, Values x, int64_t row, int64_t count, float *lines,
+                           float *sums) {
+  const char *at = x.at + 2 * row * x.by;
+  int64_t by = x.by / 2, r = t->of->r;
+  if (count < HOT) {
+    memset(lines, 0, HOT * h->f * 2);
+    for (int64_t i = 0; i < count; i++) memcpy((char *)lines + 2 * i * h->f, at + 2 * i * x.by, 2 * h->f);
+    at = (const char *)lines, by = h->f / 2;
+  }
+  for (int64_t tile = 0; tile < t->tiles; tile++) {
+    Stretch part = {at, h->packed + t->b + tile * SIDE * h->f / 2, by, SIDE, 0, h->f / HOT};
+    multiply_tiles(2, 1, &part, 1, sums, SIDE, 0);
+    for (int64_t i = 0; i < count; i++) {
+      char *to = t->of->g + 2 * ((row + i - t->of->start) * r + SIDE * tile);
+      for (int64_t n = 0, stop = least(SIDE, r - SIDE * tile); n < stop; n += LANES)
+        store(to, n, least(LANES, stop - n), BF16, load(sums + SIDE * i, n, least(LANES, stop - n), F32) * (float)t->of->scaling);
+    }
+  }
+}
+
+// `count` rows from `row` on, all of which have the same terms: x[0] and x[1] are the gates' gradients, x[2] h.
+static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, float *room,
+                     float *sums) {
+  float *pairs = room, *lines = pairs + SIDE * h->f, *spare = lines + HOT * h->f / 2, *products = spare + 2 * SIDES;
+  for (int64_t number = 0; number < 3; number++) {
+    Right right = {rows_of(x[number], row), count, h->f, BF16};
+    int packed = 0;
+    for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
+      if (t->part != gates.first + number || row < t->of->start || row >= t->of->stop) continue;
+      if (!packed++) pack_tiles(&right, 1, 0, h->f / SIDE, 0, 1, pairs, SIDES);
+      int64_t own = 2 * (row - t->of->start) * t->of->r;
+      if (number < 2) slopes_of_rows(h, t, x[number], row, count, lines, products);
+      add_rows(h, t, (number < 2 ? t->of->s : t->of->g) + own, count, pairs, spare, sums);
+    }
+  }
+}
+
+// The first row behind `row` at which a term begins or ends, or a step does.
+static int64_t next_step(const HotRows *h, int64_t row, int64_t until) {
+  int64_t next = least(until, row + HOT);
+  for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
+    if (t->of->start > row) next = least(next, t->of->start);
+    if (t->of->stop > row) next = least(next, t->of->stop);
+  }
+  return next;
+}
+
+static void pack_b(const HotRows *h, const HotTerm *t, int64_t tile) {
+  Right b = {dense(t->of->b, t->of->r), h->f, t->of->r, F32};
+  pack_tiles(&b, 1, SIDE * tile, 1, 0, h->f / HOT, h->packed + t->b + tile * SIDE * h->f / 2, 0);
+}
+
+// The gradient of a term's B, or of its A, from the stripes' sums: some of its columns.
+static void add_stripes(const HotRows *h, const HotTerm *t, int of_a, int64_t from, int64_t until) {
+  for (int64_t j = 0; j < t->of->r; j++)
+    for (int64_t n = from; n < until; n += LANES) {
+      const float *at = h->sums + t->sums + j * h->f + n;
+      vecf sum = vloadf(at);
+      for (int64_t s = 1; s < h->stripes; s++) sum += vloadf(at + s * h->each);
+      if (of_a) vstoref((float *)t->of->da + j * h->f + n, sum);
+      else
+        for (int64_t i = 0; i < LANES; i++)
+          ((float *)t->of->db)[(n + i) * t->of->r + j] = (float)t->of->scaling * sum[i];
+    }
+}
+
+#endif
