@@ -60,9 +60,10 @@ static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
     }
     amx_end();
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < h->count * (h->f / HOT); n++) {
-      const HotTerm *t = h->terms + n / (h->f / HOT);
-      add_stripes(h, t, t->part == DOWN, n % (h->f / HOT) * HOT, n % (h->f / HOT) * HOT + HOT);
+    for (int64_t n = 0; n < h->count * (h->f / 32); n++) {
+      const HotTerm *t = h->terms + n / (h->f / 32);
+      int64_t from = n % (h->f / 32) * 32;
+      add_stripes(h, t, t->part == DOWN, from, from + 32);
     }
   }
 }

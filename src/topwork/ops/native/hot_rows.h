@@ -10,7 +10,14 @@
 
 #ifdef AMX
 
-enum { HOT = 32, STRIPE = 256, MOST_SUMS = 2 << 20 };  // rows of a step and of a stripe; floats of all stripes' sums
+enum {
+  HOT = 64,             // rows of a step
+  DEEP = HOT / 32,      // tiles of them along the summed axis
+  STRIPE = 256,         // rows that are summed one step after the other
+  MOST_SUMS = 2 << 20,  // floats of all stripes' sums
+  AT_ONCE = 8,          // tiles of pairs, which should stay in the first cache
+  LEFTS = 8,            // tiles that meet them
+};
 
 // A term as a stripe has it.
 typedef struct {
@@ -38,32 +45,44 @@ static int64_t plan_hot_rows(const Call *c, Group gates, int part, int64_t f, Ho
     if (t->part != part) packed += own->tiles * SIDE * f / 2;
     h->each += own->tiles * SIDE * f;
   }
-  h->room = SIDE * f + HOT * f / 2 + 2 * SIDES + HOT * SIDE;
-  if (f % HOT || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
+  h->room = HOT * f / 2 + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + HOT * SIDE;
+  if (f % 32 || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
   return packed + h->stripes * h->each + c->threads * h->room;
 }
 
-// Rows of 16 bits [count, r] from column `from` on, turned into a tile [16, 32], with zeros beyond them.
-static void turn_tile(const char *at, int64_t r, int64_t from, int64_t count, float *spare, float *to) {
+// Rows of 16 bits [count, r] from column `from` on, turned into tiles [16, HOT], with zeros beyond them.
+static void turn_rows(const char *at, int64_t r, int64_t from, int64_t count, float *spare, float *to) {
   int64_t some = least(SIDE, r - from);
-  memset(spare, 0, SIDES * sizeof *spare);
-  for (int64_t s = 0; 2 * s < count; s++) {
-    const uint16_t *upper = (const uint16_t *)at + 2 * s * r + from;
-    pair_rows(upper, 2 * s + 1 < count ? upper + r : NULL, some, spare + SIDE * s);
+  for (int64_t d = 0; d < DEEP; d++) {
+    memset(spare, 0, SIDES * sizeof *spare);
+    for (int64_t row = 32 * d, s = 0; row < least(count, 32 * (d + 1)); row += 2, s++) {
+      const uint16_t *upper = (const uint16_t *)at + row * r + from;
+      pair_rows(upper, row + 1 < count ? upper + r : NULL, some, spare + SIDE * s);
+    }
+    transpose_block(spare, SIDE, SIDE, SIDE, to + SIDE * d, SIDE * DEEP);
   }
-  transpose_block(spare, SIDE, SIDE, SIDE, to, SIDE);
 }
 
-// sums [16 tiles, f] += left [count, r]' x, whose rows are packed in pairs.
-static void add_rows(const HotRows *h, const HotTerm *t, const char *left, int64_t count, const float *pairs,
-                     float *spare, float *sums) {
-  for (int64_t tile = 0; tile < t->tiles; tile++) {
-    turn_tile(left, t->of->r, SIDE * tile, count, spare, spare + SIDES);
-    for (int64_t n = 0; n < h->f / SIDE; n += 2) {
-      Stretch part = {spare + SIDES, pairs + n * SIDES, SIDE, SIDE, SIDES, 1};
-      multiply_tiles(1, 2, &part, 1, sums + t->sums + SIDE * (tile * h->f + n), h->f, 1);
-    }
+// Tiles of left sides, turned, and where in a stripe's sums their products with the same rows are added.
+typedef struct {
+  float *tiles;
+  int64_t sums[LEFTS], count;
+} Lefts;
+
+// sums [16, f] += left x for all of them; x packed into pairs a few tiles at a time, which stay in the first cache.
+static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pairs, float *sums) {
+  int64_t all = h->f / SIDE;
+  for (int64_t n = 0; n < all; n += AT_ONCE) {
+    int64_t some = least(AT_ONCE, all - n);
+    pack_tiles(x, 1, SIDE * n, some, 0, DEEP, pairs, SIDES * DEEP);
+    for (int64_t i = 0; i < lefts->count; i++)
+      for (int64_t m = 0, wide; m < some; m += wide) {
+        Stretch part = {lefts->tiles + i * SIDES * DEEP, pairs + m * SIDES * DEEP, SIDE * DEEP, SIDE, SIDES * DEEP, DEEP};
+        wide = some - m < 4 ? 2 : 4;
+        multiply_tiles(1, wide, &part, 1, sums + lefts->sums[i] + SIDE * (n + m), h->f, 1);
+      }
   }
+  lefts->count = 0;
 }
 
 // G of `count` rows of x, which stand where `lines` are unless these fill no tiles.
@@ -77,8 +96,8 @@ static void slopes_of_rows(const HotRows *h, const HotTerm *t, Values x, int64_t
     at = (const char *)lines, by = h->f / 2;
   }
   for (int64_t tile = 0; tile < t->tiles; tile++) {
-    Stretch part = {at, h->packed + t->b + tile * SIDE * h->f / 2, by, SIDE, 0, h->f / HOT};
-    multiply_tiles(2, 1, &part, 1, sums, SIDE, 0);
+    Stretch part = {at, h->packed + t->b + tile * SIDE * h->f / 2, by, SIDE, 0, h->f / 32};
+    multiply_tiles(HOT / SIDE, 1, &part, 1, sums, SIDE, 0);
     for (int64_t i = 0; i < count; i++) {
       char *to = t->of->g + 2 * ((row + i - t->of->start) * r + SIDE * tile);
       for (int64_t n = 0, stop = least(SIDE, r - SIDE * tile); n < stop; n += LANES)
@@ -90,17 +109,21 @@ static void slopes_of_rows(const HotRows *h, const HotTerm *t, Values x, int64_t
 // `count` rows from `row` on, all of which have the same terms: x[0] and x[1] are the gates' gradients, x[2] h.
 static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, float *room,
                      float *sums) {
-  float *pairs = room, *lines = pairs + SIDE * h->f, *spare = lines + HOT * h->f / 2, *products = spare + 2 * SIDES;
+  float *lines = room, *spare = lines + HOT * h->f / 2, *products = spare + SIDES, *pairs = products + HOT * SIDE;
+  Lefts lefts = {pairs + AT_ONCE * SIDES * DEEP};
   for (int64_t number = 0; number < 3; number++) {
     Right right = {rows_of(x[number], row), count, h->f, BF16};
-    int packed = 0;
     for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
       if (t->part != gates.first + number || row < t->of->start || row >= t->of->stop) continue;
-      if (!packed++) pack_tiles(&right, 1, 0, h->f / SIDE, 0, 1, pairs, SIDES);
-      int64_t own = 2 * (row - t->of->start) * t->of->r;
       if (number < 2) slopes_of_rows(h, t, x[number], row, count, lines, products);
-      add_rows(h, t, (number < 2 ? t->of->s : t->of->g) + own, count, pairs, spare, sums);
+      const char *left = (number < 2 ? t->of->s : t->of->g) + 2 * (row - t->of->start) * t->of->r;
+      for (int64_t tile = 0; tile < t->tiles; tile++) {
+        turn_rows(left, t->of->r, SIDE * tile, count, spare, lefts.tiles + lefts.count * SIDES * DEEP);
+        lefts.sums[lefts.count++] = t->sums + SIDE * tile * h->f;
+        if (lefts.count == LEFTS) add_rows(h, &lefts, &right, pairs, sums);
+      }
     }
+    if (lefts.count) add_rows(h, &lefts, &right, pairs, sums);
   }
 }
 
@@ -116,7 +139,7 @@ static int64_t next_step(const HotRows *h, int64_t row, int64_t until) {
 
 static void pack_b(const HotRows *h, const HotTerm *t, int64_t tile) {
   Right b = {dense(t->of->b, t->of->r), h->f, t->of->r, F32};
-  pack_tiles(&b, 1, SIDE * tile, 1, 0, h->f / HOT, h->packed + t->b + tile * SIDE * h->f / 2, 0);
+  pack_tiles(&b, 1, SIDE * tile, 1, 0, h->f / 32, h->packed + t->b + tile * SIDE * h->f / 2, 0);
 }
 
 // The gradient of a term's B, or of its A, from the stripes' sums: some of its columns.
