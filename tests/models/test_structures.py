@@ -14,7 +14,7 @@ from reference import families
 from reference.families import OWN, PICTURES, tiny_base
 from topwork.common.errors import ModelError
 from topwork.models.config_files import shape_names, shape_values
-from topwork.models.fast import ACTIVATIONS
+from topwork.models.layer_parts import ACTIVATIONS
 from topwork.models.proven import PROVEN
 from topwork.models.recognise import is_fast
 from topwork.models.skeleton import skeleton

@@ -8,16 +8,15 @@ modules.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.models.joined import JoinedWeights, join
-from topwork.ops.attention_reference import AttentionRule
+from topwork.models.layer_parts import AttentionPart, MlpPart, Norm, Wiring, bare, own
 from topwork.ops.context import current, current_batch, has_workspace, without_workspace
 from topwork.ops.decoder_layer import DecoderLayer, at_once, decoder_layer, decoder_layer_of
 from topwork.ops.feedforward import feedforward, feedforward_of
@@ -26,75 +25,7 @@ from topwork.ops.project import project
 from topwork.ops.projection import Projection, projection_of
 from topwork.ops.prologues import Gated, Identity, RmsNorm, normed
 from topwork.ops.residual import residual_branch, residual_norm, residual_sum
-from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention, rotated_parts, self_attention
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """The norms of a layer: before and after its attention, before and after its MLP."""
-
-    before_attention: str | None
-    after_attention: str | None
-    before_mlp: str | None
-    after_mlp: str | None
-
-    @property
-    def children(self) -> frozenset[str]:
-        """The modules that a layer wired so consists of."""
-        norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
-        return frozenset({"self_attn", "mlp", *filter(None, norms)})
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm that was recognised, by what it does; `kind` is its class, which an adapter around it changes."""
-
-    kind: type
-    eps: float
-    unit_offset: bool
-
-    def is_still(self, module: nn.Module) -> bool:
-        """No adapter has put a module of its own there, and it is frozen."""
-        return type(module) is self.kind and not module.weight.requires_grad
-
-
-@dataclass(frozen=True)
-class AttentionPart:
-    """How a layer's attention is made: its input projections, how they are divided into heads, what is asked of
-    attention, and by name what else it has."""
-
-    inputs: tuple[str, ...]
-    heads: Heads
-    rule: AttentionRule
-    rotary: bool
-    norms: dict[str, Norm]
-    sinks: str | None
-
-    def fits(self, attention: nn.Module) -> bool:
-        """Whether its modules are still what they were: an adapter may have put its own in their places."""
-        there = all(hasattr(attention, name) for name in (*self.inputs, "o_proj", *self.norms))
-        return there and all(norm.is_still(_bare(getattr(attention, name))) for name, norm in self.norms.items())
-
-    def how(self, attention: nn.Module, restores: bool) -> SelfAttention:
-        """With the weights that are there now."""
-        norms = [
-            HeadNorm(_bare(getattr(attention, name)).weight, norm.eps, norm.unit_offset)  # type: ignore[arg-type]
-            for name, norm in self.norms.items()
-        ]
-        sinks = getattr(attention, self.sinks) if self.sinks else None
-        return SelfAttention(self.heads, self.rule, (norms[0], norms[1]) if norms else None, sinks, restores)
-
-
-@dataclass(frozen=True)
-class MlpPart:
-    """How a gated MLP is made."""
-
-    inputs: tuple[str, ...]
-    activation: str
+from topwork.ops.self_attention import rotated_parts, self_attention
 
 
 class FastLayer(GradientCheckpointingLayer):
@@ -176,7 +107,7 @@ class FastLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, others: dict[str, Any]
     ) -> Tensor:
         dtype, batch = self._dtype(), current_batch()
-        part, attention = self.attention_part, _bare(self.self_attn)
+        part, attention = self.attention_part, bare(self.self_attn)
         x = hidden_states.to(torch.promote_types(dtype, torch.float32))
         in_place = has_workspace(x)  # a training pass, in which nobody but the layers sees x
         found: dict[nn.Module, Projection | None] = {}
@@ -225,7 +156,7 @@ class FastLayer(GradientCheckpointingLayer):
         first, second = self._norm(wiring.before_attention), self._norm(wiring.before_mlp)
         if first is None or second is None or not at_once(x, first.weight):
             return None
-        attention, mlp = _bare(self.self_attn), _bare(self.mlp)
+        attention, mlp = bare(self.self_attn), bare(self.mlp)
         if not part.fits(attention) or not all(hasattr(mlp, name) for name in gated.inputs):
             return None
         modules = [getattr(attention, name) for name in (*part.inputs, "o_proj")]
@@ -277,7 +208,7 @@ class FastLayer(GradientCheckpointingLayer):
         self, x: Tensor, dtype: torch.dtype, y: Tensor, in_place: bool, made: dict[nn.Module, Projection | None]
     ) -> tuple[Tensor, Tensor]:
         """The stream with the attention's y, and the MLP's output."""
-        part, before, mlp = self.mlp_part, self.wiring.before_mlp, _bare(self.mlp)
+        part, before, mlp = self.mlp_part, self.wiring.before_mlp, bare(self.mlp)
         if part is None or not all(hasattr(mlp, name) for name in part.inputs):
             x, given = residual_branch(x, dtype, y, self.multiplier, in_place)
             found = mlp(self._normed(given, before)[None])
@@ -294,7 +225,7 @@ class FastLayer(GradientCheckpointingLayer):
         unit = Gated(part.activation, in_place=not group.has_gains)
         buffer = self._products(given, prologue, group)
         if down is None:
-            return x, _bare(linear)(normed(buffer, unit))
+            return x, bare(linear)(normed(buffer, unit))
         return x, project(buffer, (down,), unit, norm_follows, skip)
 
     def _products(self, x: Tensor, prologue: Identity | RmsNorm, group: "_Group", keeps: bool = True) -> Tensor:
@@ -310,7 +241,7 @@ class FastLayer(GradientCheckpointingLayer):
         projections = [projection for projection in found if projection is not None]
         others = len(modules) > 1 and any(projection.input_gains for projection in projections)  # see it without
         if len(projections) < len(modules) or others:
-            return _Group(None, modules=[_bare(module) for module in modules])
+            return _Group(None, modules=[bare(module) for module in modules])
         joined = self._joined.get(tuple(names))
         if joined is None:
             return _Group(projections)
@@ -330,7 +261,7 @@ class FastLayer(GradientCheckpointingLayer):
         found = self.norms.get(name) if name else None
         if name is None or found is None:
             return None
-        module = _bare(getattr(self, name))
+        module = bare(getattr(self, name))
         return RmsNorm(module.weight, found.eps, found.unit_offset) if found.is_still(module) else None  # type: ignore[arg-type]
 
 
@@ -370,16 +301,3 @@ def join_weights(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, FastLayer):
             layer.join_weights()
-
-
-def own(module: nn.Module) -> nn.Module:
-    """The base's own module, whatever adapter stands around it."""
-    found: nn.Module = getattr(module, "base_layer", module)
-    return found
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The base's own module, where an adapter stands around it and no token of this pass goes through that."""
-    tell = getattr(module, "idle_base", None)
-    base = tell() if tell is not None else None
-    return module if base is None else base

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from topwork.models.base import Base
-from topwork.models.fast import FastLayer, Norm, own
+from topwork.models.fast import FastLayer
+from topwork.models.layer_parts import Norm, own
 from topwork.models.recognise import norm_of
 from topwork.models.text_part import text_model
 from topwork.ops import decode as c

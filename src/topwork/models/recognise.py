@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from topwork.common.heap import trim_heap
-from topwork.models.fast import ACTIVATIONS, AttentionPart, FastLayer, MlpPart, Norm, Wiring
+from topwork.models.fast import FastLayer
 from topwork.models.joined import let_go_of_file
+from topwork.models.layer_parts import ACTIVATIONS, AttentionPart, MlpPart, Norm, Wiring
 from topwork.models.text_part import text_model
 from topwork.ops.attention import flat_attention
 from topwork.ops.attention_reference import AttentionRule

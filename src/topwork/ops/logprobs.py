@@ -76,14 +76,16 @@ def dense_head(weight: Tensor, bias: Tensor | None = None) -> Head:
     return Head(len(weight), lambda rows, _: torch.nn.functional.linear(rows, weight, bias), back, into)
 
 
-GRAIN = 16
-"""What the rows of a chunk are a multiple of, on AMX."""
+GRAIN, AMX_ROWS = 16, 384
+"""What the rows of a chunk are a multiple of on AMX, and how many there are at most: products are faster there, and
+what is packed for one is worth more of them."""
 
 
-def chunk_rows(vocabulary: int, device: torch.device, value_bytes: int = 4) -> int:
+def chunk_rows(vocabulary: int, device: torch.device, value_bytes: int = 4, on_amx: bool = False) -> int:
     """Rows of a chunk, at least 16, from the bytes of one product."""
     kind = device.type if device.type in CHUNK_BYTES else "cpu"
-    return max(16, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (value_bytes * vocabulary)))
+    most = AMX_ROWS if on_amx else CHUNK_ROWS[kind]
+    return max(16, min(most, CHUNK_BYTES[kind] // (value_bytes * vocabulary)))
 
 
 def log_probabilities(
@@ -118,9 +120,10 @@ def _in_chunks(
     """Log-probabilities [N] and, where `gradient` is given, the gradient by hidden [N, d]."""
     logps, grads = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(hidden)
     weights = torch.zeros_like(logps) if gradient is None else gradient.float()
-    chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size()))
+    on_amx = multiplies_all(hidden)
+    chunks = -(-len(targets) // chunk_rows(head.vocabulary, hidden.device, hidden.element_size(), on_amx))
     size = -(-len(targets) // max(1, chunks))  # all chunks alike: a short last one would be slower by the row
-    if multiplies_all(hidden):  # for a head that is packed or has a bias: a new size costs oneDNN more than some rows
+    if on_amx:  # for a head that is packed or has a bias: a new size costs oneDNN more than some rows
         size = min(-(-size // GRAIN) * GRAIN, len(targets))
     into, back = head.products_into, None if gradient is None else head.input_gradient
     with scratch_scope():

@@ -31,8 +31,8 @@ from topwork.training.memory_process import (
 )
 from topwork.training.memory_setup import Part, PassShape, Setup, Usage
 
-CHUNK_ROWS, CHUNK_BYTES = {"cpu": 256, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda": 512 << 20}
-"""`ops/logprobs.py`'s."""
+CHUNK_ROWS, CHUNK_BYTES = {"cpu": 384, "cuda": 1 << 14}, {"cpu": 48 << 20, "cuda": 512 << 20}
+"""`ops/logprobs.py`'s, on a CPU those of AMX."""
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """`ops/quantized_linear.py`'s: what of a packed weight is dense at a time."""
 OPENED_BYTES = 32 << 20

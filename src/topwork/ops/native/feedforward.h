@@ -9,9 +9,9 @@
 enum { GATE, UP, DOWN };
 static const Group GATES = {GATE, UP}, LAST = {DOWN, DOWN};
 
-// both [rows, 2 f] = gate | up, h [rows, f] without gaps; y [rows, d] may be NULL. Going backward dy, dh [rows, f], dboth
-// (which may be both) and dn, which may be NULL. There n is made again from x and its norm's numbers rstd [rows] and
-// weight [d], without gaps in memory that may be dh's; or it is x, where rstd is NULL.
+// both [rows, 2 f] = gate | up, h [rows, f] without gaps; y [rows, d] may be NULL. Going backward dy, dh [rows, f],
+// dboth (which may be both) and dn, which may be NULL. There n is made again from x and its norm's numbers rstd [rows]
+// and weight [d], without gaps in memory that may be dh's; or it is x, where rstd is NULL.
 typedef struct {
   Values n, both, h, y, dy, dh, dboth, dn, x;
   int64_t f, d, act;

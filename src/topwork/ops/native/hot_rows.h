@@ -1,9 +1,10 @@
-// What the rows of a feed-forward layer give to its terms' gradients, a few rows at a time while a core's cache has them:
+// What the rows of a feed-forward layer give to its terms' gradients, a few rows at a time while a core's cache has
+// them:
 //
-//     G = round(s dgate B), dup alike        sums over rows of S' dgate and S' dup, for B's gradients, and of G' h, for A's
+//     G = round(s dgate B), dup alike        S' dgate and S' dup, for B's gradients, G' h, for that of down's A
 //
-// Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes of
-// so many whatever the number of threads, and stripes in their order; G is what its product is to the bit.
+// Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes
+// of so many whatever the number of threads, and stripes in their order; G is what its product is to the bit.
 
 #pragma once
 #include "terms.h"
@@ -33,8 +34,7 @@ typedef struct {
   float *packed, *sums, *rooms;
 } HotRows;
 
-// Floats that are needed for all of it, or 0 where it is not worth that much or f fills no tiles; `part` after the gates
-// is that whose inputs are h.
+// Floats that are needed for all of it, or 0 where that is too many or f fills no tiles; h is what `part` is given.
 static int64_t plan_hot_rows(const Call *c, Group gates, int part, int64_t f, HotRows *h) {
   int64_t packed = 0;
   h->f = f, h->count = 0, h->each = 0, h->stripes = (c->rows + STRIPE - 1) / STRIPE;
@@ -77,7 +77,8 @@ static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pair
     pack_tiles(x, 1, SIDE * n, some, 0, DEEP, pairs, SIDES * DEEP);
     for (int64_t i = 0; i < lefts->count; i++)
       for (int64_t m = 0, wide; m < some; m += wide) {
-        Stretch part = {lefts->tiles + i * SIDES * DEEP, pairs + m * SIDES * DEEP, SIDE * DEEP, SIDE, SIDES * DEEP, DEEP};
+        const float *left = lefts->tiles + i * SIDES * DEEP, *right = pairs + m * SIDES * DEEP;
+        Stretch part = {left, right, SIDE * DEEP, SIDE, SIDES * DEEP, DEEP};
         wide = some - m < 4 ? 2 : 4;
         multiply_tiles(1, wide, &part, 1, sums + lefts->sums[i] + SIDE * (n + m), h->f, 1);
       }
@@ -100,13 +101,15 @@ static void slopes_of_rows(const HotRows *h, const HotTerm *t, Values x, int64_t
     multiply_tiles(HOT / SIDE, 1, &part, 1, sums, SIDE, 0);
     for (int64_t i = 0; i < count; i++) {
       char *to = t->of->g + 2 * ((row + i - t->of->start) * r + SIDE * tile);
-      for (int64_t n = 0, stop = least(SIDE, r - SIDE * tile); n < stop; n += LANES)
-        store(to, n, least(LANES, stop - n), BF16, load(sums + SIDE * i, n, least(LANES, stop - n), F32) * (float)t->of->scaling);
+      for (int64_t n = 0, stop = least(SIDE, r - SIDE * tile); n < stop; n += LANES) {
+        int64_t some = least(LANES, stop - n);
+        store(to, n, some, BF16, load(sums + SIDE * i, n, some, F32) * (float)t->of->scaling);
+      }
     }
   }
 }
 
-// `count` rows from `row` on, all of which have the same terms: x[0] and x[1] are the gates' gradients, x[2] h.
+// `count` rows from `row` on, all of which have the same terms; x: the gates' gradients and h.
 static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, float *room,
                      float *sums) {
   float *lines = room, *spare = lines + HOT * h->f / 2, *products = spare + SIDES, *pairs = products + HOT * SIDE;

@@ -97,7 +97,8 @@ static void put_inner(Call *c, Group g, Values x) {
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
     if (!is_of(t, g)) continue;
     int64_t k = c->parts[t->part].inputs;
-    put(c, rows_of(x, t->start), turned(dense(t->a, k)), dense(t->s, t->r), rows_of_term(t), k, t->r, 1)->right_kind = F32;
+    Matrix right = turned(dense(t->a, k));
+    put(c, rows_of(x, t->start), right, dense(t->s, t->r), rows_of_term(t), k, t->r, 1)->right_kind = F32;
   }
 }
 
@@ -159,7 +160,8 @@ static void put_da(Call *c, Group g, Values n) {
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
     if (!is_of(t, g)) continue;
     int64_t k = c->parts[t->part].inputs;
-    put(c, turned(dense(t->g, t->r)), rows_of(n, t->start), dense(t->da, k), t->r, rows_of_term(t), k, 1)->out_kind = F32;
+    Matrix left = turned(dense(t->g, t->r));
+    put(c, left, rows_of(n, t->start), dense(t->da, k), t->r, rows_of_term(t), k, 1)->out_kind = F32;
   }
 }
 
