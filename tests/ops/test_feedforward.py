@@ -122,6 +122,16 @@ def test_the_number_of_threads_changes_nothing(case: Case, on_amx) -> None:
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
+def test_other_adapters_rows_change_nothing(on_amx) -> None:
+    """Of the gradients of one that has rows 100 to 400, beside two others and alone."""
+    beside = Case(470, 64, 96, (*everywhere(0, 100, 5), *everywhere(100, 400, 16), *everywhere(400, 470, 7)))
+    layer, (n, dy) = drawn(beside), rows_of(beside)
+    own = tuple(place._replace(term=replace(place.term, start=0, stop=300)) for place in layer.terms[3:6])
+    found, alone = passes(layer, n, dy), passes(replace(layer, terms=own), n[100:400], dy[100:400])
+    together = (*(x[100:400] for x in found[:3]), *found[6:9], *found[15:18])
+    assert all(torch.equal(*pair) for pair in zip(together, alone[:9], strict=True))
+
+
 def test_what_is_not_finite_stays_in_its_rows(on_amx) -> None:
     """An adapter that has diverged, beside another whose rows share tiles with its own."""
     case = Case(60, 64, 96, (*everywhere(0, 23, 5), *everywhere(23, 60, 16)))

@@ -52,7 +52,8 @@ static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
     for (int64_t s = 0; s < h->stripes; s++) {
       float *sums = h->sums + s * h->each;
       memset(sums, 0, h->each * sizeof *sums);
-      for (int64_t row = s * STRIPE, until = least(c->rows, row + STRIPE), next; row < until; row = next) {
+      int64_t until = s + 1 < h->stripes ? h->begins[s + 1] : c->rows;
+      for (int64_t row = h->begins[s], next; row < until; row = next) {
         next = next_step(h, row, until);
         unit_backward(l, row, next - row, 1);
         hot_step(h, GATES, x, row, next - row, room, sums);
@@ -72,8 +73,8 @@ static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
 // 1 where that was done, 0 where it is not worth while.
 static int hot_rows(Call *c, const FeedForward *l) {
 #ifdef AMX
-  HotRows h = {.terms = malloc(most(1, c->count) * sizeof *h.terms)};
-  int64_t floats = h.terms ? plan_hot_rows(c, GATES, DOWN, l->f, &h) : 0;
+  HotRows h = {malloc(most(1, c->count) * sizeof *h.terms), malloc(most_stripes(c) * sizeof *h.begins)};
+  int64_t floats = h.terms && h.begins ? plan_hot_rows(c, GATES, DOWN, l->f, &h) : 0;
   int ours = 0;
   float *arena = floats ? borrow(floats, &ours) : NULL;
   if (arena) {
@@ -81,7 +82,7 @@ static int hot_rows(Call *c, const FeedForward *l) {
     run_hot_rows(c, l, &h);
     give_back(arena, ours);
   }
-  free(h.terms);
+  free(h.terms), free(h.begins);
   return arena != NULL;
 #else
   (void)c, (void)l;

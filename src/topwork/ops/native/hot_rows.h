@@ -4,7 +4,8 @@
 //     G = round(s dgate B), dup alike        S' dgate and S' dup, for B's gradients, G' h, for that of down's A
 //
 // Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes
-// of so many whatever the number of threads, and stripes in their order; G is what its product is to the bit.
+// that begin with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other
+// adapters' rows change a sum. G is what its product is to the bit.
 
 #pragma once
 #include "terms.h"
@@ -29,21 +30,29 @@ typedef struct {
 
 typedef struct {
   HotTerm *terms;
+  int64_t *begins;                  // rows with which stripes begin
   int64_t count, f, stripes, each;  // each: floats of a stripe's sums
   int64_t room;                     // of a thread's memory
   float *packed, *sums, *rooms;
 } HotRows;
 
+static int64_t most_stripes(const Call *c) { return c->rows / STRIPE + c->count + 1; }
+
 // Floats that are needed for all of it, or 0 where that is too many or f fills no tiles; h is what `part` is given.
 static int64_t plan_hot_rows(const Call *c, Group gates, int part, int64_t f, HotRows *h) {
   int64_t packed = 0;
-  h->f = f, h->count = 0, h->each = 0, h->stripes = (c->rows + STRIPE - 1) / STRIPE;
+  h->f = f, h->count = 0, h->each = 0, h->stripes = 0;
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
     if (!is_of(t, gates) && t->part != part) continue;
     HotTerm *own = h->terms + h->count++;
     *own = (HotTerm){t, t->part, sides(t->r), packed, h->each};
     if (t->part != part) packed += own->tiles * SIDE * f / 2;
     h->each += own->tiles * SIDE * f;
+  }
+  for (int64_t row = 0, next; row < c->rows; row = next) {
+    h->begins[h->stripes++] = row, next = least(c->rows, row + STRIPE);
+    for (const HotTerm *t = h->terms; t < h->terms + h->count; t++)
+      if (t->of->start > row) next = least(next, t->of->start);
   }
   h->room = HOT * f / 2 + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + HOT * SIDE;
   if (f % 32 || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
