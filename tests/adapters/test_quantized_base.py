@@ -162,6 +162,7 @@ def test_in_bfloat16_the_gradients_are_the_twins_bit_for_bit(
 ) -> None:
     """One panel holds each of these weights, so the same products are rounded in the same way; on AMX those of dense
     weights with one input would be one product."""
+    monkeypatch.setattr(fast, "decoder_layer_of", lambda *_: None)
     monkeypatch.setattr(fast, "feedforward_of", lambda *_: None)
     for place in (project, quantized_linear):
         monkeypatch.setattr(place, "multiplies_all", lambda _: False)
