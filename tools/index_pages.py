@@ -27,6 +27,10 @@ COMMANDS = {
     "against_e8061a0_banking77": "against.py e8061a0 --kinds lora,nf4 --pairs 40 --processes 1 "
     "(512 tokens of banking77)",
     "against_e8061a0_new_lengths": "against.py e8061a0 --new-lengths --kinds lora,nf4 --pairs 20 --processes 1",
+    "against_4baac91": "against.py 4baac91 --kinds lora,nf4 --pairs 14 --processes 1",
+    "against_4baac91_banking77": "against.py 4baac91 --kinds lora,nf4 --pairs 30 --processes 1 "
+    "(512 tokens of banking77)",
+    "against_4baac91_new_lengths": "against.py 4baac91 --new-lengths --kinds lora,nf4 --pairs 14 --processes 1",
     "attention": "attention.py",
     "banking77": "banking77.py score",
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",
