@@ -89,11 +89,14 @@ static void amx_multiply(int c, int a, int b) {
 #endif
 
 // A part of a summed axis: `a` [.., 16 deep] against `b` [16 deep, ..], in units. `lda`, `ldb` are from row to row,
-// `across` from one tile of b's columns to the next.
+// `across` from one tile of b's columns to the next. Meanwhile `asked` rows from `ahead` on, as far apart as a's and as
+// long, are asked for: what another core has just written is far away, and a processor does not foresee rows.
 typedef struct {
   const void *a;
   const float *b;
   int64_t lda, ldb, across, deep;
+  const char *ahead;
+  int64_t asked;
 } Stretch;
 
 // c [16 high, 16 wide] (+)= the sum over `count` stretches of a b, in tiles, of which at most four are sums: that is how
@@ -120,10 +123,12 @@ INLINE void amx_stretches(const int high, const int wide, const Stretch *stretch
 #define RIGHT(t, n) AMX_LOAD(t, b + (n) * across, ldb);
   if (add) { EACH_SUM(LOAD_SUM) } else { EACH_SUM(ZERO_SUM) }
   for (; count; count--, stretches++) {
-    const char *a = stretches->a;
+    const char *a = stretches->a, *ahead = stretches->ahead;
     const float *b = stretches->b;
-    int64_t lda = stretches->lda, ldb = stretches->ldb, across = stretches->across;
+    int64_t lda = stretches->lda, ldb = stretches->ldb, across = stretches->across, asked = stretches->asked;
     for (int64_t k = stretches->deep; k; k--, a += 4 * SIDE, b += SIDE * ldb) {
+      for (int64_t row = 0; row < asked; row++) __builtin_prefetch(ahead + 4 * row * lda, 0, 2);
+      ahead += asked ? 4 * SIDE : 0;
       if (high == 2 && wide == 2) {
         LEFT(4, 0) RIGHT(6, 0)
         AMX_MULTIPLY(0, 4, 6);

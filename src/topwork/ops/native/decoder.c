@@ -6,10 +6,13 @@
 // What stands between products is layer.c's, attention is attention.c's: sums and roundings are theirs. What a call of
 // its own saves is the way through Python between thirty of them.
 
+#include "tile.h"
+
+#ifdef AMX
 #include "feedforward.h"
 
 enum { QUERY = DOWN + 1, KEY, VALUE, OUTPUT };
-static const Group INPUTS = {QUERY, VALUE}, OUTPUTS = {OUTPUT, OUTPUT};
+static const Group INPUTS = {QUERY, VALUE}, OUTPUTS = {OUTPUT, OUTPUT}, NONE = {OUTPUT + 1, OUTPUT};
 
 typedef int (*Attention)(const int64_t *shape, const int64_t *spans, float scale, const int64_t *strides,
                          void *const *tensors, float *lse);
@@ -46,21 +49,29 @@ typedef struct {
   double scale, eps[2], multiplier;
 } Factors;
 
+typedef struct {
+  const Decoder *l;
+  const Factors *by;
+} Pass;
+
 static int64_t width_of(const Decoder *l) { return (l->heads + 2 * l->key_heads) * l->size; }
 
-static void rotate(const Decoder *l, char *x, int inverse, int64_t threads) {
+// Queries and keys of x [rows, width], which are those from `row` on.
+static void rotate(const Decoder *l, Values x, int64_t row, int64_t rows, int inverse) {
+  int64_t step = row * l->turn_stride * bytes_of(l->turn_kind);
   if (!l->half) return;
-  topwork_rotate(x, width_of(l), l->size, l->rows, l->heads + l->key_heads, l->cos, l->turn_stride, l->sin,
-                 l->turn_stride, l->half, 1 + 2 * (l->turn_kind == BF16) + 4 * inverse, (int)threads);
+  topwork_rotate(from_row(x, row).at, x.by, l->size, rows, l->heads + l->key_heads, l->cos + step, l->turn_stride,
+                 l->sin + step, l->turn_stride, l->half, 1 + 2 * (l->turn_kind == BF16) + 4 * inverse, 1);
 }
 
 // With `dqkv` backward, from `grad` [rows, heads, size].
-static int attend(const Decoder *l, float scale, char *grad, char *dqkv, int64_t threads) {
+static int attend(const Pass *p, char *grad, char *dqkv, int64_t threads) {
+  const Decoder *l = p->l;
   int64_t w = width_of(l), own = l->heads * l->size, s = l->size, q = 2 * own, v = 2 * (own + l->key_heads * s);
   int64_t shape[] = {l->sequences, l->rows, l->heads, l->key_heads, s, l->window, BF16, threads};
   int64_t strides[] = {w, s, w, s, w, s, own, s, own, s, w, s, w, s, w, s};
   void *tensors[] = {l->qkv, l->qkv + q, l->qkv + v, l->out, grad, dqkv, dqkv + q, dqkv + v};
-  return (dqkv ? l->backward : l->forward)(shape, l->spans, scale, strides, tensors, l->lse);
+  return (dqkv ? l->backward : l->forward)(shape, l->spans, (float)p->by->scale, strides, tensors, l->lse);
 }
 
 // The feed-forward half, with n and y of the whole.
@@ -70,33 +81,86 @@ static FeedForward half_of(const Decoder *l) {
   return (FeedForward){.n = {l->back, d}, .both = both, .h = h, .y = y, .f = f, .d = d, .act = l->act};
 }
 
-static void add_and_norm(const Decoder *l, const Factors *by, const char *y, int half, int64_t threads) {
-  topwork_add_and_norm(l->x, y, l->x, l->branch[half], (float)by->multiplier, l->rows, l->d, l->norm[half],
-                       (float)by->eps[half], l->rstd[half], l->back, (int)l->norm_mode[half], (int)threads);
+// ---- what is made of rows, on one thread ---------------------------------------------------------------------------
+
+// The sum with what came before a half, y or nothing, and n of the half.
+static void add_and_norm(const Pass *p, const char *y, int half, int64_t row, int64_t rows) {
+  const Decoder *l = p->l;
+  int64_t at = row * l->d;
+  topwork_add_and_norm(l->x + at, y ? y + 2 * at : NULL, l->x + at, l->branch[half] + 2 * at, (float)p->by->multiplier,
+                       rows, l->d, l->norm[half], (float)p->by->eps[half], l->rstd[half] + row, l->back + 2 * at,
+                       (int)l->norm_mode[half], 1);
 }
 
-static void add_and_norm_backward(const Decoder *l, const Factors *by, char *dy, int half, int64_t threads) {
-  topwork_add_and_norm_backward(l->x, l->back, l->branch[half], l->rows, l->d, l->norm[half], l->rstd[half], l->x, dy,
-                                (float)by->multiplier, (int)l->norm_mode[half], (int)threads);
+static void make_first(const void *of, int64_t row, int64_t rows) { add_and_norm(of, NULL, 0, row, rows); }
+
+static void make_second(const void *of, int64_t row, int64_t rows) {
+  add_and_norm(of, ((const Pass *)of)->l->on, 1, row, rows);
 }
 
-static int forward(Call *c, const Decoder *l, const Factors *by) {
+static void make_turned(const void *of, int64_t row, int64_t rows) {
+  const Decoder *l = ((const Pass *)of)->l;
+  rotate(l, (Values){l->qkv, width_of(l)}, row, rows, 0);
+}
+
+static void make_sum(const void *of, int64_t row, int64_t rows) {
+  const Pass *p = of;
+  int64_t at = row * p->l->d;
+  topwork_add_and_round(p->l->x + at, p->l->on + 2 * at, p->l->x + at, NULL, (float)p->by->multiplier, 1,
+                        rows * p->l->d, 1);
+}
+
+// Going backward, dy of the feed-forward half.
+static void make_dy(const void *of, int64_t row, int64_t rows) {
+  const Pass *p = of;
+  int64_t at = row * p->l->d;
+  topwork_add_and_round(p->l->x + at, NULL, p->l->x + at, p->l->on + 2 * at, 1, (float)p->by->multiplier,
+                        rows * p->l->d, 1);
+}
+
+// The stream's gradient before a half, and what of it the one before is given, dy or nothing.
+static void add_and_norm_backward(const Pass *p, char *dy, int half, int64_t row, int64_t rows) {
+  const Decoder *l = p->l;
+  int64_t at = row * l->d;
+  topwork_add_and_norm_backward(l->x + at, l->back + 2 * at, l->branch[half] + 2 * at, rows, l->d, l->norm[half],
+                                l->rstd[half] + row, l->x + at, dy ? dy + 2 * at : NULL, (float)p->by->multiplier,
+                                (int)l->norm_mode[half], 1);
+}
+
+static void make_second_backward(const void *of, int64_t row, int64_t rows) {
+  add_and_norm_backward(of, ((const Pass *)of)->l->on, 1, row, rows);
+}
+
+static void make_first_backward(const void *of, int64_t row, int64_t rows) {
+  add_and_norm_backward(of, NULL, 0, row, rows);
+}
+
+static void make_turned_back(const void *of, int64_t row, int64_t rows) {
+  const Decoder *l = ((const Pass *)of)->l;
+  rotate(l, (Values){l->on, width_of(l)}, row, rows, 1);
+}
+
+// ---- passes --------------------------------------------------------------------------------------------------------
+
+static int forward(Call *c, const Pass *p) {
+  const Decoder *l = p->l;
   Values n = {l->back, l->d}, qkv = {l->qkv, width_of(l)}, out = {l->out, l->heads * l->size}, y = {l->on, l->d};
   FeedForward half = half_of(l);
   int failed;
-  add_and_norm(l, by, NULL, 0, c->threads);
+  if ((failed = run_rows(c, INPUTS, 0, n, make_first, p))) return failed;
   if ((failed = group_forward(c, INPUTS, n, qkv))) return failed;
-  rotate(l, l->qkv, 0, c->threads);
-  if ((failed = attend(l, (float)by->scale, NULL, NULL, c->threads))) return failed;
+  if ((failed = run_rows(c, NONE, 0, qkv, make_turned, p))) return failed;
+  if ((failed = attend(p, NULL, NULL, c->threads))) return failed;
+  if ((failed = run_rows(c, OUTPUTS, 0, out, NULL, NULL))) return failed;
   if ((failed = group_forward(c, OUTPUTS, out, y))) return failed;
-  add_and_norm(l, by, l->on, 1, c->threads);
+  if ((failed = run_rows(c, GATES, 0, n, make_second, p))) return failed;
   if (!l->goes_on) half.y.at = NULL;
   if ((failed = feedforward_forward(c, &half)) || !l->goes_on) return failed;
-  topwork_add_and_round(l->x, l->on, l->x, NULL, (float)by->multiplier, 1, l->rows * l->d, (int)c->threads);
-  return 0;
+  return run_rows(c, NONE, 0, y, make_sum, p);
 }
 
-static int backward(Call *c, const Decoder *l, const Factors *by) {
+static int backward(Call *c, const Pass *p) {
+  const Decoder *l = p->l;
   int64_t own = l->heads * l->size;
   Values dy = {l->on, l->d}, out = {l->out, own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
   Values n = {l->room, l->d}, dn = {l->goes_on ? l->back : NULL, l->d};
@@ -105,39 +169,28 @@ static int backward(Call *c, const Decoder *l, const Factors *by) {
   half.x = (Values){l->branch[1], l->d}, half.n = n;  // made again when dh is used up
   half.rstd = l->rstd[1], half.norm = l->norm[1], half.norm_mode = l->norm_mode[1];
   int failed;
-  topwork_add_and_round(l->x, NULL, l->x, l->on, 1, (float)by->multiplier, l->rows * l->d, (int)c->threads);
+  if ((failed = run_rows(c, LAST, 1, dy, make_dy, p))) return failed;
   if ((failed = feedforward_backward(c, &half))) return failed;
-  add_and_norm_backward(l, by, l->on, 1, c->threads);
-  put_slopes(c, OUTPUTS, dy);
-  if ((failed = run_stage(c))) return failed;
+  if ((failed = run_rows(c, OUTPUTS, 1, dy, make_second_backward, p))) return failed;
   put_db(c, OUTPUTS, dy), put_da(c, OUTPUTS, out);
   if ((failed = group_backward(c, OUTPUTS, dy, dout))) return failed;
-  if ((failed = attend(l, (float)by->scale, dout.at, dqkv.at, c->threads))) return failed;
-  rotate(l, dqkv.at, 1, c->threads);
+  if ((failed = attend(p, dout.at, dqkv.at, c->threads))) return failed;
+  if ((failed = run_rows(c, INPUTS, 1, dqkv, make_turned_back, p))) return failed;
   topwork_rms_norm(l->branch[0], l->d, 0, l->rows, 1, l->d, l->norm[0], 0, 1, l->rstd[0], n.at, (int)l->norm_mode[0],
                    (int)c->threads);
-  put_slopes(c, INPUTS, dqkv);
-  if ((failed = run_stage(c))) return failed;
   put_db(c, INPUTS, dqkv), put_da(c, INPUTS, n);
-  if ((failed = group_backward(c, INPUTS, dqkv, dn))) return failed;
-  if (l->goes_on) add_and_norm_backward(l, by, NULL, 0, c->threads);
-  return 0;
+  if ((failed = group_backward(c, INPUTS, dqkv, dn)) || !l->goes_on) return failed;
+  return run_rows(c, NONE, 0, dn, make_first_backward, p);
 }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
-// Room for the lines of a stage; 0, 1 when memory ran out, or 2 where this is not compiled for AMX or the system does
-// not permit it.
+// Room for the lines of a stage; 0, 1 when memory ran out, or 2 where the system does not permit AMX.
 static int begin(Call *c) {
-#ifdef AMX
   if (!amx_permitted()) return 2;
   int64_t most_lines = 4 * c->count + 16;
   c->lines = malloc(most_lines * sizeof *c->lines), c->alphas = malloc(most_lines * sizeof *c->alphas);
   return !c->lines || !c->alphas;
-#else
-  (void)c;
-  return 2;
-#endif
 }
 
 // The answer of a call that is over.
@@ -150,9 +203,11 @@ static int end(Call *c, int failed) {
 // before anything was written, or 1.
 int topwork_feedforward(const void *parts, const void *layer, int64_t rows, const void *terms, int64_t count,
                         int64_t back, int64_t threads) {
+  const FeedForward *l = layer;
   Call c = {parts, terms, count, rows, threads};
   int failed = begin(&c);
-  if (!failed) failed = (back ? feedforward_backward : feedforward_forward)(&c, layer);
+  if (!failed) failed = run_rows(&c, back ? LAST : GATES, back != 0, back ? l->dy : l->n, NULL, NULL);
+  if (!failed) failed = (back ? feedforward_backward : feedforward_forward)(&c, l);
   return end(&c, failed);
 }
 
@@ -160,9 +215,18 @@ int topwork_feedforward(const void *parts, const void *layer, int64_t rows, cons
 int topwork_decoder_layer(const void *parts, const void *layer, const void *factors, const void *terms, int64_t count,
                           int64_t back, int64_t threads) {
   Call c = {parts, terms, count, ((const Decoder *)layer)->rows, threads};
+  Pass p = {layer, factors};
   int failed = begin(&c);
-  if (!failed) failed = (back ? backward : forward)(&c, layer, factors);
+  if (!failed) failed = (back ? backward : forward)(&c, &p);
   return end(&c, failed);
 }
+
+#else
+
+// 2: not compiled for AMX.
+int topwork_feedforward(void) { return 2; }
+int topwork_decoder_layer(void) { return 2; }
+
+#endif
 
 int topwork_decoder_level(void) { return LEVEL; }

@@ -20,34 +20,42 @@ typedef struct {
   int64_t norm_mode;
 } FeedForward;
 
+// Rows of h. (As C calls what it is given.)
+static void make_unit(const void *of, int64_t row, int64_t rows) {
+  const FeedForward *l = of;
+  Values gate = from_row(l->both, row), up = from_column(gate, l->f);
+  topwork_gated(gate.at, gate.by, up.at, up.by, rows, l->f, from_row(l->h, row).at, 1 + 2 * (int)l->act, 1);
+}
+
+// From n and the gates' S.
 static int feedforward_forward(Call *c, const FeedForward *l) {
-  int failed = group_forward(c, GATES, l->n, l->both), mode = 1 + 2 * (int)l->act;
-  if (failed) return failed;
-  topwork_gated(l->both.at, l->both.by, l->both.at + 2 * l->f, l->both.by, c->rows, l->f, l->h.at, mode, c->threads);
-  return group_forward(c, LAST, l->h, l->y);
+  int failed = group_forward(c, GATES, l->n, l->both);
+  if (!failed) failed = run_rows(c, LAST, 0, l->h, make_unit, l);
+  return failed || !l->y.at ? failed : group_forward(c, LAST, l->h, l->y);
 }
 
-// The unit's gradient, and h again.
-static void unit_backward(const FeedForward *l, int64_t row, int64_t rows, int64_t threads) {
-  Values up = from_column(l->both, l->f), dup = from_column(l->dboth, l->f);
-  topwork_gated_backward(l->dh.at + 2 * row * l->dh.by, l->dh.by, l->both.at + 2 * row * l->both.by, l->both.by,
-                         up.at + 2 * row * up.by, up.by, rows, l->f, l->dboth.at + 2 * row * l->dboth.by, l->dboth.by,
-                         dup.at + 2 * row * dup.by, dup.by, l->h.at + 2 * row * l->f, 1 + 2 * (int)l->act,
-                         (int)threads);
+// The unit's gradient, and h again [rows, f].
+static void unit_backward(const FeedForward *l, int64_t row, int64_t rows, char *h) {
+  Values dh = from_row(l->dh, row), gate = from_row(l->both, row), dgate = from_row(l->dboth, row);
+  Values up = from_column(gate, l->f), dup = from_column(dgate, l->f);
+  topwork_gated_backward(dh.at, dh.by, gate.at, gate.by, up.at, up.by, rows, l->f, dgate.at, dgate.by, dup.at, dup.by,
+                         h, 1 + 2 * (int)l->act, 1);
 }
 
-#ifdef AMX
+static void make_unit_backward(const void *of, int64_t row, int64_t rows) {
+  const FeedForward *l = of;
+  unit_backward(l, row, rows, from_row(l->h, row).at);
+}
+
 // With it what its rows give to the terms: gates' G, their B's gradients, and that of down's A.
 static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
-  const Values x[] = {l->dboth, from_column(l->dboth, l->f), l->h};
+  int64_t tiles = tiles_of(&h->slopes);
 #pragma omp parallel num_threads(c->threads)
   {
-    float *room = h->rooms + omp_get_thread_num() * h->room;
+    HotRoom room = hot_room(h, omp_get_thread_num());
     amx_begin();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < h->count; t++)
-      for (int64_t tile = 0; tile < h->terms[t].tiles && h->terms[t].part != DOWN; tile++)
-        pack_b(h, h->terms + t, tile);
+    for (int64_t tile = 0; tile < tiles; tile++) pack_narrow(&h->slopes, tile, h->packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t s = 0; s < h->stripes; s++) {
       float *sums = h->sums + s * h->each;
@@ -55,8 +63,9 @@ static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
       int64_t until = s + 1 < h->stripes ? h->begins[s + 1] : c->rows;
       for (int64_t row = h->begins[s], next; row < until; row = next) {
         next = next_step(h, row, until);
-        unit_backward(l, row, next - row, 1);
-        hot_step(h, GATES, x, row, next - row, room, sums);
+        unit_backward(l, row, next - row, room.h);
+        Values dgate = from_row(l->dboth, row), x[] = {dgate, from_column(dgate, l->f), {room.h, l->f}};
+        hot_step(h, GATES, x, row, next - row, &room, sums);
       }
     }
     amx_end();
@@ -68,41 +77,33 @@ static void run_hot_rows(Call *c, const FeedForward *l, const HotRows *h) {
     }
   }
 }
-#endif
 
 // 1 where that was done, 0 where it is not worth while.
 static int hot_rows(Call *c, const FeedForward *l) {
-#ifdef AMX
-  HotRows h = {malloc(most(1, c->count) * sizeof *h.terms), malloc(most_stripes(c) * sizeof *h.begins)};
-  int64_t floats = h.terms && h.begins ? plan_hot_rows(c, GATES, DOWN, l->f, &h) : 0;
-  int ours = 0;
+  int64_t all = most(1, c->count);
+  HotRows h = {malloc(all * sizeof *h.terms), malloc(most_stripes(c) * sizeof *h.begins)};
+  h.slopes.terms = malloc(all * sizeof *h.slopes.terms);
+  int there = h.terms && h.begins && h.slopes.terms, ours = 0;
+  int64_t floats = there ? plan_hot_rows(c, GATES, l->dboth, DOWN, l->f, &h) : 0;
   float *arena = floats ? borrow(floats, &ours) : NULL;
   if (arena) {
     h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.stripes * h.each;
     run_hot_rows(c, l, &h);
     give_back(arena, ours);
   }
-  free(h.terms), free(h.begins);
+  free(h.terms), free(h.begins), free(h.slopes.terms);
   return arena != NULL;
-#else
-  (void)c, (void)l;
-  return 0;
-#endif
 }
 
+// From dy and down's G.
 static int feedforward_backward(Call *c, const FeedForward *l) {
   Values n = l->rstd ? l->n : l->x;
   int failed;
-  put_slopes(c, LAST, l->dy);
-  if ((failed = run_stage(c))) return failed;
   put_db(c, LAST, l->dy);
   if ((failed = group_backward(c, LAST, l->dy, l->dh))) return failed;
   if (!hot_rows(c, l)) {
-    unit_backward(l, 0, c->rows, c->threads);
-    put_da(c, LAST, l->h);
-    put_slopes(c, GATES, l->dboth);
-    if ((failed = run_stage(c))) return failed;
-    put_db(c, GATES, l->dboth);
+    if ((failed = run_rows(c, GATES, 1, l->dboth, make_unit_backward, l))) return failed;
+    put_da(c, LAST, l->h), put_db(c, GATES, l->dboth);
   }
   if (l->rstd)
     topwork_rms_norm(l->x.at, l->x.by, 0, c->rows, 1, l->d, l->norm, 0, 1, l->rstd, n.at, (int)l->norm_mode,

@@ -20,7 +20,8 @@
 #define NARROW 128     // columns of a panel, at least, where it is cut for the threads
 #define LITTLE_PACKED 65536  // floats of a right side that is not cut for the threads
 #define WORTH 256      // rows left of a panel for which another thread packs it too
-#define GROUP 8         // tiles of columns that go along the summed axis together
+#define GROUP 4         // tiles of columns that go along the summed axis together
+#define AHEAD 2         // blocks of rows from those that are multiplied to those that are asked of memory
 #define MOST_STEPS 9    // tiles of the summed axis that they go at a time
 #define FEW 384        // columns of a panel with few rows: the longer what is read of a row, the faster memory hands it over
 #define SHALLOW 128    // units of a slab with few rows
@@ -169,6 +170,7 @@ static int64_t left_stretches(const Block *b, const Room *room, int64_t r, int64
     return 1;
   }
   to[0] = (Stretch){.a = value_at(p->left, b->row + r, 2 * unit, BF16), .lda = p->left.row / 2, .deep = deep};
+  if (b->row + r + (AHEAD + 1) * rows <= p->m) to[0].ahead = (const char *)to[0].a + 4 * AHEAD * rows * to[0].lda;
   if (!rest) return 1;
   pack_lines(p, b->row + r, rows, unit + SIDE * deep, 1, room->edge, SIDE);
   to[1] = (Stretch){.a = room->edge, .lda = SIDE, .deep = 1};
@@ -185,6 +187,7 @@ static void finish_block(const Block *b, int64_t r, int64_t rows, int64_t c, int
 typedef struct {
   Stretch own[2];
   int64_t count, steps;  // steps: tiles along the summed axis
+  int64_t rows, wide;    // wide: tiles of the block's columns, which share the asking ahead
 } Lines;
 
 // The steps [from, stop) of these rows against the right side's tiles from `right` on.
@@ -196,9 +199,17 @@ static int64_t cut_stretches(const Lines *l, int64_t from, int64_t stop, const f
     if (deep <= 0) continue;
     to[count] = l->own[i];
     to[count].a = (const char *)l->own[i].a + first * 4 * SIDE, to[count].deep = deep;
+    if (to[count].ahead) to[count].ahead += first * 4 * SIDE;
     to[count].b = right + (at + first) * SIDES, to[count].ldb = SIDE, to[count++].across = across;
   }
   return count;
+}
+
+// Of as many rows as these, further on, the part that is asked for while the tiles [t, t + wide) are multiplied.
+static void ask_ahead(const Lines *l, int64_t t, int64_t wide, Stretch *to) {
+  int64_t first = l->rows * t / l->wide;
+  if (!to->ahead) return;
+  to->ahead += 4 * first * to->lda, to->asked = l->rows * (t + wide) / l->wide - first;
 }
 
 // An addend's rows as a stretch, and the tiles of a block's columns, [first, stop), that it is added to.
@@ -237,10 +248,10 @@ static int64_t added_stretches(const Added *added, int64_t count, int64_t t, int
   return found;
 }
 
-// The columns of tiles [from, until) of a block for some of its rows. `sums` are those of the tile `from`, rows of `ld`.
-static void multiply_group(const Lines *l, const Added *added, int64_t addends, int64_t rows, const float *right,
-                           int64_t across, int64_t from, int64_t until, float *sums, int64_t ld, int add) {
-  int64_t high = sides(rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
+// The columns of tiles [from, until) of a block for these rows. `sums` are those of the tile `from`, rows of `ld`.
+static void multiply_group(const Lines *l, const Added *added, int64_t addends, const float *right, int64_t across,
+                           int64_t from, int64_t until, float *sums, int64_t ld, int add) {
+  int64_t high = sides(l->rows), per = high == 1 ? 4 : high == 2 ? 2 : 1;
   int64_t cuts = (l->steps + MOST_STEPS - 1) / MOST_STEPS, each = (l->steps + cuts - 1) / cuts;
   for (int64_t step = 0; step < l->steps; step += each) {
     int64_t stop = least(step + each, l->steps);
@@ -248,7 +259,9 @@ static void multiply_group(const Lines *l, const Added *added, int64_t addends, 
       Stretch part[2 + MOST_ADDENDS];
       wide = least(per, until - t);
       int64_t count = cut_stretches(l, step, stop, right + t * across, across, part);
+      int64_t own = count;
       if (stop == l->steps) count += added_stretches(added, addends, t, &wide, part + count);
+      for (int64_t i = 0; i < own; i++) ask_ahead(l, t, wide, part + i);
       multiply_tiles(high, wide, part, count, sums + SIDE * (t - from), ld, add || step);
     }
   }
@@ -268,9 +281,10 @@ static void multiply_block(const Block *b, const Room *room, const float *right,
     int64_t addends = last ? added_lines(b, room, r, rows, added) : 0;
     l.count = left_stretches(b, room, r, rows, unit, units, l.own);
     l.steps = l.own[0].deep + (l.count == 2 ? l.own[1].deep : 0);
+    l.rows = rows, l.wide = width;
     for (int64_t t = 0; t < width; t += GROUP) {
       float *sums = room->sums + (keep ? r * ld + SIDE * t : 0);
-      multiply_group(&l, added, addends, rows, right, across, t, least(t + GROUP, width), sums, ld, unit > 0);
+      multiply_group(&l, added, addends, right, across, t, least(t + GROUP, width), sums, ld, unit > 0);
       if (last && p->out.column == 1)
         finish_block(b, r, rows, SIDE * t, least(SIDE * GROUP, b->columns - SIDE * t), sums, ld);
     }
@@ -331,7 +345,7 @@ static int64_t panel_columns(const Product *p, int64_t threads, int64_t few) {
 static int64_t piece_rows(const Product *p, int64_t threads, int64_t columns) {
   int64_t panels = (p->n + columns - 1) / columns, pieces = (p->m + HIGH - 1) / HIGH;
   if (p->m > MANY && !packs_once(p) && stands_for_tiles(p))
-    pieces = least(pieces, most((p->m + TALL_SUMS - 1) / TALL_SUMS, (2 * threads + panels - 1) / panels));
+    pieces = least(pieces, most((p->m + TALL_SUMS - 1) / TALL_SUMS, (threads + panels - 1) / panels));
   return SIDE * sides((p->m + most(pieces, 1) - 1) / most(pieces, 1));
 }
 

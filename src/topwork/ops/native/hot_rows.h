@@ -1,23 +1,21 @@
-// What the rows of a feed-forward layer give to its terms' gradients, a few rows at a time while a core's cache has
-// them:
+// What the rows of a feed-forward layer give to its terms' gradients going backward, a few rows at a time while a core's
+// cache has them:
 //
 //     G = round(s dgate B), dup alike        S' dgate and S' dup, for B's gradients, G' h, for that of down's A
 //
 // Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes
 // that begin with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other
-// adapters' rows change a sum. G is what its product is to the bit.
+// adapters' rows change a sum.
 
 #pragma once
-#include "terms.h"
-
-#ifdef AMX
+#include "narrow.h"
 
 enum {
-  HOT = 64,             // rows of a step
-  DEEP = HOT / 32,      // tiles of them along the summed axis
+  DEEP = HOT / 32,      // tiles of a step's rows along the summed axis
   STRIPE = 256,         // rows that are summed one step after the other
   MOST_SUMS = 2 << 20,  // floats of all stripes' sums
   AT_ONCE = 8,          // tiles of pairs, which should stay in the first cache
+  BAND = 64,            // columns of sums that stand together: rows as long as f would share their places in a cache
   LEFTS = 8,            // tiles that meet them
 };
 
@@ -25,13 +23,15 @@ enum {
 typedef struct {
   const Term *of;
   int64_t part, tiles;  // of sixteen ranks
-  int64_t b, sums;      // where B stands, packed into tiles; where in a stripe's sums [16 tiles, f] its own are
+  int64_t sums;         // where in a stripe's sums its own are: [tiles][f / BAND][16][BAND]
 } HotTerm;
 
 typedef struct {
   HotTerm *terms;
   int64_t *begins;                  // rows with which stripes begin
+  Narrows slopes;                   // the gates' G
   int64_t count, f, stripes, each;  // each: floats of a stripe's sums
+  int64_t tall;                     // floats of a tile's
   int64_t room;                     // of a thread's memory
   float *packed, *sums, *rooms;
 } HotRows;
@@ -39,24 +39,23 @@ typedef struct {
 static int64_t most_stripes(const Call *c) { return c->rows / STRIPE + c->count + 1; }
 
 // Floats that are needed for all of it, or 0 where that is too many or f fills no tiles; h is what `part` is given.
-static int64_t plan_hot_rows(const Call *c, Group gates, int part, int64_t f, HotRows *h) {
-  int64_t packed = 0;
-  h->f = f, h->count = 0, h->each = 0, h->stripes = 0;
+static int64_t plan_hot_rows(const Call *c, Group gates, Values dboth, int part, int64_t f, HotRows *h) {
+  h->f = f, h->count = 0, h->each = 0, h->stripes = 0, h->tall = SIDE * up(f, BAND);
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
     if (!is_of(t, gates) && t->part != part) continue;
     HotTerm *own = h->terms + h->count++;
-    *own = (HotTerm){t, t->part, sides(t->r), packed, h->each};
-    if (t->part != part) packed += own->tiles * SIDE * f / 2;
-    h->each += own->tiles * SIDE * f;
+    *own = (HotTerm){t, t->part, sides(t->r), h->each};
+    h->each += own->tiles * h->tall;
   }
   for (int64_t row = 0, next; row < c->rows; row = next) {
     h->begins[h->stripes++] = row, next = least(c->rows, row + STRIPE);
     for (const HotTerm *t = h->terms; t < h->terms + h->count; t++)
       if (t->of->start > row) next = least(next, t->of->start);
   }
-  h->room = HOT * f / 2 + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + HOT * SIDE;
+  if (!plan_narrow(c, gates, 1, dboth, &h->slopes)) return 0;
+  h->room = HOT * f / 2 + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + h->slopes.room;
   if (f % 32 || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
-  return packed + h->stripes * h->each + c->threads * h->room;
+  return h->slopes.packed + h->stripes * h->each + c->threads * h->room;
 }
 
 // Rows of 16 bits [count, r] from column `from` on, turned into tiles [16, HOT], with zeros beyond them.
@@ -78,6 +77,9 @@ typedef struct {
   int64_t sums[LEFTS], count;
 } Lefts;
 
+// Where the first of a tile's sums in a column is.
+static int64_t band_of(int64_t column) { return column / BAND * SIDE * BAND + column % BAND; }
+
 // sums [16, f] += left x for all of them; x packed into pairs a few tiles at a time, which stay in the first cache.
 static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pairs, float *sums) {
   int64_t all = h->f / SIDE;
@@ -89,53 +91,42 @@ static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pair
         const float *left = lefts->tiles + i * SIDES * DEEP, *right = pairs + m * SIDES * DEEP;
         Stretch part = {left, right, SIDE * DEEP, SIDE, SIDES * DEEP, DEEP};
         wide = some - m < 4 ? 2 : 4;
-        multiply_tiles(1, wide, &part, 1, sums + lefts->sums[i] + SIDE * (n + m), h->f, 1);
+        multiply_tiles(1, wide, &part, 1, sums + lefts->sums[i] + band_of(SIDE * (n + m)), BAND, 1);
       }
   }
   lefts->count = 0;
 }
 
-// G of `count` rows of x, which stand where `lines` are unless these fill no tiles.
-static void slopes_of_rows(const HotRows *h, const HotTerm *t, Values x, int64_t row, int64_t count, float *lines,
-                           float *sums) {
-  const char *at = x.at + 2 * row * x.by;
-  int64_t by = x.by / 2, r = t->of->r;
-  if (count < HOT) {
-    memset(lines, 0, HOT * h->f * 2);
-    for (int64_t i = 0; i < count; i++) memcpy((char *)lines + 2 * i * h->f, at + 2 * i * x.by, 2 * h->f);
-    at = (const char *)lines, by = h->f / 2;
-  }
-  for (int64_t tile = 0; tile < t->tiles; tile++) {
-    Stretch part = {at, h->packed + t->b + tile * SIDE * h->f / 2, by, SIDE, 0, h->f / 32};
-    multiply_tiles(HOT / SIDE, 1, &part, 1, sums, SIDE, 0);
-    for (int64_t i = 0; i < count; i++) {
-      char *to = t->of->g + 2 * ((row + i - t->of->start) * r + SIDE * tile);
-      for (int64_t n = 0, stop = least(SIDE, r - SIDE * tile); n < stop; n += LANES) {
-        int64_t some = least(LANES, stop - n);
-        store(to, n, some, BF16, load(sums + SIDE * i, n, some, F32) * (float)t->of->scaling);
-      }
-    }
-  }
+// A thread's memory for a step: h [HOT, f], which nobody needs any more behind it, and what the products need.
+typedef struct {
+  char *h;
+  float *spare, *pairs, *lefts, *narrow;
+} HotRoom;
+
+static HotRoom hot_room(const HotRows *h, int64_t thread) {
+  float *spare = h->rooms + thread * h->room + HOT * h->f / 2, *pairs = spare + SIDES;
+  float *lefts = pairs + AT_ONCE * SIDES * DEEP;
+  return (HotRoom){(char *)(h->rooms + thread * h->room), spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
 }
 
-// `count` rows from `row` on, all of which have the same terms; x: the gates' gradients and h.
-static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, float *room,
+// `count` rows from `row` on, all of which have the same terms; x: the gates' gradients, and h, from there.
+static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, const HotRoom *room,
                      float *sums) {
-  float *lines = room, *spare = lines + HOT * h->f / 2, *products = spare + SIDES, *pairs = products + HOT * SIDE;
-  Lefts lefts = {pairs + AT_ONCE * SIDES * DEEP};
+  Lefts lefts = {room->lefts};
+  for (int64_t i = 0; i < h->slopes.count; i++)
+    multiply_narrow(h->slopes.terms + i, h->packed, row, count, room->narrow);
   for (int64_t number = 0; number < 3; number++) {
-    Right right = {rows_of(x[number], row), count, h->f, BF16};
+    Right right = {rows_of(x[number], 0), count, h->f, BF16};
     for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
       if (t->part != gates.first + number || row < t->of->start || row >= t->of->stop) continue;
-      if (number < 2) slopes_of_rows(h, t, x[number], row, count, lines, products);
       const char *left = (number < 2 ? t->of->s : t->of->g) + 2 * (row - t->of->start) * t->of->r;
       for (int64_t tile = 0; tile < t->tiles; tile++) {
-        turn_rows(left, t->of->r, SIDE * tile, count, spare, lefts.tiles + lefts.count * SIDES * DEEP);
-        lefts.sums[lefts.count++] = t->sums + SIDE * tile * h->f;
-        if (lefts.count == LEFTS) add_rows(h, &lefts, &right, pairs, sums);
+        turn_rows(left, t->of->r, SIDE * tile, count, room->spare, lefts.tiles + lefts.count * SIDES * DEEP);
+        lefts.sums[lefts.count++] = t->sums + tile * h->tall;
+        if (lefts.count == LEFTS) add_rows(h, &lefts, &right, room->pairs, sums);
       }
     }
-    if (lefts.count) add_rows(h, &lefts, &right, pairs, sums);
+    if (lefts.count) add_rows(h, &lefts, &right, room->pairs, sums);
   }
 }
 
@@ -149,16 +140,11 @@ static int64_t next_step(const HotRows *h, int64_t row, int64_t until) {
   return next;
 }
 
-static void pack_b(const HotRows *h, const HotTerm *t, int64_t tile) {
-  Right b = {dense(t->of->b, t->of->r), h->f, t->of->r, F32};
-  pack_tiles(&b, 1, SIDE * tile, 1, 0, h->f / 32, h->packed + t->b + tile * SIDE * h->f / 2, 0);
-}
-
 // The gradient of a term's B, or of its A, from the stripes' sums: some of its columns.
 static void add_stripes(const HotRows *h, const HotTerm *t, int of_a, int64_t from, int64_t until) {
   for (int64_t j = 0; j < t->of->r; j++)
     for (int64_t n = from; n < until; n += LANES) {
-      const float *at = h->sums + t->sums + j * h->f + n;
+      const float *at = h->sums + t->sums + j / SIDE * h->tall + band_of(n) + j % SIDE * BAND;
       vecf sum = vloadf(at);
       for (int64_t s = 1; s < h->stripes; s++) sum += vloadf(at + s * h->each);
       if (of_a) vstoref((float *)t->of->da + j * h->f + n, sum);
@@ -167,5 +153,3 @@ static void add_stripes(const HotRows *h, const HotTerm *t, int of_a, int64_t fr
           ((float *)t->of->db)[(n + i) * t->of->r + j] = (float)t->of->scaling * sum[i];
     }
 }
-
-#endif

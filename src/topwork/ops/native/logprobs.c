@@ -18,16 +18,16 @@ INLINE vecf logits_at(const void *row, int64_t i, int64_t n, float scale, int ki
   return x;
 }
 
-INLINE vecf larger(vecf x, vecf y) { return pick(x > y, x, y); }
-
+// Four side by side, since one would wait for itself; what is not a number does not count.
 INLINE float largest(const void *row, int64_t count, float scale, int kind) {
-  vecf most = (vecf){} - INFINITY;
+  vecf most[4];
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) most = larger(logits_at(row, i, LANES, scale, kind), most);
-  most = larger(logits_at(row, i, count - i, scale, kind), most);
-  float found = most[0];
-  for (int k = 1; k < LANES; k++) found = most[k] > found ? most[k] : found;
-  return found;
+  for (int k = 0; k < 4; k++) most[k] = (vecf){} - INFINITY;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int k = 0; k < 4; k++) most[k] = vmaxf(logits_at(row, i + k * LANES, LANES, scale, kind), most[k]);
+  for (; i + LANES <= count; i += LANES) most[0] = vmaxf(logits_at(row, i, LANES, scale, kind), most[0]);
+  most[1] = vmaxf(logits_at(row, i, count - i, scale, kind), most[1]);
+  return vlargestf(vmaxf(vmaxf(most[0], most[1]), vmaxf(most[2], most[3])));
 }
 
 INLINE double sum_of_exp(const void *row, int64_t count, float scale, float most, int kind) {

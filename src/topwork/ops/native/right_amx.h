@@ -18,7 +18,8 @@ typedef struct {
 INLINE void narrow16(const char *at, int64_t count, int64_t kind, float alpha, uint16_t *to) {
   for (int64_t i = 0; i < 16; i += LANES) {
     int64_t some = least(LANES, count - i);
-    vech small = to_bf16(some > 0 ? rounded(load(at, i, some, (int)kind), BF16) * vall(alpha) : vall(0));
+    vecf x = some == LANES ? load(at, i, LANES, (int)kind) : some > 0 ? load(at, i, some, (int)kind) : vall(0);
+    vech small = to_bf16(rounded(x, BF16) * vall(alpha));
     memcpy(to + i, &small, sizeof small);
   }
 }

@@ -48,6 +48,7 @@ static Matrix rows_of(Values x, int64_t row) { return (Matrix){x.at + 2 * row * 
 static Matrix turned(Matrix x) { return (Matrix){x.at, x.column, x.row}; }
 static Matrix dense(char *at, int64_t columns) { return (Matrix){at, columns, 1}; }
 static Values from_column(Values x, int64_t column) { return (Values){x.at + 2 * column, x.by}; }
+static Values from_row(Values x, int64_t row) { return (Values){x.at + 2 * row * x.by, x.by}; }
 static int64_t rows_of_term(const Term *t) { return t->stop - t->start; }
 static int is_of(const Term *t, Group g) { return t->part >= g.first && t->part <= g.last; }
 
@@ -182,11 +183,8 @@ static int64_t outputs_of(const Call *c, Group g) {
   return c->parts[g.last].column + c->parts[g.last].outputs - c->parts[g.first].column;
 }
 
-// Each S, and y [rows, outputs] where it is there.
+// y [rows, outputs] from x and each S.
 static int group_forward(Call *c, Group g, Values x, Values y) {
-  int failed;
-  put_inner(c, g, x);
-  if ((failed = run_stage(c)) || !y.at) return failed;
   int whole = joined(c, g);
   for (int i = g.first; i <= (whole ? g.first : g.last); i++) {
     const Part *p = c->parts + i;
