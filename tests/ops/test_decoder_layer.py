@@ -95,11 +95,13 @@ def learned(layer: DecoderLayer) -> list[Tensor]:
 
 
 def results(
-    layer: DecoderLayer, step: Callable[..., Tensor], wants: bool = True, memory: Workspace | None = None
-) -> list[Tensor]:
-    """The stream behind it, and the gradients of it (where it is wanted) and of all that learns."""
+    layer: DecoderLayer, step: Callable[..., Tensor], wants: bool = True, memory: Workspace | None = None,
+    rows: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The stream behind it (or its `rows`), and the gradients of it (where it is wanted) and of all that learns."""
     torch.manual_seed(1)
     x, rotary, dx = given(layer)
+    dx = dx if rows is None else dx[:, rows]
     leaf = x.requires_grad_(wants)
     with training_pass(memory):
         y = step(leaf * 1.0, layer, rotary, BOUNDS)
@@ -123,6 +125,47 @@ def test_it_is_the_single_steps_to_the_bit(of: str, on_amx) -> None:
     assert torch.equal(found[0], expected[0])
     for mine, its in zip(found[1:], expected[1:], strict=True):
         assert relative(mine, its) < 1e-2
+
+
+def going_on(layer: DecoderLayer, positions: Tensor) -> DecoderLayer:
+    """Its terms behind the attention as they are among these rows."""
+
+    def among(placed: Placed) -> Placed:
+        if placed.part in module.INPUTS:
+            return placed
+        start, stop = (int((positions < at).sum()) for at in (placed.term.start, placed.term.stop))
+        return placed._replace(term=replace(placed.term, start=start, stop=stop))
+
+    return replace(layer, terms=tuple(map(among, layer.terms)))
+
+
+SOME = {
+    "every third": torch.arange(150)[::3],
+    "one": torch.tensor([97]),
+    "in no order": torch.randperm(150, generator=torch.Generator().manual_seed(1))[:80],
+    "all": torch.arange(150),
+}
+
+
+@ALL
+@pytest.mark.parametrize("which", SOME)
+def test_some_rows_may_go_on(of: str, which: str, on_amx) -> None:
+    """They are what single steps make of them to the bit, whatever memory they are in, and nothing reaches others."""
+    positions = SOME[which]
+    layer = going_on(drawn(**LAYERS[of]), positions)
+
+    def in_one(x: Tensor, *given: Any) -> Tensor:
+        return module.decoder_layer(x, *given, in_place=True, positions=positions)
+
+    def one_by_one(x: Tensor, layer: DecoderLayer, rotary: Any, bounds: tuple[int, ...]) -> Tensor:
+        return module.in_single_steps(layer, x, rotary, bounds, positions)
+
+    found, expected = results(layer, in_one, rows=positions), results(layer, one_by_one, rows=positions)
+    assert found[0].shape == (1, len(positions), layer.hidden)
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(*pair) < 1e-2 for pair in zip(found[1:], expected[1:], strict=True))
+    again = results(layer, in_one, memory=Workspace(), rows=positions)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
 @ALL
@@ -309,6 +352,9 @@ def wrong() -> Iterator[Any]:
     yield "3 heads of queries", (x, with_heads(layer, Heads(3, 2, 16)), (cos, sin), BOUNDS)
     yield "4 heads of queries", (x, with_heads(layer, Heads(4, 2, 24)), (cos, sin), BOUNDS)
     yield "a term of rows", (x, replace(layer, terms=(Placed(short, 0),)), (cos, sin), BOUNDS)
+    for rows in (torch.tensor([150]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([], dtype=torch.int64)):
+        yield "positions", (x, replace(layer, terms=()), (cos, sin), BOUNDS, False, False, rows)
+    yield "a term of rows", (x, layer, (cos, sin), BOUNDS, False, False, torch.arange(149))
 
 
 @pytest.mark.parametrize("case", wrong(), ids=lambda case: case[0])
@@ -381,17 +427,17 @@ def test_layers_that_it_does_not_know(name: str, on_amx) -> None:
 # Models
 
 FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
-    "llama": (1, {}),
-    "mistral": (2, {"num_hidden_layers": 3}),
-    "qwen2": (1, {}),
-    "granite": (1, {}),
-    "smollm3": (1, {}),
+    "llama": (2, {}),
+    "mistral": (3, {"num_hidden_layers": 3}),
+    "qwen2": (2, {}),
+    "granite": (2, {}),
+    "smollm3": (2, {}),
     "qwen3": (0, {}),  # norms of heads
     "olmo2": (0, {}),  # norms that follow
     "gemma2": (0, {}),  # both, and scores that are capped
     "phi3": (0, {}),  # one weight for queries, keys and values
 }
-"""How many layers are made in one step (the last one goes on with fewer rows), and values of the model."""
+"""How many layers are made in one step, and values of the model."""
 
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[Base, Adapters]:
@@ -474,9 +520,9 @@ def test_nor_in_fp32(calls: list[DecoderLayer]) -> None:
 def test_workspaces_and_checkpoints_change_no_bit(calls: list[DecoderLayer]) -> None:
     (base, adapters), batch = adapted("mistral"), learning_batch(sequences(), "a")
     expected = gradients(base, adapters, batch)
-    assert len(calls) == 2
+    assert len(calls) == 3
     found = [gradients(base, adapters, batch, workspace=False)]
-    for layers, runs in ((1, 3), (3, 4)):
+    for layers, runs in ((1, 4), (3, 6)):
         checkpoint_layers(base, layers)
         calls.clear()
         found.append(gradients(base, adapters, batch))
@@ -493,7 +539,7 @@ def test_a_plain_layer_is_handed_what_it_multiplies(calls: list[DecoderLayer], m
     layer.before_another, types = False, list[torch.dtype]()
     layer.register_forward_hook(lambda _, __, out: types.append(out.dtype))
     found = gradients(base, adapters, batch)
-    assert len(calls) == 1
+    assert len(calls) == 2
     monkeypatch.setattr(fast, "decoder_layer_of", lambda *_: None)
     expected = gradients(base, adapters, batch)
     assert types == [torch.bfloat16] * 2

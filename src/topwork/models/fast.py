@@ -113,7 +113,8 @@ class FastLayer(GradientCheckpointingLayer):
         found: dict[nn.Module, Projection | None] = {}
         if (whole := self._whole(x, found)) is not None:
             turns = self._turns(position_embeddings)
-            x = decoder_layer(x, whole, turns, batch.cu_seqlens, in_place, current().recomputing)
+            positions = batch.output_positions if self.is_last else None
+            x = decoder_layer(x, whole, turns, batch.cu_seqlens, in_place, current().recomputing, positions)
             return x if self.is_last or self.before_another else x.to(dtype)
         before = self.wiring.before_attention
         if part is not None and part.fits(attention):
@@ -125,12 +126,10 @@ class FastLayer(GradientCheckpointingLayer):
             x, given = residual_branch(x, dtype, in_place=in_place)
             n = self._normed(given, before)
             y = attention(hidden_states=n[None], position_embeddings=position_embeddings, **others)[0][0]
-        after: AbstractContextManager[None] = nullcontext()
         if self.is_last and batch.output_positions is not None:
             rows = batch.output_positions  # each once, so that the gradient needs no sorting of them
-            x, y, batch = x.index_select(1, rows), y.index_select(0, rows), batch.narrowed()
-            after = replace(current(), batch=batch).active()
-        with after:
+            x, y = x.index_select(1, rows), y.index_select(0, rows)
+        with self._of_rows_that_go_on():
             if part is not None:
                 last = self._group(attention, ("o_proj",), found)
                 y = self._products(y, Identity(), last, self.wiring.after_attention is not None)
@@ -149,9 +148,10 @@ class FastLayer(GradientCheckpointingLayer):
         """All of it, where that is best made in one step. What its linear layers add up to, as far as it was asked, is
         `found` for the single steps: DoRA's costs a product."""
         part, gated, wiring, context = self.attention_part, self.mlp_part, self.wiring, current()
-        if part is None or gated is None or wiring.after_attention or wiring.after_mlp or context.virtual:
+        if part is None or gated is None or wiring.after_attention or wiring.after_mlp:
             return None
-        if (self.is_last and current_batch().output_positions is not None) or context.cache is not None:
+        positions = current_batch().output_positions
+        if context.virtual or context.cache is not None or (positions is not None and not len(positions)):
             return None
         first, second = self._norm(wiring.before_attention), self._norm(wiring.before_mlp)
         if first is None or second is None or not at_once(x, first.weight):
@@ -159,18 +159,24 @@ class FastLayer(GradientCheckpointingLayer):
         attention, mlp = bare(self.self_attn), bare(self.mlp)
         if not part.fits(attention) or not all(hasattr(mlp, name) for name in gated.inputs):
             return None
-        modules = [getattr(attention, name) for name in (*part.inputs, "o_proj")]
-        modules += [getattr(mlp, name) for name in (*gated.inputs, "down_proj")]
-        layers = []
-        for module in modules:
-            found[module] = layer = projection_of(module)
-            if layer is None or not is_plain(layer):
-                return None
-            layers.append(layer)
-        *inputs, output = layers[: len(part.inputs) + 1]
-        *gates, down = layers[len(part.inputs) + 1 :]
+        inputs = _all_plain([getattr(attention, name) for name in part.inputs], found)
+        if inputs is None:
+            return None
+        with self._of_rows_that_go_on():
+            others = [attention.o_proj, *(getattr(mlp, name) for name in (*gated.inputs, "down_proj"))]
+            late = _all_plain(others, found)
+        if late is None:
+            return None
+        output, *gates, down = late
         how = part.how(attention, restores=False)
         return decoder_layer_of(inputs, output, gates, down, (first, second), how, gated.activation, self.multiplier)
+
+    def _of_rows_that_go_on(self) -> AbstractContextManager[None]:
+        """Behind the attention, where of the last layer some rows alone are wanted, the batch is that of these."""
+        batch = current_batch()
+        if not self.is_last or batch.output_positions is None:
+            return nullcontext()
+        return replace(current(), batch=batch.narrowed()).active()
 
     def _turns(self, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """cos and sin [T, R] of its rotary positions."""
@@ -267,6 +273,17 @@ class FastLayer(GradientCheckpointingLayer):
 
 def _projection_of(module: nn.Module, made: dict[nn.Module, Projection | None]) -> Projection | None:
     return made[module] if module in made else projection_of(module)
+
+
+def _all_plain(modules: Sequence[nn.Module], made: dict[nn.Module, Projection | None]) -> list[Projection] | None:
+    """What each adds up to, which is `made` now; None where one is more than products and low-rank terms."""
+    layers = []
+    for module in modules:
+        made[module] = layer = projection_of(module)
+        if layer is None or not is_plain(layer):
+            return None
+        layers.append(layer)
+    return layers
 
 
 def _handing_back(x: Tensor, prologue: Identity | RmsNorm) -> Identity | RmsNorm:

@@ -5,7 +5,8 @@
 
 What `residual_norm`, `project`, `self_attention` and `feedforward` do one after the other, in the same stages, by one
 call of C each way (native/decoder.c), where a processor has AMX and all of it is C's. The way through Python between
-the products of a small layer takes longer than some of them.
+the products of a small layer takes longer than some of them. Of a model's last layer only some rows may be wanted:
+these alone go on behind its attention.
 """
 
 import ctypes
@@ -32,10 +33,10 @@ from topwork.ops.prologues import Gated, RmsNorm
 from topwork.ops.residual import residual_norm, residual_sum
 from topwork.ops.self_attention import SelfAttention, self_attention
 
-DOWN = 2
+DOWN, INPUTS = 2, range(3, 6)
 GROUPS = slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)
 """Parts with one input: gate and up, down, the attention's inputs, its output."""
-LAYER, FACTORS = struct.Struct("35q"), struct.Struct("4d")
+LAYER, FACTORS = struct.Struct("39q"), struct.Struct("4d")
 """As decoder.c has a layer and its factors."""
 Rotary = tuple[Tensor, Tensor] | None
 Functions = tuple[int, int]
@@ -100,21 +101,24 @@ def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
 
 def decoder_layer(
     x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...], in_place: bool = False,
-    skip_forward: bool = False,
+    skip_forward: bool = False, positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [1, T, d] to the next layer's; rotary is cos and sin [T, R] each, bounds a batch's. With `in_place` it takes
     x's place (a view's excepted), and its gradient that of the next layer's; the caller answers for it that nobody
     needs those any more. With `skip_forward` the last product is left out and what is returned means nothing: for a
-    layer that runs again going backward."""
+    layer that runs again going backward. Of `positions` [n], each once, rows [1, n, d] alone are returned: terms of
+    what comes behind the attention tell these."""
     if rotary is not None and not all(table.stride(1) == 1 for table in rotary):
         rotary = rotary[0].contiguous(), rotary[1].contiguous()
-    _check(x, layer, rotary, bounds)
+    positions = None if positions is None else positions.contiguous()
+    _check(x, layer, rotary, bounds, positions)
     learned = [*(term.a for term, _ in layer.terms), *(term.b for term, _ in layer.terms)]
-    return _DecoderLayer.apply(x, layer, rotary, bounds, in_place and not x._is_view(), skip_forward, *learned)
+    in_place = in_place and positions is None and not x._is_view()
+    return _DecoderLayer.apply(x, layer, rotary, bounds, in_place, skip_forward, positions, *learned)
 
 
 def _check(
-    x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...]
+    x: Tensor, layer: DecoderLayer, rotary: Rotary, bounds: tuple[int, ...], positions: Tensor | None
 ) -> None:  # fmt: skip
     """Raises ValueError for what does not belong together: the kernel sees bare memory."""
     f, d, heads = layer.features, layer.hidden, layer.attention.heads
@@ -146,20 +150,32 @@ def _check(
                 f"cos is {native.told(cos)} and sin {native.told(sin)}, expected two alike, "
                 f"[{x.shape[1]}, R] with even R <= {heads.size}"
             )
-    check_terms(layer.terms, sizes, x.shape[1])
+    if positions is not None:
+        known = positions.dtype == torch.int64 and positions.ndim == 1 and len(positions)
+        if not known or not 0 <= int(positions.min()) <= int(positions.max()) < x.shape[1]:
+            raise ValueError(f"positions are {native.told(positions)}, expected some of {x.shape[1]} rows in int64")
+    rows = x.shape[1], x.shape[1] if positions is None else len(positions)
+    for late in (False, True):
+        check_terms((placed for placed in layer.terms if _is_late(placed) is late), sizes, rows[late])
+
+
+def _is_late(placed: Placed) -> bool:
+    """Whether a term belongs behind the attention."""
+    return placed.part not in INPUTS
 
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer, rotary, bounds, in_place, skip_forward, *learned):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, layer, rotary, bounds, in_place, skip_forward, positions, *learned):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         if in_place:
             ctx.mark_dirty(x)
-        y = x if in_place else x.clone()
+        stream = Stream(x, x) if in_place else stream_of(x, positions)
         ctx.layer, ctx.rotary, ctx.bounds, ctx.in_place, ctx.is_over = layer, rotary, bounds, in_place, False
-        kept = run_forward(layer, y, rotary, bounds, attention_functions(), skip_forward)
+        ctx.positions = positions
+        kept = run_forward(layer, stream, rotary, bounds, attention_functions(), skip_forward)
         ctx.save_for_backward(kept, *learned)  # with what learns, which torch refuses changed
-        return y
+        return stream.behind
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -167,42 +183,68 @@ class _DecoderLayer(torch.autograd.Function):
             raise RuntimeError("a decoder layer went backward already, and what it kept for that is overwritten")
         ctx.is_over = True
         if grad is None:
-            return (None,) * (6 + 2 * len(ctx.layer.terms))
+            return (None,) * (7 + 2 * len(ctx.layer.terms))
         kept, *_ = ctx.saved_tensors
-        dx = grad.contiguous() if ctx.in_place else grad.clone(memory_format=torch.contiguous_format)
-        wants = ctx.needs_input_grad[0]
+        dy = grad.contiguous() if ctx.in_place else grad.clone(memory_format=torch.contiguous_format)
+        dx, wants = gradient_of(dy, ctx.bounds[-1], ctx.positions), ctx.needs_input_grad[0]
         given = ctx.layer, dx, kept, ctx.rotary, ctx.bounds, attention_functions()
         all_da, all_db = run_backward(*given, wants)
-        return dx if wants else None, None, None, None, None, None, *all_da, *all_db
+        return dx.before if wants else None, *(None,) * 6, *all_da, *all_db
+
+
+class Stream(NamedTuple):
+    """x [1, T, d] before the attention and [1, n, d] behind it, or its gradient: one tensor where all rows go on, and
+    else those of `positions` [n]."""
+
+    before: Tensor
+    behind: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.before.shape[1], self.behind.shape[1]
+
+
+def stream_of(x: Tensor, positions: Tensor | None) -> Stream:
+    """From x [1, T, d], which stays as it is."""
+    if positions is not None:
+        return Stream(x, x.new_empty(1, len(positions), x.shape[2]), positions)
+    y = x.clone()
+    return Stream(y, y)
+
+
+def gradient_of(dy: Tensor, rows: int, positions: Tensor | None) -> Stream:
+    """From dy [1, n, d], which is overwritten."""
+    return Stream(dy, dy) if positions is None else Stream(dy.new_empty(1, rows, dy.shape[2]), dy, positions)
 
 
 def run_forward(
-    layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions, skips: bool = False
+    layer: DecoderLayer, x: Stream, rotary: Rotary, bounds: tuple[int, ...], attention: Functions, skips: bool = False
 ) -> Tensor:
     """Takes x through the layer (with `skips` not to its end), and gives what the backward pass needs, in one block."""
-    places = _places(layer, x.shape[1])
+    places = _places(layer, x)
     inner, end = _rows_of_terms(layer.terms, places.kept_end)
-    kept = saved_empty(x, end, dtype=torch.uint8)
+    kept = saved_empty(x.before, end, dtype=torch.uint8)
     at = kept.data_ptr()
     lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
     with scratch_scope():
-        rooms = _rooms(x, places, 0)
+        rooms = _rooms(x.before, places, 0)
         _run(layer, x, places, at, rooms, rotary, bounds, attention, lines, goes_on=not skips)
     return kept
 
 
 def run_backward(
-    layer: DecoderLayer, dx: Tensor, kept: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions,
+    layer: DecoderLayer, dx: Stream, kept: Tensor, rotary: Rotary, bounds: tuple[int, ...], attention: Functions,
     wants: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The gradients of each term's A and B; where it is wanted, the stream's takes the place of dx."""
-    places, at = _places(layer, dx.shape[1]), kept.data_ptr()
+    """The gradients of each term's A and B; where it is wanted, the stream's before the layer takes its place."""
+    places, at = _places(layer, dx), kept.data_ptr()
     inner, _ = _rows_of_terms(layer.terms, places.kept_end)
     halves = [_rows_of_terms([t for t in layer.terms if (t.part > DOWN) is late]) for late in (False, True)]
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
     with scratch_scope():
-        rooms = _rooms(dx, places, max(end for _, end in halves))
+        rooms = _rooms(dx.before, places, max(end for _, end in halves))
         slopes = [rooms.slopes + place for half, _ in halves for place in half]
         lines = [
             term_line(placed, at + s, g, da, db)
@@ -214,8 +256,8 @@ def run_backward(
 
 class _Places(NamedTuple):
     """Of a layer's pass over some rows, in bytes: where in a block each of what is kept stands (x rounded and its
-    norm's numbers before either half, q k v, the attention's output and lse, gate and up) and ends; and how large the
-    memory is that it has for a moment, as decoder.c has it."""
+    norm's numbers before either half, q k v, the attention's output, all and what goes on, lse, gate and up) and ends;
+    and how large the memory is that it has for a moment, as decoder.c has it."""
 
     kept: tuple[int, ...]
     kept_end: int
@@ -225,17 +267,21 @@ class _Places(NamedTuple):
     h: int
 
 
-def _places(layer: DecoderLayer, rows: int) -> _Places:
-    heads = layer.attention.heads
-    return _placed(rows, layer.hidden, layer.features, heads.queries, heads.queries * heads.size, heads.width)
+def _places(layer: DecoderLayer, x: Stream) -> _Places:
+    heads, narrowed = layer.attention.heads, x.positions is not None
+    sizes = layer.hidden, layer.features, heads.queries, heads.queries * heads.size, heads.width
+    return _placed(*x.rows, narrowed, *sizes)
 
 
 @lru_cache(maxsize=64)
-def _placed(rows: int, d: int, f: int, heads: int, own: int, width: int) -> _Places:
+def _placed(rows: int, on: int, narrowed: bool, d: int, f: int, heads: int, own: int, width: int) -> _Places:
     """Kept, because all layers of a pass are alike."""
-    of_row = [2 * d, 2 * d, 4, 4, 2 * width, 2 * own, 4 * heads, 4 * f]
-    *kept, kept_end = _one_behind_another([rows * size for size in of_row])
-    rooms = (_in_lines(2 * rows * size) for size in (max(d, own), max(d, width), max(d, f), f))
+    sizes = [2 * d * rows, 2 * d * on, 4 * rows, 4 * on, 2 * width * rows, 2 * own * rows]
+    sizes += [2 * own * on if narrowed else 0, 4 * heads * rows, 4 * f * on]
+    *kept, kept_end = _one_behind_another(sizes)
+    if not narrowed:
+        kept[6] = kept[5]  # the attention's output is one
+    rooms = (_in_lines(2 * rows * size) for size in (max(d, own), max(d, width), max(d, f, own), f))
     return _Places(tuple(kept), kept_end, *rooms)
 
 
@@ -276,7 +322,7 @@ def _in_lines(size: int) -> int:
 
 
 def _run(
-    layer: DecoderLayer, x: Tensor, places: _Places, kept: int, rooms: _Rooms, rotary: Rotary,
+    layer: DecoderLayer, x: Stream, places: _Places, kept: int, rooms: _Rooms, rotary: Rotary,
     bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
     goes_on: bool = True,
 ) -> None:  # fmt: skip
@@ -288,10 +334,12 @@ def _run(
     if rotary is not None:
         cos, sin = rotary
         turns = cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.shape[1] // 2, native.KINDS[cos.dtype]
+    rows, on = x.rows
     table = LAYER.pack(
-        x.shape[1], layer.hidden, layer.features, KINDS.index(layer.kind), *attention,
+        rows, layer.hidden, layer.features, KINDS.index(layer.kind),
+        on, 0 if x.positions is None else x.positions.data_ptr(), *attention,
         heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
-        x.data_ptr(), *(kept + place for place in places.kept), *rooms[:4],
+        x.before.data_ptr(), x.behind.data_ptr(), *(kept + place for place in places.kept), *rooms[:4],
         *(norm.weight.data_ptr() for norm in norms),
         *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(goes_on),
     )  # fmt: skip
@@ -304,7 +352,7 @@ def _run(
     if failed == NOT_ON_AMX:
         raise NotImplementedError("the kernel of decoder layers is not made for AMX: ask `decoder_layer_of` first")
     if failed:
-        raise MemoryError(f"no memory for a decoder layer of {x.shape[1]} rows")
+        raise MemoryError(f"no memory for a decoder layer of {rows} rows")
 
 
 def attention_functions() -> Functions:
@@ -321,7 +369,9 @@ def _addresses(attention: ctypes.CDLL) -> Functions:
     return forward, backward
 
 
-def in_single_steps(layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...]) -> Tensor:
+def in_single_steps(
+    layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tuple[int, ...], positions: Tensor | None = None
+) -> Tensor:
     """The truth: what other ops make of dense weights, one after the other."""
     gate, up, down, query, key, value, output = (
         Projection(weight, bias, tuple(term for term, its in layer.terms if its == part))
@@ -330,6 +380,8 @@ def in_single_steps(layer: DecoderLayer, x: Tensor, rotary: Rotary, bounds: tupl
     dtype, multiplier = gate.weight.dtype, layer.multiplier
     total, n, prologue = residual_norm(x, layer.norms[0], dtype)
     out = self_attention(project(n, (query, key, value), prologue), rotary, bounds, layer.attention)
+    if positions is not None:
+        total, out = total.index_select(1, positions), out.index_select(0, positions)
     y = project(out, (output,))
     total, n, prologue = residual_norm(total, layer.norms[1], dtype, y, multiplier)
     y = project(project(n, (gate, up), prologue), (down,), Gated(layer.kind))

@@ -20,6 +20,9 @@ typedef int (*Attention)(const int64_t *shape, const int64_t *spans, float scale
 // All tensors are contiguous, in bf16 but where it is told.
 typedef struct {
   int64_t rows, d, f, act;
+  // rows that go on behind the attention, and which these are, each once; NULL for all
+  int64_t kept;
+  const int64_t *positions;
   // attention.c's functions; heads of queries, of keys and as many of values; spans [sequences, 2]; cos and sin [rows,
   // 2 half], half = 0 where nothing turns
   Attention forward, backward;
@@ -28,17 +31,19 @@ typedef struct {
   int64_t sequences;
   const char *cos, *sin;
   int64_t turn_stride, half, turn_kind;
-  // x [rows, d] in fp32, whose sums take its place; going backward the gradient. What is kept: x rounded [rows, d] and
-  // its norm's numbers [rows] in fp32 before either half, q k v, attention's output and lse [heads, rows] in fp32, gate
-  // and up
-  float *x;
+  // x [rows, d] in fp32 and behind the attention [kept, d], which is the same memory where all rows go on, and where sums
+  // take its place; going backward the gradient. What is kept for that: x rounded and its norm's numbers in fp32 before
+  // either half, q k v, attention's output [rows, heads, size] and that of the rows that go on, lse [heads, rows] in
+  // fp32, gate and up
+  float *x[2];
   char *branch[2];
   float *rstd[2];
-  char *qkv, *out;
+  char *qkv, *out[2];
   float *lse;
   char *both;
   // for the time of a call, each what another is done with: n, dn, attention's dout [rows, max(d, heads size)]; y, dy,
-  // the gradient of q k v [rows, max(d, width)]; going backward dh, n made again [rows, max(f, d)]; h [rows, f]
+  // the gradient of q k v [rows, max(d, width)]; going backward dh, n made again, dout of the rows that go on
+  // [rows, max(f, d, heads size)]; h [rows, f]
   char *back, *on, *room, *h;
   const char *norm[2];
   int64_t norm_mode[2];
@@ -70,7 +75,7 @@ static int attend(const Pass *p, char *grad, char *dqkv, int64_t threads) {
   int64_t w = width_of(l), own = l->heads * l->size, s = l->size, q = 2 * own, v = 2 * (own + l->key_heads * s);
   int64_t shape[] = {l->sequences, l->rows, l->heads, l->key_heads, s, l->window, BF16, threads};
   int64_t strides[] = {w, s, w, s, w, s, own, s, own, s, w, s, w, s, w, s};
-  void *tensors[] = {l->qkv, l->qkv + q, l->qkv + v, l->out, grad, dqkv, dqkv + q, dqkv + v};
+  void *tensors[] = {l->qkv, l->qkv + q, l->qkv + v, l->out[0], grad, dqkv, dqkv + q, dqkv + v};
   return (dqkv ? l->backward : l->forward)(shape, l->spans, (float)p->by->scale, strides, tensors, l->lse);
 }
 
@@ -87,7 +92,8 @@ static FeedForward half_of(const Decoder *l) {
 static void add_and_norm(const Pass *p, const char *y, int half, int64_t row, int64_t rows) {
   const Decoder *l = p->l;
   int64_t at = row * l->d;
-  topwork_add_and_norm(l->x + at, y ? y + 2 * at : NULL, l->x + at, l->branch[half] + 2 * at, (float)p->by->multiplier,
+  float *x = l->x[half] + at;
+  topwork_add_and_norm(x, y ? y + 2 * at : NULL, x, l->branch[half] + 2 * at, (float)p->by->multiplier,
                        rows, l->d, l->norm[half], (float)p->by->eps[half], l->rstd[half] + row, l->back + 2 * at,
                        (int)l->norm_mode[half], 1);
 }
@@ -106,24 +112,25 @@ static void make_turned(const void *of, int64_t row, int64_t rows) {
 static void make_sum(const void *of, int64_t row, int64_t rows) {
   const Pass *p = of;
   int64_t at = row * p->l->d;
-  topwork_add_and_round(p->l->x + at, p->l->on + 2 * at, p->l->x + at, NULL, (float)p->by->multiplier, 1,
-                        rows * p->l->d, 1);
+  float *x = p->l->x[1] + at;
+  topwork_add_and_round(x, p->l->on + 2 * at, x, NULL, (float)p->by->multiplier, 1, rows * p->l->d, 1);
 }
 
 // Going backward, dy of the feed-forward half.
 static void make_dy(const void *of, int64_t row, int64_t rows) {
   const Pass *p = of;
   int64_t at = row * p->l->d;
-  topwork_add_and_round(p->l->x + at, NULL, p->l->x + at, p->l->on + 2 * at, 1, (float)p->by->multiplier,
-                        rows * p->l->d, 1);
+  float *x = p->l->x[1] + at;
+  topwork_add_and_round(x, NULL, x, p->l->on + 2 * at, 1, (float)p->by->multiplier, rows * p->l->d, 1);
 }
 
 // The stream's gradient before a half, and what of it the one before is given, dy or nothing.
 static void add_and_norm_backward(const Pass *p, char *dy, int half, int64_t row, int64_t rows) {
   const Decoder *l = p->l;
   int64_t at = row * l->d;
-  topwork_add_and_norm_backward(l->x + at, l->back + 2 * at, l->branch[half] + 2 * at, rows, l->d, l->norm[half],
-                                l->rstd[half] + row, l->x + at, dy ? dy + 2 * at : NULL, (float)p->by->multiplier,
+  float *x = l->x[half] + at;
+  topwork_add_and_norm_backward(x, l->back + 2 * at, l->branch[half] + 2 * at, rows, l->d, l->norm[half],
+                                l->rstd[half] + row, x, dy ? dy + 2 * at : NULL, (float)p->by->multiplier,
                                 (int)l->norm_mode[half], 1);
 }
 
@@ -140,17 +147,41 @@ static void make_turned_back(const void *of, int64_t row, int64_t rows) {
   rotate(l, (Values){l->on, width_of(l)}, row, rows, 1);
 }
 
+// ---- rows that go on -----------------------------------------------------------------------------------------------
+
+// to [kept, bytes] from [rows, bytes].
+static void gather(const Decoder *l, const void *from, void *to, int64_t bytes, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (l->kept * bytes > LITTLE)
+  for (int64_t i = 0; i < l->kept; i++) memcpy((char *)to + i * bytes, (char *)from + l->positions[i] * bytes, bytes);
+}
+
+// And back, with zeros for the others.
+static void spread(const Decoder *l, const void *from, void *to, int64_t bytes, int64_t threads) {
+#pragma omp parallel num_threads(threads) if (l->rows * bytes > LITTLE)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < l->rows; row++) memset((char *)to + row * bytes, 0, bytes);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < l->kept; i++) memcpy((char *)to + l->positions[i] * bytes, (char *)from + i * bytes, bytes);
+  }
+}
+
 // ---- passes --------------------------------------------------------------------------------------------------------
 
 static int forward(Call *c, const Pass *p) {
   const Decoder *l = p->l;
-  Values n = {l->back, l->d}, qkv = {l->qkv, width_of(l)}, out = {l->out, l->heads * l->size}, y = {l->on, l->d};
+  int64_t own = l->heads * l->size;
+  Values n = {l->back, l->d}, qkv = {l->qkv, width_of(l)}, out = {l->out[1], own}, y = {l->on, l->d};
   FeedForward half = half_of(l);
   int failed;
   if ((failed = run_rows(c, INPUTS, 0, n, make_first, p))) return failed;
   if ((failed = group_forward(c, INPUTS, n, qkv))) return failed;
   if ((failed = run_rows(c, NONE, 0, qkv, make_turned, p))) return failed;
   if ((failed = attend(p, NULL, NULL, c->threads))) return failed;
+  if (l->positions) {
+    gather(l, l->x[0], l->x[1], 4 * l->d, c->threads), gather(l, l->out[0], l->out[1], 2 * own, c->threads);
+    c->rows = l->kept;
+  }
   if ((failed = run_rows(c, OUTPUTS, 0, out, NULL, NULL))) return failed;
   if ((failed = group_forward(c, OUTPUTS, out, y))) return failed;
   if ((failed = run_rows(c, GATES, 0, n, make_second, p))) return failed;
@@ -162,18 +193,24 @@ static int forward(Call *c, const Pass *p) {
 static int backward(Call *c, const Pass *p) {
   const Decoder *l = p->l;
   int64_t own = l->heads * l->size;
-  Values dy = {l->on, l->d}, out = {l->out, own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
+  Values dy = {l->on, l->d}, out = {l->out[1], own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
   Values n = {l->room, l->d}, dn = {l->goes_on ? l->back : NULL, l->d};
   FeedForward half = half_of(l);
   half.dy = dy, half.dh = (Values){l->room, l->f}, half.dboth = half.both, half.dn = half.n;
   half.x = (Values){l->branch[1], l->d}, half.n = n;  // made again when dh is used up
   half.rstd = l->rstd[1], half.norm = l->norm[1], half.norm_mode = l->norm_mode[1];
   int failed;
+  c->rows = l->kept;
   if ((failed = run_rows(c, LAST, 1, dy, make_dy, p))) return failed;
   if ((failed = feedforward_backward(c, &half))) return failed;
   if ((failed = run_rows(c, OUTPUTS, 1, dy, make_second_backward, p))) return failed;
   put_db(c, OUTPUTS, dy), put_da(c, OUTPUTS, out);
-  if ((failed = group_backward(c, OUTPUTS, dy, dout))) return failed;
+  if ((failed = group_backward(c, OUTPUTS, dy, l->positions ? (Values){l->room, own} : dout))) return failed;
+  if (l->positions) {
+    spread(l, l->room, dout.at, 2 * own, c->threads);
+    if (l->goes_on) spread(l, l->x[1], l->x[0], 4 * l->d, c->threads);
+  }
+  c->rows = l->rows;
   if ((failed = attend(p, dout.at, dqkv.at, c->threads))) return failed;
   if ((failed = run_rows(c, INPUTS, 1, dqkv, make_turned_back, p))) return failed;
   topwork_rms_norm(l->branch[0], l->d, 0, l->rows, 1, l->d, l->norm[0], 0, 1, l->rstd[0], n.at, (int)l->norm_mode[0],

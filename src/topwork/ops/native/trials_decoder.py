@@ -62,32 +62,40 @@ def feedforward() -> Iterator[Found]:
 
 
 def decoder_layers() -> Iterator[Found]:
-    """With biases, a window, and terms for some of their rows."""
-    for heads, key_heads, r, dtype in ((4, 2, 3, torch.float32), (3, 3, 40, torch.bfloat16)):
-        made = _layer(heads, key_heads, r, dtype)
+    """With biases, a window, and terms for some of their rows, of which all or some go on."""
+    every = torch.arange(BOUNDS[-1])
+    cases = (
+        (4, 2, 3, torch.float32, None), (3, 3, 40, torch.bfloat16, None), (4, 2, 16, torch.bfloat16, every[20::2].clone()),
+    )  # fmt: skip
+    for heads, key_heads, r, dtype, positions in cases:
+        made = _layer(heads, key_heads, r, dtype, None if positions is None else len(positions))
         rotary = torch.randn(BOUNDS[-1], 16), torch.randn(BOUNDS[-1], 16)
-        x, dx = (torch.randn(1, BOUNDS[-1], made.hidden) for _ in range(2))
+        x = torch.randn(1, BOUNDS[-1], made.hidden)
         leaf = x.clone().requires_grad_()
-        y = whole.in_single_steps(made, leaf, rotary, BOUNDS)
+        y = whole.in_single_steps(made, leaf, rotary, BOUNDS, positions)
+        dy = torch.randn_like(y)
         masters = [*(term.a for term, _ in made.terms), *(term.b for term, _ in made.terms)]
-        expected = [y.detach(), *torch.autograd.grad(y, (leaf, *masters), dx)]
+        expected = [y.detach(), *torch.autograd.grad(y, (leaf, *masters), dy)]
         with torch.no_grad():
             attention = _Attention(made.attention.rule)
-            kept = whole.run_forward(made, x, rotary, BOUNDS, attention.addresses)
-            found = [x, dx, *chain(*whole.run_backward(made, dx, kept, rotary, BOUNDS, attention.addresses))]
-        for mine, its in zip(found, expected, strict=True):
+            stream = whole.stream_of(x, positions)
+            kept = whole.run_forward(made, stream, rotary, BOUNDS, attention.addresses)
+            back = whole.gradient_of(dy, BOUNDS[-1], positions)
+            learned = whole.run_backward(made, back, kept, rotary, BOUNDS, attention.addresses)
+        for mine, its in zip([stream.behind, back.before, *chain(*learned)], expected, strict=True):
             yield "decoder layers", mine, its, OFTEN
 
 
-def _layer(heads: int, key_heads: int, r: int, dtype: torch.dtype) -> DecoderLayer:
-    """Norms and biases are of `dtype`."""
+def _layer(heads: int, key_heads: int, r: int, dtype: torch.dtype, on: int | None) -> DecoderLayer:
+    """Norms and biases are of `dtype`; `on`: so many rows go on, where these are not all."""
     d, f, own, others = 96, 64, 16 * heads, 16 * key_heads
     sizes = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
     norms = RmsNorm(torch.randn(d).to(dtype), 1e-5), RmsNorm(torch.randn(d).to(dtype), 1e-6, True)
+    early, late = (_terms(sizes, r, rows) for rows in (BOUNDS[-1], on or BOUNDS[-1]))
     return DecoderLayer(
         tuple(_weight(*of) for of in sizes), tuple(torch.randn(n).to(dtype) for n, _ in sizes),
-        _terms(sizes, r, BOUNDS[-1]), SelfAttention(Heads(heads, key_heads, 16), AttentionRule(0.05, 23)), norms,
-        "silu", 0.7,
+        tuple(own if own.part in whole.INPUTS else behind for own, behind in zip(early, late)),
+        SelfAttention(Heads(heads, key_heads, 16), AttentionRule(0.05, 23)), norms, "silu", 0.7,
     )  # fmt: skip
 
 
