@@ -18,7 +18,7 @@ from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers
 from topwork.models.fast import FastLayer
 from topwork.ops import decoder_layer as module
-from topwork.ops import parts
+from topwork.ops import decoder_memory, parts
 from topwork.ops.attention_reference import AttentionRule
 from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
@@ -42,6 +42,7 @@ def drawn(
     heads: int = 4, key_heads: int = 2, size: int = 16, d: int = 96, f: int = 160, kind: str = "silu",
     terms: tuple[tuple[int, int, int], ...] = ((0, 150, 32),), biases: torch.dtype | None = None,
     window: int | None = None, norms: torch.dtype = torch.bfloat16, multiplier: float = 1.0,
+    of_heads: torch.dtype | None = None,
 ) -> DecoderLayer:  # fmt: skip
     """Gate and up stand behind one another, and so do queries, keys and values; `terms` are start, stop and rank."""
     torch.manual_seed(heads + d + f)
@@ -60,6 +61,9 @@ def drawn(
     )
     around = RmsNorm(torch.randn(d).to(norms), 1e-5), RmsNorm(torch.randn(d).to(norms), 1e-6, kind == "gelu")
     attention = SelfAttention(Heads(heads, key_heads, size), AttentionRule(size**-0.5, window))
+    if of_heads is not None:
+        queries, keys = (HeadNorm(torch.randn(size).to(of_heads), eps, kind == "gelu") for eps in (1e-3, 1e-6))
+        attention = replace(attention, norms=(queries, keys))
     return DecoderLayer(tuple(weights), shifts, tuple(placed), attention, around, kind, multiplier)
 
 
@@ -77,6 +81,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "a window": {"window": 9, "kind": "gelu_tanh"},
     "wide heads": {"heads": 2, "key_heads": 1, "size": 112, "f": 32},
     "an inner width off the grid": {"f": 40, "biases": torch.bfloat16},
+    "norms of heads": {"of_heads": torch.bfloat16},
+    "norms of many heads, in fp32": {"of_heads": torch.float32, "heads": 12, "key_heads": 6, "f": 32, "kind": "gelu"},
     "no groups of heads": {"heads": 3, "key_heads": 3, "size": 32, "d": 64, "f": 48},
 }
 ALL = pytest.mark.parametrize("of", LAYERS)
@@ -141,7 +147,7 @@ def going_on(layer: DecoderLayer, positions: Tensor) -> DecoderLayer:
 
 SOME = {
     "every third": torch.arange(150)[::3],
-    "one": torch.tensor([97]),
+    "one": torch.tensor([120]),
     "in no order": torch.randperm(150, generator=torch.Generator().manual_seed(1))[:80],
     "all": torch.arange(150),
 }
@@ -307,8 +313,9 @@ def test_only_its_own_memory_is_written(on_amx, monkeypatch: pytest.MonkeyPatch)
         rooms.append(torch.full((size + 512,), 255, dtype=dtype))
         return rooms[-1][256:-256]
 
-    for name in ("saved_empty", "scratch_empty", "handoff_empty", "handback_empty"):
-        monkeypatch.setattr(module, name, bordered)
+    monkeypatch.setattr(module, "saved_empty", bordered)
+    for name in ("scratch_empty", "handoff_empty", "handback_empty"):
+        monkeypatch.setattr(decoder_memory, name, bordered)
     found = results(layer, module.decoder_layer)
     assert len(rooms) == 7
     assert all((room[:256] == 255).all() and (room[-256:] == 255).all() for room in rooms)
@@ -342,6 +349,10 @@ def wrong() -> Iterator[Any]:
     yield "layers", (x.transpose(1, 2).contiguous().transpose(1, 2), layer, (cos, sin), BOUNDS)
     yield "biases", (x, replace(layer, biases=(None, None, None, torch.zeros(3), None, None, None)), (cos, sin), BOUNDS)
     yield "norms", (x, replace(layer, norms=(replace(norm, weight=torch.ones(95)), other)), (cos, sin), BOUNDS)
+    normed = replace(
+        layer.attention, norms=(HeadNorm(torch.ones(16), 1e-5, False), HeadNorm(torch.ones(8), 1e-5, False))
+    )
+    yield "norms", (x, replace(layer, attention=normed), (cos, sin), BOUNDS)
     yield "cos is", (x, layer, (cos, sin[:, :-2]), BOUNDS)
     yield "cos is", (x, layer, (cos[:-1], sin[:-1]), BOUNDS)
     yield "cos is", (x, layer, (cos.half(), sin.half()), BOUNDS)
@@ -396,9 +407,16 @@ def crowded(layers: list[Projection]) -> None:
     layers[0] = replace(layers[0], bias=torch.zeros(160), terms=layers[0].terms * (MOST_ADDENDS - 1))
 
 
+def of_heads(*weights: Tensor) -> tuple[HeadNorm, ...]:
+    return tuple(HeadNorm(weight, 1e-5, False) for weight in weights)
+
+
 ONES = torch.ones(64)
 NOT_FOR: dict[str, dict[str, Any]] = {
-    "norms of heads": {"attention": {"norms": (HeadNorm(torch.ones(16), 1e-5, False),) * 2}},
+    "a norm of all heads together": {
+        "attention": {"norms": tuple(HeadNorm(torch.ones(n), 1e-5, False) for n in (64, 32))}
+    },
+    "norms of heads in fp16": {"attention": {"norms": (HeadNorm(torch.ones(16).half(), 1e-5, False),) * 2}},
     "sinks": {"attention": {"sinks": torch.zeros(4)}},
     "what looks at its products again": {"attention": {"restores": True}},
     "scores that are capped": {"attention": {"rule": AttentionRule(0.25, softcap=2.0)}},
@@ -432,7 +450,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen2": (2, {}),
     "granite": (2, {}),
     "smollm3": (2, {}),
-    "qwen3": (0, {}),  # norms of heads
+    "qwen3": (2, {}),
     "olmo2": (0, {}),  # norms that follow
     "gemma2": (0, {}),  # both, and scores that are capped
     "phi3": (0, {}),  # one weight for queries, keys and values

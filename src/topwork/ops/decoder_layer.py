@@ -14,29 +14,30 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from topwork.ops.attention import NATIVE_SIZES, spans_of
-from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
+from topwork.ops.context import saved_empty, scratch_scope
+from topwork.ops.decoder_memory import Places, Rooms, Stream, gradient_of, places_of, rooms_of, rows_of_terms, stream_of
 from topwork.ops.gated import KINDS
 from topwork.ops.grouped import multiplies_all
 from topwork.ops.native import load as native
+from topwork.ops.norm import norm_mode
 from topwork.ops.packed import Packed
 from topwork.ops.parts import NOT_ON_AMX, Placed, check_terms, on_amx, opened, part_lines, placed_terms, term_line
 from topwork.ops.project import project
 from topwork.ops.projection import Projection
 from topwork.ops.prologues import Gated, RmsNorm
 from topwork.ops.residual import residual_norm, residual_sum
-from topwork.ops.self_attention import SelfAttention, self_attention
+from topwork.ops.self_attention import HeadNorm, SelfAttention, self_attention
 
 DOWN, INPUTS = 2, range(3, 6)
 GROUPS = slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)
 """Parts with one input: gate and up, down, the attention's inputs, its output."""
-LAYER, FACTORS = struct.Struct("39q"), struct.Struct("4d")
+LAYER, FACTORS = struct.Struct("45q"), struct.Struct("6d")
 """As decoder.c has a layer and its factors."""
 Rotary = tuple[Tensor, Tensor] | None
 Functions = tuple[int, int]
@@ -92,11 +93,11 @@ def _is_stream(x: Tensor) -> bool:
 
 def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
     """Whether all that stands between products is C's."""
-    rule = attention.rule
-    usual = attention.norms is None and attention.sinks is None and not attention.restores and rule.softcap is None
-    fits = attention.heads.size in NATIVE_SIZES and rule.scale > 0 and (rule.window is None or rule.window > 0)
-    plain = all(norm.weight.dtype in native.KINDS and norm.weight.is_contiguous() for norm in norms)
-    return usual and fits and plain
+    rule, size, of_heads = attention.rule, attention.heads.size, attention.norms or ()
+    usual = attention.sinks is None and not attention.restores and rule.softcap is None
+    fits = size in NATIVE_SIZES and rule.scale > 0 and (rule.window is None or rule.window > 0)
+    plain = all(x.weight.dtype in native.KINDS and x.weight.is_contiguous() for x in (*norms, *of_heads))
+    return usual and fits and plain and all(len(norm.weight) == size for norm in of_heads)
 
 
 def decoder_layer(
@@ -139,8 +140,9 @@ def _check(
         )
     if any(len(bias) != size for bias, (size, _) in zip(layer.biases, sizes) if bias is not None):
         raise ValueError(f"biases of other lengths than layers {sizes}")
-    if any(norm.weight.shape != (d,) for norm in layer.norms):
-        raise ValueError(f"norms of other widths than {d}")
+    of_heads = layer.attention.norms or ()
+    if any(norm.weight.shape != (d,) for norm in layer.norms) or any(len(x.weight) != heads.size for x in of_heads):
+        raise ValueError(f"norms of other widths than {d}, or of heads than {heads.size}")
     if rotary is not None:
         cos, sin = rotary
         alike = cos.shape == sin.shape and cos.dtype == sin.dtype and cos.stride() == sin.stride()
@@ -192,43 +194,17 @@ class _DecoderLayer(torch.autograd.Function):
         return dx.before if wants else None, *(None,) * 6, *all_da, *all_db
 
 
-class Stream(NamedTuple):
-    """x [1, T, d] before the attention and [1, n, d] behind it, or its gradient: one tensor where all rows go on, and
-    else those of `positions` [n]."""
-
-    before: Tensor
-    behind: Tensor
-    positions: Tensor | None = None
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        return self.before.shape[1], self.behind.shape[1]
-
-
-def stream_of(x: Tensor, positions: Tensor | None) -> Stream:
-    """From x [1, T, d], which stays as it is."""
-    if positions is not None:
-        return Stream(x, x.new_empty(1, len(positions), x.shape[2]), positions)
-    y = x.clone()
-    return Stream(y, y)
-
-
-def gradient_of(dy: Tensor, rows: int, positions: Tensor | None) -> Stream:
-    """From dy [1, n, d], which is overwritten."""
-    return Stream(dy, dy) if positions is None else Stream(dy.new_empty(1, rows, dy.shape[2]), dy, positions)
-
-
 def run_forward(
     layer: DecoderLayer, x: Stream, rotary: Rotary, bounds: tuple[int, ...], attention: Functions, skips: bool = False
 ) -> Tensor:
     """Takes x through the layer (with `skips` not to its end), and gives what the backward pass needs, in one block."""
     places = _places(layer, x)
-    inner, end = _rows_of_terms(layer.terms, places.kept_end)
+    inner, end = rows_of_terms(layer.terms, places.kept_end)
     kept = saved_empty(x.before, end, dtype=torch.uint8)
     at = kept.data_ptr()
     lines = [term_line(placed, at + s) for placed, s in zip(layer.terms, inner)]
     with scratch_scope():
-        rooms = _rooms(x.before, places, 0)
+        rooms = rooms_of(x.before, places, 0)
         _run(layer, x, places, at, rooms, rotary, bounds, attention, lines, goes_on=not skips)
     return kept
 
@@ -239,12 +215,12 @@ def run_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of each term's A and B; where it is wanted, the stream's before the layer takes its place."""
     places, at = _places(layer, dx), kept.data_ptr()
-    inner, _ = _rows_of_terms(layer.terms, places.kept_end)
-    halves = [_rows_of_terms([t for t in layer.terms if (t.part > DOWN) is late]) for late in (False, True)]
+    inner, _ = rows_of_terms(layer.terms, places.kept_end)
+    halves = [rows_of_terms([t for t in layer.terms if (t.part > DOWN) is late]) for late in (False, True)]
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
     with scratch_scope():
-        rooms = _rooms(dx.before, places, max(end for _, end in halves))
+        rooms = rooms_of(dx.before, places, max(end for _, end in halves))
         slopes = [rooms.slopes + place for half, _ in halves for place in half]
         lines = [
             term_line(placed, at + s, g, da, db)
@@ -254,96 +230,38 @@ def run_backward(
     return all_da, all_db
 
 
-class _Places(NamedTuple):
-    """Of a layer's pass over some rows, in bytes: where in a block each of what is kept stands (x rounded and its
-    norm's numbers before either half, q k v, the attention's output, all and what goes on, lse, gate and up) and ends;
-    and how large the memory is that it has for a moment, as decoder.c has it."""
-
-    kept: tuple[int, ...]
-    kept_end: int
-    back: int
-    on: int
-    room: int
-    h: int
-
-
-def _places(layer: DecoderLayer, x: Stream) -> _Places:
-    heads, narrowed = layer.attention.heads, x.positions is not None
-    sizes = layer.hidden, layer.features, heads.queries, heads.queries * heads.size, heads.width
-    return _placed(*x.rows, narrowed, *sizes)
-
-
-@lru_cache(maxsize=64)
-def _placed(rows: int, on: int, narrowed: bool, d: int, f: int, heads: int, own: int, width: int) -> _Places:
-    """Kept, because all layers of a pass are alike."""
-    sizes = [2 * d * rows, 2 * d * on, 4 * rows, 4 * on, 2 * width * rows, 2 * own * rows]
-    sizes += [2 * own * on if narrowed else 0, 4 * heads * rows, 4 * f * on]
-    *kept, kept_end = _one_behind_another(sizes)
-    if not narrowed:
-        kept[6] = kept[5]  # the attention's output is one
-    rooms = (_in_lines(2 * rows * size) for size in (max(d, own), max(d, width), max(d, f, own), f))
-    return _Places(tuple(kept), kept_end, *rooms)
-
-
-class _Rooms(NamedTuple):
-    """A layer's memory for a moment, by address; the last is that of every G. `tensors` hold it."""
-
-    back: int
-    on: int
-    room: int
-    h: int
-    slopes: int
-    tensors: tuple[Tensor, ...]
-
-
-def _rooms(x: Tensor, places: _Places, slopes: int) -> _Rooms:
-    back, on = handback_empty(x, places.back, dtype=torch.uint8), handoff_empty(x, places.on, dtype=torch.uint8)
-    own = scratch_empty(x, places.room + places.h + slopes, dtype=torch.uint8)
-    room = own.data_ptr()
-    h = room + places.room
-    return _Rooms(back.data_ptr(), on.data_ptr(), room, h, h + places.h, (back, on, own))
-
-
-def _rows_of_terms(terms: Sequence[Placed], start: int = 0) -> tuple[list[int], int]:
-    """Where [rows, r] of each term stands, in 16 bits, and where they end."""
-    sizes = [2 * (term.stop - term.start) * term.a.shape[0] for term, _ in terms]
-    *places, end = _one_behind_another(sizes, start)
-    return places, end
-
-
-def _one_behind_another(sizes: Sequence[int], start: int = 0) -> list[int]:
-    """Where each begins, and the end."""
-    return list(accumulate(map(_in_lines, sizes), initial=start))
-
-
-def _in_lines(size: int) -> int:
-    """Bytes up to a whole cache line."""
-    return -(-size // 64) * 64
+def _places(layer: DecoderLayer, x: Stream) -> Places:
+    how, narrowed = layer.attention, x.positions is not None
+    return places_of(*x.rows, narrowed, layer.hidden, layer.features, how.heads, how.norms is not None)
 
 
 def _run(
-    layer: DecoderLayer, x: Stream, places: _Places, kept: int, rooms: _Rooms, rotary: Rotary,
+    layer: DecoderLayer, x: Stream, places: Places, kept: int, rooms: Rooms, rotary: Rotary,
     bounds: tuple[int, ...], attention: Functions, lines: Sequence[bytes], back: bool = False,
     goes_on: bool = True,
 ) -> None:  # fmt: skip
     library = native.compiled("decoder")
     assert library is not None
-    heads, rule, norms = layer.attention.heads, layer.attention.rule, layer.norms
+    heads, rule, norms, of_heads = layer.attention.heads, layer.attention.rule, layer.norms, layer.attention.norms
     spans, sequences = spans_of(bounds)
     turns = (0, 0, 0, 0, 0)
     if rotary is not None:
         cos, sin = rotary
         turns = cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.shape[1] // 2, native.KINDS[cos.dtype]
     rows, on = x.rows
+    *block, q_rstd, k_rstd = (kept + place for place in places.kept)
+    head_norms, head_eps = (0, 0, 0, 0, 0, 0), (0.0, 0.0)
+    if of_heads is not None:
+        head_norms = *_addresses_and_modes(of_heads), q_rstd, k_rstd
+        head_eps = of_heads[0].eps, of_heads[1].eps
     table = LAYER.pack(
         rows, layer.hidden, layer.features, KINDS.index(layer.kind),
         on, 0 if x.positions is None else x.positions.data_ptr(), *attention,
         heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
-        x.before.data_ptr(), x.behind.data_ptr(), *(kept + place for place in places.kept), *rooms[:4],
-        *(norm.weight.data_ptr() for norm in norms),
-        *(1 + 2 * (norm.weight.dtype == torch.bfloat16) + 4 * norm.unit_offset for norm in norms), int(goes_on),
+        x.before.data_ptr(), x.behind.data_ptr(), *block, *rooms[:4],
+        *_addresses_and_modes(norms), *head_norms, int(goes_on),
     )  # fmt: skip
-    factors = FACTORS.pack(rule.scale, norms[0].eps, norms[1].eps, layer.multiplier)
+    factors = FACTORS.pack(rule.scale, norms[0].eps, norms[1].eps, layer.multiplier, *head_eps)
     weights = [opened(layer.weights[group]) for group in GROUPS]
     parts = b"".join(line for own, group in zip(weights, GROUPS) for line in part_lines(own, layer.biases[group]))
     failed = library.topwork_decoder_layer(
@@ -353,6 +271,13 @@ def _run(
         raise NotImplementedError("the kernel of decoder layers is not made for AMX: ask `decoder_layer_of` first")
     if failed:
         raise MemoryError(f"no memory for a decoder layer of {rows} rows")
+
+
+def _addresses_and_modes(norms: tuple[RmsNorm, RmsNorm] | tuple[HeadNorm, HeadNorm]) -> tuple[int, int, int, int]:
+    """Of two norms of bf16."""
+    weights = norms[0].weight, norms[1].weight
+    modes = (norm_mode(torch.bfloat16, norm.weight, norm.unit_offset) for norm in norms)
+    return weights[0].data_ptr(), weights[1].data_ptr(), *modes  # type: ignore[return-value]
 
 
 def attention_functions() -> Functions:

@@ -253,7 +253,7 @@ def _run(layer: FeedForward, lines: Sequence[bytes], source: Source | None = Non
     values = [*(given.get(name) for name in VALUES), x]
     norms = (0, 0, 0)
     if norm is not None and rstd is not None and x is not None:
-        norms = rstd.data_ptr(), norm.weight.data_ptr(), norm_mode(x, norm.weight, norm.unit_offset)
+        norms = rstd.data_ptr(), norm.weight.data_ptr(), norm_mode(x.dtype, norm.weight, norm.unit_offset)
     numbers = [number for v in values for number in ((0, 0) if v is None else (v.data_ptr(), v.stride(0)))]
     table = LAYER.pack(*numbers, f, d, KINDS.index(layer.kind), *norms)
     parts = b"".join([*part_lines((gate, up)), *part_lines((down,))])

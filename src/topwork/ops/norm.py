@@ -96,7 +96,7 @@ def _norm_cpu(
     weight = weight.contiguous()
     library.topwork_rms_norm(
         x.data_ptr(), outer, inner, rstd.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1], weight.data_ptr(),
-        eps, known, rstd.data_ptr(), y.data_ptr(), norm_mode(x, weight, unit_offset), torch.get_num_threads(),
+        eps, known, rstd.data_ptr(), y.data_ptr(), norm_mode(x.dtype, weight, unit_offset), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -111,14 +111,14 @@ def _backward_cpu(
     library.topwork_rms_norm_backward(
         dy.data_ptr(), dy_outer, dy_inner, x.data_ptr(), x_outer, x_inner,
         rstd.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1], weight.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), norm_mode(x, weight, unit_offset), torch.get_num_threads(),
+        dx.data_ptr(), norm_mode(x.dtype, weight, unit_offset), torch.get_num_threads(),
     )  # fmt: skip
     return dx
 
 
-def norm_mode(x: Tensor, weight: Tensor, unit_offset: bool) -> int:
-    """As layer.c counts."""
-    return (x.dtype == torch.bfloat16) + 2 * (weight.dtype == torch.bfloat16) + 4 * unit_offset
+def norm_mode(dtype: torch.dtype, weight: Tensor, unit_offset: bool) -> int:
+    """As layer.c counts, of values of `dtype`."""
+    return (dtype == torch.bfloat16) + 2 * (weight.dtype == torch.bfloat16) + 4 * unit_offset
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:

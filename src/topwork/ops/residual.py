@@ -127,7 +127,7 @@ def add_and_norm(
     library.topwork_add_and_norm(
         x.data_ptr(), None if y is None else y.data_ptr(), total.data_ptr(), branch.data_ptr(), multiplier,
         *branch.shape, norm.weight.data_ptr(), norm.eps, rstd.data_ptr(), n.data_ptr(),
-        norm_mode(branch, norm.weight, norm.unit_offset), torch.get_num_threads(),
+        norm_mode(branch.dtype, norm.weight, norm.unit_offset), torch.get_num_threads(),
     )  # fmt: skip
     return n, rstd
 
@@ -144,8 +144,8 @@ def add_and_norm_backward(
         return
     library.topwork_add_and_norm_backward(
         dtotal.data_ptr(), dn.data_ptr(), branch.data_ptr(), *branch.shape, norm.weight.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), None if dy is None else dy.data_ptr(), by, norm_mode(branch, norm.weight, norm.unit_offset),
-        torch.get_num_threads(),
+        dx.data_ptr(), None if dy is None else dy.data_ptr(), by,
+        norm_mode(branch.dtype, norm.weight, norm.unit_offset), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -42,16 +42,21 @@ typedef struct {
   float *lse;
   char *both;
   // for the time of a call, each what another is done with: n, dn, attention's dout [rows, max(d, heads size)]; y, dy,
-  // the gradient of q k v [rows, max(d, width)]; going backward dh, n made again, dout of the rows that go on
-  // [rows, max(f, d, heads size)]; h [rows, f]
+  // the gradient of q k v [rows, max(d, width)]; queries, and going backward dh, n made again, dout of the rows that go
+  // on [rows, max(f, d, heads size)]; keys, h [rows, max(f, key heads size)]
   char *back, *on, *room, *h;
   const char *norm[2];
   int64_t norm_mode[2];
+  // norms of each head's queries and keys [size], with their numbers [rows, heads] and [rows, key heads] in fp32; NULL
+  // where there are none. With them q k v stay as they are, and what is turned stands in `room` and `h`
+  const char *head_norm[2];
+  int64_t head_mode[2];
+  float *head_rstd[2];
   int64_t goes_on;  // whether its sum is wanted, or going backward the stream's gradient
 } Decoder;
 
 typedef struct {
-  double scale, eps[2], multiplier;
+  double scale, eps[2], multiplier, head_eps[2];
 } Factors;
 
 typedef struct {
@@ -61,21 +66,34 @@ typedef struct {
 
 static int64_t width_of(const Decoder *l) { return (l->heads + 2 * l->key_heads) * l->size; }
 
-// Queries and keys of x [rows, width], which are those from `row` on.
-static void rotate(const Decoder *l, Values x, int64_t row, int64_t rows, int inverse) {
+// Heads of x, which are those from `row` on.
+static void rotate(const Decoder *l, Values x, int64_t heads, int64_t row, int64_t rows, int inverse) {
   int64_t step = row * l->turn_stride * bytes_of(l->turn_kind);
   if (!l->half) return;
-  topwork_rotate(from_row(x, row).at, x.by, l->size, rows, l->heads + l->key_heads, l->cos + step, l->turn_stride,
-                 l->sin + step, l->turn_stride, l->half, 1 + 2 * (l->turn_kind == BF16) + 4 * inverse, 1);
+  topwork_rotate(from_row(x, row).at, x.by, l->size, rows, heads, l->cos + step, l->turn_stride, l->sin + step,
+                 l->turn_stride, l->half, 1 + 2 * (l->turn_kind == BF16) + 4 * inverse, 1);
+}
+
+// Queries or keys: where they are among q k v, how many heads, and where they are turned.
+typedef struct {
+  Values x, turned;
+  int64_t heads;
+} Turned;
+
+static Turned turned_of(const Decoder *l, int keys) {
+  int64_t heads = keys ? l->key_heads : l->heads;
+  Values x = from_column((Values){l->qkv, width_of(l)}, keys ? l->heads * l->size : 0);
+  return (Turned){x, l->head_norm[0] ? (Values){keys ? l->h : l->room, heads * l->size} : x, heads};
 }
 
 // With `dqkv` backward, from `grad` [rows, heads, size].
 static int attend(const Pass *p, char *grad, char *dqkv, int64_t threads) {
   const Decoder *l = p->l;
-  int64_t w = width_of(l), own = l->heads * l->size, s = l->size, q = 2 * own, v = 2 * (own + l->key_heads * s);
+  int64_t w = width_of(l), own = l->heads * l->size, s = l->size, k = 2 * own, v = 2 * (own + l->key_heads * s);
+  Values query = turned_of(l, 0).turned, key = turned_of(l, 1).turned;
   int64_t shape[] = {l->sequences, l->rows, l->heads, l->key_heads, s, l->window, BF16, threads};
-  int64_t strides[] = {w, s, w, s, w, s, own, s, own, s, w, s, w, s, w, s};
-  void *tensors[] = {l->qkv, l->qkv + q, l->qkv + v, l->out[0], grad, dqkv, dqkv + q, dqkv + v};
+  int64_t strides[] = {query.by, s, key.by, s, w, s, own, s, own, s, w, s, w, s, w, s};
+  void *tensors[] = {query.at, key.at, l->qkv + v, l->out[0], grad, dqkv, dqkv + k, dqkv + v};
   return (dqkv ? l->backward : l->forward)(shape, l->spans, (float)p->by->scale, strides, tensors, l->lse);
 }
 
@@ -104,10 +122,25 @@ static void make_second(const void *of, int64_t row, int64_t rows) {
   add_and_norm(of, ((const Pass *)of)->l->on, 1, row, rows);
 }
 
-static void make_turned(const void *of, int64_t row, int64_t rows) {
-  const Decoder *l = ((const Pass *)of)->l;
-  rotate(l, (Values){l->qkv, width_of(l)}, row, rows, 0);
+// Queries and keys, normalised where heads have norms and turned; `known`: the norms' numbers are there already.
+static void turn_rows_of(const Pass *p, int64_t row, int64_t rows, int known) {
+  const Decoder *l = p->l;
+  if (!l->head_norm[0]) {
+    rotate(l, turned_of(l, 0).x, l->heads + l->key_heads, row, rows, 0);
+    return;
+  }
+  for (int keys = 0; keys < 2; keys++) {
+    Turned t = turned_of(l, keys);
+    topwork_rms_norm(from_row(t.x, row).at, t.x.by, l->size, rows * t.heads, t.heads, l->size, l->head_norm[keys],
+                     (float)p->by->head_eps[keys], known, l->head_rstd[keys] + row * t.heads,
+                     from_row(t.turned, row).at, (int)l->head_mode[keys], 1);
+    rotate(l, t.turned, t.heads, row, rows, 0);
+  }
 }
+
+static void make_turned(const void *of, int64_t row, int64_t rows) { turn_rows_of(of, row, rows, 0); }
+
+static void make_turned_again(const void *of, int64_t row, int64_t rows) { turn_rows_of(of, row, rows, 1); }
 
 static void make_sum(const void *of, int64_t row, int64_t rows) {
   const Pass *p = of;
@@ -142,9 +175,27 @@ static void make_first_backward(const void *of, int64_t row, int64_t rows) {
   add_and_norm_backward(of, NULL, 0, row, rows);
 }
 
+// The gradient of heads before their norm takes the place of that behind it.
+static void norm_heads_backward(const Decoder *l, int keys, char *dx, int64_t row) {
+  Turned t = turned_of(l, keys);
+  int mode = (int)l->head_mode[keys];
+  for (int64_t h = 0; h < t.heads; h++, dx += 2 * l->size) {
+    const char *x = from_row(t.x, row).at + 2 * h * l->size;
+    float rstd = l->head_rstd[keys][row * t.heads + h];
+#define CALL(kind, w_kind, offset) \
+  slope_row(dx, l->size, x, l->size, l->head_norm[keys], rstd, l->size, dx, BF16, w_kind, offset)
+    BY_MODE(CALL)
+#undef CALL
+  }
+}
+
 static void make_turned_back(const void *of, int64_t row, int64_t rows) {
   const Decoder *l = ((const Pass *)of)->l;
-  rotate(l, (Values){l->on, width_of(l)}, row, rows, 1);
+  Values dqkv = {l->on, width_of(l)};
+  rotate(l, dqkv, l->heads + l->key_heads, row, rows, 1);
+  for (int64_t r = row; r < row + rows && l->head_norm[0]; r++)
+    for (int keys = 0; keys < 2; keys++)
+      norm_heads_backward(l, keys, from_row(dqkv, r).at + 2 * keys * l->heads * l->size, r);
 }
 
 // ---- rows that go on -----------------------------------------------------------------------------------------------
@@ -211,6 +262,7 @@ static int backward(Call *c, const Pass *p) {
     if (l->goes_on) spread(l, l->x[1], l->x[0], 4 * l->d, c->threads);
   }
   c->rows = l->rows;
+  if (l->head_norm[0] && (failed = run_rows(c, NONE, 0, dqkv, make_turned_again, p))) return failed;
   if ((failed = attend(p, dout.at, dqkv.at, c->threads))) return failed;
   if ((failed = run_rows(c, INPUTS, 1, dqkv, make_turned_back, p))) return failed;
   topwork_rms_norm(l->branch[0], l->d, 0, l->rows, 1, l->d, l->norm[0], 0, 1, l->rstd[0], n.at, (int)l->norm_mode[0],

@@ -6,6 +6,7 @@ No other kernel is there while one is tried: attention is plain torch too, which
 import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,11 +18,12 @@ from topwork.ops import feedforward as half
 from topwork.ops.attention_reference import AttentionRule, backward_reference, forward_reference
 from topwork.ops.bundles import LowRank
 from topwork.ops.decoder_layer import DecoderLayer
+from topwork.ops.decoder_memory import gradient_of, stream_of
 from topwork.ops.feedforward import FeedForward, Source
 from topwork.ops.norm import rms_norm
 from topwork.ops.parts import Placed, on_amx
 from topwork.ops.prologues import RmsNorm
-from topwork.ops.self_attention import Heads, SelfAttention
+from topwork.ops.self_attention import HeadNorm, Heads, SelfAttention
 
 Found = tuple[str, Tensor, Tensor, float]
 """What, the result, the true one, and how far off it may be."""
@@ -62,13 +64,16 @@ def feedforward() -> Iterator[Found]:
 
 
 def decoder_layers() -> Iterator[Found]:
-    """With biases, a window, and terms for some of their rows, of which all or some go on."""
-    every = torch.arange(BOUNDS[-1])
-    cases = (
-        (4, 2, 3, torch.float32, None), (3, 3, 40, torch.bfloat16, None), (4, 2, 16, torch.bfloat16, every[20::2].clone()),
-    )  # fmt: skip
-    for heads, key_heads, r, dtype, positions in cases:
+    """With biases, a window, and terms for some of their rows, of which all or some go on; the last with norms of
+    heads."""
+    some = torch.arange(20, BOUNDS[-1], 2)
+    for heads, key_heads, r, dtype, positions in (
+        (4, 2, 3, torch.float32, None), (3, 3, 40, torch.bfloat16, None), (4, 2, 16, torch.bfloat16, some),
+    ):  # fmt: skip
         made = _layer(heads, key_heads, r, dtype, None if positions is None else len(positions))
+        if r == 16:
+            of_heads = HeadNorm(torch.randn(16).to(dtype), 1e-5, True), HeadNorm(torch.randn(16), 1e-6, False)
+            made = replace(made, attention=replace(made.attention, norms=of_heads))
         rotary = torch.randn(BOUNDS[-1], 16), torch.randn(BOUNDS[-1], 16)
         x = torch.randn(1, BOUNDS[-1], made.hidden)
         leaf = x.clone().requires_grad_()
@@ -78,9 +83,9 @@ def decoder_layers() -> Iterator[Found]:
         expected = [y.detach(), *torch.autograd.grad(y, (leaf, *masters), dy)]
         with torch.no_grad():
             attention = _Attention(made.attention.rule)
-            stream = whole.stream_of(x, positions)
+            stream = stream_of(x, positions)
             kept = whole.run_forward(made, stream, rotary, BOUNDS, attention.addresses)
-            back = whole.gradient_of(dy, BOUNDS[-1], positions)
+            back = gradient_of(dy, BOUNDS[-1], positions)
             learned = whole.run_backward(made, back, kept, rotary, BOUNDS, attention.addresses)
         for mine, its in zip([stream.behind, back.before, *chain(*learned)], expected, strict=True):
             yield "decoder layers", mine, its, OFTEN
