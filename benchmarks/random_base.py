@@ -39,6 +39,8 @@ def main() -> None:
     config = config_of(given.shape)
     if given.layers:
         config.num_hidden_layers = given.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: given.layers]
     tokenizer = AutoTokenizer.from_pretrained(
         find_source(ModelConfig(model_name_or_path=given.tokenizer), lambda _: None).folder
     )

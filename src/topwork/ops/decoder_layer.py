@@ -34,7 +34,7 @@ from topwork.ops.prologues import Gated, RmsNorm
 from topwork.ops.residual import residual_norm, residual_sum
 from topwork.ops.self_attention import HeadNorm, SelfAttention, self_attention
 
-DOWN, INPUTS = 2, range(3, 6)
+INPUTS = range(3, 6)
 GROUPS = slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)
 """Parts with one input: gate and up, down, the attention's inputs, its output."""
 LAYER, FACTORS = struct.Struct("45q"), struct.Struct("6d")
@@ -216,15 +216,14 @@ def run_backward(
     """The gradients of each term's A and B; where it is wanted, the stream's before the layer takes its place."""
     places, at = _places(layer, dx), kept.data_ptr()
     inner, _ = rows_of_terms(layer.terms, places.kept_end)
-    halves = [rows_of_terms([t for t in layer.terms if (t.part > DOWN) is late]) for late in (False, True)]
+    outer, slopes_end = rows_of_terms(layer.terms)
     all_da = [torch.empty_like(term.a) for term, _ in layer.terms]
     all_db = [torch.empty_like(term.b) for term, _ in layer.terms]
     with scratch_scope():
-        rooms = rooms_of(dx.before, places, max(end for _, end in halves))
-        slopes = [rooms.slopes + place for half, _ in halves for place in half]
+        rooms = rooms_of(dx.before, places, slopes_end)
         lines = [
-            term_line(placed, at + s, g, da, db)
-            for placed, s, g, da, db in zip(layer.terms, inner, slopes, all_da, all_db)
+            term_line(placed, at + s, rooms.slopes + g, da, db)
+            for placed, s, g, da, db in zip(layer.terms, inner, outer, all_da, all_db)
         ]
         _run(layer, dx, places, at, rooms, rotary, bounds, attention, lines, back=True, goes_on=wants)
     return all_da, all_db

@@ -12,7 +12,7 @@
 #include "feedforward.h"
 
 enum { QUERY = DOWN + 1, KEY, VALUE, OUTPUT };
-static const Group INPUTS = {QUERY, VALUE}, OUTPUTS = {OUTPUT, OUTPUT}, NONE = {OUTPUT + 1, OUTPUT};
+static const Group INPUTS = {QUERY, VALUE}, OUTPUTS = {OUTPUT, OUTPUT};
 
 typedef int (*Attention)(const int64_t *shape, const int64_t *spans, float scale, const int64_t *strides,
                          void *const *tensors, float *lse);
@@ -116,9 +116,13 @@ static void add_and_norm(const Pass *p, const char *y, int half, int64_t row, in
                        (int)l->norm_mode[half], 1);
 }
 
-static void make_first(const void *of, int64_t row, int64_t rows) { add_and_norm(of, NULL, 0, row, rows); }
+static void make_first(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
+  add_and_norm(of, NULL, 0, row, rows);
+}
 
-static void make_second(const void *of, int64_t row, int64_t rows) {
+static void make_second(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
   add_and_norm(of, ((const Pass *)of)->l->on, 1, row, rows);
 }
 
@@ -138,11 +142,18 @@ static void turn_rows_of(const Pass *p, int64_t row, int64_t rows, int known) {
   }
 }
 
-static void make_turned(const void *of, int64_t row, int64_t rows) { turn_rows_of(of, row, rows, 0); }
+static void make_turned(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
+  turn_rows_of(of, row, rows, 0);
+}
 
-static void make_turned_again(const void *of, int64_t row, int64_t rows) { turn_rows_of(of, row, rows, 1); }
+static void make_turned_again(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
+  turn_rows_of(of, row, rows, 1);
+}
 
-static void make_sum(const void *of, int64_t row, int64_t rows) {
+static void make_sum(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
   const Pass *p = of;
   int64_t at = row * p->l->d;
   float *x = p->l->x[1] + at;
@@ -150,7 +161,8 @@ static void make_sum(const void *of, int64_t row, int64_t rows) {
 }
 
 // Going backward, dy of the feed-forward half.
-static void make_dy(const void *of, int64_t row, int64_t rows) {
+static void make_dy(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
   const Pass *p = of;
   int64_t at = row * p->l->d;
   float *x = p->l->x[1] + at;
@@ -167,12 +179,21 @@ static void add_and_norm_backward(const Pass *p, char *dy, int half, int64_t row
                                 (int)l->norm_mode[half], 1);
 }
 
-static void make_second_backward(const void *of, int64_t row, int64_t rows) {
+// n of a half again.
+static void norm_again(const Decoder *l, int half, int64_t row, int64_t rows, char *spare) {
+  int64_t at = 2 * row * l->d;
+  topwork_rms_norm(l->branch[half] + at, l->d, 0, rows, 1, l->d, l->norm[half], 0, 1, l->rstd[half] + row,
+                   spare ? spare : l->room + at, (int)l->norm_mode[half], 1);
+}
+
+static void make_second_backward(const void *of, int64_t row, int64_t rows, char *spare) {
+  norm_again(((const Pass *)of)->l, 1, row, rows, spare);
   add_and_norm_backward(of, ((const Pass *)of)->l->on, 1, row, rows);
 }
 
-static void make_first_backward(const void *of, int64_t row, int64_t rows) {
-  add_and_norm_backward(of, NULL, 0, row, rows);
+static void make_first_backward(const void *of, int64_t row, int64_t rows, char *spare) {
+  norm_again(((const Pass *)of)->l, 0, row, rows, spare);
+  if (((const Pass *)of)->l->goes_on) add_and_norm_backward(of, NULL, 0, row, rows);
 }
 
 // The gradient of heads before their norm takes the place of that behind it.
@@ -189,7 +210,8 @@ static void norm_heads_backward(const Decoder *l, int keys, char *dx, int64_t ro
   }
 }
 
-static void make_turned_back(const void *of, int64_t row, int64_t rows) {
+static void make_turned_back(const void *of, int64_t row, int64_t rows, char *spare) {
+  (void)spare;
   const Decoder *l = ((const Pass *)of)->l;
   Values dqkv = {l->on, width_of(l)};
   rotate(l, dqkv, l->heads + l->key_heads, row, rows, 1);
@@ -245,17 +267,18 @@ static int backward(Call *c, const Pass *p) {
   const Decoder *l = p->l;
   int64_t own = l->heads * l->size;
   Values dy = {l->on, l->d}, out = {l->out[1], own}, dout = {l->back, own}, dqkv = {l->on, width_of(l)};
-  Values n = {l->room, l->d}, dn = {l->goes_on ? l->back : NULL, l->d};
+  Values n = {l->room, l->d}, dn = {l->goes_on ? l->back : NULL, l->d};  // n is made again when dh is used up
   FeedForward half = half_of(l);
   half.dy = dy, half.dh = (Values){l->room, l->f}, half.dboth = half.both, half.dn = half.n;
-  half.x = (Values){l->branch[1], l->d}, half.n = n;  // made again when dh is used up
-  half.rstd = l->rstd[1], half.norm = l->norm[1], half.norm_mode = l->norm_mode[1];
+  Stage begin = {make_dy, p, LAST, dy, {{LAST, 0, dy}}};
+  Stage second = {make_second_backward, p, OUTPUTS, dy, {{OUTPUTS, 0, dy}, {OUTPUTS, 1, out}, {GATES, 1, n, l->d, 1}}};
+  Stage turned = {make_turned_back, p, INPUTS, dqkv, {{INPUTS, 0, dqkv}}};
+  Stage first = {make_first_backward, p, NONE, dn, {{INPUTS, 1, n, l->d, 1}}};
   int failed;
   c->rows = l->kept;
-  if ((failed = run_rows(c, LAST, 1, dy, make_dy, p))) return failed;
+  if ((failed = run_gradients(c, &begin))) return failed;
   if ((failed = feedforward_backward(c, &half))) return failed;
-  if ((failed = run_rows(c, OUTPUTS, 1, dy, make_second_backward, p))) return failed;
-  put_db(c, OUTPUTS, dy), put_da(c, OUTPUTS, out);
+  if ((failed = run_gradients(c, &second))) return failed;
   if ((failed = group_backward(c, OUTPUTS, dy, l->positions ? (Values){l->room, own} : dout))) return failed;
   if (l->positions) {
     spread(l, l->room, dout.at, 2 * own, c->threads);
@@ -264,12 +287,9 @@ static int backward(Call *c, const Pass *p) {
   c->rows = l->rows;
   if (l->head_norm[0] && (failed = run_rows(c, NONE, 0, dqkv, make_turned_again, p))) return failed;
   if ((failed = attend(p, dout.at, dqkv.at, c->threads))) return failed;
-  if ((failed = run_rows(c, INPUTS, 1, dqkv, make_turned_back, p))) return failed;
-  topwork_rms_norm(l->branch[0], l->d, 0, l->rows, 1, l->d, l->norm[0], 0, 1, l->rstd[0], n.at, (int)l->norm_mode[0],
-                   (int)c->threads);
-  put_db(c, INPUTS, dqkv), put_da(c, INPUTS, n);
-  if ((failed = group_backward(c, INPUTS, dqkv, dn)) || !l->goes_on) return failed;
-  return run_rows(c, NONE, 0, dn, make_first_backward, p);
+  if ((failed = run_gradients(c, &turned))) return failed;
+  if ((failed = group_backward(c, INPUTS, dqkv, dn))) return failed;
+  return run_gradients(c, &first);
 }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
@@ -295,9 +315,12 @@ int topwork_feedforward(const void *parts, const void *layer, int64_t rows, cons
   const FeedForward *l = layer;
   Call c = {parts, terms, count, rows, threads};
   int failed = begin(&c);
-  if (!failed) failed = run_rows(&c, back ? LAST : GATES, back != 0, back ? l->dy : l->n, NULL, NULL);
-  if (!failed) failed = (back ? feedforward_backward : feedforward_forward)(&c, l);
-  return end(&c, failed);
+  if (!failed && !back) failed = run_rows(&c, GATES, 0, l->n, NULL, NULL);
+  if (!back) return end(&c, failed ? failed : feedforward_forward(&c, l));
+  Stage first = {NULL, NULL, LAST, l->dy, {{LAST, 0, l->dy}}}, last = {make_n, l, NONE, l->dn, {source_of_n(l)}};
+  if (!failed) failed = run_gradients(&c, &first);
+  if (!failed) failed = feedforward_backward(&c, l);
+  return end(&c, failed ? failed : run_gradients(&c, &last));
 }
 
 // The same with parts [7].

@@ -1,60 +1,86 @@
-// What the rows of a feed-forward layer give to its terms' gradients going backward, a few rows at a time while a core's
-// cache has them:
+// What rows give to the gradients of terms, a few rows at a time while a core's cache has them, as soon as they are made:
 //
-//     G = round(s dgate B), dup alike        S' dgate and S' dup, for B's gradients, G' h, for that of down's A
+//     G = round(s dy B)        S' dy, for B's gradient        G' x, for A's
 //
-// Products of whole tensors read each of dgate, dup and h from memory once more for either. Rows are summed in stripes
-// that begin with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other
-// adapters' rows change a sum.
+// As products of whole tensors these read dy and x from memory once more for each. Rows are summed in stripes that begin
+// with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other adapters'
+// rows change a sum.
 
 #pragma once
 #include "narrow.h"
 
 enum {
   DEEP = HOT / 32,      // tiles of a step's rows along the summed axis
-  STRIPE = 256,         // rows that are summed one step after the other
+  STRIPE = 192,         // rows that are summed one step after the other
   MOST_SUMS = 2 << 20,  // floats of all stripes' sums
   AT_ONCE = 8,          // tiles of pairs, which should stay in the first cache
-  BAND = 64,            // columns of sums that stand together: rows as long as f would share their places in a cache
+  BAND = 64,            // columns of sums that stand together: rows as long as x's would share their places in a cache
   LEFTS = 8,            // tiles that meet them
+  MOST_SOURCES = 3,
 };
 
-// A term as a stripe has it.
+// Rows that meet a group's S, for the gradients of B, or with `of_a` its G.
+typedef struct {
+  Group group;
+  int of_a;
+  Values x;           // [rows, ...]; of B's gradients each part has its own columns
+  int64_t width;      // of A's
+  int in_spare;       // nobody needs x any more behind it: it may be made in a thread's own memory instead
+} Source;
+
+// Rows as they are made, whose G, and what they are sources of.
+typedef struct {
+  Make make;
+  const void *of;
+  Group slopes;
+  Values dy;  // the group's
+  Source sources[MOST_SOURCES];
+} Stage;
+
+// A gradient that a stage's rows are summed for.
 typedef struct {
   const Term *of;
-  int64_t part, tiles;  // of sixteen ranks
-  int64_t sums;         // where in a stripe's sums its own are: [tiles][f / BAND][16][BAND]
-} HotTerm;
+  const Source *from;
+  Values x;
+  int64_t width, tiles;  // tiles of sixteen ranks
+  int64_t sums, tall;    // where in a stripe's sums its own are: [tiles][width / BAND][16][BAND]; floats of a tile's
+} Sum;
 
 typedef struct {
-  HotTerm *terms;
-  int64_t *begins;                  // rows with which stripes begin
-  Narrows slopes;                   // the gates' G
-  int64_t count, f, stripes, each;  // each: floats of a stripe's sums
-  int64_t tall;                     // floats of a tile's
-  int64_t room;                     // of a thread's memory
+  const Stage *stage;
+  Sum *all;
+  int64_t *begins;               // rows with which stripes begin
+  Narrows slopes;
+  int64_t count, stripes, each;  // each: floats of a stripe's sums
+  int64_t spare, room;           // values of a row in spare memory; floats of a thread's
   float *packed, *sums, *rooms;
-} HotRows;
+} Hot;
 
 static int64_t most_stripes(const Call *c) { return c->rows / STRIPE + c->count + 1; }
 
-// Floats that are needed for all of it, or 0 where that is too many or f fills no tiles; h is what `part` is given.
-static int64_t plan_hot_rows(const Call *c, Group gates, Values dboth, int part, int64_t f, HotRows *h) {
-  h->f = f, h->count = 0, h->each = 0, h->stripes = 0, h->tall = SIDE * up(f, BAND);
-  for (const Term *t = c->terms; t < c->terms + c->count; t++) {
-    if (!is_of(t, gates) && t->part != part) continue;
-    HotTerm *own = h->terms + h->count++;
-    *own = (HotTerm){t, t->part, sides(t->r), h->each};
-    h->each += own->tiles * h->tall;
+// Floats that are needed for all of it, or 0 where that is too many or a side fills no tiles.
+static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
+  h->stage = stage, h->count = h->stripes = h->each = h->spare = 0;
+  for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES; s++) {
+    if (s->in_spare) h->spare = most(h->spare, s->width);
+    for (const Term *t = c->terms; s->x.at && t < c->terms + c->count; t++) {
+      if (!is_of(t, s->group)) continue;
+      const Part *p = c->parts + t->part;
+      int64_t width = s->of_a ? p->inputs : p->outputs, tall = SIDE * up(width, BAND);
+      if (width % 32) return 0;
+      Values x = s->of_a ? s->x : from_column(s->x, p->column);
+      h->all[h->count++] = (Sum){t, s, x, width, sides(t->r), h->each, tall};
+      h->each += sides(t->r) * tall;
+    }
   }
   for (int64_t row = 0, next; row < c->rows; row = next) {
     h->begins[h->stripes++] = row, next = least(c->rows, row + STRIPE);
-    for (const HotTerm *t = h->terms; t < h->terms + h->count; t++)
+    for (const Sum *t = h->all; t < h->all + h->count; t++)
       if (t->of->start > row) next = least(next, t->of->start);
   }
-  if (!plan_narrow(c, gates, 1, dboth, &h->slopes)) return 0;
-  h->room = HOT * f / 2 + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + h->slopes.room;
-  if (f % 32 || !h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
+  if (!h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
+  if (!plan_narrow(c, stage->slopes, 1, stage->dy, &h->slopes)) return 0;
+  h->room = up(HOT * h->spare / 2, SIDE) + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + h->slopes.room;
   return h->slopes.packed + h->stripes * h->each + c->threads * h->room;
 }
 
@@ -80,9 +106,9 @@ typedef struct {
 // Where the first of a tile's sums in a column is.
 static int64_t band_of(int64_t column) { return column / BAND * SIDE * BAND + column % BAND; }
 
-// sums [16, f] += left x for all of them; x packed into pairs a few tiles at a time, which stay in the first cache.
-static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pairs, float *sums) {
-  int64_t all = h->f / SIDE;
+// sums [16, width] += left x for all of them; x packed into pairs a few tiles at a time, which stay in the first cache.
+static void add_rows(Lefts *lefts, const Right *x, float *pairs, float *sums) {
+  int64_t all = x->n / SIDE;
   for (int64_t n = 0; n < all; n += AT_ONCE) {
     int64_t some = least(AT_ONCE, all - n);
     pack_tiles(x, 1, SIDE * n, some, 0, DEEP, pairs, SIDES * DEEP);
@@ -97,59 +123,121 @@ static void add_rows(const HotRows *h, Lefts *lefts, const Right *x, float *pair
   lefts->count = 0;
 }
 
-// A thread's memory for a step: h [HOT, f], which nobody needs any more behind it, and what the products need.
+// A thread's memory for a step: rows [HOT, spare], and what the products need.
 typedef struct {
-  char *h;
+  char *rows;
   float *spare, *pairs, *lefts, *narrow;
 } HotRoom;
 
-static HotRoom hot_room(const HotRows *h, int64_t thread) {
-  float *spare = h->rooms + thread * h->room + HOT * h->f / 2, *pairs = spare + SIDES;
+static HotRoom hot_room(const Hot *h, int64_t thread) {
+  float *rows = h->rooms + thread * h->room, *spare = rows + up(HOT * h->spare / 2, SIDE), *pairs = spare + SIDES;
   float *lefts = pairs + AT_ONCE * SIDES * DEEP;
-  return (HotRoom){(char *)(h->rooms + thread * h->room), spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
+  return (HotRoom){(char *)rows, spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
 }
 
-// `count` rows from `row` on, all of which have the same terms; x: the gates' gradients, and h, from there.
-static void hot_step(const HotRows *h, Group gates, const Values *x, int64_t row, int64_t count, const HotRoom *room,
+// The sums from `t` on, up to `until`, whose rows are the same: `count` from `row` on, all of which have the same terms.
+static void add_sums(const Hot *h, const Sum *t, const Sum *until, int64_t row, int64_t count, const HotRoom *room,
                      float *sums) {
+  Values x = t->from->in_spare ? (Values){room->rows, t->width} : from_row(t->x, row);
+  Right right = {rows_of(x, 0), count, t->width, BF16};
   Lefts lefts = {room->lefts};
+  for (; t < until; t++) {
+    if (row < t->of->start || row >= t->of->stop) continue;
+    const char *left = (t->from->of_a ? t->of->g : t->of->s) + 2 * (row - t->of->start) * t->of->r;
+    for (int64_t tile = 0; tile < t->tiles; tile++) {
+      turn_rows(left, t->of->r, SIDE * tile, count, room->spare, lefts.tiles + lefts.count * SIDES * DEEP);
+      lefts.sums[lefts.count++] = t->sums + tile * t->tall;
+      if (lefts.count == LEFTS) add_rows(&lefts, &right, room->pairs, sums);
+    }
+  }
+  if (lefts.count) add_rows(&lefts, &right, room->pairs, sums);
+}
+
+static void hot_step(const Hot *h, int64_t row, int64_t count, const HotRoom *room, float *sums) {
+  const Sum *end = h->all + h->count;
+  if (h->stage->make) h->stage->make(h->stage->of, row, count, room->rows);
   for (int64_t i = 0; i < h->slopes.count; i++)
     multiply_narrow(h->slopes.terms + i, h->packed, row, count, room->narrow);
-  for (int64_t number = 0; number < 3; number++) {
-    Right right = {rows_of(x[number], 0), count, h->f, BF16};
-    for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
-      if (t->part != gates.first + number || row < t->of->start || row >= t->of->stop) continue;
-      const char *left = (number < 2 ? t->of->s : t->of->g) + 2 * (row - t->of->start) * t->of->r;
-      for (int64_t tile = 0; tile < t->tiles; tile++) {
-        turn_rows(left, t->of->r, SIDE * tile, count, room->spare, lefts.tiles + lefts.count * SIDES * DEEP);
-        lefts.sums[lefts.count++] = t->sums + tile * h->tall;
-        if (lefts.count == LEFTS) add_rows(h, &lefts, &right, room->pairs, sums);
-      }
-    }
-    if (lefts.count) add_rows(h, &lefts, &right, room->pairs, sums);
+  for (const Sum *t = h->all, *next; t < end; t = next) {
+    for (next = t + 1; next < end && next->x.at == t->x.at && next->width == t->width; next++) continue;
+    add_sums(h, t, next, row, count, room, sums);
   }
 }
 
 // The first row behind `row` at which a term begins or ends, or a step does.
-static int64_t next_step(const HotRows *h, int64_t row, int64_t until) {
+static int64_t next_step(const Hot *h, int64_t row, int64_t until) {
   int64_t next = least(until, row + HOT);
-  for (const HotTerm *t = h->terms; t < h->terms + h->count; t++) {
+  for (const Sum *t = h->all; t < h->all + h->count; t++) {
     if (t->of->start > row) next = least(next, t->of->start);
     if (t->of->stop > row) next = least(next, t->of->stop);
   }
   return next;
 }
 
-// The gradient of a term's B, or of its A, from the stripes' sums: some of its columns.
-static void add_stripes(const HotRows *h, const HotTerm *t, int of_a, int64_t from, int64_t until) {
+// Some columns of a gradient, from all stripes' sums.
+static void add_stripes(const Hot *h, const Sum *t, int64_t from, int64_t until) {
   for (int64_t j = 0; j < t->of->r; j++)
     for (int64_t n = from; n < until; n += LANES) {
-      const float *at = h->sums + t->sums + j / SIDE * h->tall + band_of(n) + j % SIDE * BAND;
+      const float *at = h->sums + t->sums + j / SIDE * t->tall + band_of(n) + j % SIDE * BAND;
       vecf sum = vloadf(at);
       for (int64_t s = 1; s < h->stripes; s++) sum += vloadf(at + s * h->each);
-      if (of_a) vstoref((float *)t->of->da + j * h->f + n, sum);
+      if (t->from->of_a) vstoref((float *)t->of->da + j * t->width + n, sum);
       else
         for (int64_t i = 0; i < LANES; i++)
           ((float *)t->of->db)[(n + i) * t->of->r + j] = (float)t->of->scaling * sum[i];
     }
+}
+
+static void run_hot(const Call *c, const Hot *h) {
+  int64_t tiles = tiles_of(&h->slopes);
+#pragma omp parallel num_threads(c->threads)
+  {
+    HotRoom room = hot_room(h, omp_get_thread_num());
+    amx_begin();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; tile++) pack_narrow(&h->slopes, tile, h->packed);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t s = 0; s < h->stripes; s++) {
+      float *sums = h->sums + s * h->each;
+      memset(sums, 0, h->each * sizeof *sums);
+      int64_t until = s + 1 < h->stripes ? h->begins[s + 1] : c->rows;
+      for (int64_t row = h->begins[s], next; row < until; row = next) {
+        next = next_step(h, row, until);
+        hot_step(h, row, next - row, &room, sums);
+      }
+    }
+    amx_end();
+    for (const Sum *t = h->all; t < h->all + h->count; t++) {
+#pragma omp for schedule(static) nowait
+      for (int64_t n = 0; n < t->width / 32; n++) add_stripes(h, t, 32 * n, 32 * n + 32);
+    }
+  }
+}
+
+// 1 where a stage was made so, 0 where it is not worth while.
+static int made_hot(const Call *c, const Stage *stage) {
+  int64_t all = most(1, c->count);
+  Hot h = {.all = malloc(MOST_SOURCES * all * sizeof *h.all), .begins = malloc(most_stripes(c) * sizeof *h.begins)};
+  h.slopes.terms = malloc(all * sizeof *h.slopes.terms);
+  int there = h.all && h.begins && h.slopes.terms, ours = 0;
+  int64_t floats = there ? plan_hot(c, stage, &h) : 0;
+  float *arena = floats ? borrow(floats, &ours) : NULL;
+  if (arena) {
+    h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.stripes * h.each;
+    run_hot(c, &h);
+    give_back(arena, ours);
+  }
+  free(h.all), free(h.begins), free(h.slopes.terms);
+  return arena != NULL;
+}
+
+// A stage's rows, G and gradients.
+static int run_gradients(Call *c, const Stage *stage) {
+  if (made_hot(c, stage)) return 0;
+  int failed = run_rows(c, stage->slopes, 1, stage->dy, stage->make, stage->of);
+  for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES && !failed; s++) {
+    if (s->x.at && s->of_a) put_da(c, s->group, s->x);
+    else if (s->x.at) put_db(c, s->group, s->x);
+  }
+  return failed ? failed : run_stage(c);
 }

@@ -6,9 +6,11 @@
 #include "terms.h"
 
 enum { HOT = 64 };  // rows of a step, at most
+static const Group NONE = {0, -1};
 
-// Makes the rows [row, row + count) of a pass, on one thread.
-typedef void (*Make)(const void *of, int64_t row, int64_t count);
+// Makes the rows [row, row + count) of a pass, on one thread; what nobody needs behind a stage in `spare`, where that is
+// not NULL.
+typedef void (*Make)(const void *of, int64_t row, int64_t count, char *spare);
 
 // A term's narrow side, packed into tiles of sixteen ranks, and the rows that it meets.
 typedef struct {
@@ -101,7 +103,7 @@ static void run_steps(const Call *c, const Narrows *n, Make make, const void *of
 #pragma omp for schedule(dynamic, 1)
     for (int64_t s = 0; s < steps; s++) {
       int64_t row = s * step, count = least(step, c->rows - row);
-      if (make) make(of, row, count);
+      if (make) make(of, row, count, NULL);
       for (int64_t i = 0; i < n->count; i++) multiply_narrow(n->terms + i, arena, row, count, room);
     }
     amx_end();

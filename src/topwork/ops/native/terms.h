@@ -195,7 +195,7 @@ static int group_forward(Call *c, Group g, Values x, Values y) {
   return run_stage(c);
 }
 
-// dx [rows, inputs], which may not be there, from dy and each G, with what else has been put into the stage.
+// dx [rows, inputs], which may not be there, from dy and each G.
 static int group_backward(Call *c, Group g, Values dy, Values dx) {
   int failed, whole = joined(c, g);
   for (int i = g.first; dx.at && i <= (whole ? g.first : g.last); i++) {
