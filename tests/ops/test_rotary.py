@@ -144,5 +144,5 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (cos[:4], cos[:, :15], torch.cat([cos, cos], 1), cos[0]):
         with pytest.raises(ValueError, match="even R <= 16"):
             rotate_(x, wrong, wrong)
-    with pytest.raises(ValueError, match="expected float32 or the type of x"):
+    with pytest.raises(ValueError, match="expected float32 or the type of what they turn"):
         rotate_(x, cos.double(), sin.double())

@@ -112,13 +112,18 @@ def _empty(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 def _check(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...]) -> None:
     tokens = query.shape[0]
-    if bounds[:1] != (0,) or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
-        raise ValueError(f"bounds {bounds} do not cover a batch of {tokens} tokens from 0 on, rising")
+    check_bounds(bounds, tokens)
     if key.shape[0] != tokens or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"query, key and value of {shapes} do not fit: [T, H, D], [T, H_kv, D], [T, H_kv, D]")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+
+
+def check_bounds(bounds: tuple[int, ...], tokens: int) -> None:
+    """Raises ValueError where sequences do not follow one another through a batch: a kernel sees bare memory."""
+    if bounds[:1] != (0,) or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"bounds {bounds} do not cover a batch of {tokens} tokens from 0 on, rising")
 
 
 def _check_backward(
@@ -138,14 +143,16 @@ def _native(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, sink
     known = (
         query.device == key.device == value.device
         and query.dtype == key.dtype == value.dtype
-        and size in NATIVE_SIZES
         and value.shape[-1] == size
-        and rule.softcap is None
-        and sinks is None
-        and rule.scale > 0
-        and (rule.window is None or rule.window > 0)
+        and native_knows(size, rule, sinks)
     )
     return native.kernels("attention", query) if known else None
+
+
+def native_knows(size: int, rule: AttentionRule, sinks: Tensor | None) -> bool:
+    """Whether the C kernel is made for heads of this width and all that is asked of them."""
+    plain = rule.softcap is None and sinks is None and rule.scale > 0
+    return size in NATIVE_SIZES and plain and (rule.window is None or rule.window > 0)
 
 
 def _native_forward(

@@ -14,12 +14,11 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from topwork.ops.attention import NATIVE_SIZES, spans_of
+from topwork.ops.attention import NATIVE_SIZES, check_bounds, native_knows, spans_of
 from topwork.ops.context import saved_empty, scratch_scope
 from topwork.ops.decoder_memory import Places, Rooms, Stream, gradient_of, places_of, rooms_of, rows_of_terms, stream_of
 from topwork.ops.gated import KINDS
@@ -32,6 +31,7 @@ from topwork.ops.project import project
 from topwork.ops.projection import Projection
 from topwork.ops.prologues import Gated, RmsNorm
 from topwork.ops.residual import residual_norm, residual_sum
+from topwork.ops.rotary import check_tables
 from topwork.ops.self_attention import HeadNorm, SelfAttention, self_attention
 
 INPUTS = range(3, 6)
@@ -93,11 +93,10 @@ def _is_stream(x: Tensor) -> bool:
 
 def _known(attention: SelfAttention, norms: Sequence[RmsNorm]) -> bool:
     """Whether all that stands between products is C's."""
-    rule, size, of_heads = attention.rule, attention.heads.size, attention.norms or ()
-    usual = attention.sinks is None and not attention.restores and rule.softcap is None
-    fits = size in NATIVE_SIZES and rule.scale > 0 and (rule.window is None or rule.window > 0)
+    size, of_heads = attention.heads.size, attention.norms or ()
+    fits = native_knows(size, attention.rule, attention.sinks) and not attention.restores
     plain = all(x.weight.dtype in native.KINDS and x.weight.is_contiguous() for x in (*norms, *of_heads))
-    return usual and fits and plain and all(len(norm.weight) == size for norm in of_heads)
+    return fits and plain and all(len(norm.weight) == size for norm in of_heads)
 
 
 def decoder_layer(
@@ -131,8 +130,7 @@ def _check(
             f"{heads.queries} heads of queries and {heads.keys} of keys, {heads.size} wide, where a multiple and a "
             "width that the kernel knows are expected"
         )
-    if bounds[0] or any(stop < start for start, stop in pairwise(bounds)):
-        raise ValueError(f"bounds {bounds} do not rise from 0 on")
+    check_bounds(bounds, bounds[-1])
     if sizes != expected or not _is_stream(x) or x.shape != (1, bounds[-1], d):
         raise ValueError(
             f"layers {sizes} for x {native.told(x)} of {bounds[-1]} rows, where {expected} and "
@@ -145,13 +143,9 @@ def _check(
         raise ValueError(f"norms of other widths than {d}, or of heads than {heads.size}")
     if rotary is not None:
         cos, sin = rotary
-        alike = cos.shape == sin.shape and cos.dtype == sin.dtype and cos.stride() == sin.stride()
-        fits = cos.ndim == 2 and len(cos) == x.shape[1] and cos.shape[1] <= heads.size and not cos.shape[1] % 2
-        if not (alike and fits) or cos.dtype not in native.KINDS:
-            raise ValueError(
-                f"cos is {native.told(cos)} and sin {native.told(sin)}, expected two alike, "
-                f"[{x.shape[1]}, R] with even R <= {heads.size}"
-            )
+        check_tables(cos, sin, x.shape[1], heads.size, x.device, torch.bfloat16)
+        if cos.stride() != sin.stride():
+            raise ValueError(f"cos of strides {cos.stride()} and sin of {sin.stride()}, expected two alike")
     if positions is not None:
         known = positions.dtype == torch.int64 and positions.ndim == 1 and len(positions)
         if not known or not 0 <= int(positions.min()) <= int(positions.max()) < x.shape[1]:

@@ -91,14 +91,19 @@ def openable(weights: Sequence[Tensor | Packed]) -> bool:
 def opened(group: Sequence[Tensor | Packed]) -> list[Tensor]:
     """A group's weights; of packed ones what they stand for, inside of `scratch_scope` gone when that ends. These lie
     behind one another: how the input's gradient is rounded must not depend on where memory was."""
-    if not all(isinstance(weight, Packed) for weight in group):
+    packed = [weight for weight in group if isinstance(weight, Packed)]
+    if len(packed) < len(group):
         return [_dense(weight) for weight in group]
+    return list(opened_whole(packed).split([int(weight.shape[0]) for weight in packed]))
+
+
+def opened_whole(group: Sequence[Packed]) -> Tensor:
+    """The same of packed ones, as one."""
     rows = [int(weight.shape[0]) for weight in group]
-    whole = scratch_empty(group[0].codes, sum(rows), group[0].shape[1], dtype=group[0].dtype)  # type: ignore[union-attr]
-    parts = list(whole.split(rows))
-    for packed, out in zip(group, parts):
-        packed.write(out)  # type: ignore[union-attr]
-    return parts
+    whole = scratch_empty(group[0].codes, sum(rows), group[0].shape[1], dtype=group[0].dtype)
+    for packed, out in zip(group, whole.split(rows)):
+        packed.write(out)
+    return whole
 
 
 def _dense(weight: Tensor | Packed) -> Tensor:

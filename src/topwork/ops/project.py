@@ -41,7 +41,7 @@ from topwork.ops.bundles import (
 from topwork.ops.context import handback_empty, handoff_empty, saved_empty, scratch_empty, scratch_scope
 from topwork.ops.grouped import GRID, Addend, Product, grouped_products, multiplies_all
 from topwork.ops.packed import Packed
-from topwork.ops.parts import openable, opened
+from topwork.ops.parts import openable, opened_whole
 from topwork.ops.projection import Placed, Projection, base_gradient, base_products, begun, biases, side_by_side
 from topwork.ops.prologues import Identity, Prologue
 from topwork.ops.quantized_linear import write_output
@@ -112,13 +112,12 @@ class _Group(NamedTuple):
         """With small packed weights dense and joined, inside of `scratch_scope`: one product, whose gradient is rounded
         once, as that of dense ones is. Not where some begin beside the grid that addends have: joined, their terms
         would be rounded before the product is."""
-        weights = [projection.weight for projection, _ in self.base]
-        if not self.joins or not all(isinstance(weight, Packed) for weight in weights) or not openable(weights):
+        weights = [projection.weight for projection, _ in self.base if isinstance(projection.weight, Packed)]
+        if not self.joins or len(weights) < len(self.base) or not openable(weights):
             return self
         if any(columns.start % GRID for _, columns in self.base):
             return self
-        first, *_ = opened(weights)
-        whole = first.as_strided((self.outputs, self.inputs), first.stride())
+        whole = opened_whole(weights)
         biases = [projection.bias for projection, _ in self.base]
         given = next((bias for bias in biases if bias is not None), None)
         if given is not None:

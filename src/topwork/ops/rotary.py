@@ -71,9 +71,16 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     nested = by_head * (heads - 1) + width <= by_token or by_token * (tokens - 1) + width <= by_head
     if x.numel() and not (apart and (nested or tokens == 1 or heads == 1)):
         raise ValueError(f"cannot rotate {told(x)} in place: with strides {x.stride()} its values share memory")
-    if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.device != x.device or sin.device != x.device:
-        raise ValueError(f"cos is {told(cos)} and sin {told(sin)}, expected two alike, on {x.device}")
+    check_tables(cos, sin, tokens, width, x.device, x.dtype)
+
+
+def check_tables(
+    cos: Tensor, sin: Tensor, tokens: int, width: int, device: torch.device, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """Raises ValueError unless cos and sin turn heads of `width` values of `dtype`, of so many tokens."""
+    if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.device != device or sin.device != device:
+        raise ValueError(f"cos is {told(cos)} and sin {told(sin)}, expected two alike, on {device}")
     if cos.ndim != 2 or cos.shape[0] != tokens or cos.shape[1] > width or cos.shape[1] % 2:
-        raise ValueError(f"cos and sin are {told(cos)}, expected [{tokens}, R] with even R <= {width} for x {told(x)}")
-    if cos.dtype != x.dtype and cos.dtype != torch.float32:
-        raise ValueError(f"cos and sin are {told(cos)}, expected float32 or the type of x {told(x)}")
+        raise ValueError(f"cos and sin are {told(cos)}, expected [{tokens}, R] with even R <= {width}")
+    if cos.dtype not in (dtype, torch.float32):
+        raise ValueError(f"cos and sin are {told(cos)}, expected float32 or the type of what they turn, {dtype}")
