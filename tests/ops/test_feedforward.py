@@ -42,6 +42,23 @@ def test_it_is_fp64_autograds(case: Case, on_amx) -> None:
         assert relative(mine, its) < ROUNDING
 
 
+def test_rows_an_odd_distance_apart(on_amx) -> None:
+    layer, (n, dy) = drawn(CASES[5]), rows_of(CASES[5])
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.full((len(x), x.shape[1] + 1), torch.nan).bfloat16()[:, :-1].copy_(x)
+
+    both, y, inner = forward(layer, n)
+    dn, its_dn = torch.empty_like(n), torch.empty_like(n)
+    expected = run_backward(layer, dy, both, inner, dn, Source(n))
+    its_both, its_y, its_inner = torch.empty_like(both), torch.empty_like(y), [torch.empty_like(s) for s in inner]
+    run_forward(layer, apart(n), its_both, its_inner, its_y)
+    found = run_backward(layer, apart(dy), its_both, its_inner, its_dn, Source(apart(n)))
+    assert all(torch.equal(*pair) for pair in ((its_both, both), (its_y, y), (its_dn, dn)))
+    for mine, its in zip(found, expected, strict=True):
+        assert all(relative(*pair) < 1e-5 for pair in zip(mine, its, strict=True))
+
+
 @ALL
 def test_plain_torch_is_it_too(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "compiled", lambda _: None)

@@ -92,6 +92,18 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("at", [0, 20, 40, 60, 64, 66])
+def test_the_largest_may_stand_anywhere(at: int, dtype: torch.dtype) -> None:
+    """Nothing overflows: 0 of it and of what vectors leave over is left out."""
+    logits = torch.zeros(2, 67, dtype=dtype)
+    logits[:, at] = 1000
+    given = logits.clone()
+    found = logprob_slope_(given, torch.tensor([at, (at + 1) % 67]), torch.ones(2))
+    assert found.tolist() == [0, -1000]
+    assert given.isfinite().all()
+
+
+@DTYPES
 def test_an_impossible_target_has_probability_zero(dtype: torch.dtype) -> None:
     logits, targets, gradient = inputs(2, 40, dtype)
     logits[0, 3] = -torch.inf

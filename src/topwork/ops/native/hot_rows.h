@@ -2,17 +2,19 @@
 //
 //     G = round(s dy B)        S' dy, for B's gradient        G' x, for A's
 //
-// As products of whole tensors these read dy and x from memory once more for each. Rows are summed in stripes that begin
-// with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other adapters'
-// rows change a sum.
+// As products of whole tensors these read dy and x from memory once more for each. Rows are summed in stripes that
+// begin with a term, or behind so many rows, and stripes in their order: neither the number of threads nor other
+// adapters' rows change a sum. Where a gradient's stripes would take too much memory it is a product after all.
 
 #pragma once
 #include "narrow.h"
 
+#ifndef MOST_SUMS
+#define MOST_SUMS (1 << 20)  // floats of a gradient's sums, all stripes
+#endif
 enum {
   DEEP = HOT / 32,      // tiles of a step's rows along the summed axis
   STRIPE = 192,         // rows that are summed one step after the other
-  MOST_SUMS = 2 << 20,  // floats of all stripes' sums
   AT_ONCE = 8,          // tiles of pairs, which should stay in the first cache
   BAND = 64,            // columns of sums that stand together: rows as long as x's would share their places in a cache
   LEFTS = 8,            // tiles that meet them
@@ -28,7 +30,8 @@ typedef struct {
   int in_spare;       // nobody needs x any more behind it: it may be made in a thread's own memory instead
 } Source;
 
-// Rows as they are made, whose G, and what they are sources of.
+// Rows as they are made, whose G, and what they are sources of. With a source that may be in spare memory `make` leaves
+// that there, or where there is none in x.
 typedef struct {
   Make make;
   const void *of;
@@ -42,46 +45,67 @@ typedef struct {
   const Term *of;
   const Source *from;
   Values x;
-  int64_t width, tiles;  // tiles of sixteen ranks
-  int64_t sums, tall;    // where in a stripe's sums its own are: [tiles][width / BAND][16][BAND]; floats of a tile's
+  int64_t width, tiles;            // tiles of sixteen ranks
+  int64_t tall, each;              // floats of a tile's sums in a stripe, [width / BAND][16][BAND], and of all tiles'
+  int64_t first, stripes, at;      // the stripes that it meets, and where the first one's sums are
+  int product;                     // it is a product after all
 } Sum;
 
 typedef struct {
   const Stage *stage;
   Sum *all;
-  int64_t *begins;               // rows with which stripes begin
+  int64_t *begins;  // rows with which stripes begin
   Narrows slopes;
-  int64_t count, stripes, each;  // each: floats of a stripe's sums
-  int64_t spare, room;           // values of a row in spare memory; floats of a thread's
+  int64_t count, stripes, floats;  // floats: of all sums
+  int64_t spare, room;             // values of a row in spare memory; floats of a thread's
   float *packed, *sums, *rooms;
 } Hot;
 
 static int64_t most_stripes(const Call *c) { return c->rows / STRIPE + c->count + 1; }
 
-// Floats that are needed for all of it, or 0 where that is too many or a side fills no tiles.
-static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
-  h->stage = stage, h->count = h->stripes = h->each = h->spare = 0;
-  for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES; s++) {
-    if (s->in_spare) h->spare = most(h->spare, s->width);
+// The gradients that a stage's rows are summed for.
+static void find_sums(const Call *c, const Stage *stage, Hot *h) {
+  h->count = 0;
+  for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES; s++)
     for (const Term *t = c->terms; s->x.at && t < c->terms + c->count; t++) {
       if (!is_of(t, s->group)) continue;
       const Part *p = c->parts + t->part;
       int64_t width = s->of_a ? p->inputs : p->outputs, tall = SIDE * up(width, BAND);
-      if (width % 32) return 0;
       Values x = s->of_a ? s->x : from_column(s->x, p->column);
-      h->all[h->count++] = (Sum){t, s, x, width, sides(t->r), h->each, tall};
-      h->each += sides(t->r) * tall;
+      h->all[h->count++] = (Sum){t, s, x, width, sides(t->r), tall, sides(t->r) * tall};
     }
-  }
+}
+
+static void cut_stripes(const Call *c, Hot *h) {
+  h->stripes = 0;
   for (int64_t row = 0, next; row < c->rows; row = next) {
     h->begins[h->stripes++] = row, next = least(c->rows, row + STRIPE);
     for (const Sum *t = h->all; t < h->all + h->count; t++)
       if (t->of->start > row) next = least(next, t->of->start);
   }
-  if (!h->count || !h->stripes || h->stripes * h->each > MOST_SUMS) return 0;
-  if (!plan_narrow(c, stage->slopes, 1, stage->dy, &h->slopes)) return 0;
+}
+
+// Floats that are needed for all of it; 0 where there is nothing to do, or G cannot be made so.
+static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
+  h->stage = stage, h->floats = h->spare = 0;
+  find_sums(c, stage, h);
+  cut_stripes(c, h);
+  if (!h->count || !h->stripes || !plan_narrow(c, stage->slopes, 1, stage->dy, &h->slopes)) return 0;
+  int products = 0;
+  for (Sum *t = h->all; t < h->all + h->count; t++) {
+    for (int64_t s = 0; s < h->stripes; s++) {
+      int64_t until = s + 1 < h->stripes ? h->begins[s + 1] : c->rows;
+      if (t->of->start >= until || t->of->stop <= h->begins[s]) continue;
+      if (!t->stripes++) t->first = s;
+    }
+    t->product = t->width % 32 || t->stripes * t->each > MOST_SUMS;
+    products |= t->product, t->at = h->floats;
+    if (!t->product) h->floats += t->stripes * t->each;
+    if (t->from->in_spare) h->spare = most(h->spare, t->width);
+  }
+  if (products) h->spare = 0;  // which needs all rows
   h->room = up(HOT * h->spare / 2, SIDE) + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + h->slopes.room;
-  return h->slopes.packed + h->stripes * h->each + c->threads * h->room;
+  return h->slopes.packed + h->floats + c->threads * h->room;
 }
 
 // Rows of 16 bits [count, r] from column `from` on, turned into tiles [16, HOT], with zeros beyond them.
@@ -97,7 +121,7 @@ static void turn_rows(const char *at, int64_t r, int64_t from, int64_t count, fl
   }
 }
 
-// Tiles of left sides, turned, and where in a stripe's sums their products with the same rows are added.
+// Tiles of left sides, turned, and where among all sums their products with the same rows are added.
 typedef struct {
   float *tiles;
   int64_t sums[LEFTS], count;
@@ -135,32 +159,33 @@ static HotRoom hot_room(const Hot *h, int64_t thread) {
   return (HotRoom){(char *)rows, spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
 }
 
-// The sums from `t` on, up to `until`, whose rows are the same: `count` from `row` on, all of which have the same terms.
-static void add_sums(const Hot *h, const Sum *t, const Sum *until, int64_t row, int64_t count, const HotRoom *room,
-                     float *sums) {
-  Values x = t->from->in_spare ? (Values){room->rows, t->width} : from_row(t->x, row);
+// The sums from `t` on, up to `until`, whose rows are the same: `count` from `row` on in a stripe, all of which have the
+// same terms.
+static void add_sums(const Hot *h, const Sum *t, const Sum *until, int64_t stripe, int64_t row, int64_t count,
+                     const HotRoom *room) {
+  Values x = t->from->in_spare && h->spare ? (Values){room->rows, t->width} : from_row(t->x, row);
   Right right = {rows_of(x, 0), count, t->width, BF16};
   Lefts lefts = {room->lefts};
   for (; t < until; t++) {
-    if (row < t->of->start || row >= t->of->stop) continue;
+    if (row < t->of->start || row >= t->of->stop || t->product) continue;
     const char *left = (t->from->of_a ? t->of->g : t->of->s) + 2 * (row - t->of->start) * t->of->r;
     for (int64_t tile = 0; tile < t->tiles; tile++) {
       turn_rows(left, t->of->r, SIDE * tile, count, room->spare, lefts.tiles + lefts.count * SIDES * DEEP);
-      lefts.sums[lefts.count++] = t->sums + tile * t->tall;
-      if (lefts.count == LEFTS) add_rows(&lefts, &right, room->pairs, sums);
+      lefts.sums[lefts.count++] = t->at + (stripe - t->first) * t->each + tile * t->tall;
+      if (lefts.count == LEFTS) add_rows(&lefts, &right, room->pairs, h->sums);
     }
   }
-  if (lefts.count) add_rows(&lefts, &right, room->pairs, sums);
+  if (lefts.count) add_rows(&lefts, &right, room->pairs, h->sums);
 }
 
-static void hot_step(const Hot *h, int64_t row, int64_t count, const HotRoom *room, float *sums) {
+static void hot_step(const Hot *h, int64_t stripe, int64_t row, int64_t count, const HotRoom *room) {
   const Sum *end = h->all + h->count;
-  if (h->stage->make) h->stage->make(h->stage->of, row, count, room->rows);
+  if (h->stage->make) h->stage->make(h->stage->of, row, count, h->spare ? room->rows : NULL);
   for (int64_t i = 0; i < h->slopes.count; i++)
     multiply_narrow(h->slopes.terms + i, h->packed, row, count, room->narrow);
   for (const Sum *t = h->all, *next; t < end; t = next) {
-    for (next = t + 1; next < end && next->x.at == t->x.at && next->width == t->width; next++) continue;
-    add_sums(h, t, next, row, count, room, sums);
+    for (next = t + 1; next < end && next->x.at == t->x.at; next++) continue;
+    add_sums(h, t, next, stripe, row, count, room);
   }
 }
 
@@ -178,9 +203,9 @@ static int64_t next_step(const Hot *h, int64_t row, int64_t until) {
 static void add_stripes(const Hot *h, const Sum *t, int64_t from, int64_t until) {
   for (int64_t j = 0; j < t->of->r; j++)
     for (int64_t n = from; n < until; n += LANES) {
-      const float *at = h->sums + t->sums + j / SIDE * t->tall + band_of(n) + j % SIDE * BAND;
-      vecf sum = vloadf(at);
-      for (int64_t s = 1; s < h->stripes; s++) sum += vloadf(at + s * h->each);
+      const float *at = h->sums + t->at + j / SIDE * t->tall + band_of(n) + j % SIDE * BAND;
+      vecf sum = {};
+      for (int64_t s = 0; s < t->stripes; s++) sum += vloadf(at + s * t->each);
       if (t->from->of_a) vstoref((float *)t->of->da + j * t->width + n, sum);
       else
         for (int64_t i = 0; i < LANES; i++)
@@ -198,24 +223,26 @@ static void run_hot(const Call *c, const Hot *h) {
     for (int64_t tile = 0; tile < tiles; tile++) pack_narrow(&h->slopes, tile, h->packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t s = 0; s < h->stripes; s++) {
-      float *sums = h->sums + s * h->each;
-      memset(sums, 0, h->each * sizeof *sums);
       int64_t until = s + 1 < h->stripes ? h->begins[s + 1] : c->rows;
+      for (const Sum *t = h->all; t < h->all + h->count; t++)
+        if (!t->product && s >= t->first && s < t->first + t->stripes)
+          memset(h->sums + t->at + (s - t->first) * t->each, 0, t->each * sizeof *h->sums);
       for (int64_t row = h->begins[s], next; row < until; row = next) {
         next = next_step(h, row, until);
-        hot_step(h, row, next - row, &room, sums);
+        hot_step(h, s, row, next - row, &room);
       }
     }
     amx_end();
     for (const Sum *t = h->all; t < h->all + h->count; t++) {
+      if (t->product) continue;
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < t->width / 32; n++) add_stripes(h, t, 32 * n, 32 * n + 32);
     }
   }
 }
 
-// 1 where a stage was made so, 0 where it is not worth while.
-static int made_hot(const Call *c, const Stage *stage) {
+// 1 where a stage's rows and G were made so, and its gradients or their products put into the next; else 0.
+static int made_hot(Call *c, const Stage *stage) {
   int64_t all = most(1, c->count);
   Hot h = {.all = malloc(MOST_SOURCES * all * sizeof *h.all), .begins = malloc(most_stripes(c) * sizeof *h.begins)};
   h.slopes.terms = malloc(all * sizeof *h.slopes.terms);
@@ -223,9 +250,11 @@ static int made_hot(const Call *c, const Stage *stage) {
   int64_t floats = there ? plan_hot(c, stage, &h) : 0;
   float *arena = floats ? borrow(floats, &ours) : NULL;
   if (arena) {
-    h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.stripes * h.each;
+    h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.floats;
     run_hot(c, &h);
     give_back(arena, ours);
+    for (const Sum *t = h.all; t < h.all + h.count; t++)
+      if (t->product) put_gradient(c, t->of, t->from->of_a, t->from->x);
   }
   free(h.all), free(h.begins), free(h.slopes.terms);
   return arena != NULL;
@@ -233,11 +262,12 @@ static int made_hot(const Call *c, const Stage *stage) {
 
 // A stage's rows, G and gradients.
 static int run_gradients(Call *c, const Stage *stage) {
-  if (made_hot(c, stage)) return 0;
-  int failed = run_rows(c, stage->slopes, 1, stage->dy, stage->make, stage->of);
-  for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES && !failed; s++) {
-    if (s->x.at && s->of_a) put_da(c, s->group, s->x);
-    else if (s->x.at) put_db(c, s->group, s->x);
+  int failed = 0;
+  if (!made_hot(c, stage)) {
+    failed = run_rows(c, stage->slopes, 1, stage->dy, stage->make, stage->of);
+    for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES && !failed; s++)
+      for (const Term *t = c->terms; s->x.at && t < c->terms + c->count; t++)
+        if (is_of(t, s->group)) put_gradient(c, t, s->of_a, s->x);
   }
   return failed ? failed : run_stage(c);
 }

@@ -146,24 +146,14 @@ static void put_shares(Call *c, Product *of, Group g) {
   }
 }
 
-// The gradients of a group's B, s dy' S.
-static void put_db(Call *c, Group g, Values dy) {
-  for (const Term *t = c->terms; t < c->terms + c->count; t++) {
-    if (!is_of(t, g)) continue;
-    const Part *p = c->parts + t->part;
-    Matrix own = turned(rows_of(from_column(dy, p->column), t->start));
-    put(c, own, dense(t->s, t->r), dense(t->db, t->r), p->outputs, rows_of_term(t), t->r, t->scaling)->out_kind = F32;
-  }
-}
-
-// And of its A, G' n.
-static void put_da(Call *c, Group g, Values n) {
-  for (const Term *t = c->terms; t < c->terms + c->count; t++) {
-    if (!is_of(t, g)) continue;
-    int64_t k = c->parts[t->part].inputs;
-    Matrix left = turned(dense(t->g, t->r));
-    put(c, left, rows_of(n, t->start), dense(t->da, k), t->r, rows_of_term(t), k, 1)->out_kind = F32;
-  }
+// The gradient of a term's A, G' x, or of its B, s x' S; x is its group's.
+static void put_gradient(Call *c, const Term *t, int of_a, Values x) {
+  const Part *p = c->parts + t->part;
+  Matrix left = turned(of_a ? dense(t->g, t->r) : rows_of(from_column(x, p->column), t->start));
+  Matrix right = of_a ? rows_of(x, t->start) : dense(t->s, t->r);
+  int64_t m = of_a ? t->r : p->outputs, n = of_a ? p->inputs : t->r;
+  Matrix out = dense(of_a ? t->da : t->db, n);
+  put(c, left, right, out, m, rows_of_term(t), n, of_a ? 1 : t->scaling)->out_kind = F32;
 }
 
 // ---- groups --------------------------------------------------------------------------------------------------------
