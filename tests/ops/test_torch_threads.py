@@ -1,12 +1,16 @@
 """Torch's own number of threads while something computes, and after it."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import topwork.models.load
 import topwork.ops.threads
+from reference.families import tiny_base
 from topwork.ops.threads import RecurringThreads, Threads, computing_threads
 
 
@@ -115,3 +119,25 @@ def test_on_a_card_nothing_is_chosen(cores: Any) -> None:
     threads.look()
     assert torch.get_num_threads() == 2
     threads.end()
+
+
+def test_a_base_has_taken_the_first_cosines_before_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so has every new number of threads: of these the first are now and then off."""
+    taken: list[int] = []
+    for module in (topwork.ops.threads, topwork.models.load):
+        monkeypatch.setattr(module, "take_first_cosines", lambda: taken.append(torch.get_num_threads()))
+    tiny_base("llama")
+    assert taken == [2]
+    with computing_threads(1):
+        assert taken == [2, 1]
+    assert taken == [2, 1, 2]
+
+
+def test_cosines_are_right_behind_the_first() -> None:
+    """In processes of their own, of which every eighth has a wrong one otherwise."""
+    program = (
+        "import torch; torch.set_num_threads(2); from topwork.ops.threads import take_first_cosines as take; take(); "
+        "x = torch.linspace(-9, 9, 2400); assert torch.equal(x.cos(), x.cos())"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", program], check=True)

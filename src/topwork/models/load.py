@@ -30,6 +30,7 @@ from topwork.models.source import Source, find_source
 from topwork.models.tokenizer import context_length, load_config, load_tokenizer, usable_length
 from topwork.models.vocabulary import growth_of
 from topwork.ops.logprobs import LogitRule
+from topwork.ops.threads import take_first_cosines
 from topwork.quantization.config import QuantizationConfig
 from topwork.quantization.kinds import embedding_shape
 
@@ -81,6 +82,7 @@ def as_base(
     """Freeze a loaded Hugging Face causal model, set it to flat batches and make its layers fast where they can be.
     `identity` is its fingerprint, where it was taken already."""
     module.requires_grad_(False).eval()
+    take_first_cosines()
     config = module.config.get_text_config()
     whole, length = context_length(module.config), usable_length(module.config)
     if length < whole:

@@ -224,13 +224,13 @@ static void make_turned_back(const void *of, int64_t row, int64_t rows, char *sp
 
 // to [kept, bytes] from [rows, bytes].
 static void gather(const Decoder *l, const void *from, void *to, int64_t bytes, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (l->kept * bytes > LITTLE)
+#pragma omp parallel for schedule(static) num_threads(threads) if (l->kept * bytes > 4 * LITTLE)
   for (int64_t i = 0; i < l->kept; i++) memcpy((char *)to + i * bytes, (char *)from + l->positions[i] * bytes, bytes);
 }
 
 // And back, with zeros for the others.
 static void spread(const Decoder *l, const void *from, void *to, int64_t bytes, int64_t threads) {
-#pragma omp parallel num_threads(threads) if (l->rows * bytes > LITTLE)
+#pragma omp parallel num_threads(threads) if (l->rows * bytes > 4 * LITTLE)
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < l->rows; row++) memset((char *)to + row * bytes, 0, bytes);

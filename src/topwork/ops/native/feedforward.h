@@ -53,7 +53,7 @@ static void make_n(const void *of, int64_t row, int64_t rows, char *spare) {
                    (int)l->norm_mode, 1);
 }
 
-// What the gates' A want of the layer's last stage.
+// What the gates' A want of a stage behind all of it, where `make_n` makes it.
 static Source source_of_n(const FeedForward *l) {
   return (Source){GATES, 1, l->rstd ? l->n : l->x, l->d, l->rstd != NULL};
 }

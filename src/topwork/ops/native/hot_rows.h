@@ -108,7 +108,7 @@ static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
   return h->slopes.packed + h->floats + c->threads * h->room;
 }
 
-// Rows of 16 bits [count, r] from column `from` on, turned into tiles [16, HOT], with zeros beyond them.
+// Rows of 16 bits [count, r] from column `from` on, turned into tiles [16, HOT] (HOT / 2 units), with zeros beyond them.
 static void turn_rows(const char *at, int64_t r, int64_t from, int64_t count, float *spare, float *to) {
   int64_t some = least(SIDE, r - from);
   for (int64_t d = 0; d < DEEP; d++) {
