@@ -31,6 +31,10 @@ COMMANDS = {
     "against_4baac91_banking77": "against.py 4baac91 --kinds lora,nf4 --pairs 30 --processes 1 "
     "(512 tokens of banking77)",
     "against_4baac91_new_lengths": "against.py 4baac91 --new-lengths --kinds lora,nf4 --pairs 14 --processes 1",
+    "against_429015c": "against.py 429015c --kinds lora,nf4 --pairs 16",
+    "against_429015c_banking77": "against.py 429015c --kinds lora,nf4 --pairs 16 --processes 1 "
+    "(512 tokens of banking77)",
+    "against_429015c_new_lengths": "against.py 429015c --new-lengths --kinds lora,nf4 --pairs 12 --processes 1",
     "attention": "attention.py",
     "banking77": "banking77.py score",
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",
