@@ -242,7 +242,8 @@ def _run(
         cos, sin = rotary
         turns = cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.shape[1] // 2, native.KINDS[cos.dtype]
     rows, on = x.rows
-    *block, q_rstd, k_rstd = (kept + place for place in places.kept)
+    *first, out, lse, both, q_rstd, k_rstd = (kept + place for place in places.kept)
+    goes = out if x.positions is None else rooms.h
     head_norms, head_eps = (0, 0, 0, 0, 0, 0), (0.0, 0.0)
     if of_heads is not None:
         head_norms = *_addresses_and_modes(of_heads), q_rstd, k_rstd
@@ -251,7 +252,7 @@ def _run(
         rows, layer.hidden, layer.features, KINDS.index(layer.kind),
         on, 0 if x.positions is None else x.positions.data_ptr(), *attention,
         heads.queries, heads.keys, heads.size, rule.window or 0, spans.buffer_info()[0], sequences, *turns,
-        x.before.data_ptr(), x.behind.data_ptr(), *block, *rooms[:4],
+        x.before.data_ptr(), x.behind.data_ptr(), *first, out, goes, lse, both, *rooms[:4],
         *_addresses_and_modes(norms), *head_norms, int(goes_on),
     )  # fmt: skip
     factors = FACTORS.pack(rule.scale, norms[0].eps, norms[1].eps, layer.multiplier, *head_eps)

@@ -42,8 +42,8 @@ def gradient_of(dy: Tensor, rows: int, positions: Tensor | None) -> Stream:
 
 class Places(NamedTuple):
     """Of a layer's pass over some rows, in bytes: where in a block each of what is kept stands (x rounded and its
-    norm's numbers before either half, q k v, the attention's output, all and what goes on, lse, gate and up, the
-    numbers of queries' and of keys' norms) and ends; and how large the memory is that it has for a moment, as decoder.c
+    norm's numbers before either half, q k v, the attention's output, lse, gate and up, the numbers of queries' and of
+    keys' norms) and ends; and how large the memory is that it has for a moment, as decoder.c
     has it."""
 
     kept: tuple[int, ...]
@@ -60,12 +60,10 @@ def places_of(rows: int, on: int, narrowed: bool, d: int, f: int, heads: Heads, 
     all layers of a pass are alike."""
     own, others = heads.queries * heads.size, heads.keys * heads.size
     sizes = [2 * d * rows, 2 * d * on, 4 * rows, 4 * on, 2 * heads.width * rows, 2 * own * rows]
-    sizes += [2 * own * on if narrowed else 0, 4 * heads.queries * rows, 4 * f * on]
+    sizes += [4 * heads.queries * rows, 4 * f * on]
     sizes += [4 * rows * count if normed else 0 for count in (heads.queries, heads.keys)]
     *kept, kept_end = _one_behind_another(sizes)
-    if not narrowed:
-        kept[6] = kept[5]  # the attention's output is one
-    rooms = max(d, own), max(d, heads.width), max(d, f, own), max(f, others)
+    rooms = max(d, own), max(d, heads.width), max(d, f, own), max(f, others, own * narrowed)
     return Places(tuple(kept), kept_end, *(_in_lines(2 * rows * size) for size in rooms))
 
 

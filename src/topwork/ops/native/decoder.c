@@ -33,8 +33,8 @@ typedef struct {
   int64_t turn_stride, half, turn_kind;
   // x [rows, d] in fp32 and behind the attention [kept, d], which is the same memory where all rows go on, and where sums
   // take its place; going backward the gradient. What is kept for that: x rounded and its norm's numbers in fp32 before
-  // either half, q k v, attention's output [rows, heads, size] and that of the rows that go on, lse [heads, rows] in
-  // fp32, gate and up
+  // either half, q k v, attention's output [rows, heads, size] (that of the rows that go on is in `h` for a moment),
+  // lse [heads, rows] in fp32, gate and up
   float *x[2];
   char *branch[2];
   float *rstd[2];
@@ -43,7 +43,7 @@ typedef struct {
   char *both;
   // for the time of a call, each what another is done with: n, dn, attention's dout [rows, max(d, heads size)]; y, dy,
   // the gradient of q k v [rows, max(d, width)]; queries, and going backward dh, n made again, dout of the rows that go
-  // on [rows, max(f, d, heads size)]; keys, h [rows, max(f, key heads size)]
+  // on [rows, max(f, d, heads size)]; keys, h, attention's output of the rows that go on [rows, max(f, heads size)]
   char *back, *on, *room, *h;
   const char *norm[2];
   int64_t norm_mode[2];
@@ -278,6 +278,7 @@ static int backward(Call *c, const Pass *p) {
   c->rows = l->kept;
   if ((failed = run_gradients(c, &begin))) return failed;
   if ((failed = feedforward_backward(c, &half))) return failed;
+  if (l->positions) gather(l, l->out[0], l->out[1], 2 * own, c->threads);
   if ((failed = run_gradients(c, &second))) return failed;
   if ((failed = group_backward(c, OUTPUTS, dy, l->positions ? (Values){l->room, own} : dout))) return failed;
   if (l->positions) {
@@ -308,37 +309,43 @@ static int end(Call *c, int failed) {
   return failed;
 }
 
+static int feedforward_with_gradients(Call *c, const FeedForward *l) {
+  Stage first = {NULL, NULL, LAST, l->dy, {{LAST, 0, l->dy}}}, last = {make_n, l, NONE, l->dn, {source_of_n(l)}};
+  int failed = run_gradients(c, &first);
+  if (!failed) failed = feedforward_backward(c, l);
+  return failed ? failed : run_gradients(c, &last);
+}
+
+#endif
+
 // Parts [3] and a layer as they are shaped above, with terms; forward, or with `back` backward. 0, or what `begin` says
-// before anything was written, or 1.
+// before anything was written, or 1; 2 where this is not compiled for AMX.
 int topwork_feedforward(const void *parts, const void *layer, int64_t rows, const void *terms, int64_t count,
                         int64_t back, int64_t threads) {
-  const FeedForward *l = layer;
+#ifdef AMX
   Call c = {parts, terms, count, rows, threads};
   int failed = begin(&c);
-  if (!failed && !back) failed = run_rows(&c, GATES, 0, l->n, NULL, NULL);
-  if (!back) return end(&c, failed ? failed : feedforward_forward(&c, l));
-  Stage first = {NULL, NULL, LAST, l->dy, {{LAST, 0, l->dy}}}, last = {make_n, l, NONE, l->dn, {source_of_n(l)}};
-  if (!failed) failed = run_gradients(&c, &first);
-  if (!failed) failed = feedforward_backward(&c, l);
-  return end(&c, failed ? failed : run_gradients(&c, &last));
+  if (!failed && back) failed = feedforward_with_gradients(&c, layer);
+  else if (!failed && !(failed = run_rows(&c, GATES, 0, ((const FeedForward *)layer)->n, NULL, NULL)))
+    failed = feedforward_forward(&c, layer);
+  return end(&c, failed);
+#else
+  return 2;
+#endif
 }
 
 // The same with parts [7].
 int topwork_decoder_layer(const void *parts, const void *layer, const void *factors, const void *terms, int64_t count,
                           int64_t back, int64_t threads) {
+#ifdef AMX
   Call c = {parts, terms, count, ((const Decoder *)layer)->rows, threads};
   Pass p = {layer, factors};
   int failed = begin(&c);
   if (!failed) failed = (back ? backward : forward)(&c, &p);
   return end(&c, failed);
-}
-
 #else
-
-// 2: not compiled for AMX.
-int topwork_feedforward(void) { return 2; }
-int topwork_decoder_layer(void) { return 2; }
-
+  return 2;
 #endif
+}
 
 int topwork_decoder_level(void) { return LEVEL; }
