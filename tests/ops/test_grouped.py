@@ -481,6 +481,26 @@ def test_older_processors(older_build: OlderBuild, monkeypatch: pytest.MonkeyPat
         assert_right([with_addends(rng) for _ in range(30)])
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_long_sums_of_few_rows_are_the_same_for_any_number_of_threads(
+    dtype: torch.dtype, older_build: OlderBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of A and B: up to 48 rows their columns are cut for the threads, and their sums into shorter blocks."""
+    library, _ = older_build("grouped")
+    monkeypatch.setattr(load, "compiled", lambda _: library)
+    torch.manual_seed(0)
+    for rows, k, n in ((1, 129, 16), (16, 130, 97), (48, 257, 300), (49, 257, 300), (16, 64, 576), (33, 1100, 1536)):
+        left, right = torch.randn(k, rows).to(dtype), torch.randn(k, n + 8).to(dtype)[:, 3 : 3 + n]
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            product = Product(left.t(), right, torch.full((rows, n), torch.nan))
+            assert_right([product])
+            results.append(product.out)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_without_a_compiler_everything_still_runs() -> None:
     code = (
         "import torch; from topwork.ops.grouped import *; x = torch.ones(5, 4).bfloat16(); out = torch.ones(5, 5);"

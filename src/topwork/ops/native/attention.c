@@ -132,7 +132,7 @@ static void multiply(const Job *job, int64_t rows, int64_t columns, const float 
 #endif
   const Tile(*products)[NR] = PRODUCTS[job->pair];
   for (int64_t r = 0; r < rows; r += MR)
-    products[least(MR, rows - r) / 2 - 1][columns / LANES - 1](a + r * lda, lda, b, steps, c + r * ldc, ldc, add);
+    products[least(MR, rows - r) / 2 - 1][columns / LANES - 1](a + r * lda, lda, b, steps, c + r * ldc, ldc, add, NULL);
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@
 #define ROWS 192       // of a piece: a multiple of TALL and 16
 #define FEW_ROWS 48    // of a piece, where there would be too few for the threads
 #define STEPS 256      // units of the summed axis in a block: a multiple of 16
+#define SHORT_STEPS 64 // where a product has few rows, which takes hardly longer than reading the right side of them
+#define SHORT_COLUMNS 512  // of such a piece, at most
 #define PANELS 65536   // floats of packed panels
 #define COLUMNS 1024   // of a piece, at most
 #define PER_THREAD 4   // pieces, at least, where rows can be cut
@@ -92,6 +94,9 @@ static inline int tiled(const Product *p) {
 #endif
 }
 static inline int64_t steps_of(const Product *p) { return pair_of(p) ? (p->k + 1) / 2 : p->k; }
+// A long sum of few rows: a gradient of A or B.
+static inline int short_blocks(const Product *p) { return p->m <= FEW_ROWS && steps_of(p) > SHORT_STEPS; }
+static inline int64_t block_of(const Product *p) { return short_blocks(p) ? SHORT_STEPS : STEPS; }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
@@ -141,7 +146,17 @@ INLINE void pack_rows(const int pair, const Piece *piece, int64_t unit, int64_t 
   for (int64_t s = 0; s < steps; s++) {
     const char *upper = from + (pair ? 2 : 1) * (unit + s) * p->right.row * size;
     const char *lower = pair && 2 * (unit + s) + 1 < p->k ? upper + p->right.row * size : NULL;
-    for (int64_t j = 0; j < whole; j += PW)
+    int64_t j = 0;
+#if defined(PAIRS) && !defined(AMX)
+    if (pair && lower)
+      for (; j < whole; j += PW)
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < PW; c += 2 * LANES) {
+          float *at = to + j * steps + s * PW + c;
+          pair_lines(upper + 2 * (j + c), lower + 2 * (j + c), at, at + LANES);
+        }
+#endif
+    for (; j < whole; j += PW)
 #pragma GCC unroll 4
       for (int64_t c = 0; c < PW; c += LANES)
         across(pair, upper, lower, j + c, LANES, p->kind, to + j * steps + s * PW + c);
@@ -214,14 +229,14 @@ typedef struct {
 } Scratch;
 
 static int needs_left(const Product *p) { return !stands(p); }
-static int needs_sums(const Product *p) { return steps_of(p) > STEPS || p->out.column != 1 || !p->k; }
+static int needs_sums(const Product *p) { return steps_of(p) > block_of(p) || p->out.column != 1 || !p->k; }
 
 // The parts of an arena that are large enough for every piece; how long it must be.
 static int64_t scratch(const Piece *pieces, int64_t count, float *arena, Scratch *s) {
   int64_t left = 0, right = 0, sums = 0, used = 0;
   for (int64_t i = 0; i < count; i++) {
     const Piece *piece = pieces + i;
-    int64_t steps = least(STEPS, up(steps_of(piece->of), 16)), columns = up(piece->columns, 16);
+    int64_t steps = least(block_of(piece->of), up(steps_of(piece->of), 16)), columns = up(piece->columns, 16);
     if (needs_left(piece->of)) left = most(left, piece->rows * steps);
     if (needs_sums(piece->of)) sums = most(sums, piece->rows * columns);
     right = most(right, columns * steps);
@@ -278,6 +293,27 @@ static void finish_turned(const Piece *piece, const float *sums, int64_t ld) {
     }
 }
 
+// The right side's next block, where its rows are contiguous. (Columns that are, are a few weights and near.)
+static Ask next_block(const Piece *piece, int64_t unit, int64_t steps) {
+  const Product *p = piece->of;
+  int64_t width = pair_of(p) ? 2 : 1, from = width * (unit + steps), size = bytes_of(p->kind);
+  if (p->right.column != 1 || from >= p->k) return (Ask){};
+  return (Ask){.at = value_at(p->right, from, piece->column, p->kind),
+               .inner = (piece->columns * size + 63) / 64,
+               .inner_by = 64,
+               .outer = least(width * steps, p->k - from),
+               .outer_by = p->right.row * size};
+}
+
+// `count` rows of `steps` units, for as many steps: one line of each, and then the next.
+static Ask next_rows(const Unit *from, int64_t ld, int64_t count, int64_t steps) {
+  return (Ask){.at = (const char *)from,
+               .inner = count,
+               .inner_by = 4 * ld,
+               .outer = count > 0 ? (steps + 15) / 16 : 0,
+               .outer_by = 64};
+}
+
 // The block's steps for all rows and columns of a piece.
 static void multiply(const Piece *piece, const Scratch *s, int64_t unit, int64_t steps, int64_t ld, int keep) {
   const Product *p = piece->of;
@@ -286,6 +322,7 @@ static void multiply(const Piece *piece, const Scratch *s, int64_t unit, int64_t
   const Unit *left = (const Unit *)s->left;
   if (direct) left = (const Unit *)value_at(p->left, piece->row, 0, p->kind) + unit;
   float spare[TALL * PW] __attribute__((aligned(64)));
+  Ask ask = next_block(piece, unit, steps);
   for (int64_t r = 0; r < piece->rows; r += TALL) {
     int64_t wanted = least(TALL, piece->rows - r), height;
     for (int64_t j = 0; j < piece->columns; j += PW) {
@@ -299,7 +336,10 @@ static void multiply(const Piece *piece, const Scratch *s, int64_t unit, int64_t
         }
       for (int64_t i = 0; i < wanted; i += height) {
         Tile product = tallest(pair, wanted - i, vectors, &height);
-        product(left + (r + i) * lda, lda, s->right + j * steps, steps, sums + i * by, by, unit > 0);
+        const Unit *rows = left + (r + i) * lda;
+        if (direct && !j && !ask.outer)
+          ask = next_rows(rows + height * lda, lda, least(height, piece->rows - (r + i + height)), steps);
+        product(rows, lda, s->right + j * steps, steps, sums + i * by, by, unit > 0, &ask);
       }
       if (last && p->out.column == 1) finish_rows(piece, r, wanted, j, columns, sums, by);
     }
@@ -315,8 +355,8 @@ static void run_piece(const Piece *piece, const Scratch *s) {
     memset(s->sums, 0, piece->rows * ld * 4);
     if (!turned) finish_rows(piece, 0, piece->rows, 0, piece->columns, s->sums, ld);
   }
-  for (int64_t unit = 0; unit < all; unit += STEPS) {
-    int64_t steps = least(STEPS, all - unit);
+  for (int64_t unit = 0, block = block_of(p); unit < all; unit += block) {
+    int64_t steps = least(block, all - unit);
     if (p->right.column == 1 && pair) pack_rows(1, piece, unit, steps, s->right);
     else if (p->right.column == 1) pack_rows(0, piece, unit, steps, s->right);
     else if (pair) pack_columns(1, piece, unit, steps, s->right);
@@ -336,18 +376,24 @@ static void run_piece(const Piece *piece, const Scratch *s) {
 
 // ---- all of them ---------------------------------------------------------------------------------------------------
 
-// How many columns a piece has: what is packed of them should stay in the cache.
-static int64_t piece_columns(const Product *p) {
+// How many columns a piece has: what is packed of them should stay in the cache. A few rows cannot be dealt to threads,
+// their columns can.
+static int64_t piece_columns(const Product *p, int64_t threads) {
+  if (short_blocks(p)) {
+    int64_t parts = up((p->n + SHORT_COLUMNS - 1) / SHORT_COLUMNS, threads);
+    return most(PW, up((p->n + parts - 1) / parts, 2 * LANES));
+  }
   int64_t fit = PANELS / most(1, least(STEPS, steps_of(p))) / PW * PW;
   return least(COLUMNS, most(PW, fit));
 }
 
 // The pieces of all products, written to `pieces` where there is room for them; their number.
-static int64_t cut(const Product *products, const double *alphas, int64_t count, int64_t rows, Piece *pieces) {
+static int64_t cut(const Product *products, const double *alphas, int64_t count, int64_t rows, int64_t threads,
+                   Piece *pieces) {
   int64_t found = 0;
   for (int64_t i = 0; i < count; i++) {
     const Product *p = products + i;
-    int64_t columns = piece_columns(p);
+    int64_t columns = piece_columns(p, threads);
     if (tiled(p)) continue;
     for (int64_t r = 0; r < p->m; r += rows)
       for (int64_t c = 0; c < p->n; c += columns, found++)
@@ -367,16 +413,16 @@ static void turn(Product *p) {
 }
 
 static int run_pieces(const Product *products, const double *alphas, int64_t count, int64_t threads) {
-  int64_t rows = ROWS, found = cut(products, alphas, count, rows, NULL);
+  int64_t rows = ROWS, found = cut(products, alphas, count, rows, threads, NULL);
   while (threads > 1 && found < threads * PER_THREAD && rows > FEW_ROWS) {
     rows /= 2;
-    found = cut(products, alphas, count, rows, NULL);
+    found = cut(products, alphas, count, rows, threads, NULL);
   }
   if (!found) return 0;
   threads = least(threads, found);
   Piece *pieces = malloc(found * sizeof *pieces);
   if (!pieces) return 1;
-  cut(products, alphas, count, rows, pieces);
+  cut(products, alphas, count, rows, threads, pieces);
   Scratch s;
   int64_t each = scratch(pieces, found, NULL, &s);
   float *arena = aligned_alloc(64, threads * each * 4);

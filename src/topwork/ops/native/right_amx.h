@@ -62,18 +62,13 @@ static void pack_tile(const Right *p, float alpha, int64_t column, int64_t unit,
 // tile follows the one before it at `across`.
 static void pack_row_of_tiles(const Right *p, int64_t column, int64_t wide, int64_t unit, float *to, int64_t across) {
   const char *at = value_at(p->at, 2 * unit, column, BF16);
-  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                 35, 3, 34, 2, 33, 1, 32, 0);
-  __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
   int64_t by = p->at.row * 2;
   for (int64_t s = 0; s < SIDE; s++, at += 2 * by)
     for (int64_t t = 0; t < wide; t += 2) {
       const char *here = at + 32 * t;
       float *tile = to + t * across + SIDE * s;
       __builtin_prefetch(here + 16 * by, 0, 2), __builtin_prefetch(here + 17 * by, 0, 2);
-      __m512i upper = _mm512_loadu_si512(here), lower = _mm512_loadu_si512(here + by);
-      _mm512_store_si512(tile, _mm512_permutex2var_epi16(upper, mix, lower));
-      _mm512_store_si512(tile + across, _mm512_permutex2var_epi16(upper, above, lower));
+      pair_lines(here, here + by, tile, tile + across);
     }
 }
 #endif

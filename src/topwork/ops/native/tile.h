@@ -47,16 +47,26 @@ static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to;
 #define MULTIPLY_ADD(pair, c, a, b) vfmaf(a, b, c)
 #endif
 
+// Lines of memory to be asked for while a tile is multiplied, one at a step: `outer` times `inner` of them, the latter
+// `inner_by` bytes apart.
+typedef struct {
+  const char *at;
+  int64_t inner, inner_by, outer, outer_by, done;
+} Ask;
+
+INLINE void ask_next(Ask *ask) {
+  if (!ask->outer) return;
+  __builtin_prefetch(ask->at + ask->done * ask->inner_by, 0, 2);
+  if (++ask->done < ask->inner) return;
+  ask->done = 0, ask->at += ask->outer_by, ask->outer--;
+}
+
 // `lda` in units; `width` is the panel's, in floats. All that is const here is a constant where it is called.
-INLINE void tile(const int pair, const int rows, const int vectors, const int width, const Unit *a, int64_t lda,
-                 const float *b, int64_t steps, float *c, int64_t ldc, int add) {
-  vecf sums[TALL][NR];
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) sums[r][v] = add ? vloadf(c + r * ldc + v * LANES) : vall(0);
+INLINE void tile_steps(const int pair, const int rows, const int vectors, const int width, const int asks, const Unit *a,
+                       int64_t lda, const float *b, int64_t steps, vecf sums[TALL][NR], Ask *ask) {
   for (int64_t k = 0; k < steps; k++) {
     vecf columns[NR];
+    if (asks) ask_next(ask);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) columns[v] = vloadf(b + k * width + v * LANES);
 #pragma GCC unroll 16
@@ -66,18 +76,34 @@ INLINE void tile(const int pair, const int rows, const int vectors, const int wi
       for (int v = 0; v < vectors; v++) sums[r][v] = MULTIPLY_ADD(pair, sums[r][v], x, columns[v]);
     }
   }
+}
+
+INLINE void tile(const int pair, const int rows, const int vectors, const int width, const Unit *a, int64_t lda,
+                 const float *b, int64_t steps, float *c, int64_t ldc, int add, Ask *ask) {
+  vecf sums[TALL][NR];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) sums[r][v] = add ? vloadf(c + r * ldc + v * LANES) : vall(0);
+  if (ask && ask->outer) {
+    Ask asked = *ask;  // in registers meanwhile
+    tile_steps(pair, rows, vectors, width, 1, a, lda, b, steps, sums, &asked);
+    *ask = asked;
+  } else {
+    tile_steps(pair, rows, vectors, width, 0, a, lda, b, steps, sums, NULL);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) vstoref(c + r * ldc + v * LANES, sums[r][v]);
 }
 
-// A function of one size of tile, and its name in a table of them.
-typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add);
+// A function of one size of tile, and its name in a table of them. What it shall ask for may be NULL.
+typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add, Ask *ask);
 #define TILE(pair, rows, vectors, width)                                                                              \
   static void tile_##pair##_##rows##_##vectors(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, \
-                                               int64_t ldc, int add) {                                              \
-    tile(pair, rows, vectors, width, a, lda, b, steps, c, ldc, add);                                                \
+                                               int64_t ldc, int add, Ask *ask) {                                    \
+    tile(pair, rows, vectors, width, a, lda, b, steps, c, ldc, add, ask);                                           \
   }
 #define TILE_OF(pair, rows, vectors) tile_##pair##_##rows##_##vectors
 
@@ -143,6 +169,18 @@ INLINE void pair_rows(const uint16_t *upper, const uint16_t *lower, int64_t coun
     memcpy(to + i, &two, 4);
   }
 }
+
+#if defined(WIDE)
+// 32 columns of two rows of bf16 as units, 16 and 16.
+INLINE void pair_lines(const void *upper, const void *lower, float *first, float *second) {
+  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                 35, 3, 34, 2, 33, 1, 32, 0);
+  __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
+  __m512i a = _mm512_loadu_si512(upper), b = _mm512_loadu_si512(lower);
+  _mm512_storeu_si512(first, _mm512_permutex2var_epi16(a, mix, b));
+  _mm512_storeu_si512(second, _mm512_permutex2var_epi16(a, above, b));
+}
+#endif
 
 // The next `count` floats of an arena, on a cache line of their own; without an arena they are only counted.
 static inline float *take(float *arena, int64_t *used, int64_t count) {
