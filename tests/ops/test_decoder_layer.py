@@ -27,7 +27,7 @@ from topwork.ops.batch import Batch, Segment
 from topwork.ops.bundles import LowRank
 from topwork.ops.context import training_pass
 from topwork.ops.decoder_layer import DecoderLayer
-from topwork.ops.dropout import Dropout
+from topwork.ops.dropout import Dropout, token_seeds
 from topwork.ops.grouped import MOST_ADDENDS
 from topwork.ops.native import load
 from topwork.ops.packed import pack_4bit
@@ -39,15 +39,18 @@ from topwork.ops.vectors import Gain
 from topwork.ops.workspace import Workspace
 
 BOUNDS = (0, 40, 40, 41, 97, 150)
+EVERY = tuple(range(7))
+SEEDS = token_seeds(torch.arange(150) // 40, torch.arange(150))
 
 
 def drawn(
     heads: int = 4, key_heads: int = 2, size: int = 16, d: int = 96, f: int = 160, kind: str = "silu",
     terms: tuple[tuple[int, int, int], ...] = ((0, 150, 32),), biases: torch.dtype | None = None,
     window: int | None = None, norms: torch.dtype = torch.bfloat16, multiplier: float = 1.0,
-    of_heads: torch.dtype | None = None,
+    of_heads: torch.dtype | None = None, drops: tuple[int, ...] = (),
 ) -> DecoderLayer:  # fmt: skip
-    """Gate and up stand behind one another, and so do queries, keys and values; `terms` are start, stop and rank."""
+    """Gate and up stand behind one another, and so do queries, keys and values; `terms` are start, stop and rank,
+    and those of the layers `drops` have dropout."""
     torch.manual_seed(heads + d + f)
     own, others = heads * size, key_heads * size
     sizes = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
@@ -55,7 +58,7 @@ def drawn(
     weights[:2] = torch.cat(weights[:2]).split(f)
     weights[3:6] = torch.cat(weights[3:6]).split([own, others, others])
     placed = [
-        Placed(LowRank(start, stop, _master(r, k), _master(n, r), 0.37), part)
+        Placed(LowRank(start, stop, _master(r, k), _master(n, r), 0.37, _dropout(part, start, stop, drops)), part)
         for part, (n, k) in enumerate(sizes)
         for start, stop, r in terms
     ]
@@ -68,6 +71,10 @@ def drawn(
         queries, keys = (HeadNorm(torch.randn(size).to(of_heads), eps, kind == "gelu") for eps in (1e-3, 1e-6))
         attention = replace(attention, norms=(queries, keys))
     return DecoderLayer(tuple(weights), shifts, tuple(placed), attention, around, kind, multiplier)
+
+
+def _dropout(part: int, start: int, stop: int, drops: tuple[int, ...]) -> Dropout | None:
+    return Dropout(0.3, 7 * part + start, SEEDS[start:stop]) if part in drops else None
 
 
 def _master(n: int, k: int) -> Tensor:
@@ -87,6 +94,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     "many stripes": {"terms": tuple((at, at + 30, 16) for at in range(0, 150, 30))},
     "norms of heads": {"of_heads": torch.bfloat16},
     "norms of many heads, in fp32": {"of_heads": torch.float32, "heads": 12, "key_heads": 6, "f": 32, "kind": "gelu"},
+    "dropout": {"drops": EVERY},
+    "dropout of some of several": {"drops": (0, 4, 6), "terms": ((0, 41, 48), (41, 97, 8), (100, 150, 32))},
+    "dropout of rows of two": {"drops": EVERY, "terms": ((0, 120, 40), (30, 150, 16)), "of_heads": torch.bfloat16},
+    "dropout and an inner width off the grid": {"drops": (0, 2, 3), "f": 40, "biases": torch.bfloat16},
     "no groups of heads": {"heads": 3, "key_heads": 3, "size": 32, "d": 64, "f": 48},
 }
 ALL = pytest.mark.parametrize("of", LAYERS)
@@ -145,7 +156,8 @@ def going_on(layer: DecoderLayer, positions: Tensor) -> DecoderLayer:
         if placed.part in module.INPUTS:
             return placed
         start, stop = (int((positions < at).sum()) for at in (placed.term.start, placed.term.stop))
-        return placed._replace(term=replace(placed.term, start=start, stop=stop))
+        dropout = placed.term.dropout and replace(placed.term.dropout, seeds=SEEDS[positions][start:stop])
+        return placed._replace(term=replace(placed.term, start=start, stop=stop, dropout=dropout))
 
     return replace(layer, terms=tuple(map(among, layer.terms)))
 
@@ -179,16 +191,18 @@ def test_some_rows_may_go_on(of: str, which: str, on_amx) -> None:
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
-def test_other_adapters_change_nothing(on_amx) -> None:
+@pytest.mark.parametrize("drops", [(), EVERY], ids=["", "with dropout"])
+def test_other_adapters_change_nothing(drops: tuple[int, ...], on_amx) -> None:
     """However many there are: what memory their sums would take is theirs."""
     bare, found = drawn(d=256, f=288, terms=()), []
     for others in (0, 1, 20):
         torch.manual_seed(2)
         ranges = (0, 97), *((97 + 2 * i, 99 + 2 * i) for i in range(others))
         terms = [
-            Placed(LowRank(start, stop, _master(32, weight.shape[1]), _master(weight.shape[0], 32), 0.37), part)
+            Placed(LowRank(start, stop, _master(32, weight.shape[1]), _master(weight.shape[0], 32), 0.37, lost), part)
             for start, stop in ranges
             for part, weight in enumerate(bare.weights)
+            for lost in (_dropout(part, start, stop, drops),)
         ]
         y, dx, *grads = results(replace(bare, terms=tuple(terms)), module.decoder_layer)
         found.append([y[:, :97], dx[:, :97], *grads[:7], *grads[len(terms) : len(terms) + 7]])
@@ -196,12 +210,19 @@ def test_other_adapters_change_nothing(on_amx) -> None:
 
 
 @pytest.mark.parametrize("rows", [None, torch.arange(0, 150, 2)], ids=["all go on", "some go on"])
+@pytest.mark.parametrize("of", ["several", "dropout of some of several"])
 @pytest.mark.parametrize("most", [1, 20000])
 def test_gradients_that_are_products_after_all(
-    most: int, rows: Any, on_amx, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    most: int,
+    of: str,
+    rows: Any,
+    on_amx,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of all sums there is too little memory for all, or for some."""
-    layer = drawn(**LAYERS["several"])
+    layer = drawn(**LAYERS[of])
     layer = layer if rows is None else going_on(layer, rows)
 
     def step(x: Tensor, *given: Any) -> Tensor:
@@ -413,6 +434,8 @@ def wrong() -> Iterator[Any]:
     yield "3 heads of queries", (x, with_heads(layer, Heads(3, 2, 16)), (cos, sin), BOUNDS)
     yield "4 heads of queries", (x, with_heads(layer, Heads(4, 2, 24)), (cos, sin), BOUNDS)
     yield "a term of rows", (x, replace(layer, terms=(Placed(short, 0),)), (cos, sin), BOUNDS)
+    lost = replace(layer.terms[0].term, dropout=Dropout(0.1, 1, SEEDS[1:]))
+    yield "dropout seeds", (x, replace(layer, terms=(Placed(lost, 0),)), (cos, sin), BOUNDS)
     for rows in (torch.tensor([150]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([], dtype=torch.int64)):
         yield "positions", (x, replace(layer, terms=()), (cos, sin), BOUNDS, False, False, rows)
     yield "a term of rows", (x, layer, (cos, sin), BOUNDS, False, False, torch.arange(149))
@@ -450,7 +473,8 @@ def put(part: int, **values: Any) -> Callable[[list[Projection]], object]:
 
 def dropping(layers: list[Projection]) -> None:
     (term,) = layers[4].terms
-    layers[4] = replace(layers[4], terms=(replace(term, dropout=Dropout(0.1, 1, torch.zeros(150, dtype=torch.int64))),))
+    with_gaps = Dropout(0.1, 1, SEEDS.repeat(2)[::2])
+    layers[4] = replace(layers[4], terms=(replace(term, dropout=with_gaps),))
 
 
 def crowded(layers: list[Projection]) -> None:
@@ -479,7 +503,7 @@ NOT_FOR: dict[str, dict[str, Any]] = {
     "a bias in fp16": {"change": put(3, bias=torch.zeros(64).half())},
     "a gain": {"change": put(3, gains=(Gain(0, 150, ONES),))},
     "a gain on inputs": {"change": put(6, input_gains=(Gain(0, 150, ONES),))},
-    "dropout": {"change": dropping},
+    "dropout by seeds with gaps": {"change": dropping},
     "more addends than fit": {"change": crowded},
     "a stream with gaps": {"stream": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)},
     "a stream in bf16": {"stream": lambda x: x.bfloat16()},
@@ -533,11 +557,12 @@ def gradients(base: Base, adapters: Adapters, batch: Batch, workspace: bool = Tr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("members", ["a", "ab"])
+@pytest.mark.parametrize(("members", "lora_dropout"), [("a", 0.0), ("a", 0.2), ("ab", 0.0), ("ab", 0.2)])
 def test_a_model_has_the_same_gradients(
-    family: str, members: str, calls: list[DecoderLayer], monkeypatch: pytest.MonkeyPatch
+    family: str, members: str, lora_dropout: float, calls: list[DecoderLayer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapters = adapted(family)
+    base, adapters = adapted(family, lora_dropout=lora_dropout)
+    adapters.train("a")
     batch = learning_batch(sequences(), "a")
     if members == "ab":
         cuts = batch.cu_seqlens[0], batch.cu_seqlens[2], batch.cu_seqlens[-1]
@@ -553,7 +578,6 @@ def test_a_model_has_the_same_gradients(
 
 
 OTHERWISE: dict[str, dict[str, Any]] = {
-    "dropout": {"lora_dropout": 0.1},
     "dora": {"use_dora": True},
     "ia3": {"method": "ia3", "r": None},
     "bitfit": {"method": "bitfit", "r": None},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.bundles import LowRank
+from topwork.ops.dropout import Dropout, stays, token_seeds
 from topwork.ops.feedforward import DOWN, GATE, UP, FeedForward, Source, run_backward, run_forward
 from topwork.ops.parts import Placed
 from topwork.ops.project import project
@@ -20,13 +21,14 @@ ROUNDING = 1e-2
 
 @dataclass(frozen=True)
 class Case:
-    """A layer's sizes, and its terms by start, stop, part and rank."""
+    """A layer's sizes, its terms by start, stop, part and rank, and whether these have dropout."""
 
     rows: int
     d: int
     f: int
     terms: tuple[tuple[int, int, int, int], ...]
     kind: str = "silu"
+    drops: bool = False
 
 
 def everywhere(start: int, stop: int, rank: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -44,6 +46,9 @@ CASES = [
     Case(75, 96, 288, (*everywhere(0, 75, 16), *everywhere(0, 75, 5))),
     Case(65, 32, 64, ((0, 65, GATE, 150), (3, 64, UP, 16), (0, 65, DOWN, 150)), "gelu"),
     Case(77, 33, 47, everywhere(3, 70, 7)),
+    Case(151, 96, 160, everywhere(37, 151, 40), "gelu", drops=True),
+    Case(210, 64, 96, (*everywhere(0, 101, 16), *everywhere(101, 102, 5), *everywhere(102, 210, 70)), drops=True),
+    Case(78, 33, 47, everywhere(3, 70, 7), drops=True),
 ]
 OVERLAPPING = [
     Case(200, 64, 96, (*everywhere(0, 130, 5), *everywhere(70, 200, 16))),
@@ -60,7 +65,9 @@ def drawn(case: Case, scaling: float = 0.37) -> FeedForward:
     for start, stop, part, r in case.terms:
         outputs, inputs = weights[part].shape
         a, b = torch.randn(r, inputs) / inputs**0.5, torch.randn(outputs, r) / r**0.5
-        terms.append(Placed(LowRank(start, stop, a.requires_grad_(), b.requires_grad_(), scaling), part))
+        seeds = token_seeds(torch.full((stop - start,), case.rows), torch.arange(start, stop))
+        dropout = Dropout(0.25, 5 * part + start, seeds) if case.drops else None
+        terms.append(Placed(LowRank(start, stop, a.requires_grad_(), b.requires_grad_(), scaling, dropout), part))
     return FeedForward(weights, tuple(terms), case.kind)
 
 
@@ -100,7 +107,10 @@ def exact(layer: FeedForward, n: Tensor, dy: Tensor) -> list[Tensor]:
         out = given @ layer.weights[part].double().t()
         for (term, its), (a, b) in zip(layer.terms, pairs):
             if its == part:
-                added = term.scaling * (given[term.start : term.stop] @ a.t()) @ b.t()
+                seen = given[term.start : term.stop]
+                if (lost := term.dropout) is not None:
+                    seen = seen * stays(lost, lost.seeds, seen.shape[1]) / (1 - lost.p)
+                added = term.scaling * (seen @ a.t()) @ b.t()
                 out = out + F.pad(added, (0, 0, term.start, len(given) - term.stop))
         return out
 

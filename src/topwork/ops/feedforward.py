@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topwork.ops.bundles import LowRank
 from topwork.ops.context import (
     handback_empty,
     handoff_empty,
@@ -23,6 +24,7 @@ from topwork.ops.context import (
     scratch_empty,
     scratch_scope,
 )
+from topwork.ops.dropout import drop_reference
 from topwork.ops.gated import KINDS, gated_backward_reference, gated_reference
 from topwork.ops.grouped import multiplies_all
 from topwork.ops.native import load as native
@@ -189,7 +191,7 @@ def feedforward_reference(layer: FeedForward, n: Tensor) -> list[Tensor]:
         for number, (term, its) in enumerate(layer.terms):
             if its == part:
                 rows = slice(term.start, term.stop)
-                inner[number] = (x[rows].float() @ term.a.to(x.dtype).float().t()).to(x.dtype)
+                inner[number] = (_seen(x[rows], term).float() @ term.a.to(x.dtype).float().t()).to(x.dtype)
                 y[rows] += term.scaling * (inner[number].float() @ term.b.to(x.dtype).float().t())
         return y.to(x.dtype)
 
@@ -211,7 +213,7 @@ def feedforward_backward_reference(
             if its == part:
                 rows = slice(term.start, term.stop)
                 g[number] = (term.scaling * (dout[rows].float() @ term.b.to(dtype).float())).to(dtype)
-                dx[rows] += g[number].float() @ term.a.to(dtype).float()
+                dx[rows] += _seen(g[number].float() @ term.a.to(dtype).float(), term)
         return dx
 
     slopes = gated_backward_reference(back(dy, DOWN).to(dtype), gate, up, layer.kind)
@@ -219,9 +221,18 @@ def feedforward_backward_reference(
     all_da, all_db = [], []
     for (term, part), s, slope in zip(layer.terms, inner, g):
         rows = slice(term.start, term.stop)
-        all_da.append(slope.float().t() @ (h if part == DOWN else n.float())[rows])
+        all_da.append(slope.float().t() @ _seen((h if part == DOWN else n.float())[rows], term))
         all_db.append(term.scaling * ((dy, *slopes)[(part + 1) % 3][rows].float().t() @ s.float()))
     return dn, all_da, all_db
+
+
+def _seen(rows: Tensor, term: LowRank) -> Tensor:
+    """A term's rows as its A sees them; of its input's gradient what comes back through that."""
+    if term.dropout is None:
+        return rows
+    out = torch.empty_like(rows, requires_grad=False)
+    drop_reference(rows.detach(), term.dropout, out)
+    return out
 
 
 def _room_for_gradient(dout: Tensor, prologue: Prologue) -> Tensor:

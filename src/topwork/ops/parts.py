@@ -15,7 +15,7 @@ from topwork.ops.native import load as native
 from topwork.ops.packed import Packed
 from topwork.ops.projection import Projection
 
-PART, TERM = struct.Struct("7q"), struct.Struct("10qd")
+PART, TERM = struct.Struct("7q"), struct.Struct("10qd3qd")
 """As terms.h has a layer and a term."""
 MOST_OPENED = 32 << 20
 """Bytes of packed weights that are made dense together: panels of larger ones are not worth less."""
@@ -52,7 +52,7 @@ def placed_terms(groups: Sequence[Sequence[Projection]], dtype: torch.dtype) -> 
             return None
         first += len(group)
     fits = openable([layer.weight for group in groups for layer in group])
-    return tuple(found) if fits and all(_is_master(x) for term, _ in found for x in (term.a, term.b)) else None
+    return tuple(found) if fits and all(_is_placeable(term) for term, _ in found) else None
 
 
 def _fits(layer: Projection, dtype: torch.dtype) -> bool:
@@ -63,13 +63,14 @@ def _fits(layer: Projection, dtype: torch.dtype) -> bool:
 
 
 def is_plain(layer: Projection) -> bool:
-    """Whether it is a product and low-rank terms alone, whose A all see the same."""
-    learns_vectors = layer.gains or layer.shifts or layer.input_gains
-    return not learns_vectors and all(term.dropout is None for term in layer.terms)
+    """Whether it is a product and low-rank terms alone."""
+    return not (layer.gains or layer.shifts or layer.input_gains)
 
 
-def _is_master(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
+def _is_placeable(term: LowRank) -> bool:
+    draws = None if term.dropout is None else term.dropout.seeds
+    masters = all(x.dtype == torch.float32 and x.is_contiguous() for x in (term.a, term.b))
+    return masters and (draws is None or (draws.dtype == torch.int64 and draws.is_contiguous()))
 
 
 def check_terms(terms: Iterable[Placed], sizes: Sequence[tuple[int, int]], rows: int) -> None:
@@ -80,6 +81,11 @@ def check_terms(terms: Iterable[Placed], sizes: Sequence[tuple[int, int]], rows:
             raise ValueError(
                 f"a term of rows {term.start}:{term.stop} with A {tuple(term.a.shape)} and B {tuple(term.b.shape)}, "
                 f"where rows of {rows}, {inputs} inputs and {outputs} outputs are expected"
+            )
+        if term.dropout is not None and term.dropout.seeds.shape != (term.stop - term.start,):
+            raise ValueError(
+                f"a term of rows {term.start}:{term.stop} with dropout seeds {tuple(term.dropout.seeds.shape)}, "
+                "where one for each row is expected"
             )
 
 
@@ -130,6 +136,9 @@ def term_line(placed: Placed, s: int, g: int = 0, da: Tensor | None = None, db: 
     term, part = placed
     a, b = term.a, term.b
     learned = (0, 0) if da is None or db is None else (da.data_ptr(), db.data_ptr())
+    lost = (0, 0, 0, 1.0)
+    if (dropout := term.dropout) is not None:
+        lost = dropout.seeds.data_ptr(), dropout.key, dropout.least, dropout.scale
     return TERM.pack(
-        a.data_ptr(), b.data_ptr(), s, g, *learned, a.shape[0], term.start, term.stop, part, term.scaling
+        a.data_ptr(), b.data_ptr(), s, g, *learned, a.shape[0], term.start, term.stop, part, term.scaling, *lost
     )  # fmt: skip

@@ -4,7 +4,7 @@
 
 #pragma once
 #include "hot_rows.h"
-#include "layer.c"
+#include "shares.h"
 
 enum { GATE, UP, DOWN };
 static const Group GATES = {GATE, UP}, LAST = {DOWN, DOWN};

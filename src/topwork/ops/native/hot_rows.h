@@ -49,6 +49,7 @@ typedef struct {
   int64_t tall, each;              // floats of a tile's sums in a stripe, [width / BAND][16][BAND], and of all tiles'
   int64_t first, stripes, at;      // the stripes that it meets, and where the first one's sums are
   int product;                     // it is a product after all
+  int drops;                       // its rows lose values
 } Sum;
 
 typedef struct {
@@ -57,7 +58,7 @@ typedef struct {
   int64_t *begins;  // rows with which stripes begin
   Narrows slopes;
   int64_t count, stripes, floats;  // floats: of all sums
-  int64_t spare, room;             // values of a row in spare memory; floats of a thread's
+  int64_t spare, lossy, room;      // values of a row in spare memory, and of one that loses some; floats of a thread's
   float *packed, *sums, *rooms;
 } Hot;
 
@@ -72,7 +73,7 @@ static void find_sums(const Call *c, const Stage *stage, Hot *h) {
       const Part *p = c->parts + t->part;
       int64_t width = s->of_a ? p->inputs : p->outputs, tall = SIDE * up(width, BAND);
       Values x = s->of_a ? s->x : from_column(s->x, p->column);
-      h->all[h->count++] = (Sum){t, s, x, width, sides(t->r), tall, sides(t->r) * tall};
+      h->all[h->count++] = (Sum){t, s, x, width, sides(t->r), tall, sides(t->r) * tall, .drops = s->of_a && t->draws};
     }
 }
 
@@ -87,7 +88,7 @@ static void cut_stripes(const Call *c, Hot *h) {
 
 // Floats that are needed for all of it; 0 where there is nothing to do, or G cannot be made so.
 static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
-  h->stage = stage, h->floats = h->spare = 0;
+  h->stage = stage, h->floats = h->spare = h->lossy = 0;
   find_sums(c, stage, h);
   cut_stripes(c, h);
   if (!h->count || !h->stripes || !plan_narrow(c, stage->slopes, 1, stage->dy, &h->slopes)) return 0;
@@ -102,9 +103,11 @@ static int64_t plan_hot(const Call *c, const Stage *stage, Hot *h) {
     products |= t->product, t->at = h->floats;
     if (!t->product) h->floats += t->stripes * t->each;
     if (t->from->in_spare) h->spare = most(h->spare, t->width);
+    if (t->drops) h->lossy = most(h->lossy, t->width);
   }
   if (products) h->spare = 0;  // which needs all rows
-  h->room = up(HOT * h->spare / 2, SIDE) + (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES + h->slopes.room;
+  h->room = HOT / 2 * (up(h->spare, SIDE) + up(h->lossy, SIDE)) + h->slopes.room;
+  h->room += (1 + (AT_ONCE + LEFTS) * DEEP) * SIDES;
   return h->slopes.packed + h->floats + c->threads * h->room;
 }
 
@@ -147,27 +150,35 @@ static void add_rows(Lefts *lefts, const Right *x, float *pairs, float *sums) {
   lefts->count = 0;
 }
 
-// A thread's memory for a step: rows [HOT, spare], and what the products need.
+// A thread's memory for a step: rows [HOT, spare], what is left of them, and what the products need.
 typedef struct {
-  char *rows;
+  char *rows, *left_over;
   float *spare, *pairs, *lefts, *narrow;
 } HotRoom;
 
 static HotRoom hot_room(const Hot *h, int64_t thread) {
-  float *rows = h->rooms + thread * h->room, *spare = rows + up(HOT * h->spare / 2, SIDE), *pairs = spare + SIDES;
+  float *rows = h->rooms + thread * h->room, *left_over = rows + HOT / 2 * up(h->spare, SIDE);
+  float *spare = left_over + HOT / 2 * up(h->lossy, SIDE), *pairs = spare + SIDES;
   float *lefts = pairs + AT_ONCE * SIDES * DEEP;
-  return (HotRoom){(char *)rows, spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
+  return (HotRoom){(char *)rows, (char *)left_over, spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
 }
+
+static int meets(const Sum *t, int64_t row) { return row >= t->of->start && row < t->of->stop && !t->product; }
 
 // The sums from `t` on, up to `until`, whose rows are the same: `count` from `row` on in a stripe, all of which have the
 // same terms.
 static void add_sums(const Hot *h, const Sum *t, const Sum *until, int64_t stripe, int64_t row, int64_t count,
                      const HotRoom *room) {
   Values x = t->from->in_spare && h->spare ? (Values){room->rows, t->width} : from_row(t->x, row);
+  if (t->drops && meets(t, row)) {
+    Values seen = {room->left_over, t->width};
+    drop_rows(t->of, x, row, count, t->width, seen, 0, 1);
+    x = seen;
+  }
   Right right = {rows_of(x, 0), count, t->width, BF16};
   Lefts lefts = {room->lefts};
   for (; t < until; t++) {
-    if (row < t->of->start || row >= t->of->stop || t->product) continue;
+    if (!meets(t, row)) continue;
     const char *left = (t->from->of_a ? t->of->g : t->of->s) + 2 * (row - t->of->start) * t->of->r;
     for (int64_t tile = 0; tile < t->tiles; tile++) {
       turn_rows(left, t->of->r, SIDE * tile, count, room->spare, lefts.tiles + lefts.count * SIDES * DEEP);
@@ -184,7 +195,7 @@ static void hot_step(const Hot *h, int64_t stripe, int64_t row, int64_t count, c
   for (int64_t i = 0; i < h->slopes.count; i++)
     multiply_narrow(h->slopes.terms + i, h->packed, row, count, room->narrow);
   for (const Sum *t = h->all, *next; t < end; t = next) {
-    for (next = t + 1; next < end && next->x.at == t->x.at; next++) continue;
+    for (next = t + 1; next < end && next->x.at == t->x.at && !t->drops && !next->drops; next++) continue;
     add_sums(h, t, next, stripe, row, count, room);
   }
 }
@@ -242,7 +253,7 @@ static void run_hot(const Call *c, const Hot *h) {
 }
 
 // 1 where a stage's rows and G were made so, and its gradients or their products put into the next; else 0.
-static int made_hot(Call *c, const Stage *stage) {
+static int made_hot(Call *c, const Stage *stage, int *failed) {
   int64_t all = most(1, c->count);
   Hot h = {.all = malloc(MOST_SOURCES * all * sizeof *h.all), .begins = malloc(most_stripes(c) * sizeof *h.begins)};
   h.slopes.terms = malloc(all * sizeof *h.slopes.terms);
@@ -253,8 +264,8 @@ static int made_hot(Call *c, const Stage *stage) {
     h.rooms = arena, h.sums = h.rooms + c->threads * h.room, h.packed = h.sums + h.floats;
     run_hot(c, &h);
     give_back(arena, ours);
-    for (const Sum *t = h.all; t < h.all + h.count; t++)
-      if (t->product) put_gradient(c, t->of, t->from->of_a, t->from->x);
+    for (const Sum *t = h.all; t < h.all + h.count && !*failed; t++)
+      if (t->product) *failed = put_gradient(c, t->of, t->from->of_a, t->from->x);
   }
   free(h.all), free(h.begins), free(h.slopes.terms);
   return arena != NULL;
@@ -263,11 +274,11 @@ static int made_hot(Call *c, const Stage *stage) {
 // A stage's rows, G and gradients.
 static int run_gradients(Call *c, const Stage *stage) {
   int failed = 0;
-  if (!made_hot(c, stage)) {
+  if (!made_hot(c, stage, &failed)) {
     failed = run_rows(c, stage->slopes, 1, stage->dy, stage->make, stage->of);
     for (const Source *s = stage->sources; s < stage->sources + MOST_SOURCES && !failed; s++)
-      for (const Term *t = c->terms; s->x.at && t < c->terms + c->count; t++)
-        if (is_of(t, s->group)) put_gradient(c, t, s->of_a, s->x);
+      for (const Term *t = c->terms; s->x.at && t < c->terms + c->count && !failed; t++)
+        if (is_of(t, s->group)) failed = put_gradient(c, t, s->of_a, s->x);
   }
   return failed ? failed : run_stage(c);
 }

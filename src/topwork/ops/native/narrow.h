@@ -20,6 +20,7 @@ typedef struct {
   char *out;
   float scaling;
   int64_t tiles, at;  // at: where its tiles stand among what is packed
+  int drops;          // it meets rows that lost values
 } Narrow;
 
 typedef struct {
@@ -41,7 +42,8 @@ static int plan_narrow(const Call *c, Group g, int slopes, Values x, Narrows *n)
     if (k % 32 || x.by % 2) return 0;
     n->terms[n->count++] = (Narrow){t,           {side, k, t->r, F32},
                                     own,         slopes ? t->g : t->s,
-                                    slopes ? (float)t->scaling : 1, sides(t->r), n->packed};
+                                    slopes ? (float)t->scaling : 1, sides(t->r), n->packed,
+                                    !slopes && t->draws};
     n->packed += sides(t->r) * SIDE * k / 2, longest = most(longest, k);
   }
   n->room = HOT * longest / 2 + HOT * SIDE;
@@ -62,15 +64,18 @@ static void pack_narrow(const Narrows *n, int64_t tile, float *packed) {
   pack_tiles(&t->side, 1, SIDE * tile, 1, 0, deep, packed + t->at + tile * deep * SIDES, 0);
 }
 
-// What a term has of `count` rows from `row` on, at most HOT. Rows that fill no tiles are copied.
+// What a term has of `count` rows from `row` on, at most HOT. Rows that fill no tiles are copied, and
+// what rows lose they lose in the copy.
 static void multiply_narrow(const Narrow *t, const float *packed, int64_t row, int64_t count, float *room) {
   int64_t first = most(row, t->of->start), rows = least(row + count, t->of->stop) - first;
   if (rows <= 0) return;
   int64_t k = t->side.k, r = t->of->r, high = sides(rows), by = t->x.by / 2;
   const char *x = t->x.at + 2 * first * t->x.by;
   float *sums = room, *lines = room + HOT * SIDE;
-  if (rows % SIDE) {
-    for (int64_t i = 0; i < rows; i++) memcpy((char *)lines + 2 * i * k, x + 2 * i * t->x.by, 2 * k);
+  if (rows % SIDE || t->drops) {
+    Values copy = {(char *)lines, k};
+    if (t->drops) drop_rows(t->of, from_row(t->x, first), first, rows, k, copy, 0, 1);
+    for (int64_t i = 0; i < rows && !t->drops; i++) memcpy(from_row(copy, i).at, x + 2 * i * t->x.by, 2 * k);
     memset((char *)lines + 2 * rows * k, 0, 2 * (SIDE * high - rows) * k);
     x = (const char *)lines, by = k / 2;
   }
@@ -122,7 +127,8 @@ static int run_rows(Call *c, Group g, int slopes, Values x, Make make, const voi
   free(n.terms);
   if (!arena) return 1;
   if (narrow) return 0;
+  int failed = 0;
   if (slopes) put_slopes(c, g, x);
-  else put_inner(c, g, x);
-  return run_stage(c);
+  else failed = put_inner(c, g, x);
+  return failed ? failed : run_stage(c);
 }

@@ -3,10 +3,12 @@
 //
 //     S = n A'    y = n W' + b + s S B'        G = s dy B    dn = dy W + G A    dA = G' n    dB = s dy' S
 //
+// With dropout S is drop(n) A', dn has drop(G A), and dA is G' drop(n), each term with draws of its own.
 // The stages are those of ops/project.py, and so are sums and roundings.
 
 #pragma once
 #include "grouped.c"
+#include "layer.c"
 
 // ---- what a call is given: all numbers are 64 bits wide ------------------------------------------------------------
 
@@ -24,11 +26,15 @@ typedef struct {
 } Part;
 
 // s B A of rows [start, stop): masters a [r, inputs], b [outputs, r] in fp32; S and G [stop - start, r] in bf16; the
-// masters' gradients.
+// masters' gradients. What its A sees loses values: layer.c's draws [stop - start] and key, the least hash of what stays,
+// and its factor; NULL where nothing is lost.
 typedef struct {
   char *a, *b, *s, *g, *da, *db;
   int64_t r, start, stop, part;
   double scaling;
+  const int64_t *draws;
+  int64_t key, least;
+  double kept;
 } Term;
 
 typedef struct {
@@ -51,6 +57,23 @@ static Values from_column(Values x, int64_t column) { return (Values){x.at + 2 *
 static Values from_row(Values x, int64_t row) { return (Values){x.at + 2 * row * x.by, x.by}; }
 static int64_t rows_of_term(const Term *t) { return t->stop - t->start; }
 static int is_of(const Term *t, Group g) { return t->part >= g.first && t->part <= g.last; }
+
+// ---- dropout -------------------------------------------------------------------------------------------------------
+
+// to [rows, width] = x of rows from `row` on, as a term's A sees them; with `add` added to what is there.
+static void drop_rows(const Term *t, Values x, int64_t row, int64_t rows, int64_t width, Values to, int add,
+                      int64_t threads) {
+  topwork_drop(x.at, x.by, to.at, to.by, rows, width, t->draws + row - t->start, (uint32_t)t->key, (uint32_t)t->least,
+               (float)t->kept, 1 + 2 * add, (int)threads);
+}
+
+// All rows of x that a term with dropout sees, as a matrix in memory that is to be freed; NULL where there is none.
+static char *all_dropped(const Call *c, const Term *t, Values x) {
+  int64_t width = c->parts[t->part].inputs, rows = rows_of_term(t);
+  char *to = malloc(most(1, 2 * rows * width));
+  if (to) drop_rows(t, from_row(x, t->start), t->start, rows, width, (Values){to, width}, 0, c->threads);
+  return to;
+}
 
 // ---- stages of products --------------------------------------------------------------------------------------------
 
@@ -93,14 +116,30 @@ static int run_stage(Call *c) {
   return failed == 3 ? make_apart(c, count) : failed;
 }
 
+// S of a term with dropout, or the gradient of its A from G, which end before the stage does.
+static int multiply_dropped(Call *c, const Term *t, int of_a, Values x) {
+  int64_t k = c->parts[t->part].inputs, rows = rows_of_term(t), used = c->used;
+  char *seen = all_dropped(c, t, x);
+  if (!seen) return 1;
+  if (of_a) put(c, turned(dense(t->g, t->r)), dense(seen, k), dense(t->da, k), t->r, rows, k, 1)->out_kind = F32;
+  else put(c, dense(seen, k), turned(dense(t->a, k)), dense(t->s, t->r), rows, k, t->r, 1)->right_kind = F32;
+  int failed = multiply_table(c->lines + used, c->alphas + used, 1, c->threads);
+  c->used = used;
+  free(seen);
+  return failed;
+}
+
 // A group's terms join the stage as products: S = round(x A').
-static void put_inner(Call *c, Group g, Values x) {
+static int put_inner(Call *c, Group g, Values x) {
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
-    if (!is_of(t, g)) continue;
+    int failed = is_of(t, g) && t->draws ? multiply_dropped(c, t, 0, x) : 0;
+    if (failed) return failed;
+    if (!is_of(t, g) || t->draws) continue;
     int64_t k = c->parts[t->part].inputs;
     Matrix right = turned(dense(t->a, k));
     put(c, rows_of(x, t->start), right, dense(t->s, t->r), rows_of_term(t), k, t->r, 1)->right_kind = F32;
   }
+  return 0;
 }
 
 // So do G = round(s dy B).
@@ -137,23 +176,25 @@ static void put_outer(Call *c, Product *of, Group g) {
   }
 }
 
-// The terms' share of an input's gradient, G A, as addends of the product `of`.
+// The terms' share of an input's gradient, G A, as addends of the product `of`; of those without dropout.
 static void put_shares(Call *c, Product *of, Group g) {
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
-    if (!is_of(t, g) || t->start >= t->stop) continue;
+    if (!is_of(t, g) || t->start >= t->stop || t->draws) continue;
     int64_t n = c->parts[t->part].inputs;
     put_addend(c, of, dense(t->g, t->r), dense(t->a, n), (Matrix){NULL, t->start, 0}, rows_of_term(t), t->r, n, F32, 1);
   }
 }
 
 // The gradient of a term's A, G' x, or of its B, s x' S; x is its group's.
-static void put_gradient(Call *c, const Term *t, int of_a, Values x) {
+static int put_gradient(Call *c, const Term *t, int of_a, Values x) {
+  if (of_a && t->draws) return multiply_dropped(c, t, 1, x);
   const Part *p = c->parts + t->part;
   Matrix left = turned(of_a ? dense(t->g, t->r) : rows_of(from_column(x, p->column), t->start));
   Matrix right = of_a ? rows_of(x, t->start) : dense(t->s, t->r);
   int64_t m = of_a ? t->r : p->outputs, n = of_a ? p->inputs : t->r;
   Matrix out = dense(of_a ? t->da : t->db, n);
   put(c, left, right, out, m, rows_of_term(t), n, of_a ? 1 : t->scaling)->out_kind = F32;
+  return 0;
 }
 
 // ---- groups --------------------------------------------------------------------------------------------------------
@@ -181,21 +222,6 @@ static int group_forward(Call *c, Group g, Values x, Values y) {
     Group own = {i, whole ? g.last : i};
     Matrix right = turned(rows_of(p->weight, 0)), out = rows_of(from_column(y, p->column), 0);
     put_outer(c, put(c, rows_of(x, 0), right, out, c->rows, p->inputs, outputs_of(c, own), 1), own);
-  }
-  return run_stage(c);
-}
-
-// dx [rows, inputs], which may not be there, from dy and each G.
-static int group_backward(Call *c, Group g, Values dy, Values dx) {
-  int failed, whole = joined(c, g);
-  for (int i = g.first; dx.at && i <= (whole ? g.first : g.last); i++) {
-    const Part *p = c->parts + i;
-    int64_t k = outputs_of(c, (Group){i, whole ? g.last : i});
-    Matrix own = rows_of(from_column(dy, p->column), 0);
-    Product *made = put(c, own, rows_of(p->weight, 0), rows_of(dx, 0), c->rows, k, p->inputs, 1);
-    made->add = i > g.first;
-    if (whole || i == g.last) put_shares(c, made, g);  // they join the sum that is rounded last
-    else if ((failed = run_stage(c))) return failed;
   }
   return run_stage(c);
 }

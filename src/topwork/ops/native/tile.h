@@ -2,8 +2,8 @@
 //
 //     c [rows, vectors * LANES] (+)= a [rows, steps] b [steps, vectors * LANES]
 //
-// `a` is broadcast, one 32-bit unit at a time, `b` is read from a packed panel. A unit is one fp32, or with AVX512-BF16 or
-// AMX two bf16 that follow each other along the summed axis, so that both types share everything but the multiply-add.
+// `a` is broadcast, one 32-bit unit at a time, `b` is read from a packed panel. A unit is one fp32, or with AVX512-BF16
+// or AMX two bf16 that follow each other along the summed axis, so that both types share everything but the multiply-add.
 // AMX (amx.h) multiplies 16 rows and columns of such units at once, from the same rows and panels.
 // Sums are fp32, and each is one chain along the summed axis: no choice of tile or block changes a bit.
 
@@ -62,8 +62,8 @@ INLINE void ask_next(Ask *ask) {
 }
 
 // `lda` in units; `width` is the panel's, in floats. All that is const here is a constant where it is called.
-INLINE void tile_steps(const int pair, const int rows, const int vectors, const int width, const int asks, const Unit *a,
-                       int64_t lda, const float *b, int64_t steps, vecf sums[TALL][NR], Ask *ask) {
+INLINE void tile_steps(const int pair, const int rows, const int vectors, const int width, const int asks,
+                       const Unit *a, int64_t lda, const float *b, int64_t steps, vecf sums[TALL][NR], Ask *ask) {
   for (int64_t k = 0; k < steps; k++) {
     vecf columns[NR];
     if (asks) ask_next(ask);
@@ -99,7 +99,8 @@ INLINE void tile(const int pair, const int rows, const int vectors, const int wi
 }
 
 // A function of one size of tile, and its name in a table of them. What it shall ask for may be NULL.
-typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add, Ask *ask);
+typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, int64_t ldc, int add,
+                     Ask *ask);
 #define TILE(pair, rows, vectors, width)                                                                              \
   static void tile_##pair##_##rows##_##vectors(const Unit *a, int64_t lda, const float *b, int64_t steps, float *c, \
                                                int64_t ldc, int add, Ask *ask) {                                    \
@@ -111,6 +112,7 @@ typedef void (*Tile)(const Unit *a, int64_t lda, const float *b, int64_t steps, 
 
 // to [columns, 16] from at most 16 rows and columns; zeros beyond the rows.
 #ifdef WIDE
+__attribute__((unused))
 static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
   __m512 a[16], b[16];
   __mmask16 seen = columns >= 16 ? 0xffff : (__mmask16)((1u << columns) - 1);
@@ -146,6 +148,7 @@ static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t 
     if (c < columns) vstoref(to + c * ld_to, (vecf)a[c]);
 }
 #else
+__attribute__((unused))
 static void transpose_block(const Unit *from, int64_t ld, int64_t rows, int64_t columns, float *to, int64_t ld_to) {
   for (int64_t c = 0; c < least(columns, 16); c++)
     for (int64_t r = 0; r < 16; r++) to[c * ld_to + r] = r < rows ? from[r * ld + c] : 0;
@@ -173,8 +176,8 @@ INLINE void pair_rows(const uint16_t *upper, const uint16_t *lower, int64_t coun
 #if defined(WIDE)
 // 32 columns of two rows of bf16 as units, 16 and 16.
 INLINE void pair_lines(const void *upper, const void *lower, float *first, float *second) {
-  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                 35, 3, 34, 2, 33, 1, 32, 0);
+  __m512i mix = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   __m512i above = _mm512_add_epi16(mix, _mm512_set1_epi16(16));
   __m512i a = _mm512_loadu_si512(upper), b = _mm512_loadu_si512(lower);
   _mm512_storeu_si512(first, _mm512_permutex2var_epi16(a, mix, b));

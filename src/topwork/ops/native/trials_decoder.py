@@ -19,6 +19,7 @@ from topwork.ops.attention_reference import AttentionRule, backward_reference, f
 from topwork.ops.bundles import LowRank
 from topwork.ops.decoder_layer import DecoderLayer
 from topwork.ops.decoder_memory import gradient_of, stream_of
+from topwork.ops.dropout import Dropout, token_seeds
 from topwork.ops.feedforward import FeedForward, Source
 from topwork.ops.norm import rms_norm
 from topwork.ops.parts import Placed, on_amx
@@ -109,12 +110,13 @@ def _weight(outputs: int, inputs: int) -> Tensor:
 
 
 def _terms(sizes: list[tuple[int, int]], r: int, rows: int) -> tuple[Placed, ...]:
-    """One of each layer of (outputs, inputs), for its later rows."""
+    """One of each layer of (outputs, inputs), for its later rows; some ranks have dropout."""
+    seeds = token_seeds(torch.full((rows,), r), torch.arange(rows))[rows // 4 :]
     return tuple(
         Placed(
             LowRank(
                 rows // 4, rows, (torch.randn(r, k) / k**0.5).requires_grad_(),
-                (torch.randn(n, r) / 8).requires_grad_(), 0.5,
+                (torch.randn(n, r) / 8).requires_grad_(), 0.5, Dropout(0.1, part, seeds) if r == 16 else None,
             ), part,
         )
         for part, (n, k) in enumerate(sizes)
