@@ -47,10 +47,10 @@ def drawn(
     heads: int = 4, key_heads: int = 2, size: int = 16, d: int = 96, f: int = 160, kind: str = "silu",
     terms: tuple[tuple[int, int, int], ...] = ((0, 150, 32),), biases: torch.dtype | None = None,
     window: int | None = None, norms: torch.dtype = torch.bfloat16, multiplier: float = 1.0,
-    of_heads: torch.dtype | None = None, drops: tuple[int, ...] = (),
+    of_heads: torch.dtype | None = None, drops: tuple[int, ...] = (), keys: tuple[int, ...] = (0, 0, 2, 3, 3, 3, 6),
 ) -> DecoderLayer:  # fmt: skip
     """Gate and up stand behind one another, and so do queries, keys and values; `terms` are start, stop and rank,
-    and those of the layers `drops` have dropout."""
+    and those of the layers `drops` have dropout, by default the same where layers have one input."""
     torch.manual_seed(heads + d + f)
     own, others = heads * size, key_heads * size
     sizes = [(f, d), (f, d), (d, f), (own, d), (others, d), (others, d), (d, own)]
@@ -58,7 +58,7 @@ def drawn(
     weights[:2] = torch.cat(weights[:2]).split(f)
     weights[3:6] = torch.cat(weights[3:6]).split([own, others, others])
     placed = [
-        Placed(LowRank(start, stop, _master(r, k), _master(n, r), 0.37, _dropout(part, start, stop, drops)), part)
+        Placed(LowRank(start, stop, _master(r, k), _master(n, r), 0.37, _dropout(part, start, stop, drops, keys)), part)
         for part, (n, k) in enumerate(sizes)
         for start, stop, r in terms
     ]
@@ -73,8 +73,10 @@ def drawn(
     return DecoderLayer(tuple(weights), shifts, tuple(placed), attention, around, kind, multiplier)
 
 
-def _dropout(part: int, start: int, stop: int, drops: tuple[int, ...]) -> Dropout | None:
-    return Dropout(0.3, 7 * part + start, SEEDS[start:stop]) if part in drops else None
+def _dropout(
+    part: int, start: int, stop: int, drops: tuple[int, ...], keys: tuple[int, ...] = EVERY
+) -> Dropout | None:  # fmt: skip
+    return Dropout(0.3, keys[part] + start, SEEDS[start:stop]) if part in drops else None
 
 
 def _master(n: int, k: int) -> Tensor:
@@ -95,8 +97,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "norms of heads": {"of_heads": torch.bfloat16},
     "norms of many heads, in fp32": {"of_heads": torch.float32, "heads": 12, "key_heads": 6, "f": 32, "kind": "gelu"},
     "dropout": {"drops": EVERY},
-    "dropout of some of several": {"drops": (0, 4, 6), "terms": ((0, 41, 48), (41, 97, 8), (100, 150, 32))},
-    "dropout of rows of two": {"drops": EVERY, "terms": ((0, 120, 40), (30, 150, 16)), "of_heads": torch.bfloat16},
+    "dropout of some of several": {"drops": (0, 4, 5, 6), "terms": ((0, 41, 48), (41, 97, 8), (100, 150, 32))},
+    "dropout of rows of two": {"drops": EVERY, "keys": EVERY, "terms": ((0, 120, 40), (30, 150, 16))},
     "dropout and an inner width off the grid": {"drops": (0, 2, 3), "f": 40, "biases": torch.bfloat16},
     "no groups of heads": {"heads": 3, "key_heads": 3, "size": 32, "d": 64, "f": 48},
 }

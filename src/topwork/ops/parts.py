@@ -2,6 +2,7 @@
 one call (native/terms.h)."""
 
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def placed_terms(groups: Sequence[Sequence[Projection]], dtype: torch.dtype) -> 
                 return None
             biases += layer.bias is not None
             found += (Placed(term, part) for term in layer.terms)
+        found[before:] = _together(found[before:])
         if len(found) - before + biases > MOST_ADDENDS:
             return None
         first += len(group)
@@ -65,6 +67,16 @@ def _fits(layer: Projection, dtype: torch.dtype) -> bool:
 def is_plain(layer: Projection) -> bool:
     """Whether it is a product and low-rank terms alone."""
     return not (layer.gains or layer.shifts or layer.input_gains)
+
+
+def _together(terms: Sequence[Placed]) -> list[Placed]:
+    """Those that see the same of the same rows one after the other, as `bundled` has them."""
+    shared: dict[tuple[object, ...], list[Placed]] = defaultdict(list)
+    for placed in terms:
+        dropout = placed.term.dropout
+        drops = dropout and (dropout.p, dropout.key)
+        shared[placed.term.start, placed.term.stop, drops].append(placed)
+    return [placed for those in shared.values() for placed in those]
 
 
 def _is_placeable(term: LowRank) -> bool:

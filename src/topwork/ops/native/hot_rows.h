@@ -163,6 +163,10 @@ static HotRoom hot_room(const Hot *h, int64_t thread) {
   return (HotRoom){(char *)rows, (char *)left_over, spare, pairs, lefts, lefts + LEFTS * SIDES * DEEP};
 }
 
+static int same_rows(const Sum *t, const Sum *next) {
+  return next->x.at == t->x.at && next->drops == t->drops && (!t->drops || sees_as(t->of, next->of));
+}
+
 static int meets(const Sum *t, int64_t row) { return row >= t->of->start && row < t->of->stop && !t->product; }
 
 // The sums from `t` on, up to `until`, whose rows are the same: `count` from `row` on in a stripe, all of which have the
@@ -170,7 +174,10 @@ static int meets(const Sum *t, int64_t row) { return row >= t->of->start && row 
 static void add_sums(const Hot *h, const Sum *t, const Sum *until, int64_t stripe, int64_t row, int64_t count,
                      const HotRoom *room) {
   Values x = t->from->in_spare && h->spare ? (Values){room->rows, t->width} : from_row(t->x, row);
-  if (t->drops && meets(t, row)) {
+  int any = 0;
+  for (const Sum *s = t; s < until; s++) any |= meets(s, row);
+  if (!any) return;
+  if (t->drops) {
     Values seen = {room->left_over, t->width};
     drop_rows(t->of, x, row, count, t->width, seen, 0, 1);
     x = seen;
@@ -195,7 +202,7 @@ static void hot_step(const Hot *h, int64_t stripe, int64_t row, int64_t count, c
   for (int64_t i = 0; i < h->slopes.count; i++)
     multiply_narrow(h->slopes.terms + i, h->packed, row, count, room->narrow);
   for (const Sum *t = h->all, *next; t < end; t = next) {
-    for (next = t + 1; next < end && next->x.at == t->x.at && !t->drops && !next->drops; next++) continue;
+    for (next = t + 1; next < end && same_rows(t, next); next++) continue;
     add_sums(h, t, next, stripe, row, count, room);
   }
 }

@@ -20,7 +20,7 @@ typedef struct {
   char *out;
   float scaling;
   int64_t tiles, at;  // at: where its tiles stand among what is packed
-  int drops;          // it meets rows that lost values
+  int drops, as_before;  // it meets rows that lost values; the same as the one before it
 } Narrow;
 
 typedef struct {
@@ -40,10 +40,11 @@ static int plan_narrow(const Call *c, Group g, int slopes, Values x, Narrows *n)
     Matrix side = slopes ? dense(t->b, t->r) : turned(dense(t->a, k));
     Values own = slopes ? from_column(x, p->column) : x;
     if (k % 32 || x.by % 2) return 0;
+    int drops = !slopes && t->draws, again = n->count && drops && sees_as(t, n->terms[n->count - 1].of);
     n->terms[n->count++] = (Narrow){t,           {side, k, t->r, F32},
                                     own,         slopes ? t->g : t->s,
                                     slopes ? (float)t->scaling : 1, sides(t->r), n->packed,
-                                    !slopes && t->draws};
+                                    drops,       again};
     n->packed += sides(t->r) * SIDE * k / 2, longest = most(longest, k);
   }
   n->room = HOT * longest / 2 + HOT * SIDE;
@@ -74,7 +75,7 @@ static void multiply_narrow(const Narrow *t, const float *packed, int64_t row, i
   float *sums = room, *lines = room + HOT * SIDE;
   if (rows % SIDE || t->drops) {
     Values copy = {(char *)lines, k};
-    if (t->drops) drop_rows(t->of, from_row(t->x, first), first, rows, k, copy, 0, 1);
+    if (t->drops && !t->as_before) drop_rows(t->of, from_row(t->x, first), first, rows, k, copy, 0, 1);
     for (int64_t i = 0; i < rows && !t->drops; i++) memcpy(from_row(copy, i).at, x + 2 * i * t->x.by, 2 * k);
     memset((char *)lines + 2 * rows * k, 0, 2 * (SIDE * high - rows) * k);
     x = (const char *)lines, by = k / 2;

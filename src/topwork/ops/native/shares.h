@@ -13,6 +13,7 @@ typedef struct {
   int64_t tiles, deep, at;
 } Share;
 
+// Those of `all` that see the same stand together and are one share; `deepest` of such, and the widest of all.
 typedef struct {
   Share *all;
   int64_t count, packed, deepest, widest;
@@ -24,54 +25,82 @@ static int any_drops(const Call *c, Group g) {
   return 0;
 }
 
+// Behind the last one that is a share with `first`.
+static const Share *end_of(const Shares *s, const Share *first) {
+  const Share *next = first + 1, *end = s->all + s->count;
+  while (next < end && next - first < MOST_ADDENDS && sees_as(first->of, next->of)) next++;
+  return next;
+}
+
 // s->all has room for all terms.
 static void plan_shares(const Call *c, Group g, Shares *s) {
   for (const Term *t = c->terms; t < c->terms + c->count; t++) {
     if (!is_of(t, g) || !t->draws || t->start >= t->stop) continue;
     int64_t n = c->parts[t->part].inputs, deep = (t->r + 31) / 32;
     s->all[s->count++] = (Share){t, {dense(t->a, n), t->r, n, F32}, sides(n), deep, s->packed};
-    s->packed += sides(n) * deep * SIDES, s->deepest = most(s->deepest, deep), s->widest = most(s->widest, n);
+    s->packed += sides(n) * deep * SIDES, s->widest = most(s->widest, n);
+  }
+  for (const Share *t = s->all, *next; t < s->all + s->count; t = next) {
+    int64_t deep = 0;
+    for (next = end_of(s, t); t < next; t++) deep += t->deep;
+    s->deepest = most(s->deepest, deep);
   }
 }
 
-// A thread's floats: lines of G, sums, and rows of a share.
+// A thread's floats: lines of every G, sums, and rows of a share.
 static int64_t room_of_shares(const Shares *s) {
   return HOT * SIDE * s->deepest + HOT * SIDE + HOT / 2 * up(s->widest, SIDE);
 }
 
-// A term's share of `count` rows from `row` on, at most HOT, added to dx or, where those are not `begun`, their first.
-// Whether it has some of them.
-static int add_share(const Share *s, const float *packed, Values dx, int64_t row, int64_t count, int begun,
-                     float *room) {
-  int64_t first = most(row, s->of->start), rows = least(row + count, s->of->stop) - first;
+// Each term's lines with its A's `tile`; their number.
+static int64_t stretches_of(const Share *t, const Share *until, const float *packed, int64_t tile, float *lines,
+                            Stretch *to) {
+  int64_t count = 0;
+  for (; t < until; lines += HOT * SIDE * t->deep, t++)
+    to[count++] = (Stretch){lines, packed + t->at + tile * t->deep * SIDES, SIDE * t->deep, SIDE, 0, t->deep};
+  return count;
+}
+
+// G of `rows` rows from `from` on, each term's as lines of whole tiles.
+static void lay_out(const Share *t, const Share *until, int64_t from, int64_t rows, float *lines) {
+  for (; t < until; lines += HOT * SIDE * t->deep, t++) {
+    int64_t r = t->of->r, ld = SIDE * t->deep;
+    memset(lines, 0, SIDE * sides(rows) * ld * sizeof *lines);
+    for (int64_t i = 0; i < rows; i++) memcpy(lines + i * ld, t->of->g + 2 * (from - t->of->start + i) * r, 2 * r);
+  }
+}
+
+// One share's `count` rows from `row` on, at most HOT, added to dx or, where those are not `begun`, their first. Whether
+// it has some of them.
+static int add_share(const Share *t, const Share *until, const float *packed, Values dx, int64_t row, int64_t count,
+                     int begun, int64_t deepest, float *room) {
+  int64_t first = most(row, t->of->start), rows = least(row + count, t->of->stop) - first, n = t->side.n;
   if (rows <= 0) return 0;
-  int64_t r = s->of->r, ld = SIDE * s->deep, high = sides(rows), n = s->side.n;
-  float *lines = room, *sums = lines + HOT * ld;
+  float *sums = room + HOT * SIDE * deepest;
   Values share = {(char *)(sums + HOT * SIDE), n};
-  memset(lines, 0, SIDE * high * ld * sizeof *lines);
-  for (int64_t i = 0; i < rows; i++)
-    memcpy(lines + i * ld, s->of->g + 2 * (first - s->of->start + i) * r, 2 * r);
-  for (int64_t tile = 0; tile < s->tiles; tile++) {
-    Stretch all = {lines, packed + s->at + tile * s->deep * SIDES, ld, SIDE, 0, s->deep};
-    multiply_tiles(high, 1, &all, 1, sums, SIDE, 0);
+  Stretch all[MOST_ADDENDS];
+  lay_out(t, until, first, rows, room);
+  for (int64_t tile = 0; tile < t->tiles; tile++) {
+    int64_t some = stretches_of(t, until, packed, tile, room, all);
+    multiply_tiles(sides(rows), 1, all, some, sums, SIDE, 0);
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0, stop = least(SIDE, n - SIDE * tile); j < stop; j += LANES)
         store(from_row(share, i).at, SIDE * tile + j, least(LANES, stop - j), BF16, vloadf(sums + SIDE * i + j));
   }
   int whole = rows == count;
-  if (!begun && !whole)
-    for (int64_t i = 0; i < count; i++) memset(from_row(dx, row + i).at, 0, 2 * n);
-  drop_rows(s->of, share, first, rows, n, from_row(dx, first), begun || !whole, 1);
+  for (int64_t i = 0; i < count && !begun && !whole; i++) memset(from_row(dx, row + i).at, 0, 2 * n);
+  drop_rows(t->of, share, first, rows, n, from_row(dx, first), begun || !whole, 1);
   return 1;
 }
 
 static void add_shares(const Call *c, const Shares *s, Values dx, float *arena) {
   int64_t step = rows_of_step(c), steps = (c->rows + step - 1) / step, width = s->all[0].side.n;
+  const Share *end = s->all + s->count;
 #pragma omp parallel num_threads(least(c->threads, most(1, steps)))
   {
     float *room = arena + s->packed + omp_get_thread_num() * room_of_shares(s);
     amx_begin();
-    for (const Share *t = s->all; t < s->all + s->count; t++)
+    for (const Share *t = s->all; t < end; t++)
 #pragma omp for schedule(static)
       for (int64_t tile = 0; tile < t->tiles; tile++)
         pack_tiles(&t->side, 1, SIDE * tile, 1, 0, t->deep, arena + t->at + tile * t->deep * SIDES, 0);
@@ -79,8 +108,10 @@ static void add_shares(const Call *c, const Shares *s, Values dx, float *arena) 
     for (int64_t i = 0; i < steps; i++) {
       int64_t row = i * step, count = least(step, c->rows - row);
       int begun = 0;
-      for (const Share *t = s->all; t < s->all + s->count; t++)
-        begun |= add_share(t, arena, dx, row, count, begun, room);
+      for (const Share *t = s->all, *next; t < end; t = next) {
+        next = end_of(s, t);
+        begun |= add_share(t, next, arena, dx, row, count, begun, s->deepest, room);
+      }
       for (int64_t j = 0; j < count && !begun; j++) memset(from_row(dx, row + j).at, 0, 2 * width);
     }
     amx_end();

@@ -37,6 +37,7 @@ typedef struct {
   double kept;
 } Term;
 
+// Terms that see the same of their rows best stand together.
 typedef struct {
   const Part *parts;
   const Term *terms;
@@ -59,6 +60,13 @@ static int64_t rows_of_term(const Term *t) { return t->stop - t->start; }
 static int is_of(const Term *t, Group g) { return t->part >= g.first && t->part <= g.last; }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------
+
+// Whether terms of one group see the same of their rows: layers with one input do.
+static int sees_as(const Term *t, const Term *other) {
+  if (!t->draws || !other->draws) return t->draws == other->draws;
+  int same_rows = t->start == other->start && t->stop == other->stop;
+  return same_rows && t->draws == other->draws && t->key == other->key && t->least == other->least;
+}
 
 // to [rows, width] = x of rows from `row` on, as a term's A sees them; with `add` added to what is there.
 static void drop_rows(const Term *t, Values x, int64_t row, int64_t rows, int64_t width, Values to, int add,

@@ -137,7 +137,7 @@ ADAPTER: Table = (
     Rule(
         "dropout-for-repeats", "adapter.lora_dropout", f"LoRA, rows seen {REPEATED} times or more",
         lambda case: case.low_rank and case.epochs >= REPEATED, "0.05", given(0.05),
-        "Rows that come again are learned by heart; a little dropout slows that. It takes 6 to 18 % of a step here "
+        "Rows that come again are learned by heart; a little dropout slows that. It takes 6 to 11 % of a step here "
         "(most on AMX) and no memory.",
         (QLORA, DROPOUT),
     ),
