@@ -1,14 +1,15 @@
 """A step of DoRA, and one of LoRA with dropout, beside a plain LoRA step: the same rows, in turns in one process.
 
-    python benchmarks/beside_lora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048]
+    python benchmarks/beside_lora.py [--rounds 10] [--model smollm2-135m] [--tokens 2048] [--out OUT]
 
 r16 on all linear layers, over a base in bf16 and in NF4 with double quantization; the order changes every round. DoRA
 computes the rows' lengths in every pass and keeps most of what its magnitudes multiply; the aim is at most 1.25 x
-LoRA's time and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/beside_lora.*.
+LoRA's time and 1.1 x its memory. Peaks are of fresh processes. Writes benchmarks/results/beside_lora.*, or OUT.*.
 """
 
 import argparse
 import json
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "beside_lora")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.process:
@@ -92,7 +94,7 @@ def main() -> None:
         "peaks": {held: {method: done[f"{held}:{method}"] for method in METHODS} for held in BASES},
         "surroundings": surroundings(),
     }  # fmt: skip
-    write_record(BENCHMARKS / "results" / "beside_lora", record, told(record))
+    write_record(asked.out, record, told(record))
     print(told(record))
 
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "banking77_batch16": "topwork train benchmarks/banking77.yaml --set training.batch_size=16",
     "banking77_lora": "compare.py --data banking77 --steps 7 --batch 16 --peers trl_tuned,peft_loop",
     "beside_lora": "beside_lora.py",
+    "beside_lora_amx": "beside_lora.py --out benchmarks/results/beside_lora_amx",
     "checkpointing": "checkpointing.py",
     "combine_error": "combine_error.py",
     "expert_lora": "expert_lora.py",
