@@ -436,8 +436,9 @@ def wrong() -> Iterator[Any]:
     yield "3 heads of queries", (x, with_heads(layer, Heads(3, 2, 16)), (cos, sin), BOUNDS)
     yield "4 heads of queries", (x, with_heads(layer, Heads(4, 2, 24)), (cos, sin), BOUNDS)
     yield "a term of rows", (x, replace(layer, terms=(Placed(short, 0),)), (cos, sin), BOUNDS)
-    lost = replace(layer.terms[0].term, dropout=Dropout(0.1, 1, SEEDS[1:]))
-    yield "dropout seeds", (x, replace(layer, terms=(Placed(lost, 0),)), (cos, sin), BOUNDS)
+    for seeds in (SEEDS[1:], SEEDS.repeat(2)[::2], SEEDS.int()):
+        lost = replace(layer.terms[0].term, dropout=Dropout(0.1, 1, seeds))
+        yield "dropout seeds", (x, replace(layer, terms=(Placed(lost, 0),)), (cos, sin), BOUNDS)
     for rows in (torch.tensor([150]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([], dtype=torch.int64)):
         yield "positions", (x, replace(layer, terms=()), (cos, sin), BOUNDS, False, False, rows)
     yield "a term of rows", (x, layer, (cos, sin), BOUNDS, False, False, torch.arange(149))

@@ -94,10 +94,10 @@ def check_terms(terms: Iterable[Placed], sizes: Sequence[tuple[int, int]], rows:
                 f"a term of rows {term.start}:{term.stop} with A {tuple(term.a.shape)} and B {tuple(term.b.shape)}, "
                 f"where rows of {rows}, {inputs} inputs and {outputs} outputs are expected"
             )
-        if term.dropout is not None and term.dropout.seeds.shape != (term.stop - term.start,):
+        if term.dropout is not None and not (len(term.dropout.seeds) == term.stop - term.start and _is_placeable(term)):
             raise ValueError(
-                f"a term of rows {term.start}:{term.stop} with dropout seeds {tuple(term.dropout.seeds.shape)}, "
-                "where one for each row is expected"
+                f"a term of rows {term.start}:{term.stop} with dropout seeds {native.told(term.dropout.seeds)}, "
+                "where one for each row is expected, in contiguous int64"
             )
 
 

@@ -44,6 +44,7 @@ static void amx_begin(void) {
     uint8_t rows[16];
   } sizes = {.palette = 1};
   for (int t = 0; t < 8; t++) sizes.rows[t] = SIDE, sizes.row_bytes[t] = 4 * SIDE;
+  __asm__ volatile("" : : "r"(&sizes) : "memory");  // gcc 12 is told of eight bytes alone, and may leave the others out
   _tile_loadconfig(&sizes);
 }
 static void amx_end(void) { _tile_release(); }

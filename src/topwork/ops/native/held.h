@@ -15,10 +15,10 @@ static struct {
 
 static float *borrow(int64_t floats, int *ours) {
   *ours = !__atomic_exchange_n(&held.taken, 1, __ATOMIC_ACQUIRE);
-  if (!*ours) return aligned_alloc(64, floats * 4);
+  if (!*ours) return aligned_alloc(64, (floats + 15) / 16 * 64);
   if (held.floats < floats) {
     free(held.at);
-    held.at = aligned_alloc(64, floats * 4);
+    held.at = aligned_alloc(64, (floats + 15) / 16 * 64);
     held.floats = held.at ? floats : 0;
   }
   return held.at;

@@ -2,6 +2,8 @@
 // base's product is added:
 //
 //     dx = sum of drop(round(G A))        and the group's backward pass, which that belongs to
+//
+// dx is rounded with every share, as in single steps.
 
 #pragma once
 #include "narrow.h"

@@ -10,6 +10,7 @@ from topwork.plan.advice.sources import (
     BANKING_TARGETS,
     CAPACITY,
     DROPOUT,
+    DROPOUT_AMX,
     GSM8K_METHODS,
     GSM8K_SCALES,
     GSM8K_TARGETS,
@@ -137,9 +138,9 @@ ADAPTER: Table = (
     Rule(
         "dropout-for-repeats", "adapter.lora_dropout", f"LoRA, rows seen {REPEATED} times or more",
         lambda case: case.low_rank and case.epochs >= REPEATED, "0.05", given(0.05),
-        "Rows that come again are learned by heart; a little dropout slows that. It takes 6 to 11 % of a step here "
-        "(most on AMX) and no memory.",
-        (QLORA, DROPOUT),
+        "Rows that come again are learned by heart; a little dropout slows that. It takes 1 to 12 % of a step here "
+        "(most on AMX) and hardly any memory.",
+        (QLORA, DROPOUT, DROPOUT_AMX),
     ),
     Rule(
         "no-dropout", "adapter.lora_dropout", "LoRA, else", lambda case: case.low_rank, "0", given(0.0),

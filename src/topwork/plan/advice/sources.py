@@ -45,6 +45,7 @@ INTENTS = Source(
 )
 SUPPORT = Source("README.md, the quickstart's table (examples/support)", "measured here", "2026-11-22")
 DROPOUT = _record("beside_lora", "2026-11-22")
+DROPOUT_AMX = _record("beside_lora_amx", "2026-12-01")
 OPTIMIZERS = Source("docs/qlora.md, adamw_8bit", "measured here", "2026-11-22")
 KEPT_BEST = Source("docs/options.md, training.load_best_model_at_end", "read", "2026-11-29")
 FITTING = Source("docs/data.md, Lengths: what `too_long` does", "read", "2026-11-29")
