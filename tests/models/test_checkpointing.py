@@ -17,6 +17,7 @@ from topwork.adapters.module import AdaptedLayer
 from topwork.common.errors import ModelError
 from topwork.generation.engine import generate
 from topwork.generation.sampling import Sampling
+from topwork.models import fast
 from topwork.models.base import Base
 from topwork.models.checkpointing import checkpoint_layers, decoder_layers
 from topwork.ops import project, projection
@@ -206,6 +207,8 @@ def test_a_base_in_four_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         write_output(*given, **more)
 
     monkeypatch.setattr(project, "multiplies_all", lambda _: False)  # on AMX small weights are opened
+    for in_one_step in ("decoder_layer_of", "feedforward_of"):  # and so are those of layers in one step
+        monkeypatch.setattr(fast, in_one_step, lambda *_: None)
     for place in (project, projection):
         monkeypatch.setattr(place, "write_output", counted)
     base, adapters = adapted(dropout=0.1, dtype=dtype)
